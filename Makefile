@@ -1,0 +1,32 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
+	@echo "make test   install into $(VENV) and run the oracle tests (about 5 minutes on 2 cores)"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove $(VENV) and caches"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,test,lint]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m torch_impl.run
+
+test: $(STAMP)
+	$(BIN)/python -m pytest oracle_tests reference torch_impl
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
