@@ -1,0 +1,131 @@
+"""Calibration: hidden states go through the model block by block, a batch of sequences at a time.
+
+One tensor holds the hidden states of all sequences at the current block; each block overwrites it. Features of earlier
+blocks are never kept: what a sweep needs of them (Gram matrices, input norms, Hessians, errors) is accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl.engine.families import Family, decoder_blocks
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What the model is calibrated on."""
+
+    nsamples: int = 128
+    """Number of calibration sequences (paper: 128)."""
+    seqlen: int = 2048
+    """Tokens per calibration sequence (paper: 2048)."""
+    rmi_samples: int = 64
+    """How many of them the mutual information between blocks uses (paper: 64; 32 for 13B)."""
+    calibration_batch_size: int = 16
+    """Sequences that go through a block at once: memory against speed, the result is the same."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("nsamples", 2), ("seqlen", 1), ("rmi_samples", 2), ("calibration_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+
+
+@dataclass
+class Stream:
+    """Hidden states (sequences, tokens, hidden) at the current block, and what each block is called with.
+
+    arguments[batch][block] are the keyword arguments that the model itself gives that block (rotary embeddings,
+    attention masks, ...), recorded once, so that no family needs its own forward.
+    """
+
+    hidden: torch.Tensor
+    arguments: list[list[dict[str, Any]]]
+    batch_size: int
+
+    def clone(self) -> Stream:
+        """A second stream that starts from the same hidden states."""
+        return Stream(self.hidden.clone(), self.arguments, self.batch_size)
+
+    def batches(self) -> Iterator[tuple[int, slice]]:
+        """(index of the batch, its sequences)."""
+        for index, start in enumerate(range(0, len(self.hidden), self.batch_size)):
+            yield index, slice(start, start + self.batch_size)
+
+    def forward(self, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
+        """Output of decoder block number `index` for one batch; the stream itself is left as it is."""
+        output = block(self.hidden[rows], **self.arguments[batch][index])
+        # transformers 5 gives a tensor; older blocks gave a tuple whose first entry it was.
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the hidden states by what the block makes of them."""
+        for batch, rows in self.batches():
+            self.hidden[rows] = self.forward(block, index, batch, rows)
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList, record: Callable[[int, torch.Tensor, dict[str, Any]], None]) -> Iterator[None]:
+    """Let every block hand its input through unchanged and report what it was called with."""
+
+    def stand_in(index: int) -> Callable[..., torch.Tensor]:
+        def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            record(index, hidden_states, arguments)
+            return hidden_states
+
+        return forward
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int) -> Stream:
+    """Embed token ids (sequences, tokens) and record how the model calls its blocks."""
+    blocks = decoder_blocks(model, family)
+    device = next(model.parameters()).device
+    hidden: list[torch.Tensor] = []
+    arguments: list[list[dict[str, Any]]] = []
+
+    def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> None:
+        if index == 0:
+            hidden.append(states)
+            arguments.append([])
+        arguments[-1].append(given)
+
+    decoder = model.get_submodule(family.blocks.rpartition(".")[0])
+    with _recording(blocks, record):
+        for rows in ids.split(batch_size):
+            decoder(input_ids=rows.to(device), use_cache=False)
+    return Stream(torch.cat(hidden), arguments, batch_size)
+
+
+@contextmanager
+def watching_inputs(
+    block: nn.Module, groups: Sequence[tuple[str, ...]], watch: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Report the input (tokens, in) of the first projection of each group: the group's others see the same input."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def report(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            watch(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+
+        return report
+
+    handles = [block.get_submodule(group[0]).register_forward_pre_hook(hook(group[0])) for group in groups]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,87 @@
+"""Where a model family keeps its decoder blocks and the projections of a block.
+
+A family is one entry of `FAMILIES`, recognised by structure: the path of the list of blocks and the linears inside a
+block. A model's name or class is never looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One decoder architecture.
+
+    name: what reports call it. blocks: path from the causal-LM model to its `nn.ModuleList` of decoder blocks.
+    inputs: the projections of a block, grouped by the input they share, so that one statistic serves a whole group.
+    """
+
+    name: str
+    blocks: str
+    inputs: tuple[tuple[str, ...], ...]
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """All projections of a block, in order of use."""
+        return tuple(name for group in self.inputs for name in group)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+FAMILIES = (
+    # LLaMA 1-3, Vicuna, Mistral, Qwen2, Qwen3: gated MLP.
+    Family(
+        "gated",
+        "model.layers",
+        (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+    ),
+    Family("opt", "model.decoder.layers", (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",))),
+)
+
+
+def find_family(model: nn.Module) -> Family:
+    """The family whose structure `model` has.
+
+    Errors: ValueError if no entry fits, naming what was looked for, or if a block holds linears that the entry does not
+    list (a mixture of experts, say): pruning some of a block's weights in silence would be wrong.
+    """
+    for family in FAMILIES:
+        try:
+            blocks = model.get_submodule(family.blocks)
+        except AttributeError:
+            continue
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+            continue
+        found = {name for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)}
+        if found == set(family.projections):
+            return family
+    looked_for = "; ".join(f"{f.name}: {f.blocks}[i].{{{', '.join(f.projections)}}}" for f in FAMILIES)
+    raise ValueError(
+        f"model {type(model).__name__}: its decoder blocks match no known family ({looked_for}); "
+        "add an entry to torch_impl/engine/families.py"
+    )
+
+
+def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The list of decoder blocks."""
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def prunable_weights(model: nn.Module, family: Family) -> list[int]:
+    """Number of prunable weights of each block: the w of LoSA, Eq. 5."""
+    return [
+        sum(weight_of(block, name).numel() for name in family.projections) for block in decoder_blocks(model, family)
+    ]
+
+
+def weight_of(block: nn.Module, projection: str) -> torch.Tensor:
+    """The weight (out, in) of one projection."""
+    weight = block.get_submodule(projection).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight

@@ -1,0 +1,174 @@
+"""The adapter layer: one merged weight in forward, an explicit backward, ranks that change, an exact merge (LoSA, Eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import adapter, rank
+from torch_impl.engine.families import Family, decoder_blocks
+
+
+class _MaskedLoRA(torch.autograd.Function):
+    """y = x W̃ᵀ + b with W̃ = M⊙(W + s·BA), and the gradients of METHOD 1: three large products in all.
+
+    W̃ depends on parameters only, so whoever holds it across calls passes it in; without it, it is built here and built
+    again in backward, which keeps no second weight alive in between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        held: torch.Tensor | None,
+    ) -> torch.Tensor:
+        effective = adapter.merge(weight, A, B, scale) if held is None else held
+        ctx.save_for_backward(x, weight, A, B, held)
+        ctx.scale = scale
+        return nn.functional.linear(x, effective, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, A, B, held = ctx.saved_tensors
+        grad_y = grads[0].reshape(-1, weight.shape[0])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            effective = adapter.merge(weight, A, B, ctx.scale) if held is None else held
+            grad_x = (grad_y @ effective).view_as(x)
+        # G = dyᵀx under the mask, contracted with the adapter at once: nothing of shape (out, in) outlives this call.
+        masked = (grad_y.T @ x.reshape(-1, x.shape[-1])).mul_(weight != 0).to(A.dtype)
+        grad_A = (B.T @ masked).mul_(ctx.scale)
+        grad_B = (masked @ A.T).mul_(ctx.scale)
+        return grad_x, None, grad_A, grad_B, None, None, None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear whose frozen weight (out, in) is masked and whose adapter B·A learns under the same mask.
+
+    weight: frozen, zero where pruned; its mask is weight ≠ 0. A (rank, in) and B (out, rank) are trained, in float32
+    at least. scale: s = α / r₀, the same at every rank.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.scale = scale
+        kind = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        self.A = nn.Parameter(torch.zeros(0, self.in_features, **kind))
+        self.B = nn.Parameter(torch.zeros(self.out_features, 0, **kind))
+        self._held: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Current number of ranks."""
+        return self.A.shape[0]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Bool (out, in), True = kept."""
+        return self.weight != 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rank == 0:
+            return nn.functional.linear(x, self.weight, self.bias)
+        output: torch.Tensor = _MaskedLoRA.apply(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
+        return output
+
+    @torch.no_grad()
+    def merged(self) -> torch.Tensor:
+        """M⊙(W + s·BA), rounded once to the weight's dtype."""
+        return adapter.merge(self.weight, self.A, self.B, self.scale) if self.rank else self.weight.detach()
+
+    def hold(self) -> None:
+        """Build the merged weight once and use it until `release`; call again after A or B changed."""
+        self._held = None
+        self._held = self.merged() if self.rank else None
+
+    def release(self) -> None:
+        """Forget the merged weight that `hold` built."""
+        self._held = None
+
+    @torch.no_grad()
+    def set_base(self, weight: torch.Tensor) -> None:
+        """Replace the masked base weight (out, in)."""
+        self.release()
+        self.weight.copy_(weight)
+
+    @torch.no_grad()
+    def resize(self, new_rank: int, seed: Sequence[int], fold: bool = False) -> None:
+        """Grow or shrink the adapter (LoSA, Section 3.3). Growing never moves the output; nor does shrinking by `fold`."""
+        self.release()
+        if fold and new_rank < self.rank:
+            self.weight.copy_(rank.fold_adapter(self.weight, self.A, self.B, new_rank, self.scale))
+        new_rows = None
+        if new_rank > self.rank:
+            new_rows = adapter.initial_rows(new_rank - self.rank, self.in_features, seed).to(self.A)
+        A, B = rank.resize_adapter(self.A.detach(), self.B.detach(), new_rank, new_rows)
+        self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+
+
+def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:
+    """Replace every projection of every block by an `AdaptedLinear` of rank 0; freeze everything else."""
+    model.requires_grad_(False)
+    for block in decoder_blocks(model, family):
+        for name in family.projections:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            block.set_submodule(name, AdaptedLinear(linear, scale))
+
+
+def block_adapters(block: nn.Module, family: Family) -> dict[str, AdaptedLinear]:
+    """The adapted projections of one block by name, in order of use."""
+    found = {name: block.get_submodule(name) for name in family.projections}
+    return {name: layer for name, layer in found.items() if isinstance(layer, AdaptedLinear)}
+
+
+def adapters(model: nn.Module) -> list[AdaptedLinear]:
+    """All adapted projections of a model."""
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+
+
+@contextmanager
+def holding(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
+    """Hold the merged weights of `layers` for the duration."""
+    try:
+        for layer in layers:
+            layer.hold()
+        yield
+    finally:
+        for layer in layers:
+            layer.release()
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
+    """Put the merged weights back into plain linears. Returns the masks (bool, on the CPU) by projection's full name.
+
+    Errors: RuntimeError naming the projection if a merged weight is not zero where its mask is.
+    """
+    masks = {}
+    for index, block in enumerate(decoder_blocks(model, family)):
+        for name, layer in block_adapters(block, family).items():
+            full_name = f"{family.blocks}.{index}.{name}"
+            merged, mask = layer.merged(), layer.mask
+            if bool((merged != 0).logical_and_(~mask).any()):
+                raise RuntimeError(f"{full_name}: the merged weight is not zero where its mask is")
+            linear = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=merged.dtype
+            )
+            linear.weight = nn.Parameter(merged, requires_grad=False)
+            linear.bias = layer.bias
+            block.set_submodule(name, linear)
+            masks[full_name] = mask.cpu()
+    return masks

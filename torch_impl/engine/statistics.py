@@ -1,0 +1,70 @@
+"""Running statistics of a calibration sweep: fed batch by batch, equal to the mirrored one-shot functions."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_impl import hsic
+from torch_impl.masks import sparsegpt
+
+
+class InputNorm:
+    """‖X_j‖₂ of every input column over all batches (streamed `masks.wanda.input_norm`)."""
+
+    def __init__(self) -> None:
+        self._squares: torch.Tensor | float = 0.0
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """inputs: (tokens, in)."""
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        self._squares = self._squares + torch.linalg.vector_norm(wide, dim=0).square()
+
+    def result(self) -> torch.Tensor:
+        """(in,)"""
+        assert isinstance(self._squares, torch.Tensor)
+        return self._squares.sqrt()
+
+
+class InputHessian:
+    """2/N Σ x xᵀ over all batches (streamed `masks.sparsegpt.hessian`)."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._sum: torch.Tensor | None = None
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """inputs: (tokens, in)."""
+        part = sparsegpt.hessian(inputs, self._samples)
+        self._sum = part if self._sum is None else self._sum.add_(part)
+
+    def result(self) -> torch.Tensor:
+        """(in, in)"""
+        assert self._sum is not None
+        return self._sum
+
+
+class ReconstructionError:
+    """e of LoSA, Eq. 6, over all batches (streamed `rank.reconstruction_error`)."""
+
+    def __init__(self) -> None:
+        self._difference: torch.Tensor | float = 0.0
+        self._energy: torch.Tensor | float = 0.0
+
+    def update(self, dense: torch.Tensor, sparse: torch.Tensor) -> None:
+        """dense, sparse: (..., hidden), outputs of the same block."""
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        dense, sparse = dense.flatten(0, -2).to(wide), sparse.flatten(0, -2).to(wide)
+        self._difference = self._difference + (dense - sparse).square().sum(0, dtype=torch.float64)
+        self._energy = self._energy + dense.square().sum(0, dtype=torch.float64)
+
+    def result(self) -> float:
+        """Mean over channels of Σ(D−S)² / ΣD²; a channel without energy counts 0 if it agrees and 1 if not."""
+        difference, energy = torch.as_tensor(self._difference), torch.as_tensor(self._energy)
+        silent = energy == 0
+        ratio = torch.where(silent, (difference > 0).to(energy), difference / energy.masked_fill(silent, 1.0))
+        return float(ratio.mean())
+
+
+def gram_of(hidden: torch.Tensor) -> torch.Tensor:
+    """Gram matrix (n, n) in float64, on the CPU, of hidden states (n, tokens, hidden)."""
+    return hsic.linear_gram(hidden.flatten(1)).double().cpu()

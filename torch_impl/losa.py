@@ -1,0 +1,413 @@
+"""Algorithm 1 of LoSA on a Hugging Face decoder model. Read side by side with reference/losa.py."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from torch_impl import adapter, rank, rmi, schedule, sparsity
+from torch_impl.engine import calibration, statistics, training
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.layers import attach_adapters, block_adapters, holding
+from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.masks import prune as masks
+from torch_impl.masks.nm import kept_per_group
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What is pruned, how much of it, in how many steps."""
+
+    prune_method: str = "wanda"
+    """magnitude, wanda or sparsegpt."""
+    sparsity_ratio: float | None = None
+    """Final share of zeros, in [0, 1); default 0.7, or what an N:M sparsity_type implies."""
+    sparsity_type: str = "unstructured"
+    """unstructured, N:M (keeps N of each M inputs: 2:4, 2:8, ...) or mixed-N:M (N of each block by its importance)."""
+    steps: int = 5
+    """T: prune and train in this many steps; 1 is one shot (paper: 5)."""
+    layer_sparsity: str = "rmi"
+    """rmi: sparsity of each block by mutual information (LoSA); uniform: the same for all."""
+
+    def __post_init__(self) -> None:
+        _check_choice("prune_method", self.prune_method, tuple(masks.METHODS))
+        _check_choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; allowed: 1 or more")
+        if self.sparsity_ratio is not None and not 0 <= self.sparsity_ratio < 1:
+            raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
+        match = re.fullmatch(r"(?:mixed-)?(\d+):(\d+)", self.sparsity_type)
+        if match is None and self.sparsity_type != "unstructured":
+            raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: unstructured, N:M, mixed-N:M")
+        if match is not None:
+            n, m = int(match[1]), int(match[2])
+            if not 0 < n <= m:
+                raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: N from 1 to M")
+            if self.sparsity_ratio is not None and abs(self.sparsity_ratio - (1 - n / m)) > 1e-9:
+                raise ValueError(
+                    f"sparsity_ratio is {self.sparsity_ratio}; allowed with sparsity_type {self.sparsity_type}: {1 - n / m}"
+                )
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern; None if unstructured."""
+        if self.sparsity_type == "unstructured":
+            return None
+        n, m = self.sparsity_type.removeprefix("mixed-").split(":")
+        return int(n), int(m)
+
+    @property
+    def final_sparsity(self) -> float:
+        """Share of zeros at the end."""
+        if self.group is not None:
+            return 1 - self.group[0] / self.group[1]
+        return 0.7 if self.sparsity_ratio is None else self.sparsity_ratio
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The low-rank adapters and how ranks are shared out."""
+
+    lora_alpha: float = 16.0
+    """α: the adapter is scaled by α / r₀."""
+    lora_r: int = 8
+    """r₀: the constant of that scale, whatever the rank is."""
+    initial_rank: int = 6
+    """Mean rank at the first step; it grows by one a step (paper: 6)."""
+    min_rank: int = 1
+    """No block gets fewer ranks."""
+    max_rank: int = 16
+    """No block gets more ranks."""
+    rank_allocation: str = "error"
+    """error: ranks by reconstruction error (LoSA); uniform: the mean rank for all."""
+    rank_shrink: str = "truncate"
+    """truncate: dropped ranks are lost (paper); fold: they are added to the weight first."""
+
+    def __post_init__(self) -> None:
+        _check_choice("rank_allocation", self.rank_allocation, ("error", "uniform"))
+        _check_choice("rank_shrink", self.rank_shrink, ("truncate", "fold"))
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}; allowed: 1 or more")
+        if not 1 <= self.min_rank <= self.initial_rank <= self.max_rank:
+            raise ValueError(
+                f"initial_rank is {self.initial_rank}; allowed: min_rank {self.min_rank} (1 or more) "
+                f"to max_rank {self.max_rank}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """s = α / r₀."""
+        return self.lora_alpha / self.lora_r
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's trajectory, apart from model, tokens and machine."""
+
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        last = self.adapter.initial_rank + self.prune.steps - 1
+        if self.training.finetune and last > self.adapter.max_rank:
+            raise ValueError(
+                f"steps is {self.prune.steps}: the mean rank would end at {last}; allowed: up to max_rank "
+                f"{self.adapter.max_rank}, so take fewer steps or a lower initial_rank"
+            )
+
+
+@dataclass
+class StepRecord:
+    """What one step decided and measured; lists have one entry per block."""
+
+    step: int
+    target: float
+    importance: list[float]
+    sparsity: list[float]
+    realised: list[float]
+    errors: list[float]
+    ranks: list[int]
+    losses: list[float]
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+Observer = Callable[[StepRecord], None]
+
+
+@torch.no_grad()
+def measure_importance(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """I of LoSA, Eq. 4, for every block of the current model, from token ids (n, tokens); features are not kept."""
+    stream = calibration.start_stream(model, family, ids, batch_size)
+    grams = []
+    for index, block in enumerate(tqdm(decoder_blocks(model, family), desc="mutual information", leave=False)):
+        with holding(list(block_adapters(block, family).values())):
+            stream.advance(block, index)
+        grams.append(statistics.gram_of(stream.hidden))
+    return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(grams))))
+
+
+def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
+    """Share of zeros of each block's projections, float64 (L,)."""
+    shares = []
+    for block in decoder_blocks(model, family):
+        weights = [weight_of(block, name) for name in family.projections]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        shares.append(zeros / sum(weight.numel() for weight in weights))
+    return torch.tensor(shares, dtype=torch.float64)
+
+
+def _block_targets(
+    config: PruneConfig, target: float, importance: torch.Tensor | None, weights: torch.Tensor, previous: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[int, int] | None]]:
+    """Sparsity of each block (L,) at this step, and its N:M if the pattern has one."""
+    blocks = len(weights)
+    if config.group is None:
+        if importance is None:
+            return torch.full((blocks,), target, dtype=torch.float64), [None] * blocks
+        spread = schedule.sparsity_spread(target)
+        return sparsity.allocate_sparsity(importance, target, spread, weights, previous), [None] * blocks
+    m = config.group[1]
+    kept = torch.full((blocks,), kept_per_group(target, m))
+    if config.sparsity_type.startswith("mixed-") and importance is not None:
+        ceiling = torch.round((1 - previous) * m).long()
+        kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling)
+    return 1 - kept.double() / m, [(int(n), m) for n in kept]
+
+
+def _gather(
+    method: str, block: nn.Module, index: int, family: Family, stream: calibration.Stream
+) -> dict[str, torch.Tensor | None]:
+    """The statistic that `method` needs of each projection's input, one per shared input."""
+    gathered: dict[str, Any] = {}
+    for group in family.inputs if method != "magnitude" else ():
+        gathered[group[0]] = (
+            statistics.InputHessian(len(stream.hidden)) if method == "sparsegpt" else statistics.InputNorm()
+        )
+    if gathered:
+        with calibration.watching_inputs(block, family.inputs, lambda name, x: gathered[name].update(x)):
+            for batch, rows in stream.batches():
+                stream.forward(block, index, batch, rows)
+    results = {name: accumulator.result() for name, accumulator in gathered.items()}
+    return {name: results.get(group[0]) for group in family.inputs for name in group}
+
+
+@torch.no_grad()
+def _prune_block(
+    block: nn.Module,
+    index: int,
+    family: Family,
+    stream: calibration.Stream,
+    config: PruneConfig,
+    rate: float,
+    nm: tuple[int, int] | None,
+) -> None:
+    """Prune the projections of one block further, on inputs that come from already pruned blocks."""
+    layers = block_adapters(block, family)
+    with holding(list(layers.values())):
+        gathered = _gather(config.prune_method, block, index, family, stream)
+    for name, layer in layers.items():
+        merged = layer.merged()
+        try:
+            updated, mask = masks.prune(
+                config.prune_method, merged, gathered[name], layer.mask, **({"nm": nm} if nm else {"sparsity": rate})
+            )
+        except ValueError as error:
+            raise ValueError(f"block {index}, {name}, {len(stream.hidden)} calibration sequences: {error}") from error
+        layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
+
+
+@torch.no_grad()
+def _prune_model(
+    model: nn.Module,
+    dense: nn.Module,
+    family: Family,
+    ids: torch.Tensor,
+    settings: Settings,
+    rates: torch.Tensor,
+    groups: Sequence[tuple[int, int] | None],
+) -> list[float]:
+    """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block."""
+    dense_stream = calibration.start_stream(dense, family, ids, settings.calibration.calibration_batch_size)
+    stream = dense_stream.clone()
+    errors = []
+    pairs = list(zip(decoder_blocks(dense, family), decoder_blocks(model, family), strict=True))
+    for index, (dense_block, block) in enumerate(tqdm(pairs, desc="prune", leave=False)):
+        _prune_block(block, index, family, stream, settings.prune, float(rates[index]), groups[index])
+        error = statistics.ReconstructionError()
+        with holding(list(block_adapters(block, family).values())):
+            dense_stream.advance(dense_block, index)
+            stream.advance(block, index)
+        for _, rows in stream.batches():
+            error.update(dense_stream.hidden[rows], stream.hidden[rows])
+        errors.append(error.result())
+    return errors
+
+
+def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:
+    config = settings.adapter
+    mean = schedule.mean_rank(step, config.initial_rank)
+    if config.rank_allocation == "uniform":
+        return [mean] * len(errors)
+    allocated = rank.allocate_ranks(
+        torch.tensor(errors, dtype=torch.float64), mean, min_rank=config.min_rank, max_rank=config.max_rank
+    )
+    return [int(r) for r in allocated]
+
+
+def _resize(model: nn.Module, family: Family, ranks: Sequence[int], step: int, settings: Settings) -> None:
+    fold = settings.adapter.rank_shrink == "fold"
+    for index, block in enumerate(decoder_blocks(model, family)):
+        for number, layer in enumerate(block_adapters(block, family).values()):
+            layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
+
+
+def _lr_positions(parts: Sequence[Sequence[Example]], config: TrainingConfig) -> list[tuple[int, int]]:
+    """(optimizer steps done, optimizer steps in all) of the learning-rate schedule at the start of every step."""
+    counts = [config.optimizer_steps(len(part)) for part in parts]
+    if config.lr_schedule == "per_step":
+        return [(0, count) for count in counts]
+    return [(sum(counts[:t]), sum(counts)) for t in range(len(counts))]
+
+
+def check_model(model: nn.Module, settings: Settings) -> Family:
+    """The family of `model`, after checking that these settings can be carried out on it.
+
+    Errors: ValueError for an unknown structure, fewer than three blocks with RMI, weights that are not finite, inputs
+    that M does not divide, or a model that is already sparser than asked.
+    """
+    family = find_family(model)
+    blocks = decoder_blocks(model, family)
+    if settings.prune.layer_sparsity == "rmi" and len(blocks) < 3:
+        raise ValueError(
+            f"layer_sparsity is 'rmi' and the model has {len(blocks)} decoder blocks; allowed: 3 or more "
+            "(with two, importances are always equal), or layer_sparsity uniform"
+        )
+    for index, block in enumerate(blocks):
+        for name in family.projections:
+            weight = weight_of(block, name)
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights")
+            if settings.prune.group is not None and weight.shape[1] % settings.prune.group[1]:
+                raise ValueError(
+                    f"sparsity_type is {settings.prune.sparsity_type!r} and {family.blocks}.{index}.{name} has "
+                    f"{weight.shape[1]} inputs; allowed: a multiple of {settings.prune.group[1]}"
+                )
+    return family
+
+
+def run(
+    model: nn.Module,
+    calibration_ids: torch.Tensor,
+    parts: Sequence[Sequence[Example]],
+    settings: Settings,
+    on_step: Observer | None = None,
+    on_loss: Callable[[int, int, float, float], None] | None = None,
+) -> list[StepRecord]:
+    """Prune and adapt `model` in place by LoSA, Algorithm 1; it ends with adapters on, unmerged.
+
+    calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one list a step, none of them
+    empty if fine-tuning is on. on_step hears each step's record, on_loss(step, optimizer step, loss, learning rate).
+
+    Returns one record a step. Errors: see `check_model`; FloatingPointError if training diverges.
+    """
+    family = check_model(model, settings)
+    config = settings.prune
+    if settings.training.finetune and (len(parts) != config.steps or not all(parts)):
+        sizes = [len(part) for part in parts]
+        raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {config.steps}, none empty")
+    model.eval()
+    dense = copy.deepcopy(model).requires_grad_(False)
+    attach_adapters(model, family, settings.adapter.scale)
+    if settings.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    torch.manual_seed(settings.seed)
+
+    weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
+    rates = _zero_shares(model, family)
+    initial = float((weights * rates).sum() / weights.sum())
+    if initial > config.final_sparsity + 1e-3:
+        raise ValueError(
+            f"sparsity_ratio is {config.final_sparsity} and the model's share of zeros is {initial:.4f} already; "
+            "allowed: as much or more"
+        )
+    # A few exact zeros in a dense checkpoint are no earlier pruning.
+    initial, rates = (0.0, torch.zeros_like(rates)) if initial < 1e-3 else (initial, rates)
+    positions = _lr_positions(parts, settings.training)
+    records = []
+    for step in range(1, config.steps + 1):
+        clock = _Clock(next(model.parameters()).device)
+        target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, min(initial, config.final_sparsity))
+        importance = None
+        if config.layer_sparsity == "rmi":
+            ids = calibration_ids[: settings.calibration.rmi_samples]
+            importance = measure_importance(model, family, ids, settings.calibration.calibration_batch_size)
+        clock.lap("importance")
+        rates, groups = _block_targets(config, target, importance, weights, rates)
+        errors = _prune_model(model, dense, family, calibration_ids, settings, rates, groups)
+        clock.lap("prune")
+        ranks: list[int] = []
+        losses: list[float] = []
+        if settings.training.finetune:
+            ranks = _allocate_ranks(settings, step, errors)
+            _resize(model, family, ranks, step, settings)
+            losses = training.train(
+                model,
+                dense,
+                parts[step - 1],
+                settings.training,
+                positions[step - 1],
+                f"train {step}/{config.steps}",
+                None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
+            )
+        clock.lap("train")
+        record = StepRecord(
+            step=step,
+            target=target,
+            importance=[] if importance is None else importance.tolist(),
+            sparsity=rates.tolist(),
+            realised=_zero_shares(model, family).tolist(),
+            errors=errors,
+            ranks=ranks,
+            losses=losses,
+            seconds=clock.laps,
+        )
+        records.append(record)
+        if on_step is not None:
+            on_step(record)
+    return records
+
+
+class _Clock:
+    """Wall-clock seconds of the parts of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
