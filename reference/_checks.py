@@ -1,0 +1,75 @@
+"""Argument checks of the spec: one line that names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def array(name: str, value: Any, *axes: str) -> Array:
+    """`value` as float64 with one named axis per dimension, finite and not empty."""
+    try:
+        result = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: an array of real numbers") from error
+    if result.ndim != len(axes) or result.size == 0:
+        raise ValueError(f"{name} has shape {result.shape}; allowed: ({', '.join(axes)}), none of them 0")
+    if not np.isfinite(result).all():
+        raise ValueError(f"{name} holds NaN or infinity; allowed: finite numbers")
+    return result
+
+
+def same_shape(name: str, value: Any, like: NDArray[Any], like_name: str) -> None:
+    """Two arrays of one shape."""
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has shape {value.shape}; allowed: {like.shape}, the shape of {like_name}")
+
+
+def mask(name: str, value: Any, like: NDArray[Any], like_name: str) -> Mask:
+    """`value` as a bool array of the shape of `like`."""
+    result = np.asarray(value)
+    if result.dtype != np.bool_:
+        raise TypeError(f"{name} has dtype {result.dtype}; allowed: bool, True = kept")
+    same_shape(name, result, like, like_name)
+    return result
+
+
+def number(name: str, value: float, low: float, high: float, open_high: bool = False) -> float:
+    """A real number in [low, high], or in [low, high) with `open_high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} is {value!r}; allowed: a number")
+    if not (low <= value <= high) or (open_high and value == high):
+        raise ValueError(f"{name} is {value}; allowed: {low} to {high}{', the latter excluded' if open_high else ''}")
+    return float(value)
+
+
+def integer(name: str, value: int, low: int, high: int | None = None) -> int:
+    """An integer from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r}; allowed: an integer")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; allowed: {low} {'or more' if high is None else f'to {high}'}")
+    return int(value)
+
+
+def square(name: str, value: Any) -> Array:
+    """A square float64 matrix."""
+    result = array(name, value, "n", "n")
+    if result.shape[0] != result.shape[1]:
+        raise ValueError(f"{name} has shape {result.shape}; allowed: (n, n)")
+    return result
+
+
+def scores(value: Any) -> Array:
+    """A float64 matrix (out, in) of scores without NaN; infinities are allowed."""
+    result = np.asarray(value, dtype=np.float64)
+    if result.ndim != 2 or result.size == 0:
+        raise ValueError(f"score has shape {result.shape}; allowed: (out, in), none of them 0")
+    if np.isnan(result).any():
+        raise ValueError("score holds NaN; allowed: numbers")
+    return result

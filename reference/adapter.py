@@ -1,0 +1,177 @@
+"""A low-rank adapter that lives under the mask of its weight, so that it merges without filling a zero.
+
+Legend: W (out × in) a projection's weight, zero where pruned, M = W ≠ 0 its mask, A (r × in) and B (out × r) the adapter,
+s = α / r₀ its scale, the same at every rank, x (... × in) the input, y (... × out) the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reference import _checks
+from reference._checks import Array, Mask
+
+
+def effective_weight(weight: Array, A: Array, B: Array, scale: float) -> Array:
+    """The one weight that base and adapter are together.
+
+    Source: LoSA, Eq. 1.
+
+        W̃ = M⊙(W + s·BA),   M = W ≠ 0
+
+    Parameters: weight W (out, in); A (r, in), B (out, r), r may be 0; scale s. Returns: W̃ (out, in), exactly 0 wherever
+    W is.
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: the mask is read off the weight, so a kept weight that is exactly 0 counts as pruned, and a plain sparse
+    checkpoint carries its own mask.
+
+    >>> effective_weight([[1, 0], [2, 3]], [[1, 1]], [[1], [2]], scale=0.5)  # BA = [[1, 1], [2, 2]]
+    array([[1.5, 0. ],
+           [3. , 4. ]])
+    """
+    W, A, B = _operands(weight, A, B, scale)
+    M = W != 0
+    return M * (W + scale * (B @ A))
+
+
+def merge(weight: Array, A: Array, B: Array, scale: float) -> Array:
+    """The effective weight, rounded once to the weight's own precision: what is saved.
+
+    Source: LoSA, Eq. 1.
+
+    Parameters and errors: as `effective_weight`. Returns: (out, in) in the weight's floating dtype (float64 for integers).
+
+    *Deviation*: the published code adds in half precision, so its merged and unmerged outputs part.
+
+    >>> merge(np.float32([[1, 0]]), [[1, 1]], [[1]], scale=0.5)
+    array([[1.5, 0. ]], dtype=float32)
+    """
+    dtype = np.asarray(weight).dtype
+    return effective_weight(weight, A, B, scale).astype(dtype if dtype.kind == "f" else np.float64)
+
+
+def masked_lora(x: Array, weight: Array, A: Array, B: Array, scale: float) -> Array:
+    """What a projection with its adapter puts out.
+
+    Source: LoSA, Eq. 1.
+
+        y = x W̃ᵀ
+
+    Parameters: x (..., in); the others as `effective_weight`. Returns: y (..., out).
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: no dropout on the adapter's input (published code: 0.1); with it there is no one weight.
+
+    >>> masked_lora([[1, 1]], [[1, 0], [2, 3]], [[1, 1]], [[1], [2]], scale=0.5)
+    array([[1.5, 7. ]])
+    """
+    x = _input(x, weight)
+    return x @ effective_weight(weight, A, B, scale).T
+
+
+def masked_lora_grad(
+    x: Array, weight: Array, A: Array, B: Array, scale: float, grad_y: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of a loss with respect to the input and the adapter, from that with respect to the output.
+
+    Source: LoSA, Eq. 1, differentiated.
+
+        G = dyᵀ x,   dB = s (M⊙G) Aᵀ,   dA = s Bᵀ (M⊙G),   dx = dy W̃
+
+    Parameters: x (..., in); grad_y dy (..., out); the others as `effective_weight`. Returns: (dx (..., in), dA (r, in),
+    dB (out, r)).
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: none.
+
+    >>> dx, dA, dB = masked_lora_grad([[1, 2]], [[1, 0]], [[1, 1]], [[3]], 0.5, [[1]])  # G = [1 2], M⊙G = [1 0]
+    >>> dx, dA, dB
+    (array([[2.5, 0. ]]), array([[1.5, 0. ]]), array([[0.5]]))
+    """
+    W, A, B = _operands(weight, A, B, scale)
+    x = _input(x, weight)
+    dy = np.asarray(grad_y, dtype=np.float64)
+    if dy.shape != (*x.shape[:-1], len(W)):
+        raise ValueError(f"grad_y has shape {dy.shape}; allowed: {(*x.shape[:-1], len(W))}")
+    M = W != 0
+    G = dy.reshape(-1, W.shape[0]).T @ x.reshape(-1, W.shape[1])
+    dB = scale * (M * G) @ A.T
+    dA = scale * B.T @ (M * G)
+    dx = dy @ effective_weight(W, A, B, scale)
+    return dx, dA, dB
+
+
+def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> Array:
+    """Values of new rows of A, drawn afresh for a seed, so that any machine at any time draws the same.
+
+    Source: LoRA (arXiv 2106.09685) as its library initialises it: Kaiming uniform with a = √5.
+
+        U(−1/√in, 1/√in)
+
+    Parameters: count of rows; in_features; seed, integers ≥ 0, LoSA's being (run, step, block, projection).
+    Returns: (count, in).
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: none in the distribution.
+
+    >>> rows = initial_rows(2, 4, seed=(0, 1))
+    >>> rows.shape, bool((abs(rows) <= 0.5).all())
+    ((2, 4), True)
+    """
+    _checks.integer("count", count, 0)
+    _checks.integer("in_features", in_features, 1)
+    for part in seed:
+        _checks.integer("seed", part, 0)
+    bound = 1 / np.sqrt(in_features)
+    return np.random.default_rng(list(seed)).uniform(-bound, bound, (count, in_features))
+
+
+def rebase(weight: Array, merged: Array, updated: Array, mask: Mask) -> Array:
+    """The base weight after pruning, such that base and adapter together are what pruning made of the merged weight.
+
+    Source: LoSA, Algorithm 1: pruning sees the merged weight, the adapter goes on.
+
+        W' = M'⊙(W + (updated − merged))       so that W' + s·BA = updated under M'
+
+    Parameters: weight W (out, in), the old base; merged (out, in), what was pruned; updated (out, in), what pruning made
+    of it; mask M' bool (out, in), a subset of the old. Returns: W' (out, in). A kept weight that pruning did not update
+    keeps its bits.
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: the paper does not say; the published code prunes the base without its adapter.
+
+    >>> rebase([[1, 2]], [[1.5, 2.5]], [[0, 3.5]], np.array([[False, True]]))
+    array([[0., 3.]])
+    """
+    W = _checks.array("weight", weight, "out", "in")
+    merged, updated = _checks.array("merged", merged, "out", "in"), _checks.array("updated", updated, "out", "in")
+    _checks.same_shape("merged", merged, W, "weight")
+    _checks.same_shape("updated", updated, W, "weight")
+    mask = _checks.mask("mask", mask, W, "weight")
+    return np.where(mask, W + (updated - merged), 0.0)
+
+
+def _operands(weight: Array, A: Array, B: Array, scale: float) -> tuple[Array, Array, Array]:
+    W = _checks.array("weight", weight, "out", "in")
+    A, B = np.asarray(A, dtype=np.float64), np.asarray(B, dtype=np.float64)
+    if A.ndim != 2 or A.shape[1] != W.shape[1]:
+        raise ValueError(f"A has shape {A.shape}; allowed: (r, {W.shape[1]})")
+    if B.shape != (len(W), len(A)):
+        raise ValueError(f"B has shape {B.shape}; allowed: ({len(W)}, {len(A)})")
+    _checks.number("scale", scale, -np.inf, np.inf)
+    return W, A, B
+
+
+def _input(x: Array, weight: Array) -> Array:
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim == 0 or x.shape[-1] != np.shape(weight)[-1]:
+        raise ValueError(f"x has shape {x.shape}; allowed: (..., {np.shape(weight)[-1]})")
+    return x

@@ -1,0 +1,30 @@
+"""Magnitude pruning: small weights go."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reference import _checks
+from reference._checks import Array, Mask
+from reference.masks.select import matrix_mask
+
+
+def magnitude_mask(weight: Array, sparsity: float) -> Mask:
+    """Prune the weights of smallest size in the whole matrix.
+
+    Source: the baseline of Wanda (arXiv 2306.11695).
+
+        score = |W|
+
+    Parameters: weight W (out, in); sparsity in [0, 1]. Returns: bool (out, in), True = kept.
+
+    Ties: row-major order, the first goes first. Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: none.
+
+    >>> magnitude_mask([[-3, 1], [2, 0]], 0.5)
+    array([[ True, False],
+           [ True, False]])
+    """
+    weight = _checks.array("weight", weight, "out", "in")
+    return matrix_mask(np.abs(weight), sparsity)

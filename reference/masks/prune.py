@@ -1,0 +1,64 @@
+"""Every pruning method behind one call: the registry. A new method is one file in masks/ and one line here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reference import _checks
+from reference._checks import Array, Mask
+from reference.masks.nm import nm_mask
+from reference.masks.select import demote_pruned, matrix_mask, row_mask
+from reference.masks.sparsegpt import sparsegpt, sparsegpt_nm
+from reference.masks.wanda import wanda_score
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+def prune(
+    method: str,
+    weight: Array,
+    statistic: Array | None,
+    kept: Mask,
+    sparsity: float | None = None,
+    nm: tuple[int, int] | None = None,
+) -> tuple[Array, Mask]:
+    """Prune one projection further: its mask only shrinks.
+
+    Source: LoSA, Algorithm 1, with the scores of magnitude, Wanda or SparseGPT.
+
+    Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input: None for
+    magnitude, `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt; kept bool (out, in), the mask
+    so far; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where pruned and updated by SparseGPT; mask
+    bool (out, in), True = kept).
+
+    Ties: those of the method; weights that are pruned already go first.
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: see `select.demote_pruned`.
+
+    >>> prune("magnitude", [[0.0, 1.0, 2.0, 3.0]], None, np.array([[False, True, True, True]]), sparsity=0.5)
+    (array([[0., 0., 2., 3.]]), array([[False, False,  True,  True]]))
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    if (sparsity is None) == (nm is None):
+        raise ValueError(f"sparsity is {sparsity} and nm is {nm}; allowed: one of the two")
+    if (statistic is None) != (method == "magnitude"):
+        raise ValueError(f"statistic is {'missing' if statistic is None else 'given'}; not allowed with {method}")
+    W = _checks.array("weight", weight, "out", "in")
+    kept = _checks.mask("kept", kept, W, "weight")
+
+    if method == "sparsegpt":
+        if nm is None:
+            return sparsegpt(W, statistic, sparsity, kept=kept)
+        return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, 128 // nm[1]), kept=kept)
+    score = demote_pruned(np.abs(W) if method == "magnitude" else wanda_score(W, statistic), kept)
+    if nm is not None:
+        mask = nm_mask(score, *nm)
+    elif method == "magnitude":
+        mask = matrix_mask(score, sparsity)
+    else:
+        mask = row_mask(score, sparsity)
+    mask &= kept
+    return np.where(mask, W, 0.0), mask

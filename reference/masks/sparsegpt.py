@@ -1,0 +1,177 @@
+"""SparseGPT: prune from left to right and let the weights not yet visited make up for each loss.
+
+Legend: W (out × in) one projection's weight, X (tokens × in) its calibration input, H (in × in) Hessian of the squared
+output error, U upper triangular with H⁻¹ = Uᵀ U.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from reference import _checks
+from reference._checks import Array, Mask
+from reference.masks.nm import nm_mask
+from reference.masks.select import demote_pruned, matrix_mask
+
+# A Hessian that will not factor is tried again with ten and a hundred times the damping.
+DAMPING_RETRIES = (1.0, 10.0, 100.0)
+
+
+def hessian(inputs: Array, samples: int) -> Array:
+    """Hessian of the squared output error with respect to one row of the weight.
+
+    Source: SparseGPT (arXiv 2301.00774), Section 3.
+
+        H = 2/N Σ x xᵀ
+
+    Parameters: inputs X (tokens, in), all calibration tokens; samples N, the number of sequences they came in.
+    Returns: H (in, in), symmetric.
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: none.
+
+    >>> hessian([[1, 2], [0, 1]], samples=2)
+    array([[1., 2.],
+           [2., 5.]])
+    """
+    X = _checks.array("inputs", inputs, "tokens", "in")
+    _checks.integer("samples", samples, 1)
+    return 2 / samples * (X.T @ X)
+
+
+def sparsegpt(
+    weight: Array,
+    hessian: Array,
+    sparsity: float,
+    block_size: int = 128,
+    damping: float = 0.01,
+    kept: Mask | None = None,
+) -> tuple[Array, Mask]:
+    """Prune a share of every block of columns and update what is left so that the output moves least.
+
+    Source: SparseGPT (arXiv 2301.00774), Algorithm 1.
+
+        U = chol(H⁻¹) upper;   for every block of columns:
+          mask: the k lowest of W²_ij / U²_jj over all its rows go, k = floor(ρ · rows · columns + 1e-9)
+          for every column j, left to right, E_j = (W_j − mask_j ⊙ W_j) / U_jj,   W_{j:} −= E_j U_{j,j:}
+
+    Within a block the update reaches the block's columns at once and those behind it when the block is done; the two
+    together are the one line above.
+
+    Parameters: weight W (out, in); hessian H (in, in); sparsity ρ in [0, 1]; block_size, columns whose mask is chosen
+    together; damping, the share of mean(diag H) added to the diagonal; kept bool (out, in), the weights not pruned yet
+    (default all): the others are pruned first and stay pruned, even if they are more than k.
+
+    Returns: (W' (out, in), zero where pruned; mask bool (out, in), True = kept).
+
+    Ties: row-major order within a block of columns, the first goes first. A Hessian that will not factor is tried again
+    with damping × 10 and × 100.
+
+    Errors: ValueError naming the dampings tried if none of them makes H factor; ValueError or TypeError naming the argument.
+
+    *Deviation*: the published code zeroes the weights of dead inputs beforehand; here the damping alone makes them cheap.
+    It knows no earlier mask, so a weight pruned at one step may come back at the next.
+
+    >>> W, mask = sparsegpt([[1.0, 2.0]], [[2.0, 2.0], [2.0, 4.0]], 0.5, damping=0.0)
+    >>> mask  # U = [[1, −½], [0, ½]]: scores 1/1 and 4/¼
+    array([[False,  True]])
+    >>> W  # E = 1, so the second weight becomes 2 + 1·½
+    array([[0. , 2.5]])
+    """
+    sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
+
+    def choose(columns: Array, diagonal: Array, kept: Mask) -> Mask:
+        return matrix_mask(demote_pruned(columns**2 / diagonal**2, kept), sparsity) & kept
+
+    return _prune(weight, hessian, block_size, damping, kept, choose, group=None)
+
+
+def sparsegpt_nm(
+    weight: Array,
+    hessian: Array,
+    n: int,
+    m: int,
+    block_size: int = 128,
+    damping: float = 0.01,
+    kept: Mask | None = None,
+) -> tuple[Array, Mask]:
+    """SparseGPT with n of every m consecutive inputs of a row kept.
+
+    Source: SparseGPT (arXiv 2301.00774), Section 3.4. The mask of a group is chosen when its first column is reached,
+    from the weights as they are updated by then.
+
+    Parameters: as `sparsegpt`; n from 0 to m; m, a divisor of block_size and of in. Returns: (W', mask) as there.
+
+    Ties: the lower column of a group goes first. Errors: as there.
+
+    *Deviation*: as there.
+
+    >>> sparsegpt_nm([[1.0, 2.0]], [[2.0, 2.0], [2.0, 4.0]], 1, 2, damping=0.0)
+    (array([[0. , 2.5]]), array([[False,  True]]))
+    """
+    _checks.integer("m", m, 1)
+    _checks.integer("n", n, 0, m)
+    _checks.integer("block_size", block_size, 1)
+    if block_size % m or np.shape(weight)[-1] % m:
+        raise ValueError(
+            f"m is {m}; allowed: a divisor of block_size {block_size} and of the {np.shape(weight)[-1]} inputs"
+        )
+
+    def choose(columns: Array, diagonal: Array, kept: Mask) -> Mask:
+        return nm_mask(demote_pruned(columns**2 / diagonal**2, kept), n, m) & kept
+
+    return _prune(weight, hessian, block_size, damping, kept, choose, group=m)
+
+
+def _prune(
+    weight: Array,
+    hessian: Array,
+    block_size: int,
+    damping: float,
+    kept: Mask | None,
+    choose: Callable[[Array, Array, Mask], Mask],
+    group: int | None,
+) -> tuple[Array, Mask]:
+    """The column loop. `choose(weights, diagonal of U, kept)` gives the mask of the next `group` columns."""
+    W = _checks.array("weight", weight, "out", "in").copy()
+    H = _checks.square("hessian", hessian)
+    if len(H) != W.shape[1]:
+        raise ValueError(f"hessian has shape {H.shape}; allowed: ({W.shape[1]}, {W.shape[1]}), the weight's inputs")
+    _checks.integer("block_size", block_size, 1)
+    kept = np.ones(W.shape, dtype=bool) if kept is None else _checks.mask("kept", kept, W, "weight")
+    U = _inverse_factor(H, damping)
+    diagonal = np.diag(U)
+    columns = W.shape[1]
+    mask = np.ones(W.shape, dtype=bool)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        step = stop - start if group is None else group
+        for j in range(start, stop):
+            if (j - start) % step == 0:
+                chosen = slice(j, j + step)
+                mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
+            error = np.where(mask[:, j], 0.0, W[:, j]) / U[j, j]
+            W[:, j:] -= np.outer(error, U[j, j:])
+    return np.where(mask, W, 0.0), mask
+
+
+def _inverse_factor(H: Array, damping: float) -> Array:
+    """U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
+    _checks.number("damping", damping, 0.0, math.inf, open_high=True)
+    tried = []
+    for factor in DAMPING_RETRIES:
+        tried.append(damping * factor)
+        damped = H + tried[-1] * np.diag(H).mean() * np.eye(len(H))
+        try:
+            np.linalg.cholesky(damped)  # inv() alone would invert an indefinite matrix without complaint
+            inverse = np.linalg.inv(damped)
+            U = np.linalg.cholesky((inverse + inverse.T) / 2).T
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(U).all():
+            return U
+    raise ValueError(f"hessian is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}")
