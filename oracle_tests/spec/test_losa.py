@@ -1,0 +1,266 @@
+"""Algorithm 1 in NumPy: its lines against definitions written differently, its runs against what must always hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from oracle_tests.llama_pair import random_llama
+from reference import adapter, llama, losa
+from reference.losa import Settings
+
+SIZES = llama.Sizes(vocabulary=13, hidden=8, intermediate=12, heads=4, kv_heads=2)
+QUICK = Settings(
+    steps=3, initial_rank=2, max_rank=6, rmi_samples=4, learning_rate=1e-2, batch_size=2, sparsity_ratio=0.6, seed=3
+)
+
+
+def model(blocks: int = 4, seed: int = 0) -> llama.Llama:
+    return random_llama(SIZES, blocks, tied=False, seed=seed)
+
+
+def ids(shape: tuple[int, int] = (5, 6), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(SIZES.vocabulary, size=shape)
+
+
+def parts(steps: int, seed: int = 1, examples: int = 4) -> list[list[losa.Example]]:
+    """Sequences of unequal length, the first tokens of each without a label."""
+    generator = np.random.default_rng(seed)
+
+    def example() -> losa.Example:
+        row = generator.integers(SIZES.vocabulary, size=generator.integers(3, 8))
+        labels = row.copy()
+        labels[: generator.integers(0, 2)] = llama.IGNORED
+        return {"input_ids": row, "labels": labels}
+
+    return [[example() for _ in range(examples)] for _ in range(steps)]
+
+
+def zeros_per_group(mask: np.ndarray, m: int) -> np.ndarray:
+    return (~mask).reshape(len(mask), -1, m).sum(axis=-1)
+
+
+@hypothesis_settings(deadline=None, max_examples=12)
+@given(
+    method=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    pattern=st.sampled_from(["unstructured", "2:4", "mixed-2:4"]),
+    shrink=st.sampled_from(["truncate", "fold"]),
+    seed=st.integers(0, 99),
+)
+def test_what_holds_in_every_run(method: str, pattern: str, shrink: str, seed: int) -> None:
+    settings = replace(QUICK, prune_method=method, sparsity_type=pattern, rank_shrink=shrink, seed=seed)
+    dense = model(seed=seed)
+    merged, records = losa.run(dense, ids(), parts(3), settings)
+    previous = losa.attach_adapters(dense)
+    for record in records:
+        assert [len(layer.A) for block in record.layers for layer in block.values()] == np.repeat(
+            record.ranks, 7
+        ).tolist()
+        assert sum(record.ranks) == 4 * (record.step + 1)
+        if pattern == "unstructured":
+            assert np.mean(record.sparsity) == pytest.approx(record.target, abs=1e-12)
+        for index, block in enumerate(record.layers):
+            for name, layer in block.items():
+                assert not (layer.mask & ~previous[index][name].mask).any(), "masks nest"
+                if pattern != "unstructured":
+                    assert set(zeros_per_group(layer.mask, 4).flat) == {round(4 * record.sparsity[index])}
+        previous = record.layers
+    for block, layers in zip(merged.blocks, previous, strict=True):
+        for name, layer in layers.items():
+            assert (block.weights[name][~layer.mask] == 0).all()
+    for before, after in zip(dense.blocks, model(seed=seed).blocks, strict=True):
+        np.testing.assert_equal(before.weights, after.weights)  # nothing is changed in place
+
+
+def test_settings_out_of_the_algorithm_s_way() -> None:
+    """Uniform rates, uniform ranks, no training: each falls back to the plain rule."""
+    settings = replace(QUICK, layer_sparsity="uniform", rank_allocation="uniform", sparsity_ratio=0.5)
+    _, records = losa.run(model(2), ids(), parts(3), settings)
+    for record in records:
+        assert record.importance == []
+        assert record.sparsity == [record.target] * 2
+        assert record.ranks == [record.step + 1] * 2
+    _, records = losa.run(model(), ids(), [], replace(QUICK, finetune=False, sparsity_type="2:4"))
+    assert [(record.ranks, record.losses) for record in records] == [([], [])] * 3
+    assert [record.sparsity for record in records] == [[0.25] * 4, [0.5] * 4, [0.5] * 4]  # 4 · (.35, .48, .5) zeros
+
+
+def test_importance_by_a_double_sum() -> None:
+    """HSIC = Σ over pairs of samples of the two centred kernels' products, without a matrix."""
+    dense, tokens = model(3), ids((4, 5))
+    outputs = [block.output.reshape(4, -1) for block in llama.forward(dense, tokens).blocks]
+    centred = [features - features.mean(axis=0) for features in outputs]
+
+    def cross(x: np.ndarray, y: np.ndarray) -> float:
+        return sum((x[a] @ x[b]) * (y[a] @ y[b]) for a in range(4) for b in range(4))
+
+    shared = [
+        sum(cross(x, y) / math.sqrt(cross(x, x) * cross(y, y)) for j, y in enumerate(centred) if j != i)
+        for i, x in enumerate(centred)
+    ]
+    expected = [math.exp(-value / sum(shared)) for value in shared]
+    np.testing.assert_allclose(losa.measure_importance(dense, tokens), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_blocks_are_pruned_on_inputs_from_pruned_blocks(method: str) -> None:
+    """The second block sees what the pruned first one makes of the tokens; errors compare the two streams."""
+    dense, tokens = model(3), ids()
+    settings = replace(QUICK, prune_method=method, layer_sparsity="uniform", steps=1, finetune=False)
+    merged, [record] = losa.run(dense, tokens, [], settings)
+    half_pruned = replace(dense, blocks=(merged.blocks[0], *dense.blocks[1:]))
+    x = llama.forward(half_pruned, tokens).blocks[1].inputs["qkv"].reshape(-1, SIZES.hidden)
+    if method == "wanda":
+        score = np.abs(dense.blocks[1].weights["k"]) * np.sqrt((x**2).sum(axis=0))
+        cut = np.sort(score, axis=1)[:, [math.floor(0.6 * 8)]]
+        np.testing.assert_array_equal(record.layers[1]["k"].mask, score >= cut)
+    else:
+        # SparseGPT moves what it keeps: the output error must be below that of its mask alone.
+        new, old = merged.blocks[1].weights["k"], dense.blocks[1].weights["k"]
+        mask = record.layers[1]["k"].mask
+        assert np.linalg.norm(x @ (new - old).T) < np.linalg.norm(x @ (old * mask - old).T)
+    D = llama.forward(dense, tokens).blocks[2].output.reshape(-1, SIZES.hidden)
+    S = llama.forward(merged, tokens).blocks[2].output.reshape(-1, SIZES.hidden)
+    assert record.errors[2] == pytest.approx((((D - S) ** 2).sum(0) / (D**2).sum(0)).mean(), rel=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_gradients_of_an_optimizer_step_by_finite_differences(loss: str) -> None:
+    dense = model(3, seed=5)
+    settings = replace(QUICK, loss=loss)
+    layers, _ = losa._prune_model(dense, losa.attach_adapters(dense), ids(), settings, np.full(3, 0.5), [None] * 3)
+    layers = losa._resize(layers, [2, 3, 1], 1, settings)
+    generator = np.random.default_rng(6)
+    values = [P + 0.1 * generator.normal(size=P.shape) for P in losa._parameters(layers)]
+    directions = [generator.normal(size=P.shape) for P in values]
+    length = math.sqrt(sum((D**2).sum() for D in directions))
+    [batch] = parts(1)
+
+    def at(h: float) -> float:
+        moved = losa._with_parameters(layers, [P + h * D / length for P, D in zip(values, directions, strict=True)])
+        return losa._loss_and_gradients(dense, moved, batch, settings)[0]
+
+    _, gradients = losa._loss_and_gradients(dense, losa._with_parameters(layers, values), batch, settings)
+    slope = sum((G * D).sum() for G, D in zip(gradients, directions, strict=True)) / length
+    # Central difference, step 1e-4: truncation about 1e-8, rounding 1e-16 / 1e-4.
+    assert slope == pytest.approx((at(1e-4) - at(-1e-4)) / 2e-4, rel=1e-6)
+
+
+def test_loss_is_per_predicted_token_of_the_whole_step() -> None:
+    dense = model(3)
+    layers = losa.attach_adapters(dense)
+    [batch] = parts(1)
+    loss, _ = losa._loss_and_gradients(dense, layers, batch, QUICK)
+    nll, count = 0.0, 0
+    for example in batch:
+        logits = llama.forward(dense, example["input_ids"][None]).logits[0]
+        for position, label in enumerate(example["labels"][1:]):
+            if label != llama.IGNORED:
+                nll -= math.log(np.exp(logits[position, label]) / np.exp(logits[position]).sum())
+                count += 1
+    assert loss == pytest.approx(nll / count, rel=1e-12)
+    kl, gradients = losa._loss_and_gradients(dense, layers, batch, replace(QUICK, loss="kl"))
+    assert kl == pytest.approx(0, abs=1e-14)
+    assert all(not G.any() for G in gradients)  # rank 0
+
+
+def test_training_learns_and_starts_afresh_each_step() -> None:
+    dense = model(seed=7)
+    settings = replace(QUICK, steps=1, warmup_ratio=0.0, max_grad_norm=1.0, learning_rate=3e-2)
+    part = parts(1)[0] * 10
+    _, [record] = losa.run(dense, ids(), [part], settings)
+    assert np.mean(record.losses[-4:]) < 0.7 * np.mean(record.losses[:4])
+    positions = losa._lr_positions([part, part[:3]], settings)
+    assert positions == [(0, 20), (0, 2)]
+    assert losa._lr_positions([part, part[:3]], replace(settings, lr_schedule="whole_run")) == [(0, 22), (20, 22)]
+
+
+def test_ranks_grow_and_shrink_without_moving_what_they_should_not() -> None:
+    dense = model(3)
+    generator = np.random.default_rng(8)
+    layers = losa._resize(losa.attach_adapters(dense), [3, 3, 3], 1, QUICK)
+    layers = losa._with_parameters(layers, [generator.normal(size=P.shape) for P in losa._parameters(layers)])
+    grown = losa._resize(layers, [4, 5, 3], 2, QUICK)
+    folded = losa._resize(layers, [1, 2, 3], 2, replace(QUICK, rank_shrink="fold"))
+    cut = losa._resize(layers, [1, 2, 3], 2, QUICK)
+    for index, block in enumerate(layers):
+        for number, (name, layer) in enumerate(block.items()):
+            merged = layer.merged(2.0)
+            np.testing.assert_allclose(grown[index][name].merged(2.0), merged, atol=1e-14)
+            np.testing.assert_allclose(folded[index][name].merged(2.0), merged, atol=1e-13)
+            np.testing.assert_array_equal(cut[index][name].weight, layer.weight)
+            np.testing.assert_array_equal(cut[index][name].A, layer.A[: [1, 2, 3][index]])
+            rows = adapter.initial_rows([1, 2, 0][index], layer.A.shape[1], (QUICK.seed, 2, index, number))
+            np.testing.assert_array_equal(grown[index][name].A[3:], rows)
+
+
+def test_an_already_sparse_model_goes_on_from_where_it_is() -> None:
+    once, _ = losa.run(model(), ids(), [], replace(QUICK, steps=1, sparsity_ratio=0.5, finetune=False))
+    _, records = losa.run(once, ids(), [], replace(QUICK, sparsity_ratio=0.6, finetune=False))
+    start = np.mean(losa._zero_shares(losa.attach_adapters(once)))
+    for record in records:
+        assert record.target == pytest.approx(0.6 + (start - 0.6) * (1 - record.step / 3) ** 3)
+    with pytest.raises(ValueError, match=r"sparsity_ratio is 0.3; allowed: from 0\.\d+, what is zero already"):
+        losa.run(once, ids(), [], replace(QUICK, sparsity_ratio=0.3, finetune=False))
+    few = model()
+    few.blocks[0].weights["q"][0, 0] = 0.0
+    _, [record] = losa.run(few, ids(), [], replace(QUICK, steps=1, sparsity_ratio=0.0, finetune=False))
+    assert record.sparsity == [0.0] * 4
+
+
+def test_same_seed_same_run_and_another_seed_another() -> None:
+    first, second, other = (
+        losa.run(model(), ids(), parts(3), replace(QUICK, seed=seed))[0].blocks[0].weights["q"] for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+
+
+def test_diverging_training_stops() -> None:
+    settings = replace(QUICK, steps=1, warmup_ratio=0.0, learning_rate=1e200)
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="optimizer step 2: loss nan"):
+        losa.run(model(), ids(), parts(1), settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune_method": "random"}, "prune_method is 'random'; allowed: magnitude, wanda, sparsegpt"),
+        ({"layer_sparsity": "owl"}, "layer_sparsity is 'owl'; allowed: rmi, uniform"),
+        ({"rank_allocation": "x"}, "rank_allocation is 'x'; allowed: error, uniform"),
+        ({"rank_shrink": "x"}, "rank_shrink is 'x'; allowed: truncate, fold"),
+        ({"lr_schedule": "x"}, "lr_schedule is 'x'; allowed: per_step, whole_run"),
+        ({"loss": "x"}, "loss is 'x'; allowed: ce, kl"),
+        ({"sparsity_type": "2of4"}, "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M"),
+        ({"sparsity_type": "5:4"}, "sparsity_type is '5:4'; allowed: N from 1 to M"),
+        ({"sparsity_ratio": 1.0}, "sparsity_ratio is 1.0; allowed: 0 to 1, the latter excluded"),
+        ({"rmi_samples": 1}, "rmi_samples is 1; allowed: 2 or more"),
+        ({"steps": 0}, "steps is 0; allowed: 1 or more"),
+        ({"steps": 9}, "steps is 9; allowed: 1 to 5"),
+        ({"initial_rank": 7}, "initial_rank is 7; allowed: 1 to 6"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: 1 or more"),
+    ],
+)
+def test_bad_settings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
+        replace(QUICK, **changes)
+    assert str(caught.value) == message
+
+
+def test_bad_models_and_parts() -> None:
+    with pytest.raises(ValueError, match=r"layer_sparsity is 'rmi' and the model has 2 blocks; allowed: 3 or more"):
+        losa.run(model(2), ids(), parts(3), QUICK)
+    with pytest.raises(ValueError, match=r"block 0, q has 8 inputs; allowed: a multiple of 5"):
+        losa.run(model(), ids(), parts(3), replace(QUICK, sparsity_type="2:5"))
+    with pytest.raises(ValueError, match=r"parts has 2 parts of \[4, 4\] examples; allowed: 3, none empty"):
+        losa.run(model(), ids(), parts(2), QUICK)
+    broken = model()
+    broken.blocks[1].weights["up"][0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"block 1, up holds NaN"):
+        losa.run(broken, ids(), parts(3), QUICK)
