@@ -1,0 +1,106 @@
+"""Text that is on every machine: the sources and documentation of the CPython standard library.
+
+Whole top-level modules and packages are either training or held-out text, by a hash of their name, so the split is the
+same on every machine and in every version of Python, and a package's near-duplicates stay on one side.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "heldout", "all"]
+
+# Left out: what some installations lack, third-party code, and generated tables that repeat each other.
+LEFT_OUT = frozenset(
+    "site-packages dist-packages test tests idlelib turtledemo lib2to3 ensurepip encodings pydoc_data __pycache__ "
+    "__phello__ lib-dynload".split()
+)
+GENERATED = ("config-", "_sysconfigdata", "_sysconfig_vars")
+TOPICS = "pydoc_data/topics.py"
+SHORTEST = 200
+# Share of names; by characters it comes to about 11 %.
+HELDOUT_SHARE = 0.08
+# A held-out file is dropped if more consecutive long lines of it, or a larger share of them, stand in training files.
+LONGEST_RUN = 5
+OVERLAP = 0.1
+LONG_LINE = 30
+
+
+def documents(split: Split = "train", folder: str | Path | None = None) -> list[tuple[str, str]]:
+    """(path inside the library, text) of every file of a split, in the order of their paths.
+
+    folder: a standard library; default, that of the interpreter that runs. The language reference that comes with it
+    (`pydoc_data/topics.py`, where it is installed) belongs to the training text and stands last. "all" is every file,
+    those included that held-out text leaves out because training text contains parts of them.
+
+    Errors: ValueError for an unknown split; FileNotFoundError if the folder holds no sources.
+    """
+    if split not in ("train", "heldout", "all"):
+        raise ValueError(f"split = {split!r}; allowed: 'train', 'heldout', 'all'")
+    root = Path(folder) if folder is not None else Path(sysconfig.get_path("stdlib"))
+    found = _read(root)
+    if not found:
+        raise FileNotFoundError(f"{root} holds no Python sources; allowed: the folder of a standard library")
+    if split == "all":
+        return found
+    train = [(name, text) for name, text in found if not _is_heldout(name)]
+    if split == "train":
+        return train
+    known = {line for _, text in train for line in _long_lines(text)}
+    return [(name, text) for name, text in found if _is_heldout(name) and not _repeats(text, known)]
+
+
+def _read(root: Path) -> list[tuple[str, str]]:
+    """Readable files, the shortest and exact duplicates left out."""
+    names: dict[str, str] = {}
+    for path in _paths(root):
+        name = path.relative_to(root).as_posix()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        text = _topics(text) if name == TOPICS else text
+        if len(text) >= SHORTEST:
+            names.setdefault(text, name)
+    return [(name, text) for text, name in names.items()]
+
+
+def _paths(root: Path) -> list[Path]:
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith(GENERATED)]
+        paths += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith(GENERATED)]
+    topics = root / TOPICS
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix()) + [topics] * topics.is_file()
+
+
+def _topics(source: str) -> str:
+    """The language reference as plain text, out of the string literals that hold it."""
+    literals = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return "\n\n".join(text for text in literals if isinstance(text, str) and len(text) >= SHORTEST)
+
+
+def _is_heldout(name: str) -> bool:
+    if name == TOPICS:
+        return False
+    # datetime.py became _pydatetime.py and pathlib.py a package: such moves must not change sides.
+    module = name.split("/")[0].removesuffix(".py").removeprefix("_").removeprefix("py")
+    return hashlib.sha256(module.encode()).digest()[0] < 256 * HELDOUT_SHARE
+
+
+def _long_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if len(line.strip()) >= LONG_LINE]
+
+
+def _repeats(text: str, known: set[str]) -> bool:
+    shared = [line in known for line in _long_lines(text)]
+    run = longest = 0
+    for same in shared:
+        run = run + 1 if same else 0
+        longest = max(longest, run)
+    return longest > LONGEST_RUN or sum(shared) > OVERLAP * len(shared)
