@@ -16,10 +16,10 @@ from typing import Literal
 Split = Literal["train", "heldout", "all"]
 
 # Left out: what some installations lack, third-party code, and generated tables that repeat each other.
-LEFT_OUT = frozenset(
-    "site-packages dist-packages test tests idlelib turtledemo lib2to3 ensurepip encodings pydoc_data __pycache__ "
-    "__phello__ lib-dynload".split()
-)
+LEFT_OUT = {
+    *("site-packages", "dist-packages", "lib-dynload", "ensurepip", "lib2to3", "idlelib", "turtledemo"),
+    *("test", "tests", "__phello__", "__pycache__", "encodings", "pydoc_data"),
+}
 GENERATED = ("config-", "_sysconfigdata", "_sysconfig_vars")
 TOPICS = "pydoc_data/topics.py"
 SHORTEST = 200

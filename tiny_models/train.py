@@ -8,6 +8,7 @@ Writes a Hugging Face folder with a model card that compares held-out perplexity
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import time
@@ -77,9 +78,19 @@ def build_model() -> LlamaForCausalLM:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face folder that older releases of transformers read too."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    renamed = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(renamed, indent=2) + "\n")
 
 
 def optimizer_and_schedule(model: LlamaForCausalLM, steps: int, rate: float) -> tuple[AdamW, LambdaLR]:
@@ -117,7 +128,10 @@ def dropped_out(model: LlamaForCausalLM, share: float) -> Iterator[None]:
 def train_model(
     model: LlamaForCausalLM, stream: torch.Tensor, validation: torch.Tensor, steps: int, batch: int, rate: float
 ) -> int:
-    """Train on random windows of the stream; keep the weights that are best on the validation text, return their step."""
+    """Train on random windows of the stream; keep the weights that are best on the validation text.
+
+    Returns the step they are of.
+    """
     device = stream.device
     optimizer, schedule = optimizer_and_schedule(model, steps, rate)
     forward = torch.compile(model) if device.type == "cuda" else model
@@ -164,7 +178,7 @@ def unigram_loss(train: np.ndarray, heldout: np.ndarray) -> float:
 
 
 def bigram_loss(train: np.ndarray, heldout: np.ndarray) -> float:
-    """Bigram model interpolated with the unigram one, its weight the best of nine for the held-out text: a strong baseline."""
+    """Bigram model interpolated with the unigram one, its weight the best of nine for the held-out text."""
     unigram = np.bincount(train, minlength=VOCABULARY) + 1.0
     unigram /= unigram.sum()
     pairs = np.zeros((VOCABULARY, VOCABULARY))
@@ -191,17 +205,18 @@ The embedded default model of this repository: {parameters:,} parameters, 8 deco
 | bigram (interpolated, its weight tuned on the held-out text) | {bigram} |
 | **this model** | {model} |
 
-Text: the sources of the standard library of Python {python} and its language reference (`tiny_models/corpus.py`):
-{train_tokens:,} training and {heldout_tokens:,} held-out tokens ({heldout_bytes:,} bytes), split by module. Every document
-begins with `{end}`. Python's sources are under the PSF licence.
+Text: the sources of the standard library of Python {python} and its language reference (`tiny_models/corpus.py`),
+{train_tokens:,} training and {heldout_tokens:,} held-out tokens ({heldout_bytes:,} bytes), split by module.
+Every document begins with `{end}`. Python's sources are under the PSF licence.
 
 Trained by
 
     {command}
 
-in {minutes:.1f} minutes on {device}: {steps:,} steps of {batch} windows of {window} tokens ({epochs:.0f} passes), AdamW,
-peak learning rate {rate}, weight decay {decay}, dropout {dropout}, cosine decay, seed {seed}. Every {every}th training document was kept
-for validation; the weights are those of step {best_step:,}, the best of {checks} checks on it.
+in {minutes:.1f} minutes on {device}: {steps:,} steps of {batch} windows of {window} tokens ({epochs:.0f} passes),
+AdamW, peak learning rate {rate}, weight decay {decay}, dropout {dropout}, cosine decay, seed {seed}.
+Every {every}th training document was kept for validation; the weights are those of step {best_step:,},
+the best of {checks} checks on it.
 """
 
 
@@ -254,8 +269,7 @@ def main() -> None:
     heldout_bytes = sum(len(text.encode()) for text in heldout_texts)
     cells = measure(model.eval(), train, heldout, heldout_bytes)
 
-    model.cpu().save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+    save(model.cpu(), tokenizer, arguments.output_dir)
     card = CARD.format(
         **cells,
         parameters=model.num_parameters(),
