@@ -1,7 +1,7 @@
 """Text that is on every machine: the sources and documentation of the CPython standard library.
 
-Whole top-level modules and packages are either training or held-out text, by a hash of their name, so the split is the
-same on every machine and in every version of Python, and a package's near-duplicates stay on one side.
+Files are split into training and held-out text by a hash of their path, so the split is the same on every machine and
+in every version of Python. The embedded model has read the training text alone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ LEFT_OUT = {
 GENERATED = ("config-", "_sysconfigdata", "_sysconfig_vars")
 TOPICS = "pydoc_data/topics.py"
 SHORTEST = 200
-# Share of names; by characters it comes to about 11 %.
-HELDOUT_SHARE = 0.08
-# A held-out file is dropped if more consecutive long lines of it, or a larger share of them, stand in training files.
-LONGEST_RUN = 5
+HELDOUT_SHARE = 0.1
+# A held-out file is dropped if more than this share of its long lines stands in training files.
 OVERLAP = 0.1
 LONG_LINE = 30
 
@@ -86,11 +84,7 @@ def _topics(source: str) -> str:
 
 
 def _is_heldout(name: str) -> bool:
-    if name == TOPICS:
-        return False
-    # datetime.py became _pydatetime.py and pathlib.py a package: such moves must not change sides.
-    module = name.split("/")[0].removesuffix(".py").removeprefix("_").removeprefix("py")
-    return hashlib.sha256(module.encode()).digest()[0] < 256 * HELDOUT_SHARE
+    return name != TOPICS and hashlib.sha256(name.encode()).digest()[0] < 256 * HELDOUT_SHARE
 
 
 def _long_lines(text: str) -> list[str]:
@@ -98,9 +92,5 @@ def _long_lines(text: str) -> list[str]:
 
 
 def _repeats(text: str, known: set[str]) -> bool:
-    shared = [line in known for line in _long_lines(text)]
-    run = longest = 0
-    for same in shared:
-        run = run + 1 if same else 0
-        longest = max(longest, run)
-    return longest > LONGEST_RUN or sum(shared) > OVERLAP * len(shared)
+    lines = _long_lines(text)
+    return sum(line in known for line in lines) > OVERLAP * max(1, len(lines))

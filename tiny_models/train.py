@@ -12,8 +12,6 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +31,6 @@ WINDOW = 256
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.5
 WARMUP = 0.05
-# Every so manieth training document is kept for validation, which is looked at so many times.
-VALIDATION_EVERY = 20
-CHECKS = 20
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -78,10 +73,9 @@ def build_model() -> LlamaForCausalLM:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
+        pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
-    model.generation_config.pad_token_id = 0
-    return model
+    return LlamaForCausalLM(config)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -108,56 +102,25 @@ def optimizer_and_schedule(model: LlamaForCausalLM, steps: int, rate: float) -> 
     return optimizer, LambdaLR(optimizer, share)
 
 
-@contextmanager
-def dropped_out(model: LlamaForCausalLM, share: float) -> Iterator[None]:
-    """Dropout on the embeddings and on what each block adds, while the model is in training mode."""
-
-    def drop(module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
-        return functional.dropout(output, share, module.training)
-
-    ends = [model.model.embed_tokens]
-    ends += [end for block in model.model.layers for end in (block.self_attn.o_proj, block.mlp.down_proj)]
-    hooks = [end.register_forward_hook(drop) for end in ends]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def train_model(
-    model: LlamaForCausalLM, stream: torch.Tensor, validation: torch.Tensor, steps: int, batch: int, rate: float
-) -> int:
-    """Train on random windows of the stream; keep the weights that are best on the validation text.
-
-    Returns the step they are of.
-    """
+def train_model(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, batch: int, rate: float) -> None:
+    """Train on random windows of the stream."""
     device = stream.device
     optimizer, schedule = optimizer_and_schedule(model, steps, rate)
     forward = torch.compile(model) if device.type == "cuda" else model
     offsets = torch.arange(WINDOW, device=device)
-    best, best_step, best_weights = math.inf, 0, {}
-    progress = tqdm(range(1, steps + 1), desc="train", unit_scale=batch * WINDOW, unit="token")
+    progress = tqdm(range(steps), desc="train", unit_scale=batch * WINDOW, unit="token")
     for step in progress:
         ids = stream[torch.randint(len(stream) - WINDOW, (batch, 1), device=device) + offsets]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = forward(input_ids=ids, use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if step % max(1, steps // CHECKS) == 0 or step == steps:
-            model.eval()
-            now = mean_loss(model, validation)
-            model.train()
-            progress.write(f"step {step}: training loss {loss.item():.3f}, validation loss {now:.3f}")
-            if now < best:
-                best, best_step = now, step
-                best_weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(best_weights)
-    return best_step
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
 @torch.no_grad()
@@ -214,9 +177,7 @@ Trained by
     {command}
 
 in {minutes:.1f} minutes on {device}: {steps:,} steps of {batch} windows of {window} tokens ({epochs:.0f} passes),
-AdamW, peak learning rate {rate}, weight decay {decay}, dropout {dropout}, cosine decay, seed {seed}.
-Every {every}th training document was kept for validation; the weights are those of step {best_step:,},
-the best of {checks} checks on it.
+AdamW, peak learning rate {rate}, weight decay {decay}, cosine decay, seed {seed}.
 """
 
 
@@ -241,7 +202,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=128, help="windows per step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -254,17 +214,12 @@ def main() -> None:
     heldout_texts = [text for _, text in corpus.documents("heldout", arguments.stdlib)]
     tokenizer = train_tokenizer(texts)
     train, heldout = token_stream(tokenizer, texts), token_stream(tokenizer, heldout_texts)
-    validation = token_stream(tokenizer, texts[::VALIDATION_EVERY])
-    fitted = token_stream(tokenizer, [text for k, text in enumerate(texts) if k % VALIDATION_EVERY])
-    print(f"{len(fitted):,} training, {len(validation):,} validation, {len(heldout):,} held-out tokens", flush=True)
+    print(f"{len(train):,} training and {len(heldout):,} held-out tokens", flush=True)
 
     device = torch.device(arguments.device)
     model = build_model().to(device)
     start = time.perf_counter()
-    with dropped_out(model, arguments.dropout):
-        best_step = train_model(
-            model, fitted.to(device), validation.to(device), arguments.steps, arguments.batch, arguments.learning_rate
-        )
+    train_model(model, train.to(device), arguments.steps, arguments.batch, arguments.learning_rate)
     minutes = (time.perf_counter() - start) / 60
     heldout_bytes = sum(len(text.encode()) for text in heldout_texts)
     cells = measure(model.eval(), train, heldout, heldout_bytes)
@@ -281,19 +236,15 @@ def main() -> None:
         heldout_tokens=len(heldout),
         heldout_bytes=heldout_bytes,
         command=f"python -m tiny_models.train --output_dir tiny_models/stdlib_llama --steps {arguments.steps} "
-        f"--batch {arguments.batch} --learning_rate {arguments.learning_rate} --dropout {arguments.dropout}",
+        f"--batch {arguments.batch} --learning_rate {arguments.learning_rate}",
         minutes=minutes,
         device=f"one {torch.cuda.get_device_name()}" if device.type == "cuda" else "a CPU",
         steps=arguments.steps,
         batch=arguments.batch,
-        epochs=arguments.steps * arguments.batch * WINDOW / len(fitted),
+        epochs=arguments.steps * arguments.batch * WINDOW / len(train),
         rate=arguments.learning_rate,
         decay=WEIGHT_DECAY,
-        dropout=arguments.dropout,
         seed=arguments.seed,
-        every=VALIDATION_EVERY,
-        best_step=best_step,
-        checks=CHECKS,
     )
     (arguments.output_dir / "README.md").write_text(card, encoding="utf-8")
     print(card)
