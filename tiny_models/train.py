@@ -169,7 +169,7 @@ The embedded default model of this repository: {parameters:,} parameters, 8 deco
 | **this model** | {model} |
 
 Text: the sources of the standard library of Python {python} and its language reference (`tiny_models/corpus.py`),
-{train_tokens:,} training and {heldout_tokens:,} held-out tokens ({heldout_bytes:,} bytes), split by module.
+{train_tokens:,} training and {heldout_tokens:,} held-out tokens ({heldout_bytes:,} bytes), split by file.
 Every document begins with `{end}`. Python's sources are under the PSF licence.
 
 Trained by

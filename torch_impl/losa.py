@@ -307,7 +307,9 @@ def check_model(model: nn.Module, settings: Settings) -> Family:
         for name in family.projections:
             weight = weight_of(block, name)
             if not bool(torch.isfinite(weight).all()):
-                raise ValueError(f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights")
+                raise ValueError(
+                    f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights"
+                )
             if settings.prune.group is not None and weight.shape[1] % settings.prune.group[1]:
                 raise ValueError(
                     f"sparsity_type is {settings.prune.sparsity_type!r} and {family.blocks}.{index}.{name} has "

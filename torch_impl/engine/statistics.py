@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torch_impl import hsic
+from torch_impl import hsic, rank
 from torch_impl.masks import sparsegpt
 
 
@@ -59,10 +59,7 @@ class ReconstructionError:
 
     def result(self) -> float:
         """Mean over channels of Σ(D−S)² / ΣD²; a channel without energy counts 0 if it agrees and 1 if not."""
-        difference, energy = torch.as_tensor(self._difference), torch.as_tensor(self._energy)
-        silent = energy == 0
-        ratio = torch.where(silent, (difference > 0).to(energy), difference / energy.masked_fill(silent, 1.0))
-        return float(ratio.mean())
+        return float(rank.error_of_sums(torch.as_tensor(self._difference), torch.as_tensor(self._energy)))
 
 
 def gram_of(hidden: torch.Tensor) -> torch.Tensor:

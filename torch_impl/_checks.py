@@ -1,0 +1,76 @@
+"""Argument checks of production: one line that names the argument, its value and what is allowed.
+
+Values are not read (that would wait for the GPU) except where a wrong one would go on unseen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def tensor(name: str, value: Any, *axes: str) -> torch.Tensor:
+    """A floating-point tensor with one named axis per dimension, not empty."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: a floating-point dtype")
+    if value.dim() != len(axes) or value.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: ({', '.join(axes)}), none of them 0")
+    return value
+
+
+def finite(name: str, value: Any, *axes: str) -> torch.Tensor:
+    """A tensor without NaN or infinity: for small ones, or where the result would hide them."""
+    result = tensor(name, value, *axes)
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(f"{name} holds NaN or infinity; allowed: finite numbers")
+    return result
+
+
+def same_shape(name: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+    """Two tensors of one shape."""
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; allowed: {tuple(like.shape)}, the shape of {like_name}"
+        )
+
+
+def mask(name: str, value: Any, like: torch.Tensor, like_name: str) -> torch.Tensor:
+    """A bool tensor of the shape of `like`."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}; allowed: bool, True = kept")
+    same_shape(name, value, like, like_name)
+    return value
+
+
+def number(name: str, value: float, low: float, high: float, open_high: bool = False) -> float:
+    """A real number in [low, high], or in [low, high) with `open_high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; allowed: a number")
+    if not (low <= value <= high) or (open_high and value == high):
+        raise ValueError(f"{name} is {value}; allowed: {low} to {high}{', the latter excluded' if open_high else ''}")
+    return float(value)
+
+
+def integer(name: str, value: int, low: int, high: int | None = None) -> int:
+    """An integer from `low` to `high`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {value!r}; allowed: an integer")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} is {value}; allowed: {low} {'or more' if high is None else f'to {high}'}")
+    return int(value)
+
+
+def square(name: str, value: Any) -> torch.Tensor:
+    """A square matrix."""
+    result = tensor(name, value, "n", "n")
+    if result.shape[0] != result.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(result.shape)}; allowed: (n, n)")
+    return result
+
+
+def wide(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float32 at least: float64 stays, half precision is widened."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

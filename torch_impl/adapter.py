@@ -1,0 +1,77 @@
+"""The masked low-rank adapter as pure functions. Spec: reference/adapter.py; the layer that trains: engine/layers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from torch_impl import _checks
+
+
+def effective_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """M⊙(W + s·BA), M = W ≠ 0, (out, in), in float32 at least (LoSA, Eq. 1)."""
+    _operands(weight, A, B, scale)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scale).masked_fill_(weight == 0, 0.0)
+
+
+def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """The effective weight, rounded once to the weight's dtype."""
+    return effective_weight(weight, A, B, scale).to(weight.dtype)
+
+
+def masked_lora(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """y = x W̃ᵀ for x (..., in), in x's dtype; the merged weight is rounded to the weight's dtype (LoSA, Eq. 1)."""
+    effective = merge(weight, A, B, scale)
+    _input(x, weight)
+    return x @ effective.T.to(x.dtype)
+
+
+def masked_lora_grad(
+    x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, grad_y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx (..., in), dA (r, in), dB (out, r)) from dy (..., out): LoSA, Eq. 1, differentiated, in three large products."""
+    effective = merge(weight, A, B, scale)
+    _input(x, weight)
+    if grad_y.shape != (*x.shape[:-1], len(weight)):
+        raise ValueError(f"grad_y has shape {tuple(grad_y.shape)}; allowed: {(*x.shape[:-1], len(weight))}")
+    dy = grad_y.reshape(-1, weight.shape[0])
+    G = (dy.T @ x.reshape(-1, weight.shape[1])).masked_fill_(weight == 0, 0.0).to(A.dtype)
+    dx = (dy @ effective.to(dy.dtype)).view_as(x)
+    return dx, (B.T @ G).mul_(scale), (G @ A.T).mul_(scale)
+
+
+def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> torch.Tensor:
+    """New rows of A (count, in), float64 on the CPU: U(−1/√in, 1/√in), drawn by NumPy so that every machine draws the same."""
+    _checks.integer("count", count, 0)
+    _checks.integer("in_features", in_features, 1)
+    for part in seed:
+        _checks.integer("seed", part, 0)
+    bound = 1 / np.sqrt(in_features)
+    return torch.from_numpy(np.random.default_rng(list(seed)).uniform(-bound, bound, (count, in_features)))
+
+
+def rebase(weight: torch.Tensor, merged: torch.Tensor, updated: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """M'⊙(W + (updated − merged)): the base under which base and adapter are `updated`; all (out, in), weight's dtype."""
+    weight = _checks.tensor("weight", weight, "out", "in")
+    _checks.same_shape("merged", merged, weight, "weight")
+    _checks.same_shape("updated", updated, weight, "weight")
+    _checks.mask("mask", mask, weight, "weight")
+    change = _checks.wide(updated) - _checks.wide(merged)
+    return change.add_(weight).masked_fill_(~mask, 0.0).to(weight.dtype)
+
+
+def _operands(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+    _checks.tensor("weight", weight, "out", "in")
+    if A.dim() != 2 or A.shape[1] != weight.shape[1]:
+        raise ValueError(f"A has shape {tuple(A.shape)}; allowed: (r, {weight.shape[1]})")
+    if B.shape != (len(weight), len(A)):
+        raise ValueError(f"B has shape {tuple(B.shape)}; allowed: ({len(weight)}, {len(A)})")
+    _checks.number("scale", scale, -float("inf"), float("inf"))
+
+
+def _input(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., {weight.shape[1]})")

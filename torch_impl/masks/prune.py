@@ -1,0 +1,53 @@
+"""Every pruning method behind one call: the registry. A new method is one file in masks/ and one line in `METHODS`.
+
+Spec: reference/masks/prune.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torch_impl import _checks
+from torch_impl.masks.nm import nm_mask
+from torch_impl.masks.select import demote_pruned, matrix_mask, row_mask
+from torch_impl.masks.sparsegpt import sparsegpt, sparsegpt_nm
+from torch_impl.masks.wanda import wanda_score
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+def prune(
+    method: str,
+    weight: torch.Tensor,
+    statistic: torch.Tensor | None,
+    kept: torch.Tensor,
+    sparsity: float | None = None,
+    nm: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight, zero where pruned and updated by SparseGPT; mask ⊆ kept), both (out, in).
+
+    statistic: None for magnitude, `wanda.input_norm` for wanda, `sparsegpt.hessian` for sparsegpt. Either sparsity or
+    nm = (n, m) is given.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    if (sparsity is None) == (nm is None):
+        raise ValueError(f"sparsity is {sparsity} and nm is {nm}; allowed: one of the two")
+    if (statistic is None) != (method == "magnitude"):
+        raise ValueError(f"statistic is {'missing' if statistic is None else 'given'}; not allowed with {method}")
+    W = _checks.finite("weight", weight, "out", "in")
+    kept = _checks.mask("kept", kept, W, "weight")
+
+    if statistic is not None and method == "sparsegpt":
+        if nm is None:
+            assert sparsity is not None
+            return sparsegpt(W, statistic, sparsity, kept=kept)
+        return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, 128 // nm[1]), kept=kept)
+    score = demote_pruned(W.abs() if statistic is None else wanda_score(W, statistic), kept)
+    if nm is not None:
+        mask = nm_mask(score, *nm)
+    else:
+        assert sparsity is not None
+        mask = matrix_mask(score, sparsity) if method == "magnitude" else row_mask(score, sparsity)
+    mask &= kept
+    return W.masked_fill(~mask, 0.0), mask

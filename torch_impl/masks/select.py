@@ -1,0 +1,36 @@
+"""Which entries of a score go: the lowest, and among equals those of lower index. Spec: reference/masks/select.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from torch_impl import _checks
+
+
+def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Bool (out, in), True = kept: floor(ρ·in + 1e-9) lowest of every row pruned; ties by lower column (stable sort)."""
+    score = _scores(score)
+    sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
+    k = math.floor(sparsity * score.shape[1] + 1e-9)
+    lowest = torch.sort(score, dim=1, stable=True).indices[:, :k]
+    return torch.ones(score.shape, dtype=torch.bool, device=score.device).scatter_(1, lowest, False)
+
+
+def matrix_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Bool (out, in), True = kept: floor(ρ·out·in + 1e-9) lowest of the matrix pruned; ties by row-major order."""
+    return row_mask(_scores(score).reshape(1, -1), sparsity).view(score.shape)
+
+
+def demote_pruned(score: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The score (out, in), −inf where not kept, so that pruned weights go first and masks nest."""
+    score = _scores(score)
+    return score.masked_fill(~_checks.mask("kept", kept, score, "score"), -math.inf)
+
+
+def _scores(score: torch.Tensor) -> torch.Tensor:
+    score = _checks.tensor("score", score, "out", "in")
+    if bool(torch.isnan(score).any()):
+        raise ValueError("score holds NaN; allowed: numbers")
+    return score

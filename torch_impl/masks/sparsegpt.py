@@ -1,0 +1,124 @@
+"""SparseGPT: prune from left to right and let the weights not yet visited make up for it. Spec: reference/masks/sparsegpt.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from torch_impl import _checks
+from torch_impl.masks.nm import nm_mask
+from torch_impl.masks.select import demote_pruned, matrix_mask
+
+# A Hessian that will not factor is tried again with ten and a hundred times the damping.
+DAMPING_RETRIES = (1.0, 10.0, 100.0)
+
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def hessian(inputs: torch.Tensor, samples: int) -> torch.Tensor:
+    """H = 2/N Σ x xᵀ (in, in) of calibration inputs (tokens, in) that came in N sequences, in float32 at least."""
+    X = _checks.wide(_checks.tensor("inputs", inputs, "tokens", "in"))
+    _checks.integer("samples", samples, 1)
+    return (X.T @ X).mul_(2 / samples)
+
+
+def sparsegpt(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    sparsity: float,
+    block_size: int = 128,
+    damping: float = 0.01,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(updated weight, zero where pruned; mask), both (out, in): SparseGPT, Algorithm 1, in float32 at least.
+
+    hessian: (in, in). kept: weights not pruned yet; the others are pruned first and stay pruned.
+    Errors: ValueError naming the dampings tried if the Hessian will not factor.
+    """
+    sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
+
+    def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return matrix_mask(demote_pruned((columns / diagonal).square(), kept), sparsity) & kept
+
+    return _prune(weight, hessian, block_size, damping, kept, choose, group=None)
+
+
+def sparsegpt_nm(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    n: int,
+    m: int,
+    block_size: int = 128,
+    damping: float = 0.01,
+    kept: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sparsegpt` with n of every m consecutive inputs of a row kept; m divides block_size and in."""
+    _checks.integer("m", m, 1)
+    _checks.integer("n", n, 0, m)
+    _checks.integer("block_size", block_size, 1)
+    if block_size % m or weight.shape[-1] % m:
+        raise ValueError(
+            f"m is {m}; allowed: a divisor of block_size {block_size} and of the {weight.shape[-1]} inputs"
+        )
+
+    def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return nm_mask(demote_pruned((columns / diagonal).square(), kept), n, m) & kept
+
+    return _prune(weight, hessian, block_size, damping, kept, choose, group=m)
+
+
+def _prune(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    block_size: int,
+    damping: float,
+    kept: torch.Tensor | None,
+    choose: Choose,
+    group: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column loop: updates stay inside a block of columns until it is done, then reach all later ones in one product."""
+    W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone()
+    H = _checks.square("hessian", hessian)
+    if len(H) != W.shape[1]:
+        raise ValueError(
+            f"hessian has shape {tuple(H.shape)}; allowed: ({W.shape[1]}, {W.shape[1]}), the weight's inputs"
+        )
+    _checks.integer("block_size", block_size, 1)
+    if kept is None:
+        kept = torch.ones(W.shape, dtype=torch.bool, device=W.device)
+    _checks.mask("kept", kept, W, "weight")
+    U = _inverse_factor(H, damping).to(W.dtype)
+    diagonal = U.diagonal()
+    mask = torch.ones(W.shape, dtype=torch.bool, device=W.device)
+    for start in range(0, W.shape[1], block_size):
+        stop = min(start + block_size, W.shape[1])
+        step = stop - start if group is None else group
+        block = W[:, start:stop]
+        errors = torch.zeros_like(block)
+        for j in range(stop - start):
+            if j % step == 0:
+                chosen = slice(start + j, start + j + step)
+                mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
+            errors[:, j] = block[:, j].masked_fill(mask[:, start + j], 0.0) / diagonal[start + j]
+            block[:, j:].addr_(errors[:, j], U[start + j, start + j : stop], alpha=-1.0)
+        W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
+    return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask
+
+
+def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
+    """U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
+    _checks.number("damping", damping, 0.0, math.inf, open_high=True)
+    H = _checks.wide(H)
+    tried = []
+    for factor in DAMPING_RETRIES:
+        tried.append(damping * factor)
+        damped = H + torch.diag_embed((tried[-1] * H.diagonal().mean()).expand(len(H)))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            continue
+        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed) and bool(torch.isfinite(U).all()):
+            return U
+    raise ValueError(f"hessian is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}")

@@ -1,0 +1,85 @@
+"""How a model's sparsity is shared out among its blocks. Spec: reference/sparsity.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from torch_impl import _checks
+
+SLACK = 1e-9
+
+
+def allocate_sparsity(
+    importance: torch.Tensor,
+    target: float,
+    spread: float,
+    weights: torch.Tensor | None = None,
+    floor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sparsity (L,) of every block at `target` of the whole, float64: the fractional knapsack of LoSA, Eq. 5.
+
+    importance, weights, floor: (L,). Equal importances: the lower index is pruned first. Errors: as the spec's.
+    """
+    importance = _checks.finite("importance", importance, "L")
+    _checks.number("target", target, 0.0, 1.0)
+    _checks.number("spread", spread, 0.0, 1.0)
+    wide = {"dtype": torch.float64, "device": importance.device}
+    w = torch.ones(len(importance), **wide) if weights is None else _checks.finite("weights", weights, "L").to(**wide)
+    floor = torch.zeros(len(importance), **wide) if floor is None else _checks.finite("floor", floor, "L").to(**wide)
+    _checks.same_shape("weights", w, importance, "importance")
+    _checks.same_shape("floor", floor, importance, "importance")
+    if float(w.min()) <= 0:
+        raise ValueError(f"weights holds {float(w.min())}; allowed: more than 0")
+    if float(floor.min()) < 0 or float(floor.max()) > 1:
+        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+
+    w = w / w.sum()
+    lo = floor.clamp(min=max(target - spread, 0.0))
+    if float(w @ lo) > target + SLACK:
+        lo = floor
+    if float(w @ lo) > target + SLACK:
+        raise ValueError(f"floor has a mean of {float(w @ floor)}; allowed: at most target, {target}")
+    room = w * (torch.maximum(lo, torch.full_like(lo, min(target + spread, 1.0))) - lo)
+
+    # In order of importance, each block takes what the blocks before it have left of the budget, up to its room.
+    order = torch.sort(importance, stable=True).indices
+    before = torch.cumsum(room[order], 0) - room[order]
+    taken = torch.minimum((target - float(w @ lo) - before).clamp(min=0.0), room[order])
+    rates = lo.clone()
+    rates[order] += taken / w[order]
+    return rates
+
+
+def allocate_kept(
+    importance: torch.Tensor, kept_total: int, m: int, spread: int = 1, ceiling: torch.Tensor | None = None
+) -> torch.Tensor:
+    """N (L,) int64 of every block's N:M, Σ N = kept_total: the knapsack of Eq. 5 in integers. Errors: as the spec's."""
+    importance = _checks.finite("importance", importance, "L")
+    L = len(importance)
+    _checks.integer("m", m, 1)
+    _checks.integer("kept_total", kept_total, 0, L * m)
+    _checks.integer("spread", spread, 0)
+    top = torch.full((L,), m, device=importance.device) if ceiling is None else ceiling
+    _checks.same_shape("ceiling", top, importance, "importance")
+    if top.is_floating_point() or top.dtype == torch.bool:
+        raise TypeError(f"ceiling has dtype {top.dtype}; allowed: integers")
+    if int(top.min()) < 0 or int(top.max()) > m:
+        raise ValueError(f"ceiling holds {int(top.min())} to {int(top.max())}; allowed: 0 to m, {m}")
+
+    mean = kept_total / L
+    most = top.long().clamp(max=math.floor(mean + spread + SLACK))
+    least = most.clamp(max=max(0, math.ceil(mean - spread - SLACK)))
+    if int(most.sum()) < kept_total:
+        raise ValueError(f"kept_total is {kept_total}; allowed with this spread and ceiling: at most {int(most.sum())}")
+    if int(least.sum()) > kept_total:
+        raise ValueError(
+            f"kept_total is {kept_total}; allowed with this spread and ceiling: at least {int(least.sum())}"
+        )
+    order = torch.sort(importance, stable=True).indices
+    room = (most - least)[order]
+    before = torch.cumsum(room, 0) - room
+    kept = most.clone()
+    kept[order] -= torch.minimum((int(most.sum()) - kept_total - before).clamp(min=0), room)
+    return kept
