@@ -1,0 +1,62 @@
+"""How results of the two packages are compared; every failure names the quantity, the index and both values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """Tensors of any dtype, arrays and numbers as an array; bf16 as float32, exactly."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
+    return np.asarray(value)
+
+
+def assert_exact(name: str, reference: Any, production: Any) -> None:
+    """Same shape, same kind of number, same values."""
+    ref, out = to_numpy(reference), to_numpy(production)
+    assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
+    assert ref.dtype.kind == out.dtype.kind, f"{name}: dtype {out.dtype}, the spec's is {ref.dtype}"
+    if not np.array_equal(ref, out):
+        index = tuple(int(i) for i in np.argwhere(ref != out)[0])
+        raise AssertionError(
+            f"{name}: {int((ref != out).sum())} of {ref.size} differ, first at {index}: "
+            f"{out[index]}, the spec's is {ref[index]}"
+        )
+
+
+def assert_close(name: str, reference: Any, production: Any, tolerance: float) -> None:
+    """Largest difference at most `tolerance` of the largest entry; NaN on neither side."""
+    ref, out = to_numpy(reference).astype(np.float64), to_numpy(production).astype(np.float64)
+    assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
+    assert np.isfinite(ref).all(), f"{name}: the spec's holds NaN or infinity"
+    assert np.isfinite(out).all(), f"{name}: holds NaN or infinity"
+    if ref.size == 0:
+        return
+    difference, scale = np.abs(ref - out), np.abs(ref).max()
+    worst = np.unravel_index(difference.argmax(), difference.shape)
+    ratio = np.sqrt((difference**2).mean()) / max(np.sqrt((ref**2).mean()), np.finfo(float).tiny)
+    assert difference[worst] <= tolerance * scale + np.finfo(float).tiny, (
+        f"{name}: off by {difference[worst]:.3e} at {tuple(int(i) for i in worst)}: {out[worst]!r}, the spec's is "
+        f"{ref[worst]!r}; RMS ratio {ratio:.3e}, allowed {tolerance:.3e} of {scale:.3e}"
+    )
+
+
+def assert_masks_agree(name: str, reference: Any, production: Any, score: Any, tolerance: float) -> None:
+    """Masks per row differ only where the score is within `tolerance` of the row's threshold.
+
+    The threshold of a row lies between its highest pruned and its lowest kept score. Both masks prune equally many.
+    """
+    ref, out, score = to_numpy(reference), to_numpy(production), to_numpy(score).astype(np.float64)
+    assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
+    assert (ref.sum(1) == out.sum(1)).all(), f"{name}: rows keep other numbers of weights than the spec's"
+    for row in np.flatnonzero((ref != out).any(1)):
+        threshold = score[row][~ref[row]].max()
+        distance = np.abs(score[row] - threshold)[ref[row] != out[row]]
+        assert distance.max() <= tolerance * abs(threshold), (
+            f"{name}: row {row} differs from the spec's at a score {distance.max():.3e} from its threshold {threshold:.3e}"
+        )

@@ -1,0 +1,40 @@
+"""Settings for all tests: Hypothesis profiles, one thread, uninitialised memory poisoned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
+settings.register_profile("deep", max_examples=1000, **_QUIET)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--profile", default="default", choices=["default", "deep"], help="how many examples Hypothesis draws"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile(config.getoption("--profile", "default"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is read before it was written is NaN, so that it shows."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        result = empty(*args, **options)
+        if result.is_floating_point() and result.device.type != "meta":
+            with torch.no_grad():
+                result.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield

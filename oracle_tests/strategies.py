@@ -1,0 +1,239 @@
+"""What the oracle tests draw: small arrays with everything that has ever gone wrong in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+SIZES = st.integers(1, 12)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _rng(draw: st.DrawFn) -> np.random.Generator:
+    return np.random.default_rng(draw(SEEDS))
+
+
+@st.composite
+def matrices(draw: st.DrawFn, rows: Any = SIZES, columns: Any = SIZES) -> np.ndarray:
+    """(rows, columns): normal, tied (small integers), sparse, with zero rows, dead or huge columns, or all zero."""
+    shape = (
+        draw(rows) if not isinstance(rows, int) else rows,
+        draw(columns) if not isinstance(columns, int) else columns,
+    )
+    rng = _rng(draw)
+    kind = draw(
+        st.sampled_from(["normal", "ties", "sparse", "zero row", "dead column", "huge column", "zeros", "tiny"])
+    )
+    matrix = rng.standard_normal(shape)
+    if kind == "ties":
+        matrix = rng.integers(-2, 3, shape).astype(float)
+    elif kind == "sparse":
+        matrix *= rng.random(shape) < 0.4
+    elif kind == "zero row":
+        matrix[rng.integers(shape[0])] = 0
+    elif kind == "dead column":
+        matrix[:, rng.integers(shape[1])] = 0
+    elif kind == "huge column":
+        matrix[:, rng.integers(shape[1])] *= 1e4
+    elif kind == "zeros":
+        matrix = np.zeros(shape)
+    elif kind == "tiny":
+        matrix *= 1e-6
+    return matrix
+
+
+@st.composite
+def kept_masks(draw: st.DrawFn, shape: tuple[int, int]) -> np.ndarray:
+    """A mask of what earlier steps have left."""
+    return _rng(draw).random(shape) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+
+
+SPARSITIES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0, 1 / 3]), st.floats(0, 1))
+SCALES = st.sampled_from([2.0, 0.5, -1.0, 0.0])
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> dict[str, Any]:
+    """weight, A, B, scale; rank from 0 to beyond min(in, out)."""
+    weight = draw(matrices())
+    out, inputs = weight.shape
+    rng, rank = _rng(draw), draw(st.integers(0, 14))
+    return {
+        "weight": weight,
+        "A": rng.standard_normal((rank, inputs)),
+        "B": rng.standard_normal((out, rank)),
+        "scale": draw(SCALES),
+    }
+
+
+@st.composite
+def adapter_inputs(draw: st.DrawFn, gradient: bool = False) -> dict[str, Any]:
+    """x (and grad_y) for an adapter: a matrix, a batch of them, or one vector."""
+    case = draw(adapters())
+    rng, lead = _rng(draw), draw(st.sampled_from([(), (1,), (5,), (2, 3)]))
+    out, inputs = case["weight"].shape
+    extra = {"grad_y": rng.standard_normal((*lead, out))} if gradient else {}
+    return {"x": rng.standard_normal((*lead, inputs)), **case, **extra}
+
+
+@st.composite
+def hessians(draw: st.DrawFn, size: int) -> np.ndarray:
+    """2/N Σ x xᵀ from few or many tokens, with dead or loud inputs: singular as often as not."""
+    rng, tokens = _rng(draw), draw(st.integers(1, 3 * size))
+    X = rng.standard_normal((tokens, size))
+    kind = draw(st.sampled_from(["plain", "dead", "loud", "tied", "scaled"]))
+    column = rng.integers(size)
+    if kind == "dead" and size > 1:
+        X[:, column] = 0
+    elif kind == "loud":
+        X[:, column] *= 30
+    elif kind == "tied":
+        X[:, column] = X[:, 0]
+    elif kind == "scaled":
+        X *= 1e-3
+    return 2 / max(1, tokens // 2) * X.T @ X
+
+
+@st.composite
+def sparsegpt_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
+    """Arguments of sparsegpt or sparsegpt_nm: blocks smaller than, equal to and larger than the matrix, earlier masks."""
+    m = draw(st.sampled_from([2, 4])) if group else 1
+    columns = m * draw(st.integers(1, 12 // m))
+    rng = _rng(draw)
+    weight = rng.standard_normal((draw(SIZES), columns))
+    weight *= rng.random(weight.shape) < draw(st.sampled_from([1.0, 0.6]))
+    case: dict[str, Any] = {"weight": weight, "hessian": draw(hessians(columns))}
+    case |= {"n": draw(st.integers(0, m)), "m": m} if group else {"sparsity": draw(SPARSITIES)}
+    case["block_size"] = m * draw(st.integers(1, 8))
+    case["kept"] = draw(st.one_of(st.none(), kept_masks(weight.shape)))
+    return case
+
+
+@st.composite
+def prune_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of prune, every method and pattern."""
+    method = draw(st.sampled_from(["magnitude", "wanda", "sparsegpt"]))
+    m = draw(st.sampled_from([2, 4, 8]))
+    weight = _rng(draw).standard_normal((draw(SIZES), 8))
+    kept = draw(kept_masks(weight.shape))
+    weight *= kept
+    statistic = None
+    if method == "wanda":
+        statistic = np.abs(draw(matrices(rows=1, columns=8)))[0]
+    elif method == "sparsegpt":
+        statistic = draw(hessians(8))
+    target = draw(st.one_of(st.none(), SPARSITIES))
+    pattern = {"sparsity": target} if target is not None else {"nm": (draw(st.integers(0, m)), m)}
+    return {"method": method, "weight": weight, "statistic": statistic, "kept": kept, **pattern}
+
+
+@st.composite
+def grams(draw: st.DrawFn, count: int | None = None) -> np.ndarray:
+    """(L, n, n) Gram matrices, or (n, n) without count; some constant, some of one feature."""
+    n, rng = draw(st.integers(2, 8)), _rng(draw)
+    result = []
+    for _ in range(count or 1):
+        kind = draw(st.sampled_from(["plain", "constant", "one feature", "large"]))
+        X = rng.standard_normal((n, 1 if kind == "one feature" else draw(SIZES)))
+        if kind == "constant":
+            X[:] = X[0]
+        elif kind == "large":
+            X *= 1e4
+        result.append(X @ X.T)
+    return np.stack(result) if count else result[0]
+
+
+@st.composite
+def gram_pairs(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    """Two Gram matrices of the same samples."""
+    pair = draw(grams(2))
+    return {"gram_x": pair[0], "gram_y": pair[1]}
+
+
+@st.composite
+def importances(draw: st.DrawFn, least: int = 1) -> np.ndarray:
+    """(L,) from 1 to 80 blocks, tied as often as not, or tiny."""
+    L, rng = draw(st.one_of(st.integers(least, 12), st.just(80))), _rng(draw)
+    kind = draw(st.sampled_from(["plain", "ties", "equal", "tiny"]))
+    values = rng.random(L)
+    if kind == "ties":
+        values = rng.integers(1, 4, L) / 4
+    elif kind == "equal":
+        values = np.full(L, 0.5)
+    elif kind == "tiny":
+        values = np.exp(-100 * values)
+    return values
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of allocate_sparsity that have a solution."""
+    importance = draw(importances())
+    L, rng = len(importance), _rng(draw)
+    target, spread = draw(st.floats(0, 1)), draw(st.sampled_from([0.0, 0.01, 0.03, 0.3]))
+    weights = draw(st.sampled_from([None, rng.integers(1, 50, L).astype(float)]))
+    # A floor of mean at most the target: what an earlier step, or an unevenly sparse model, has left.
+    floor = draw(st.sampled_from([None, target * rng.random(L), np.full(L, target)]))
+    if floor is not None and weights is not None and (weights @ floor) / weights.sum() > target:
+        floor = np.minimum(floor, target)
+    return {"importance": importance, "target": target, "spread": spread, "weights": weights, "floor": floor}
+
+
+@st.composite
+def kept_allocations(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of allocate_kept that have a solution."""
+    importance, m = draw(importances()), draw(st.sampled_from([2, 4, 8]))
+    L, rng = len(importance), _rng(draw)
+    ceiling = draw(st.sampled_from([None, rng.integers(0, m + 1, L)]))
+    spread = draw(st.integers(0, 2))
+    uniform = draw(st.integers(0, m))
+    kept_total = uniform * L
+    if ceiling is not None:
+        ceiling = np.maximum(ceiling, uniform)
+    return {"importance": importance, "kept_total": kept_total, "m": m, "spread": spread, "ceiling": ceiling}
+
+
+@st.composite
+def rank_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of allocate_ranks: tied, equal, zero and wildly uneven errors, up to 80 blocks."""
+    errors = draw(st.one_of(importances(), importances().map(lambda e: e**8), importances().map(np.zeros_like)))
+    min_rank = draw(st.integers(0, 3))
+    max_rank = min_rank + draw(st.integers(0, 20))
+    mean = draw(st.one_of(st.integers(min_rank, max_rank), st.floats(min_rank, max_rank)))
+    return {"errors": errors, "mean_rank": mean, "min_rank": min_rank, "max_rank": max_rank}
+
+
+@st.composite
+def resizes(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of resize_adapter: up, down, to the same, from and to 0."""
+    case = draw(adapters())
+    rank = draw(st.integers(0, 16))
+    rows = _rng(draw).standard_normal((draw(st.integers(0, 2)) + max(1, rank - len(case["A"])), case["A"].shape[1]))
+    return {"A": case["A"], "B": case["B"], "rank": rank, "new_rows": rows}
+
+
+@st.composite
+def folds(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of fold_adapter."""
+    case = draw(adapters())
+    return {**case, "rank": draw(st.integers(0, len(case["A"])))}
+
+
+@st.composite
+def rebases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of rebase: an update, or none."""
+    weight = draw(matrices())
+    rng = _rng(draw)
+    merged = weight + rng.standard_normal(weight.shape)
+    updated = merged + draw(st.sampled_from([0.0, 1.0])) * rng.standard_normal(weight.shape)
+    return {"weight": weight, "merged": merged, "updated": updated, "mask": draw(kept_masks(weight.shape))}
+
+
+@st.composite
+def pairs_of_outputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    """dense and sparse (tokens, hidden)."""
+    dense = draw(matrices())
+    noise = draw(st.sampled_from([0.0, 0.1, 10.0])) * _rng(draw).standard_normal(dense.shape)
+    return {"dense": dense, "sparse": dense + noise}

@@ -1,0 +1,210 @@
+"""Every family: recognised by structure, calibrated exactly, pruned, trained, merged."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from tiny_models.random_models import FAMILIES, random_model
+from torch_impl import losa
+from torch_impl.engine import calibration, families, layers
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.training import TrainingConfig
+from torch_impl.losa import AdapterConfig, PruneConfig, Settings
+
+
+def token_ids(model: nn.Module, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def settings(**changes: object) -> Settings:
+    """A few quick steps."""
+    training = TrainingConfig(
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        **changes.pop("training", {}),  # type: ignore[arg-type]
+    )
+    adapter = AdapterConfig(initial_rank=3, **changes.pop("adapter", {}))  # type: ignore[arg-type]
+    return Settings(
+        prune=PruneConfig(**{"steps": 2, "sparsity_ratio": None, **changes}),  # type: ignore[arg-type]
+        adapter=adapter,
+        calibration=CalibrationConfig(nsamples=6, seqlen=12, rmi_samples=4, calibration_batch_size=4),
+        training=training,
+    )
+
+
+def parts_for(model: nn.Module, steps: int, rows: int = 8, length: int = 12) -> list[list[dict[str, torch.Tensor]]]:
+    ids = token_ids(model, steps * rows, length, seed=5)
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    return [examples[t * rows : (t + 1) * rows] for t in range(steps)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stream_equals_the_model_s_own_hidden_states(name: str) -> None:
+    """Block by block, in uneven batches, gives bit for bit what the whole model gives a batch at a time."""
+    model = random_model(name).eval()
+    ids = token_ids(model, 5, 9)
+    family = families.find_family(model)
+    seen: list[torch.Tensor] = []
+    blocks = families.decoder_blocks(model, family)
+    handles = [b.register_forward_hook(lambda _m, _i, out: seen.append(out)) for b in blocks]
+    with torch.no_grad():
+        for rows in ids.split(2):
+            model(input_ids=rows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    stream = calibration.start_stream(model, family, ids, 2)
+    for index, block in enumerate(blocks):
+        with torch.no_grad():
+            stream.advance(block, index)
+        expected = torch.cat(seen[index :: len(blocks)])
+        torch.testing.assert_close(stream.hidden, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_losa_runs_and_merges_on_every_family(name: str, method: str) -> None:
+    model = random_model(name)
+    head = model.get_output_embeddings().weight.detach().clone()
+    setup = settings(prune_method=method, sparsity_ratio=0.6)
+    records = losa.run(model, token_ids(model, 6, 12), parts_for(model, 2), setup)
+    family = families.find_family(model)
+    assert len(families.decoder_blocks(model, family)) == len(records[0].ranks)
+    assert [sum(r.ranks) for r in records] == [3 * len(r.ranks) for r in records[:1]] + [4 * len(records[0].ranks)]
+    ids = token_ids(model, 2, 12, seed=9)
+    with torch.no_grad():
+        unmerged = model(input_ids=ids).logits
+        masks = layers.merge_adapters(model, family)
+        merged = model(input_ids=ids).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-5, atol=1e-5)
+    assert len(masks) == len(family.projections) * len(records[0].ranks)
+    zeros = sum(int((model.get_submodule(n).weight == 0).sum()) for n in masks)
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    assert zeros == pruned
+    assert abs(zeros / sum(mask.numel() for mask in masks.values()) - 0.6) < 0.05
+    torch.testing.assert_close(model.get_output_embeddings().weight, head, rtol=0, atol=0)
+
+
+def test_masks_nest_and_rates_follow_the_schedule() -> None:
+    model = random_model("llama-gqa")
+    setup = settings(steps=4, sparsity_ratio=0.7)
+    family = families.find_family(model)
+    kept: list[list[torch.Tensor]] = []
+    records = losa.run(
+        model,
+        token_ids(model, 6, 12),
+        parts_for(model, 4),
+        setup,
+        on_step=lambda _: kept.append([layer.mask.clone() for layer in layers.adapters(model)]),
+    )
+    for earlier, later in itertools.pairwise(kept):
+        assert all(not (new & ~old).any() for old, new in zip(earlier, later, strict=True))
+    for before, after in itertools.pairwise(records):
+        assert all(a >= b - 1e-12 for b, a in zip(before.sparsity, after.sparsity, strict=True))
+    weights = families.prunable_weights(model, family)
+    for record in records:
+        mean = sum(w * s for w, s in zip(weights, record.sparsity, strict=True)) / sum(weights)
+        assert mean == pytest.approx(record.target, abs=1e-9)
+    assert len(set(records[-1].sparsity)) > 1, "RMI gave every block the same rate"
+
+
+@pytest.mark.parametrize("kind", ["2:4", "mixed-2:4", "2:8", "mixed-2:8"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_patterns_hold_in_every_group(kind: str, method: str) -> None:
+    model = random_model("llama")
+    setup = settings(sparsity_type=kind, prune_method=method, steps=3)
+    records = losa.run(model, token_ids(model, 6, 12), parts_for(model, 3), setup)
+    n, m = setup.prune.group or (0, 0)
+    family = families.find_family(model)
+    total = 0
+    for index, block in enumerate(families.decoder_blocks(model, family)):
+        expected = round((1 - records[-1].sparsity[index]) * m)
+        total += expected
+        for layer in layers.block_adapters(block, family).values():
+            groups = layer.mask.unflatten(1, (-1, m)).sum(-1)
+            assert (groups == expected).all()
+        assert abs(expected - n) <= (1 if kind.startswith("mixed") else 0)
+    assert total == n * len(records[-1].ranks)
+
+
+def test_ablations_are_what_they_say() -> None:
+    model = random_model("llama")
+    ids, parts = token_ids(model, 6, 12), parts_for(model, 2)
+    uniform = losa.run(
+        copy.deepcopy(model), ids, parts, settings(layer_sparsity="uniform", adapter={"rank_allocation": "uniform"})
+    )
+    assert all(len(set(record.sparsity)) == 1 and len(set(record.ranks)) == 1 for record in uniform)
+    assert uniform[0].importance == []
+    plain_model = copy.deepcopy(model)
+    plain = losa.run(plain_model, ids, [], settings(training={"finetune": False}))
+    assert all(record.losses == [] and record.ranks == [] for record in plain)
+    assert all(layer.rank == 0 for layer in layers.adapters(plain_model))
+    one = losa.run(copy.deepcopy(model), ids, parts[:1], settings(steps=1))
+    assert len(one) == 1
+    assert one[0].target == pytest.approx(0.7)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        model = random_model("llama-gqa")
+        base = settings()
+        setup = Settings(base.prune, base.adapter, base.calibration, base.training, seed=seed)
+        losa.run(model, token_ids(model, 6, 12), parts_for(model, 2), setup)
+        return [layer.merged() for layer in layers.adapters(model)]
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_pruned_checkpoint_is_taken_up_where_it_is() -> None:
+    model = random_model("llama")
+    ids = token_ids(model, 6, 12)
+    losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.5, training={"finetune": False}))
+    family = families.find_family(model) if not layers.adapters(model) else None
+    assert family is None or True
+    masks = layers.merge_adapters(model, families.FAMILIES[0])
+    records = losa.run(model, ids, parts_for(model, 2), settings(sparsity_ratio=0.7))
+    assert records[0].target > 0.5
+    for name, mask in masks.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, layers.AdaptedLinear)
+        assert not (layer.mask & ~mask).any()
+
+
+def test_a_model_sparser_than_asked_is_refused() -> None:
+    model = random_model("llama")
+    ids = token_ids(model, 6, 12)
+    losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.6, training={"finetune": False}))
+    layers.merge_adapters(model, families.FAMILIES[0])
+    with pytest.raises(ValueError, match=r"sparsity_ratio is 0\.4 .* already"):
+        losa.run(model, ids, [], settings(sparsity_ratio=0.4, training={"finetune": False}))
+
+
+def test_unknown_structures_are_named() -> None:
+    with pytest.raises(ValueError, match="match no known family"):
+        families.find_family(nn.Sequential(nn.Linear(2, 2)))
+    model = random_model("llama")
+    model.model.layers[0].mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="match no known family"):
+        families.find_family(model)
+
+
+def test_two_blocks_are_too_few_for_rmi() -> None:
+    model = random_model("llama", num_hidden_layers=2)
+    ids = token_ids(model, 6, 12)
+    with pytest.raises(ValueError, match="3 or more"):
+        losa.run(model, ids, parts_for(model, 2), settings())
+    losa.run(model, ids, parts_for(model, 2), settings(layer_sparsity="uniform"))
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: weights hold NaN"):
+        losa.run(model, token_ids(model, 6, 12), parts_for(model, 2), settings())

@@ -1,0 +1,52 @@
+"""Streamed statistics equal the spec's one-shot functions for any split into batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference import hsic, rank
+from reference.masks import sparsegpt, wanda
+from torch_impl.engine import statistics
+
+
+@st.composite
+def split_features(draw: st.DrawFn) -> tuple[np.ndarray, list[int]]:
+    """Features (tokens, columns) with a dead column, and the sizes of consecutive batches."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    columns = draw(st.integers(2, 8))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    features = generator.standard_normal((sum(sizes), columns)) * 10.0 ** draw(st.integers(-3, 3))
+    features[:, draw(st.integers(0, columns - 1))] = 0.0
+    return features, sizes
+
+
+@given(split_features())
+def test_input_norm_and_hessian(case: tuple[np.ndarray, list[int]]) -> None:
+    features, sizes = case
+    norm, hessian = statistics.InputNorm(), statistics.InputHessian(samples=3)
+    for part in torch.from_numpy(features).split(sizes):
+        norm.update(part)
+        hessian.update(part)
+    np.testing.assert_allclose(norm.result().numpy(), wanda.input_norm(features), rtol=1e-12)
+    np.testing.assert_allclose(hessian.result().numpy(), sparsegpt.hessian(features, 3), rtol=1e-10, atol=1e-300)
+
+
+@given(split_features(), st.floats(0, 1))
+def test_reconstruction_error(case: tuple[np.ndarray, list[int]], noise: float) -> None:
+    dense, sizes = case
+    sparse = dense + noise * np.roll(dense, 1, axis=1)
+    error = statistics.ReconstructionError()
+    for d, s in zip(torch.from_numpy(dense).split(sizes), torch.from_numpy(sparse).split(sizes), strict=True):
+        error.update(d[None], s[None])
+    assert error.result() == pytest.approx(rank.reconstruction_error(dense, sparse), rel=1e-10, abs=1e-300)
+
+
+@given(split_features())
+def test_gram(case: tuple[np.ndarray, list[int]]) -> None:
+    features, _ = case
+    hidden = torch.from_numpy(features)[:, None, :]
+    np.testing.assert_allclose(statistics.gram_of(hidden).numpy(), hsic.linear_gram(features), rtol=1e-10, atol=1e-300)

@@ -1,0 +1,134 @@
+"""Fine-tuning: schedule, accumulation, padding, labels, losses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_linear_schedule_with_warmup
+
+from tiny_models.random_models import random_model
+from torch_impl.engine import families, layers, training
+from torch_impl.engine.training import TrainingConfig
+
+
+def adapted_model(name: str = "llama-gqa") -> nn.Module:
+    model = random_model(name).double().eval()
+    family = families.find_family(model)
+    layers.attach_adapters(model, family, 2.0)
+    for number, layer in enumerate(layers.adapters(model)):
+        layer.resize(2, (number,))
+    return model
+
+
+def examples_for(model: nn.Module, lengths: list[int], seed: int = 0) -> list[training.Example]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in lengths]
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(10, 0.3), (7, 0.0), (5, 1.0), (1, 0.3), (100, 0.03)])
+def test_lr_factor_is_the_field_s_schedule(total: int, ratio: float) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0)
+    import math
+
+    scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(total * ratio), total)
+    for done in range(total):
+        assert training.lr_factor(done, total, ratio) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+def train(
+    model: nn.Module, examples: list[training.Example], dense: nn.Module | None = None, **changes: object
+) -> list:
+    config = TrainingConfig(learning_rate=1e-2, warmup_ratio=0.0, **changes)  # type: ignore[arg-type]
+    total = config.optimizer_steps(len(examples))
+    return training.train(model, dense or model, examples, config, (0, total))
+
+
+@pytest.mark.parametrize("lengths", [[8] * 8, [3, 8, 5, 7, 4, 8, 6, 2]])
+def test_accumulation_changes_nothing_but_memory(lengths: list[int]) -> None:
+    """4 × 1 and 1 × 4 and 2 × 2 micro-batches are the same optimizer step, padded rows included."""
+    results = []
+    for micro, accumulation in ((4, 1), (1, 4), (2, 2)):
+        model = adapted_model()
+        losses = train(
+            model,
+            examples_for(model, lengths),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+        )
+        results.append((losses, [layer.merged() for layer in layers.adapters(model)]))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-6)
+        for ours, first in zip(weights, results[0][1], strict=True):
+            # Adam's first steps are the gradient's sign: float32 noise of the norms and the softmax shows at 1e-5.
+            torch.testing.assert_close(ours, first, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_the_model_s_own_on_labels() -> None:
+    model = adapted_model()
+    [example] = examples_for(model, [9])
+    example["labels"][:4] = training.IGNORED
+    with torch.no_grad():
+        expected = float(model(input_ids=example["input_ids"][None], labels=example["labels"][None]).loss)
+    losses = train(model, [example], per_device_train_batch_size=1, gradient_accumulation_steps=1)
+    assert losses[0] == pytest.approx(expected, rel=1e-6)
+    assert training.label_count([example]) == 5
+
+
+def test_masked_prompts_and_padding_have_no_influence() -> None:
+    model = adapted_model()
+    short, long = examples_for(model, [5, 9])
+    alone = float(training._sum_loss(model, training.collate([short], torch.device("cpu")), None).detach())
+    other = float(training._sum_loss(model, training.collate([long], torch.device("cpu")), None).detach())
+    both = float(training._sum_loss(model, training.collate([short, long], torch.device("cpu")), None).detach())
+    assert both == pytest.approx(alone + other, rel=1e-6)
+
+
+def test_kl_is_zero_against_itself_and_pulls_to_the_dense_model() -> None:
+    model = adapted_model()
+    same = train(copy.deepcopy(model), examples_for(model, [8] * 4), dense=model, loss="kl")
+    assert abs(same[0]) < 1e-6
+    other = random_model("llama-gqa", seed=3).double().eval()
+    losses = train(model, examples_for(model, [8] * 8) * 10, dense=other, loss="kl")
+    assert losses[-1] < losses[0]
+
+
+def test_only_adapters_move_and_pruned_weights_stay_zero() -> None:
+    model = adapted_model()
+    with torch.no_grad():
+        for layer in layers.adapters(model):
+            layer.weight.mul_(torch.rand_like(layer.weight) < 0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, examples_for(model, [8] * 8))
+    for name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == name.endswith((".A", ".B")), name
+    for layer in layers.adapters(model):
+        assert not (layer.merged() * ~layer.mask).any()
+
+
+@pytest.mark.parametrize("changes", [{"hold_merged": False}, {"gradient_checkpointing": True}])
+def test_memory_options_do_not_change_the_result(changes: dict[str, bool]) -> None:
+    def trained(**options: bool) -> list[torch.Tensor]:
+        model = adapted_model()
+        if options.get("gradient_checkpointing"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        train(model, examples_for(model, [8] * 8), **options)
+        return [layer.merged() for layer in layers.adapters(model)]
+
+    for ours, plain in zip(trained(**changes), trained(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_divergence_stops_with_the_step_named() -> None:
+    model = adapted_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="optimizer step 1"):
+        train(model, examples_for(model, [8] * 2))

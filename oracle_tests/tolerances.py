@@ -1,0 +1,45 @@
+"""How far production may be from the spec, and why. Relaxing a number here needs a reason beside it."""
+
+from __future__ import annotations
+
+import torch
+
+# Layer 1: torch float64 on the CPU against NumPy float64. Same algorithm, other order of summation: a few ulps per sum of
+# at most 16 × 16 terms, so 1e-10 is far above rounding and far below any difference in logic.
+SAME_ALGORITHM = 1e-10
+# A Cholesky factor of a Hessian of condition κ amplifies rounding by κ; the strategies keep κ under 1e5 after damping.
+SPARSEGPT_FLOAT64 = 1e-8
+
+# Layer 2: unit roundoff of the inputs' dtype times the number of roundings in a row that a result can see: at most
+# 16-term sums of products (accumulated in float32) plus a handful of elementwise operations.
+ROUNDINGS = 32
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+def bound(dtype: torch.dtype) -> float:
+    """Largest error of a result relative to the largest entry of the reference."""
+    return SAME_ALGORITHM if dtype == torch.float64 else ROUNDINGS * UNIT[dtype]
+
+
+# A score of Wanda is one product of a rounded weight and a float32 norm: three roundings.
+SCORE_ROUNDINGS = 4
+
+# One LoSA step at LLaMA-2-7B's shapes, bf16 on the GPU against float32 on the CPU (oracle_tests/gpu_step.py). Hidden states
+# are rounded to bf16 (2⁻⁹ relative, at random) some ten times a block; norms over 2,048 tokens average that out.
+GPU_STEP = {
+    # Scores near the threshold are dense: a relative score error of 2⁻⁸ moves about that share of the entries there.
+    "mask entries that differ (share)": 5e-3,
+    # Input norms of the second block see ten roundings at random: √10 · 2⁻⁹ per entry at most, averaged over tokens.
+    "their distance from the threshold": 3e-2,
+    "reconstruction error": 3e-2,
+    "loss": 5e-3,
+    # Two blocks forward and backward in bf16 on both sides of every product.
+    "adapter gradients": 6e-2,
+    # bf16 rounds each merged weight once.
+    "merged weights": 2.0**-8,
+}
