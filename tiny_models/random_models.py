@@ -59,17 +59,22 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def random_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A randomly initialised model of `family` (a key of FAMILIES); overrides change its configuration."""
+    """A randomly initialised model of `family` (a key of FAMILIES); overrides change its configuration.
+
+    `dtype` among them is the dtype of the parameters; default float32.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family = {family!r}; allowed: {', '.join(FAMILIES)}")
     config_class, model_class, changes = FAMILIES[family]
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)
+    dtype = overrides.pop("dtype", torch.float32)
     sizes = {**_SIZES, **changes, **overrides}
     if family == "opt":
         for name in ("intermediate_size", "num_key_value_heads", "initializer_range"):
             sizes.pop(name)
-    model: PreTrainedModel = model_class(config_class(**sizes)).eval()
-    torch.set_rng_state(generator_state)
-    return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = model_class(config_class(**sizes))
+    return model.to(dtype).eval()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
