@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import HF_NAMES, float64_llama, random_llama, to_hugging_face
@@ -278,7 +278,7 @@ def assert_same_run(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "mixed-2:4"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=max(5, settings.default.max_examples // 7))
 @given(data=st.data())
 def test_same_trajectory(method: str, pattern: str, data: st.DataObject) -> None:
     assert_same_run(data.draw(cases(method, pattern)))
