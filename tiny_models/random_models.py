@@ -34,9 +34,6 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
-    "bos_token_id": 256,
-    "eos_token_id": 256,
-    "pad_token_id": 256,
     # Larger than the usual 0.02, so that a tiny model's blocks do something.
     "initializer_range": 0.2,
 }
@@ -67,7 +64,9 @@ def random_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedMode
         raise ValueError(f"family = {family!r}; allowed: {', '.join(FAMILIES)}")
     config_class, model_class, changes = FAMILIES[family]
     dtype = overrides.pop("dtype", torch.float32)
-    sizes = {**_SIZES, **changes, **overrides}
+    last = overrides.get("vocab_size", VOCABULARY) - 1
+    special = {f"{use}_token_id": last for use in ("bos", "eos", "pad")}
+    sizes = {**_SIZES, **special, **changes, **overrides}
     if family == "opt":
         for name in ("intermediate_size", "num_key_value_heads", "initializer_range"):
             sizes.pop(name)

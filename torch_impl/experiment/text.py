@@ -69,8 +69,8 @@ def load_documents(source: str, split: Split = "train") -> list[Document]:
 
     source: see the module's docstring. Files: .txt (documents split at lines `<|endoftext|>`, otherwise one document),
     .raw (WikiText's raw form: one document, its rows joined by an empty line), .jsonl, .json and .parquet of records
-    with `text`, or with `instruction`, `output` and perhaps `input`; .gz of the two JSON kinds. A folder stands for its
-    files of these kinds in the order of their names. Blank documents are left out.
+    (see document_of); .gz of the two JSON kinds. A folder stands for its files of these kinds in the order of their
+    names. Blank documents are left out.
     split: "train" and "heldout" never share a document: a source that does not bring the two is cut, about 90 to 10,
     by a hash of each document after exact duplicates are dropped; a single document is cut at the end of a line.
     "all" is everything, for text that is only evaluated on; of a named data set with a test split, that split.
@@ -82,7 +82,7 @@ def load_documents(source: str, split: Split = "train") -> list[Document]:
         raise ValueError(f"split = {split!r}; allowed: 'train', 'heldout', 'all'")
     if source == "stdlib":
         found = list(_stdlib(split))
-    elif Path(source).exists():
+    elif source and Path(source).exists():
         found = split_documents(_read_path(Path(source)), split)
     elif source in HUB or source.startswith("hf:"):
         found = _load_hub(source, split)
@@ -218,20 +218,23 @@ def _from_records(records: Iterable[tuple[str, Any]], where: str) -> Iterator[Do
 
 
 def document_of(record: Any) -> Document:
-    """A record's document: `text`, or `output` behind a prompt in Alpaca's form, made of `instruction` and `input`.
+    """A record's document: `output` behind a prompt in Alpaca's form, made of `instruction` and `input`, or `text`.
+
+    Alpaca's `text`, the whole of prompt and output, is passed over for the parts it is made of.
 
     Errors: ValueError if the record is no mapping with these fields, each a string.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record is {type(record).__name__}; allowed: fields text, or instruction, input and output")
-    names = ("text",) if "text" in record else ("instruction", "output")
-    for name in names:
-        if not isinstance(record.get(name), str):
-            given = type(record[name]).__name__ if name in record else f"missing among {sorted(map(str, record))}"
+    instruction = "instruction" in record or "text" not in record
+    for name in ("instruction", "input", "output") if instruction else ("text",):
+        value = record.get(name)
+        if not isinstance(value, str) and not (name == "input" and value is None):
+            given = type(value).__name__ if name in record else f"missing among {sorted(map(str, record))}"
             raise ValueError(f"field {name!r} is {given}; allowed: text, or instruction, input and output, as strings")
-    if names == ("text",):
+    if not instruction:
         return Document(record["text"])
-    parts = [("Instruction", record["instruction"]), ("Input", record.get("input") or "")]
+    parts = [("Instruction", record["instruction"]), ("Input", record.get("input"))]
     prompt = "".join(f"### {title}:\n{body}\n\n" for title, body in parts if body)
     return Document(record["output"], prompt + "### Response:\n")
 
