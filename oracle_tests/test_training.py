@@ -118,7 +118,7 @@ def test_memory_options_do_not_change_the_result(changes: dict[str, bool]) -> No
     def trained(**options: bool) -> list[torch.Tensor]:
         model = adapted_model()
         if options.get("gradient_checkpointing"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            training.checkpoint_activations(model)
         train(model, examples_for(model, [8] * 8), **options)
         return [layer.merged() for layer in layers.adapters(model)]
 

@@ -342,7 +342,7 @@ def run(
     dense = copy.deepcopy(model).requires_grad_(False)
     attach_adapters(model, family, settings.adapter.scale)
     if settings.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        training.checkpoint_activations(model)
     torch.manual_seed(settings.seed)
 
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)

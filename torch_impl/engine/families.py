@@ -56,7 +56,8 @@ def find_family(model: nn.Module) -> Family:
             continue
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             continue
-        found = {name for name, module in blocks[0].named_modules() if isinstance(module, nn.Linear)}
+        # A plain linear or the adapted one that takes its place: both say how many inputs they have.
+        found = {name for name, module in blocks[0].named_modules() if hasattr(module, "in_features")}
         if found == set(family.projections):
             return family
     looked_for = "; ".join(f"{f.name}: {f.blocks}[i].{{{', '.join(f.projections)}}}" for f in FAMILIES)

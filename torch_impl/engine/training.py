@@ -114,6 +114,12 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
     )
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only each block's input for backward; transformers 5.2x calls it by another name than before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
+
+
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for start in range(0, len(examples), size):
         yield examples[start : start + size]

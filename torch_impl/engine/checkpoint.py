@@ -1,0 +1,125 @@
+"""Models in and out: Hugging Face folders, safetensors only, checked after writing."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
+# logit. Both multiply by the same rounded weights, so only the order of summation may differ.
+LOGIT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N as a device that is there. Errors: ValueError naming what is."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device is {name!r} and this machine has {count} CUDA devices; allowed: auto, cpu"
+            + (f", cuda:0 to cuda:{count - 1}" if count else "")
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    return device
+
+
+def load(
+    name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id.
+
+    Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model {name}: no config.json in this folder; allowed: a Hugging Face model folder")
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(".")):
+        raise FileNotFoundError(f"model {name}: no such folder; allowed: a Hugging Face model folder or a hub id")
+    wanted = DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else "auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"model {name} does not load as a causal language model with its tokenizer: {reason}"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def weights_hash(name: str) -> str | None:
+    """SHA-256 over the safetensors files of a local folder, in the order of their names; None for a hub id."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (n, t, vocabulary) on the CPU."""
+    logits: torch.Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reloading the saved model has shown. zeros: share per projection, as pruned and as saved."""
+
+    logit_difference: float
+    zeros: dict[str, tuple[float, float]]
+
+
+def verify(
+    folder: Path, masks: dict[str, torch.Tensor], ids: torch.Tensor, unmerged: torch.Tensor, device: torch.device
+) -> tuple[PreTrainedModel, Verification]:
+    """Reload a saved model with transformers alone and hold it against the unmerged one. Returns it with the figures.
+
+    masks: bool by the full name of each projection; ids (n, t) and unmerged (n, t, vocabulary): logits before merging.
+
+    Errors: RuntimeError naming the projection whose zeros are not where its mask says, or the difference of the logits.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    model = model.to(device).eval()
+    zeros = {}
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        saved = (weight == 0).cpu()
+        if bool((~saved & ~mask).any()):
+            raise RuntimeError(f"{folder}, {name}: {int((~saved & ~mask).sum())} pruned weights are not zero")
+        zeros[name] = (float((~mask).float().mean()), float(saved.float().mean()))
+    difference = float((logits_of(model, ids) - unmerged).abs().max() / unmerged.abs().max())
+    if not difference <= LOGIT_BOUND[model.dtype]:
+        raise RuntimeError(
+            f"{folder}: logits of the reloaded model differ from the unmerged one's by {difference:.2e} of the largest; "
+            f"allowed: {LOGIT_BOUND[model.dtype]:.0e}"
+        )
+    return model, Verification(difference, zeros)

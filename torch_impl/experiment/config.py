@@ -1,0 +1,221 @@
+"""Configuration: frozen dataclasses beside what they configure, a TOML file, and flags; later ones win."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import tomllib
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.training import TrainingConfig
+from torch_impl.losa import AdapterConfig, PruneConfig, Settings
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
+FIRST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, where, in which precision."""
+
+    model: str = str(EMBEDDED_MODEL)
+    """Local folder in Hugging Face layout, or hub id; default: the embedded tiny LLaMA."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:N."""
+    dtype: str = "auto"
+    """auto (float32 on the CPU, the checkpoint's own on a GPU), float32, bfloat16, float16, float64."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for sources you trust."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text calibrates, trains and evaluates; how much of it."""
+
+    calibration_data: str = "stdlib"
+    """stdlib; a .txt, .jsonl, .json, .parquet file or a folder of them; c4, wikitext2, alpaca-gpt4 or hf:REPO[:CONFIG[:SPLIT]]."""
+    finetune_data: str = "stdlib"
+    """Text or instruction records to fine-tune on; the same kinds of source."""
+    eval_data: str = "stdlib"
+    """Text to measure perplexity on: what the other two never see; the same kinds of source."""
+    train_examples: int = 10000
+    """Fine-tuning sequences over all steps together (paper: 10,000 records)."""
+    train_seqlen: int = 1024
+    """Tokens of a fine-tuning sequence at most (paper: 1024)."""
+    step_shares: list[float] | None = None
+    """Share of the fine-tuning sequences of every step; default: 0.1 for each but the last, which gets the rest."""
+    eval_seqlen: int = 2048
+    """Tokens of an evaluation window (paper: 2048; 4096 for LLaMA-2 and 3)."""
+    eval_windows: int | None = None
+    """Evaluate on the first so many windows only; default: all."""
+    eval_batch_size: int = 8
+    """Windows evaluated at once."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("train_examples", 1), ("train_seqlen", 2), ("eval_seqlen", 2), ("eval_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        if self.eval_windows is not None and self.eval_windows < 1:
+            raise ValueError(f"eval_windows is {self.eval_windows}; allowed: 1 or more")
+
+    def shares(self, steps: int) -> list[float]:
+        """Share of the fine-tuning sequences of every step."""
+        if self.step_shares is None:
+            first = min(FIRST_SHARE, 1 / steps)
+            return [first] * (steps - 1) + [1 - first * (steps - 1)]
+        if len(self.step_shares) != steps or min(self.step_shares) <= 0 or abs(sum(self.step_shares) - 1) > 1e-6:
+            raise ValueError(f"step_shares is {self.step_shares}; allowed: {steps} numbers above 0 that sum to 1")
+        return list(self.step_shares)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the result goes."""
+
+    output_dir: str | None = None
+    """Folder of the run, written when all is done; default: losa-MODEL-METHOD-SPARSITY here."""
+    overwrite: bool = False
+    """Replace output_dir if it exists."""
+    seed: int = 0
+    """Seed of every random choice."""
+    dry_run: bool = False
+    """Print the plan, its memory and work, and stop."""
+    config: str | None = None
+    """TOML file with any of these options; flags win over it."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; allowed: 0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    @property
+    def settings(self) -> Settings:
+        """The part that Algorithm 1 reads."""
+        return Settings(self.prune, self.adapter, self.calibration, self.training, self.output.seed)
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        if self.output.output_dir is not None:
+            return Path(self.output.output_dir)
+        name = Path(self.model.model).name
+        pattern = self.prune.sparsity_type.replace(":", "of")
+        amount = f"{self.prune.final_sparsity:g}" if self.prune.group is None else pattern
+        return Path(f"losa-{name}-{self.prune.prune_method}-{amount}")
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section, for JSON."""
+        return asdict(self)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "prune": PruneConfig,
+    "adapter": AdapterConfig,
+    "calibration": CalibrationConfig,
+    "training": TrainingConfig,
+    "text": TextConfig,
+    "output": OutputConfig,
+}
+
+DESCRIPTION = """Prune a language model and heal it with LoSA: sparse weights, merged low-rank adapters, no filled zeros.
+
+  python -m torch_impl.run                                      the embedded model, Wanda, 70 %, five steps
+  python -m torch_impl.run --model DIR --sparsity_type 2:4      your model, two of every four weights kept
+  python -m torch_impl.run --model DIR --steps 1 --finetune false   plain pruning
+  python -m torch_impl.run --config llama_7b.toml --model DIR --dry_run   what it would take
+
+Options come from the defaults, then --config, then flags. Ready-made files (the paper's settings): torch_impl/configs/.
+"""
+
+
+class _Parser(HfArgumentParser):
+    """Bad options are one line and a ValueError, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that a command line asks for.
+
+    Errors: ValueError naming option, value and what is allowed; FileNotFoundError for a missing TOML file.
+    """
+    parser = _make_parser()
+    early = parser.parse_known_args(list(arguments))[0]
+    from_file = _from_toml(Path(early.config)) if early.config is not None else []
+    embedded = _from_toml(CONFIGS / "embedded.toml") if not _names_model([*from_file, *arguments]) else []
+    parts = parser.parse_args_into_dataclasses([*embedded, *from_file, *arguments], look_for_args_file=False)
+    config = Config(*parts)
+    _ = config.settings, config.text.shares(config.prune.steps)
+    return config
+
+
+def _names_model(tokens: Sequence[str]) -> bool:
+    return any(token == "--model" or token.startswith("--model=") for token in tokens)
+
+
+def _make_parser() -> _Parser:
+    for section in SECTIONS.values():
+        _document(section)
+    return _Parser(
+        list(SECTIONS.values()),
+        prog="python -m torch_impl.run",
+        description=DESCRIPTION,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _document(section: type) -> None:
+    """Make the docstring below each field its --help text."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for before, after in zip(definition.body, definition.body[1:], strict=False):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if is_text and isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
+            texts[before.target.id] = str(after.value.value)  # type: ignore[attr-defined]
+    for item in fields(section):
+        item.metadata = MappingProxyType({"help": texts[item.name].replace("%", "%%")})
+
+
+def _from_toml(path: Path) -> list[str]:
+    """A TOML file as command-line words: option = value, in sections or not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path} does not exist; allowed: a TOML file")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not TOML: {error}") from error
+    known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config"}
+    words: list[str] = []
+    for name, value in table.items():
+        entries = value.items() if isinstance(value, dict) else [(name, value)]
+        for key, entry in entries:
+            if key not in known or isinstance(entry, dict):
+                raise ValueError(f"config {path}: unknown option {key!r}; see --help for those allowed")
+            words += [f"--{key}", *(map(str, entry) if isinstance(entry, list) else [str(entry)])]
+    return words

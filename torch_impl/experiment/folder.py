@@ -1,0 +1,58 @@
+"""The folder of a run: written under a hidden name beside its place, and moved there whole when all is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def run_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` if the body ends well and is removed if it does not.
+
+    Errors: ValueError if `target` exists and may not be replaced, or cannot be written.
+    """
+    if target.exists() and not overwrite:
+        raise ValueError(f"output_dir {target} exists; allowed: a new folder, or --overwrite")
+    if target.exists() and not (target / "losa_result.json").is_file():
+        raise ValueError(f"output_dir {target} is not the folder of a run; allowed: a new folder, or that of a run")
+    partial = target.absolute().parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {target} cannot be written: {error.strerror}; allowed: a writable place"
+        ) from error
+    try:
+        yield partial
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+class Metrics:
+    """metrics.jsonl: one line an event."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append an event and its values."""
+        self._file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()

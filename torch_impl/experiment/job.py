@@ -1,0 +1,204 @@
+"""The main job: load, evaluate, prune and heal, merge, save, reload, verify, report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_impl import losa
+from torch_impl.engine import checkpoint
+from torch_impl.engine.families import find_family
+from torch_impl.engine.layers import merge_adapters
+from torch_impl.engine.training import Example
+from torch_impl.experiment import report, text
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.evaluate import perplexity
+from torch_impl.experiment.folder import Metrics, run_folder, write_json
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a run reads."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    calibration: torch.Tensor
+    examples: list[Example]
+    evaluation: torch.Tensor
+    evaluation_facts: dict[str, Any]
+
+
+def load_material(config: Config) -> Material:
+    """Model, tokenizer and all text. Errors: ValueError or FileNotFoundError naming what is wrong."""
+    device = checkpoint.choose_device(config.model.device)
+    model, tokenizer = checkpoint.load(config.model.model, device, config.model.dtype, config.model.trust_remote_code)
+    losa.check_model(model, config.settings)
+    options, calibration, seed = config.text, config.calibration, config.output.seed
+    calibration_ids = text.calibration_windows(
+        text.load_documents(options.calibration_data, "train"),
+        tokenizer,
+        calibration.nsamples,
+        calibration.seqlen,
+        seed,
+    )
+    examples: list[Example] = []
+    if config.training.finetune:
+        documents = text.load_documents(options.finetune_data, "train")
+        examples = text.training_examples(
+            documents, tokenizer, options.train_seqlen, seed, limit=options.train_examples
+        )
+    held_out = text.load_documents(options.eval_data, "heldout")
+    windows = text.evaluation_windows(held_out, tokenizer, options.eval_seqlen, limit=options.eval_windows)
+    facts = {"split": "held out", **text.describe_windows(options.eval_data, held_out, windows)}
+    return Material(model, tokenizer, calibration_ids, examples, windows, facts)
+
+
+def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
+    """The same method at the same sparsity in one shot: uniform, without fine-tuning."""
+    plain = dataclasses.replace(
+        config.settings,
+        prune=dataclasses.replace(config.prune, steps=1, layer_sparsity="uniform"),
+        training=dataclasses.replace(config.training, finetune=False),
+    )
+    model = copy.deepcopy(material.model)
+    losa.run(model, material.calibration, [], plain)
+    merge_adapters(model, find_family(model))
+    return model
+
+
+def run_job(config: Config) -> tuple[dict[str, Any], Path]:
+    """Do all of it. Returns the result, as losa_result.json holds it, and the folder of the run."""
+    target = config.output_dir
+    with run_folder(target, config.output.overwrite) as folder:
+        result = _run(config, folder)
+    return result, target
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    material = load_material(config)
+    model, device = material.model, material.model.device
+    metrics = Metrics(folder / "metrics.jsonl")
+
+    def measure(what: torch.nn.Module, **labels: Any) -> float:
+        value = perplexity(what, material.evaluation, config.text.eval_batch_size)
+        metrics.log("perplexity", value=value, **labels)
+        return value
+
+    parts = text.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
+    family = find_family(model)
+    dense = {"perplexity": measure(model, model="dense"), "sparsity": _sparsity(model), "seconds": 0.0}
+    pruned_start = time.perf_counter()
+    pruned_model = prune_at_once(config, material)
+    seconds = time.perf_counter() - pruned_start
+    pruned = {"perplexity": measure(pruned_model, model="pruned at once"), "sparsity": _sparsity(pruned_model)}
+    pruned["seconds"] = seconds
+    del pruned_model
+
+    after_step: list[float] = []
+    losa_seconds = time.perf_counter()
+    measuring = 0.0
+
+    def on_step(record: losa.StepRecord) -> None:
+        nonlocal measuring
+        begin = time.perf_counter()
+        metrics.log("step", **record.as_dict())
+        after_step.append(measure(model, model="losa", step=record.step))
+        measuring += time.perf_counter() - begin
+
+    def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
+        metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
+
+    records = losa.run(model, material.calibration, parts, config.settings, on_step, on_loss)
+    losa_seconds = time.perf_counter() - losa_seconds - measuring
+
+    probe = material.evaluation[:2]
+    unmerged = checkpoint.logits_of(model, probe)
+    masks = merge_adapters(model, family)
+    (folder / "model").mkdir()
+    model.save_pretrained(folder / "model")
+    material.tokenizer.save_pretrained(folder / "model")
+    merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, device)
+    healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}
+    healed["seconds"] = losa_seconds
+    metrics.close()
+
+    sizes = _sizes(merged, masks)
+    result = {
+        "model": config.model.model,
+        "family": family.name,
+        "method": config.prune.prune_method,
+        "sparsity_type": config.prune.sparsity_type,
+        "target_sparsity": config.prune.final_sparsity,
+        "dense": {**dense, "bytes": sizes["dense"], "packed_bytes": sizes["dense"]},
+        "pruned_at_once": {**pruned, "bytes": sizes["dense"], "packed_bytes": sizes["packed"]},
+        "losa": {**healed, "bytes": sizes["dense"], "packed_bytes": sizes["packed"]},
+        "perplexity_after_step": after_step,
+        "evaluation": material.evaluation_facts,
+        "train_examples": len(material.examples),
+        "lr_schedule": config.training.lr_schedule,
+        "loss": config.training.loss,
+        "step_shares": config.text.shares(config.prune.steps),
+        "verification": {
+            "largest_logit_difference": verification.logit_difference,
+            "projections": len(verification.zeros),
+            "sparsity_pruned_and_saved": verification.zeros,
+        },
+        "seconds_in_all": time.perf_counter() - start,
+    }
+    write_json(folder / "losa_result.json", result)
+    write_json(folder / "steps.json", [record.as_dict() for record in records])
+    write_json(folder / "config.json", config.as_dict())
+    write_json(folder / "environment.json", _environment(config, material))
+    report.write(folder, result, records)
+    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8")
+    return result
+
+
+@torch.no_grad()
+def _sparsity(model: torch.nn.Module) -> float:
+    """Share of zeros of all prunable weights."""
+    family = find_family(model)
+    blocks = model.get_submodule(family.blocks)
+    weights = [block.get_submodule(name).weight for block in blocks for name in family.projections]  # type: ignore[union-attr]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes of all weights as saved, and with the pruned projections as a bitmap and their kept values."""
+    unique = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    dense = sum(parameter.numel() * parameter.element_size() for parameter in unique.values())
+    size = torch.empty(0, dtype=model.dtype).element_size()
+    saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())
+    return {"dense": dense, "packed": dense - saved}
+
+
+def _environment(config: Config, material: Material) -> dict[str, Any]:
+    device = material.model.device
+    examples = torch.cat([e["input_ids"] for e in material.examples]) if material.examples else torch.empty(0)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(material.model.dtype),
+        "model_sha256": checkpoint.weights_hash(config.model.model),
+        "calibration_tokens_sha256": _hash(material.calibration),
+        "finetune_tokens_sha256": _hash(examples),
+        "evaluation_tokens_sha256": _hash(material.evaluation),
+    }
+
+
+def _hash(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()

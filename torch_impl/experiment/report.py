@@ -1,0 +1,192 @@
+"""What a run has to say: a table, a model card, a page with pictures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_impl.losa import StepRecord
+
+ROWS = (("dense", "dense"), ("pruned_at_once", "pruned at once"), ("losa", "LoSA"))
+
+
+def _cells(result: dict[str, Any]) -> list[list[str]]:
+    cells = [["", "perplexity", "sparsity", "on disk", "if packed", "time"]]
+    for key, title in ROWS:
+        row = result[key]
+        cells.append(
+            [
+                title,
+                f"{row['perplexity']:,.2f}",
+                f"{row['sparsity']:.2%}",
+                _bytes(row["bytes"]),
+                _bytes(row["packed_bytes"]),
+                f"{row['seconds']:.1f} s" if row["seconds"] else "",
+            ]
+        )
+    return cells
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The closing table, as text."""
+    cells = _cells(result)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(["", *lines, "", *_notes(result)])
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    facts, checks = result["evaluation"], result["verification"]
+    shares = ", ".join(f"{share:.0%}" for share in result["step_shares"])
+    return [
+        f"Perplexity per token on {facts['source']} ({facts['split']}): {facts['windows']} windows of {facts['seqlen']} tokens, "
+        f"sha256 {facts['sha256'][:12]}.",
+        f"Trained on {result['train_examples']} sequences in parts of {shares}; loss {result['loss']}, "
+        f"learning rate {result['lr_schedule'].replace('_', ' ')}.",
+        f"Reloaded with transformers alone: every pruned weight of {checks['projections']} projections is zero, logits "
+        f"within {checks['largest_logit_difference']:.1e} of the unmerged model's.",
+        "Saved as a dense file with zeros in it, so as large as before and no faster; packed: a bitmap and the kept values.",
+    ]
+
+
+def model_card(result: dict[str, Any]) -> str:
+    """README.md of the saved model."""
+    rows = _cells(result)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [sparse, losa]",
+            "---",
+            f"# {Path(result['model']).name}, pruned to {result['losa']['sparsity']:.1%} by LoSA",
+            "",
+            f"Method {result['method']}, pattern {result['sparsity_type']}. A plain Hugging Face model: the adapters are merged.",
+            "",
+            *lines,
+            "",
+            *(f"- {note}" for note in _notes(result)),
+            "",
+        ]
+    )
+
+
+def write(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -> None:
+    """report.html and its pictures; without matplotlib, the page says how to get them."""
+    try:
+        pictures = _draw(folder, result, records)
+        missing = ""
+    except ImportError:
+        pictures, missing = [], '<p>Pictures need matplotlib: <code>pip install "losa-oracle[report]"</code>.</p>'
+    cells = _cells(result)
+    head = "".join(f"<th>{cell}</th>" for cell in cells[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells[1:])
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(result))
+    images = "".join(
+        f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>' for name, text in pictures
+    )
+    steps = "".join(
+        f"<tr><td>{r.step}</td><td>{r.target:.2%}</td><td>{min(r.sparsity):.2%} – {max(r.sparsity):.2%}</td>"
+        f"<td>{f'{min(r.ranks)} – {max(r.ranks)}' if r.ranks else ''}</td><td>{max(r.errors):.4f}</td>"
+        f"<td>{result['perplexity_after_step'][r.step - 1]:.2f}</td><td>{sum(r.seconds.values()):.1f}</td></tr>"
+        for r in records
+    )
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>LoSA: {html.escape(Path(result["model"]).name)}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }}
+td:first-child {{ text-align: left }} figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
+</style>
+<h1>{html.escape(Path(result["model"]).name)}: {result["losa"]["sparsity"]:.1%} zeros, {result["method"]}, {result["sparsity_type"]}</h1>
+<table><tr>{head}</tr>{body}</table><ul>{notes}</ul>
+<h2>Step by step</h2>
+<table><tr><th>step</th><th>sparsity</th><th>of blocks</th><th>ranks</th><th>largest error</th><th>perplexity</th><th>seconds</th></tr>
+{steps}</table>{images}{missing}</html>
+"""
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _draw(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -> list[tuple[str, str]]:
+    """Write the pictures. Returns (file, what it shows)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    def figure(name: str, x: str, y: str) -> tuple[Figure, Any]:
+        drawing = Figure(figsize=(8, 4.2), layout="constrained")
+        axes = drawing.subplots()
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        return drawing, axes
+
+    from matplotlib import colormaps
+
+    colours = [colormaps["viridis"](0.9 * k / max(1, len(records) - 1)) for k in range(len(records))]
+    pictures = []
+    for name, label, caption in (
+        ("sparsity", "share of zeros", "Sparsity of every block after each step"),
+        ("ranks", "ranks", "Ranks of every block's adapters at each step"),
+        ("errors", "reconstruction error", "Reconstruction error of every block when pruned at each step"),
+    ):
+        if not getattr(records[0], name):
+            continue
+        drawing, axes = figure(name, "block", label)
+        for record, colour in zip(records, colours, strict=True):
+            values = getattr(record, name)
+            axes.plot(range(len(values)), values, marker="o", markersize=4, color=colour, label=f"step {record.step}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if name == "ranks":
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        drawing.savefig(folder / f"{name}.png", dpi=130)
+        pictures.append((f"{name}.png", caption))
+
+    losses = [loss for record in records for loss in record.losses]
+    if losses:
+        drawing, axes = figure("loss", "optimizer step", f"training loss ({result['loss']}), per token")
+        axes.plot(losses, color="0.75", linewidth=0.8, label="every optimizer step")
+        window = max(1, len(losses) // 40)
+        smooth = [sum(losses[k - window : k]) / window for k in range(window, len(losses) + 1)]
+        axes.plot(range(window - 1, len(losses)), smooth, color="#0072b2", label=f"mean of {window}")
+        position = 0
+        for record in records[:-1]:
+            position += len(record.losses)
+            axes.axvline(position, color="0.4", linestyle=":", linewidth=1)
+        axes.legend(frameon=False)
+        drawing.savefig(folder / "loss.png", dpi=130)
+        pictures.append(("loss.png", "Training loss; dotted lines: the model is pruned further"))
+
+    drawing, axes = figure("perplexity", "step", "held-out perplexity")
+    steps = [record.step for record in records]
+    axes.plot(steps, result["perplexity_after_step"], marker="o", color="#0072b2", label="LoSA")
+    for key, title, colour, style in (
+        ("dense", "dense", "#009e73", "--"),
+        ("pruned_at_once", "pruned at once", "#d55e00", "-."),
+    ):
+        value = result[key]["perplexity"]
+        axes.axhline(value, color=colour, linestyle=style, label=f"{title}: {value:,.2f}")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for record, value in zip(records, result["perplexity_after_step"], strict=True):
+        axes.annotate(
+            f"{value:.2f}\n{record.target:.0%}",
+            (record.step, value),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            fontsize=8,
+        )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.margins(y=0.15)
+    drawing.savefig(folder / "perplexity.png", dpi=130)
+    pictures.append(("perplexity.png", "Held-out perplexity after every step, and the sparsity reached"))
+    return pictures
