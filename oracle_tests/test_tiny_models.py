@@ -85,6 +85,12 @@ def test_heldout_files_that_repeat_training_text_are_dropped(tmp_path: Path) -> 
     assert len(corpus.documents("all", root)) == 3
 
 
+def test_modules_that_became_packages_keep_their_side(tmp_path: Path) -> None:
+    """zipfile.py, training text of the embedded model, is zipfile/__init__.py since Python 3.12."""
+    root = library(tmp_path, {"zipfile/__init__.py": lines("a"), "zipfile/_path/__init__.py": lines("b")})
+    assert len(corpus.documents("train", root)) == 2
+
+
 def test_corpus_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no Python sources"):
         corpus.documents("train", tmp_path)

@@ -24,6 +24,8 @@ GENERATED = ("config-", "_sysconfigdata", "_sysconfig_vars")
 TOPICS = "pydoc_data/topics.py"
 SHORTEST = 200
 HELDOUT_SHARE = 0.1
+# Modules of Python 3.11 that later became packages stay on the side they were on when the embedded model read them.
+NOW_PACKAGES = ("zipfile", "pathlib", "string", "sysconfig")
 # A held-out file is dropped if more than this share of its long lines stands in training files.
 OVERLAP = 0.1
 LONG_LINE = 30
@@ -84,6 +86,8 @@ def _topics(source: str) -> str:
 
 
 def _is_heldout(name: str) -> bool:
+    top = name.split("/")[0]
+    name = f"{top}.py" if top in NOW_PACKAGES else name
     return name != TOPICS and hashlib.sha256(name.encode()).digest()[0] < 256 * HELDOUT_SHARE
 
 
