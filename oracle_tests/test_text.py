@@ -266,19 +266,33 @@ def test_a_text_of_one_window_is_drawn_again_and_again(tokenizer: PreTrainedToke
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(2, 9), st.integers(0, 3))
-def test_packed_examples_follow_each_other(lengths: list[int], seqlen: int, seed: int) -> None:
+def test_packed_examples_are_the_stream_s_windows_shuffled(lengths: list[int], seqlen: int, seed: int) -> None:
     tokenizer = byte_tokenizer()
     total = sum(lengths) + len(lengths)
     if total < seqlen:
         return
-    documents = [Document("x" * length) for length in lengths]
+    documents = [Document(chr(ord("!") + k) * length) for k, length in enumerate(lengths)]
     examples = text.training_examples(documents, tokenizer, seqlen, seed)
     assert len(examples) == total // seqlen
     assert all(len(e["input_ids"]) == seqlen and torch.equal(e["input_ids"], e["labels"]) for e in examples)
-    runs = tokenizer.decode(torch.cat([e["input_ids"] for e in examples])).split("<|endoftext|>")[1:]
-    assert all(len(run) in lengths for run in runs[:-1])
-    few = text.training_examples(documents, tokenizer, seqlen, seed, limit=2)
-    assert [e["input_ids"].tolist() for e in few] == [e["input_ids"].tolist() for e in examples[:2]]
+    learnt = torch.cat([e["input_ids"] for e in examples])
+    for document in documents:
+        (symbol,) = set(tokenizer(document.text)["input_ids"])
+        assert int((learnt == symbol).sum()) <= len(document.text)
+    assert total - len(learnt) < seqlen
+    again = text.training_examples(documents, tokenizer, seqlen, seed)
+    assert [e["input_ids"].tolist() for e in again] == [e["input_ids"].tolist() for e in examples]
+
+
+@given(st.integers(1, 20), st.integers(0, 9))
+def test_a_limit_takes_the_stream_s_first_windows(limit: int, seed: int) -> None:
+    tokenizer = byte_tokenizer()
+    documents = letters(*[6] * 20)
+    few = text.training_examples(documents, tokenizer, 7, seed, limit=limit)
+    assert len(few) == limit
+    rows = {tuple(e["input_ids"].tolist()) for e in few}
+    assert len(rows) == limit
+    assert rows <= {tuple(e["input_ids"].tolist()) for e in text.training_examples(documents, tokenizer, 7, seed)}
 
 
 def test_prompts_carry_no_loss(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -303,20 +303,22 @@ def training_examples(
 ) -> list[Example]:
     """Examples {input_ids (t,), labels (t,)} with t <= seqlen, of documents shuffled by `seed`.
 
-    packed: windows of exactly seqlen that follow each other in the stream; otherwise, and always if a document has a
-    prompt, each document is one example, cut at seqlen, between the tokenizer's begin- and end-of-text tokens; labels
-    of the prompt are -100, and a prompt that leaves no room for its text is left out. limit: at most so many examples.
+    packed: windows of exactly seqlen that follow each other in the stream, shuffled in their turn, since those of one
+    long document would fill whole batches. Otherwise, and always if a document has a prompt, each document is one
+    example, cut at seqlen, between the tokenizer's begin- and end-of-text tokens; labels of the prompt are -100, and a
+    prompt that leaves no room for its text is left out. limit: at most so many examples; packed, the stream's first.
 
     Errors: ValueError if not one example comes of it.
     """
     _checks.integer("seqlen", seqlen, 2)
     if limit is not None:
         _checks.integer("limit", limit, 1)
-    order = np.random.default_rng(seed).permutation(len(documents))
-    shuffled = [documents[index] for index in order]
+    generator = np.random.default_rng(seed)
+    shuffled = [documents[index] for index in generator.permutation(len(documents))]
     if packed and not any(document.prompt for document in shuffled):
-        windows = _stream(shuffled, tokenizer, seqlen, limit and limit * seqlen)
-        return [{"input_ids": ids, "labels": ids} for ids in _cut(windows, seqlen, limit)]
+        windows = _cut(_stream(shuffled, tokenizer, seqlen, limit and limit * seqlen), seqlen, limit)
+        windows = windows[torch.from_numpy(generator.permutation(len(windows)))]
+        return [{"input_ids": ids, "labels": ids} for ids in windows]
     examples: list[Example] = []
     for start in range(0, len(shuffled), _BATCH):
         examples += _single_examples(shuffled[start : start + _BATCH], tokenizer, seqlen)
