@@ -29,18 +29,21 @@ def assert_exact(name: str, reference: Any, production: Any) -> None:
         )
 
 
-def assert_close(name: str, reference: Any, production: Any, tolerance: float) -> None:
-    """Largest difference at most `tolerance` of the largest entry; NaN on neither side."""
+def assert_close(
+    name: str, reference: Any, production: Any, tolerance: float, scale: float | None = None, floor: float = 0.0
+) -> None:
+    """Largest difference at most `tolerance` of `scale` (default: the largest entry), or `floor`; NaN on neither side."""
     ref, out = to_numpy(reference).astype(np.float64), to_numpy(production).astype(np.float64)
     assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
     assert np.isfinite(ref).all(), f"{name}: the spec's holds NaN or infinity"
     assert np.isfinite(out).all(), f"{name}: holds NaN or infinity"
     if ref.size == 0:
         return
-    difference, scale = np.abs(ref - out), np.abs(ref).max()
+    difference = np.abs(ref - out)
+    scale = np.abs(ref).max() if scale is None else scale
     worst = np.unravel_index(difference.argmax(), difference.shape)
     ratio = np.sqrt((difference**2).mean()) / max(np.sqrt((ref**2).mean()), np.finfo(float).tiny)
-    assert difference[worst] <= tolerance * scale + np.finfo(float).tiny, (
+    assert difference[worst] <= tolerance * scale + max(floor, np.finfo(float).tiny), (
         f"{name}: off by {difference[worst]:.3e} at {tuple(int(i) for i in worst)}: {out[worst]!r}, the spec's is "
         f"{ref[worst]!r}; RMS ratio {ratio:.3e}, allowed {tolerance:.3e} of {scale:.3e}"
     )

@@ -43,7 +43,9 @@ def merge(weight: Array, A: Array, B: Array, scale: float) -> Array:
 
     Source: LoSA, Eq. 1.
 
-    Parameters and errors: as `effective_weight`. Returns: (out, in) in the weight's floating dtype (float64 for integers).
+    Parameters: as `effective_weight`. Returns: (out, in) in the weight's floating dtype (float64 for integers).
+
+    Errors: as `effective_weight`.
 
     *Deviation*: the published code adds in half precision, so its merged and unmerged outputs part.
 

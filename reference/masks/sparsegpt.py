@@ -116,10 +116,9 @@ def sparsegpt_nm(
     _checks.integer("m", m, 1)
     _checks.integer("n", n, 0, m)
     _checks.integer("block_size", block_size, 1)
-    if block_size % m or np.shape(weight)[-1] % m:
-        raise ValueError(
-            f"m is {m}; allowed: a divisor of block_size {block_size} and of the {np.shape(weight)[-1]} inputs"
-        )
+    columns = _checks.array("weight", weight, "out", "in").shape[1]
+    if block_size % m or columns % m:
+        raise ValueError(f"m is {m}; allowed: a divisor of block_size {block_size} and of the {columns} inputs")
 
     def choose(columns: Array, diagonal: Array, kept: Mask) -> Mask:
         return nm_mask(demote_pruned(columns**2 / diagonal**2, kept), n, m) & kept

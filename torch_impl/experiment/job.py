@@ -9,7 +9,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -57,10 +57,25 @@ def load_material(config: Config) -> Material:
         examples = text.training_examples(
             documents, tokenizer, options.train_seqlen, seed, limit=options.train_examples
         )
-    held_out = text.load_documents(options.eval_data, "heldout")
+    split = _evaluation_split(config)
+    held_out = text.load_documents(options.eval_data, split)
     windows = text.evaluation_windows(held_out, tokenizer, options.eval_seqlen, limit=options.eval_windows)
-    facts = {"split": "held out", **text.describe_windows(options.eval_data, held_out, windows)}
+    facts = {
+        "split": "held out" if split == "heldout" else "all of it",
+        **text.describe_windows(options.eval_data, held_out, windows),
+    }
     return Material(model, tokenizer, calibration_ids, examples, windows, facts)
+
+
+def _evaluation_split(config: Config) -> Literal["heldout", "all"]:
+    """All of a source that nothing else reads; else only what is held out of it."""
+    options = config.text
+    if options.eval_data == "stdlib" or not Path(options.eval_data).exists():
+        return "heldout"
+    place = Path(options.eval_data).resolve()
+    others = [Path(source).resolve() for source in (options.calibration_data, options.finetune_data)]
+    shared = any(place == other or place in other.parents or other in place.parents for other in others)
+    return "heldout" if shared else "all"
 
 
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:

@@ -1,0 +1,271 @@
+"""The table that ties the two packages: every public function of the spec, what it is fed, how results are compared."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from oracle_tests import strategies as s
+
+
+class Kind(enum.Enum):
+    """How results are compared."""
+
+    EXACT = "same values, shapes and kinds"
+    CLOSE = "within the dtype's bound"
+    OPTIMUM = "feasible, and the objective within the bound"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One pair. name: module and function, the same in both packages. cases: its keyword arguments. bad: keyword
+    arguments that both refuse, and the argument that the message must name. low_precision: also held to a bound in
+    float32, float16 and bfloat16. scale: size of the terms that cancel in a result, where that is not the result's own."""
+
+    name: str
+    cases: st.SearchStrategy[dict[str, Any]]
+    kind: Kind
+    bad: tuple[dict[str, Any], str]
+    low_precision: bool = False
+    scale: Callable[[dict[str, Any]], float] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The spec's function."""
+        return _find("reference", self.name)
+
+    @property
+    def production(self) -> Callable[..., Any]:
+        """Production's function."""
+        return _find("torch_impl", self.name)
+
+
+def _find(package: str, name: str) -> Callable[..., Any]:
+    module, _, function = name.rpartition(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{module}"), function)
+    return found
+
+
+def to_torch(value: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Arguments for production: float arrays in `dtype`, other arrays as they are, the rest untouched."""
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(np.array(value))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+W = np.array([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
+A, B = np.ones((2, 3)), np.ones((2, 2))
+LAYER = {"weight": W, "A": A, "B": B, "scale": 1.0}
+EYE = np.eye(3)
+KEPT = W != 0
+ROW = np.array([0.2, 0.3, 0.5])
+
+
+def _cases(**arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(arguments)
+
+
+_steps = st.integers(1, 12).flatmap(
+    lambda steps: st.fixed_dictionaries(
+        {
+            "step": st.integers(1, steps),
+            "steps": st.just(steps),
+            "final": st.floats(0.5, 1),
+            "initial": st.floats(0, 0.5),
+        }
+    )
+)
+
+OPS = (
+    Op("schedule.cubic_sparsity", _steps, Kind.CLOSE, ({"step": 3, "steps": 2, "final": 0.5}, "step")),
+    Op(
+        "schedule.mean_rank",
+        _cases(step=st.integers(1, 20), initial=st.integers(1, 9)),
+        Kind.EXACT,
+        ({"step": 0}, "step"),
+    ),
+    Op("schedule.sparsity_spread", _cases(target=s.SPARSITIES), Kind.EXACT, ({"target": 1.5}, "target")),
+    Op(
+        "hsic.linear_gram",
+        _cases(features=s.matrices()),
+        Kind.CLOSE,
+        ({"features": np.ones(3)}, "features"),
+        low_precision=True,
+    ),
+    Op(
+        "hsic.center",
+        _cases(gram=s.grams()),
+        Kind.CLOSE,
+        ({"gram": np.ones((2, 3))}, "gram"),
+        scale=lambda case: float(np.abs(case["gram"]).max()),
+    ),
+    Op(
+        "hsic.hsic",
+        s.gram_pairs(),
+        Kind.CLOSE,
+        ({"gram_x": np.eye(1), "gram_y": np.eye(1)}, "gram_x"),
+        scale=lambda case: float(np.linalg.norm(case["gram_x"]) * np.linalg.norm(case["gram_y"])),
+    ),
+    Op("hsic.nhsic", s.gram_pairs(), Kind.CLOSE, ({"gram_x": np.eye(2), "gram_y": np.eye(3)}, "gram_y")),
+    Op("rmi.nhsic_matrix", _cases(grams=s.grams(4)), Kind.CLOSE, ({"grams": np.eye(3)}, "grams")),
+    Op(
+        "rmi.redundancy",
+        _cases(nhsic=st.integers(1, 9).flatmap(lambda n: s.matrices(n, n))),
+        Kind.CLOSE,
+        ({"nhsic": np.ones((2, 3))}, "nhsic"),
+        low_precision=True,
+    ),
+    Op(
+        "rmi.importance",
+        _cases(redundancy=s.importances(), beta=st.sampled_from([1.0, 100.0, 0.5])),
+        Kind.CLOSE,
+        ({"redundancy": -ROW}, "redundancy"),
+    ),
+    Op(
+        "sparsity.allocate_sparsity",
+        s.allocations(),
+        Kind.OPTIMUM,
+        ({"importance": ROW, "target": 0.5, "spread": 0.1, "floor": np.full(3, 0.9)}, "floor"),
+    ),
+    Op(
+        "sparsity.allocate_kept",
+        s.kept_allocations(),
+        Kind.EXACT,
+        ({"importance": ROW, "kept_total": 13, "m": 4}, "kept_total"),
+    ),
+    Op(
+        "rank.reconstruction_error",
+        s.pairs_of_outputs(),
+        Kind.CLOSE,
+        ({"dense": W, "sparse": W.T.copy()}, "sparse"),
+    ),
+    Op("rank.allocate_ranks", s.rank_cases(), Kind.EXACT, ({"errors": ROW, "mean_rank": 17}, "mean_rank")),
+    Op(
+        "rank.resize_adapter",
+        s.resizes(),
+        Kind.EXACT,
+        ({"A": A, "B": B, "rank": 3, "new_rows": None}, "new_rows"),
+    ),
+    Op("rank.fold_adapter", s.folds(), Kind.CLOSE, ({**LAYER, "rank": 3}, "rank"), low_precision=True),
+    Op(
+        "masks.select.row_mask",
+        _cases(score=s.matrices(), sparsity=s.SPARSITIES),
+        Kind.EXACT,
+        ({"score": W, "sparsity": 1.1}, "sparsity"),
+    ),
+    Op(
+        "masks.select.matrix_mask",
+        _cases(score=s.matrices(), sparsity=s.SPARSITIES),
+        Kind.EXACT,
+        ({"score": np.full((2, 3), np.nan), "sparsity": 0.5}, "score"),
+    ),
+    Op(
+        "masks.select.demote_pruned",
+        s.matrices().flatmap(lambda w: _cases(score=st.just(w), kept=s.kept_masks(w.shape))),
+        Kind.EXACT,
+        ({"score": W, "kept": W}, "kept"),
+    ),
+    Op(
+        "masks.magnitude.magnitude_mask",
+        _cases(weight=s.matrices(), sparsity=s.SPARSITIES),
+        Kind.EXACT,
+        ({"weight": np.full((2, 3), np.inf), "sparsity": 0.5}, "weight"),
+    ),
+    Op(
+        "masks.wanda.input_norm",
+        _cases(inputs=s.matrices()),
+        Kind.CLOSE,
+        ({"inputs": np.ones(3)}, "inputs"),
+        low_precision=True,
+    ),
+    Op(
+        "masks.wanda.wanda_score",
+        s.matrices().flatmap(
+            lambda w: _cases(weight=st.just(w), input_norm=s.matrices(1, w.shape[1]).map(lambda n: np.abs(n[0])))
+        ),
+        Kind.CLOSE,
+        ({"weight": W, "input_norm": np.ones(2)}, "input_norm"),
+        low_precision=True,
+    ),
+    Op(
+        "masks.wanda.wanda_mask",
+        s.matrices().flatmap(
+            lambda w: _cases(
+                weight=st.just(w),
+                input_norm=s.matrices(1, w.shape[1]).map(lambda n: np.abs(n[0])),
+                sparsity=s.SPARSITIES,
+            )
+        ),
+        Kind.EXACT,
+        ({"weight": W, "input_norm": -np.ones(3), "sparsity": 0.5}, "input_norm"),
+    ),
+    Op(
+        "masks.nm.nm_mask",
+        st.sampled_from([2, 4, 8]).flatmap(
+            lambda m: _cases(score=s.matrices(columns=m * 2), n=st.integers(0, m), m=st.just(m))
+        ),
+        Kind.EXACT,
+        ({"score": W, "n": 2, "m": 4}, "m"),
+    ),
+    Op(
+        "masks.nm.kept_per_group",
+        _cases(sparsity=s.SPARSITIES, m=st.integers(1, 16)),
+        Kind.EXACT,
+        ({"sparsity": -0.1, "m": 4}, "sparsity"),
+    ),
+    Op(
+        "masks.sparsegpt.hessian",
+        _cases(inputs=s.matrices(), samples=st.integers(1, 5)),
+        Kind.CLOSE,
+        ({"inputs": W, "samples": 0}, "samples"),
+        low_precision=True,
+    ),
+    Op(
+        "masks.sparsegpt.sparsegpt",
+        s.sparsegpt_cases(),
+        Kind.CLOSE,
+        ({"weight": W, "hessian": -EYE, "sparsity": 0.5}, "hessian"),
+    ),
+    Op(
+        "masks.sparsegpt.sparsegpt_nm",
+        s.sparsegpt_cases(group=True),
+        Kind.CLOSE,
+        ({"weight": W, "hessian": EYE, "n": 1, "m": 2}, "m"),
+    ),
+    Op(
+        "masks.prune.prune",
+        s.prune_cases(),
+        Kind.CLOSE,
+        ({"method": "best", "weight": W, "statistic": None, "kept": KEPT, "sparsity": 0.5}, "method"),
+    ),
+    Op("adapter.effective_weight", s.adapters(), Kind.CLOSE, ({**LAYER, "A": B}, "A"), low_precision=True),
+    Op("adapter.merge", s.adapters(), Kind.CLOSE, ({**LAYER, "B": A}, "B"), low_precision=True),
+    Op("adapter.masked_lora", s.adapter_inputs(), Kind.CLOSE, ({"x": B, **LAYER}, "x"), low_precision=True),
+    Op(
+        "adapter.masked_lora_grad",
+        s.adapter_inputs(gradient=True),
+        Kind.CLOSE,
+        ({"x": W, **LAYER, "grad_y": W}, "grad_y"),
+        low_precision=True,
+    ),
+    Op(
+        "adapter.initial_rows",
+        _cases(
+            count=st.integers(0, 5), in_features=st.integers(1, 20), seed=st.lists(st.integers(0, 2**40), max_size=4)
+        ),
+        Kind.EXACT,
+        ({"count": -1, "in_features": 4, "seed": (0,)}, "count"),
+    ),
+    Op("adapter.rebase", s.rebases(), Kind.CLOSE, ({"weight": W, "merged": W, "updated": W, "mask": W}, "mask")),
+)

@@ -1,0 +1,52 @@
+"""Who may import whom: the spec knows no torch, the two packages do not know each other, production has one direction."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("reference"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_spec_needs_numpy_alone(path: Path) -> None:
+    import sys
+
+    allowed = set(sys.stdlib_module_names) | {"numpy", "scipy", "reference"}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+def layer(name: str) -> int:
+    """0 mirrored functions, 1 engine, 2 Algorithm 1, 3 experiment, 4 command line."""
+    parts = name.split(".")
+    second = parts[1] if len(parts) > 1 else ""
+    return {"engine": 1, "losa": 2, "experiment": 3, "run": 4}.get(second, 0)
+
+
+@pytest.mark.parametrize("path", files("torch_impl"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_production_imports_one_way(path: Path) -> None:
+    own = layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in ("reference", "oracle_tests"), f"{path} imports {name}"
+        assert top != "tiny_models" or own == 3, f"{path} imports {name}"
+        assert top != "torch_impl" or layer(name) <= own, f"{path} imports {name}"
+        assert top not in ("transformers", "tqdm", "datasets") or own >= 1, f"{path} imports {name}"

@@ -1,0 +1,95 @@
+"""The table is complete, and the two packages have the same functions with the same arguments."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+import reference
+from oracle_tests.ops import OPS, Op, to_torch
+
+# The spec's small model, optimizer and Algorithm 1: production has transformers, torch and engine/ for them, and the
+# whole-run oracle holds the two together.
+WHOLE_RUN = ("reference.llama", "reference.adamw", "reference.losa")
+
+
+def public_functions() -> list[str]:
+    names = []
+    for module in pkgutil.walk_packages(reference.__path__, "reference."):
+        if module.name in WHOLE_RUN or module.name.rpartition(".")[2].startswith("_"):
+            continue
+        found = importlib.import_module(module.name)
+        for name, function in inspect.getmembers(found, inspect.isfunction):
+            if function.__module__ == module.name and not name.startswith("_"):
+                names.append(f"{module.name.removeprefix('reference.')}.{name}")
+    return names
+
+
+def test_every_public_function_of_the_spec_has_a_row() -> None:
+    missing = sorted(set(public_functions()) - {op.name for op in OPS})
+    assert not missing, f"no row in oracle_tests/ops.py for {missing}"
+    assert len(OPS) == len({op.name for op in OPS})
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_arguments_are_the_same(op: Op) -> None:
+    def arguments(function: object) -> list[tuple[str, object]]:
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]  # type: ignore[arg-type]
+
+    assert arguments(op.production) == arguments(op.reference)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_public_functions_say_what_they_are(op: Op) -> None:
+    spec = inspect.getdoc(op.reference) or ""
+    assert op.production.__doc__
+    for part in ("Source:", "Returns:", "Errors:", "*Deviation*:", ">>>"):
+        assert part in spec, f"the spec's docstring of {op} lacks {part}"
+
+
+@pytest.mark.parametrize("package", ["reference", "torch_impl"])
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_bad_arguments_are_named(op: Op, package: str) -> None:
+    case, argument = op.bad
+    if package == "torch_impl":
+        case = {name: to_torch(value) for name, value in case.items()}
+    function = op.reference if package == "reference" else op.production
+    with pytest.raises((ValueError, TypeError), match=rf"\b{argument}\b") as caught:
+        function(**case)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["reference", "torch_impl"])
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_arrays_of_the_wrong_kind_are_refused(op: Op, package: str) -> None:
+    """A string in place of the first array or number."""
+    first = next(iter(inspect.signature(op.reference).parameters))
+    case = {**op.bad[0], first: "seven"}
+    if package == "torch_impl":
+        case = {name: to_torch(value) for name, value in case.items()}
+    function = op.reference if package == "reference" else op.production
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        function(**case)
+
+
+def test_bad_values_reach_every_check() -> None:
+    """The kinds of bad value that no single row has."""
+    from reference.masks import prune as spec
+    from torch_impl.masks import prune as production
+
+    weight = np.ones((2, 4))
+    kept = np.ones((2, 4), dtype=bool)
+    for function, convert in ((spec.prune, lambda v: v), (production.prune, to_torch)):
+        given = {"weight": convert(weight), "kept": convert(kept)}
+        with pytest.raises(ValueError, match="one of the two"):
+            function("magnitude", statistic=None, sparsity=0.5, nm=(2, 4), **given)
+        with pytest.raises(ValueError, match="one of the two"):
+            function("magnitude", statistic=None, **given)
+        with pytest.raises(ValueError, match="statistic is missing"):
+            function("wanda", statistic=None, sparsity=0.5, **given)
+        with pytest.raises(ValueError, match="statistic is given"):
+            function("magnitude", statistic=convert(np.ones(4)), sparsity=0.5, **given)
