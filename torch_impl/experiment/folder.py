@@ -47,12 +47,9 @@ class Metrics:
     """metrics.jsonl: one line an event."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._path = path
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event and its values."""
-        self._file.write(json.dumps({"event": event, **values}) + "\n")
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **values}) + "\n")

@@ -146,7 +146,6 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, device)
     healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}
     healed["seconds"] = losa_seconds
-    metrics.close()
 
     sizes = _sizes(merged, masks)
     result = {
