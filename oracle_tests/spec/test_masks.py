@@ -1,0 +1,139 @@
+"""Masks against plain sorting, SparseGPT against optimal brain surgeon with explicit inverses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oracle_tests import strategies
+from reference.masks.nm import kept_per_group, nm_mask
+from reference.masks.prune import prune
+from reference.masks.select import matrix_mask, row_mask
+from reference.masks.sparsegpt import sparsegpt, sparsegpt_nm
+
+
+def lowest(values: list[float], k: int) -> set[int]:
+    """Indices of the k lowest, ties by lower index: Python's own sort of (value, index)."""
+    return {index for _, index in sorted((value, index) for index, value in enumerate(values))[:k]}
+
+
+@given(strategies.matrices(), strategies.SPARSITIES)
+def test_rows_and_matrices(score: np.ndarray, sparsity: float) -> None:
+    rows, whole = row_mask(score, sparsity), matrix_mask(score, sparsity)
+    for row, kept in zip(score.tolist(), rows, strict=True):
+        pruned = lowest(row, math.floor(sparsity * len(row) + 1e-9))
+        assert kept.tolist() == [index not in pruned for index in range(len(row))]
+    pruned = lowest(score.ravel().tolist(), math.floor(sparsity * score.size + 1e-9))
+    assert whole.ravel().tolist() == [index not in pruned for index in range(score.size)]
+
+
+@given(
+    st.sampled_from([2, 4, 8]).flatmap(
+        lambda m: st.tuples(strategies.matrices(columns=m * 2), st.integers(0, m), st.just(m))
+    )
+)
+def test_groups(case: tuple[np.ndarray, int, int]) -> None:
+    score, n, m = case
+    for row, kept in zip(score, nm_mask(score, n, m), strict=True):
+        for start in range(0, len(row), m):
+            pruned = lowest(row[start : start + m].tolist(), m - n)
+            assert kept[start : start + m].tolist() == [index not in pruned for index in range(m)]
+
+
+def surgeon(row: np.ndarray, H: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Prune one row left to right. Each weight that goes moves those right of it by the optimal brain surgeon's step,
+    −w_j / [H⁻¹]_jj · H⁻¹[:, j], with the inverse of what is left of the Hessian."""
+    row = row.copy()
+    for j in range(len(row)):
+        if not mask[j]:
+            inverse = np.linalg.inv(H[j:, j:])
+            row[j:] -= row[j] / inverse[0, 0] * inverse[:, 0]
+            row[j] = 0.0
+    return row
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_sparsegpt_is_the_optimal_brain_surgeon(seed: int, block_size: int) -> None:
+    rng = np.random.default_rng(seed)
+    W, X = rng.standard_normal((5, 8)), rng.standard_normal((20, 8))
+    H = 2 / 4 * X.T @ X
+    kept = rng.random(W.shape) < 0.9
+    new, mask = sparsegpt(W, H, 0.5, block_size=block_size, kept=kept)
+    damped = H + 0.01 * np.diag(H).mean() * np.eye(8)
+    for row in range(5):
+        np.testing.assert_allclose(new[row], surgeon(W[row], damped, mask[row]), rtol=1e-8, atol=1e-10)
+    assert not (mask & ~kept).any()
+    for start in range(0, 8, block_size):
+        block = mask[:, start : start + block_size]
+        assert (~block).sum() >= math.floor(0.5 * block.size + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_mask_of_a_first_block_is_the_surgeon_s_choice(seed: int) -> None:
+    """w² / [H⁻¹ of what is to the right]_jj: the loss of removing w_j, from inverses of trailing Hessians."""
+    rng = np.random.default_rng(seed)
+    W, X = rng.standard_normal((3, 6)), rng.standard_normal((30, 6))
+    H = X.T @ X
+    _, mask = sparsegpt(W, H, 0.5, damping=0.0)
+    loss = np.stack([W[:, j] ** 2 / np.linalg.inv(H[j:, j:])[0, 0] for j in range(6)], axis=1)
+    pruned = lowest(loss.ravel().tolist(), 9)
+    assert mask.ravel().tolist() == [index not in pruned for index in range(18)]
+
+
+@given(strategies.sparsegpt_cases(group=True))
+def test_sparsegpt_nm_follows_its_pattern_and_the_surgeon(case: dict[str, Any]) -> None:
+    new, mask = sparsegpt_nm(**case)
+    groups = mask.reshape(len(mask), -1, case["m"]).sum(-1)
+    assert (groups <= case["n"]).all()
+    if case["kept"] is None:
+        assert (groups == case["n"]).all()
+    assert not new[~mask].any()
+    H = case["hessian"]
+    damped = H + 0.01 * np.diag(H).mean() * np.eye(len(H))
+    if np.linalg.cond(damped) < 1e6:
+        expected = np.stack([surgeon(row, damped, kept) for row, kept in zip(case["weight"], mask, strict=True)])
+        np.testing.assert_allclose(new, expected, rtol=1e-6, atol=1e-7 * max(1.0, np.abs(expected).max()))
+
+
+def test_sparsegpt_loses_less_than_cutting() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((64, 16)) @ rng.standard_normal((16, 16))
+    W = rng.standard_normal((8, 16))
+    new, mask = sparsegpt(W, 2 * X.T @ X, 0.5)
+    assert np.linalg.norm(X @ (W - new).T) < 0.9 * np.linalg.norm(X @ (W - W * mask).T)
+
+
+def test_damping_is_raised_before_giving_up() -> None:
+    nearly = np.array([[1.0, 1.05], [1.05, 1.0]])  # eigenvalue −0.05: 0.01 is too little, 0.1 enough
+    _, mask = sparsegpt(np.ones((1, 2)), nearly, 0.5)
+    assert mask.sum() == 1
+    with pytest.raises(ValueError, match=r"hessian .* damping 0\.01, 0\.1, 1"):
+        sparsegpt(np.ones((1, 2)), np.zeros((2, 2)), 0.5)
+
+
+@given(strategies.prune_cases())
+def test_masks_only_shrink(case: dict[str, Any]) -> None:
+    new, mask = prune(**case)
+    assert not (mask & ~case["kept"]).any()
+    assert not new[~mask].any()
+
+
+def test_a_dead_input_does_not_bring_back_what_was_pruned() -> None:
+    """All scores 0: the pruned weights go first, though their index is higher."""
+    kept = np.array([[True, True, False, False]])
+    _, mask = prune("wanda", np.array([[1.0, 2.0, 0.0, 0.0]]), np.zeros(4), kept, sparsity=0.5)
+    assert mask.tolist() == [[True, True, False, False]]
+
+
+def test_groups_lose_weights_as_the_schedule_goes() -> None:
+    from reference.schedule import cubic_sparsity
+
+    counts = [kept_per_group(cubic_sparsity(t, 5, 0.75), 8) for t in range(1, 6)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 2
