@@ -165,8 +165,6 @@ def test_a_pruned_checkpoint_is_taken_up_where_it_is() -> None:
     model = random_model("llama")
     ids = token_ids(model, 6, 12)
     losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.5, training={"finetune": False}))
-    family = families.find_family(model) if not layers.adapters(model) else None
-    assert family is None or True
     masks = layers.merge_adapters(model, families.FAMILIES[0])
     records = losa.run(model, ids, parts_for(model, 2), settings(sparsity_ratio=0.7))
     assert records[0].target > 0.5

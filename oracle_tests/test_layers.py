@@ -101,5 +101,6 @@ def test_bfloat16_weights_have_float32_adapters() -> None:
     layer.resize(2, (0,))
     assert layer.A.dtype == layer.B.dtype == torch.float32
     layer(torch.randn(3, 10, dtype=torch.bfloat16)).sum().backward()
-    assert layer.A.grad is not None and layer.A.grad.dtype == torch.float32
+    assert layer.A.grad is not None
+    assert layer.A.grad.dtype == torch.float32
     assert layer.weight.grad is None

@@ -342,7 +342,7 @@ def run(
     dense = copy.deepcopy(model).requires_grad_(False)
     attach_adapters(model, family, settings.adapter.scale)
     if settings.training.gradient_checkpointing:
-        training.checkpoint_activations(model)
+        training.checkpoint_activations(model)  # type: ignore[arg-type]
     torch.manual_seed(settings.seed)
 
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)

@@ -25,9 +25,9 @@ def allocate_sparsity(
     importance = _checks.finite("importance", importance, "L")
     _checks.number("target", target, 0.0, 1.0)
     _checks.number("spread", spread, 0.0, 1.0)
-    wide = {"dtype": torch.float64, "device": importance.device}
-    w = torch.ones(len(importance), **wide) if weights is None else _checks.finite("weights", weights, "L").to(**wide)
-    floor = torch.zeros(len(importance), **wide) if floor is None else _checks.finite("floor", floor, "L").to(**wide)
+    ones = torch.ones_like(importance, dtype=torch.float64)
+    w = ones if weights is None else _checks.finite("weights", weights, "L").to(ones)
+    floor = torch.zeros_like(ones) if floor is None else _checks.finite("floor", floor, "L").to(ones)
     _checks.same_shape("weights", w, importance, "importance")
     _checks.same_shape("floor", floor, importance, "importance")
     if float(w.min()) <= 0:

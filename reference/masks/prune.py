@@ -49,16 +49,16 @@ def prune(
     W = _checks.array("weight", weight, "out", "in")
     kept = _checks.mask("kept", kept, W, "weight")
 
-    if method == "sparsegpt":
-        if nm is None:
-            return sparsegpt(W, statistic, sparsity, kept=kept)
-        return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, 128 // nm[1]), kept=kept)
-    score = demote_pruned(np.abs(W) if method == "magnitude" else wanda_score(W, statistic), kept)
+    if statistic is not None and method == "sparsegpt":
+        if nm is not None:
+            return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, 128 // nm[1]), kept=kept)
+        assert sparsity is not None
+        return sparsegpt(W, statistic, sparsity, kept=kept)
+    score = demote_pruned(np.abs(W) if statistic is None else wanda_score(W, statistic), kept)
     if nm is not None:
         mask = nm_mask(score, *nm)
-    elif method == "magnitude":
-        mask = matrix_mask(score, sparsity)
     else:
-        mask = row_mask(score, sparsity)
+        assert sparsity is not None
+        mask = matrix_mask(score, sparsity) if method == "magnitude" else row_mask(score, sparsity)
     mask &= kept
     return np.where(mask, W, 0.0), mask

@@ -168,7 +168,7 @@ def _inverse_factor(H: Array, damping: float) -> Array:
         try:
             np.linalg.cholesky(damped)  # inv() alone would invert an indefinite matrix without complaint
             inverse = np.linalg.inv(damped)
-            U = np.linalg.cholesky((inverse + inverse.T) / 2).T
+            U: Array = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float64)
         except np.linalg.LinAlgError:
             continue
         if np.isfinite(U).all():

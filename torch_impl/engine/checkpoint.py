@@ -66,7 +66,9 @@ def load(
         raise ValueError(
             f"model {name} does not load as a causal language model with its tokenizer: {reason}"
         ) from error
-    return model.to(device).eval(), tokenizer
+    module: torch.nn.Module = model
+    module.to(device).eval()
+    return model, tokenizer
 
 
 def weights_hash(name: str) -> str | None:
@@ -107,7 +109,8 @@ def verify(
     Errors: RuntimeError naming the projection whose zeros are not where its mask says, or the difference of the logits.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    model = model.to(device).eval()
+    module: torch.nn.Module = model
+    module.to(device).eval()
     zeros = {}
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight

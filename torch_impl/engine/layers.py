@@ -64,9 +64,9 @@ class AdaptedLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.scale = scale
-        kind = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
-        self.A = nn.Parameter(torch.zeros(0, self.in_features, **kind))
-        self.B = nn.Parameter(torch.zeros(self.out_features, 0, **kind))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        self.A = nn.Parameter(self.weight.new_zeros(0, self.in_features, dtype=wide))
+        self.B = nn.Parameter(self.weight.new_zeros(self.out_features, 0, dtype=wide))
         self._held: torch.Tensor | None = None
 
     @property

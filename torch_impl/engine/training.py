@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from torch_impl.engine.layers import AdaptedLinear, adapters, holding
 
@@ -114,9 +115,9 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
     )
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each block's input for backward; transformers 5.2x calls it by another name than before."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

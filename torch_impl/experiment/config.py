@@ -181,7 +181,7 @@ def _make_parser() -> _Parser:
     for section in SECTIONS.values():
         _document(section)
     return _Parser(
-        list(SECTIONS.values()),
+        list(SECTIONS.values()),  # type: ignore[arg-type]
         prog="python -m torch_impl.run",
         description=DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,

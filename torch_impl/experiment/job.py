@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
 from torch_impl.engine import checkpoint
-from torch_impl.engine.families import find_family
+from torch_impl.engine.families import decoder_blocks, find_family, weight_of
 from torch_impl.engine.layers import merge_adapters
 from torch_impl.engine.training import Example
 from torch_impl.experiment import report, text
@@ -183,8 +183,8 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
 def _sparsity(model: torch.nn.Module) -> float:
     """Share of zeros of all prunable weights."""
     family = find_family(model)
-    blocks = model.get_submodule(family.blocks)
-    weights = [block.get_submodule(name).weight for block in blocks for name in family.projections]  # type: ignore[union-attr]
+    blocks = decoder_blocks(model, family)
+    weights = [weight_of(block, name) for block in blocks for name in family.projections]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 

@@ -98,17 +98,20 @@ def write(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -
         f"<td>{result['perplexity_after_step'][r.step - 1]:.2f}</td><td>{sum(r.seconds.values()):.1f}</td></tr>"
         for r in records
     )
+    title = html.escape(Path(result["model"]).name)
     page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>LoSA: {html.escape(Path(result["model"]).name)}</title>
+<html lang="en"><meta charset="utf-8"><title>LoSA: {title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }}
 td:first-child {{ text-align: left }} figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
 </style>
-<h1>{html.escape(Path(result["model"]).name)}: {result["losa"]["sparsity"]:.1%} zeros, {result["method"]}, {result["sparsity_type"]}</h1>
+<h1>{title}: {result["losa"]["sparsity"]:.1%} zeros, {result["method"]}, {result["sparsity_type"]}</h1>
 <table><tr>{head}</tr>{body}</table><ul>{notes}</ul>
 <h2>Step by step</h2>
-<table><tr><th>step</th><th>sparsity</th><th>of blocks</th><th>ranks</th><th>largest error</th><th>perplexity</th><th>seconds</th></tr>
+<table><tr><th>step</th><th>sparsity</th><th>of blocks</th><th>ranks</th><th>largest error</th>
+<th>perplexity</th><th>seconds</th></tr>
 {steps}</table>{images}{missing}</html>
 """
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -168,12 +171,12 @@ def _draw(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -
     drawing, axes = figure("perplexity", "step", "held-out perplexity")
     steps = [record.step for record in records]
     axes.plot(steps, result["perplexity_after_step"], marker="o", color="#0072b2", label="LoSA")
-    for key, title, colour, style in (
+    for key, title, shade, style in (
         ("dense", "dense", "#009e73", "--"),
         ("pruned_at_once", "pruned at once", "#d55e00", "-."),
     ):
         value = result[key]["perplexity"]
-        axes.axhline(value, color=colour, linestyle=style, label=f"{title}: {value:,.2f}")
+        axes.axhline(value, color=shade, linestyle=style, label=f"{title}: {value:,.2f}")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for record, value in zip(records, result["perplexity_after_step"], strict=True):
