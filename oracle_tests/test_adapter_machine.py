@@ -30,7 +30,7 @@ from torch_impl.engine.families import Family
 from torch_impl.masks import prune as torch_masks
 
 OUT, IN, TOKENS, SCALE = 5, 8, 24, 2.0
-# Float64, sums of at most 24 terms a rule and 25 rules in a row; SparseGPT's inverse has a condition of at most 100 · IN
+# Float64, sums of at most 24 terms a rule, 25 rules in a row; SparseGPT's inverse has a condition of at most 100 · IN
 # after damping. Adam divides by gradients that are far from 0 here: they are drawn at random.
 BOUND = 1e-10
 TOY = Family("toy", "blocks", (("projection",),))

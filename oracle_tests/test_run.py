@@ -17,6 +17,7 @@ from torch_impl.engine import checkpoint
 from torch_impl.experiment import config, job
 from torch_impl.run import main
 
+ROOT = Path(__file__).parents[1]
 WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on the mat while it rained all day long "
 
 
@@ -267,7 +268,7 @@ def test_overwrite_replaces_a_run(place: Path) -> None:
 
 def test_one_line_from_a_real_process(place: Path) -> None:
     command = [sys.executable, "-m", "torch_impl.run", "--model", str(place / "nothing")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=place)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: model ")
     assert "Traceback" not in done.stderr

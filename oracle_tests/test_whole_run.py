@@ -278,7 +278,7 @@ def assert_same_run(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "mixed-2:4"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-@settings(deadline=None, max_examples=max(5, settings.default.max_examples // 7))
+@settings(deadline=None, max_examples=max(5, settings.default.max_examples // 3))
 @given(data=st.data())
 def test_same_trajectory(method: str, pattern: str, data: st.DataObject) -> None:
     assert_same_run(data.draw(cases(method, pattern)))
