@@ -6,16 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
 settings.register_profile("deep", max_examples=1000, **_QUIET)
+# For mutation testing: whether anything fails is all that matters, not how small the failure can be made.
+settings.register_profile(
+    "mutants", max_examples=40, derandomize=True, phases=[Phase.explicit, Phase.generate], **_QUIET
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--profile", default="default", choices=["default", "deep"], help="how many examples Hypothesis draws"
+        "--profile",
+        default="default",
+        choices=["default", "deep", "mutants"],
+        help="how many examples Hypothesis draws",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,21 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
-def array(name: str, value: Any, *axes: str) -> Array:
-    """`value` as float64 with one named axis per dimension, finite and not empty."""
+def array(name: str, value: Any, *axes: str, empty: bool = False, finite: bool = True) -> Array:
+    """`value` as float64 with one named axis per dimension; a first axis "..." stands for any number of them.
+
+    It may be `empty`, or hold what is not `finite`, only if so said.
+    """
     try:
         result = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is {type(value).__name__}; allowed: an array of real numbers") from error
-    if result.ndim != len(axes) or result.size == 0:
-        raise ValueError(f"{name} has shape {result.shape}; allowed: ({', '.join(axes)}), none of them 0")
-    if not np.isfinite(result).all():
+    leading = axes[0] == "..."
+    fits = result.ndim >= len(axes) - 1 if leading else result.ndim == len(axes)
+    if not fits or (result.size == 0 and not empty):
+        allowed = f"({', '.join(axes)}){'' if empty else ', none of them 0'}"
+        raise ValueError(f"{name} has shape {result.shape}; allowed: {allowed}")
+    if finite and not np.isfinite(result).all():
         raise ValueError(f"{name} holds NaN or infinity; allowed: finite numbers")
     return result
 
@@ -39,12 +46,14 @@ def mask(name: str, value: Any, like: NDArray[Any], like_name: str) -> Mask:
     return result
 
 
-def number(name: str, value: float, low: float, high: float, open_high: bool = False) -> float:
-    """A real number in [low, high], or in [low, high) with `open_high`."""
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite real number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} is {value!r}; allowed: a number")
-    if not (low <= value <= high) or (open_high and value == high):
-        raise ValueError(f"{name} is {value}; allowed: {low} to {high}{', the latter excluded' if open_high else ''}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; allowed: a finite number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; allowed: {low} {'or more' if high == math.inf else f'to {high}'}")
     return float(value)
 
 
@@ -67,9 +76,7 @@ def square(name: str, value: Any) -> Array:
 
 def scores(value: Any) -> Array:
     """A float64 matrix (out, in) of scores without NaN; infinities are allowed."""
-    result = np.asarray(value, dtype=np.float64)
-    if result.ndim != 2 or result.size == 0:
-        raise ValueError(f"score has shape {result.shape}; allowed: (out, in), none of them 0")
+    result = array("score", value, "out", "in", finite=False)
     if np.isnan(result).any():
         raise ValueError("score holds NaN; allowed: numbers")
     return result

@@ -60,8 +60,8 @@ def adamw(
     >>> p.round(6)  # m̂ = (0.9 · 0.1 · 4 - 0.1 · 4) / (1 - 0.81) = -4/19, √v̂ = 4: back by 0.1 / 19
     array([0.905263])
     """
-    _checks.number("learning_rate", learning_rate, 0, math.inf, open_high=True)
-    _checks.number("weight_decay", weight_decay, 0, math.inf, open_high=True)
+    _checks.number("learning_rate", learning_rate, 0)
+    _checks.number("weight_decay", weight_decay, 0)
     for number, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
         _checks.same_shape(f"gradients[{number}]", g, p, f"parameters[{number}]")
     steps = moments.steps + 1
@@ -90,7 +90,7 @@ def clip_by_global_norm(gradients: Sequence[Array], max_norm: float) -> tuple[li
     >>> clipped.round(6), norm
     (array([0.3, 0.4]), 5.0)
     """
-    _checks.number("max_norm", max_norm, 0, math.inf)
+    _checks.number("max_norm", max_norm, 0)
     norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
     factor = min(1.0, max_norm / (norm + 1e-6))
     return [factor * g for g in gradients], norm

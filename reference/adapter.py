@@ -72,8 +72,8 @@ def masked_lora(x: Array, weight: Array, A: Array, B: Array, scale: float) -> Ar
     >>> masked_lora([[1, 1]], [[1, 0], [2, 3]], [[1, 1]], [[1], [2]], scale=0.5)
     array([[1.5, 7. ]])
     """
-    x = _input(x, weight)
-    return x @ effective_weight(weight, A, B, scale).T
+    effective = effective_weight(weight, A, B, scale)
+    return _input(x, effective) @ effective.T
 
 
 def masked_lora_grad(
@@ -97,8 +97,8 @@ def masked_lora_grad(
     (array([[2.5, 0. ]]), array([[1.5, 0. ]]), array([[0.5]]))
     """
     W, A, B = _operands(weight, A, B, scale)
-    x = _input(x, weight)
-    dy = np.asarray(grad_y, dtype=np.float64)
+    x = _input(x, W)
+    dy = _checks.array("grad_y", grad_y, "...", "out", empty=True, finite=False)
     if dy.shape != (*x.shape[:-1], len(W)):
         raise ValueError(f"grad_y has shape {dy.shape}; allowed: {(*x.shape[:-1], len(W))}")
     M = W != 0
@@ -154,8 +154,9 @@ def rebase(weight: Array, merged: Array, updated: Array, mask: Mask) -> Array:
     array([[0., 3.]])
     """
     W = _checks.array("weight", weight, "out", "in")
-    merged, updated = _checks.array("merged", merged, "out", "in"), _checks.array("updated", updated, "out", "in")
+    merged = _checks.array("merged", merged, "out", "in")
     _checks.same_shape("merged", merged, W, "weight")
+    updated = _checks.array("updated", updated, "out", "in")
     _checks.same_shape("updated", updated, W, "weight")
     mask = _checks.mask("mask", mask, W, "weight")
     return np.where(mask, W + (updated - merged), 0.0)
@@ -163,17 +164,20 @@ def rebase(weight: Array, merged: Array, updated: Array, mask: Mask) -> Array:
 
 def _operands(weight: Array, A: Array, B: Array, scale: float) -> tuple[Array, Array, Array]:
     W = _checks.array("weight", weight, "out", "in")
-    A, B = np.asarray(A, dtype=np.float64), np.asarray(B, dtype=np.float64)
-    if A.ndim != 2 or A.shape[1] != W.shape[1]:
+    A, B = (
+        _checks.array("A", A, "r", "in", empty=True, finite=False),
+        _checks.array("B", B, "out", "r", empty=True, finite=False),
+    )
+    if A.shape[1] != W.shape[1]:
         raise ValueError(f"A has shape {A.shape}; allowed: (r, {W.shape[1]})")
     if B.shape != (len(W), len(A)):
         raise ValueError(f"B has shape {B.shape}; allowed: ({len(W)}, {len(A)})")
-    _checks.number("scale", scale, -np.inf, np.inf)
+    _checks.number("scale", scale)
     return W, A, B
 
 
 def _input(x: Array, weight: Array) -> Array:
-    x = np.asarray(x, dtype=np.float64)
-    if x.ndim == 0 or x.shape[-1] != np.shape(weight)[-1]:
-        raise ValueError(f"x has shape {x.shape}; allowed: (..., {np.shape(weight)[-1]})")
+    x = _checks.array("x", x, "...", "in", empty=True, finite=False)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {x.shape}; allowed: (..., {weight.shape[1]})")
     return x

@@ -86,7 +86,8 @@ class Settings:
             raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: unstructured, N:M, mixed-N:M")
         if self.group is not None and not 0 < self.group[0] <= self.group[1]:
             raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: N from 1 to M")
-        _checks.number("sparsity_ratio", self.sparsity_ratio, 0, 1, open_high=True)
+        if not 0 <= self.sparsity_ratio < 1:
+            raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         _checks.integer("rmi_samples", self.rmi_samples, 2)
         for name in ("steps", "lora_r", "batch_size"):
             _checks.integer(name, getattr(self, name), 1)

@@ -144,14 +144,17 @@ def fold_adapter(weight: Array, A: Array, B: Array, rank: int, scale: float) -> 
     if (len(B), A.shape[1]) != weight.shape:
         raise ValueError(f"weight has shape {weight.shape}; allowed: ({len(B)}, {A.shape[1]}), the adapter's")
     _checks.integer("rank", rank, 0, len(A))
-    _checks.number("scale", scale, -np.inf, np.inf)
+    _checks.number("scale", scale)
     mask = weight != 0
     return weight + mask * (scale * (B[:, rank:] @ A[rank:]))
 
 
 def _adapter(A: Array, B: Array) -> tuple[Array, Array]:
     """A and B as float64 matrices of one rank, which may be 0."""
-    A, B = np.asarray(A, dtype=np.float64), np.asarray(B, dtype=np.float64)
-    if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+    A, B = (
+        _checks.array("A", A, "r", "in", empty=True, finite=False),
+        _checks.array("B", B, "out", "r", empty=True, finite=False),
+    )
+    if len(A) != B.shape[1]:
         raise ValueError(f"B has shape {B.shape}; allowed: (out, r) with the r of A, which has shape {A.shape}")
     return A, B

@@ -26,6 +26,8 @@ def nhsic_matrix(grams: Array) -> Array:
            [0., 1.]])
     """
     grams = _checks.array("grams", grams, "L", "n", "n")
+    if grams.shape[1] != grams.shape[2] or grams.shape[1] < 2:
+        raise ValueError(f"grams has shape {grams.shape}; allowed: (L, n, n) with n = 2 or more")
     L = len(grams)
     result = np.eye(L)
     for i in range(L):

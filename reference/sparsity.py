@@ -104,9 +104,9 @@ def allocate_kept(
     _checks.integer("kept_total", kept_total, 0, L * m)
     _checks.integer("spread", spread, 0)
     top = np.full(L, m) if ceiling is None else np.asarray(ceiling)
-    _checks.same_shape("ceiling", top, importance, "importance")
     if not np.issubdtype(top.dtype, np.integer):
         raise TypeError(f"ceiling has dtype {top.dtype}; allowed: integers")
+    _checks.same_shape("ceiling", top, importance, "importance")
     if top.min() < 0 or top.max() > m:
         raise ValueError(f"ceiling holds {top.min()} to {top.max()}; allowed: 0 to m, {m}")
 

@@ -5,19 +5,22 @@ Values are not read (that would wait for the GPU) except where a wrong one would
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 
-def tensor(name: str, value: Any, *axes: str) -> torch.Tensor:
-    """A floating-point tensor with one named axis per dimension, not empty."""
+def tensor(name: str, value: Any, *axes: str, empty: bool = False) -> torch.Tensor:
+    """A floating-point tensor with one named axis per dimension; a first axis "..." stands for any number of them."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: a floating-point dtype")
-    if value.dim() != len(axes) or value.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: ({', '.join(axes)}), none of them 0")
+    fits = value.dim() >= len(axes) - 1 if axes[0] == "..." else value.dim() == len(axes)
+    if not fits or (value.numel() == 0 and not empty):
+        allowed = f"({', '.join(axes)}){'' if empty else ', none of them 0'}"
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: {allowed}")
     return value
 
 
@@ -45,12 +48,14 @@ def mask(name: str, value: Any, like: torch.Tensor, like_name: str) -> torch.Ten
     return value
 
 
-def number(name: str, value: float, low: float, high: float, open_high: bool = False) -> float:
-    """A real number in [low, high], or in [low, high) with `open_high`."""
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite real number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; allowed: a number")
-    if not (low <= value <= high) or (open_high and value == high):
-        raise ValueError(f"{name} is {value}; allowed: {low} to {high}{', the latter excluded' if open_high else ''}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; allowed: a finite number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; allowed: {low} {'or more' if high == math.inf else f'to {high}'}")
     return float(value)
 
 

@@ -35,6 +35,7 @@ def masked_lora_grad(
     """(dx (..., in), dA (r, in), dB (out, r)) from dy (..., out): LoSA, Eq. 1, differentiated, in three large products."""
     effective = merge(weight, A, B, scale)
     _input(x, weight)
+    _checks.tensor("grad_y", grad_y, "...", "out", empty=True)
     if grad_y.shape != (*x.shape[:-1], len(weight)):
         raise ValueError(f"grad_y has shape {tuple(grad_y.shape)}; allowed: {(*x.shape[:-1], len(weight))}")
     dy = grad_y.reshape(-1, weight.shape[0])
@@ -56,8 +57,8 @@ def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> torch.Ten
 def rebase(weight: torch.Tensor, merged: torch.Tensor, updated: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """M'⊙(W + (updated − merged)): the base under which base and adapter are `updated`; all (out, in), weight's dtype."""
     weight = _checks.tensor("weight", weight, "out", "in")
-    _checks.same_shape("merged", merged, weight, "weight")
-    _checks.same_shape("updated", updated, weight, "weight")
+    for name, value in (("merged", merged), ("updated", updated)):
+        _checks.same_shape(name, _checks.tensor(name, value, "out", "in"), weight, "weight")
     _checks.mask("mask", mask, weight, "weight")
     change = _checks.wide(updated) - _checks.wide(merged)
     return change.add_(weight).masked_fill_(~mask, 0.0).to(weight.dtype)
@@ -65,13 +66,16 @@ def rebase(weight: torch.Tensor, merged: torch.Tensor, updated: torch.Tensor, ma
 
 def _operands(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
     _checks.tensor("weight", weight, "out", "in")
-    if A.dim() != 2 or A.shape[1] != weight.shape[1]:
+    _checks.tensor("A", A, "r", "in", empty=True)
+    _checks.tensor("B", B, "out", "r", empty=True)
+    if A.shape[1] != weight.shape[1]:
         raise ValueError(f"A has shape {tuple(A.shape)}; allowed: (r, {weight.shape[1]})")
     if B.shape != (len(weight), len(A)):
         raise ValueError(f"B has shape {tuple(B.shape)}; allowed: ({len(weight)}, {len(A)})")
-    _checks.number("scale", scale, -float("inf"), float("inf"))
+    _checks.number("scale", scale)
 
 
 def _input(x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    _checks.tensor("x", x, "...", "in", empty=True)
+    if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., {weight.shape[1]})")

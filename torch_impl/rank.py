@@ -66,14 +66,16 @@ def fold_adapter(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, rank: i
     if (len(B), A.shape[1]) != weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed: ({len(B)}, {A.shape[1]}), the adapter's")
     _checks.integer("rank", rank, 0, len(A))
-    _checks.number("scale", scale, -float("inf"), float("inf"))
+    _checks.number("scale", scale)
     wide = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     folded = torch.addmm(weight.to(wide), B[:, rank:].to(wide), A[rank:].to(wide), alpha=scale)
     return folded.masked_fill_(weight == 0, 0.0).to(weight.dtype)
 
 
 def _adapter(A: torch.Tensor, B: torch.Tensor) -> None:
-    if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]:
+    _checks.tensor("A", A, "r", "in", empty=True)
+    _checks.tensor("B", B, "out", "r", empty=True)
+    if len(A) != B.shape[1]:
         raise ValueError(
             f"B has shape {tuple(B.shape)}; allowed: (out, r) with the r of A, which has shape {tuple(A.shape)}"
         )

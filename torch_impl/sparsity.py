@@ -62,9 +62,9 @@ def allocate_kept(
     _checks.integer("kept_total", kept_total, 0, L * m)
     _checks.integer("spread", spread, 0)
     top = torch.full((L,), m, device=importance.device) if ceiling is None else ceiling
+    if not isinstance(top, torch.Tensor) or top.is_floating_point() or top.dtype == torch.bool:
+        raise TypeError(f"ceiling has dtype {getattr(top, 'dtype', type(top).__name__)}; allowed: integers")
     _checks.same_shape("ceiling", top, importance, "importance")
-    if top.is_floating_point() or top.dtype == torch.bool:
-        raise TypeError(f"ceiling has dtype {top.dtype}; allowed: integers")
     if int(top.min()) < 0 or int(top.max()) > m:
         raise ValueError(f"ceiling holds {int(top.min())} to {int(top.max())}; allowed: 0 to m, {m}")
 

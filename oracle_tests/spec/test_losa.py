@@ -239,7 +239,7 @@ def test_diverging_training_stops() -> None:
         ({"loss": "x"}, "loss is 'x'; allowed: ce, kl"),
         ({"sparsity_type": "2of4"}, "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M"),
         ({"sparsity_type": "5:4"}, "sparsity_type is '5:4'; allowed: N from 1 to M"),
-        ({"sparsity_ratio": 1.0}, "sparsity_ratio is 1.0; allowed: 0 to 1, the latter excluded"),
+        ({"sparsity_ratio": 1.0}, "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
         ({"rmi_samples": 1}, "rmi_samples is 1; allowed: 2 or more"),
         ({"steps": 0}, "steps is 0; allowed: 1 or more"),
         ({"steps": 9}, "steps is 9; allowed: 1 to 5"),

@@ -6,7 +6,6 @@ output error, U upper triangular with H⁻¹ = Uᵀ U.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -160,7 +159,7 @@ def _prune(
 
 def _inverse_factor(H: Array, damping: float) -> Array:
     """U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
-    _checks.number("damping", damping, 0.0, math.inf, open_high=True)
+    _checks.number("damping", damping, 0.0)
     tried = []
     for factor in DAMPING_RETRIES:
         tried.append(damping * factor)

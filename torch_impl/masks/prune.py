@@ -35,6 +35,8 @@ def prune(
         raise ValueError(f"sparsity is {sparsity} and nm is {nm}; allowed: one of the two")
     if (statistic is None) != (method == "magnitude"):
         raise ValueError(f"statistic is {'missing' if statistic is None else 'given'}; not allowed with {method}")
+    if nm is not None:
+        _checks.integer("m", nm[1], 1)
     W = _checks.finite("weight", weight, "out", "in")
     kept = _checks.mask("kept", kept, W, "weight")
 

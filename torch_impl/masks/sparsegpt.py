@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -58,10 +57,9 @@ def sparsegpt_nm(
     _checks.integer("m", m, 1)
     _checks.integer("n", n, 0, m)
     _checks.integer("block_size", block_size, 1)
-    if block_size % m or weight.shape[-1] % m:
-        raise ValueError(
-            f"m is {m}; allowed: a divisor of block_size {block_size} and of the {weight.shape[-1]} inputs"
-        )
+    columns = _checks.finite("weight", weight, "out", "in").shape[1]
+    if block_size % m or columns % m:
+        raise ValueError(f"m is {m}; allowed: a divisor of block_size {block_size} and of the {columns} inputs")
 
     def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         return nm_mask(demote_pruned((columns / diagonal).square(), kept), n, m) & kept
@@ -109,7 +107,7 @@ def _prune(
 
 def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
     """U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
-    _checks.number("damping", damping, 0.0, math.inf, open_high=True)
+    _checks.number("damping", damping, 0.0)
     H = _checks.wide(H)
     tried = []
     for factor in DAMPING_RETRIES:

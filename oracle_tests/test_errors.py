@@ -1,0 +1,70 @@
+"""The same mistake gives the same message in both packages: every argument of every pair, wrong in every way it can be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oracle_tests.ops import OPS, Op, to_torch
+
+
+def wrong_values(value: Any) -> Iterator[Any]:
+    """Values that are near `value` and mostly not allowed in its place."""
+    if isinstance(value, np.ndarray):
+        yield "seven"
+        yield from (value[:0], value[..., :0], np.array(value.sum(0)), value[None])
+        yield np.concatenate([value, value])
+        yield np.concatenate([value, value], axis=-1)
+        if value.dtype == bool:
+            yield value.astype(float)
+        else:
+            yield from (-np.abs(value) - 1, np.abs(value) + 99, np.full_like(value, 0))
+        if value.dtype.kind == "i":
+            yield value.astype(float)
+            yield value > 0
+    elif isinstance(value, int | float):
+        yield from ("seven", True, float("nan"), -1, -0.5, 0, 1, 2, 1.5, 10**6, np.inf)
+    elif isinstance(value, str):
+        yield "best"
+    elif isinstance(value, tuple | list):
+        yield from ((-1, 2), (3, 2), ("a", 2), (1, 0))
+
+
+def outcome(function: Callable[..., Any], case: dict[str, Any]) -> str | None:
+    """Kind and message of the refusal, in words that do not depend on the package; None if there is none."""
+    try:
+        function(**case)
+    except (ValueError, TypeError) as error:
+        words = str(error).replace("an array of real numbers", "a tensor").replace("torch.", "")
+        words = re.sub(r"\b(is|has dtype) (bool|float64|int64|str|<U\d)\b", "is X", words)
+        # Sums in another order differ in the last digits.
+        words = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.9g}", words)
+        return f"{type(error).__name__}: {words}"
+    return None
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_same_mistake_same_message(op: Op, data: st.DataObject) -> None:
+    case = data.draw(op.cases)
+    for name, value in case.items():
+        for wrong in wrong_values(value):
+            mistaken = {**case, name: wrong}
+            expected = outcome(op.reference, mistaken)
+            found = outcome(op.production, {key: to_torch(part) for key, part in mistaken.items()})
+            assert found == expected, f"{op}, {name} = {wrong!r}"
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_the_listed_mistake_gives_the_same_message(op: Op) -> None:
+    case, _ = op.bad
+    expected = outcome(op.reference, case)
+    assert expected is not None
+    assert outcome(op.production, {name: to_torch(value) for name, value in case.items()}) == expected
