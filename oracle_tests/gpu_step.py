@@ -170,7 +170,9 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
         layer.resize(8, (number,))
     examples = [{"input_ids": row, "labels": row} for row in torch.randint(1000, (4, train_length))]
     for held in (True, False):
-        config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, hold_merged=held)
+        config = TrainingConfig(
+            per_device_train_batch_size=4, gradient_accumulation_steps=1, hold_merged="on" if held else "off"
+        )
         times[f"training step, merged weight {'held' if held else 'rebuilt'}"] = timed(
             lambda c=config: training.train(model, model, examples, c, (0, 1)), device
         )

@@ -113,7 +113,7 @@ def test_only_adapters_move_and_pruned_weights_stay_zero() -> None:
         assert not (layer.merged() * ~layer.mask).any()
 
 
-@pytest.mark.parametrize("changes", [{"hold_merged": False}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"hold_merged": "off"}, {"gradient_checkpointing": True}])
 def test_memory_options_do_not_change_the_result(changes: dict[str, bool]) -> None:
     def trained(**options: bool) -> list[torch.Tensor]:
         model = adapted_model()

@@ -47,7 +47,7 @@ class Case:
     micro_batch: int
     accumulation: int
     calibration_batch: int
-    hold_merged: bool
+    hold_merged: str
     checkpointing: bool
     seed: int
 
@@ -120,7 +120,7 @@ def cases(draw: st.DrawFn, method: str, pattern: str) -> Case:
         micro_batch=micro,
         accumulation=accumulation,
         calibration_batch=choose(1, 2, 16),
-        hold_merged=draw(st.booleans()),
+        hold_merged=draw(st.sampled_from(["auto", "on", "off"])),
         checkpointing=choose(False, False, True),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -292,7 +292,7 @@ PLAIN = Case(
     micro_batch=1,
     accumulation=2,
     calibration_batch=2,
-    hold_merged=True,
+    hold_merged="on",
     checkpointing=False,
     seed=6,
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from torch_impl import _checks
+from torch_impl import _checks, _kernels
 
 
 def effective_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
@@ -19,6 +19,9 @@ def effective_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, sca
 
 def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """The effective weight, rounded once to the weight's dtype."""
+    if _kernels.usable(weight, A, B) and len(A) and A.dtype == torch.float32:
+        _operands(weight, A, B, scale)
+        return _kernels.merge(weight, A, B, scale)
     return effective_weight(weight, A, B, scale).to(weight.dtype)
 
 
@@ -39,9 +42,18 @@ def masked_lora_grad(
     if grad_y.shape != (*x.shape[:-1], len(weight)):
         raise ValueError(f"grad_y has shape {tuple(grad_y.shape)}; allowed: {(*x.shape[:-1], len(weight))}")
     dy = grad_y.reshape(-1, weight.shape[0])
-    G = (dy.T @ x.reshape(-1, weight.shape[1])).masked_fill_(weight == 0, 0.0).to(A.dtype)
     dx = (dy @ effective.to(dy.dtype)).view_as(x)
-    return dx, (B.T @ G).mul_(scale), (G @ A.T).mul_(scale)
+    return dx, *contract_gradient(dy.T @ x.reshape(-1, weight.shape[1]), weight, A, B, scale)
+
+
+def contract_gradient(
+    G: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dA (r, in), dB (out, r)) = (s Bᵀ(M⊙G), s (M⊙G)Aᵀ) from G = dyᵀx (out, in), which is overwritten."""
+    if _kernels.usable(G, weight, A, B) and len(A) and A.dtype == torch.float32:
+        return _kernels.contract(G, weight, A, B, scale)
+    masked = G.mul_(weight != 0).to(A.dtype)
+    return (B.T @ masked).mul_(scale), (masked @ A.T).mul_(scale)
 
 
 def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> torch.Tensor:

@@ -207,7 +207,7 @@ def _gather(
     if gathered:
         with calibration.watching_inputs(block, family.inputs, lambda name, x: gathered[name].update(x)):
             for batch, rows in stream.batches():
-                stream.forward(block, index, batch, rows)
+                stream.show(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
     return {name: results.get(group[0]) for group in family.inputs for name in group}
 

@@ -7,7 +7,7 @@ blocks are never kept: what a sweep needs of them (Gram matrices, input norms, H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,11 @@ class Stream:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def show(self, block: nn.Module, index: int, batch: int, rows: slice) -> None:
+        """Let the block see one batch for the sake of whoever watches its inputs; ends as soon as all are seen."""
+        with suppress(_SeenAll):
+            self.forward(block, index, batch, rows)
+
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the hidden states by what the block makes of them."""
         for batch, rows in self.batches():
@@ -111,15 +116,24 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
     return Stream(torch.cat(hidden), arguments, batch_size)
 
 
+class _SeenAll(Exception):  # noqa: N818 - it ends a pass, nothing went wrong
+    """Every input has been seen; what the block would do after it is not needed."""
+
+
 @contextmanager
 def watching_inputs(
     block: nn.Module, groups: Sequence[tuple[str, ...]], watch: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Report the input (tokens, in) of the first projection of each group: the group's others see the same input."""
+    """Report the input (tokens, in) of the first projection of each group: the group's others see the same input.
+
+    Groups are in order of use, so a forward pass ends with `_SeenAll` where the last group would be computed.
+    """
 
     def hook(name: str) -> Callable[..., None]:
         def report(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             watch(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+            if name == groups[-1][0]:
+                raise _SeenAll
 
         return report
 

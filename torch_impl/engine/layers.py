@@ -44,10 +44,8 @@ class _MaskedLoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             effective = adapter.merge(weight, A, B, ctx.scale) if held is None else held
             grad_x = (grad_y @ effective).view_as(x)
-        # G = dyᵀx under the mask, contracted with the adapter at once: nothing of shape (out, in) outlives this call.
-        masked = (grad_y.T @ x.reshape(-1, x.shape[-1])).mul_(weight != 0).to(A.dtype)
-        grad_A = (B.T @ masked).mul_(ctx.scale)
-        grad_B = (masked @ A.T).mul_(ctx.scale)
+        # G = dyᵀx is contracted with the adapter at once: nothing of shape (out, in) outlives this call.
+        grad_A, grad_B = adapter.contract_gradient(grad_y.T @ x.reshape(-1, x.shape[-1]), weight, A, B, ctx.scale)
         return grad_x, None, grad_A, grad_B, None, None, None
 
 

@@ -42,11 +42,16 @@ class TrainingConfig:
     """ce: cross-entropy with the labels (paper); kl: divergence from the dense model's predictions."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
-    hold_merged: bool = True
-    """Keep the merged weights of all projections between optimizer steps; off: rebuild them at every use."""
+    hold_merged: str = "auto"
+    """Keep the merged weights of all projections during an optimizer step: on, off (rebuild them at every use: less
+    memory, two more passes over the weights) or auto (on, if they take at most half of the device's free memory)."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("lr_schedule", ("per_step", "whole_run")), ("loss", ("ce", "kl"))):
+        for name, allowed in (
+            ("lr_schedule", ("per_step", "whole_run")),
+            ("loss", ("ce", "kl")),
+            ("hold_merged", ("auto", "on", "off")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -177,6 +182,15 @@ def train(
     return losses
 
 
+def _holds(layers: Sequence[AdaptedLinear], config: TrainingConfig, device: torch.device) -> bool:
+    """Whether merged weights are kept for the whole optimizer step."""
+    if config.hold_merged != "auto" or device.type != "cuda":
+        return config.hold_merged != "off"
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 * sum(layer.weight.nbytes for layer in layers) <= free
+
+
 def _accumulate(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -188,7 +202,7 @@ def _accumulate(
     """Gradients of the mean loss per predicted token over all micro-batches of one optimizer step; returns that mean."""
     count = max(1, label_count(batch))
     total = 0.0
-    with holding(layers if config.hold_merged else ()):
+    with holding(layers if _holds(layers, config, device) else ()):
         for micro in _batches(batch, config.per_device_train_batch_size):
             loss = _sum_loss(model, collate(micro, device), teacher) / count
             loss.backward()

@@ -61,7 +61,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     if training.finetune:
         # float32 value, gradient and two moments; logits in the model's dtype and twice in float32.
         memory["adapters and optimizer"] = max(mean_ranks) * per_rank * 16
-        memory["merged weights"] = prunable * size if training.hold_merged else 0
+        memory["merged weights"] = prunable * size if training.hold_merged != "off" else 0
         memory["activations"] = micro * (kept_per_token * size + vocabulary * (size + 8))
     calibration_tokens = calibration.nsamples * calibration.seqlen
     rmi_tokens = min(calibration.rmi_samples, calibration.nsamples) * calibration.seqlen

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from torch_impl import _checks
+from torch_impl import _checks, _kernels
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask
 
@@ -18,9 +18,9 @@ Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def hessian(inputs: torch.Tensor, samples: int) -> torch.Tensor:
     """H = 2/N Σ x xᵀ (in, in) of calibration inputs (tokens, in) that came in N sequences, in float32 at least."""
-    X = _checks.wide(_checks.tensor("inputs", inputs, "tokens", "in"))
+    X = _checks.tensor("inputs", inputs, "tokens", "in")
     _checks.integer("samples", samples, 1)
-    return (X.T @ X).mul_(2 / samples)
+    return _kernels.wide_product(X.T, X).mul_(2 / samples)
 
 
 def sparsegpt(
@@ -77,7 +77,7 @@ def _prune(
     group: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The column loop: updates stay inside a block of columns until it is done, then reach all later ones in one product."""
-    W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone()
+    W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
     H = _checks.square("hessian", hessian)
     if len(H) != W.shape[1]:
         raise ValueError(
@@ -93,16 +93,26 @@ def _prune(
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
         step = stop - start if group is None else group
-        block = W[:, start:stop]
+        block, factor = W[:, start:stop], U[start:stop, start:stop]
         errors = torch.zeros_like(block)
-        for j in range(stop - start):
-            if j % step == 0:
-                chosen = slice(start + j, start + j + step)
-                mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
-            errors[:, j] = block[:, j].masked_fill(mask[:, start + j], 0.0) / diagonal[start + j]
-            block[:, j:].addr_(errors[:, j], U[start + j, start + j : stop], alpha=-1.0)
+        for first in range(0, stop - start, step):
+            chosen = slice(start + first, start + first + step)
+            mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
+            _visit(block, factor, mask[:, start:stop], errors, first, first + step)
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
     return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask
+
+
+def _visit(
+    block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, first: int, last: int
+) -> None:
+    """Prune columns `first` to `last` of a block (out, width) in place; the block's later columns make up for each."""
+    if _kernels.usable(block, factor):
+        _kernels.sweep(block, factor, mask, errors, first, last)
+        return
+    for j in range(first, last):
+        errors[:, j] = block[:, j].masked_fill(mask[:, j], 0.0) / factor[j, j]
+        block[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1.0)
 
 
 def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:

@@ -1,0 +1,116 @@
+"""Speed and memory, side by side: python -m torch_impl.bench [--geometry llama-2-7b] [--blocks N] [--parts …].
+
+Ours against the plain formulation that research code uses, in one process, from the same weights and tokens. Ceilings
+are measured first; a ratio is printed only where both sides gave the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from torch_impl.bench import geometry, parts
+from torch_impl.bench.measure import Row, ceilings, host_peak
+
+PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
+
+
+def _parser() -> argparse.ArgumentParser:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_impl.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--geometry", choices=list(geometry.GEOMETRIES), default="llama-2-7b" if cuda else "small")
+    parser.add_argument("--blocks", type=int, help="decoder blocks (default: all of the geometry's)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--sequences", type=int, default=128 if cuda else 8, help="calibration sequences; RMI takes half"
+    )
+    parser.add_argument("--length", type=int, default=2048 if cuda else 64, help="tokens of a calibration sequence")
+    parser.add_argument("--train_lengths", type=int, nargs="+", default=[256, 512, 1024] if cuda else [32])
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each side; the median counts")
+    parser.add_argument("--ours_only", action="store_true", help="leave the plain formulation out: no ratios")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
+    parser.add_argument("--json", type=Path, help="write all figures here too")
+    return parser
+
+
+def _table(rows: Sequence[Row], top: tuple[float, float]) -> str:
+    """What a person reads."""
+    lines = [f"{'part':<50}{'ours':>11}{'plain':>11}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}{'plain':>7}"]
+    for row in rows:
+        plain_ms = "" if row.plain_ms is None else f"{row.plain_ms:.1f} ms"
+        ratio = "" if row.plain_ms is None else f"{row.ratio:.2f}×" if row.ratio is not None else "refused"
+        rate = "" if row.tflops is None else f"{row.tflops:.3g}"
+        share = "" if row.tflops is None else f"{row.tflops / top[0]:.0%}"
+        other = "" if row.plain_gib is None else f"{row.plain_gib:.1f}"
+        lines.append(
+            f"{row.part:<50}{row.ours_ms:>8.1f} ms{plain_ms:>11}{ratio:>8}{rate:>9}{share:>9}{row.ours_gib:>7.1f}{other:>7}"
+        )
+        if row.disagreement is not None:
+            notes = "; ".join([f"sides apart {row.disagreement:.1e}, allowed {row.bound:.1e}", *row.notes])
+            lines.append(f"    {notes}")
+    return "\n".join(lines)
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """Run the parts asked for."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    bound = 5e-2 if dtype == torch.bfloat16 else 1e-3
+    work = parts.Work(device, dtype, options.sequences, options.length, options.repeats, bound)
+    model = geometry.build(options.geometry, options.blocks, device, dtype)
+    compare = not options.ours_only
+    rows = []
+    if "rmi" in options.parts:
+        rows.append(parts.mutual_information(model, work, compare))
+    for method in ("wanda", "sparsegpt"):
+        if method in options.parts:
+            rows.append(parts.prune_sweep(model, work, method, compare))
+            gc.collect()
+    if "train" in options.parts or "merge" in options.parts:
+        lengths = tuple(options.train_lengths) if "train" in options.parts else ()
+        rows.extend(parts.training_steps(model, work, lengths, compare))
+    if "merge" in options.parts:
+        rows.append(parts.merge(model, work))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if the two sides of any part disagree."""
+    transformers.utils.logging.set_verbosity_error()
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    top = ceilings(device, getattr(torch, options.dtype))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    blocks = options.blocks or geometry.GEOMETRIES[options.geometry]["num_hidden_layers"]
+    print(f"{name}, torch {torch.__version__}, {options.dtype}; {options.geometry}, {blocks} blocks")
+    print(f"ceilings measured now: {top[0]:.3g} TFLOP/s matrix product, {top[1]:.3g} TB/s copy\n")
+    rows = measure(options)
+    print(_table(rows, top))
+    print(f"\nhost memory, peak: {host_peak():.1f} GiB")
+    if options.json:
+        figures = {
+            "device": name,
+            "torch": torch.__version__,
+            "geometry": options.geometry,
+            "blocks": blocks,
+            "dtype": options.dtype,
+            "peak_tflops": top[0],
+            "peak_tb_per_s": top[1],
+            "host_gib": host_peak(),
+            "rows": [row.as_dict() for row in rows],
+        }
+        options.json.write_text(json.dumps(figures, indent=1))
+    return int(any(row.disagreement is not None and not row.agrees for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

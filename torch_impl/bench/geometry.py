@@ -1,0 +1,72 @@
+"""Shapes of the models people prune, with random weights made on the device; any number of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "num_hidden_layers": 3,
+    },
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "num_hidden_layers": 32,
+    },
+    "llama-2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "num_hidden_layers": 40,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_hidden_layers": 32,
+    },
+    "llama-2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "num_hidden_layers": 80,
+    },
+}
+
+
+def build(
+    geometry: str, blocks: int | None, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> LlamaForCausalLM:
+    """A LLaMA of that geometry; `blocks` of its decoder blocks, all by default. A few embedding channels are loud."""
+    shape = {**GEOMETRIES[geometry], "max_position_embeddings": 4096}
+    if blocks is not None:
+        shape["num_hidden_layers"] = blocks
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        loud = torch.exp(torch.randn(shape["hidden_size"], generator=torch.Generator().manual_seed(seed)))
+        model.model.embed_tokens.weight.mul_(loud.to(device, dtype))
+    return model.eval().requires_grad_(False)

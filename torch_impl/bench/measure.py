@@ -1,0 +1,111 @@
+"""Timing two sides of one thing in one process: alternating, median, peak memory, and no ratio unless they agree."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+GIB = 2**30
+
+
+@dataclass
+class Row:
+    """One part: both sides, what they cost, whether they agree."""
+
+    part: str
+    """What was done."""
+    ours_ms: float
+    plain_ms: float | None = None
+    ours_gib: float = 0.0
+    """Peak device memory: the weights this side needs and what it allocates on the way."""
+    plain_gib: float | None = None
+    tflops: float | None = None
+    disagreement: float | None = None
+    bound: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two sides gave the same numbers, within the bound."""
+        return self.disagreement is not None and self.bound is not None and self.disagreement <= self.bound
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster ours is; None where there is no other side or it disagrees."""
+        return self.plain_ms / self.ours_ms if self.plain_ms is not None and self.agrees else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once(action: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
+    """(milliseconds, peak device memory over what was there before in GiB, result) of one call."""
+    synchronize(device)
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    result = action()
+    synchronize(device)
+    elapsed = (time.perf_counter() - start) * 1e3
+    peak = (torch.cuda.max_memory_allocated(device) - before) / GIB if device.type == "cuda" else 0.0
+    return elapsed, peak, result
+
+
+def alternate(
+    sides: Sequence[Callable[[], Any]], device: torch.device, repeats: int
+) -> list[tuple[float, float, list[float]]]:
+    """For each side (median milliseconds, peak GiB, all times), taken in turns after one warm-up of each."""
+    for side in sides:
+        side()
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in sides]
+    for _ in range(repeats):
+        for side, (times, peaks) in zip(sides, found, strict=True):
+            elapsed, peak, _ = once(side, device)
+            times.append(elapsed)
+            peaks.append(peak)
+    return [(statistics.median(times), max(peaks), times) for times, peaks in found]
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(TFLOP/s of a large matrix product, TB/s of a copy, read and written) of this device, measured now."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    [(product, _, _)] = alternate([lambda: a @ b], device, 10)
+    source = torch.empty(size * size * (8 if device.type == "cuda" else 4), device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    [(copy, _, _)] = alternate([lambda: target.copy_(source)], device, 10)
+    moved = 2 * source.numel() * source.element_size()
+    return 2 * size**3 / product / 1e9, moved / copy / 1e9
+
+
+def resident(*models: nn.Module) -> float:
+    """Device memory of the parameters and buffers of models, GiB."""
+    tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GIB
+
+
+def host_peak() -> float:
+    """Peak host memory of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def relative(ours: torch.Tensor, other: torch.Tensor) -> float:
+    """‖ours − other‖ / ‖other‖ in float64."""
+    ours, other = ours.detach().double().cpu(), other.detach().double().cpu()
+    return float((ours - other).norm() / other.norm())

@@ -1,0 +1,193 @@
+"""The parts that are measured. Each function returns rows; both sides start from the same weights and tokens."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import adapter, losa, rmi
+from torch_impl.bench import plain
+from torch_impl.bench.measure import Row, alternate, once, relative, resident
+from torch_impl.engine import training
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.layers import adapters, attach_adapters, block_adapters
+from torch_impl.engine.training import TrainingConfig
+from torch_impl.losa import PruneConfig, Settings
+
+RATE = 0.7
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much of everything, where."""
+
+    device: torch.device
+    dtype: torch.dtype
+    sequences: int
+    length: int
+    repeats: int
+    bound: float
+    """Largest relative difference between the two sides: rounding of the dtype, grown over the blocks."""
+
+    def ids(self, model: nn.Module, rows: int, length: int) -> torch.Tensor:
+        """Random token ids (rows, length)."""
+        generator = torch.Generator().manual_seed(1)
+        vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+        return torch.randint(vocabulary, (rows, length), generator=generator).to(self.device)  # type: ignore[arg-type]
+
+
+def mutual_information(model: nn.Module, work: Work, compare: bool) -> Row:
+    """RMI sweep: R of every block."""
+    family = find_family(model)
+    ids = work.ids(model, work.sequences // 2, work.length)
+
+    def ours() -> torch.Tensor:
+        return losa.measure_importance(model, family, ids, 16)
+
+    [(milliseconds, peak, _)] = alternate([ours], work.device, work.repeats)
+    tokens = ids.numel()
+    flops = 2 * tokens * sum(prunable_weights(model, family))
+    static = resident(model)
+    row = Row(f"mutual information, {len(ids)} × {work.length}", milliseconds, ours_gib=static + peak)
+    row.tflops = flops / milliseconds / 1e9
+    if compare:
+        row.plain_ms, row.plain_gib, redundancy = once(lambda: plain.redundancy(model, family, ids), work.device)
+        row.plain_gib += static
+        row.disagreement, row.bound = relative(ours().log(), rmi.importance(redundancy).log()), work.bound
+    return row
+
+
+def prune_sweep(model: nn.Module, work: Work, method: str, compare: bool) -> Row:
+    """Masks and reconstruction errors of all blocks, from adapters of rank 0."""
+    family = find_family(model)
+    ids = work.ids(model, work.sequences, work.length)
+    settings = Settings(
+        prune=PruneConfig(prune_method=method, sparsity_ratio=RATE, layer_sparsity="uniform"),
+        calibration=CalibrationConfig(nsamples=work.sequences, seqlen=work.length),
+    )
+    blocks = len(decoder_blocks(model, family))
+    rates = torch.full((blocks,), RATE, dtype=torch.float64)
+
+    def ours() -> tuple[nn.Module, list[float]]:
+        pruned = copy.deepcopy(model)
+        attach_adapters(pruned, family, 1.0)
+        timed: list[Any] = []
+        elapsed, peak, errors = once(
+            lambda: losa._prune_model(pruned, model, family, ids, settings, rates, [None] * blocks), work.device
+        )
+        timed.extend((elapsed, peak))
+        return pruned, [*timed, *errors]
+
+    ours()  # warm-up: compiles kernels
+    pruned, (milliseconds, peak, *errors) = ours()
+    static = resident(model, pruned)
+    row = Row(f"masks and error, {method}, {work.sequences} × {work.length}", milliseconds, ours_gib=static + peak)
+    if compare:
+        other = copy.deepcopy(model)
+        row.plain_ms, row.plain_gib, other_errors = once(
+            lambda: plain.prune(other, family, ids, method, RATE), work.device
+        )
+        row.plain_gib += resident(other)
+        apart = [
+            float((weight_of(a, name) != 0).ne(weight_of(b, name) != 0).float().mean())
+            for a, b in zip(decoder_blocks(pruned, family), decoder_blocks(other, family), strict=True)
+            for name in family.projections
+        ]
+        row.disagreement = max([*apart, relative(torch.tensor(errors), torch.tensor(other_errors))])
+        row.bound = work.bound
+        row.notes.append(f"mask entries that differ: {max(apart):.1e} at most")
+    return row
+
+
+def _adapted(model: nn.Module, rank: int) -> None:
+    """Prune by magnitude and give every projection an adapter of that rank, B not zero."""
+    family = find_family(model)
+    attach_adapters(model, family, 2.0)
+    for number, layer in enumerate(adapters(model)):
+        weight = layer.weight
+        threshold = weight.abs().flatten()[:: max(1, weight.numel() // 100_000)].float().quantile(RATE)
+        weight.data.mul_(weight.abs() > threshold)
+        layer.resize(rank, (number,))
+        with torch.no_grad():
+            layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number)) * 0.002)
+
+
+def training_steps(model: nn.Module, work: Work, lengths: tuple[int, ...], compare: bool, rank: int = 8) -> list[Row]:
+    """One micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model."""
+    family = find_family(model)
+    _adapted(model, rank)
+    layers = adapters(model)
+    device = work.device
+    twin = copy.deepcopy(model) if compare else None
+    if twin is not None:
+        for block in decoder_blocks(twin, family):
+            for name, layer in block_adapters(block, family).items():
+                block.set_submodule(
+                    name, plain.PlainLoRALinear(layer.weight.data, layer.A.data, layer.B.data, layer.scale)
+                )
+    twins = [m for m in twin.modules() if isinstance(m, plain.PlainLoRALinear)] if twin is not None else []
+    rows = []
+    for length in lengths:
+        ids = work.ids(model, 4, length)
+        examples = [{"input_ids": row, "labels": row} for row in ids.cpu()]
+        for held in (True, False):
+            config = TrainingConfig(
+                per_device_train_batch_size=4, gradient_accumulation_steps=1, hold_merged="on" if held else "off"
+            )
+
+            def ours(config: TrainingConfig = config, examples: Any = examples) -> float:
+                model.zero_grad()
+                return training._accumulate(model, None, layers, examples, config, device)
+
+            def theirs(examples: Any = examples, config: TrainingConfig = config) -> float:
+                assert twin is not None
+                twin.zero_grad()
+                return training._accumulate(twin, None, [], examples, config, device)
+
+            sides = [ours, theirs] if compare else [ours]
+            found = alternate(sides, device, work.repeats)
+            row = Row(f"training step, 4 × {length}, merged weight {'held' if held else 'rebuilt'}", found[0][0])
+            row.ours_gib = found[0][1] + resident(model)
+            # Three large products of every prunable weight.
+            row.tflops = 3 * 2 * ids.numel() * sum(prunable_weights(model, family)) / row.ours_ms / 1e9
+            if compare:
+                assert twin is not None
+                row.plain_ms, row.plain_gib = found[1][0], found[1][1] + resident(twin)
+                row.disagreement, row.bound = _gradients_apart(layers, twins), work.bound
+            rows.append(row)
+    return rows
+
+
+def _gradients_apart(layers: list[Any], twins: list[plain.PlainLoRALinear]) -> float:
+    worst = 0.0
+    for ours, other in zip(layers, twins, strict=True):
+        for name in ("A", "B"):
+            worst = max(worst, relative(getattr(ours, name).grad, getattr(other, name).grad))
+    return worst
+
+
+def merge(model: nn.Module, work: Work) -> Row:
+    """Merge every adapter of an adapted model; against float64 on a few rows of each."""
+    layers = adapters(model)
+    [(milliseconds, peak, _)] = alternate([lambda: [layer.merged() for layer in layers[:7]]], work.device, work.repeats)
+    row = Row("merge, one block", milliseconds, ours_gib=peak)
+    moved = 2 * sum(layer.weight.numel() * layer.weight.element_size() for layer in layers[:7])
+    row.notes.append(f"{moved / milliseconds / 1e9:.2f} TB/s")
+
+    def plainly() -> list[torch.Tensor]:
+        return [
+            (layer.weight + (layer.weight != 0) * (layer.scale * (layer.B @ layer.A))).to(layer.weight)
+            for layer in layers[:7]
+        ]
+
+    with torch.no_grad():
+        [(row.plain_ms, row.plain_gib, _)] = alternate([plainly], work.device, work.repeats)
+        first = layers[0]
+        exact = adapter.effective_weight(first.weight.double(), first.A.double(), first.B.double(), first.scale)
+        row.disagreement, row.bound = relative(first.merged(), exact), work.bound
+    return row

@@ -1,0 +1,164 @@
+"""The other side of the benchmark: the plain formulation of each part, as research code for pruning LLMs writes it.
+
+Correct and unhurried: one sequence at a time, features kept, a Gram matrix for every pair, a statistic for every
+projection, a SparseGPT column at a time, a materialised B·A beside the base product that is computed again in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from torch_impl.engine.families import Family, decoder_blocks, weight_of
+
+
+class PlainLoRALinear(nn.Module):
+    """y = x Wᵀ + x (M⊙(s·BA))ᵀ, the adapter branch recomputed in backward: six large products."""
+
+    mask: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("mask", weight != 0)
+        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        self.scale = scale
+
+    def _adapter(self, x: torch.Tensor) -> torch.Tensor:
+        delta = (self.B.to(x.dtype) @ self.A.to(x.dtype)) * self.mask * self.scale
+        return functional.linear(x, delta)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branch: torch.Tensor = checkpoint(self._adapter, x, use_reentrant=False)
+        return functional.linear(x, self.weight) + branch
+
+
+def _centred(gram: torch.Tensor) -> torch.Tensor:
+    gram = gram - gram.mean(0, keepdim=True)
+    return gram - gram.mean(1, keepdim=True)
+
+
+def _nhsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    gram_x, gram_y = _centred(x @ x.T), _centred(y @ y.T)
+    return (gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm())
+
+
+@torch.no_grad()
+def block_outputs(model: nn.Module, family: Family, ids: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Output of every block for every sequence, one forward pass a sequence, all kept in host memory."""
+    outputs: list[list[torch.Tensor]] = []
+
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        outputs[-1].append(output.cpu())
+
+    handles = [block.register_forward_hook(keep) for block in decoder_blocks(model, family)]
+    for row in ids:
+        outputs.append([])
+        model.get_submodule(family.blocks.rpartition(".")[0])(input_ids=row[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@torch.no_grad()
+def redundancy(model: nn.Module, family: Family, ids: torch.Tensor) -> torch.Tensor:
+    """R of every block: features kept, two Gram matrices for every pair of blocks."""
+    outputs = block_outputs(model, family, ids)
+    blocks = len(outputs[0])
+    result = torch.zeros(blocks, dtype=torch.float64)
+    for i in range(blocks):
+        for j in range(i + 1, blocks):
+            x, y = (torch.stack([o[k].flatten() for o in outputs]).to(ids.device).float() for k in (i, j))
+            value = float(_nhsic(x, y))
+            result[i] += value
+            result[j] += value
+    return result
+
+
+@torch.no_grad()
+def prune(model: nn.Module, family: Family, ids: torch.Tensor, method: str, rate: float) -> list[float]:
+    """Prune every block in place, one sequence at a time; returns the reconstruction errors. Dense features are kept."""
+    dense = block_outputs(model, family, ids)
+    blocks = decoder_blocks(model, family)
+    hidden, arguments = _first_inputs(model, family, ids)
+    errors = []
+    for index, block in enumerate(blocks):
+        statistics = _statistics(block, family, hidden, arguments, method)
+        for name in family.projections:
+            weight = weight_of(block, name)
+            if method == "wanda":
+                score = weight.abs().float() * statistics[name].sqrt()
+                lowest = torch.sort(score, dim=1, stable=True).indices[:, : int(rate * score.shape[1] + 1e-9)]
+                weight.data[torch.zeros_like(weight, dtype=torch.bool).scatter_(1, lowest, True)] = 0
+            else:
+                weight.data.copy_(_sparsegpt(weight.float(), statistics[name] * (2 / len(ids)), rate))
+        difference = energy = torch.zeros((), device=ids.device, dtype=torch.float64)
+        for row, states in enumerate(hidden):
+            hidden[row] = block(states, **arguments)
+            D, S = dense[row][index].to(ids.device).float(), hidden[row].float()
+            difference = difference + (D - S).square().sum((0, 1), dtype=torch.float64)
+            energy = energy + D.square().sum((0, 1), dtype=torch.float64)
+        errors.append(float((difference / energy).mean()))
+    return errors
+
+
+def _first_inputs(model: nn.Module, family: Family, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """What the first block is given, for every sequence, and the arguments that go with it."""
+    hidden: list[torch.Tensor] = []
+    arguments: dict[str, Any] = {}
+
+    def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...], given: dict[str, Any]) -> None:
+        hidden.append(inputs[0])
+        arguments.update(given)
+
+    handle = decoder_blocks(model, family)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    for row in ids:
+        model.get_submodule(family.blocks.rpartition(".")[0])(input_ids=row[None], use_cache=False)
+    handle.remove()
+    return hidden, arguments
+
+
+def _statistics(
+    block: nn.Module, family: Family, hidden: list[torch.Tensor], arguments: dict[str, Any], method: str
+) -> dict[str, torch.Tensor]:
+    """Squared input norms or Σ x xᵀ of every projection, each its own, in float32."""
+    sums: dict[str, Any] = dict.fromkeys(family.projections, 0.0)
+
+    def watch(name: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            sums[name] = sums[name] + (x.square().sum(0) if method == "wanda" else x.T @ x)
+
+        return add
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in family.projections]
+    for states in hidden:
+        block(states, **arguments)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+def _sparsegpt(W: torch.Tensor, H: torch.Tensor, rate: float, block_size: int = 128) -> torch.Tensor:
+    """SparseGPT with a handful of launches for every column."""
+    W = W.clone()
+    H = H + torch.eye(len(H), device=H.device) * (0.01 * H.diagonal().mean())
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    for start in range(0, W.shape[1], block_size):
+        stop = min(start + block_size, W.shape[1])
+        block, errors = W[:, start:stop], torch.zeros_like(W[:, start:stop])
+        score = (block / U.diagonal()[start:stop]).square()
+        threshold = score.flatten().sort().values[int(rate * score.numel() + 1e-9) - 1]
+        pruned = score <= threshold
+        for j in range(stop - start):
+            column = block[:, j]
+            new = column.masked_fill(pruned[:, j], 0.0)
+            errors[:, j] = (column - new) / U[start + j, start + j]
+            block[:, j:] -= errors[:, j : j + 1] @ U[start + j, start + j : stop][None]
+            block[:, j] = new
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    return W
