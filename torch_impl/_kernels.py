@@ -24,6 +24,10 @@ except ImportError:  # torch for the CPU comes without it
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+# Tile sizes measured on an H200 (rows, columns, warps of a program; for contract also about how many programs).
+MERGE_TILE = (64, 128, 2)
+CONTRACT_TILE = (128, 64, 4, 264)
+
 
 def usable(*tensors: torch.Tensor) -> bool:
     """Whether the kernels take these tensors: on CUDA and of a supported dtype."""
@@ -41,18 +45,30 @@ def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit
-    def _merge(weight, A, B, merged, rows, columns, rank, scale, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    def _merge(
+        weight,
+        A,
+        B,
+        merged,
+        rows,
+        columns,
+        rank,
+        scale,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_COLUMNS: tl.constexpr,
+        RANK: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):
         row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        r = tl.arange(0, RANK)
         inside = (row[:, None] < rows) & (column[None, :] < columns)
         place = row[:, None].to(tl.int64) * columns + column[None, :]
         base = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-        product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for k in range(rank):
-            b = tl.load(B + row * rank + k, mask=row < rows, other=0.0)
-            a = tl.load(A + k * columns + column, mask=column < columns, other=0.0)
-            product += b[:, None] * a[None, :]
-        result = tl.where(base == 0, 0.0, base + scale * product)
+        b = tl.load(B + row[:, None] * rank + r[None, :], mask=(row[:, None] < rows) & (r[None, :] < rank), other=0.0)
+        a_fits = (r[:, None] < rank) & (column[None, :] < columns)
+        a = tl.load(A + r[:, None] * columns + column[None, :], mask=a_fits, other=0.0)
+        result = tl.where(base == 0, 0.0, base + scale * tl.dot(b, a, input_precision=PRECISION))
         tl.store(merged + place, result.to(merged.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -70,25 +86,36 @@ if triton is not None:
         BLOCK_ROWS: tl.constexpr,
         BLOCK_COLUMNS: tl.constexpr,
         RANK: tl.constexpr,
+        HALF: tl.constexpr,
     ):
         row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         r = tl.arange(0, RANK)
-        b = tl.load(B + row[:, None] * rank + r[None, :], mask=(row[:, None] < rows) & (r[None, :] < rank), other=0.0)
+        b_fits = (row[:, None] < rows) & (r[None, :] < rank)
+        b = tl.load(B + row[:, None] * rank + r[None, :], mask=b_fits, other=0.0)
         sum_B = tl.zeros((BLOCK_ROWS, RANK), tl.float32)
         for tile in range(tiles):
             column = (tl.program_id(1) * tiles + tile) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
             inside = (row[:, None] < rows) & (column[None, :] < columns)
             place = row[:, None].to(tl.int64) * columns + column[None, :]
-            g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(gradient + place, mask=inside, other=0.0)
             w = tl.load(weight + place, mask=inside, other=0.0)
-            g = tl.where(w != 0, g, 0.0)
-            fits = (r[:, None] < rank) & (column[None, :] < columns)
-            a = tl.load(A + r[:, None] * columns + column[None, :], mask=fits, other=0.0)
-            sum_B += tl.dot(g, tl.trans(a), input_precision="tf32x3")
-            part = tl.dot(tl.trans(b), g, input_precision="tf32x3")
-            tl.store(parts_A + (tl.program_id(0) * rank + r[:, None]) * columns + column[None, :], part, mask=fits)
-        to = (tl.program_id(1) * rows + row[:, None]) * rank + r[None, :]
-        tl.store(parts_B + to, sum_B, mask=(row[:, None] < rows) & (r[None, :] < rank))
+            g = tl.where(w != 0, g, tl.zeros_like(g))
+            a_fits = (r[:, None] < rank) & (column[None, :] < columns)
+            a = tl.load(A + r[:, None] * columns + column[None, :], mask=a_fits, other=0.0)
+            if HALF:
+                # g is exact in its own dtype; a and b are the sum of two numbers of that dtype to 2⁻¹⁷ (bf16).
+                a_high, b_high = a.to(g.dtype), b.to(g.dtype)
+                a_low, b_low = (a - a_high.to(tl.float32)).to(g.dtype), (b - b_high.to(tl.float32)).to(g.dtype)
+                sum_B += tl.dot(g, tl.trans(a_high)) + tl.dot(g, tl.trans(a_low))
+                part = tl.dot(tl.trans(b_high), g) + tl.dot(tl.trans(b_low), g)
+            else:
+                g = g.to(tl.float32)
+                sum_B += tl.dot(g, tl.trans(a), input_precision="ieee")
+                part = tl.dot(tl.trans(b), g, input_precision="ieee")
+            to = (tl.program_id(0) * rank + r[:, None]).to(tl.int64) * columns + column[None, :]
+            tl.store(parts_A + to, part, mask=a_fits)
+        to = (tl.program_id(1) * rows + row[:, None]).to(tl.int64) * rank + r[None, :]
+        tl.store(parts_B + to, sum_B, mask=b_fits)
 
     @triton.jit
     def _sweep(
@@ -124,14 +151,31 @@ if triton is not None:
         tl.store(weight + place, tile, mask=inside)
 
 
+def _padded(rank: int) -> int:
+    """Matrix units take at least sixteen ranks; more come in powers of two."""
+    return max(16, int(triton.next_power_of_2(rank)))
+
+
 def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """M⊙(W + s·BA) rounded once to the weight's dtype; weight (out, in), A (r, in), B (out, r) in float32."""
     rows, columns = weight.shape
     weight = weight.contiguous()
     merged = torch.empty_like(weight)
-    grid = (triton.cdiv(rows, 32), triton.cdiv(columns, 128))
-    _merge[grid](
-        weight, A.contiguous(), B.contiguous(), merged, rows, columns, len(A), scale, BLOCK_ROWS=32, BLOCK_COLUMNS=128
+    block_rows, block_columns, warps = MERGE_TILE
+    _merge[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
+        weight,
+        A.contiguous(),
+        B.contiguous(),
+        merged,
+        rows,
+        columns,
+        len(A),
+        scale,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+        RANK=_padded(len(A)),
+        PRECISION="ieee" if weight.dtype == torch.float32 else "tf32x3",
+        num_warps=warps,
     )
     return merged
 
@@ -142,13 +186,14 @@ def contract(
     """(s Bᵀ(M⊙G), s (M⊙G)Aᵀ) = (dA (r, in), dB (out, r)) from G (out, in); sums in float32 and in a fixed order."""
     rows, columns = weight.shape
     gradient, weight = gradient.contiguous(), weight.contiguous()
-    rank, block_rows, block_columns = len(A), 128, 64
-    padded = max(16, triton.next_power_of_2(rank))
+    rank = len(A)
+    block_rows, block_columns, warps, programs = CONTRACT_TILE
     bands = triton.cdiv(rows, block_rows)
-    strips = min(triton.cdiv(columns, block_columns), max(1, 1024 // bands))
+    strips = min(triton.cdiv(columns, block_columns), max(1, programs // bands))
     tiles = triton.cdiv(triton.cdiv(columns, block_columns), strips)
-    parts_A = A.new_zeros(bands, rank, columns)
-    parts_B = B.new_zeros(strips, rows, rank)
+    strips = triton.cdiv(triton.cdiv(columns, block_columns), tiles)
+    parts_A = A.new_empty(bands, rank, columns)
+    parts_B = B.new_empty(strips, rows, rank)
     _contract[(bands, strips)](
         gradient,
         weight,
@@ -162,7 +207,10 @@ def contract(
         tiles,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
-        RANK=padded,
+        RANK=_padded(rank),
+        # The interpreter cannot multiply bf16.
+        HALF=gradient.dtype != torch.float32 and not triton.knobs.runtime.interpret,
+        num_warps=warps,
     )
     return parts_A.sum(0).mul_(scale), parts_B.sum(0).mul_(scale)
 

@@ -1,0 +1,118 @@
+"""The Triton kernels against the spec, under Triton's interpreter: shapes that fit no tile, ranks that fit no power of two.
+
+On a GPU the whole suite runs through them; there `python -m oracle_tests.gpu_step` holds bf16 to float32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+import itertools
+
+from oracle_tests import tolerances
+from oracle_tests.assertions import assert_close, assert_exact
+from reference import adapter as spec
+from reference.masks import sparsegpt as spec_sparsegpt
+from torch_impl import _kernels
+from torch_impl.masks import sparsegpt
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def adapted(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(G, W, A, B): sizes around the tiles' edges, some weights pruned, an empty row now and then."""
+    rows, columns = draw(st.sampled_from([1, 5, 63, 64, 129, 200])), draw(st.sampled_from([1, 7, 64, 128, 130]))
+    rank = draw(st.sampled_from([1, 3, 8, 16, 17]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(DTYPES)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[torch.rand(rows, columns, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0
+    weight[draw(st.integers(0, rows - 1))] = 0
+    G = torch.randn(rows, columns, generator=generator)
+    A, B = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+    return G.to(DEVICE, dtype), weight.to(DEVICE, dtype), A.to(DEVICE), B.to(DEVICE)
+
+
+def wide(*tensors: torch.Tensor) -> list[np.ndarray]:
+    return [tensor.double().cpu().numpy() for tensor in tensors]
+
+
+@settings(max_examples=20)
+@given(case=adapted())
+def test_merge(case: tuple[torch.Tensor, ...]) -> None:
+    _, weight, A, B = case
+    W, a, b = wide(weight, A, B)
+    expected = spec.effective_weight(W, a, b, 0.5)
+    found = _kernels.merge(weight, A, B, 0.5)
+    assert found.dtype == weight.dtype
+    assert_exact("zeros", np.logical_or(W == 0, expected == 0), (found == 0).cpu())
+    terms = float(np.max(abs(W) + 0.5 * abs(b) @ abs(a)))
+    assert_close("merge", expected, found.cpu(), tolerances.bound(weight.dtype), scale=terms)
+
+
+@settings(max_examples=20)
+@given(case=adapted())
+def test_contract(case: tuple[torch.Tensor, ...]) -> None:
+    G, weight, A, B = case
+    g, W, a, b = wide(G, weight, A, B)
+    masked = g * (W != 0)
+    grad_A, grad_B = _kernels.contract(G, weight, A, B, 0.5)
+    # G is exact, A and B are used to 2⁻¹⁷: sums in float32 whatever the weight's dtype.
+    for name, expected, terms, found in (
+        ("dA", 0.5 * b.T @ masked, abs(b).T @ abs(masked), grad_A),
+        ("dB", 0.5 * masked @ a.T, abs(masked) @ abs(a).T, grad_B),
+    ):
+        bound = tolerances.bound(torch.float32) * (8 if DEVICE == "cuda" else 1)
+        assert_close(name, expected, found.cpu(), bound, scale=float(terms.max()))
+
+
+@settings(max_examples=20)
+@given(
+    rows=st.sampled_from([1, 15, 16, 33]),
+    width=st.sampled_from([1, 4, 12, 16]),
+    seed=st.integers(0, 2**31),
+    halves=st.booleans(),
+)
+def test_sweep_is_the_column_loop(rows: int, width: int, seed: int, halves: bool) -> None:
+    """In one call or in two, on a block that is part of a wider matrix, as in `sparsegpt`."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width + 5, generator=generator)
+    factor = torch.randn(width, width, generator=generator).triu() + 4 * torch.eye(width)
+    mask = torch.rand(rows, width + 5, generator=generator) < 0.5
+    expected, expected_errors = weight.clone(), torch.zeros(rows, width)
+    for j in range(width):
+        expected_errors[:, j] = expected[:, j].masked_fill(mask[:, j], 0.0) / factor[j, j]
+        expected[:, j:width] -= expected_errors[:, j : j + 1] * factor[j : j + 1, j:]
+    found, errors = weight.to(DEVICE), torch.zeros(rows, width, device=DEVICE)
+    cuts = [0, width // 2, width] if halves else [0, width]
+    for first, last in itertools.pairwise(cuts):
+        _kernels.sweep(found[:, :width], factor.to(DEVICE), mask.to(DEVICE)[:, :width], errors, first, last)
+    scale = float(expected.abs().max() + 1)
+    assert_close("weight", expected, found.cpu(), tolerances.bound(torch.float32), scale=scale)
+    assert_close("errors", expected_errors, errors.cpu(), tolerances.bound(torch.float32), scale=scale)
+
+
+def test_sparsegpt_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole algorithm with every block of columns swept by the kernel."""
+    calls = []
+    monkeypatch.setattr(_kernels, "usable", lambda *tensors: calls.append(1) or True)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(10, 24, generator=generator), torch.randn(50, 24, generator=generator)
+    H = sparsegpt.hessian(inputs, 2)
+    expected, expected_mask = spec_sparsegpt.sparsegpt(*wide(weight, H), 0.5, block_size=10)
+    found, mask = sparsegpt.sparsegpt(weight.to(DEVICE), H.to(DEVICE), 0.5, block_size=10)
+    assert calls
+    assert_exact("mask", expected_mask, mask.cpu())
+    assert_close("weight", expected, found.cpu(), tolerances.bound(torch.float32), scale=float(abs(expected).max()))
