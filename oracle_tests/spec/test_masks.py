@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracle_tests import strategies
+from oracle_tests import strategies, tolerances
 from reference.masks.nm import kept_per_group, nm_mask
 from reference.masks.prune import prune
 from reference.masks.select import matrix_mask, row_mask
@@ -74,16 +75,71 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(seed: int, block_size: int) -> N
         assert (~block).sum() >= math.floor(0.5 * block.size + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_mask_of_a_first_block_is_the_surgeon_s_choice(seed: int) -> None:
-    """w² / [H⁻¹ of what is to the right]_jj: the loss of removing w_j, from inverses of trailing Hessians."""
+def surgery(
+    W: np.ndarray, H: np.ndarray, span: int, share: Callable[[int, int], int], kept: np.ndarray, by_row: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """SparseGPT by its definition, with a fresh inverse of what is left of the Hessian at every column.
+
+    When the first of `span` columns is reached, the entries that cost least go: removing w_j from the problem of columns
+    j and on costs w_j² / [H[j:, j:]⁻¹]_00. `share(rows, columns)` of them, out of all rows together or in each row alone.
+    Entries that are gone already cost less than any other. Then each column is visited as `surgeon` does.
+    """
+    W, (rows, columns) = W.copy(), W.shape
+    mask = np.ones(W.shape, dtype=bool)
+    for j in range(columns):
+        if j % span == 0:
+            group = range(j, min(j + span, columns))
+            trailing = {c: np.linalg.inv(H[c:, c:])[0, 0] for c in group}
+            cost = [[W[i, c] ** 2 / trailing[c] if kept[i, c] else -1.0 for c in group] for i in range(rows)]
+            for some in [[i] for i in range(rows)] if by_row else [range(rows)]:
+                places = [(i, c) for i in some for c in group]
+                going = lowest([cost[i][c - j] for i, c in places], share(len(some), len(group)))
+                for number, place in enumerate(places):
+                    mask[place] = kept[place] and number not in going
+        inverse = np.linalg.inv(H[j:, j:])
+        for i in range(rows):
+            if not mask[i, j]:
+                W[i, j:] -= W[i, j] / inverse[0, 0] * inverse[:, 0]
+                W[i, j] = 0.0
+    return W, mask
+
+
+def surgical_case(seed: int, kept_share: float, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """W (5, columns), a Hessian of correlated inputs, and an earlier mask."""
     rng = np.random.default_rng(seed)
-    W, X = rng.standard_normal((3, 6)), rng.standard_normal((30, 6))
-    H = X.T @ X
-    _, mask = sparsegpt(W, H, 0.5, damping=0.0)
-    loss = np.stack([W[:, j] ** 2 / np.linalg.inv(H[j:, j:])[0, 0] for j in range(6)], axis=1)
-    pruned = lowest(loss.ravel().tolist(), 9)
-    assert mask.ravel().tolist() == [index not in pruned for index in range(18)]
+    X = rng.standard_normal((60, columns)) @ (np.eye(columns) + 0.4 * rng.standard_normal((columns, columns)))
+    return rng.standard_normal((5, columns)), 2 / 6 * X.T @ X, rng.random((5, columns)) < kept_share
+
+
+@pytest.mark.parametrize("kept_share", [1.0, 0.6])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 7, 12, 128])
+def test_sparsegpt_is_surgery_block_by_block(
+    block_size: int, sparsity: float, damping: float, kept_share: float
+) -> None:
+    W, H, kept = surgical_case(block_size, kept_share, columns=12)
+    damped = H + damping * np.diag(H).mean() * np.eye(12)
+    expected, expected_mask = surgery(
+        W, damped, block_size, lambda rows, columns: math.floor(sparsity * rows * columns + 1e-9), kept, by_row=False
+    )
+    new, mask = sparsegpt(W, H, sparsity, block_size=block_size, damping=damping, kept=kept)
+    np.testing.assert_array_equal(mask, expected_mask)
+    np.testing.assert_allclose(new, expected, rtol=tolerances.SPARSEGPT_FLOAT64, atol=tolerances.SPARSEGPT_FLOAT64)
+
+
+@pytest.mark.parametrize("kept_share", [1.0, 0.6])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("blocks", [1, 2, 128])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (0, 3), (2, 6), (1, 12)])
+def test_sparsegpt_nm_is_surgery_group_by_group(n: int, m: int, blocks: int, damping: float, kept_share: float) -> None:
+    """However many groups a block holds, each group's mask is chosen when it is reached."""
+    W, H, kept = surgical_case(10 * n + m, kept_share, columns=12)
+    damped = H + damping * np.diag(H).mean() * np.eye(12)
+    expected, expected_mask = surgery(W, damped, m, lambda _, columns: columns - n, kept, by_row=True)
+    new, mask = sparsegpt_nm(W, H, n, m, block_size=m * blocks, damping=damping, kept=kept)
+    np.testing.assert_array_equal(mask, expected_mask)
+    np.testing.assert_allclose(new, expected, rtol=tolerances.SPARSEGPT_FLOAT64, atol=tolerances.SPARSEGPT_FLOAT64)
 
 
 @given(strategies.sparsegpt_cases(group=True))
