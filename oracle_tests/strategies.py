@@ -186,12 +186,14 @@ def kept_allocations(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of allocate_kept that have a solution."""
     importance, m = draw(importances()), draw(st.sampled_from([2, 4, 8]))
     L, rng = len(importance), _rng(draw)
+    kept_total = draw(st.one_of(st.integers(0, m).map(lambda n: n * L), st.integers(0, L * m)))
+    spread = draw(st.integers(0 if kept_total % L == 0 else 1, 2))
     ceiling = draw(st.sampled_from([None, rng.integers(0, m + 1, L)]))
-    spread = draw(st.integers(0, 2))
-    uniform = draw(st.integers(0, m))
-    kept_total = uniform * L
     if ceiling is not None:
-        ceiling = np.maximum(ceiling, uniform)
+        most = min(m, kept_total // L + spread)
+        for block in rng.permutation(L):  # raised until there is a solution
+            if np.minimum(ceiling, most).sum() < kept_total:
+                ceiling[block] = m
     return {"importance": importance, "kept_total": kept_total, "m": m, "spread": spread, "ceiling": ceiling}
 
 

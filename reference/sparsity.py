@@ -115,8 +115,6 @@ def allocate_kept(
     least = np.minimum(max(0, math.ceil(mean - spread - SLACK)), most)
     if most.sum() < kept_total:
         raise ValueError(f"kept_total is {kept_total}; allowed with this spread and ceiling: at most {most.sum()}")
-    if least.sum() > kept_total:
-        raise ValueError(f"kept_total is {kept_total}; allowed with this spread and ceiling: at least {least.sum()}")
 
     kept = most.astype(np.int64)
     for block in np.argsort(importance, kind="stable"):

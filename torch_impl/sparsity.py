@@ -73,10 +73,6 @@ def allocate_kept(
     least = most.clamp(max=max(0, math.ceil(mean - spread - SLACK)))
     if int(most.sum()) < kept_total:
         raise ValueError(f"kept_total is {kept_total}; allowed with this spread and ceiling: at most {int(most.sum())}")
-    if int(least.sum()) > kept_total:
-        raise ValueError(
-            f"kept_total is {kept_total}; allowed with this spread and ceiling: at least {int(least.sum())}"
-        )
     order = torch.sort(importance, stable=True).indices
     room = (most - least)[order]
     before = torch.cumsum(room, 0) - room

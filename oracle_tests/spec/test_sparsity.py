@@ -6,7 +6,9 @@ import itertools
 from typing import Any
 
 import numpy as np
-from hypothesis import example, given
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from oracle_tests import strategies
@@ -52,22 +54,78 @@ def test_rates_only_grow_along_the_schedule() -> None:
         floor = rates
 
 
-@given(strategies.kept_allocations().filter(lambda case: len(case["importance"]) <= 5))
-def test_kept_is_the_best_of_all_integer_solutions(case: dict[str, Any]) -> None:
-    kept = allocate_kept(**case)
-    importance, L, m = case["importance"], len(case["importance"]), case["m"]
-    top = np.full(L, m) if case["ceiling"] is None else case["ceiling"]
-    mean = case["kept_total"] / L
-    feasible = [
-        np.array(candidate)
-        for candidate in itertools.product(range(m + 1), repeat=L)
-        if sum(candidate) == case["kept_total"]
-        and all(n <= t and abs(n - mean) <= case["spread"] for n, t in zip(candidate, top, strict=True))
+@st.composite
+def small_kept_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Any arguments of allocate_kept for few blocks, with or without a solution; importances are small integers, so that
+    costs are exact and some are equal."""
+    L, m = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 4, 5]))
+    ceilings = st.lists(st.integers(0, m), min_size=L, max_size=L).map(np.array)
+    return {
+        "importance": np.array(draw(st.lists(st.integers(1, 4), min_size=L, max_size=L)), dtype=float),
+        "kept_total": draw(st.integers(0, L * m)),
+        "m": m,
+        "spread": draw(st.integers(0, 3)),
+        "ceiling": draw(st.one_of(st.none(), ceilings)),
+    }
+
+
+def kept_solutions(
+    importance: np.ndarray, kept_total: int, m: int, spread: int, ceiling: np.ndarray | None
+) -> list[tuple[int, ...]]:
+    """Every N within its bounds and with the right sum, in integers throughout: L·N against L·N̄ = kept_total."""
+    L = len(importance)
+    tops = [m] * L if ceiling is None else ceiling.tolist()
+    choices = [
+        [
+            n
+            for n in range(top + 1)
+            if L * n <= kept_total + L * spread and (L * n >= kept_total - L * spread or n == top)
+        ]
+        for top in tops
     ]
-    assert feasible
-    assert any((kept == candidate).all() for candidate in feasible)
-    best = max(importance @ candidate for candidate in feasible)
-    assert importance @ kept >= best - 1e-12
+    return [kept for kept in itertools.product(*choices) if sum(kept) == kept_total]
+
+
+@settings(max_examples=600)
+@given(small_kept_cases())
+# N̄ = 7/3 with spread 1: 2 or 3 each.
+@example({"importance": np.array([3.0, 1, 2]), "kept_total": 7, "m": 4, "spread": 1, "ceiling": None})
+# A block that keeps only 1 has to stay below N̄ − spread; the others take what it cannot.
+@example({"importance": np.array([3.0, 1, 2]), "kept_total": 9, "m": 5, "spread": 1, "ceiling": np.array([1, 5, 5])})
+# No whole number is within 0 of N̄ = 1/2.
+@example({"importance": np.array([1.0, 2]), "kept_total": 1, "m": 2, "spread": 0, "ceiling": None})
+def test_kept_is_the_best_of_all_integer_solutions(case: dict[str, Any]) -> None:
+    """The most importance kept; among equals, the first in dictionary order, as lower indices are pruned first. Refused
+    if and only if there is none."""
+    solutions = kept_solutions(**case)
+    if not solutions:
+        with pytest.raises(ValueError, match=r"kept_total is \d+; allowed with this spread and ceiling: at most"):
+            allocate_kept(**case)
+        return
+    best = min(solutions, key=lambda kept: (-(case["importance"] @ kept), kept))
+    np.testing.assert_array_equal(allocate_kept(**case), best)
+
+
+@given(strategies.kept_allocations())
+def test_kept_keeps_its_bounds_and_sum(case: dict[str, Any]) -> None:
+    kept, mean = allocate_kept(**case), case["kept_total"] / len(case["importance"])
+    top = np.full(len(kept), case["m"]) if case["ceiling"] is None else case["ceiling"]
+    assert kept.sum() == case["kept_total"]
+    assert (kept <= np.minimum(top, mean + case["spread"] + 1e-9)).all()
+    assert (kept >= np.minimum(top, mean - case["spread"] - 1e-9)).all()
+
+
+@pytest.mark.parametrize(
+    ("kept_total", "ceiling", "message"),
+    [
+        (9, [2, 3, 3], "kept_total is 9; allowed with this spread and ceiling: at most 8"),
+        (10, None, "kept_total is 10; allowed with this spread and ceiling: at most 9"),
+        (11, None, "kept_total is 11; allowed with this spread and ceiling: at most 9"),
+    ],
+)
+def test_kept_that_cannot_be_reached_is_refused(kept_total: int, ceiling: list[int] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        allocate_kept([0.2, 0.3, 0.5], kept_total, 4, spread=0, ceiling=ceiling)
 
 
 def test_ties_are_pruned_in_order() -> None:
