@@ -50,8 +50,8 @@ def allocate_ranks(errors: Array, mean_rank: float, min_rank: int = 1, max_rank:
 
     Parameters: errors e (L,) ≥ 0; mean_rank r̄; min_rank; max_rank. Returns: r (L,) int64.
 
-    Ties and rounding: rint rounds halves to even; blocks of equal error are repaired lower index first; if all errors
-    are 0 all shares are 1/L.
+    Ties and rounding: rint rounds halves to even (slack 1e-9 for the rounding of the shares); blocks of equal error are
+    repaired lower index first; if all errors are 0 all shares are 1/L.
 
     Errors: ValueError if r̄ is not within [r_min, r_max]; ValueError or TypeError naming the argument.
 
@@ -72,7 +72,7 @@ def allocate_ranks(errors: Array, mean_rank: float, min_rank: int = 1, max_rank:
     peak = errors.max()
     # Scaling by the largest first keeps the sum of huge errors finite.
     shares = (errors / peak) / (errors / peak).sum() if peak > 0 else np.full(L, 1 / L)
-    ranks = np.clip(np.rint(shares * L * mean_rank), min_rank, max_rank).astype(np.int64)
+    ranks = np.clip(np.rint(np.round(shares * L * mean_rank, 9)), min_rank, max_rank).astype(np.int64)
 
     least_hurt_first = np.argsort(errors, kind="stable")
     most_hurt_first = np.argsort(-errors, kind="stable")

@@ -33,7 +33,7 @@ def allocate_ranks(errors: torch.Tensor, mean_rank: float, min_rank: int = 1, ma
     total = round(L * mean_rank)
     peak = errors.max()
     shares = (errors / peak) / (errors / peak).sum() if float(peak) > 0 else torch.full_like(errors, 1 / L)
-    ranks = torch.round(shares * L * mean_rank).clamp(min_rank, max_rank).long()
+    ranks = torch.round(shares * L * mean_rank, decimals=9).round().clamp(min_rank, max_rank).long()
     while (left := total - int(ranks.sum())) != 0:
         # One pass: the `left` blocks next in order that have room take one each.
         order = torch.sort(errors, stable=True, descending=left > 0).indices
