@@ -103,9 +103,9 @@ def gradients(model: nn.Module, dense: nn.Module, ids: torch.Tensor, seed: int) 
         with torch.no_grad():
             layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number)) * 0.002)
     examples = [{"input_ids": row, "labels": row} for row in ids]
-    device = next(model.parameters()).device
     config = TrainingConfig(per_device_train_batch_size=len(ids), gradient_accumulation_steps=1)
-    loss = training._accumulate(model, None, adapters(model), examples, config, device)
+    with training.Gradients(model, None, config) as step:
+        loss = step.of(examples)
     return loss, [p.grad for layer in adapters(model) for p in (layer.A, layer.B)]
 
 

@@ -156,11 +156,16 @@ def _padded(rank: int) -> int:
     return max(16, int(triton.next_power_of_2(rank)))
 
 
-def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """M⊙(W + s·BA) rounded once to the weight's dtype; weight (out, in), A (r, in), B (out, r) in float32."""
+def merge(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, merged: torch.Tensor | None = None
+) -> torch.Tensor:
+    """M⊙(W + s·BA) rounded once to the weight's dtype; weight (out, in), A (r, in), B (out, r) in float32.
+
+    merged: where to put it, contiguous; a new tensor by default.
+    """
     rows, columns = weight.shape
     weight = weight.contiguous()
-    merged = torch.empty_like(weight)
+    merged = torch.empty_like(weight) if merged is None else merged
     block_rows, block_columns, warps = MERGE_TILE
     _merge[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
         weight,

@@ -25,6 +25,14 @@ def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) 
     return effective_weight(weight, A, B, scale).to(weight.dtype)
 
 
+def merge_into(merged: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+    """`merge` into a tensor (out, in) that is there already: what holds its address sees the new weight."""
+    if _kernels.usable(weight, A, B) and len(A) and A.dtype == torch.float32:
+        _kernels.merge(weight, A, B, scale, merged)
+    else:
+        merged.copy_(merge(weight, A, B, scale))
+
+
 def masked_lora(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """y = x W̃ᵀ for x (..., in), in x's dtype; the merged weight is rounded to the weight's dtype (LoSA, Eq. 1)."""
     effective = merge(weight, A, B, scale)

@@ -66,18 +66,30 @@ def measure(options: argparse.Namespace) -> list[Row]:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     bound = 5e-2 if dtype == torch.bfloat16 else 1e-3
     work = parts.Work(device, dtype, options.sequences, options.length, options.repeats, bound)
-    model = geometry.build(options.geometry, options.blocks, device, dtype)
     compare = not options.ours_only
+
+    def small() -> torch.nn.Module:
+        return geometry.build(options.geometry, 2, device, torch.float32)
+
+    # What a speed-up may be claimed for: the same algorithm, shown in float32 on two blocks of the geometry.
+    apart = dict.fromkeys(PARTS, 0.0)
+    for method in ("wanda", "sparsegpt"):
+        if compare and method in options.parts:
+            apart[method] = parts.masks_apart(small(), work, method)
+    if compare and "train" in options.parts:
+        apart["train"] = parts.gradients_apart(small(), work)
+    gc.collect()
+    model = geometry.build(options.geometry, options.blocks, device, dtype)
     rows = []
     if "rmi" in options.parts:
         rows.append(parts.mutual_information(model, work, compare))
     for method in ("wanda", "sparsegpt"):
         if method in options.parts:
-            rows.append(parts.prune_sweep(model, work, method, compare))
+            rows.append(parts.prune_sweep(model, work, method, compare, apart[method]))
             gc.collect()
     if "train" in options.parts or "merge" in options.parts:
         lengths = tuple(options.train_lengths) if "train" in options.parts else ()
-        rows.extend(parts.training_steps(model, work, lengths, compare))
+        rows.extend(parts.training_steps(model, work, lengths, compare, apart["train"]))
     if "merge" in options.parts:
         rows.append(parts.merge(model, work))
     return rows

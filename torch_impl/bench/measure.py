@@ -68,10 +68,10 @@ def once(action: Callable[[], Any], device: torch.device) -> tuple[float, float,
 
 
 def alternate(
-    sides: Sequence[Callable[[], Any]], device: torch.device, repeats: int
+    sides: Sequence[Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 1
 ) -> list[tuple[float, float, list[float]]]:
-    """For each side (median milliseconds, peak GiB, all times), taken in turns after one warm-up of each."""
-    for side in sides:
+    """For each side (median milliseconds, peak GiB, all times), taken in turns after a warm-up of each."""
+    for side in [side for side in sides for _ in range(warm_up)]:
         side()
     found: list[tuple[list[float], list[float]]] = [([], []) for _ in sides]
     for _ in range(repeats):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch_impl.engine.training import TrainingConfig
 from torch_impl.losa import PruneConfig, Settings
 
 RATE = 0.7
+# Two float32 sides of the same algorithm, sums in another order, over two blocks.
+FLOAT32_BOUND = 1e-3
 
 
 @dataclass(frozen=True)
@@ -62,45 +65,56 @@ def mutual_information(model: nn.Module, work: Work, compare: bool) -> Row:
     return row
 
 
-def prune_sweep(model: nn.Module, work: Work, method: str, compare: bool) -> Row:
-    """Masks and reconstruction errors of all blocks, from adapters of rank 0."""
+def _prune_ours(
+    model: nn.Module, work: Work, ids: torch.Tensor, method: str
+) -> tuple[nn.Module, float, float, list[float]]:
+    """(pruned copy, milliseconds, peak GiB over what was there, errors)."""
     family = find_family(model)
-    ids = work.ids(model, work.sequences, work.length)
     settings = Settings(
         prune=PruneConfig(prune_method=method, sparsity_ratio=RATE, layer_sparsity="uniform"),
-        calibration=CalibrationConfig(nsamples=work.sequences, seqlen=work.length),
+        calibration=CalibrationConfig(nsamples=len(ids), seqlen=ids.shape[1]),
     )
     blocks = len(decoder_blocks(model, family))
     rates = torch.full((blocks,), RATE, dtype=torch.float64)
+    pruned = copy.deepcopy(model)
+    attach_adapters(pruned, family, 1.0)
+    elapsed, peak, errors = once(
+        lambda: losa._prune_model(pruned, model, family, ids, settings, rates, [None] * blocks), work.device
+    )
+    return pruned, elapsed, peak, errors
 
-    def ours() -> tuple[nn.Module, list[float]]:
-        pruned = copy.deepcopy(model)
-        attach_adapters(pruned, family, 1.0)
-        timed: list[Any] = []
-        elapsed, peak, errors = once(
-            lambda: losa._prune_model(pruned, model, family, ids, settings, rates, [None] * blocks), work.device
-        )
-        timed.extend((elapsed, peak))
-        return pruned, [*timed, *errors]
 
-    ours()  # warm-up: compiles kernels
-    pruned, (milliseconds, peak, *errors) = ours()
-    static = resident(model, pruned)
-    row = Row(f"masks and error, {method}, {work.sequences} × {work.length}", milliseconds, ours_gib=static + peak)
+def masks_apart(model: nn.Module, work: Work, method: str) -> float:
+    """Largest share of mask entries, or relative error, that differs between the sides, for a small float32 model."""
+    family = find_family(model)
+    ids = work.ids(model, min(8, work.sequences), min(512, work.length))
+    pruned, _, _, errors = _prune_ours(model, work, ids, method)
+    other = copy.deepcopy(model)
+    other_errors = plain.prune(other, family, ids, method, RATE)
+    apart = [
+        float((weight_of(a, name) != 0).ne(weight_of(b, name) != 0).float().mean())
+        for a, b in zip(decoder_blocks(pruned, family), decoder_blocks(other, family), strict=True)
+        for name in family.projections
+    ]
+    return max([*apart, relative(torch.tensor(errors), torch.tensor(other_errors))])
+
+
+def prune_sweep(model: nn.Module, work: Work, method: str, compare: bool, apart: float) -> Row:
+    """Masks and reconstruction errors of all blocks, from adapters of rank 0."""
+    family = find_family(model)
+    ids = work.ids(model, work.sequences, work.length)
+    _prune_ours(model, work, ids[: len(ids) // 4], method)  # compiles kernels
+    pruned, milliseconds, peak, _ = _prune_ours(model, work, ids, method)
+    row = Row(
+        f"masks and error, {method}, {work.sequences} × {work.length}",
+        milliseconds,
+        ours_gib=peak + resident(model, pruned),
+    )
     if compare:
         other = copy.deepcopy(model)
-        row.plain_ms, row.plain_gib, other_errors = once(
-            lambda: plain.prune(other, family, ids, method, RATE), work.device
-        )
-        row.plain_gib += resident(other)
-        apart = [
-            float((weight_of(a, name) != 0).ne(weight_of(b, name) != 0).float().mean())
-            for a, b in zip(decoder_blocks(pruned, family), decoder_blocks(other, family), strict=True)
-            for name in family.projections
-        ]
-        row.disagreement = max([*apart, relative(torch.tensor(errors), torch.tensor(other_errors))])
-        row.bound = work.bound
-        row.notes.append(f"mask entries that differ: {max(apart):.1e} at most")
+        row.plain_ms, peak, _ = once(lambda: plain.prune(other, family, ids, method, RATE), work.device)
+        row.plain_gib = peak + resident(other)
+        row.disagreement, row.bound = apart, FLOAT32_BOUND
     return row
 
 
@@ -117,20 +131,37 @@ def _adapted(model: nn.Module, rank: int) -> None:
             layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number)) * 0.002)
 
 
-def training_steps(model: nn.Module, work: Work, lengths: tuple[int, ...], compare: bool, rank: int = 8) -> list[Row]:
+def _with_plain_twin(model: nn.Module) -> nn.Module:
+    """A copy of an adapted model whose projections are the plain formulation's."""
+    family = find_family(model)
+    twin = copy.deepcopy(model)
+    for block in decoder_blocks(twin, family):
+        for name, layer in block_adapters(block, family).items():
+            block.set_submodule(name, plain.PlainLoRALinear(layer.weight.data, layer.A.data, layer.B.data, layer.scale))
+    return twin
+
+
+def gradients_apart(model: nn.Module, work: Work) -> float:
+    """Largest relative difference between the two sides' adapter gradients, for a small float32 model of the geometry."""
+    _adapted(model, 8)
+    twin = _with_plain_twin(model)
+    examples = [{"input_ids": row, "labels": row} for row in work.ids(model, 4, 64).cpu()]
+    config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, cuda_graphs=False)
+    for side in (model, twin):
+        with training.Gradients(side, None, config) as gradients:
+            gradients.of(examples)
+    twins = [m for m in twin.modules() if isinstance(m, plain.PlainLoRALinear)]
+    return _gradients_apart(adapters(model), twins)
+
+
+def training_steps(
+    model: nn.Module, work: Work, lengths: tuple[int, ...], compare: bool, apart: float, rank: int = 8
+) -> list[Row]:
     """One micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model."""
     family = find_family(model)
     _adapted(model, rank)
-    layers = adapters(model)
     device = work.device
-    twin = copy.deepcopy(model) if compare else None
-    if twin is not None:
-        for block in decoder_blocks(twin, family):
-            for name, layer in block_adapters(block, family).items():
-                block.set_submodule(
-                    name, plain.PlainLoRALinear(layer.weight.data, layer.A.data, layer.B.data, layer.scale)
-                )
-    twins = [m for m in twin.modules() if isinstance(m, plain.PlainLoRALinear)] if twin is not None else []
+    twin = _with_plain_twin(model) if compare else None
     rows = []
     for length in lengths:
         ids = work.ids(model, 4, length)
@@ -140,17 +171,18 @@ def training_steps(model: nn.Module, work: Work, lengths: tuple[int, ...], compa
                 per_device_train_batch_size=4, gradient_accumulation_steps=1, hold_merged="on" if held else "off"
             )
 
-            def ours(config: TrainingConfig = config, examples: Any = examples) -> float:
-                model.zero_grad()
-                return training._accumulate(model, None, layers, examples, config, device)
+            steps = [(model, training.Gradients(model, None, config))]
+            if twin is not None:
+                steps.append((twin, training.Gradients(twin, None, replace(config, cuda_graphs=False))))
 
-            def theirs(examples: Any = examples, config: TrainingConfig = config) -> float:
-                assert twin is not None
-                twin.zero_grad()
-                return training._accumulate(twin, None, [], examples, config, device)
+            def step(number: int, steps: Any = steps, examples: Any = examples) -> float:
+                side, gradients = steps[number]
+                side.zero_grad(set_to_none=False)
+                return float(gradients.of(examples))
 
-            sides = [ours, theirs] if compare else [ours]
-            found = alternate(sides, device, work.repeats)
+            found = alternate([partial(step, number) for number in range(len(steps))], device, work.repeats, warm_up=4)
+            for _, gradients in steps:
+                gradients.close()
             row = Row(f"training step, 4 × {length}, merged weight {'held' if held else 'rebuilt'}", found[0][0])
             row.ours_gib = found[0][1] + resident(model)
             # Three large products of every prunable weight.
@@ -158,7 +190,7 @@ def training_steps(model: nn.Module, work: Work, lengths: tuple[int, ...], compa
             if compare:
                 assert twin is not None
                 row.plain_ms, row.plain_gib = found[1][0], found[1][1] + resident(twin)
-                row.disagreement, row.bound = _gradients_apart(layers, twins), work.bound
+                row.disagreement, row.bound = apart, FLOAT32_BOUND
             rows.append(row)
     return rows
 

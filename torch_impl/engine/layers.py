@@ -88,10 +88,15 @@ class AdaptedLinear(nn.Module):
         """M⊙(W + s·BA), rounded once to the weight's dtype."""
         return adapter.merge(self.weight, self.A, self.B, self.scale) if self.rank else self.weight.detach()
 
+    @torch.no_grad()
     def hold(self) -> None:
-        """Build the merged weight once and use it until `release`; call again after A or B changed."""
-        self._held = None
-        self._held = self.merged() if self.rank else None
+        """Build the merged weight once and use it until `release`; call again after A or B changed (in the same place)."""
+        if not self.rank:
+            self._held = None
+        elif self._held is None:
+            self._held = self.merged()
+        else:
+            adapter.merge_into(self._held, self.weight, self.A, self.B, self.scale)
 
     def release(self) -> None:
         """Forget the merged weight that `hold` built."""

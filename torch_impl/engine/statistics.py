@@ -16,8 +16,8 @@ class InputNorm:
 
     def update(self, inputs: torch.Tensor) -> None:
         """inputs: (tokens, in)."""
-        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        self._squares = self._squares + torch.linalg.vector_norm(wide, dim=0).square()
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        self._squares = self._squares + torch.linalg.vector_norm(inputs, dim=0, dtype=wide).square()
 
     def result(self) -> torch.Tensor:
         """(in,)"""

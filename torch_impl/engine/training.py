@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from torch_impl.engine.layers import AdaptedLinear, adapters, holding
+from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.layers import adapters
 
 IGNORED = -100
 Example = dict[str, torch.Tensor]
@@ -45,6 +48,9 @@ class TrainingConfig:
     hold_merged: str = "auto"
     """Keep the merged weights of all projections during an optimizer step: on, off (rebuild them at every use: less
     memory, two more passes over the weights) or auto (on, if they take at most half of the device's free memory)."""
+
+    cuda_graphs: bool = True
+    """On CUDA, run a micro-batch whose shape keeps coming up as one captured graph."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -105,19 +111,22 @@ def label_count(examples: Sequence[Example]) -> int:
 
 
 def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch.Tensor:
-    """Loss summed over the predicted tokens of a micro-batch; against the dense model's predictions if it is given."""
+    """Loss summed over the predicted tokens of a micro-batch; against the dense model's predictions if it is given.
+
+    Nothing here waits for the device, so that a CUDA graph can hold it.
+    """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
-    counted = targets != IGNORED
-    logits = model(**inputs, use_cache=False).logits[:, :-1][counted]
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if dense is None:
-        return functional.cross_entropy(logits, targets[counted], reduction="sum")
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     with torch.no_grad():
-        teacher = dense(**inputs, use_cache=False).logits[:, :-1][counted].to(logits)
-    return functional.kl_div(
-        functional.log_softmax(logits, -1), functional.log_softmax(teacher, -1), reduction="sum", log_target=True
+        teacher = dense(**inputs, use_cache=False).logits[:, :-1].to(logits)
+    divergence = functional.kl_div(
+        functional.log_softmax(logits, -1), functional.log_softmax(teacher, -1), reduction="none", log_target=True
     )
+    return divergence.sum(-1).masked_fill(targets == IGNORED, 0.0).sum()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -129,6 +138,124 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
+
+
+class Gradients:
+    """Gradients of the adapters, optimizer step by optimizer step; ranks must not change meanwhile.
+
+    Merged weights are built once per optimizer step and used by forward, backward and every micro-batch, if memory
+    allows. On CUDA a micro-batch whose shape keeps coming up is captured as one graph: thousands of small launches
+    then cost one.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, config: TrainingConfig) -> None:
+        self._model, self._teacher, self._config = model, teacher, config
+        self._layers = adapters(model)
+        self._device = next(model.parameters()).device
+        self._held = self._layers if self._holds() else []
+        self._graph: _Graph | None = None
+        self._eager_steps = 0
+
+    def _holds(self) -> bool:
+        if self._config.hold_merged != "auto" or self._device.type != "cuda":
+            return self._config.hold_merged != "off"
+        free = torch.cuda.mem_get_info(self._device)[0]
+        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return 2 * sum(layer.weight.nbytes for layer in self._layers) <= free
+
+    def of(self, batch: Sequence[Example]) -> float:
+        """Add the gradients of the mean loss per predicted token of one optimizer step; returns that mean."""
+        for layer in self._held:
+            layer.hold()
+        share = 1 / max(1, label_count(batch))
+        micro_batches = _batches(batch, self._config.per_device_train_batch_size)
+        return float(sum(self._micro(collate(micro, self._device), share) for micro in micro_batches))
+
+    def _micro(self, batch: Example, share: float) -> torch.Tensor:
+        if self._graph is not None and self._graph.fits(batch):
+            return self._graph.replay(batch, share)
+        if self._graph is None and self._worth_capturing(batch):
+            self._graph = _Graph(self._model, self._teacher, batch)
+            return self._graph.replay(batch, share)
+        self._eager_steps += 1
+        loss = _sum_loss(self._model, batch, self._teacher) * share
+        loss.backward()
+        return loss.detach()
+
+    def _worth_capturing(self, batch: Example) -> bool:
+        """After two steps launch by launch, which compile kernels and create gradients; padded batches vary too much."""
+        allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing
+        return self._device.type == "cuda" and allowed and self._eager_steps >= 2 and "attention_mask" not in batch
+
+    def close(self) -> None:
+        """Forget the merged weights and the graph."""
+        self._graph = None
+        for layer in self._held:
+            layer.release()
+
+    def __enter__(self) -> Gradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Graph:
+    """Forward and backward of one micro-batch shape, captured; replaying it adds to the gradients."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, batch: Example) -> None:
+        self._batch = {name: tensor.clone() for name, tensor in batch.items()}
+        self._share = torch.zeros((), device=batch["input_ids"].device)
+        with ExitStack() as stack:
+            for part in (model, teacher):
+                if part is not None:
+                    stack.enter_context(_fixed_block_arguments(part, self._batch))
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                loss = _sum_loss(model, self._batch, teacher) * self._share
+                loss.backward()
+        self._loss = loss.detach()
+
+    def fits(self, batch: Example) -> bool:
+        """Whether a micro-batch has the captured shape."""
+        return batch.keys() == self._batch.keys() and batch["input_ids"].shape == self._batch["input_ids"].shape
+
+    def replay(self, batch: Example, share: float) -> torch.Tensor:
+        """The same work on other tokens."""
+        for name, tensor in batch.items():
+            self._batch[name].copy_(tensor)
+        self._share.fill_(share)
+        self._graph.replay()
+        return self._loss.clone()
+
+
+@contextmanager
+def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
+    """Give every block the arguments it gets in a pass outside a capture.
+
+    transformers, while a graph is captured, does not look whether a mask is needed and builds one, which rules out the
+    fast attention kernels. Without padding the arguments depend on the shape alone.
+    """
+    blocks = decoder_blocks(model, find_family(model))
+    recorded: dict[nn.Module, dict[str, Any]] = {}
+
+    def record(block: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+        recorded[block] = given
+
+    def repeat(block: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, recorded[block]
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    with torch.no_grad():
+        model(input_ids=batch["input_ids"], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    handles = [block.register_forward_pre_hook(repeat, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -152,11 +279,12 @@ def train(
     Errors: FloatingPointError naming the step if loss or gradient norm is not finite.
     """
     done, total = schedule
-    layers = adapters(model)
     parameters = _trainable(model)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     device = next(model.parameters()).device
-    teacher = dense if config.loss == "kl" else None
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
+    )
+    gradients = Gradients(model, dense if config.loss == "kl" else None, config)
     losses: list[float] = []
     model.train()
     try:
@@ -165,7 +293,7 @@ def train(
             rate = config.learning_rate * lr_factor(done + step, total, config.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _accumulate(model, teacher, layers, batch, config, device)
+            loss = gradients.of(batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
                 raise FloatingPointError(
@@ -173,38 +301,13 @@ def train(
                     f"lower learning_rate (now {config.learning_rate}) or max_grad_norm"
                 )
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            # Zeroed in place: a captured graph adds to the tensors it knows.
+            optimizer.zero_grad(set_to_none=False)
             losses.append(loss)
             if on_loss is not None:
                 on_loss(step, loss, rate)
     finally:
+        gradients.close()
+        optimizer.zero_grad()
         model.eval()
     return losses
-
-
-def _holds(layers: Sequence[AdaptedLinear], config: TrainingConfig, device: torch.device) -> bool:
-    """Whether merged weights are kept for the whole optimizer step."""
-    if config.hold_merged != "auto" or device.type != "cuda":
-        return config.hold_merged != "off"
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 2 * sum(layer.weight.nbytes for layer in layers) <= free
-
-
-def _accumulate(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    layers: Sequence[AdaptedLinear],
-    batch: Sequence[Example],
-    config: TrainingConfig,
-    device: torch.device,
-) -> float:
-    """Gradients of the mean loss per predicted token over all micro-batches of one optimizer step; returns that mean."""
-    count = max(1, label_count(batch))
-    total = 0.0
-    with holding(layers if _holds(layers, config, device) else ()):
-        for micro in _batches(batch, config.per_device_train_batch_size):
-            loss = _sum_loss(model, collate(micro, device), teacher) / count
-            loss.backward()
-            total += float(loss.detach())
-    return total
