@@ -1,15 +1,18 @@
-"""Numerics at the edge, both packages side by side: half precision, seven orders of magnitude, silence, singularity, ties."""
+"""Numerics at the edge, both packages side by side: half precision, ten orders of magnitude, silence, singularity, ties."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from oracle_tests import tolerances
-from oracle_tests.assertions import assert_close, assert_exact
+from oracle_tests import strategies, tolerances
+from oracle_tests.assertions import assert_close, assert_exact, assert_masks_agree, to_numpy
 from oracle_tests.ops import to_torch
 from reference import adapter as spec_adapter
 from reference import hsic as spec_hsic
@@ -24,208 +27,528 @@ from torch_impl import adapter, hsic, rank, rmi, sparsity
 from torch_impl.masks import nm, prune, sparsegpt, wanda
 
 HALF = [torch.float16, torch.bfloat16]
-GENERATOR = np.random.default_rng(0)
-SPREAD = 10.0 ** GENERATOR.uniform(-6, 4, (24, 12)) * GENERATOR.choice([-1, 1], (24, 12))
-"""Activations from 1e-6 to 1e4."""
-WEIGHT = GENERATOR.standard_normal((6, 12))
+ALL_DTYPES = [torch.float64, torch.float32, *HALF]
+PATTERNS: list[dict[str, Any]] = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"nm": (2, 4)}]
 
 
-def exact(value: torch.Tensor) -> Any:
+def both(spec: Callable[..., Any], production: Callable[..., Any], *values: Any, **options: Any) -> tuple[Any, Any]:
+    """The results of a pair on the same arguments."""
+    return spec(*values, **options), production(*map(to_torch, values), **options)
+
+
+def exact(value: torch.Tensor) -> np.ndarray:
     """What a tensor holds, in float64."""
     return value.double().numpy()
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+def assert_rounded_once(name: str, expected: np.ndarray, found: torch.Tensor, terms: float) -> None:
+    """Every entry of a half-precision result on its own: one rounding away, float32's with terms of that size aside."""
+    assert_exact(f"{name}, zeros", expected == 0, found == 0)
+    excess = np.abs(exact(found) - expected) - tolerances.one_rounding(found.dtype, np.abs(expected), terms)
+    worst = np.unravel_index(excess.argmax(), excess.shape)
+    assert excess[worst] <= 0, f"{name}: {exact(found)[worst]!r} at {worst}, the spec's is {expected[worst]!r}"
+
+
+# Half precision: production takes the half tensor, the spec the numbers it holds.
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["plain", "tied"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_half_precision_weights_are_pruned_alike(dtype: torch.dtype, method: str) -> None:
-    """The spec is given the numbers that the half-precision tensor holds; scores of the two are then the same numbers."""
-    weight = to_torch(WEIGHT, dtype)
-    inputs = GENERATOR.standard_normal((40, 12))
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_weights_are_pruned_alike(
+    dtype: torch.dtype, method: str, tied: bool, pattern: dict[str, Any]
+) -> None:
+    """A product of two half-precision numbers is exact in float32, so masks agree to the last tie."""
+    rng = np.random.default_rng(1)
+    values = rng.integers(-3, 4, (9, 16)) / 4 if tied else rng.standard_normal((9, 16))
+    kept = rng.random((9, 16)) < 0.9
+    weight = to_torch(values * kept, dtype)
+    norm = np.repeat(rng.random(4), 4) if tied else rng.random(16)
     statistic = {
         "magnitude": None,
-        "wanda": spec_wanda.input_norm(inputs),
-        "sparsegpt": spec_sparsegpt.hessian(inputs, 1),
-    }
-    kept = np.ones(WEIGHT.shape, dtype=bool)
-    new, mask = prune.prune(method, weight, to_torch(statistic[method]), torch.from_numpy(kept), sparsity=0.5)
-    expected, expected_mask = spec_prune.prune(method, exact(weight), statistic[method], kept, sparsity=0.5)
+        "wanda": to_torch(norm, dtype).float(),
+        "sparsegpt": to_torch(spec_sparsegpt.hessian(rng.standard_normal((60, 16)), 4), torch.float32),
+    }[method]
+    new, mask = prune.prune(method, weight, statistic, torch.from_numpy(kept), **pattern)
+    held = None if statistic is None else exact(statistic)
+    expected, expected_mask = spec_prune.prune(method, exact(weight), held, kept, **pattern)
     assert new.dtype == dtype
-    assert_exact(f"{method} mask", expected_mask, mask)
-    assert_close(f"{method} weight", expected, new, 2 * tolerances.UNIT[dtype])
+    assert_exact(f"{method}, mask", expected_mask, mask)
+    if method == "sparsegpt":
+        assert_rounded_once("sparsegpt, weight", expected, new, terms=float(np.abs(expected).max()))
+    else:
+        assert_exact(f"{method}, weight", expected, exact(new))
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_merge_rounds_once(dtype: torch.dtype) -> None:
-    weight = to_torch(WEIGHT * (GENERATOR.random(WEIGHT.shape) < 0.5), dtype)
-    A, B = GENERATOR.standard_normal((3, 12)), GENERATOR.standard_normal((6, 3))
-    found = adapter.merge(weight, to_torch(A, torch.float32), to_torch(B, torch.float32), 0.25)
-    expected = spec_adapter.effective_weight(exact(weight), np.float32(A), np.float32(B), 0.25)
-    assert_exact("zeros", expected == 0, found == 0)
-    # One rounding to the dtype, and float32's own before it, which can tip a tie.
-    assert_close("merge", expected, found, 1.01 * tolerances.UNIT[dtype])
+def test_half_precision_weights_are_rounded_once(dtype: torch.dtype, size: float) -> None:
+    """Merging, folding and rebasing, with adapters in float32 as they are trained; tiny, usual and dominating."""
+    rng = np.random.default_rng(2)
+    weight = to_torch(rng.standard_normal((9, 12)) * (rng.random((9, 12)) < 0.5), dtype)
+    A, B = (to_torch(size * rng.standard_normal(shape), torch.float32) for shape in ((3, 12), (9, 3)))
+    arguments = (exact(weight), exact(A), exact(B))
+    merged = adapter.merge(weight, A, B, 0.25)
+    assert merged.dtype == dtype
+    terms = float(spec_adapter.effective_weight(*map(np.abs, arguments), 0.25).max())
+    assert_rounded_once("merge", spec_adapter.effective_weight(*arguments, 0.25), merged, terms)
+    folded = rank.fold_adapter(weight, A, B, 1, 0.25)
+    assert_rounded_once("fold", spec_rank.fold_adapter(*arguments, 1, 0.25), folded, terms)
+    updated = to_torch(exact(merged) + size * rng.standard_normal((9, 12)), dtype)
+    mask = (weight != 0) & torch.from_numpy(rng.random((9, 12)) < 0.7)
+    expected = spec_adapter.rebase(exact(weight), exact(merged), exact(updated), mask.numpy())
+    assert_rounded_once("rebase", expected, adapter.rebase(weight, merged, updated, mask), terms + size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_ten_orders_of_magnitude(dtype: torch.dtype) -> None:
-    inputs = to_torch(SPREAD, dtype)
+# Activations from 1e-6 to 1e4 in one matrix.
+
+
+def wide_inputs(by: str, dtype: torch.dtype) -> torch.Tensor:
+    """(24, 12): each entry of its own magnitude, or each input, or each token."""
+    rng = np.random.default_rng(3)
+    shape = {"entries": (24, 12), "inputs": (1, 12), "tokens": (24, 1)}[by]
+    magnitudes = rng.permutation(np.linspace(-6, 4, shape[0] * shape[1])).reshape(shape)
+    return to_torch(10.0**magnitudes * rng.choice([-1, 1], (24, 12)) * rng.uniform(0.5, 1, (24, 12)), dtype)
+
+
+@pytest.mark.parametrize("by", ["entries", "inputs", "tokens"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_ten_orders_of_magnitude(dtype: torch.dtype, by: str) -> None:
+    """Every entry on its own, small ones too: relative to its own sum of sizes. Statistics are float32 at least."""
+    inputs = wide_inputs(by, dtype)
     held = exact(inputs)
     bound = tolerances.SAME_ALGORITHM if dtype == torch.float64 else tolerances.bound(torch.float32)
-    assert_close("input_norm", spec_wanda.input_norm(held), wanda.input_norm(inputs), bound)
-    assert_close("hessian", spec_sparsegpt.hessian(held, 2), sparsegpt.hessian(inputs, 2), bound)
-    assert_close("linear_gram", spec_hsic.linear_gram(held), hsic.linear_gram(inputs), bound)
-    score = spec_wanda.wanda_score(WEIGHT, spec_wanda.input_norm(held))
-    assert_close("wanda_score", score, wanda.wanda_score(to_torch(WEIGHT), wanda.input_norm(inputs)), bound)
+    norm = spec_wanda.input_norm(held)
+    found_norm = wanda.input_norm(inputs)
+    assert_close("input_norm", np.ones(12), exact(found_norm) / norm, bound)
+    terms = spec_sparsegpt.hessian(np.abs(held), 2)
+    zeros = np.zeros_like(terms)
+    difference = exact(sparsegpt.hessian(inputs, 2)) - spec_sparsegpt.hessian(held, 2)
+    assert_close("hessian", zeros, difference / terms, bound, scale=1.0)
+    gram, found_gram = spec_hsic.linear_gram(held), hsic.linear_gram(inputs)
+    terms = spec_hsic.linear_gram(np.abs(held))
+    assert_close("linear_gram", np.zeros_like(gram), (exact(found_gram) - gram) / terms, bound, scale=1.0)
+
+    other, found_other = gram[::-1, ::-1].copy(), found_gram.flip(0, 1)
+    size = float(np.linalg.norm(gram)) ** 2
+    assert_close("hsic", spec_hsic.hsic(gram, other), hsic.hsic(found_gram, found_other), bound, scale=size)
+    assert_close("nhsic", spec_hsic.nhsic(gram, other), hsic.nhsic(found_gram, found_other), bound, scale=1.0)
+    shared = rmi.nhsic_matrix(torch.stack([found_gram, found_other]))
+    assert_close("nhsic_matrix", spec_rmi.nhsic_matrix(np.stack([gram, other])), shared, bound, scale=1.0)
+
+    weight = np.random.default_rng(4).standard_normal((8, 12))
+    score, found_score = spec_wanda.wanda_score(weight, norm), wanda.wanda_score(to_torch(weight), found_norm)
+    assert_close("wanda_score", np.ones((8, 12)), exact(found_score) / score, bound)
+    for share in (0.25, 0.5, 0.75):
+        mask = wanda.wanda_mask(to_torch(weight), found_norm, share)
+        assert_masks_agree("wanda_mask", spec_wanda.wanda_mask(weight, norm, share), mask, score, 2 * bound)
 
 
-@pytest.mark.parametrize("sparsity_ratio", [0.0, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_inputs_that_are_never_active(method: str, sparsity_ratio: float) -> None:
-    """Their weights go first in Wanda; SparseGPT's Hessian has zero rows, and its damping carries it."""
-    inputs = GENERATOR.standard_normal((40, 12))
-    silent = [0, 5, 11]
-    inputs[:, silent] = 0
-    statistic = spec_wanda.input_norm(inputs) if method == "wanda" else spec_sparsegpt.hessian(inputs, 1)
-    kept = np.ones(WEIGHT.shape, dtype=bool)
-    expected, mask = spec_prune.prune(method, WEIGHT, statistic, kept, sparsity=sparsity_ratio)
-    given = (to_torch(WEIGHT), to_torch(statistic), torch.from_numpy(kept))
-    found, found_mask = prune.prune(method, *given, sparsity=sparsity_ratio)
+# Inputs that are never active.
+
+SILENT = [0, 5, 6, 11]
+
+
+@pytest.mark.parametrize("pruned", range(13))
+def test_silent_inputs_go_first_in_wanda(pruned: int) -> None:
+    """Lower index first among them; with more to prune, all of them and then others."""
+    rng = np.random.default_rng(5)
+    inputs = rng.standard_normal((40, 12))
+    inputs[:, SILENT] = 0
+    norm, found_norm = both(spec_wanda.input_norm, wanda.input_norm, inputs)
+    assert_exact("input_norm of silent inputs", np.zeros(4), found_norm[SILENT])
+    weight = rng.standard_normal((6, 12))
+    mask, found = both(spec_wanda.wanda_mask, wanda.wanda_mask, weight, norm, pruned / 12)
+    assert_exact("mask", mask, found)
+    assert (~mask).sum(1).tolist() == [pruned] * 6
+    assert not mask[:, SILENT[:pruned]].any()
+    assert mask[:, SILENT[pruned:]].all()
+
+
+def silent_case() -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Weights of about the same size, a Hessian with zero rows, and the inputs that are active."""
+    rng = np.random.default_rng(6)
+    inputs = rng.standard_normal((60, 12))
+    inputs[:, SILENT] = 0
+    weight = rng.choice([-1, 1], (6, 12)) * rng.uniform(0.9, 1.1, (6, 12))
+    return weight, spec_sparsegpt.hessian(inputs, 4), [j for j in range(12) if j not in SILENT]
+
+
+@pytest.mark.parametrize("pruned", [24, 30, 43, 60])
+def test_silent_inputs_cost_sparsegpt_nothing(pruned: int) -> None:
+    """Damping carries their zero rows. All 24 of their weights go first, and the rest is the problem without them."""
+    weight, H, active = silent_case()
+    pair = spec_sparsegpt.sparsegpt, sparsegpt.sparsegpt
+    (new, mask), (found, found_mask) = both(*pair, weight, H, pruned / 72)
+    without, without_mask = spec_sparsegpt.sparsegpt(
+        weight[:, active], H[np.ix_(active, active)], (pruned - 24) / 48, damping=0.01 * 8 / 12
+    )
     assert_exact("mask", mask, found_mask)
-    assert_close("weight", expected, found, tolerances.SPARSEGPT_FLOAT64)
-    if method == "wanda" and sparsity_ratio >= 0.25:
-        assert not mask[:, silent].any()
+    assert_close("weight", new, found, tolerances.SPARSEGPT_FLOAT64)
+    assert not mask[:, SILENT].any()
+    assert_exact("mask of active inputs", without_mask, mask[:, active])
+    assert_close("weight of active inputs", without, new[:, active], tolerances.SAME_ALGORITHM)
 
 
-HESSIANS = {
-    "fewer tokens than inputs": GENERATOR.standard_normal((3, 12)),
-    "the same input twice": np.repeat(GENERATOR.standard_normal((40, 6)), 2, axis=1),
-    "condition 1e12": GENERATOR.standard_normal((40, 12)) * np.logspace(0, -6, 12),
-    "ten orders of magnitude": SPREAD,
-    "one token": GENERATOR.standard_normal((1, 12)),
-}
+def test_silent_inputs_go_first_in_their_group() -> None:
+    weight, H, _ = silent_case()
+    (new, mask), (found, found_mask) = both(spec_sparsegpt.sparsegpt_nm, sparsegpt.sparsegpt_nm, weight, H, 2, 4)
+    assert_exact("mask", mask, found_mask)
+    assert_close("weight", new, found, tolerances.SPARSEGPT_FLOAT64)
+    assert not mask[:, SILENT].any()
 
 
-@pytest.mark.parametrize("inputs", HESSIANS.values(), ids=HESSIANS.keys())
+def test_an_input_that_is_always_silent_everywhere() -> None:
+    """No statistic at all: Wanda prunes by index, SparseGPT refuses."""
+    weight, silence = np.arange(1.0, 9.0).reshape(2, 4), np.zeros((5, 4))
+    mask, found = both(spec_wanda.wanda_mask, wanda.wanda_mask, weight, spec_wanda.input_norm(silence), 0.5)
+    assert_exact("mask", mask, found)
+    assert mask.tolist() == [[False, False, True, True]] * 2
+    H = spec_sparsegpt.hessian(silence, 1)
+    refused_alike(spec_sparsegpt.sparsegpt, sparsegpt.sparsegpt, "damping 0.01, 0.1, 1$", weight, H, 0.5)
+
+
+def refused_alike(
+    spec: Callable[..., Any], production: Callable[..., Any], message: str, *values: Any, **options: Any
+) -> None:
+    """Both refuse the arguments, with a message that matches."""
+    with pytest.raises(ValueError, match=message):
+        spec(*values, **options)
+    with pytest.raises(ValueError, match=message):
+        production(*map(to_torch, values), **options)
+
+
+# Hessians that are singular or nearly so.
+
+
+def hessian_case(kind: str) -> np.ndarray:
+    """A Hessian of 12 inputs."""
+    rng = np.random.default_rng(7)
+    plain = rng.standard_normal((40, 12))
+    inputs = {
+        "one token": plain[:1],
+        "fewer tokens than inputs": plain[:3],
+        "one token too few": plain[:11],
+        "the same input twice": plain[:, [0, 1, 1, 3, 4, 5, 5, 7, 8, 9, 1, 11]],
+        "opposite inputs": plain[:, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]] * np.repeat([1, -1], 6),
+        "quiet inputs": plain * np.logspace(0, -6, 12),
+        "ten orders of magnitude": exact(wide_inputs("entries", torch.float64)),
+        "ten orders of magnitude by input": exact(wide_inputs("inputs", torch.float64)),
+    }
+    return spec_sparsegpt.hessian(inputs[kind], 1)
+
+
+HESSIANS = [
+    "one token",
+    "fewer tokens than inputs",
+    "one token too few",
+    "the same input twice",
+    "opposite inputs",
+    "quiet inputs",
+    "ten orders of magnitude",
+    "ten orders of magnitude by input",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("group", [None, (2, 4)], ids=str)
-def test_singular_and_ill_conditioned_hessians(inputs: np.ndarray, group: tuple[int, int] | None) -> None:
-    H = spec_sparsegpt.hessian(inputs, 1)
+@pytest.mark.parametrize("kind", HESSIANS)
+def test_singular_hessians_are_carried_by_damping(kind: str, group: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    weight, H = to_torch(np.random.default_rng(8).standard_normal((6, 12)), dtype), to_torch(hessian_case(kind), dtype)
     if group is None:
-        expected, mask = spec_sparsegpt.sparsegpt(WEIGHT, H, 0.5, block_size=4)
-        found, found_mask = sparsegpt.sparsegpt(to_torch(WEIGHT), to_torch(H), 0.5, block_size=4)
+        expected, mask = spec_sparsegpt.sparsegpt(exact(weight), exact(H), 0.5, block_size=4)
+        found, found_mask = sparsegpt.sparsegpt(weight, H, 0.5, block_size=4)
     else:
-        expected, mask = spec_sparsegpt.sparsegpt_nm(WEIGHT, H, *group, block_size=4)
-        found, found_mask = sparsegpt.sparsegpt_nm(to_torch(WEIGHT), to_torch(H), *group, block_size=4)
+        expected, mask = spec_sparsegpt.sparsegpt_nm(exact(weight), exact(H), *group, block_size=4)
+        found, found_mask = sparsegpt.sparsegpt_nm(weight, H, *group, block_size=4)
     assert_exact("mask", mask, found_mask)
-    assert_close("weight", expected, found, tolerances.SPARSEGPT_FLOAT64)
-    assert np.isfinite(expected).all()
+    assert (~mask).sum() == 36
+    bound = tolerances.SPARSEGPT_FLOAT64 if dtype == torch.float64 else tolerances.SPARSEGPT_FLOAT32
+    assert_close("weight", expected, found, bound, scale=float(np.abs(exact(weight)).max()))
 
 
-@pytest.mark.parametrize("importance", [np.ones(6), np.array([1.0, 2, 1, 2, 1, 2]), np.zeros(6)], ids=str)
-@pytest.mark.parametrize("target", [0.0, 0.31, 0.7, 1.0])
-def test_importances_that_tie(importance: np.ndarray, target: float) -> None:
-    """The lower index is pruned first."""
-    expected = spec_sparsity.allocate_sparsity(importance, target, 0.03)
-    found = sparsity.allocate_sparsity(to_torch(importance), target, 0.03)
-    assert_close("rates", expected, found, tolerances.SAME_ALGORITHM)
-    first_of_equals = [expected[importance == value] for value in np.unique(importance)]
-    assert all((np.diff(rates) <= 1e-12).all() for rates in first_of_equals)
-    kept = spec_sparsity.allocate_kept(importance, 20, 4)
-    assert_exact("kept", kept, sparsity.allocate_kept(to_torch(importance), 20, 4))
-    assert kept.sum() == 20
+@pytest.mark.parametrize("group", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9, 1e12])
+def test_ill_conditioned_hessians_without_damping(condition: float, group: tuple[int, int] | None) -> None:
+    rng = np.random.default_rng(9)
+    Q = np.linalg.qr(rng.standard_normal((12, 12)))[0]
+    H = Q * np.geomspace(1, 1 / condition, 12) @ Q.T
+    H, weight = (H + H.T) / 2, rng.standard_normal((6, 12))
+    if group is None:
+        pair: Any = spec_sparsegpt.sparsegpt, sparsegpt.sparsegpt, weight, H, 0.5
+    else:
+        pair = spec_sparsegpt.sparsegpt_nm, sparsegpt.sparsegpt_nm, weight, H, *group
+    (expected, mask), (found, found_mask) = both(*pair, block_size=4, damping=0.0)
+    assert_exact("mask", mask, found_mask)
+    assert_close("weight", expected, found, tolerances.ill_conditioned(condition))
 
 
 @pytest.mark.parametrize(
-    "errors", [np.zeros(7), np.full(7, 1e-300), np.array([0.0, 0, 0, 1, 0, 0, 0]), np.full(7, 1e300)]
+    "H",
+    [np.ones((3, 3)), np.diag([1.0, 0, 1]), np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 1]]), np.eye(3) * 1e-320],
+    ids=["one token", "silent input", "indefinite", "too small to invert"],
 )
-@pytest.mark.parametrize("mean", [1, 6.5, 8, 16])
-def test_errors_that_tie_or_vanish(errors: np.ndarray, mean: float) -> None:
-    expected = spec_rank.allocate_ranks(errors, mean)
-    assert_exact("ranks", expected, rank.allocate_ranks(to_torch(errors), mean))
-    assert expected.sum() == round(7 * mean)
-    assert expected.min() >= 1
-    assert expected.max() <= 16
+def test_hessians_that_cannot_be_factored_are_refused(H: np.ndarray) -> None:
+    """Never a silent fallback, never infinities."""
+    weight = np.ones((2, 3))
+    message = "^hessian is not positive definite with damping 0, 0, 0$"
+    refused_alike(spec_sparsegpt.sparsegpt, sparsegpt.sparsegpt, message, weight, H, 0.5, damping=0.0)
+    nm_pair = spec_sparsegpt.sparsegpt_nm, sparsegpt.sparsegpt_nm
+    refused_alike(*nm_pair, message, weight, H, 1, 3, block_size=3, damping=0.0)
 
 
-def test_eighty_blocks() -> None:
-    """The size of a 70B model: sums stay exact and bounds hold."""
-    features = GENERATOR.standard_normal((80, 8, 16)) + 3 * GENERATOR.standard_normal((1, 8, 16))
-    grams = np.stack([spec_hsic.linear_gram(X) for X in features])
-    shared = spec_rmi.nhsic_matrix(grams)
-    assert_close("nhsic", shared, rmi.nhsic_matrix(to_torch(grams)), tolerances.SAME_ALGORITHM)
-    importance = spec_rmi.importance(spec_rmi.redundancy(shared))
-    weights = GENERATOR.uniform(1, 2, 80)
-    rates = spec_sparsity.allocate_sparsity(importance, 0.6552, 0.03, weights)
-    found = sparsity.allocate_sparsity(to_torch(importance), 0.6552, 0.03, to_torch(weights))
-    assert_close("rates", rates, found, tolerances.SAME_ALGORITHM)
-    assert abs(weights @ rates / weights.sum() - 0.6552) < 1e-12
-    assert (abs(rates - 0.6552) <= 0.03 + 1e-12).all()
-    kept = spec_sparsity.allocate_kept(importance, 197, 8)
-    assert_exact("kept", kept, sparsity.allocate_kept(to_torch(importance), 197, 8))
-    assert kept.sum() == 197
-    errors = np.exp(GENERATOR.standard_normal(80) * 2)
-    ranks = spec_rank.allocate_ranks(errors, 10)
-    assert_exact("ranks", ranks, rank.allocate_ranks(to_torch(errors), 10))
-    assert ranks.sum() == 800
-
-
-def test_one_and_two_calibration_samples() -> None:
-    """One sample says nothing about dependence and is refused; two always tell the same or the opposite: nHSIC is 1."""
-    one, two = GENERATOR.standard_normal((3, 1, 1)), GENERATOR.standard_normal((3, 2, 5))
-    for module, value in ((spec_rmi, one), (rmi, to_torch(one))):
-        with pytest.raises(ValueError, match="n = 2 or more"):
-            module.nhsic_matrix(value)
-    grams = np.stack([spec_hsic.linear_gram(X) for X in two])
-    assert_close("nhsic", np.ones((3, 3)), spec_rmi.nhsic_matrix(grams), 1e-12)
-    assert_close("nhsic", np.ones((3, 3)), rmi.nhsic_matrix(to_torch(grams)), 1e-12)
-
-
-def test_constant_representations_share_nothing() -> None:
-    same = np.full((4, 3), 7.0)
-    grams = np.stack([spec_hsic.linear_gram(same), spec_hsic.linear_gram(GENERATOR.standard_normal((4, 3)))])
-    assert_exact("nhsic", np.eye(2), spec_rmi.nhsic_matrix(grams))
-    for dtype in (torch.float64, torch.float32):
-        assert_exact("nhsic", np.eye(2), rmi.nhsic_matrix(to_torch(grams, dtype)).double())
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 5), (5, 1)], ids=str)
-def test_full_rank_adapters_come_and_go(shape: tuple[int, int]) -> None:
-    """Rank min(out, in) and beyond: growing never moves the product, folding all ranks away neither."""
-    out, columns = shape
-    full = min(shape)
-    weight = GENERATOR.standard_normal(shape) * (GENERATOR.random(shape) < 0.6)
-    A, B = GENERATOR.standard_normal((full, columns)), GENERATOR.standard_normal((out, full))
-    rows = GENERATOR.standard_normal((3, columns))
-    grown = spec_rank.resize_adapter(A, B, full + 3, rows)
-    found = rank.resize_adapter(to_torch(A), to_torch(B), full + 3, to_torch(rows))
-    for name, ours, theirs in zip("AB", found, grown, strict=True):
-        assert_exact(name, theirs, ours)
-    before = spec_adapter.effective_weight(weight, A, B, 2.0)
-    assert_close("grown", before, adapter.effective_weight(to_torch(weight), *found, 2.0), tolerances.SAME_ALGORITHM)
-    folded = rank.fold_adapter(to_torch(weight), to_torch(A), to_torch(B), 0, 2.0)
-    assert_close("folded", spec_rank.fold_adapter(weight, A, B, 0, 2.0), folded, tolerances.SAME_ALGORITHM)
-    assert_close("nothing lost", before, folded, tolerances.SAME_ALGORITHM)
-
-
-@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_one_row_and_one_column(shape: tuple[int, int], method: str) -> None:
-    weight, inputs = GENERATOR.standard_normal(shape), GENERATOR.standard_normal((9, shape[1]))
-    statistic = {
-        "magnitude": None,
-        "wanda": spec_wanda.input_norm(inputs),
-        "sparsegpt": spec_sparsegpt.hessian(inputs, 3),
-    }
-    kept = np.ones(shape, dtype=bool)
-    expected, mask = spec_prune.prune(method, weight, statistic[method], kept, sparsity=0.5)
-    given = (to_torch(weight), to_torch(statistic[method]), torch.from_numpy(kept))
-    found, found_mask = prune.prune(method, *given, sparsity=0.5)
+@pytest.mark.parametrize(("off_diagonal", "raised_to"), [(0.9, 0.01), (1.005, 0.01), (1.05, 0.1), (1.5, 1.0)])
+def test_damping_is_raised_alike(off_diagonal: float, raised_to: float) -> None:
+    H = np.array([[1.0, off_diagonal], [off_diagonal, 1.0]])
+    weight = np.array([[1.0, 2.0], [-3.0, 1.0]])
+    (new, mask), (found, found_mask) = both(spec_sparsegpt.sparsegpt, sparsegpt.sparsegpt, weight, H, 0.5)
     assert_exact("mask", mask, found_mask)
-    assert_close("weight", expected, found, tolerances.SPARSEGPT_FLOAT64)
+    assert_close("weight", new, found, tolerances.SPARSEGPT_FLOAT64)
+    raised = spec_sparsegpt.sparsegpt(weight, H, 0.5, damping=raised_to)
+    assert_exact("weight at that damping", raised[0], new)
+
+
+# Importances and errors that tie.
+
+
+@pytest.mark.parametrize(
+    ("importance", "target", "spread", "expected"),
+    [
+        (np.ones(6), 0.31, 0.03, [0.34, 0.34, 0.34, 0.28, 0.28, 0.28]),
+        (np.full(5, 1e-300), 0.5, 0.1, [0.6, 0.6, 0.5, 0.4, 0.4]),
+        (np.zeros(4), 0.0, 0.1, [0.0, 0.0, 0.0, 0.0]),
+        (np.ones(4), 1.0, 0.1, [1.0, 1.0, 1.0, 1.0]),
+        (np.array([2.0, 1, 2, 1, 2, 1]), 0.5, 0.1, [0.4, 0.6, 0.4, 0.6, 0.4, 0.6]),
+        (np.array([2.0, 2, 1, 1, 3, 3]), 0.05, 0.1, [0.0, 0.0, 0.15, 0.15, 0.0, 0.0]),
+        (np.array([2.0, 2, 2, 1, 3, 3, 3]), 0.5, 0.1, [0.6, 0.6, 0.5, 0.6, 0.4, 0.4, 0.4]),
+        (np.array([1.0, np.nextafter(1, 0), 1]), 0.5, 0.1, [0.5, 0.6, 0.4]),
+    ],
+)
+def test_importances_that_tie(importance: np.ndarray, target: float, spread: float, expected: list[float]) -> None:
+    """The lower index is pruned first."""
+    pair = both(spec_sparsity.allocate_sparsity, sparsity.allocate_sparsity, importance, target, spread)
+    for rates in pair:
+        assert_close("rates", np.array(expected), rates, tolerances.SAME_ALGORITHM, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("importance", "kept_total", "spread", "expected"),
+    [
+        (np.ones(6), 12, 1, [1, 1, 1, 3, 3, 3]),
+        (np.ones(6), 20, 1, [3, 3, 3, 3, 4, 4]),
+        (np.ones(6), 20, 0, None),
+        (np.zeros(3), 0, 1, [0, 0, 0]),
+        (np.zeros(3), 12, 2, [4, 4, 4]),
+        (np.array([2.0, 1, 2, 1, 2, 1]), 12, 1, [3, 1, 3, 1, 3, 1]),
+        (np.array([1.0, 1, 2, 2, 1]), 11, 1, [2, 2, 2, 3, 2]),
+    ],
+)
+def test_importances_that_tie_in_groups(
+    importance: np.ndarray, kept_total: int, spread: int, expected: list[int] | None
+) -> None:
+    pair = spec_sparsity.allocate_kept, sparsity.allocate_kept
+    if expected is None:
+        refused_alike(*pair, "kept_total is 20; .* at most 18", importance, kept_total, 4, spread)
+        return
+    for kept in both(*pair, importance, kept_total, 4, spread):
+        assert_exact("kept", np.array(expected), kept)
+
+
+@pytest.mark.parametrize(
+    ("errors", "mean", "expected"),
+    [
+        (np.zeros(7), 6.5, [7, 7, 7, 7, 6, 6, 6]),
+        (np.zeros(3), 16, [16, 16, 16]),
+        (np.full(3, 1e-300), 1.5, [1, 1, 2]),
+        (np.full(3, 1e300), 1.5, [1, 1, 2]),
+        (np.array([1.0, 1, 2, 2, 2]), 3, [1, 2, 4, 4, 4]),
+        (np.array([0.0, 0, 0, 1, 0, 0, 0]), 4, [2, 2, 2, 16, 2, 2, 2]),
+        (np.array([0.0, 0, 0, 1, 0, 0, 0]), 5, [4, 3, 3, 16, 3, 3, 3]),
+        (np.array([0.0, 5e-324]), 8.5, [1, 16]),
+        # Shares of exactly 7.5, however the errors are summed.
+        (np.array([3.0, 2, 1, 5, 0, 1, 5, 5, 0, 1, 0, 1, 2]), 3, [4, 2, 1, 8, 1, 1, 8, 8, 1, 1, 1, 1, 2]),
+    ],
+)
+def test_errors_that_tie_or_vanish(errors: np.ndarray, mean: float, expected: list[int]) -> None:
+    for ranks in both(spec_rank.allocate_ranks, rank.allocate_ranks, errors, mean):
+        assert_exact("ranks", np.array(expected), ranks)
+
+
+# Eighty blocks, as of a 70B model.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eighty_blocks_share_information(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((80, 8, 16)) + 3 * rng.standard_normal((1, 8, 16))
+    features[17] = features[16]
+    features[40] = 1.0
+    grams = np.stack([spec_hsic.linear_gram(X) for X in features])
+    shared, found = both(spec_rmi.nhsic_matrix, rmi.nhsic_matrix, grams)
+    assert_close("nhsic", shared, found, tolerances.SAME_ALGORITHM)
+    redundancy = spec_rmi.redundancy(shared)
+    assert redundancy[40] == 0
+    for beta in (1.0, 100.0):
+        importance, found = both(spec_rmi.importance, rmi.importance, redundancy, beta)
+        assert_close("importance", importance, found, tolerances.SAME_ALGORITHM)
+        assert -np.log(importance).sum() == pytest.approx(beta, rel=1e-12)
+        assert importance.argmax() == 40
+
+
+def block_values(kind: str, seed: int) -> np.ndarray:
+    """(80,) values: all different, some equal, all equal, or far apart."""
+    rng = np.random.default_rng(seed)
+    return {
+        "plain": rng.random(80),
+        "ties": rng.integers(1, 4, 80) / 3,
+        "equal": np.full(80, 1 / 3),
+        "far apart": np.exp(6 * rng.standard_normal(80)),
+    }[kind]
+
+
+EIGHTY = st.builds(block_values, st.sampled_from(["plain", "ties", "equal", "far apart"]), strategies.SEEDS)
+
+
+@given(EIGHTY, EIGHTY, st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.06]))
+def test_eighty_blocks_share_sparsity(
+    importance: np.ndarray, weights: np.ndarray, target: float, spread: float
+) -> None:
+    lo, hi = max(0.0, target - spread), min(1.0, target + spread)
+    pair = spec_sparsity.allocate_sparsity, sparsity.allocate_sparsity
+    for rates in map(to_numpy, both(*pair, importance, target, spread, weights)):
+        assert abs(weights @ rates / weights.sum() - target) <= 1e-12
+        assert rates.min() >= lo
+        assert rates.max() <= hi + 1e-15
+        # The less important, the sparser, and all but one at a bound.
+        assert (np.diff(rates[np.argsort(importance, kind="stable")]) <= 1e-9).all()
+        assert ((rates > lo + 1e-9) & (rates < hi - 1e-9)).sum() <= 1
+
+
+@given(EIGHTY, st.integers(0, 640), st.integers(1, 3))
+def test_eighty_blocks_share_groups(importance: np.ndarray, kept_total: int, spread: int) -> None:
+    kept, found = both(spec_sparsity.allocate_kept, sparsity.allocate_kept, importance, kept_total, 8, spread)
+    assert_exact("kept", kept, found)
+    assert kept.sum() == kept_total
+    assert (np.abs(80 * kept - kept_total) <= 80 * spread).all()
+    assert (np.diff(kept[np.argsort(importance, kind="stable")]) >= 0).all()
+
+
+@given(EIGHTY, st.integers(2, 32))
+def test_eighty_blocks_share_ranks(errors: np.ndarray, halves: int) -> None:
+    ranks, found = both(spec_rank.allocate_ranks, rank.allocate_ranks, errors, halves / 2)
+    assert_exact("ranks", ranks, found)
+    assert ranks.sum() == 40 * halves
+    assert ranks.min() >= 1
+    assert ranks.max() <= 16
+
+
+# Few samples.
+
+
+def test_one_sample_says_nothing_and_is_refused() -> None:
+    one = np.ones((1, 1))
+    refused_alike(spec_hsic.hsic, hsic.hsic, "gram_x has n = 1 samples; allowed: n = 2 or more", one, one)
+    refused_alike(spec_hsic.nhsic, hsic.nhsic, "gram_x has n = 1 samples; allowed: n = 2 or more", one, one)
+    message = r"grams has shape \(3, 1, 1\); allowed: \(L, n, n\) with n = 2 or more"
+    refused_alike(spec_rmi.nhsic_matrix, rmi.nhsic_matrix, message, np.ones((3, 1, 1)))
+    for centred in both(spec_hsic.center, hsic.center, one):
+        assert_exact("center", np.zeros((1, 1)), centred)
+
+
+def test_two_samples_always_agree() -> None:
+    """Two samples make one difference, which any other is a multiple of: nHSIC is 1, all blocks equally important."""
+    rng = np.random.default_rng(10)
+    features = rng.standard_normal((4, 2, 5))
+    grams = np.stack([spec_hsic.linear_gram(X) for X in features])
+    for shared in both(spec_rmi.nhsic_matrix, rmi.nhsic_matrix, grams):
+        assert_close("nhsic", np.ones((4, 4)), shared, tolerances.SAME_ALGORITHM)
+    squared = [float(((X[0] - X[1]) ** 2).sum()) for X in features]
+    for value in both(spec_hsic.hsic, hsic.hsic, grams[0], grams[1]):
+        assert_close("hsic", squared[0] * squared[1] / 4, value, tolerances.SAME_ALGORITHM)
+    for importance in both(spec_rmi.importance, rmi.importance, spec_rmi.redundancy(np.ones((4, 4)))):
+        assert_close("importance", np.full(4, np.exp(-1 / 4)), importance, tolerances.SAME_ALGORITHM)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("value", [7.0, 0.0, 1e-3])
+def test_constant_representations_share_nothing(value: float, dtype: torch.dtype) -> None:
+    constant, other = torch.full((5, 3), value, dtype=dtype), to_torch(np.eye(5)[:, :3] + 1, dtype)
+    found = rmi.nhsic_matrix(torch.stack([hsic.linear_gram(constant), hsic.linear_gram(other)]))
+    grams = np.stack([spec_hsic.linear_gram(exact(constant)), spec_hsic.linear_gram(exact(other))])
+    assert_exact("nhsic", np.eye(2), spec_rmi.nhsic_matrix(grams))
+    assert_exact("nhsic", np.eye(2), found)
+
+
+# Adapters of full rank; weights of one row or one column.
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 5, 7])
+@pytest.mark.parametrize("before", [0, 1, 3, 4, 5, 7])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)], ids=str)
+def test_adapters_come_to_full_rank_and_go(shape: tuple[int, int], before: int, after: int) -> None:
+    """Rank min(out, in) = 4 and beyond: growing moves nothing, shrinking moves nothing if what is dropped is folded."""
+    rng = np.random.default_rng(11)
+    out, columns = shape
+    weight = rng.standard_normal(shape) * (rng.random(shape) < 0.6)
+    A, B = rng.standard_normal((before, columns)), rng.standard_normal((out, before))
+    rows = rng.standard_normal((max(1, after - before), columns))
+    resized, found = both(spec_rank.resize_adapter, rank.resize_adapter, A, B, after, rows)
+    for name, ours, theirs in zip("AB", found, resized, strict=True):
+        assert_exact(name, theirs, ours)
+    assert resized[0].shape == (after, columns)
+    assert resized[1].shape == (out, after)
+    base = weight, to_torch(weight)
+    if after < before:
+        base = both(spec_rank.fold_adapter, rank.fold_adapter, weight, A, B, after, 2.0)
+        assert_close("folded", *base, tolerances.SAME_ALGORITHM)
+    whole = spec_adapter.effective_weight(weight, A, B, 2.0)
+    now = spec_adapter.effective_weight(base[0], *resized, 2.0), adapter.effective_weight(base[1], *found, 2.0)
+    for effective in now:
+        assert_close("effective weight", whole, effective, tolerances.SAME_ALGORITHM)
+
+
+THIN = [(1, 8), (8, 1), (1, 1), (2, 8)]
+
+
+@pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"sparsity": 1.0}, {"nm": (1, 1)}, {"nm": (0, 1)}], ids=str)
+@pytest.mark.parametrize("shape", THIN, ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_one_row_and_one_column(method: str, shape: tuple[int, int], pattern: dict[str, Any]) -> None:
+    rng = np.random.default_rng(12)
+    weight, inputs = rng.standard_normal(shape), rng.standard_normal((9, shape[1]))
+    statistic = {"magnitude": None, "wanda": spec_wanda.input_norm(inputs), "sparsegpt": inputs.T @ inputs}[method]
+    kept = np.ones(shape, dtype=bool)
+    (new, mask), (found, found_mask) = both(
+        lambda *values: spec_prune.prune(method, *values, **pattern),
+        lambda *values: prune.prune(method, *values, **pattern),
+        *(weight, statistic, kept),
+    )
+    assert_exact("mask", mask, found_mask)
+    assert_close("weight", new, found, tolerances.SPARSEGPT_FLOAT64)
+    per_row = method == "wanda"
+    share = pattern.get("sparsity", 1 - pattern.get("nm", (0, 1))[0])
+    pruned = shape[0] * int(share * shape[1]) if per_row else int(share * shape[0] * shape[1])
+    assert (~mask).sum() == pruned
+
+
+@pytest.mark.parametrize("r", [0, 1, 3])
+@pytest.mark.parametrize("shape", THIN, ids=str)
+def test_adapters_of_one_row_and_one_column(shape: tuple[int, int], r: int) -> None:
+    rng = np.random.default_rng(13)
+    out, columns = shape
+    layer = rng.standard_normal(shape), rng.standard_normal((r, columns)), rng.standard_normal((out, r)), 2.0
+    x, dy = rng.standard_normal((5, columns)), rng.standard_normal((5, out))
+    assert_close("merge", *both(spec_adapter.merge, adapter.merge, *layer), tolerances.SAME_ALGORITHM)
+    forward = both(spec_adapter.masked_lora, adapter.masked_lora, x, *layer)
+    assert_close("masked_lora", *forward, tolerances.SAME_ALGORITHM)
+    gradients = both(spec_adapter.masked_lora_grad, adapter.masked_lora_grad, x, *layer, dy)
+    for expected, found in zip(*gradients, strict=True):
+        assert_close("masked_lora_grad", expected, found, tolerances.SAME_ALGORITHM)
 
 
 @pytest.mark.parametrize("n", range(5))
 def test_groups_that_tie(n: int) -> None:
-    score = np.repeat(GENERATOR.integers(0, 3, (3, 2)), 4, axis=1).astype(float)
-    mask = spec_nm.nm_mask(score, n, 4)
-    assert_exact("mask", mask, nm.nm_mask(to_torch(score), n, 4))
-    # Equal scores: the lower columns go.
-    assert_exact("last n", mask.reshape(3, 2, 4)[..., 4 - n :].all(), True)
+    score = np.repeat(np.array([[0.0, 1], [-1, 0], [np.inf, -np.inf]]), 4, axis=1)
+    for mask in both(spec_nm.nm_mask, nm.nm_mask, score, n, 4):
+        assert_exact("the lower columns go", np.tile(np.arange(4) >= 4 - n, (3, 2)), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 # Layer 1: torch float64 on the CPU against NumPy float64. Same algorithm, other order of summation: a few ulps per sum of
@@ -9,6 +10,14 @@ import torch
 SAME_ALGORITHM = 1e-10
 # A Cholesky factor of a Hessian of condition κ amplifies rounding by κ; the strategies keep κ under 1e5 after damping.
 SPARSEGPT_FLOAT64 = 1e-8
+# The same in float32. Damping keeps κ of any Hessian under in / 0.01; with 12 inputs 2⁻²⁴ κ is 7e-5.
+SPARSEGPT_FLOAT32 = 1e-4
+
+
+def ill_conditioned(condition: float) -> float:
+    """Without damping: SparseGPT in float64 on a Hessian of that condition, whose inverse is off by about κ · 2⁻⁵³."""
+    return max(SAME_ALGORITHM, UNIT[torch.float64] * condition)
+
 
 # Layer 2: unit roundoff of the inputs' dtype times the number of roundings in a row that a result can see: at most
 # 16-term sums of products (accumulated in float32) plus a handful of elementwise operations.
@@ -24,6 +33,13 @@ UNIT = {
 def bound(dtype: torch.dtype) -> float:
     """Largest error of a result relative to the largest entry of the reference."""
     return SAME_ALGORITHM if dtype == torch.float64 else ROUNDINGS * UNIT[dtype]
+
+
+def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float) -> np.ndarray:
+    """How far a result that is rounded to a half-precision dtype once may be from each exact value: half the gap between
+    neighbours, and what float32 loses on terms of that size before."""
+    gap = np.maximum(UNIT[dtype] * value, torch.finfo(dtype).smallest_normal * UNIT[dtype])
+    return gap + ROUNDINGS * UNIT[torch.float32] * terms
 
 
 # A score of Wanda is one product of a rounded weight and a float32 norm: three roundings.
