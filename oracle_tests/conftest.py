@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports the kernels: without a GPU they run under Triton's interpreter, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, Phase, settings
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

@@ -205,7 +205,9 @@ def _gather(
             statistics.InputHessian(len(stream.hidden)) if method == "sparsegpt" else statistics.InputNorm()
         )
     if gathered:
-        with calibration.watching_inputs(block, family.inputs, lambda name, x: gathered[name].update(x)):
+        with calibration.watching_inputs(
+            block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
+        ):
             for batch, rows in stream.batches():
                 stream.show(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
@@ -357,46 +359,49 @@ def run(
     initial, rates = (0.0, torch.zeros_like(rates)) if initial < 1e-3 else (initial, rates)
     positions = _lr_positions(parts, settings.training)
     records = []
-    for step in range(1, config.steps + 1):
-        clock = _Clock(next(model.parameters()).device)
-        target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, min(initial, config.final_sparsity))
-        importance = None
-        if config.layer_sparsity == "rmi":
-            ids = calibration_ids[: settings.calibration.rmi_samples]
-            importance = measure_importance(model, family, ids, settings.calibration.calibration_batch_size)
-        clock.lap("importance")
-        rates, groups = _block_targets(config, target, importance, weights, rates)
-        errors = _prune_model(model, dense, family, calibration_ids, settings, rates, groups)
-        clock.lap("prune")
-        ranks: list[int] = []
-        losses: list[float] = []
-        if settings.training.finetune:
-            ranks = _allocate_ranks(settings, step, errors)
-            _resize(model, family, ranks, step, settings)
-            losses = training.train(
-                model,
-                dense,
-                parts[step - 1],
-                settings.training,
-                positions[step - 1],
-                f"train {step}/{config.steps}",
-                None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
+    with calibration.compiled([model, dense], family, settings.training.compile_blocks):
+        for step in range(1, config.steps + 1):
+            clock = _Clock(next(model.parameters()).device)
+            target = schedule.cubic_sparsity(
+                step, config.steps, config.final_sparsity, min(initial, config.final_sparsity)
             )
-        clock.lap("train")
-        record = StepRecord(
-            step=step,
-            target=target,
-            importance=[] if importance is None else importance.tolist(),
-            sparsity=rates.tolist(),
-            realised=_zero_shares(model, family).tolist(),
-            errors=errors,
-            ranks=ranks,
-            losses=losses,
-            seconds=clock.laps,
-        )
-        records.append(record)
-        if on_step is not None:
-            on_step(record)
+            importance = None
+            if config.layer_sparsity == "rmi":
+                ids = calibration_ids[: settings.calibration.rmi_samples]
+                importance = measure_importance(model, family, ids, settings.calibration.calibration_batch_size)
+            clock.lap("importance")
+            rates, groups = _block_targets(config, target, importance, weights, rates)
+            errors = _prune_model(model, dense, family, calibration_ids, settings, rates, groups)
+            clock.lap("prune")
+            ranks: list[int] = []
+            losses: list[float] = []
+            if settings.training.finetune:
+                ranks = _allocate_ranks(settings, step, errors)
+                _resize(model, family, ranks, step, settings)
+                losses = training.train(
+                    model,
+                    dense,
+                    parts[step - 1],
+                    settings.training,
+                    positions[step - 1],
+                    f"train {step}/{config.steps}",
+                    None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
+                )
+            clock.lap("train")
+            record = StepRecord(
+                step=step,
+                target=target,
+                importance=[] if importance is None else importance.tolist(),
+                sparsity=rates.tolist(),
+                realised=_zero_shares(model, family).tolist(),
+                errors=errors,
+                ranks=ranks,
+                losses=losses,
+                seconds=clock.laps,
+            )
+            records.append(record)
+            if on_step is not None:
+                on_step(record)
     return records
 
 

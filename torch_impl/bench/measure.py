@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,15 +72,18 @@ def alternate(
     sides: Sequence[Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 1
 ) -> list[tuple[float, float, list[float]]]:
     """For each side (median milliseconds, peak GiB, all times), taken in turns after a warm-up of each."""
-    for side in [side for side in sides for _ in range(warm_up)]:
-        side()
-    found: list[tuple[list[float], list[float]]] = [([], []) for _ in sides]
+
+    # What a side keeps, it allocates while it warms up.
+    def warm(side: Callable[[], Any]) -> None:
+        for _ in range(warm_up):
+            side()
+
+    peaks = [once(partial(warm, side), device)[1] for side in sides]
+    times: list[list[float]] = [[] for _ in sides]
     for _ in range(repeats):
-        for side, (times, peaks) in zip(sides, found, strict=True):
-            elapsed, peak, _ = once(side, device)
-            times.append(elapsed)
-            peaks.append(peak)
-    return [(statistics.median(times), max(peaks), times) for times, peaks in found]
+        for side, found in zip(sides, times, strict=True):
+            found.append(once(side, device)[0])
+    return [(statistics.median(found), peak, found) for found, peak in zip(times, peaks, strict=True)]
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

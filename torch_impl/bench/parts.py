@@ -13,7 +13,7 @@ from torch import nn
 from torch_impl import adapter, losa, rmi
 from torch_impl.bench import plain
 from torch_impl.bench.measure import Row, alternate, once, relative, resident
-from torch_impl.engine import training
+from torch_impl.engine import calibration, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.layers import adapters, attach_adapters, block_adapters
@@ -52,7 +52,8 @@ def mutual_information(model: nn.Module, work: Work, compare: bool) -> Row:
     def ours() -> torch.Tensor:
         return losa.measure_importance(model, family, ids, 16)
 
-    [(milliseconds, peak, _)] = alternate([ours], work.device, work.repeats)
+    with calibration.compiled([model], family, "auto"):
+        [(milliseconds, peak, _)] = alternate([ours], work.device, work.repeats)
     tokens = ids.numel()
     flops = 2 * tokens * sum(prunable_weights(model, family))
     static = resident(model)
@@ -78,9 +79,10 @@ def _prune_ours(
     rates = torch.full((blocks,), RATE, dtype=torch.float64)
     pruned = copy.deepcopy(model)
     attach_adapters(pruned, family, 1.0)
-    elapsed, peak, errors = once(
-        lambda: losa._prune_model(pruned, model, family, ids, settings, rates, [None] * blocks), work.device
-    )
+    with calibration.compiled([pruned, model], family, "auto"):
+        elapsed, peak, errors = once(
+            lambda: losa._prune_model(pruned, model, family, ids, settings, rates, [None] * blocks), work.device
+        )
     return pruned, elapsed, peak, errors
 
 
@@ -103,7 +105,7 @@ def prune_sweep(model: nn.Module, work: Work, method: str, compare: bool, apart:
     """Masks and reconstruction errors of all blocks, from adapters of rank 0."""
     family = find_family(model)
     ids = work.ids(model, work.sequences, work.length)
-    _prune_ours(model, work, ids[: len(ids) // 4], method)  # compiles kernels
+    _prune_ours(model, work, ids[:16], method)  # compiles kernels
     pruned, milliseconds, peak, _ = _prune_ours(model, work, ids, method)
     row = Row(
         f"masks and error, {method}, {work.sequences} × {work.length}",
@@ -180,7 +182,10 @@ def training_steps(
                 side.zero_grad(set_to_none=False)
                 return float(gradients.of(examples))
 
-            found = alternate([partial(step, number) for number in range(len(steps))], device, work.repeats, warm_up=4)
+            with calibration.compiled([model], family, "auto"):
+                found = alternate(
+                    [partial(step, number) for number in range(len(steps))], device, work.repeats, warm_up=4
+                )
             for _, gradients in steps:
                 gradients.close()
             row = Row(f"training step, 4 × {length}, merged weight {'held' if held else 'rebuilt'}", found[0][0])

@@ -6,7 +6,7 @@ blocks are never kept: what a sweep needs of them (Gram matrices, input norms, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine.families import Family, decoder_blocks, prunable_weights
+from torch_impl.engine.layers import AdaptedLinear
+
+WORTH_COMPILING = 10**9
 
 
 @dataclass(frozen=True)
@@ -122,24 +125,45 @@ class _SeenAll(Exception):  # noqa: N818 - it ends a pass, nothing went wrong
 
 @contextmanager
 def watching_inputs(
-    block: nn.Module, groups: Sequence[tuple[str, ...]], watch: Callable[[str, torch.Tensor], None]
+    layers: Mapping[str, AdaptedLinear], groups: Sequence[tuple[str, ...]], watch: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
     """Report the input (tokens, in) of the first projection of each group: the group's others see the same input.
 
     Groups are in order of use, so a forward pass ends with `_SeenAll` where the last group would be computed.
     """
 
-    def hook(name: str) -> Callable[..., None]:
-        def report(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            watch(name, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+    def watcher(name: str) -> Callable[[torch.Tensor], None]:
+        def report(x: torch.Tensor) -> None:
+            watch(name, x.detach().reshape(-1, x.shape[-1]))
             if name == groups[-1][0]:
                 raise _SeenAll
 
         return report
 
-    handles = [block.get_submodule(group[0]).register_forward_pre_hook(hook(group[0])) for group in groups]
+    first = [group[0] for group in groups]
+    try:
+        for name in first:
+            layers[name].watch = watcher(name)
+        yield
+    finally:
+        for name in first:
+            layers[name].watch = None
+
+
+@contextmanager
+def compiled(models: Sequence[nn.Module], family: Family, wanted: str) -> Iterator[None]:
+    """Let torch.compile fuse what lies between the projections of every block, for the duration.
+
+    wanted: on, off, or auto (on CUDA, from a billion prunable weights: compiling takes some ten seconds).
+    """
+    large = sum(prunable_weights(models[0], family)) >= WORTH_COMPILING
+    blocks = [block for model in models for block in decoder_blocks(model, family)]
+    if wanted == "on" or (wanted == "auto" and large and next(models[0].parameters()).is_cuda):
+        for block in blocks:
+            # Static shapes: calibration and training each keep to one.
+            block.compile(dynamic=False)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for block in blocks:
+            block._compiled_call_impl = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,8 @@ class AdaptedLinear(nn.Module):
         self.A = nn.Parameter(self.weight.new_zeros(0, self.in_features, dtype=wide))
         self.B = nn.Parameter(self.weight.new_zeros(self.out_features, 0, dtype=wide))
         self._held: torch.Tensor | None = None
+        self.watch: Callable[[torch.Tensor], None] | None = None
+        """Hears every input (..., in) of a forward pass, if set."""
 
     @property
     def rank(self) -> int:
@@ -77,7 +79,11 @@ class AdaptedLinear(nn.Module):
         """Bool (out, in), True = kept."""
         return self.weight != 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) → (..., out). A compiled block calls it as it is: ranks, held weights and watchers change."""
+        if self.watch is not None:
+            self.watch(x)
         if self.rank == 0:
             return nn.functional.linear(x, self.weight, self.bias)
         output: torch.Tensor = _MaskedLoRA.apply(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)

@@ -49,6 +49,9 @@ class TrainingConfig:
     """Keep the merged weights of all projections during an optimizer step: on, off (rebuild them at every use: less
     memory, two more passes over the weights) or auto (on, if they take at most half of the device's free memory)."""
 
+    compile_blocks: str = "auto"
+    """Fuse the small operations of every block by torch.compile while calibrating and training: on, off or auto (on CUDA,
+    from a billion prunable weights)."""
     cuda_graphs: bool = True
     """On CUDA, run a micro-batch whose shape keeps coming up as one captured graph."""
 
@@ -57,6 +60,7 @@ class TrainingConfig:
             ("lr_schedule", ("per_step", "whole_run")),
             ("loss", ("ce", "kl")),
             ("hold_merged", ("auto", "on", "off")),
+            ("compile_blocks", ("auto", "on", "off")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")

@@ -122,11 +122,13 @@ def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
     tried = []
     for factor in DAMPING_RETRIES:
         tried.append(damping * factor)
-        damped = H + torch.diag_embed((tried[-1] * H.diagonal().mean()).expand(len(H)))
+        # Read from the last row and column to the first, H = L Lᵀ gives H⁻¹ = UᵀU with U = L⁻¹ read backwards.
+        damped = H.flip(0, 1) + torch.diag_embed((tried[-1] * H.diagonal().mean()).expand(len(H)))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             continue
-        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed) and bool(torch.isfinite(U).all()):
-            return U
+        U = torch.linalg.solve_triangular(lower, torch.eye(len(H), dtype=H.dtype, device=H.device), upper=False)
+        # The inverse itself must be finite too: its diagonal is the sum of U's squares.
+        if bool(torch.isfinite(U.square().sum(0)).all()):
+            return U.flip(0, 1)
     raise ValueError(f"hessian is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}")
