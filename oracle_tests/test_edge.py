@@ -298,6 +298,18 @@ def test_hessians_that_cannot_be_factored_are_refused(H: np.ndarray) -> None:
     refused_alike(*nm_pair, message, weight, H, 1, 3, block_size=3, damping=0.0)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_hessians_that_overflowed_are_refused(value: float) -> None:
+    """An infinite pivot would factor, and prune with 0 / 0."""
+    H, weight = np.diag([value, 1.0, 1.0]), np.ones((2, 3))
+    message = "^hessian holds NaN or infinity; allowed: finite numbers$"
+    refused_alike(spec_sparsegpt.sparsegpt, sparsegpt.sparsegpt, message, weight, H, 0.5)
+    # Finite in float32, while its mean diagonal is not.
+    largest = torch.eye(3) * 3e38
+    with pytest.raises(ValueError, match=r"^hessian is not positive definite with damping 0\.01, 0\.1, 1$"):
+        sparsegpt.sparsegpt(torch.ones(2, 3), largest, 0.5)
+
+
 @pytest.mark.parametrize(("off_diagonal", "raised_to"), [(0.9, 0.01), (1.005, 0.01), (1.05, 0.1), (1.5, 1.0)])
 def test_damping_is_raised_alike(off_diagonal: float, raised_to: float) -> None:
     H = np.array([[1.0, off_diagonal], [off_diagonal, 1.0]])

@@ -78,7 +78,7 @@ def _prune(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The column loop: updates stay inside a block of columns until it is done, then reach all later ones in one product."""
     W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
-    H = _checks.square("hessian", hessian)
+    H = _checks.finite("hessian", _checks.square("hessian", hessian), "n", "n")
     if len(H) != W.shape[1]:
         raise ValueError(
             f"hessian has shape {tuple(H.shape)}; allowed: ({W.shape[1]}, {W.shape[1]}), the weight's inputs"
