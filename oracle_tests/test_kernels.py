@@ -19,7 +19,7 @@ from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close, assert_exact
 from reference import adapter as spec
 from reference.masks import sparsegpt as spec_sparsegpt
-from torch_impl import _kernels
+from torch_impl import _kernels, adapter
 from torch_impl.masks import sparsegpt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,3 +112,31 @@ def test_sparsegpt_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
     assert_exact("mask", expected_mask, mask.cpu())
     assert_close("weight", expected, found.cpu(), tolerances.bound(torch.float32), scale=float(abs(expected).max()))
+
+
+@pytest.mark.parametrize("r", [0, 3])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float64], ids=str)
+def test_the_adapter_through_the_kernels(monkeypatch: pytest.MonkeyPatch, adapter_dtype: torch.dtype, r: int) -> None:
+    """Adapters in float32 go through the kernels; no ranks, or any other dtype, through torch."""
+    calls = []
+    for name in ("merge", "contract"):
+        kernel = getattr(_kernels, name)
+        monkeypatch.setattr(_kernels, name, lambda *a, kernel=kernel, name=name: (calls.append(name), kernel(*a))[1])
+    monkeypatch.setattr(_kernels, "usable", lambda *tensors: True)
+    generator = torch.Generator().manual_seed(r)
+    x, dy = torch.randn(7, 12, generator=generator), torch.randn(7, 9, generator=generator)
+    weight = torch.randn(9, 12, generator=generator) * (torch.rand(9, 12, generator=generator) < 0.5)
+    A, B = (torch.randn(shape, generator=generator, dtype=adapter_dtype) for shape in ((r, 12), (9, r)))
+    layer = [tensor.to(DEVICE) for tensor in (weight, A, B)]
+    expected = spec.effective_weight(*wide(weight, A, B), 0.5)
+    into = torch.empty_like(layer[0])
+    adapter.merge_into(into, *layer, 0.5)
+    gradients = adapter.masked_lora_grad(x.to(DEVICE), *layer, 0.5, dy.to(DEVICE))
+    assert calls == (["merge", "merge", "contract"] if r and adapter_dtype == torch.float32 else [])
+    bound = tolerances.bound(torch.float32)
+    assert_close("merge_into", expected, into.cpu(), bound)
+    assert_close("merge", expected, adapter.merge(*layer, 0.5).cpu(), bound)
+    for name, ours, theirs in zip(
+        ("dx", "dA", "dB"), gradients, spec.masked_lora_grad(*wide(x, weight, A, B), 0.5, *wide(dy)), strict=True
+    ):
+        assert_close(name, theirs, ours.cpu(), bound)

@@ -19,14 +19,15 @@ def effective_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, sca
 
 def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """The effective weight, rounded once to the weight's dtype."""
+    _operands(weight, A, B, scale)
     if _kernels.usable(weight, A, B) and len(A) and A.dtype == torch.float32:
-        _operands(weight, A, B, scale)
         return _kernels.merge(weight, A, B, scale)
     return effective_weight(weight, A, B, scale).to(weight.dtype)
 
 
 def merge_into(merged: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
     """`merge` into a tensor (out, in) that is there already: what holds its address sees the new weight."""
+    _operands(weight, A, B, scale)
     if _kernels.usable(weight, A, B) and len(A) and A.dtype == torch.float32:
         _kernels.merge(weight, A, B, scale, merged)
     else:
