@@ -19,7 +19,7 @@ settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET
 settings.register_profile("deep", max_examples=1000, **_QUIET)
 # For mutation testing: whether anything fails is all that matters, not how small the failure can be made.
 settings.register_profile(
-    "mutants", max_examples=40, derandomize=True, phases=[Phase.explicit, Phase.generate], **_QUIET
+    "mutants", max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate], **_QUIET
 )
 
 

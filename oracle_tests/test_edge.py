@@ -145,6 +145,14 @@ def test_ten_orders_of_magnitude(dtype: torch.dtype, by: str) -> None:
         assert_masks_agree("wanda_mask", spec_wanda.wanda_mask(weight, norm, share), mask, score, 2 * bound)
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_features_of_more_than_one_chunk(dtype: torch.dtype) -> None:
+    """Production widens a long sequence's features piece by piece."""
+    features = to_torch(np.random.default_rng(14).standard_normal((3, 2 * hsic.CHUNK + 7)), dtype)
+    bound = tolerances.SAME_ALGORITHM if dtype == torch.float64 else tolerances.bound(torch.float32)
+    assert_close("linear_gram", spec_hsic.linear_gram(exact(features)), hsic.linear_gram(features), bound)
+
+
 # Inputs that are never active.
 
 SILENT = [0, 5, 6, 11]

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests.ops import OPS, Op, to_torch
+from torch_impl import hsic
 
 
 def wrong_values(value: Any) -> Iterator[Any]:
@@ -68,3 +70,9 @@ def test_the_listed_mistake_gives_the_same_message(op: Op) -> None:
     expected = outcome(op.reference, case)
     assert expected is not None
     assert outcome(op.production, {name: to_torch(value) for name, value in case.items()}) == expected
+
+
+def test_production_takes_no_integers_for_numbers() -> None:
+    """The spec computes in float64 whatever it is given; a tensor's own dtype decides, and integers would truncate."""
+    with pytest.raises(TypeError, match=r"^features has dtype torch.int64; allowed: a floating-point dtype$"):
+        hsic.linear_gram(torch.ones(2, 3, dtype=torch.int64))
