@@ -35,6 +35,11 @@ def bound(dtype: torch.dtype) -> float:
     return SAME_ALGORITHM if dtype == torch.float64 else ROUNDINGS * UNIT[dtype]
 
 
+def long_sum(terms: int) -> float:
+    """Many terms of one sign added in float32 one after the other: roundings at random grow with the root of their number."""
+    return UNIT[torch.float32] * terms**0.5
+
+
 def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float) -> np.ndarray:
     """How far a result that is rounded to a half-precision dtype once may be from each exact value: half the gap between
     neighbours, and what float32 loses on terms of that size before."""
