@@ -81,6 +81,16 @@ def test_half_precision_weights_are_pruned_alike(
         assert_exact(f"{method}, weight", expected, exact(new))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_weights_are_scored_in_float32(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(15)
+    weight, norm = to_torch(rng.standard_normal((9, 16)), dtype), to_torch(rng.random(16), torch.float32)
+    score = wanda.wanda_score(weight, norm)
+    assert score.dtype == torch.float32
+    ratio = exact(score) / spec_wanda.wanda_score(exact(weight), exact(norm))
+    assert_close("wanda_score", np.ones((9, 16)), ratio, tolerances.UNIT[torch.float32])
+
+
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_weights_are_rounded_once(dtype: torch.dtype, size: float) -> None:
@@ -386,7 +396,10 @@ def test_importances_that_tie_in_groups(
         (np.array([0.0, 0, 0, 1, 0, 0, 0]), 4, [2, 2, 2, 16, 2, 2, 2]),
         (np.array([0.0, 0, 0, 1, 0, 0, 0]), 5, [4, 3, 3, 16, 3, 3, 3]),
         (np.array([0.0, 5e-324]), 8.5, [1, 16]),
-        # Shares of exactly 7.5, however the errors are summed.
+        (np.zeros(7), 6.6, [6, 6, 6, 7, 7, 7, 7]),
+        (np.full(3, 1e308), 1.5, [1, 1, 2]),
+        # Shares of exactly 1.5 and 2.5, and of 7.5, however they are computed.
+        (np.array([3.0, 5]), 2, [2, 2]),
         (np.array([3.0, 2, 1, 5, 0, 1, 5, 5, 0, 1, 0, 1, 2]), 3, [4, 2, 1, 8, 1, 1, 8, 8, 1, 1, 1, 1, 2]),
     ],
 )
@@ -500,6 +513,25 @@ def test_constant_representations_share_nothing(value: float, dtype: torch.dtype
     assert_exact("nhsic", np.eye(2), found)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "variation"),
+    [(torch.float64, 1.0), (torch.float64, 1e-3), (torch.float64, 1e-5), (torch.float32, 0.1), (torch.float32, 0.02)],
+    ids=str,
+)
+def test_nearly_constant_representations_are_still_compared(dtype: torch.dtype, variation: float) -> None:
+    """Tokens that have most in common: centring cancels all but variation² of a Gram matrix."""
+    rng = np.random.default_rng(16)
+    features = to_torch(1 + variation * rng.standard_normal((3, 6, 20)), dtype)
+    found = rmi.nhsic_matrix(torch.stack([hsic.linear_gram(X) for X in features]))
+    grams = np.stack([spec_hsic.linear_gram(X) for X in exact(features)])
+    centred = features.double() - features.double().mean(1, keepdim=True)
+    without_mean = np.stack([spec_hsic.linear_gram(X.numpy()) for X in centred])
+    expected = spec_rmi.nhsic_matrix(without_mean)
+    assert expected.min() > 0.1
+    assert_close("spec", expected, spec_rmi.nhsic_matrix(grams), tolerances.cancelled(torch.float64, variation**2))
+    assert_close("production", expected, found, tolerances.cancelled(dtype, variation**2))
+
+
 # Adapters of full rank; weights of one row or one column.
 
 
@@ -512,7 +544,7 @@ def test_adapters_come_to_full_rank_and_go(shape: tuple[int, int], before: int, 
     out, columns = shape
     weight = rng.standard_normal(shape) * (rng.random(shape) < 0.6)
     A, B = rng.standard_normal((before, columns)), rng.standard_normal((out, before))
-    rows = rng.standard_normal((max(1, after - before), columns))
+    rows = rng.standard_normal((after - before, columns)) if after > before else None
     resized, found = both(spec_rank.resize_adapter, rank.resize_adapter, A, B, after, rows)
     for name, ours, theirs in zip("AB", found, resized, strict=True):
         assert_exact(name, theirs, ours)

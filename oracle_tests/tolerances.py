@@ -40,6 +40,11 @@ def long_sum(terms: int) -> float:
     return UNIT[torch.float32] * terms**0.5
 
 
+def cancelled(dtype: torch.dtype, left: float) -> float:
+    """What is left when a subtraction leaves that share of its terms: their roundings count for so much more."""
+    return 4 * UNIT[dtype] / left
+
+
 def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float) -> np.ndarray:
     """How far a result that is rounded to a half-precision dtype once may be from each exact value: half the gap between
     neighbours, and what float32 loses on terms of that size before."""
