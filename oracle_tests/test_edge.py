@@ -606,3 +606,70 @@ def test_groups_that_tie(n: int) -> None:
     score = np.repeat(np.array([[0.0, 1], [-1, 0], [np.inf, -np.inf]]), 4, axis=1)
     for mask in both(spec_nm.nm_mask, nm.nm_mask, score, n, 4):
         assert_exact("the lower columns go", np.tile(np.arange(4) >= 4 - n, (3, 2)), mask)
+
+
+def test_many_ties_keep_their_order() -> None:
+    """Short sorts are stable by luck; eighty blocks and groups of sixty-four are not."""
+    importance = np.ones(80)
+    rates = sparsity.allocate_sparsity(to_torch(importance), 0.5, 0.1)
+    assert_close("rates", spec_sparsity.allocate_sparsity(importance, 0.5, 0.1), rates, tolerances.SAME_ALGORITHM)
+    score = np.repeat([0.0, 1.0], 32)[None].repeat(3, 0)
+    assert_exact("mask", spec_nm.nm_mask(score, 40, 64), nm.nm_mask(to_torch(score), 40, 64))
+
+
+def test_dependence_stays_within_zero_and_one() -> None:
+    """Rounding may lift a representation's dependence on itself above one; a matrix that is no Gram matrix, below zero."""
+    for seed in range(200):
+        gram = to_torch(spec_hsic.linear_gram(np.random.default_rng(seed).standard_normal((5, 3))))
+        assert hsic.nhsic(gram, gram) <= 1.0
+        assert hsic.nhsic(gram, -gram) == 0.0
+
+
+def test_blocks_that_share_nothing_are_equally_important() -> None:
+    expected = spec_rmi.importance(np.zeros(4))
+    assert_close("importance", expected, rmi.importance(torch.zeros(4).double()), tolerances.SAME_ALGORITHM)
+    assert expected.tolist() == pytest.approx([np.exp(-0.25)] * 4)
+
+
+def test_rates_end_at_one() -> None:
+    """Nothing can be pruned twice, however wide the spread; a floor of one is allowed, a higher one is not."""
+    for allocate, convert in ((spec_sparsity.allocate_sparsity, np.asarray), (sparsity.allocate_sparsity, to_torch)):
+        rates = allocate(convert(np.array([1.0, 2.0])), 0.9, 0.3)
+        assert float(max(rates)) == 1.0
+        full = allocate(convert(np.array([1.0, 2.0])), 0.9, 0.3, floor=convert(np.array([1.0, 0.0])))
+        assert float(full[0]) == 1.0
+        with pytest.raises(ValueError, match=r"floor holds 0\.0 to 1\.5; allowed: 0 to 1"):
+            allocate(convert(np.array([1.0, 2.0])), 0.9, 0.3, floor=convert(np.array([1.5, 0.0])))
+
+
+@pytest.mark.parametrize("kept", [3.4999999997, 3.5, 3.5000000003])
+def test_a_half_is_a_half_after_rounding(kept: float) -> None:
+    assert spec_nm.kept_per_group(kept / 8, 8) == nm.kept_per_group(kept / 8, 8) == 4
+
+
+def test_results_have_the_dtype_of_what_they_replace() -> None:
+    """Adapters are float32 over half-precision weights, inputs may be half over wide weights, rates are always float64."""
+    weight, A, B = torch.ones(4, 6).half(), torch.ones(2, 6), torch.ones(4, 2)
+    x = torch.ones(3, 6)
+    assert rank.fold_adapter(weight, A, B, 1, 1.0).dtype == torch.float16
+    assert adapter.masked_lora(x.bfloat16(), weight.float(), A, B, 1.0).dtype == torch.bfloat16
+    grads = adapter.masked_lora_grad(x.half(), weight, A, B, 1.0, torch.ones(3, 4).half())
+    assert [grad.dtype for grad in grads] == [torch.float16, torch.float32, torch.float32]
+    wide = adapter.masked_lora_grad(
+        x.bfloat16(), weight.float(), A.bfloat16(), B.bfloat16(), 1.0, torch.ones(3, 4).bfloat16()
+    )
+    assert wide[0].dtype == torch.bfloat16
+    given = {"weights": torch.ones(3), "floor": torch.zeros(3)}
+    assert sparsity.allocate_sparsity(torch.ones(3), 0.5, 0.1, **given).dtype == torch.float64
+    new, _ = sparsegpt.sparsegpt(weight, torch.eye(6).half(), 0.5)
+    assert new.dtype == torch.float16
+    assert wanda.input_norm(x.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("inf"), "much"])
+def test_damping_that_cannot_be(damping: Any) -> None:
+    for prune_it, convert in ((spec_sparsegpt.sparsegpt, np.asarray), (sparsegpt.sparsegpt, to_torch)):
+        with pytest.raises(
+            (ValueError, TypeError), match=r"^damping is .*; allowed: (0.0 or more|a finite number|a number)$"
+        ):
+            prune_it(convert(np.ones((2, 3))), convert(np.eye(3)), 0.5, damping=damping)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,6 +38,71 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
     for build in (spec.Settings, part):
         with pytest.raises(ValueError, match=f"^{name} is '?{value}'?; allowed: "):
             build(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: losa.PruneConfig(prune_method="best"),
+            "prune_method is 'best'; allowed: magnitude, wanda, sparsegpt",
+        ),
+        (lambda: losa.PruneConfig(layer_sparsity="best"), "layer_sparsity is 'best'; allowed: rmi, uniform"),
+        (lambda: losa.PruneConfig(steps=0), "steps is 0; allowed: 1 or more"),
+        (lambda: losa.PruneConfig(sparsity_ratio=1.0), "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
+        (lambda: losa.PruneConfig(sparsity_ratio=1.5), "sparsity_ratio is 1.5; allowed: 0 up to, not including, 1"),
+        (
+            lambda: losa.PruneConfig(sparsity_type="2of4"),
+            "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M",
+        ),
+        (lambda: losa.PruneConfig(sparsity_type="0:4"), "sparsity_type is '0:4'; allowed: N from 1 to M"),
+        (lambda: losa.PruneConfig(sparsity_type="5:4"), "sparsity_type is '5:4'; allowed: N from 1 to M"),
+        (
+            lambda: losa.PruneConfig(sparsity_ratio=0.7, sparsity_type="1:4"),
+            "sparsity_ratio is 0.7; allowed with sparsity_type 1:4: 0.75",
+        ),
+        (lambda: losa.AdapterConfig(rank_allocation="best"), "rank_allocation is 'best'; allowed: error, uniform"),
+        (lambda: losa.AdapterConfig(rank_shrink="best"), "rank_shrink is 'best'; allowed: truncate, fold"),
+        (lambda: losa.AdapterConfig(lora_r=0), "lora_r is 0; allowed: 1 or more"),
+        (
+            lambda: losa.AdapterConfig(initial_rank=17),
+            "initial_rank is 17; allowed: min_rank 1 (1 or more) to max_rank 16",
+        ),
+        (
+            lambda: losa.Settings(losa.PruneConfig(steps=12)),
+            "steps is 12: the mean rank would end at 17; allowed: up to max_rank 16, so take fewer steps or a lower "
+            "initial_rank",
+        ),
+    ],
+)
+def test_refusals_say_what_is_allowed(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        build()
+
+
+def test_the_last_values_that_are_allowed() -> None:
+    assert losa.PruneConfig(sparsity_ratio=0.0).final_sparsity == 0.0
+    assert losa.PruneConfig(sparsity_type="1:4").group == (1, 4)
+    assert losa.PruneConfig(sparsity_type="4:4").final_sparsity == 0.0
+    assert losa.PruneConfig(sparsity_ratio=0.75, sparsity_type="mixed-1:4").final_sparsity == 0.75
+    assert losa.AdapterConfig(lora_r=1, lora_alpha=3.0).scale == 3.0
+    assert losa.AdapterConfig(initial_rank=16).initial_rank == 16
+    assert losa.Settings(losa.PruneConfig(steps=11)).prune.steps == 11
+
+
+def test_large_blocks_weigh_more() -> None:
+    """No family has blocks of unequal size; the rates would still meet the target of the whole model."""
+    importance, weights = torch.tensor([0.1, 0.5, 0.3]).double(), torch.tensor([1.0, 5.0, 2.0]).double()
+    rates, groups = losa._block_targets(losa.PruneConfig(), 0.5, importance, weights, torch.zeros(3).double())
+    assert float(weights @ rates / weights.sum()) == pytest.approx(0.5, abs=1e-12)
+    assert groups == [None] * 3
+
+
+def test_ranks_keep_to_the_settings_bounds() -> None:
+    setup = losa.Settings(losa.PruneConfig(steps=1), losa.AdapterConfig(min_rank=3, initial_rank=4, max_rank=6))
+    assert losa._allocate_ranks(setup, 1, [0.0, 0.0, 1.0, 1.0]) == [3, 3, 5, 5]
+    # Two errors closer than float32 can tell: the second is smaller, so it gives up the rank that is one too many.
+    assert losa._allocate_ranks(setup, 1, [3.5 + 1e-10, 3.5, 5.0]) == [4, 3, 5]
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
