@@ -4,17 +4,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint spec mutants clean help
 
 help:
-	@echo "make demo   install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
-	@echo "make test   install into $(VENV) and run the oracle tests (about 5 minutes on 2 cores)"
-	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove $(VENV) and caches"
+	@echo "make demo      install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
+	@echo "make test      install into $(VENV) and run the oracle tests (about 5 minutes on 2 cores)"
+	@echo "make spec      render the spec as one page, build/spec.html, equations typeset beside the code"
+	@echo "make lint      ruff and mypy"
+	@echo "make mutants   break production in every way mutmut knows and see the tests fail (over an hour on 2 cores)"
+	@echo "make clean     remove $(VENV), build/ and caches"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,test,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,test,lint,spec]"
 	@touch $@
 
 demo: $(STAMP)
@@ -23,10 +25,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest oracle_tests reference torch_impl
 
+spec: $(STAMP)
+	$(BIN)/python docs/spec.py
+
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[mutants]"
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build mutants .pytest_cache .hypothesis .mypy_cache .ruff_cache

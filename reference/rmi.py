@@ -67,7 +67,7 @@ def importance(redundancy: Array, beta: float = 1.0) -> Array:
     Parameters: redundancy R (L,), not negative; beta β > 0. Returns: I (L,), in (0, 1]. If no block shares anything
     (Σ R = 0) all shares are 1/L.
 
-    Only the order of I decides the rates when all blocks have equally many weights, so β drops out there.
+    The order of I alone decides the rates (see `sparsity.allocate_sparsity`), so β drops out there.
 
     Errors: ValueError or TypeError naming the argument.
 

@@ -1,0 +1,194 @@
+"""The spec as one page: the guide, then every file with what it says beside what it does.
+
+    python docs/spec.py [build/spec.html]
+
+The page needs no network: equations become MathML here, code is coloured here, styles are inside. The worked example is
+run first; a page whose numbers do not come out of the code is not written.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import html
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonConsoleLexer, PythonLexer
+
+ROOT = Path(__file__).parents[1]
+FILES = (
+    "schedule",
+    "hsic",
+    "rmi",
+    "sparsity",
+    "masks/select",
+    "masks/magnitude",
+    "masks/wanda",
+    "masks/sparsegpt",
+    "masks/nm",
+    "masks/prune",
+    "adapter",
+    "rank",
+    "llama",
+    "adamw",
+    "losa",
+)
+STYLE = """
+:root { --ink: #1d2330; --soft: #5b6475; --paper: #fdfdfb; --panel: #f3f3ee; --line: #dddcd4; --accent: #7a3b12; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4dd; --soft: #9aa1ad; --paper: #16181d; --panel: #1f2229; --line: #343842; --accent: #e0a070; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+nav { position: sticky; top: 0; z-index: 1; padding: .5rem 1.5rem; background: var(--paper); font-size: .9rem;
+  border-bottom: 1px solid var(--line); overflow-x: auto; white-space: nowrap; }
+nav a { margin-right: .9rem; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+main { max-width: 96rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; }
+.guide { max-width: 50rem; }
+.guide h1 { margin-top: 1rem; }
+h2 { margin-top: 2.5rem; }
+h3 { margin: 0 0 .5rem; font: 600 1rem ui-monospace, monospace; }
+table { border-collapse: collapse; }
+td, th { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+math[display="block"] { margin: .9rem 0; overflow: auto hidden; padding: .3rem 0; font-size: 1.1em; }
+.equation { display: flex; align-items: center; gap: 1rem; } .equation math { flex: 1; }
+.equation span { color: var(--soft); }
+section.file { margin-top: 3.5rem; border-top: 2px solid var(--accent); }
+section.file > p { color: var(--soft); max-width: 50rem; }
+article { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.15fr); gap: 1.5rem; padding: 1.2rem 0;
+  border-top: 1px solid var(--line); }
+article p { margin: .4rem 0; }
+@media (max-width: 60rem) { article { grid-template-columns: minmax(0, 1fr); } }
+@media print { nav { position: static; } article { break-inside: avoid; } }
+pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--panel); border-radius: 6px;
+  font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+pre.formula { background: none; border-left: 3px solid var(--accent); border-radius: 0; font: italic 1.05rem/1.6 "STIX Two Math",
+  "Cambria Math", Cambria, "Times New Roman", serif; white-space: pre-wrap; }
+.label { color: var(--soft); font-weight: 600; }
+code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .88em; }
+"""
+# One letter, or one of a few words, with something below it: s_t, X²_{tok,j}, mask_j, but not kept_total.
+SUBSCRIPT = re.compile(
+    r"((?<!\w)\w[\u0300-\u036f]*[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|mask|score|ceiling))_(\{[^}]*\}|\w+)"
+)
+LABELS = re.compile(r"^(Source|Parameters|Returns|Ties[^:]*|Errors|\*Deviation\*|Bounds|Attributes):")
+
+
+def coloured(code: str, console: bool = False) -> str:
+    """Highlighted code, or an interpreter session with its output."""
+    inside = highlight(code, PythonConsoleLexer() if console else PythonLexer(), HtmlFormatter(nowrap=True))
+    return f'<pre class="highlight">{inside}</pre>'
+
+
+def colours(style: str) -> str:
+    """What the classes of `coloured` look like in one pygments style; the frame comes from the page."""
+    return str(HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight"))
+
+
+def equation(source: str, options: dict[str, bool]) -> str:
+    """LaTeX to MathML; a \\tag becomes the number beside it."""
+    tag = re.search(r"\\tag\{([^}]*)\}", source)
+    source = (
+        re.sub(r"\\tag\{[^}]*\}", "", source).replace("\\tfrac", "\\frac").replace("\\operatorname*", "\\operatorname")
+    )
+    mathml = convert(source.strip(), display="block" if options.get("display_mode") else "inline")
+    return f'<div class="equation">{mathml}<span>({tag[1]})</span></div>' if tag else mathml
+
+
+def guide() -> str:
+    """reference/README.md, its worked example run."""
+    path = ROOT / "reference" / "README.md"
+    failed = doctest.testfile(str(path), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE).failed
+    if failed:
+        raise SystemExit(f"{path.name}: {failed} examples give other numbers than the page would show")
+    markdown = MarkdownIt("commonmark", {"highlight": lambda code, _, __: coloured(code, console=">>>" in code)})
+    markdown.enable("table").use(dollarmath_plugin, renderer=equation)
+    return str(markdown.render(path.read_text(encoding="utf-8")))
+
+
+def typeset(text: str) -> str:
+    """A docstring's one-line notation (r_max, X²_{tok,j}, mask_j) with its subscripts set as such."""
+    return SUBSCRIPT.sub(lambda m: f"{m[1]}<sub>{m[2].strip('{}')}</sub>", html.escape(text))
+
+
+def prose(docstring: str) -> str:
+    """A docstring: paragraphs, indented lines as formulas, examples as a session."""
+    parts = []
+    for block in filter(None, re.split(r"\n\s*\n", docstring.strip("\n"))):
+        if block.lstrip().startswith(">>>"):
+            parts.append(coloured(block, console=True))
+        elif all(line.startswith("    ") for line in block.splitlines()):
+            # A box of pseudo-code names files; everything else that is indented is a formula.
+            kind = "box" if ".py" in block else "formula"
+            parts.append(f'<pre class="{kind}">{typeset(textwrap.dedent(block))}</pre>')
+        else:
+            text = typeset(" ".join(line.strip() for line in block.splitlines()))
+            text = LABELS.sub(lambda m: f'<span class="label">{m[1].strip("*")}:</span>', text)
+            text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+            text = re.sub(r"[*]([^*]+)[*]", r"<em>\1</em>", text)
+            parts.append(f"<p>{text}</p>")
+    return "\n".join(parts)
+
+
+def without_docstring(source: str, node: ast.FunctionDef | ast.ClassDef) -> str:
+    """The source lines of a definition, its own docstring left out."""
+    lines = source.splitlines()
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    kept = lines[first - 1 : node.end_lineno]
+    body = node.body[0]
+    if ast.get_docstring(node) and body.end_lineno is not None:
+        kept = kept[: body.lineno - first] + kept[body.end_lineno - first + 1 :]
+    return "\n".join(kept)
+
+
+def file_section(name: str) -> str:
+    """One file of the spec: every definition with its docstring on the left and its code on the right."""
+    source = (ROOT / "reference" / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    anchor = name.replace("/", ".")
+    parts = [f'<section class="file" id="{anchor}"><h2>{name}.py</h2>', prose(ast.get_docstring(tree) or "")]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            words = prose(ast.get_docstring(node) or "")
+            code = coloured(without_docstring(source, node))
+            parts.append(
+                f'<article id="{anchor}.{node.name}"><div><h3>{node.name}</h3>{words}</div><div>{code}</div></article>'
+            )
+    return "\n".join([*parts, "</section>"])
+
+
+def page() -> str:
+    """The whole page."""
+    links = " ".join(f'<a href="#{name.replace("/", ".")}">{name}</a>' for name in FILES)
+    palette = f"{colours('default')}\n@media (prefers-color-scheme: dark) {{\n{colours('monokai')}\n}}"
+    sections = "\n".join(file_section(name) for name in FILES)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>LoSA, file by file</title><style>{palette}
+{STYLE}</style></head>
+<body><nav><a href="#top">guide</a> {links}</nav><main id="top"><div class="guide">{guide()}</div>
+{sections}</main></body></html>
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "spec.html")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(), encoding="utf-8")
+    print(f"{target}: {len(FILES)} files, {target.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -1,0 +1,78 @@
+"""The rendered spec: every function is on it, equations are typeset, and it needs nothing from the network."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModuleType:
+    source = importlib.util.spec_from_file_location("spec", ROOT / "docs" / "spec.py")
+    assert source is not None
+    assert source.loader is not None
+    module = importlib.util.module_from_spec(source)
+    source.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def page(spec: ModuleType) -> str:
+    text: str = spec.page()
+    return text
+
+
+def test_every_file_and_definition_of_the_reference_is_on_it(page: str) -> None:
+    for path in sorted((ROOT / "reference").rglob("*.py")):
+        if path.stem.startswith("_"):
+            continue
+        anchor = ".".join(path.relative_to(ROOT / "reference").with_suffix("").parts)
+        assert f'<section class="file" id="{anchor}">' in page
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert f'id="{anchor}.{node.name}"' in page
+
+
+def test_every_link_within_the_page_leads_somewhere(page: str) -> None:
+    links = set(re.findall(r'href="#([^"]+)"', page))
+    assert links
+    assert all(f'id="{link}"' in page for link in links)
+
+
+def test_equations_are_typeset(page: str) -> None:
+    assert page.count("<math") > 30
+    assert "$$" not in page
+    assert not re.search(r"\\(?:frac|sum|tilde|operatorname|tag|quad)", page)
+    assert "s<sub>t</sub> = s<sub>f</sub>" in page
+    assert "kept_total" in page
+
+
+def test_nothing_is_fetched(page: str) -> None:
+    assert not re.search(r"(?:src|srcset)=|<link|<script|@import|url\(", page)
+    assert "https://" not in re.sub(r'<a href="https://[^"]*"', "", page)
+
+
+def test_markup_is_balanced(page: str) -> None:
+    for tag in ("pre", "div", "article", "section", "math", "table", "code"):
+        assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+
+
+def test_a_wrong_number_in_the_worked_example_stops_it(
+    spec: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (ROOT / "reference" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "README.md").write_text(
+        guide.replace("(0.6552, 0.03)", "(0.6553, 0.03)"), encoding="utf-8"
+    )
+    monkeypatch.setattr(spec, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="1 examples give other numbers"):
+        spec.guide()
+    assert "0.6552" in capsys.readouterr().out
