@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -147,13 +148,16 @@ def gradients_apart(model: nn.Module, work: Work) -> float:
     """Largest relative difference between the two sides' adapter gradients, for a small float32 model of the geometry."""
     _adapted(model, 8)
     twin = _with_plain_twin(model)
-    examples = [{"input_ids": row, "labels": row} for row in work.ids(model, 4, 64).cpu()]
     config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, cuda_graphs=False)
-    for side in (model, twin):
-        with training.Gradients(side, None, config) as gradients:
-            gradients.of(examples)
     twins = [m for m in twin.modules() if isinstance(m, plain.PlainLoRALinear)]
-    return _gradients_apart(adapters(model), twins)
+    worst = 0.0
+    for _, examples, padded in _batches(model, work, (64,)):
+        for side, batch in ((model, examples), (twin, padded)):
+            side.zero_grad()
+            with training.Gradients(side, None, config) as gradients:
+                gradients.of(batch)
+        worst = max(worst, _gradients_apart(adapters(model), twins))
+    return worst
 
 
 def training_steps(
@@ -165,39 +169,56 @@ def training_steps(
     device = work.device
     twin = _with_plain_twin(model) if compare else None
     rows = []
-    for length in lengths:
-        ids = work.ids(model, 4, length)
-        examples = [{"input_ids": row, "labels": row} for row in ids.cpu()]
+    for name, examples, padded in _batches(model, work, lengths):
         for held in (True, False):
             config = TrainingConfig(
                 per_device_train_batch_size=4, gradient_accumulation_steps=1, hold_merged="on" if held else "off"
             )
-
-            steps = [(model, training.Gradients(model, None, config))]
+            sides = [(model, training.Gradients(model, None, config), examples)]
             if twin is not None:
-                steps.append((twin, training.Gradients(twin, None, replace(config, cuda_graphs=False))))
+                sides.append((twin, training.Gradients(twin, None, replace(config, cuda_graphs=False)), padded))
 
-            def step(number: int, steps: Any = steps, examples: Any = examples) -> float:
-                side, gradients = steps[number]
+            def step(number: int, sides: Any = sides) -> float:
+                side, gradients, batch = sides[number]
                 side.zero_grad(set_to_none=False)
-                return float(gradients.of(examples))
+                return float(gradients.of(batch))
 
             with calibration.compiled([model], family, "auto"):
                 found = alternate(
-                    [partial(step, number) for number in range(len(steps))], device, work.repeats, warm_up=4
+                    [partial(step, number) for number in range(len(sides))], device, work.repeats, warm_up=4
                 )
-            for _, gradients in steps:
+            for _, gradients, _ in sides:
                 gradients.close()
-            row = Row(f"training step, 4 × {length}, merged weight {'held' if held else 'rebuilt'}", found[0][0])
+            row = Row(f"training step, {name}, merged weight {'held' if held else 'rebuilt'}", found[0][0])
             row.ours_gib = found[0][1] + resident(model)
             # Three large products of every prunable weight.
-            row.tflops = 3 * 2 * ids.numel() * sum(prunable_weights(model, family)) / row.ours_ms / 1e9
-            if compare:
-                assert twin is not None
+            tokens = sum(len(example["input_ids"]) for example in examples)
+            row.tflops = 3 * 2 * tokens * sum(prunable_weights(model, family)) / row.ours_ms / 1e9
+            if twin is not None:
                 row.plain_ms, row.plain_gib = found[1][0], found[1][1] + resident(twin)
                 row.disagreement, row.bound = apart, FLOAT32_BOUND
             rows.append(row)
     return rows
+
+
+def _batches(
+    model: nn.Module, work: Work, lengths: tuple[int, ...]
+) -> Iterator[tuple[str, list[training.Example], list[training.Example]]]:
+    """(name, four sequences, the same with padding up to the longest) for every length, and for a quarter to all of it."""
+    for length in lengths:
+        rows = work.ids(model, 4, length).cpu()
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        yield f"4 × {length}", examples, examples
+    if lengths:
+        longest = lengths[-1]
+        parts = [longest * quarters // 4 for quarters in (1, 2, 3, 4)]
+        shorter = [{name: x[:n] for name, x in example.items()} for example, n in zip(examples, parts, strict=True)]
+        # Causal attention: tokens behind the last label change nothing.
+        padded = [
+            {"input_ids": row, "labels": row.clone().index_fill_(0, torch.arange(n, longest), training.IGNORED)}
+            for row, n in zip(rows, parts, strict=True)
+        ]
+        yield f"4 of {parts[0]} to {longest}", shorter, padded
 
 
 def _gradients_apart(layers: list[Any], twins: list[plain.PlainLoRALinear]) -> float:

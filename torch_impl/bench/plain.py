@@ -23,6 +23,7 @@ class PlainLoRALinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("mask", weight != 0)
         self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -91,21 +92,30 @@ def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
     return (total - done) / max(1, total - warmup)
 
 
-def collate(examples: Sequence[Example], device: torch.device) -> Example:
-    """Pad examples on the right to the longest; padding is ignored by attention and loss."""
-    length = max(len(example["input_ids"]) for example in examples)
-    shape = (len(examples), length)
-    ids = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
-    attention = torch.zeros(shape, dtype=torch.long)
-    for row, example in enumerate(examples):
-        used = len(example["input_ids"])
-        ids[row, :used] = example["input_ids"]
-        labels[row, :used] = example["labels"]
-        attention[row, :used] = 1
-    batch = {"input_ids": ids, "labels": labels}
-    if not bool(attention.all()):
-        batch["attention_mask"] = attention
+def collate(examples: Sequence[Example], device: torch.device, one_row: bool) -> Example:
+    """A micro-batch. Sequences of one length are its rows; others follow each other in one row, or are padded.
+
+    one_row: the model tells sequences of one row apart by their positions, which start again with each of them. None
+    sees another then, and there is no padding to compute.
+    """
+    if len({len(example["input_ids"]) for example in examples}) == 1:
+        batch = {name: torch.stack([example[name] for example in examples]) for name in ("input_ids", "labels")}
+    elif one_row:
+        labels = [example["labels"].clone() for example in examples]
+        for first in labels:
+            first[0] = IGNORED  # what precedes it here is another sequence
+        batch = {
+            "input_ids": torch.cat([example["input_ids"] for example in examples])[None],
+            "labels": torch.cat(labels)[None],
+            "position_ids": torch.cat([torch.arange(len(sequence)) for sequence in labels])[None],
+        }
+    else:
+        ids = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "labels": pad_sequence([example["labels"] for example in examples], True, IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -156,6 +166,7 @@ class Gradients:
         self._model, self._teacher, self._config = model, teacher, config
         self._layers = adapters(model)
         self._device = next(model.parameters()).device
+        self._one_row = find_family(model).one_row
         self._held = self._layers if self._holds() else []
         self._graph: _Graph | None = None
         self._eager_steps = 0
@@ -173,7 +184,7 @@ class Gradients:
             layer.hold()
         share = 1 / max(1, label_count(batch))
         micro_batches = _batches(batch, self._config.per_device_train_batch_size)
-        return float(sum(self._micro(collate(micro, self._device), share) for micro in micro_batches))
+        return float(sum(self._micro(collate(micro, self._device, self._one_row), share) for micro in micro_batches))
 
     def _micro(self, batch: Example, share: float) -> torch.Tensor:
         if self._graph is not None and self._graph.fits(batch):
@@ -187,9 +198,14 @@ class Gradients:
         return loss.detach()
 
     def _worth_capturing(self, batch: Example) -> bool:
-        """After two steps launch by launch, which compile kernels and create gradients; padded batches vary too much."""
+        """After two steps launch by launch, which compile kernels and create gradients; lengths that vary never repeat."""
         allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing
-        return self._device.type == "cuda" and allowed and self._eager_steps >= 2 and "attention_mask" not in batch
+        return (
+            self._device.type == "cuda"
+            and allowed
+            and self._eager_steps >= 2
+            and batch.keys() == {"input_ids", "labels"}
+        )
 
     def close(self) -> None:
         """Forget the merged weights and the graph."""
@@ -238,7 +254,7 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
     """Give every block the arguments it gets in a pass outside a capture.
 
     transformers, while a graph is captured, does not look whether a mask is needed and builds one, which rules out the
-    fast attention kernels. Without padding the arguments depend on the shape alone.
+    fast attention kernels. For sequences of one length the arguments depend on the shape alone.
     """
     blocks = decoder_blocks(model, find_family(model))
     recorded: dict[nn.Module, dict[str, Any]] = {}
