@@ -1,4 +1,4 @@
-"""Fine-tuning: schedule, accumulation, sequences in one row, labels, losses."""
+"""Fine-tuning: schedule, accumulation, sequences of several lengths, labels, losses."""
 
 from __future__ import annotations
 
@@ -83,9 +83,8 @@ def test_loss_is_the_model_s_own_on_labels() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
-    """Loss and gradients of sequences of several lengths, in one row or padded, are the sum of each one's alone."""
+    """Loss and gradients of sequences of several lengths are the sum of each one's alone."""
     model = adapted_model(name)
-    one_row = families.find_family(model).one_row
     with torch.no_grad():
         for layer in layers.adapters(model):
             layer.B.normal_(0, 0.1)
@@ -95,8 +94,7 @@ def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
     for micro_batches in ([examples], [[example] for example in examples]):
         model.zero_grad()
         loss = sum(
-            training._sum_loss(model, training.collate(micro, torch.device("cpu"), one_row), None)
-            for micro in micro_batches
+            training._sum_loss(model, training.collate(micro, torch.device("cpu"), 4), None) for micro in micro_batches
         )
         loss.backward()  # type: ignore[union-attr]
         results.append([loss.detach(), *(p.grad for layer in layers.adapters(model) for p in (layer.A, layer.B))])
@@ -105,34 +103,30 @@ def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_of_a_micro_batch() -> None:
+def test_rows_are_filled_up_on_the_right_without_labels() -> None:
+    short, long = examples_for(adapted_model(), [5, 9])
+    batch = training.collate([short, long], torch.device("cpu"), 4)
+    assert batch["input_ids"].shape == (2, 12)
+    for row, example in enumerate([short, long]):
+        used = len(example["input_ids"])
+        assert torch.equal(batch["input_ids"][row, :used], example["input_ids"])
+        assert torch.equal(batch["labels"][row, :used], example["labels"])
+        assert (batch["labels"][row, used:] == training.IGNORED).all()
+    assert training.collate([short, long], torch.device("cpu"))["input_ids"].shape == (2, 9)
+
+
+def test_sequences_of_similar_length_share_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    collate = training.collate
+
+    def watched(*arguments: object) -> training.Example:
+        shapes.append(tuple((batch := collate(*arguments))["input_ids"].shape))  # type: ignore[arg-type]
+        return batch
+
+    monkeypatch.setattr(training, "collate", watched)
     model = adapted_model()
-    cpu = torch.device("cpu")
-    batch = training.collate(examples_for(model, [5, 9]), cpu, one_row=True)
-    assert batch["input_ids"].shape == (1, 14)
-    assert batch["position_ids"].tolist() == [[*range(5), *range(9)]]
-    assert (batch["labels"] == training.IGNORED).nonzero().tolist() == [[0, 0], [0, 5]]
-    padded = training.collate(examples_for(model, [5, 9]), cpu, one_row=False)
-    assert padded["attention_mask"].tolist() == [[1] * 5 + [0] * 4, [1] * 9]
-    assert (padded["labels"] == training.IGNORED).sum() == 4
-    rows = training.collate(examples_for(model, [5, 5]), cpu, one_row=True)
-    assert rows["input_ids"].shape == (2, 5)
-    assert rows.keys() == {"input_ids", "labels"}
-
-
-def test_every_family_that_takes_one_row_keeps_its_sequences_apart() -> None:
-    """OPT does not: the day it does, this says so."""
-    apart = []
-    for name in FAMILIES:
-        model = random_model(name).double().eval()
-        examples = examples_for(model, [5, 9])
-        row = training.collate(examples, torch.device("cpu"), one_row=True)
-        with torch.no_grad():
-            together = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits
-            alone = model(input_ids=examples[1]["input_ids"][None], use_cache=False).logits
-        if torch.allclose(together[:, 5:], alone, rtol=1e-5, atol=1e-5):
-            apart.append(name)
-    assert apart == [name for name in FAMILIES if families.find_family(random_model(name)).one_row]
+    train(model, examples_for(model, [3, 9, 2, 8]), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert shapes == [(2, 3), (2, 9)]
 
 
 def test_kl_is_zero_against_itself_and_pulls_to_the_dense_model() -> None:

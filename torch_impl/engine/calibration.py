@@ -160,8 +160,7 @@ def compiled(models: Sequence[nn.Module], family: Family, wanted: str) -> Iterat
     blocks = [block for model in models for block in decoder_blocks(model, family)]
     if wanted == "on" or (wanted == "auto" and large and next(models[0].parameters()).is_cuda):
         for block in blocks:
-            # Static shapes: calibration and training each keep to one.
-            block.compile(dynamic=False)
+            block.compile()
     try:
         yield
     finally:

@@ -18,13 +18,11 @@ class Family:
 
     name: what reports call it. blocks: path from the causal-LM model to its `nn.ModuleList` of decoder blocks.
     inputs: the projections of a block, grouped by the input they share, so that one statistic serves a whole group.
-    one_row: transformers keeps sequences apart that follow each other in one row, by their positions.
     """
 
     name: str
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
-    one_row: bool = True
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -41,7 +39,7 @@ FAMILIES = (
         "model.layers",
         (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     ),
-    Family("opt", "model.decoder.layers", (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)), one_row=False),
+    Family("opt", "model.decoder.layers", (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",))),
 )
 
 

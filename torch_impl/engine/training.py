@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -19,6 +19,9 @@ from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.layers import adapters
 
 IGNORED = -100
+# Rows are filled up to a multiple of so many tokens on CUDA, and at most so many shapes are captured.
+FEW_SHAPES = 64
+MOST_GRAPHS = 16
 Example = dict[str, torch.Tensor]
 
 
@@ -92,31 +95,19 @@ def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
     return (total - done) / max(1, total - warmup)
 
 
-def collate(examples: Sequence[Example], device: torch.device, one_row: bool) -> Example:
-    """A micro-batch. Sequences of one length are its rows; others follow each other in one row, or are padded.
+def collate(examples: Sequence[Example], device: torch.device, multiple: int = 1) -> Example:
+    """A micro-batch, one sequence a row, filled up on the right to the longest, rounded up to a multiple.
 
-    one_row: the model tells sequences of one row apart by their positions, which start again with each of them. None
-    sees another then, and there is no padding to compute.
+    Attention is causal, so no token of a sequence sees what fills its row up, and no label stands there: no mask is
+    needed, and the fast attention kernels can be used.
     """
-    if len({len(example["input_ids"]) for example in examples}) == 1:
-        batch = {name: torch.stack([example[name] for example in examples]) for name in ("input_ids", "labels")}
-    elif one_row:
-        labels = [example["labels"].clone() for example in examples]
-        for first in labels:
-            first[0] = IGNORED  # what precedes it here is another sequence
-        batch = {
-            "input_ids": torch.cat([example["input_ids"] for example in examples])[None],
-            "labels": torch.cat(labels)[None],
-            "position_ids": torch.cat([torch.arange(len(sequence)) for sequence in labels])[None],
-        }
-    else:
-        ids = [example["input_ids"] for example in examples]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "labels": pad_sequence([example["labels"] for example in examples], True, IGNORED),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    length = -(-max(len(example["input_ids"]) for example in examples) // multiple) * multiple
+
+    def rows(name: str, filler: int) -> torch.Tensor:
+        wide = [functional.pad(example[name], (0, length - len(example[name])), value=filler) for example in examples]
+        return torch.stack(wide).to(device)
+
+    return {"input_ids": rows("input_ids", 0), "labels": rows("labels", IGNORED)}
 
 
 def label_count(examples: Sequence[Example]) -> int:
@@ -129,14 +120,13 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
 
     Nothing here waits for the device, so that a CUDA graph can hold it.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if dense is None:
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     with torch.no_grad():
-        teacher = dense(**inputs, use_cache=False).logits[:, :-1].to(logits)
+        teacher = dense(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].to(logits)
     divergence = functional.kl_div(
         functional.log_softmax(logits, -1), functional.log_softmax(teacher, -1), reduction="none", log_target=True
     )
@@ -158,18 +148,19 @@ class Gradients:
     """Gradients of the adapters, optimizer step by optimizer step; ranks must not change meanwhile.
 
     Merged weights are built once per optimizer step and used by forward, backward and every micro-batch, if memory
-    allows. On CUDA a micro-batch whose shape keeps coming up is captured as one graph: thousands of small launches
-    then cost one.
+    allows. Sequences of similar length share a micro-batch. On CUDA a micro-batch whose shape comes up again is captured
+    as one graph: thousands of small launches then cost one.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, config: TrainingConfig) -> None:
         self._model, self._teacher, self._config = model, teacher, config
         self._layers = adapters(model)
         self._device = next(model.parameters()).device
-        self._one_row = find_family(model).one_row
         self._held = self._layers if self._holds() else []
-        self._graph: _Graph | None = None
-        self._eager_steps = 0
+        # Few shapes on CUDA, so that graphs and compiled kernels serve again.
+        self._multiple = FEW_SHAPES if self._device.type == "cuda" else 1
+        self._seen: Counter[torch.Size] = Counter()
+        self._graphs: dict[torch.Size, _Graph] = {}
 
     def _holds(self) -> bool:
         if self._config.hold_merged != "auto" or self._device.type != "cuda":
@@ -183,33 +174,30 @@ class Gradients:
         for layer in self._held:
             layer.hold()
         share = 1 / max(1, label_count(batch))
-        micro_batches = _batches(batch, self._config.per_device_train_batch_size)
-        return float(sum(self._micro(collate(micro, self._device, self._one_row), share) for micro in micro_batches))
+        by_length = sorted(batch, key=lambda example: len(example["input_ids"]))
+        micro_batches = _batches(by_length, self._config.per_device_train_batch_size)
+        return float(sum(self._micro(collate(micro, self._device, self._multiple), share) for micro in micro_batches))
 
     def _micro(self, batch: Example, share: float) -> torch.Tensor:
-        if self._graph is not None and self._graph.fits(batch):
-            return self._graph.replay(batch, share)
-        if self._graph is None and self._worth_capturing(batch):
-            self._graph = _Graph(self._model, self._teacher, batch)
-            return self._graph.replay(batch, share)
-        self._eager_steps += 1
+        shape = batch["input_ids"].shape
+        if shape not in self._graphs and self._worth_capturing(shape):
+            pool = next(iter(self._graphs.values())).pool if self._graphs else None
+            self._graphs[shape] = _Graph(self._model, self._teacher, batch, pool)
+        if shape in self._graphs:
+            return self._graphs[shape].replay(batch, share)
+        self._seen[shape] += 1
         loss = _sum_loss(self._model, batch, self._teacher) * share
         loss.backward()
         return loss.detach()
 
-    def _worth_capturing(self, batch: Example) -> bool:
-        """After two steps launch by launch, which compile kernels and create gradients; lengths that vary never repeat."""
+    def _worth_capturing(self, shape: torch.Size) -> bool:
+        """After two micro-batches of that shape launch by launch, which compile kernels and create gradients."""
         allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing
-        return (
-            self._device.type == "cuda"
-            and allowed
-            and self._eager_steps >= 2
-            and batch.keys() == {"input_ids", "labels"}
-        )
+        return self._device.type == "cuda" and allowed and self._seen[shape] >= 2 and len(self._graphs) < MOST_GRAPHS
 
     def close(self) -> None:
-        """Forget the merged weights and the graph."""
-        self._graph = None
+        """Forget the merged weights and the graphs."""
+        self._graphs.clear()
         for layer in self._held:
             layer.release()
 
@@ -221,9 +209,12 @@ class Gradients:
 
 
 class _Graph:
-    """Forward and backward of one micro-batch shape, captured; replaying it adds to the gradients."""
+    """Forward and backward of one micro-batch shape, captured; replaying it adds to the gradients.
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, batch: Example) -> None:
+    Graphs that are replayed one after the other share one pool of memory.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, batch: Example, pool: Any) -> None:
         self._batch = {name: tensor.clone() for name, tensor in batch.items()}
         self._share = torch.zeros((), device=batch["input_ids"].device)
         with ExitStack() as stack:
@@ -231,14 +222,11 @@ class _Graph:
                 if part is not None:
                     stack.enter_context(_fixed_block_arguments(part, self._batch))
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, pool=pool):
                 loss = _sum_loss(model, self._batch, teacher) * self._share
                 loss.backward()
         self._loss = loss.detach()
-
-    def fits(self, batch: Example) -> bool:
-        """Whether a micro-batch has the captured shape."""
-        return batch.keys() == self._batch.keys() and batch["input_ids"].shape == self._batch["input_ids"].shape
+        self.pool = self._graph.pool()
 
     def replay(self, batch: Example, share: float) -> torch.Tensor:
         """The same work on other tokens."""
@@ -254,7 +242,7 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
     """Give every block the arguments it gets in a pass outside a capture.
 
     transformers, while a graph is captured, does not look whether a mask is needed and builds one, which rules out the
-    fast attention kernels. For sequences of one length the arguments depend on the shape alone.
+    fast attention kernels. Without padding masks the arguments depend on the shape alone.
     """
     blocks = decoder_blocks(model, find_family(model))
     recorded: dict[nn.Module, dict[str, Any]] = {}
