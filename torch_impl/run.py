@@ -9,7 +9,8 @@ import transformers
 
 from torch_impl.experiment import plan, report
 from torch_impl.experiment.config import parse
-from torch_impl.experiment.job import run_job
+from torch_impl.experiment.job import run_in_memory, run_job
+from torch_impl.experiment.streamed_job import run_streamed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.output.dry_run:
             print(plan.show_plan(plan.make_plan(config)))
             return 0
-        result, folder = run_job(config)
+        result, folder = run_job(config, run_streamed if plan.streams(config) else run_in_memory)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

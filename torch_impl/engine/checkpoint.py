@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_impl.engine.streaming import open_streamed
+
+# What a streamed model needs of a hub's repository.
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
 LOGIT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -48,6 +55,33 @@ def load(
 
     Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
     """
+    wanted = _wanted(name, device, dtype)
+    with _as_one_line(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    module: torch.nn.Module = model
+    module.to(device).eval()
+    return model, tokenizer
+
+
+def load_streamed(
+    name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same without the weights of the decoder blocks: `streaming.sweep` brings them one block at a time.
+
+    Errors: as for `load`.
+    """
+    wanted = _wanted(name, device, dtype)
+    with _as_one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+    return open_streamed(folder, device, wanted, trust_remote_code), tokenizer
+
+
+def _wanted(name: str, device: torch.device, dtype: str) -> torch.dtype | None:
+    """The dtype asked for, None for the checkpoint's own, after checking that there may be such a model."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     folder = Path(name)
@@ -55,20 +89,18 @@ def load(
         raise FileNotFoundError(f"model {name}: no config.json in this folder; allowed: a Hugging Face model folder")
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(".")):
         raise FileNotFoundError(f"model {name}: no such folder; allowed: a Hugging Face model folder or a hub id")
-    wanted = DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else "auto")
+    return DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else None)
+
+
+@contextmanager
+def _as_one_line(name: str) -> Iterator[None]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        yield
     except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"model {name} does not load as a causal language model with its tokenizer: {reason}"
         ) from error
-    module: torch.nn.Module = model
-    module.to(device).eval()
-    return model, tokenizer
 
 
 def weights_hash(name: str) -> str | None:
@@ -119,10 +151,19 @@ def verify(
         if bool((~saved & ~mask).any()):
             raise RuntimeError(f"{folder}, {name}: {int((~saved & ~mask).sum())} pruned weights are not zero")
         zeros[name] = (float((~mask).float().mean()), float(saved.float().mean()))
-    difference = float((logits_of(model, ids) - unmerged).abs().max() / unmerged.abs().max())
-    if not difference <= LOGIT_BOUND[model.dtype]:
+    difference = logit_difference(folder, logits_of(model, ids), unmerged, model.dtype)
+    return model, Verification(difference, zeros)
+
+
+def logit_difference(folder: Path, reloaded: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of the logits of a model and of what was saved of it, relative to the largest logit.
+
+    Errors: RuntimeError if it is more than rounding explains.
+    """
+    difference = float((reloaded - before).abs().max() / before.abs().max())
+    if not difference <= LOGIT_BOUND[dtype]:
         raise RuntimeError(
             f"{folder}: logits of the reloaded model differ from the unmerged one's by {difference:.2e} of the largest; "
-            f"allowed: {LOGIT_BOUND[model.dtype]:.0e}"
+            f"allowed: {LOGIT_BOUND[dtype]:.0e}"
         )
-    return model, Verification(difference, zeros)
+    return difference

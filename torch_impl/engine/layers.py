@@ -131,10 +131,15 @@ def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:
     """Replace every projection of every block by an `AdaptedLinear` of rank 0; freeze everything else."""
     model.requires_grad_(False)
     for block in decoder_blocks(model, family):
-        for name in family.projections:
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            block.set_submodule(name, AdaptedLinear(linear, scale))
+        adapt_block(block, family, scale)
+
+
+def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
+    """Replace every projection of one block by an `AdaptedLinear` of rank 0."""
+    for name in family.projections:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        block.set_submodule(name, AdaptedLinear(linear, scale))
 
 
 def block_adapters(block: nn.Module, family: Family) -> dict[str, AdaptedLinear]:

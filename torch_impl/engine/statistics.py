@@ -7,6 +7,9 @@ import torch
 from torch_impl import hsic, rank
 from torch_impl.masks import sparsegpt
 
+# Tokens of every sequence that go to the device at once, of hidden states that are kept elsewhere.
+PART = 128
+
 
 class InputNorm:
     """‖X_j‖₂ of every input column over all batches (streamed `masks.wanda.input_norm`)."""
@@ -62,6 +65,12 @@ class ReconstructionError:
         return float(rank.error_of_sums(torch.as_tensor(self._difference), torch.as_tensor(self._energy)))
 
 
-def gram_of(hidden: torch.Tensor) -> torch.Tensor:
-    """Gram matrix (n, n) in float64, on the CPU, of hidden states (n, tokens, hidden)."""
-    return hsic.linear_gram(hidden.flatten(1)).double().cpu()
+def gram_of(hidden: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Gram matrix (n, n) in float64, on the CPU, of hidden states (n, tokens, hidden).
+
+    device: where to compute, if the states are kept elsewhere.
+    """
+    if device is None or hidden.device == device:
+        return hsic.linear_gram(hidden.flatten(1)).double().cpu()
+    parts = (part.to(device).flatten(1) for part in hidden.split(PART, dim=1))
+    return sum((hsic.linear_gram(part).double() for part in parts), start=torch.zeros(())).cpu()

@@ -105,3 +105,8 @@ def show_plan(plan: dict[str, Any]) -> str:
             shown = f"{value:,}" if isinstance(value, int) else value
             lines.append(f"{name:<30}  {shown}")
     return "\n".join(lines)
+
+
+def streams(config: Config) -> bool:
+    """Whether the run leaves the model on disk and prunes it block by block."""
+    return config.model.offload == "on"
