@@ -1,5 +1,4 @@
-"""What a run holds at once, in bytes: of the device and of the host. Peaks are of tensors, as PyTorch's allocator counts.
-"""
+"""What a run holds at once, in bytes: of the device and of the host. Peaks are of tensors, as PyTorch's allocator counts."""
 
 from __future__ import annotations
 

@@ -274,7 +274,9 @@ def _save_rest(folder: Path, material: Material) -> None:
     model = material.model
     model.config.save_pretrained(folder)
     with suppress(OSError):
-        GenerationConfig.from_pretrained(reader_of(model, losa.find_family(model)).shards.folder).save_pretrained(folder)
+        GenerationConfig.from_pretrained(reader_of(model, losa.find_family(model)).shards.folder).save_pretrained(
+            folder
+        )
     material.tokenizer.save_pretrained(folder)
 
 
