@@ -53,6 +53,8 @@ class Sizes:
     """Parameters that lie outside the decoder blocks."""
     largest_block: int
     prunable_of_blocks: list[int]
+    entries_per_rank: int
+    """Of all adapters, for one rank."""
     largest_projection: int
     inputs: list[int]
     """Inputs of each group of projections that share them."""
@@ -60,6 +62,8 @@ class Sizes:
     width: int
     """Of the MLP inside."""
     gated: bool
+    keys: int
+    """Key channels of the attention: fewer than hidden ones with grouped queries."""
     vocabulary: int
 
     @classmethod
@@ -77,11 +81,13 @@ class Sizes:
             outside=parameters - sum(of_blocks),
             largest_block=max(of_blocks),
             prunable_of_blocks=prunable_weights(model, family),
+            entries_per_rank=len(blocks) * sum(sum(weight.shape) for weight in weights),
             largest_projection=max(weight.numel() for weight in weights),
             inputs=inputs,
             hidden=weights[-1].shape[0],
             width=inputs[-1],
             gated=len(family.inputs[-2]) == 2,
+            keys=weights[1].shape[0],
             vocabulary=head.shape[0],
         )
 
@@ -108,12 +114,28 @@ class Sizes:
         hessians = sum(inputs**2 for inputs in self.inputs) * wide
         return hessians + max(5 * max(self.inputs) ** 2 * wide, entries * (4 * wide + 3))
 
-    def working(self, settings_method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
+    def kept_for_backward(self) -> int:
+        """Bytes that a decoder block keeps of one token until its backward pass.
+
+        The inputs of its norms in float32, those of its projections, queries, keys, values and output of the attention,
+        and what the MLP's product is made of.
+        """
+        norms = 2 * self.hidden * max(4, self.itemsize)
+        attention = 4 * self.hidden + 2 * self.keys
+        mlp = 4 * self.width if self.gated else 2 * self.width
+        return norms + (attention + mlp) * self.itemsize
+
+    def loss(self, tokens: int, distilled: bool) -> int:
+        """Bytes of the logits of a training micro-batch, their losses and gradients; of the dense model's too."""
+        wide = max(4, self.itemsize)
+        return tokens * self.vocabulary * (2 * self.itemsize + (6 if distilled else 3) * wide)
+
+    def working(self, method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
         """Bytes of the device that streamed pruning takes beside what lies outside the blocks and the hidden states:
         a block, the next one, and the largest piece of work. evaluation: windows at once and their length."""
         work = max(
             self.forward(max(calibration_tokens, evaluation[0] * evaluation[1])),
-            self.pruning(settings_method),
+            self.pruning(method),
             self.logits(*evaluation),
         )
         return 2 * self.largest_block * self.itemsize + work

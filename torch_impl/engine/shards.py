@@ -138,7 +138,7 @@ class ShardWriter:
         path, offset = self._places[name]
         with path.open("r+b") as opened:
             opened.seek(offset)
-            opened.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            opened.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def copy(self, names: Iterable[str]) -> None:
