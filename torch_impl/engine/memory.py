@@ -24,10 +24,13 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Room:
-    """Room on a device for hidden states beside what the work itself takes. working: bytes of that."""
+    """Room on a device for hidden states beside what the work itself takes. working: bytes of that.
 
-    def __init__(self, device: torch.device, working: int) -> None:
-        self._left = self._all = int(SHARE * free_bytes(device)) - working
+    budget: bytes to get by with, if not all that is free.
+    """
+
+    def __init__(self, device: torch.device, working: int, budget: int | None = None) -> None:
+        self._left = self._all = int(SHARE * (free_bytes(device) if budget is None else budget)) - working
         # On the CPU there is no other place.
         self._always = device.type != "cuda"
 

@@ -58,16 +58,21 @@ class Pruned:
 
 
 class Sweeps:
-    """The sweeps over one streamed model. Which hidden states are kept on the device is decided by what is free there."""
+    """The sweeps over one streamed model. Which hidden states are kept on the device is decided by what is free there.
 
-    def __init__(self, model: PreTrainedModel, family: Family, config: Config, material: Material) -> None:
+    budget: bytes of the device to get by with, if not all that is free.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, family: Family, config: Config, material: Material, budget: int | None = None
+    ) -> None:
         self.model, self.family, self.config, self.material = model, family, config, material
         self.device = reader_of(model, family).device
         self._batch = config.calibration.calibration_batch_size
         self._sizes = memory.Sizes.of(model, family, reader_of(model, family).dtype)
         text, tokens = config.text, self._batch * config.calibration.seqlen
         working = self._sizes.working(config.prune.prune_method, tokens, (text.eval_batch_size, text.eval_seqlen))
-        self._room = memory.Room(self.device, working)
+        self._room = memory.Room(self.device, working, budget)
 
     def _stream(self, ids: torch.Tensor, batch: int, copies: int = 1) -> calibration.Stream:
         wanted = copies * self._sizes.stream(ids.numel())
