@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
+import string
 import tempfile
 import threading
 import time
@@ -27,6 +29,8 @@ from torch_impl.experiment.job import Material, run_in_memory
 from torch_impl.experiment.streamed_job import Output, Sweeps, run_streamed
 
 CARD = 24 * 10**9
+TEXT = 1 << 17
+"""Letters, a token each, of the text that jobs read."""
 SCALES = {"cuda": ("llama-2-7b", "llama-2-13b", "llama-2-70b"), "cpu": ("small", "medium")}
 
 
@@ -35,8 +39,11 @@ def checkpoint(name: str, blocks: int, device: torch.device, dtype: torch.dtype)
     """A folder with a random model of that geometry, in several files, and a tokenizer; gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         model = geometry.build(name, blocks, device, dtype)
-        model.to(dtype).save_pretrained(folder, max_shard_size="5GB")
+        model.save_pretrained(folder, max_shard_size="5GB")
         byte_tokenizer().save_pretrained(folder)
+        letters = random.Random(0).choices(string.ascii_lowercase + " ", k=TEXT)
+        for name in ("train.txt", "eval.txt"):
+            Path(folder, name).write_text("".join(letters), encoding="utf-8")
         del model
         yield Path(folder)
 
@@ -74,7 +81,10 @@ class HostPeak:
 
 
 def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """(largest number of bytes that tensors held on the device meanwhile, result)."""
+    """(largest number of bytes that tensors held on the device meanwhile, result).
+
+    On the CPU only what the calling thread allocates is seen: not the blocks that come from files.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,8 +103,10 @@ def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, A
 def _options(folder: Path, device: torch.device, dtype: torch.dtype, rows: int, length: int, *more: str) -> Config:
     plain = ["--steps", "1", "--finetune", "false", "--nsamples", str(rows), "--seqlen", str(length)]
     evaluation = ["--eval_windows", "8", "--eval_seqlen", str(length), "--rmi_samples", str(max(2, rows // 2))]
+    read = ["--calibration_data", "train.txt", "--finetune_data", "train.txt", "--eval_data", "eval.txt"]
+    texts = [str(folder / word) if word.endswith(".txt") else word for word in read]
     place = ["--model", str(folder), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
-    return parse([*place, *plain, *evaluation, *more])
+    return parse([*place, *plain, *evaluation, *texts, *more])
 
 
 def _random_text(config: Config, folder: Path, device: torch.device) -> Material:
@@ -115,7 +127,8 @@ def stream(
         config = _options(folder, device, dtype, rows, length, "--prune_method", method, "--offload", "on")
         material = _random_text(config, folder, device)
         family = losa.check_structure(material.model, config.settings)
-        sweeps = Sweeps(material.model, family, config, material, CARD if device.type == "cuda" else None)
+        budget = CARD - torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+        sweeps = Sweeps(material.model, family, config, material, budget)
         reader = reader_of(material.model, family)
         size = sum(reader.bytes_of(index) for index in range(blocks)) / blocks
         forget_pages(folder)
@@ -132,7 +145,7 @@ def stream(
         forget_pages(folder)
         with HostPeak() as host:
             start = time.perf_counter()
-            dense = sweeps.dense()
+            dense_peak, dense = device_peak(sweeps.dense, device)
             middle = time.perf_counter()
             peak, pruned = device_peak(prune, device)
             end = time.perf_counter()
@@ -149,7 +162,7 @@ def stream(
             "dense sweep, s a block": (middle - start) / blocks,
             "pruning sweep, s a block": (end - middle) / blocks,
             "read alone, GB/s": size * blocks / read / 1e9,
-            "device peak, GB": peak / 1e9,
+            "device peak, GB": max(peak, dense_peak) / 1e9,
             "host peak, GB": (host.bytes + pinned) / 1e9,
             "dense perplexity": dense.perplexity,
         }

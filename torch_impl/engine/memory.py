@@ -114,8 +114,15 @@ class Sizes:
         sorting = min(entries, SORTED_AT_ONCE) * 36 if method == "wanda" else entries * 36
         if method != "sparsegpt":
             return max(entries * (2 * wide + 3) + sorting, entries * (3 * wide + self.itemsize + 2))
-        hessians = sum(inputs**2 for inputs in self.inputs) * wide
-        return hessians + max(5 * max(self.inputs) ** 2 * wide, entries * (4 * wide + 3))
+        return self._hessians() + max(5 * max(self.inputs) ** 2 * wide, entries * (4 * wide + 3))
+
+    def _hessians(self) -> int:
+        return sum(inputs**2 for inputs in self.inputs) * max(4, self.itemsize)
+
+    def calibration(self, method: str, tokens: int) -> int:
+        """Bytes that gathering a block's statistics from batches of so many tokens, or pruning it, takes at most."""
+        gathering = self.forward(tokens) + (self._hessians() if method == "sparsegpt" else 0)
+        return max(gathering, self.pruning(method))
 
     def kept_for_backward(self) -> int:
         """Bytes that a decoder block keeps of one token until its backward pass.
@@ -129,16 +136,16 @@ class Sizes:
         return norms + (attention + mlp) * self.itemsize
 
     def loss(self, tokens: int, distilled: bool) -> int:
-        """Bytes of the logits of a training micro-batch, their losses and gradients; of the dense model's too."""
-        wide = max(4, self.itemsize)
-        return tokens * self.vocabulary * (2 * self.itemsize + (6 if distilled else 3) * wide)
+        """Bytes of what the loss of a training micro-batch needs: logarithms of the probabilities and two gradients of
+        that size, in float32 at least; more than twice as much with the dense model's predictions."""
+        return tokens * self.vocabulary * (7 if distilled else 3) * max(4, self.itemsize)
 
     def working(self, method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
         """Bytes of the device that streamed pruning takes beside what lies outside the blocks and the hidden states:
         a block, the next one, and the largest piece of work. evaluation: windows at once and their length."""
         work = max(
-            self.forward(max(calibration_tokens, evaluation[0] * evaluation[1])),
-            self.pruning(method),
+            self.calibration(method, calibration_tokens),
+            self.forward(evaluation[0] * evaluation[1]),
             self.logits(*evaluation),
         )
         return 2 * self.largest_block * self.itemsize + work

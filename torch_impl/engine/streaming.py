@@ -95,8 +95,12 @@ class StreamedBlocks(nn.ModuleList):
                 assert coming is not None
                 loaded = coming.result()
                 coming = ahead.submit(self.reader.load, index + 1) if index + 1 < len(self) else None
-                yield _filled(skeleton, loaded, self.reader.device)
+                block = _filled(skeleton, loaded, self.reader.device)
                 del loaded
+                yield block
+                # Whoever still holds the block when the next one comes holds no weights.
+                for parameter in block.parameters():
+                    parameter.data = parameter.data.new_empty(0)
 
 
 def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Module:

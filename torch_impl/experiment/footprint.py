@@ -60,16 +60,20 @@ def _in_memory(config: Config, sizes: Sizes, device: torch.device) -> Footprint:
     both = {"weights": weights, "dense copy": weights}
     adapters = _adapters(config, sizes)
     held = {"merged weights of a block": sizes.largest_block * sizes.itemsize} if config.prune.steps > 1 else {}
-    work = max(sizes.forward(at_once), sizes.pruning(config.prune.prune_method))
+    work = sizes.calibration(config.prune.prune_method, at_once)
+    # A run ends with the merged model beside the one that was written and loaded again; masks are kept by the host.
+    masks = sum(sizes.prunable_of_blocks)
+    ending = {"weights": weights, "reloaded weights": weights, "logits or work on a block": evaluation}
     phases: dict[str, Parts] = {
         "calibration": {**both, **adapters, **held, "streams of hidden states": streams, "work on a block": work},
         "evaluation": {**both, **adapters, "logits or work on a block": evaluation},
+        "verification": {**ending, **({} if device.type == "cuda" else {"masks": masks})},
     }
     if config.training.finetune:
         phases["training"] = {**both, **adapters, **_training(config, sizes, device)}
     phase, parts = _largest(phases)
     # A model is read and saved through the host's memory.
-    return Footprint(False, phase, parts, {"weights": weights} if device.type == "cuda" else parts)
+    return Footprint(False, phase, parts, {"weights": weights, "masks": masks} if device.type == "cuda" else parts)
 
 
 def _adapters(config: Config, sizes: Sizes) -> Parts:
@@ -90,15 +94,14 @@ def _training(config: Config, sizes: Sizes, device: torch.device) -> Parts:
     )
     blocks = len(sizes.prunable_of_blocks)
     of_block = tokens * sizes.kept_for_backward()
-    kept = of_block * blocks
+    # A weight's gradient is a whole matrix until it is contracted; so is a merged weight that is not held.
+    backward = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)
+    loss = sizes.loss(tokens, training.loss == "kl")
     if training.gradient_checkpointing:
-        kept = sizes.stream(tokens) * blocks + of_block
-    return {
-        **({"merged weights": prunable} if holds else {}),
-        "activations": kept,
-        "logits": sizes.loss(tokens, training.loss == "kl"),
-        "gradient of a weight": sizes.largest_projection * sizes.itemsize * (1 if holds else 2),
-    }
+        kept, work = sizes.stream(tokens) * blocks, max(loss, of_block + backward)
+    else:
+        kept, work = of_block * blocks, max(loss, backward)
+    return {**({"merged weights": prunable} if holds else {}), "activations": kept, "loss or a block's backward": work}
 
 
 def _streamed(config: Config, sizes: Sizes, device: torch.device) -> Footprint:
