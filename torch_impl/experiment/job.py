@@ -170,8 +170,9 @@ def summarise(
     after_step: list[float],
     material: Material,
     verification: checkpoint.Verification,
+    reloaded: str = "with transformers alone",
 ) -> dict[str, Any]:
-    """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa."""
+    """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa; reloaded: how."""
     packed = {"dense": sizes["dense"], "pruned_at_once": sizes["packed"], "losa": sizes["packed"]}
     return {
         "model": config.model.model,
@@ -187,6 +188,7 @@ def summarise(
         "loss": config.training.loss,
         "step_shares": config.text.shares(config.prune.steps),
         "verification": {
+            "reloaded": reloaded,
             "largest_logit_difference": verification.logit_difference,
             "projections": len(verification.zeros),
             "sparsity_pruned_and_saved": verification.zeros,

@@ -255,7 +255,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
         "losa": healed,
     }
     sizes = _sizes(model, pruned, weights)
-    result = summarise(config, family.name, rows, sizes, [perplexity], material, verification)
+    result = summarise(config, family.name, rows, sizes, [perplexity], material, verification, "block by block")
     result["seconds_in_all"] = time.perf_counter() - start
     write_results(folder, config, material, result, [record])
     return result
