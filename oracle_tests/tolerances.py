@@ -52,6 +52,13 @@ def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float) -> np.ndar
     return gap + ROUNDINGS * UNIT[torch.float32] * terms
 
 
+def packed_product(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """A product with a packed weight summed in float32, in any order, and rounded once: the sum's roundings count for the
+    sizes of its terms; VDPBF16PS rounds each of its two additions and takes what is below float32's normal range as 0."""
+    gap = np.maximum(UNIT[dtype] * np.abs(value), torch.finfo(dtype).smallest_normal * UNIT[dtype])
+    return gap * (1 + 1e-3) + ROUNDINGS * UNIT[torch.float32] * terms + 1e-36
+
+
 # A score of Wanda is one product of a rounded weight and a float32 norm: three roundings.
 SCORE_ROUNDINGS = 4
 
