@@ -59,6 +59,15 @@ def packed_product(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> 
     return gap * (1 + 1e-3) + ROUNDINGS * UNIT[torch.float32] * terms + 1e-36
 
 
+# Logits of a packed model against the plain one's, relative to the largest: sums in another order, then the same roundings.
+# In half precision a sum near the middle between two numbers goes to the other one, and three blocks pass that on.
+PACKED_LOGITS = {
+    torch.float32: 1e-5,
+    torch.float16: 8 * UNIT[torch.float16],
+    torch.bfloat16: 8 * UNIT[torch.bfloat16],
+}
+
+
 # A score of Wanda is one product of a rounded weight and a float32 norm: three roundings.
 SCORE_ROUNDINGS = 4
 

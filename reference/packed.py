@@ -47,9 +47,7 @@ def pack(weight: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray
     return np.packbits(padded, axis=1, bitorder="little"), weight[kept], offsets
 
 
-def unpack(
-    bitmap: NDArray[np.uint8], values: NDArray[Any], offsets: NDArray[np.int64], columns: int
-) -> NDArray[Any]:
+def unpack(bitmap: NDArray[np.uint8], values: NDArray[Any], offsets: NDArray[np.int64], columns: int) -> NDArray[Any]:
     """The matrix that was packed, bit for bit.
 
     Source: ours, the inverse of `pack`.
@@ -105,7 +103,9 @@ def check(bitmap: NDArray[np.uint8], values: NDArray[Any], offsets: NDArray[np.i
     wrong = np.flatnonzero(offsets != running)
     if len(wrong):
         row = wrong[0]
-        raise ValueError(f"offsets is {offsets[row]} at {row}; allowed: {running[row]}, the bits of bitmap before that row")
+        raise ValueError(
+            f"offsets is {offsets[row]} at {row}; allowed: {running[row]}, the bits of bitmap before that row"
+        )
     if len(values) != running[-1]:
         raise ValueError(f"values has {len(values)} entries; allowed: {running[-1]}, one for every bit of bitmap")
     empty = np.flatnonzero(_bits(values) == 0)
@@ -158,5 +158,7 @@ def _numbers(name: str, value: Any, *axes: str) -> NDArray[Any]:
     if _array(name, value).dtype.kind not in "fu" or value.dtype.itemsize not in (2, 4, 8):
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")
     if value.ndim != len(axes) or (len(axes) == 2 and value.size == 0):
-        raise ValueError(f"{name} has shape {value.shape}; allowed: ({', '.join(axes)}){', none of them 0' * (len(axes) == 2)}")
+        raise ValueError(
+            f"{name} has shape {value.shape}; allowed: ({', '.join(axes)}){', none of them 0' * (len(axes) == 2)}"
+        )
     return np.asarray(value)

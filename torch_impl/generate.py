@@ -80,7 +80,7 @@ def generate(
         sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     torch.manual_seed(options.seed)
     given = inputs["input_ids"].shape[1]
-    ids = model.generate(
+    ids: torch.Tensor = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=options.max_new_tokens,
@@ -93,7 +93,9 @@ def generate(
 
 def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
     """Tokens a second and memory, in one line each."""
-    tensors = {t.data_ptr(): t for module in (model,) for t in (*_tensors(module),)}
+    module: nn.Module = model
+    # Tied weights count once.
+    tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     lines = [f"prompt of {given} tokens: first token after {times[1] - times[0]:.2f} s"]
     if len(times) > 2:
@@ -102,12 +104,9 @@ def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
         peak = torch.cuda.max_memory_allocated(model.device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lines.append(f"weights {weights / 1e9:.2f} GB, {str(model.dtype).removeprefix('torch.')}; memory at its peak {peak / 1e9:.2f} GB")
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines.append(f"weights {weights / 1e9:.2f} GB, {dtype}; memory at its peak {peak / 1e9:.2f} GB")
     return "\n".join(lines)
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,9 +18,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m torch_impl.pack", description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a sparse model, as Hugging Face saves it")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it appears when all is done")
-    parser.add_argument("--unpack", action="store_true", help="MODEL is packed: write the plain folder again, bit for bit")
+    parser.add_argument(
+        "--unpack", action="store_true", help="MODEL is packed: write the plain folder again, bit for bit"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
-    parser.add_argument("--device", default="auto", help="where to pack: auto (a GPU if there is one), cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--device", default="auto", help="where to pack: auto (a GPU if there is one), cpu, cuda, cuda:N"
+    )
     return parser
 
 

@@ -96,5 +96,5 @@ def test_what_else_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             packed.check(**{**good, **change})
-    with pytest.raises(TypeError, match="^weight has dtype int32; allowed: floating-point or unsigned"):
+    with pytest.raises(TypeError, match=r"^weight has dtype int32; allowed: floating-point or unsigned"):
         packed.pack(np.ones((2, 2), dtype=np.int32))

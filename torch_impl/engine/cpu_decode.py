@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -23,12 +25,17 @@ def paths() -> tuple[str, ...]:
 
     The first call compiles for about half a minute; torch keeps the result in its folder of extensions.
     """
+    before = os.environ.get("PATH", "")
     try:
+        # An environment that is not activated still has its own ninja.
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
         cpp_extension.load("losa_cpu_decode", [str(SOURCE)], extra_cflags=["-O3"], is_python_module=False)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:160]
         print(f"packed weights: no kernels for this CPU, a slower path instead ({reason})", file=sys.stderr)
         return ()
+    finally:
+        os.environ["PATH"] = before
     return tuple(torch.ops.losa_cpu_decode.paths())
 
 

@@ -93,7 +93,7 @@ def pack_folder(source: Path, target: Path, device: torch.device) -> list[Saving
         tensors: dict[str, torch.Tensor] = {}
         with _opened(shard) as file:
             metadata = file.metadata()
-            for key in tqdm(file.keys(), desc=f"packing {shard.name}", unit=" tensors", leave=False):
+            for key in tqdm(file.keys(), desc=f"packing {shard.name}", unit=" tensors", leave=False, disable=None):
                 tensor = file.get_tensor(key)
                 kind = kinds.get(_module_name(model, key), "other")
                 stored = _smallest(key, tensor, kind != "other", device)
@@ -119,12 +119,14 @@ def unpack_folder(source: Path, target: Path) -> None:
     """
     manifest = _manifest(source)
     weight_map, total = {}, 0
-    for name, facts in tqdm(manifest["files"].items(), desc="unpacking", unit=" files", leave=False):
+    for name, facts in tqdm(manifest["files"].items(), desc="unpacking", unit=" files", leave=False, disable=None):
         tensors = {}
         for key, parts in _tensors(source, manifest, name):
             with _naming(source / name, key):
-                columns = manifest["tensors"][key]["shape"][-1]
-                tensors[key] = packed.unpack(*parts, columns) if len(parts) == len(PARTS) else parts[0]
+                tensors[key] = parts[0]
+                if len(parts) == len(PARTS):
+                    bitmap, values, offsets = parts
+                    tensors[key] = packed.unpack(bitmap, values, offsets, manifest["tensors"][key]["shape"][-1])
                 _fits(tensors[key], manifest["tensors"][key])
             weight_map[key] = facts["source"]
             total += tensors[key].numel() * tensors[key].element_size()
@@ -167,7 +169,9 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32
+            )
     except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"model {folder} is no causal language model that transformers knows: {reason}") from error
@@ -212,7 +216,8 @@ def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor]) -> None
     module = model.get_submodule(path)
     room = getattr(module, leaf)
     if len(parts) == len(PARTS):
-        layer = PackedLinear(*parts, columns=room.shape[1], bias=getattr(module, "bias", None))
+        bitmap, values, offsets = parts
+        layer = PackedLinear(bitmap, values, offsets, room.shape[1], getattr(module, "bias", None))
         if layer.out_features != len(room):
             raise ValueError(f"bitmap has {layer.out_features} rows; allowed: {len(room)}")
         model.set_submodule(path, layer.to(model.dtype))
@@ -232,12 +237,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"], manifest["version"]
         files = {name: Path(facts["source"]).name == facts["source"] for name, facts in manifest["files"].items()}
-        entries = [(facts["file"], facts["shape"], facts["dtype"], facts["packed"]) for facts in manifest["tensors"].values()]
+        entries = [
+            (facts["file"], facts["shape"], facts["dtype"], facts["packed"]) for facts in manifest["tensors"].values()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the list of a packed model ({error!r}); allowed: as it was written") from error
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} is of format {found[0]}, version {found[1]}; allowed: {FORMAT}, version {VERSION}")
-    if not all(files.values()) or any(Path(name).name != name for name in files) or {e[0] for e in entries} - set(files):
+    if (
+        not all(files.values())
+        or any(Path(name).name != name for name in files)
+        or {e[0] for e in entries} - set(files)
+    ):
         raise ValueError(f"{path} names files that are not in its list or this folder; allowed: as it was written")
     return manifest
 
@@ -274,7 +285,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); allowed: a whole safetensors file") from error
+        raise ValueError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); allowed: a whole safetensors file"
+        ) from error
 
 
 @contextmanager

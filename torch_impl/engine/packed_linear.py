@@ -37,14 +37,13 @@ class PackedLinear(nn.Module):
         packed.check(bitmap, values, offsets, columns)
         self.in_features, self.out_features = columns, len(bitmap)
         for name, value in (("bitmap", bitmap), ("values", values), ("offsets", offsets), ("bias", bias)):
-            self.register_buffer(name, None if value is None else value.contiguous())
+            self.register_buffer(name, None if value is None else value.detach().contiguous())
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PackedLinear:
         """The same layer, packed."""
-        weight = linear.weight.detach()
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(*packed.pack(weight), columns=weight.shape[1], bias=bias)
+        bitmap, values, offsets = packed.pack(linear.weight.detach())
+        return cls(bitmap, values, offsets, linear.in_features, linear.bias)
 
     def unpacked(self) -> torch.Tensor:
         """The weight (out, in), made anew."""

@@ -29,9 +29,7 @@ def run_folder(
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"{option} {target} cannot be written: {error.strerror}; allowed: a writable place"
-        ) from error
+        raise ValueError(f"{option} {target} cannot be written: {error.strerror}; allowed: a writable place") from error
     try:
         yield partial
         if target.exists():
