@@ -143,19 +143,27 @@ struct Avx2 {
   }
 };
 
+// Zeros that the compiler does not know to be zeros: with them as the source of what is not kept, VPEXPAND takes the form
+// that merges. On Zen 4 that one and what follows take 1.0 ns a word, against 1.8 ns in the form that zeroes.
+AVX512 inline __m512i hidden_zeros() {
+  __m512i zeros = _mm512_setzero_si512();
+  __asm__("" : "+v"(zeros));
+  return zeros;
+}
+
 struct Avx512 {
   template <class T>
   using Input = float;
 
   // The next values, spread to the 16 columns of `mask`, as float32.
   template <class T>
-  AVX512 static inline __m512 take(uint32_t mask, const T* values) {
+  AVX512 static inline __m512 take(uint32_t mask, const T* values, __m512i zeros) {
     const auto bits = static_cast<__mmask16>(mask);
     if constexpr (std::is_same_v<T, float>) {
-      return _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(values));
+      return _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros), bits, _mm512_loadu_ps(values));
     } else {
       const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-      const __m256i found = _mm256_maskz_expand_epi16(bits, loaded);
+      const __m256i found = _mm256_mask_expand_epi16(_mm512_castsi512_si256(zeros), bits, loaded);
       if constexpr (std::is_same_v<T, Half>) {
         return _mm512_cvtph_ps(found);
       } else {
@@ -171,12 +179,13 @@ struct Avx512 {
     constexpr int kSums = N <= 2 ? 2 : 1;
     __m512 sum[N * kSums];
     for (auto& each : sum) each = _mm512_setzero_ps();
+    const __m512i zeros = hidden_zeros();
     for (int64_t w = 0; w < in.words; w++) {
       const uint32_t word = load<uint32_t>(in.bitmap + 4 * w);
 #pragma GCC unroll 2
       for (int part = 0; part < 2; part++) {
         const uint32_t mask = word >> 16 * part & 0xffff;
-        const __m512 weight = take<T>(mask, values);
+        const __m512 weight = take<T>(mask, values, zeros);
         values += __builtin_popcount(mask);
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
@@ -198,9 +207,9 @@ struct Avx512Bf16 {
   using Input = BFloat16;
 
   template <int N>
-  AVX512BF16 static inline void word(const Row& in, int64_t w, const BFloat16*& values, __m512* sum) {
+  AVX512BF16 static inline void word(const Row& in, int64_t w, const BFloat16*& values, __m512* sum, __m512i zeros) {
     const uint32_t mask = load<uint32_t>(in.bitmap + 4 * w);
-    const __m512i weight = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    const __m512i weight = _mm512_mask_expand_epi16(zeros, mask, _mm512_loadu_si512(values));
     values += __builtin_popcount(mask);
     const BFloat16* x = static_cast<const BFloat16*>(in.x) + kColumns * w;
 #pragma GCC unroll 8
@@ -215,15 +224,16 @@ struct Avx512Bf16 {
     constexpr int kSums = N == 1 ? 4 : N <= 4 ? 2 : 1;
     __m512 sum[kSums][N];
     for (auto& each : sum) std::fill(each, each + N, _mm512_setzero_ps());
+    const __m512i zeros = hidden_zeros();
     int64_t w = 0;
     for (; w + kSums <= in.words; w += kSums) {
       // Far enough ahead to cross into the next rows; a prefetch beyond the end is ignored.
       _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(values) + 2112, _MM_HINT_T0);
 #pragma GCC unroll 4
-      for (int k = 0; k < kSums; k++) word<N>(in, w + k, values, sum[k]);
+      for (int k = 0; k < kSums; k++) word<N>(in, w + k, values, sum[k], zeros);
     }
-    for (; w < in.words; w++) word<N>(in, w, values, sum[0]);
+    for (; w < in.words; w++) word<N>(in, w, values, sum[0], zeros);
     for (int n = 0; n < N; n++) {
       for (int k = 1; k < kSums; k++) sum[0][n] = _mm512_add_ps(sum[0][n], sum[k][n]);
       y[n] = _mm512_reduce_add_ps(sum[0][n]);
