@@ -239,3 +239,35 @@ def pairs_of_outputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
     dense = draw(matrices())
     noise = draw(st.sampled_from([0.0, 0.1, 10.0])) * _rng(draw).standard_normal(dense.shape)
     return {"dense": dense, "sparse": dense + noise}
+
+
+@st.composite
+def weights_to_pack(draw: st.DrawFn) -> np.ndarray:
+    """(out, in) of any dtype that packs, 0 to 100 % zeros, up to three words a row; negative zeros, every pattern of bits."""
+    rng, shape = _rng(draw), (draw(SIZES), draw(st.integers(1, 70)))
+    dtype = draw(st.sampled_from([np.float64, np.uint16, np.uint32]))
+    if dtype == np.float64:
+        weight = rng.standard_normal(shape)
+        weight[rng.random(shape) < 0.1] = -0.0
+    else:
+        weight = rng.integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
+    weight[rng.random(shape) < draw(SPARSITIES)] = 0
+    if draw(st.booleans()):
+        weight[rng.integers(shape[0])] = 0
+    return weight
+
+
+@st.composite
+def packed_weights(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack and check, put together by hand."""
+    weight = draw(weights_to_pack())
+    kept = np.array([[any(value.tobytes()) for value in row] for row in weight])
+    words = -(-weight.shape[1] // 32)
+    bits = np.zeros((len(weight), 32 * words), dtype=bool)
+    bits[:, : weight.shape[1]] = kept
+    return {
+        "bitmap": np.packbits(bits, axis=1, bitorder="little"),
+        "values": weight[kept],
+        "offsets": np.array([kept[:row].sum() for row in range(len(weight) + 1)], dtype=np.int64),
+        "columns": weight.shape[1],
+    }
