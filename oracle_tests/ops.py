@@ -268,4 +268,31 @@ OPS = (
         ({"count": -1, "in_features": 4, "seed": (0,)}, "count"),
     ),
     Op("adapter.rebase", s.rebases(), Kind.CLOSE, ({"weight": W, "merged": W, "updated": W, "mask": W}, "mask")),
+    Op(
+        "gaps.pack_gaps",
+        _cases(weight=s.matrices(columns=st.integers(1, 40)), segment=st.integers(1, 45), gap_bits=st.integers(1, 8)),
+        Kind.EXACT,
+        ({"weight": W, "segment": 2, "gap_bits": 9}, "gap_bits"),
+    ),
+    Op(
+        "gaps.unpack_gaps",
+        s.gap_streams(),
+        Kind.EXACT,
+        (
+            {
+                "values": np.ones(8),
+                "codes": np.ones(8, dtype=np.uint8),
+                "chunks": np.ones((1, 1), dtype=np.int64),
+                "columns": 4,
+                "segment": 4,
+            },
+            "codes",
+        ),
+    ),
+    Op(
+        "gaps.bits_per_weight",
+        _cases(sparsity=s.SPARSITIES, value_bits=st.integers(1, 32), gap_bits=st.integers(1, 8)),
+        Kind.CLOSE,
+        ({"sparsity": 0.5, "value_bits": 16, "gap_bits": 0}, "gap_bits"),
+    ),
 )

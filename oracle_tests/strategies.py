@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from reference import gaps
+
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -239,3 +241,11 @@ def pairs_of_outputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
     dense = draw(matrices())
     noise = draw(st.sampled_from([0.0, 0.1, 10.0])) * _rng(draw).standard_normal(dense.shape)
     return {"dense": dense, "sparse": dense + noise}
+
+
+@st.composite
+def gap_streams(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack_gaps: what pack_gaps makes of a matrix."""
+    weight, segment = draw(matrices(columns=st.integers(1, 40))), draw(st.integers(1, 45))
+    values, codes, chunks = gaps.pack_gaps(weight, segment, draw(st.integers(1, 8)))
+    return {"values": values, "codes": codes, "chunks": chunks, "columns": weight.shape[1], "segment": segment}
