@@ -47,6 +47,21 @@ __device__ __forceinline__ void load_codes(uint32_t& to, const void* from, bool 
     if constexpr (BYTES == 1) asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u8 %0, [%1];}" : "+r"(to) : "l"(from), "r"(flag));
 }
 
+// Conversions by name: torch builds with the operators switched off.
+template <typename T>
+__device__ __forceinline__ float widen_one(T value);
+template <>
+__device__ __forceinline__ float widen_one<__nv_bfloat16>(__nv_bfloat16 value) { return __bfloat162float(value); }
+template <>
+__device__ __forceinline__ float widen_one<__half>(__half value) { return __half2float(value); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(float value);
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16(value); }
+template <>
+__device__ __forceinline__ __half narrow<__half>(float value) { return __float2half(value); }
+
 template <typename T>
 __device__ __forceinline__ float2 widen(uint32_t pair);
 template <>
@@ -197,7 +212,7 @@ __global__ void __launch_bounds__(THREADS) decode(Layout w, const T* x, const T*
         if (row >= w.rows || b >= batch) continue;
         float sum = 0;
         for (int s = 0; s < w.segments; ++s) sum += sums[s * BATCH * LANES + i];
-        y[static_cast<size_t>(b) * w.rows + row] = T(bias ? sum + static_cast<float>(bias[row]) : sum);
+        y[static_cast<size_t>(b) * w.rows + row] = narrow<T>(bias ? sum + widen_one(bias[row]) : sum);
     }
 }
 

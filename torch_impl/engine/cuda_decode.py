@@ -220,8 +220,9 @@ def available() -> tuple[bool, str]:
     try:
         _library()
     except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        return False, f"cuda_decode.cu cannot be built: {reason[0] if reason else type(error).__name__}"
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        return False, f"cuda_decode.cu cannot be built: {reason.strip()[:200]}"
     return True, ""
 
 
