@@ -38,6 +38,7 @@ FILES = (
     "adapter",
     "rank",
     "packed",
+    "gaps",
     "llama",
     "adamw",
     "losa",

@@ -283,4 +283,31 @@ OPS = (
         Kind.CLOSE,
         ({"sparsity": 0.5, "value_bits": 0, "columns": 8}, "value_bits"),
     ),
+    Op(
+        "gaps.pack_gaps",
+        _cases(weight=s.matrices(columns=st.integers(1, 40)), segment=st.integers(1, 45), gap_bits=st.integers(1, 8)),
+        Kind.EXACT,
+        ({"weight": W, "segment": 2, "gap_bits": 9}, "gap_bits"),
+    ),
+    Op(
+        "gaps.unpack_gaps",
+        s.gap_streams(),
+        Kind.EXACT,
+        (
+            {
+                "values": np.ones(8),
+                "codes": np.ones(8, dtype=np.uint8),
+                "chunks": np.ones((1, 1), dtype=np.int64),
+                "columns": 4,
+                "segment": 4,
+            },
+            "codes",
+        ),
+    ),
+    Op(
+        "gaps.bits_per_weight",
+        _cases(sparsity=s.SPARSITIES, value_bits=st.integers(1, 32), gap_bits=st.integers(1, 8)),
+        Kind.CLOSE,
+        ({"sparsity": 0.5, "value_bits": 16, "gap_bits": 0}, "gap_bits"),
+    ),
 )

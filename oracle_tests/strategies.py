@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from reference import gaps
+
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -271,3 +273,11 @@ def packed_weights(draw: st.DrawFn) -> dict[str, Any]:
         "offsets": np.array([kept[:row].sum() for row in range(len(weight) + 1)], dtype=np.int64),
         "columns": weight.shape[1],
     }
+
+
+@st.composite
+def gap_streams(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack_gaps: what pack_gaps makes of a matrix."""
+    weight, segment = draw(matrices(columns=st.integers(1, 40))), draw(st.integers(1, 45))
+    values, codes, chunks = gaps.pack_gaps(weight, segment, draw(st.integers(1, 8)))
+    return {"values": values, "codes": codes, "chunks": chunks, "columns": weight.shape[1], "segment": segment}

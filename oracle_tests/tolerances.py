@@ -45,7 +45,7 @@ def cancelled(dtype: torch.dtype, left: float) -> float:
     return 4 * UNIT[dtype] / left
 
 
-def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float) -> np.ndarray:
+def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float | np.ndarray) -> np.ndarray:
     """How far a result that is rounded to a half-precision dtype once may be from each exact value: half the gap between
     neighbours, and what float32 loses on terms of that size before."""
     gap = np.maximum(UNIT[dtype] * value, torch.finfo(dtype).smallest_normal * UNIT[dtype])
