@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torch_impl import adapter, rank, rmi, schedule, sparsity
-from torch_impl.engine import calibration, statistics, training
+from torch_impl.engine import calibration, distributed, sharded, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.layers import attach_adapters, block_adapters, holding
@@ -158,13 +158,18 @@ Observer = Callable[[StepRecord], None]
 @torch.no_grad()
 def measure_importance(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """I of LoSA, Eq. 4, for every block of the current model, from token ids (n, tokens); features are not kept."""
-    stream = calibration.start_stream(model, family, ids, batch_size)
+    stream = calibration.start_stream(model, family, distributed.share(ids, "rmi_samples"), batch_size)
     grams = []
-    for index, block in enumerate(tqdm(decoder_blocks(model, family), desc="mutual information", leave=False)):
-        with holding(list(block_adapters(block, family).values())):
+    for index, block in enumerate(_blocks_shown(decoder_blocks(model, family), "mutual information")):
+        with distributed.whole(block), holding(list(block_adapters(block, family).values())):
             stream.advance(block, index)
         grams.append(statistics.gram_of(stream.hidden))
-    return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(grams))))
+    return distributed.agreed(rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(grams)))))
+
+
+def _blocks_shown(blocks: Iterable[Any], description: str) -> Iterable[Any]:
+    """A progress bar, in the process that prints."""
+    return tqdm(blocks, desc=description, leave=False, disable=not distributed.leads())
 
 
 def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
@@ -172,7 +177,7 @@ def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
     shares = []
     for block in decoder_blocks(model, family):
         weights = [weight_of(block, name) for name in family.projections]
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        zeros = distributed.total_of(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
         shares.append(zeros / sum(weight.numel() for weight in weights))
     return torch.tensor(shares, dtype=torch.float64)
 
@@ -202,7 +207,7 @@ def _gather(
     gathered: dict[str, Any] = {}
     for group in family.inputs if method != "magnitude" else ():
         gathered[group[0]] = (
-            statistics.InputHessian(len(stream.hidden)) if method == "sparsegpt" else statistics.InputNorm()
+            statistics.InputHessian(int(distributed.total_of(len(stream.hidden)))) if method == "sparsegpt" else statistics.InputNorm()
         )
     if gathered:
         with calibration.watching_inputs(
@@ -228,7 +233,9 @@ def _prune_block(
     layers = block_adapters(block, family)
     with holding(list(layers.values())):
         gathered = _gather(config.prune_method, block, index, family, stream)
-    for name, layer in layers.items():
+    for number, (name, layer) in enumerate(layers.items()):
+        if not distributed.decides(number):
+            continue
         merged = layer.merged()
         try:
             updated, mask = masks.prune(
@@ -237,6 +244,8 @@ def _prune_block(
         except ValueError as error:
             raise ValueError(f"block {index}, {name}, {len(stream.hidden)} calibration sequences: {error}") from error
         layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
+    for number, layer in enumerate(layers.values()):
+        distributed.take(layer.weight.detach(), number)
 
 
 @torch.no_grad()
@@ -250,16 +259,18 @@ def _prune_model(
     groups: Sequence[tuple[int, int] | None],
 ) -> list[float]:
     """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block."""
-    dense_stream = calibration.start_stream(dense, family, ids, settings.calibration.calibration_batch_size)
+    own = distributed.share(ids, "nsamples")
+    dense_stream = calibration.start_stream(dense, family, own, settings.calibration.calibration_batch_size)
     stream = dense_stream.clone()
     errors = []
     pairs = list(zip(decoder_blocks(dense, family), decoder_blocks(model, family), strict=True))
-    for index, (dense_block, block) in enumerate(tqdm(pairs, desc="prune", leave=False)):
-        _prune_block(block, index, family, stream, settings.prune, float(rates[index]), groups[index])
+    for index, (dense_block, block) in enumerate(_blocks_shown(pairs, "prune")):
         error = statistics.ReconstructionError()
-        with holding(list(block_adapters(block, family).values())):
-            dense_stream.advance(dense_block, index)
-            stream.advance(block, index)
+        with distributed.whole(dense_block), distributed.keeping(block, family):
+            _prune_block(block, index, family, stream, settings.prune, float(rates[index]), groups[index])
+            with holding(list(block_adapters(block, family).values())):
+                dense_stream.advance(dense_block, index)
+                stream.advance(block, index)
         for _, rows in stream.batches():
             error.update(dense_stream.hidden[rows], stream.hidden[rows])
         errors.append(error.result())
@@ -280,8 +291,10 @@ def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> l
 def _resize(model: nn.Module, family: Family, ranks: Sequence[int], step: int, settings: Settings) -> None:
     fold = settings.adapter.rank_shrink == "fold"
     for index, block in enumerate(decoder_blocks(model, family)):
-        for number, layer in enumerate(block_adapters(block, family).values()):
-            layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
+        # Folding moves the base weight, which has to be whole for it.
+        with distributed.keeping(block, family) if fold else nullcontext():
+            for number, layer in enumerate(block_adapters(block, family).values()):
+                layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
 
 
 def _lr_positions(parts: Sequence[Sequence[Example]], config: TrainingConfig) -> list[tuple[int, int]]:
@@ -308,7 +321,7 @@ def check_model(model: nn.Module, settings: Settings) -> Family:
     for index, block in enumerate(blocks):
         for name in family.projections:
             weight = weight_of(block, name)
-            if not bool(torch.isfinite(weight).all()):
+            if not bool(torch.isfinite(distributed.local(weight)).all()):
                 raise ValueError(
                     f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights"
                 )
@@ -341,8 +354,10 @@ def run(
         sizes = [len(part) for part in parts]
         raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {config.steps}, none empty")
     model.eval()
-    dense = copy.deepcopy(model).requires_grad_(False)
+    dense = sharded.twin(model, family).requires_grad_(False)
     attach_adapters(model, family, settings.adapter.scale)
+    for part in (model, dense):
+        distributed.shard(part, family, next(model.parameters()).device)
     if settings.training.gradient_checkpointing:
         training.checkpoint_activations(model)  # type: ignore[arg-type]
     torch.manual_seed(settings.seed)
