@@ -205,10 +205,9 @@ def _gather(
 ) -> dict[str, torch.Tensor | None]:
     """The statistic that `method` needs of each projection's input, one per shared input."""
     gathered: dict[str, Any] = {}
+    samples = int(distributed.total_of(len(stream.hidden)))
     for group in family.inputs if method != "magnitude" else ():
-        gathered[group[0]] = (
-            statistics.InputHessian(int(distributed.total_of(len(stream.hidden)))) if method == "sparsegpt" else statistics.InputNorm()
-        )
+        gathered[group[0]] = statistics.InputHessian(samples) if method == "sparsegpt" else statistics.InputNorm()
     if gathered:
         with calibration.watching_inputs(
             block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_impl.engine import distributed, sharded
 
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
@@ -21,9 +24,13 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+# What of a hub repository a sharded model is read from.
+SHARDED_FILES = ["*.safetensors", "*.json"]
+
 
 def choose_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:N as a device that is there. Errors: ValueError naming what is."""
+    name = distributed.own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -44,7 +51,7 @@ def choose_device(name: str) -> torch.device:
 def load(
     name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id.
+    """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id; sharded if there are several processes.
 
     Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
     """
@@ -57,9 +64,13 @@ def load(
         raise FileNotFoundError(f"model {name}: no such folder; allowed: a Hugging Face model folder or a hub id")
     wanted = DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        if distributed.processes() > 1:
+            files = folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=SHARDED_FILES))
+            model = sharded.load(files, device, wanted if isinstance(wanted, torch.dtype) else None, trust_remote_code)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -119,10 +130,23 @@ def verify(
         if bool((~saved & ~mask).any()):
             raise RuntimeError(f"{folder}, {name}: {int((~saved & ~mask).sum())} pruned weights are not zero")
         zeros[name] = (float((~mask).float().mean()), float(saved.float().mean()))
+    return model, Verification(_logit_difference(folder, model, ids, unmerged), zeros)
+
+
+def verify_sharded(
+    folder: Path, masks: dict[str, torch.Tensor], ids: torch.Tensor, unmerged: torch.Tensor, device: torch.device
+) -> tuple[PreTrainedModel, Verification]:
+    """`verify` where no process can hold the model: it is loaded in shards, and masks are those of the rows here."""
+    model = sharded.load(folder, device, None)
+    zeros = sharded.check_zeros(model, masks)
+    return model, Verification(_logit_difference(folder, model, ids, unmerged), zeros)
+
+
+def _logit_difference(folder: Path, model: PreTrainedModel, ids: torch.Tensor, unmerged: torch.Tensor) -> float:
     difference = float((logits_of(model, ids) - unmerged).abs().max() / unmerged.abs().max())
     if not difference <= LOGIT_BOUND[model.dtype]:
         raise RuntimeError(
             f"{folder}: logits of the reloaded model differ from the unmerged one's by {difference:.2e} of the largest; "
             f"allowed: {LOGIT_BOUND[model.dtype]:.0e}"
         )
-    return model, Verification(difference, zeros)
+    return difference

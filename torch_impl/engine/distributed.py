@@ -54,6 +54,21 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def own_device(name: str) -> str:
+    """The device that an option asks for, of this process: with several, auto and cuda are the GPU of its number.
+
+    Errors: ValueError if a process has no GPU of its own.
+    """
+    if launched() == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return name
+    here, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"device is {name!r}; allowed with several processes: auto, cuda (one GPU each), cpu")
+    if here >= cards:
+        raise ValueError(f"device is {name!r} and process {here} of this machine finds {cards} GPUs; allowed: one each")
+    return f"cuda:{here}"
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Find the other processes that torchrun or accelerate has started; leave them when done.
@@ -112,6 +127,14 @@ def agreed(values: torch.Tensor) -> torch.Tensor:
         values = values.contiguous()
         dist.broadcast(values, src=0)
     return values
+
+
+def agreed_text(text: str) -> str:
+    """What process 0 says."""
+    texts = [text]
+    if processes() > 1:
+        dist.broadcast_object_list(texts, src=0, device=torch.device("cpu"))
+    return texts[0]
 
 
 def decides(item: int) -> bool:

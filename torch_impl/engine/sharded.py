@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from torch_impl.engine import distributed
 from torch_impl.engine.families import Family, decoder_blocks, find_family
-from torch_impl.engine.layers import AdaptedLinear, attach_adapters, block_adapters
+from torch_impl.engine.layers import AdaptedLinear, attach_adapters, block_adapters, merge_adapters
 
 INDEX = "model.safetensors.index.json"
 
@@ -83,7 +83,9 @@ def twin(model: Any, family: Family) -> Any:
 
 @torch.no_grad()
 def merge(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
-    """Merge all adapters of a sharded model in place. Returns the masks (bool, on the CPU) of the rows that are here."""
+    """Merge all adapters of a model in place. Returns the masks (bool, on the CPU), of the rows here if it is sharded."""
+    if not distributed.is_sharded(model):
+        return merge_adapters(model, family)
     return {
         f"{family.blocks}.{index}.{name}": distributed.merge_rows(layer).cpu()
         for index, block in enumerate(decoder_blocks(model, family))

@@ -1,0 +1,79 @@
+"""What the tests of several processes run in each of them: a tiny float64 LLaMA, whole runs, points to go on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
+from reference import llama
+from torch_impl import losa
+from torch_impl.engine import distributed, families, layers, sharded
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.training import IGNORED, Example, TrainingConfig
+
+SIZES = llama.Sizes(vocabulary=32, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
+
+
+def settings(**changes: Any) -> losa.Settings:
+    training = {"loss": "kl", "learning_rate": 1e-2, "warmup_ratio": 0.0, "per_device_train_batch_size": 2}
+    training |= {name: changes.pop(name) for name in ("loss", "gradient_checkpointing") if name in changes}
+    shrink = changes.pop("rank_shrink", "truncate")
+    return losa.Settings(
+        prune=losa.PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
+        adapter=losa.AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
+        # Seven sequences: no number of processes but one divides them.
+        calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=5, calibration_batch_size=2),
+        training=TrainingConfig(gradient_accumulation_steps=2, **training),
+    )
+
+
+def model(tied: bool = True) -> Any:
+    return to_hugging_face(random_llama(SIZES, 3, tied, seed=1))
+
+
+def parts() -> list[list[Example]]:
+    """Two parts, the last optimizer step of each with a single sequence; some first tokens without labels."""
+    generator = np.random.default_rng(3)
+
+    def example(start: int) -> Example:
+        row = torch.tensor(generator.integers(SIZES.vocabulary, size=generator.integers(4, 9)))
+        labels = row.clone()
+        labels[:start] = IGNORED
+        return {"input_ids": row, "labels": labels}
+
+    return [[example(k % 3) for k in range(count)] for count in (5, 9)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Records of every step, and of the merged model: weights and masks by projection."""
+
+    records: list[losa.StepRecord]
+    weights: dict[str, np.ndarray]
+
+
+def run(case: losa.Settings, folder: Path | None = None) -> Outcome:
+    """A whole run on the processes there are; process 0 says what came out."""
+    ours = model()
+    family = families.find_family(ours)
+    ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
+    with float64_llama():
+        records = losa.run(ours, ids, parts(), case)
+    if not distributed.is_sharded(ours):
+        layers.merge_adapters(ours, family)
+        return Outcome(records, {n: p.detach().numpy() for n, p in ours.named_parameters()})
+    masks = sharded.merge(ours, family)
+    for name, mask in masks.items():
+        weight = ours.get_submodule(name).weight
+        assert distributed.local(weight).shape == mask.shape
+        assert len(mask) == len(weight) // distributed.processes()
+    sharded.check_zeros(ours, masks)
+    if folder is not None:
+        sharded.save(ours, family, folder)
+    weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
+    return Outcome(records, {n: w.numpy() for n, w in weights.items()})
