@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from torch_impl import losa
-from torch_impl.engine import distributed, families, layers, sharded
+from torch_impl.engine import distributed, families, layers, points, sharded, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.training import IGNORED, Example, TrainingConfig
 
@@ -77,3 +79,50 @@ def run(case: losa.Settings, folder: Path | None = None) -> Outcome:
         sharded.save(ours, family, folder)
     weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
     return Outcome(records, {n: w.numpy() for n, w in weights.items()})
+
+
+def train(
+    point: Path | None, steps: range, save: Path | None = None, killed: int | None = None
+) -> dict[str, np.ndarray]:
+    """Optimizer steps of a pruned model with adapters, from a point on; saved as one at the end, or after every step.
+
+    killed: the number of a process that dies by SIGKILL halfway through the last step.
+    """
+    ours = model(tied=False)
+    family = families.find_family(ours)
+    layers.attach_adapters(ours, family, 2.0)
+    with torch.no_grad():
+        for number, layer in enumerate(layers.adapters(ours)):
+            layer.weight.mul_(layer.weight.abs() > 0.1)
+            layer.resize(2, (number,))
+    distributed.shard(ours, family, torch.device("cpu"))
+    if point is not None:
+        points.load(point, ours)
+    trained = [parameter for layer in layers.adapters(ours) for parameter in (layer.A, layer.B)]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    if point is not None:
+        assert points.load(point, ours, optimizer) == {"steps": steps.start}
+    config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    examples = [example for part in parts() for example in part]
+    with float64_llama(), training.Gradients(ours, None, config) as gradients:
+        for step in steps:
+            if killed == distributed.number() and step == steps[-1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            gradients.of(examples[2 * step : 2 * step + 3])
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if save is not None:
+                points.save(save, ours, optimizer, {"steps": step + 1})
+    merged = {
+        name: distributed.full(layer.weight.detach()).numpy() + 2.0 * (layer.B @ layer.A).detach().numpy()
+        for name, layer in ours.named_modules()
+        if isinstance(layer, layers.AdaptedLinear)
+    }
+    return merged
+
+
+def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """`statistics.gram_of` from this process's share of the sequences."""
+    own = distributed.share(torch.tensor(features), "rows").to(dtype)
+    return statistics.gram_of(own).numpy()

@@ -10,12 +10,16 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torch_impl.engine import distributed
 from torch_impl.engine.layers import AdaptedLinear
@@ -42,6 +46,14 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
     return state
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """PyTorch warns that there is one process, also if told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: dict[str, Any]) -> None:
     """Write a point to go on from; `facts` are plain values for JSON. The folder appears when it is complete."""
     partial = folder.parent / f".{folder.name}.partial"
@@ -50,7 +62,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         partial.mkdir(parents=True)
     distributed.agreed_text("the folder is there")
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    dcp.save(tensors_of(model, optimizer), storage_writer=writer, no_dist=distributed.processes() == 1)
+    with _alone():
+        dcp.save(tensors_of(model, optimizer), storage_writer=writer, no_dist=distributed.processes() == 1)
     distributed.total_of(0.0)  # all have written
     if distributed.leads():
         hashes = {file.name: _hash(file) for file in sorted(partial.glob("*.safetensors"))}
@@ -73,7 +86,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     """
     facts = _checked_facts(folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    entries = reader.read_metadata().state_dict_metadata.items()
+    sizes = {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
     for name, layer in _layers(model).items():
         rank = sizes[f"{name}.A"][0] if f"{name}.A" in sizes else 0
         if layer.rank != rank:
@@ -85,7 +99,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     lacking = state.keys() ^ sizes.keys() if optimizer is not None else state.keys() - sizes.keys()
     if lacking:
         raise ValueError(f"point {folder} and model part at {sorted(lacking)[0]}; allowed: a point of this model")
-    dcp.load(state, storage_reader=reader, no_dist=distributed.processes() == 1)
+    with _alone():
+        dcp.load(state, storage_reader=reader, no_dist=distributed.processes() == 1)
     return facts
 
 

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from torch_impl import schedule
+from torch_impl.engine import distributed
 from torch_impl.engine.checkpoint import DTYPES, choose_device
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.experiment import scaling
 from torch_impl.experiment.config import Config
 
 GIB = 2**30
@@ -67,7 +69,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     rmi_tokens = min(calibration.rmi_samples, calibration.nsamples) * calibration.seqlen
     sweeps = 2 * prunable * (rmi_tokens + 3 * calibration_tokens) * config.prune.steps
     train = (8 if training.loss == "kl" else 6) * prunable * text.train_examples * text.train_seqlen
-    return {
+    plan = {
         "model": config.model.model,
         "family": family.name,
         "device": str(device),
@@ -90,6 +92,11 @@ def make_plan(config: Config) -> dict[str, Any]:
         "floating-point operations": {"sweeps": sweeps, "training": train if training.finetune else 0},
         "output": str(config.output_dir),
     }
+    cards = config.output.devices or distributed.launched()
+    if cards > 1:
+        del plan["memory, bytes"]
+        plan |= scaling.scale(scaling.layout_of(model, family, size), config, cards)
+    return plan
 
 
 def show_plan(plan: dict[str, Any]) -> str:
@@ -101,6 +108,9 @@ def show_plan(plan: dict[str, Any]) -> str:
             lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         elif name == "floating-point operations":
             lines += [f"work, {part:<24}{amount / 1e12:>12.2f} TFLOP" for part, amount in value.items()]
+        elif isinstance(value, dict):
+            lines.append(name)
+            lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         else:
             shown = f"{value:,}" if isinstance(value, int) else value
             lines.append(f"{name:<30}  {shown}")
