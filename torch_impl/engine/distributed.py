@@ -73,9 +73,9 @@ def own_device(name: str) -> str:
 def joined(device: torch.device) -> Iterator[None]:
     """Find the other processes that torchrun or accelerate has started; leave them when done.
 
-    NCCL carries what lies on a GPU, gloo what lies on the CPU.
+    NCCL carries what lies on a GPU, gloo what lies on the CPU. Who has joined already stays.
     """
-    if launched() == 1:
+    if launched() == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":

@@ -181,6 +181,9 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "step_shares": config.text.shares(config.prune.steps),
         "verification": {
             "largest_logit_difference": verification.logit_difference,
+            "reloaded": f"over {several} processes"
+            if (several := distributed.processes()) > 1
+            else "with transformers alone",
             "projections": len(verification.zeros),
             "sparsity_pruned_and_saved": verification.zeros,
         },

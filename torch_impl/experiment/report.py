@@ -49,7 +49,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"sha256 {facts['sha256'][:12]}.",
         f"Trained on {result['train_examples']} sequences in parts of {shares}; loss {result['loss']}, "
         f"learning rate {result['lr_schedule'].replace('_', ' ')}.",
-        f"Reloaded with transformers alone: every pruned weight of {checks['projections']} projections is zero, logits "
+        f"Reloaded {checks['reloaded']}: every pruned weight of {checks['projections']} projections is zero, logits "
         f"within {checks['largest_logit_difference']:.1e} of the unmerged model's.",
         "Saved as a dense file with zeros in it, so as large as before and no faster; packed: a bitmap and the kept values.",
     ]

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from torch_impl import schedule
-from torch_impl.bench.geometry import build
-from torch_impl.engine.families import Family, decoder_blocks, find_family, weight_of
+from torch_impl.bench.geometry import GEOMETRIES
+from torch_impl.engine.families import Family, decoder_blocks, weight_of
 from torch_impl.experiment.config import CONFIGS, Config, parse
 
 GIB = 2**30
@@ -59,12 +58,22 @@ def layout_of(model: nn.Module, family: Family, size: int) -> Layout:
     weights = [weight_of(blocks[0], name) for name in family.projections]
     return Layout(
         blocks=len(blocks),
-        block=tuple(tuple(p.shape) for p in blocks[0].parameters()),
+        block=tuple(tuple(p.shape) for n, p in blocks[0].named_parameters() if not n.endswith((".A", ".B"))),
         outside=tuple(tuple(p.shape) for n, p in model.named_parameters() if not n.startswith(f"{family.blocks}.")),
         projections=tuple((int(weight.shape[0]), int(weight.shape[1])) for weight in weights),
         inputs=tuple(int(weight_of(blocks[0], group[0]).shape[1]) for group in family.inputs),
         size=size,
     )
+
+
+def llama_layout(geometry: dict[str, int], size: int) -> Layout:
+    """The layout of a LLaMA of such shapes, untied head: what `layout_of` finds in the model."""
+    h, m, v = geometry["hidden_size"], geometry["intermediate_size"], geometry["vocab_size"]
+    kv = h // geometry["num_attention_heads"] * geometry["num_key_value_heads"]
+    projections = ((h, h), (kv, h), (kv, h), (h, h), (m, h), (m, h), (h, m))
+    norms = ((h,), (h,))
+    outside = ((v, h), (h,), (v, h))
+    return Layout(geometry["num_hidden_layers"], (*projections, *norms), outside, projections, (h, h, h, m), size)
 
 
 def sharded_bytes(shapes: tuple[tuple[int, ...], ...], size: int, cards: int) -> int:
@@ -98,14 +107,15 @@ def memory(layout: Layout, config: Config, cards: int) -> dict[str, int]:
         min(training.per_device_train_batch_size, math.ceil(training.batch_size / cards)) * config.text.train_seqlen
     )
     widest = max(out for out, _ in layout.projections)
-    kept = layout.blocks * (1 if training.gradient_checkpointing else 8 + 4 * widest // layout.hidden) * layout.hidden
+    each = 8 + 4 * widest // layout.hidden
+    kept = layout.blocks + each if training.gradient_checkpointing else layout.blocks * each
     trained = {
         # Value, gradient, two moments; and all gradients once more on their way.
         "adapters and optimizer": numbers * WIDE * (5 if cards > 1 else 4),
         "merged weights": largest
         if cards > 1
         else layout.blocks * sum(o * i for o, i in layout.projections) * layout.size,
-        "activations": tokens * (kept * layout.size + layout.vocabulary * (layout.size + 2 * WIDE)),
+        "activations": tokens * (kept * layout.hidden * layout.size + layout.vocabulary * (layout.size + 2 * WIDE)),
     }
     train = 2 * held + taken["whole blocks"] + taken["embeddings and head, whole"] + sum(trained.values())
     # Weights of adapters stay while calibrating; streams are gone while training.
@@ -149,7 +159,8 @@ def calibration_traffic(layout: Layout, config: Config, cards: int) -> dict[str,
     here = math.ceil(samples / cards)
     sums = WIDE * per_block[method] + 2 * 8 * layout.hidden + 8 * samples**2 * rmi
     return {
-        "weights": (2 + rmi) * (layout.blocks * block + outside) * others,
+        # Importance, dense stream, pruned stream; the last two start from one embedding.
+        "weights": ((2 + rmi) * layout.blocks * block + (1 + rmi) * outside) * others,
         "pruned weights": layout.blocks * sum(out * into for out, into in layout.projections) * layout.size,
         "statistics": 2 * layout.blocks * sums * others // cards,
         "features": layout.blocks * (samples - here) * columns * layout.size * rmi,
@@ -175,8 +186,7 @@ def table() -> str:
     ]
     for size in ("7b", "13b", "70b"):
         config = parse(["--config", str(CONFIGS / f"llama_{size}.toml"), "--model", f"llama-2-{size}"])
-        model = build(f"llama-2-{size}", None, torch.device("meta"), torch.bfloat16)
-        layout = layout_of(model, find_family(model), 2)
+        layout = llama_layout(GEOMETRIES[f"llama-2-{size}"], size=2)
         for cards in CARDS:
             taken, step, calibration = scale(layout, config, cards).values()
             lines.append(
