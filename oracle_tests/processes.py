@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # Processes fork from a server that has imported these once.
-PRELOADED = ["oracle_tests.spread_runs", "torch.distributed.checkpoint", "torch._dynamo"]
+PRELOADED = ["oracle_tests.spread_runs", "torch_impl.run", "torch.distributed.checkpoint", "torch._dynamo"]
 SECONDS = 60
 
 
