@@ -29,6 +29,15 @@ def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "ceilings measured now" in shown
     assert "training step, 4 of 8 to 32, merged weight held" in shown
     assert "refused" not in shown
+    assert [row["geometry"] for row in figures["stream"] + figures["scale"]] == ["small", "small", "medium"]
+    smaller, larger = figures["scale"]
+    for row in figures["stream"] + figures["scale"]:
+        assert row["pruning sweep, s a block"] > 0
+        assert row["bytes of a block"] == 4 * row["parameters of a block"]
+    assert larger["device peak, GB"] > smaller["device peak, GB"]
+    for row in figures["plan"]:
+        # On the CPU the blocks that another thread reads are not measured.
+        assert 0.8 < row["foretold / measured"] < (2.0 if "block by block" in row["case"] else 1.25), row
 
 
 def test_a_side_that_gives_other_numbers_gets_no_ratio(

@@ -93,7 +93,7 @@ def test_the_last_values_that_are_allowed() -> None:
 def test_large_blocks_weigh_more() -> None:
     """No family has blocks of unequal size; the rates would still meet the target of the whole model."""
     importance, weights = torch.tensor([0.1, 0.5, 0.3]).double(), torch.tensor([1.0, 5.0, 2.0]).double()
-    rates, groups = losa._block_targets(losa.PruneConfig(), 0.5, importance, weights, torch.zeros(3).double())
+    rates, groups = losa.block_targets(losa.PruneConfig(), 0.5, importance, weights, torch.zeros(3).double())
     assert float(weights @ rates / weights.sum()) == pytest.approx(0.5, abs=1e-12)
     assert groups == [None] * 3
 

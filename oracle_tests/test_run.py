@@ -173,6 +173,8 @@ BAD = [
     ({"colour": "blue"}, ["--colour"]),
     ({"loss": "mse"}, ["loss", "ce, kl"]),
     ({"seed": -1}, ["seed", "0 or more"]),
+    ({"offload": "maybe"}, ["offload", "maybe", "auto, on, off"]),
+    ({"offload": "on"}, ["offload", "steps 2", "allowed: with steps 1 and finetune false"]),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch_impl.engine import calibration, distributed, sharded, statistics, tra
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.layers import attach_adapters, block_adapters, holding
+from torch_impl.engine.streaming import sweep
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
@@ -163,26 +164,48 @@ def measure_importance(model: nn.Module, family: Family, ids: torch.Tensor, batc
     for index, block in enumerate(_blocks_shown(decoder_blocks(model, family), "mutual information")):
         with distributed.whole(block), holding(list(block_adapters(block, family).values())):
             stream.advance(block, index)
-        grams.append(statistics.gram_of(stream.hidden))
-    return distributed.agreed(rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(grams)))))
+        grams.append(statistics.gram_of(stream.hidden, stream.device))
+    return distributed.agreed(importance_of(grams))
 
 
-def _blocks_shown(blocks: Iterable[Any], description: str) -> Iterable[Any]:
+def _blocks_shown(blocks: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
     """A progress bar, in the process that prints."""
-    return tqdm(blocks, desc=description, leave=False, disable=not distributed.leads())
+    return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.leads())
+
+
+def importance_of(grams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """I of LoSA, Eq. 4, from the Gram matrix (n, n) of what each block puts out."""
+    return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(list(grams)))))
+
+
+def zero_share(block: nn.Module, family: Family) -> float:
+    """Share of zeros of a block's projections."""
+    weights = [weight_of(block, name) for name in family.projections]
+    zeros = distributed.total_of(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
+    return zeros / sum(weight.numel() for weight in weights)
 
 
 def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
     """Share of zeros of each block's projections, float64 (L,)."""
-    shares = []
-    for block in decoder_blocks(model, family):
-        weights = [weight_of(block, name) for name in family.projections]
-        zeros = distributed.total_of(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
-        shares.append(zeros / sum(weight.numel() for weight in weights))
-    return torch.tensor(shares, dtype=torch.float64)
+    return torch.tensor([zero_share(block, family) for block in decoder_blocks(model, family)], dtype=torch.float64)
 
 
-def _block_targets(
+def initial_rates(shares: torch.Tensor, weights: torch.Tensor, config: PruneConfig) -> tuple[float, torch.Tensor]:
+    """(share of zeros, that of each block (L,)) that a run starts from, by what its model has and its block sizes.
+
+    Errors: ValueError if the model is already sparser than asked.
+    """
+    initial = float((weights * shares).sum() / weights.sum())
+    if initial > config.final_sparsity + 1e-3:
+        raise ValueError(
+            f"sparsity_ratio is {config.final_sparsity} and the model's share of zeros is {initial:.4f} already; "
+            "allowed: as much or more"
+        )
+    # A few exact zeros in a dense checkpoint are no earlier pruning.
+    return (0.0, torch.zeros_like(shares)) if initial < 1e-3 else (initial, shares)
+
+
+def block_targets(
     config: PruneConfig, target: float, importance: torch.Tensor | None, weights: torch.Tensor, previous: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[int, int] | None]]:
     """Sparsity of each block (L,) at this step, and its N:M if the pattern has one."""
@@ -259,21 +282,41 @@ def _prune_model(
 ) -> list[float]:
     """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block."""
     own = distributed.share(ids, "nsamples")
-    dense_stream = calibration.start_stream(dense, family, own, settings.calibration.calibration_batch_size)
+    stream = calibration.start_stream(dense, family, own, settings.calibration.calibration_batch_size)
+    blocks = decoder_blocks(model, family)
+    pairs = zip(sweep(dense, family), blocks, strict=True)
+    pruned = prune_blocks(pairs, stream, family, settings.prune, rates, groups)
+    return [error for _, error in _blocks_shown(pruned, "prune", len(blocks))]
+
+
+@torch.no_grad()
+def prune_blocks(
+    pairs: Iterable[tuple[nn.Module, nn.Module]],
+    dense_stream: calibration.Stream,
+    family: Family,
+    config: PruneConfig,
+    rates: torch.Tensor,
+    groups: Sequence[tuple[int, int] | None],
+) -> Iterator[tuple[nn.Module, float]]:
+    """Each block as soon as it is pruned, with its e of LoSA, Eq. 6.
+
+    pairs: (dense block, adapted block to prune), which may be one and the same: the dense block is done with when the
+    other is pruned. dense_stream: at the first block; it and a second stream, of the pruned model, go on in lockstep.
+    """
     stream = dense_stream.clone()
-    errors = []
-    pairs = list(zip(decoder_blocks(dense, family), decoder_blocks(model, family), strict=True))
-    for index, (dense_block, block) in enumerate(_blocks_shown(pairs, "prune")):
-        error = statistics.ReconstructionError()
-        with distributed.whole(dense_block), distributed.keeping(block, family):
-            _prune_block(block, index, family, stream, settings.prune, float(rates[index]), groups[index])
+    for index, (dense_block, block) in enumerate(pairs):
+        with distributed.whole(dense_block):
+            dense_stream.advance(dense_block, index)
+        with distributed.keeping(block, family):
+            _prune_block(block, index, family, stream, config, float(rates[index]), groups[index])
             with holding(list(block_adapters(block, family).values())):
-                dense_stream.advance(dense_block, index)
                 stream.advance(block, index)
-        for _, rows in stream.batches():
-            error.update(dense_stream.hidden[rows], stream.hidden[rows])
-        errors.append(error.result())
-    return errors
+        error = statistics.ReconstructionError()
+        for row in range(len(stream.hidden)):
+            # A sequence at a time: the differences are taken in float32 and summed in float64.
+            rows = slice(row, row + 1)
+            error.update(dense_stream.states(rows), stream.states(rows))
+        yield block, error.result()
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:
@@ -304,11 +347,10 @@ def _lr_positions(parts: Sequence[Sequence[Example]], config: TrainingConfig) ->
     return [(sum(counts[:t]), sum(counts)) for t in range(len(counts))]
 
 
-def check_model(model: nn.Module, settings: Settings) -> Family:
-    """The family of `model`, after checking that these settings can be carried out on it.
+def check_structure(model: nn.Module, settings: Settings) -> Family:
+    """The family of `model`, after checking what can be checked without its weights.
 
-    Errors: ValueError for an unknown structure, fewer than three blocks with RMI, weights that are not finite, inputs
-    that M does not divide, or a model that is already sparser than asked.
+    Errors: ValueError for an unknown structure, fewer than three blocks with RMI, or inputs that M does not divide.
     """
     family = find_family(model)
     blocks = decoder_blocks(model, family)
@@ -319,16 +361,30 @@ def check_model(model: nn.Module, settings: Settings) -> Family:
         )
     for index, block in enumerate(blocks):
         for name in family.projections:
-            weight = weight_of(block, name)
-            if not bool(torch.isfinite(distributed.local(weight)).all()):
-                raise ValueError(
-                    f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights"
-                )
-            if settings.prune.group is not None and weight.shape[1] % settings.prune.group[1]:
+            inputs = weight_of(block, name).shape[1]
+            if settings.prune.group is not None and inputs % settings.prune.group[1]:
                 raise ValueError(
                     f"sparsity_type is {settings.prune.sparsity_type!r} and {family.blocks}.{index}.{name} has "
-                    f"{weight.shape[1]} inputs; allowed: a multiple of {settings.prune.group[1]}"
+                    f"{inputs} inputs; allowed: a multiple of {settings.prune.group[1]}"
                 )
+    return family
+
+
+def check_weights(block: nn.Module, index: int, family: Family) -> None:
+    """Errors: ValueError if a projection of block number `index` holds NaN or infinity."""
+    for name in family.projections:
+        if not bool(torch.isfinite(distributed.local(weight_of(block, name))).all()):
+            raise ValueError(f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights")
+
+
+def check_model(model: nn.Module, settings: Settings) -> Family:
+    """The family of `model`, after checking that these settings can be carried out on it.
+
+    Errors: ValueError as for `check_structure` and `check_weights`.
+    """
+    family = check_structure(model, settings)
+    for index, block in enumerate(decoder_blocks(model, family)):
+        check_weights(block, index, family)
     return family
 
 
@@ -339,11 +395,13 @@ def run(
     settings: Settings,
     on_step: Observer | None = None,
     on_loss: Callable[[int, int, float, float], None] | None = None,
+    dense: nn.Module | None = None,
 ) -> list[StepRecord]:
     """Prune and adapt `model` in place by LoSA, Algorithm 1; it ends with adapters on, unmerged.
 
     calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one list a step, none of them
     empty if fine-tuning is on. on_step hears each step's record, on_loss(step, optimizer step, loss, learning rate).
+    dense: the model as it was, a second one or one whose blocks come from its files; default, a copy made here.
 
     Returns one record a step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
@@ -353,7 +411,7 @@ def run(
         sizes = [len(part) for part in parts]
         raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {config.steps}, none empty")
     model.eval()
-    dense = sharded.twin(model, family).requires_grad_(False)
+    dense = sharded.twin(model, family).requires_grad_(False) if dense is None else dense
     attach_adapters(model, family, settings.adapter.scale)
     for part in (model, dense):
         distributed.shard(part, family, next(model.parameters()).device)
@@ -362,15 +420,7 @@ def run(
     torch.manual_seed(settings.seed)
 
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
-    rates = _zero_shares(model, family)
-    initial = float((weights * rates).sum() / weights.sum())
-    if initial > config.final_sparsity + 1e-3:
-        raise ValueError(
-            f"sparsity_ratio is {config.final_sparsity} and the model's share of zeros is {initial:.4f} already; "
-            "allowed: as much or more"
-        )
-    # A few exact zeros in a dense checkpoint are no earlier pruning.
-    initial, rates = (0.0, torch.zeros_like(rates)) if initial < 1e-3 else (initial, rates)
+    initial, rates = initial_rates(_zero_shares(model, family), weights, config)
     positions = _lr_positions(parts, settings.training)
     records = []
     with calibration.compiled([model, dense], family, settings.training.compile_blocks):
@@ -384,7 +434,7 @@ def run(
                 ids = calibration_ids[: settings.calibration.rmi_samples]
                 importance = measure_importance(model, family, ids, settings.calibration.calibration_batch_size)
             clock.lap("importance")
-            rates, groups = _block_targets(config, target, importance, weights, rates)
+            rates, groups = block_targets(config, target, importance, weights, rates)
             errors = _prune_model(model, dense, family, calibration_ids, settings, rates, groups)
             clock.lap("prune")
             ranks: list[int] = []

@@ -10,7 +10,8 @@ import transformers
 
 from torch_impl.experiment import plan, report
 from torch_impl.experiment.config import parse
-from torch_impl.experiment.job import run_job
+from torch_impl.experiment.job import run_in_memory, run_job
+from torch_impl.experiment.streamed_job import run_streamed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             print(plan.show_plan(plan.make_plan(config)))
             return 0
-        result, folder = run_job(config)
+        result, folder = run_job(config, run_streamed if plan.streams(config) else run_in_memory)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"error: {_whose()}{' '.join(str(error).split())}", file=sys.stderr)
         return 2

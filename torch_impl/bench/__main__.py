@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import geometry, parts
+from torch_impl.bench import geometry, large, parts
 from torch_impl.bench.measure import Row, ceilings, host_peak
 
 PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
+# Parts that make checkpoints on disk, and how many blocks these have by default.
+LARGE = ("stream", "scale", "plan")
+FEW = 4
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--geometry", choices=list(geometry.GEOMETRIES), default="llama-2-7b" if cuda else "small")
     parser.add_argument("--blocks", type=int, help="decoder blocks (default: all of the geometry's)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS + LARGE, default=list(PARTS + LARGE))
     parser.add_argument(
         "--sequences", type=int, default=128 if cuda else 8, help="calibration sequences; RMI takes half"
     )
@@ -95,6 +98,20 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
+    """Run the parts asked for that make checkpoints on disk. Returns their figures by part."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    blocks, sizes = options.blocks or FEW, (options.sequences, options.length)
+    found: dict[str, list[dict[str, object]]] = {}
+    if "stream" in options.parts:
+        found["stream"] = [large.stream(options.geometry, blocks, device, dtype, *sizes)]
+    if "scale" in options.parts:
+        found["scale"] = large.scale(device, dtype, blocks, *sizes)
+    if "plan" in options.parts:
+        found["plan"] = large.plan(options.geometry, blocks, device, dtype, *sizes, options.train_lengths[-1])
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if the two sides of any part disagree."""
     transformers.utils.logging.set_verbosity_error()
@@ -105,8 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blocks = options.blocks or geometry.GEOMETRIES[options.geometry]["num_hidden_layers"]
     print(f"{name}, torch {torch.__version__}, {options.dtype}; {options.geometry}, {blocks} blocks")
     print(f"ceilings measured now: {top[0]:.3g} TFLOP/s matrix product, {top[1]:.3g} TB/s copy\n")
-    rows = measure(options)
-    print(_table(rows, top))
+    rows = measure(options) if set(options.parts) & set(PARTS) else []
+    if rows:
+        print(_table(rows, top))
+    gc.collect()
+    on_disk = measure_large(options)
+    for part, figures_of in on_disk.items():
+        print(f"\n{part}\n{large.table(figures_of)}")
     print(f"\nhost memory, peak: {host_peak():.1f} GiB")
     if options.json:
         figures = {
@@ -119,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "peak_tb_per_s": top[1],
             "host_gib": host_peak(),
             "rows": [row.as_dict() for row in rows],
+            **on_disk,
         }
         options.json.write_text(json.dumps(figures, indent=1))
     return int(any(row.disagreement is not None and not row.agrees for row in rows))

@@ -16,6 +16,14 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
         "num_hidden_layers": 3,
     },
+    "medium": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "num_hidden_layers": 4,
+    },
     "llama-2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,

@@ -45,25 +45,32 @@ class Stream:
     """Hidden states (sequences, tokens, hidden) at the current block, and what each block is called with.
 
     arguments[batch][block] are the keyword arguments that the model itself gives that block (rotary embeddings,
-    attention masks, ...), recorded once, so that no family needs its own forward.
+    attention masks, ...), recorded once, so that no family needs its own forward. The states are kept on `device`,
+    where the blocks are, or in page-locked memory of the host, from where a batch at a time goes there and back.
     """
 
     hidden: torch.Tensor
     arguments: list[list[dict[str, Any]]]
     batch_size: int
+    device: torch.device
 
     def clone(self) -> Stream:
         """A second stream that starts from the same hidden states."""
-        return Stream(self.hidden.clone(), self.arguments, self.batch_size)
+        hidden = torch.empty_like(self.hidden, pin_memory=self.hidden.is_pinned()).copy_(self.hidden)
+        return Stream(hidden, self.arguments, self.batch_size, self.device)
 
     def batches(self) -> Iterator[tuple[int, slice]]:
         """(index of the batch, its sequences)."""
         for index, start in enumerate(range(0, len(self.hidden), self.batch_size)):
             yield index, slice(start, start + self.batch_size)
 
+    def states(self, rows: slice) -> torch.Tensor:
+        """Hidden states of some sequences, on the device."""
+        return self.hidden[rows].to(self.device, non_blocking=True)
+
     def forward(self, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
         """Output of decoder block number `index` for one batch; the stream itself is left as it is."""
-        output = block(self.hidden[rows], **self.arguments[batch][index])
+        output = block(self.states(rows), **self.arguments[batch][index])
         # transformers 5 gives a tensor; older blocks gave a tuple whose first entry it was.
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -76,17 +83,19 @@ class Stream:
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the hidden states by what the block makes of them."""
         for batch, rows in self.batches():
-            self.hidden[rows] = self.forward(block, index, batch, rows)
+            # Copies to the host and back are queued on one stream of the device, so they keep their order.
+            self.hidden[rows].copy_(self.forward(block, index, batch, rows), non_blocking=True)
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList, record: Callable[[int, torch.Tensor, dict[str, Any]], None]) -> Iterator[None]:
-    """Let every block hand its input through unchanged and report what it was called with."""
+def _standing_in(
+    blocks: nn.ModuleList, answer: Callable[[int, torch.Tensor, dict[str, Any]], torch.Tensor]
+) -> Iterator[None]:
+    """Let `answer` give the output of every block, from its number, its input and what else it is called with."""
 
     def stand_in(index: int) -> Callable[..., torch.Tensor]:
         def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-            record(index, hidden_states, arguments)
-            return hidden_states
+            return answer(index, hidden_states, arguments)
 
         return forward
 
@@ -102,24 +111,42 @@ def _recording(blocks: nn.ModuleList, record: Callable[[int, torch.Tensor, dict[
 
 
 @torch.no_grad()
-def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int) -> Stream:
-    """Embed token ids (sequences, tokens) and record how the model calls its blocks."""
+def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int, on_host: bool = False) -> Stream:
+    """Embed token ids (sequences, tokens) and record how the model calls its blocks, which need no weights for it.
+
+    on_host: keep the hidden states in memory of the host; the blocks then still compute on the model's device.
+    """
     blocks = decoder_blocks(model, family)
     device = next(model.parameters()).device
     hidden: list[torch.Tensor] = []
     arguments: list[list[dict[str, Any]]] = []
 
-    def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> None:
+    def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         if index == 0:
-            hidden.append(states)
+            if not hidden:
+                shape = (len(ids), *states.shape[1:])
+                place = {"device": "cpu", "pin_memory": states.is_cuda} if on_host else {"device": states.device}
+                hidden.append(torch.empty(shape, dtype=states.dtype, **place))  # type: ignore[arg-type]
+            hidden[0][len(arguments) * batch_size :][: len(states)].copy_(states)
             arguments.append([])
         arguments[-1].append(given)
+        return states
 
     decoder = model.get_submodule(family.blocks.rpartition(".")[0])
-    with distributed.whole(model), _recording(blocks, record):
+    with distributed.whole(model), _standing_in(blocks, record):
         for rows in ids.split(batch_size):
             decoder(input_ids=rows.to(device), use_cache=False)
-    return Stream(torch.cat(hidden), arguments, batch_size)
+    return Stream(hidden[0], arguments, batch_size, device)
+
+
+@torch.no_grad()
+def finish(model: nn.Module, family: Family, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (n, t, vocabulary) of token ids (n, t) from what the last block puts out: the model's norm and head alone."""
+    blocks = decoder_blocks(model, family)
+    last = len(blocks) - 1
+    with _standing_in(blocks, lambda index, states, _: hidden if index == last else states):
+        logits: torch.Tensor = model(input_ids=ids.to(hidden.device), use_cache=False).logits
+    return logits
 
 
 class _SeenAll(Exception):  # noqa: N818 - it ends a pass, nothing went wrong

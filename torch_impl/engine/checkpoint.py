@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl.engine import distributed, sharded
+from torch_impl.engine.streaming import open_streamed
 
+# What of a hub's repository a streamed or sharded model needs.
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
 LOGIT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -23,9 +28,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-# What of a hub repository a sharded model is read from.
-SHARDED_FILES = ["*.safetensors", "*.json"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,6 +57,44 @@ def load(
 
     Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
     """
+    wanted = _wanted(name, device, dtype)
+    if distributed.processes() > 1:
+        return _load_sharded(name, device, wanted, trust_remote_code)
+    with _as_one_line(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    module: torch.nn.Module = model
+    module.to(device).eval()
+    return model, tokenizer
+
+
+def _load_sharded(
+    name: str, device: torch.device, wanted: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _as_one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+        return sharded.load(folder, device, wanted, trust_remote_code), tokenizer
+
+
+def load_streamed(
+    name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same without the weights of the decoder blocks: `streaming.sweep` brings them one block at a time.
+
+    Errors: as for `load`.
+    """
+    wanted = _wanted(name, device, dtype)
+    with _as_one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+    return open_streamed(folder, device, wanted, trust_remote_code), tokenizer
+
+
+def _wanted(name: str, device: torch.device, dtype: str) -> torch.dtype | None:
+    """The dtype asked for, None for the checkpoint's own, after checking that there may be such a model."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     folder = Path(name)
@@ -62,24 +102,18 @@ def load(
         raise FileNotFoundError(f"model {name}: no config.json in this folder; allowed: a Hugging Face model folder")
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(".")):
         raise FileNotFoundError(f"model {name}: no such folder; allowed: a Hugging Face model folder or a hub id")
-    wanted = DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else "auto")
+    return DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else None)
+
+
+@contextmanager
+def _as_one_line(name: str) -> Iterator[None]:
     try:
-        if distributed.processes() > 1:
-            files = folder if folder.is_dir() else Path(snapshot_download(name, allow_patterns=SHARDED_FILES))
-            model = sharded.load(files, device, wanted if isinstance(wanted, torch.dtype) else None, trust_remote_code)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
-            )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        yield
     except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"model {name} does not load as a causal language model with its tokenizer: {reason}"
         ) from error
-    module: torch.nn.Module = model
-    module.to(device).eval()
-    return model, tokenizer
 
 
 def weights_hash(name: str) -> str | None:
@@ -130,7 +164,8 @@ def verify(
         if bool((~saved & ~mask).any()):
             raise RuntimeError(f"{folder}, {name}: {int((~saved & ~mask).sum())} pruned weights are not zero")
         zeros[name] = (float((~mask).float().mean()), float(saved.float().mean()))
-    return model, Verification(_logit_difference(folder, model, ids, unmerged), zeros)
+    difference = logit_difference(folder, logits_of(model, ids), unmerged, model.dtype)
+    return model, Verification(difference, zeros)
 
 
 def verify_sharded(
@@ -139,14 +174,18 @@ def verify_sharded(
     """`verify` where no process can hold the model: it is loaded in shards, and masks are those of the rows here."""
     model = sharded.load(folder, device, None)
     zeros = sharded.check_zeros(model, masks)
-    return model, Verification(_logit_difference(folder, model, ids, unmerged), zeros)
+    return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
 
 
-def _logit_difference(folder: Path, model: PreTrainedModel, ids: torch.Tensor, unmerged: torch.Tensor) -> float:
-    difference = float((logits_of(model, ids) - unmerged).abs().max() / unmerged.abs().max())
-    if not difference <= LOGIT_BOUND[model.dtype]:
+def logit_difference(folder: Path, reloaded: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of the logits of a model and of what was saved of it, relative to the largest logit.
+
+    Errors: RuntimeError if it is more than rounding explains.
+    """
+    difference = float((reloaded - before).abs().max() / before.abs().max())
+    if not difference <= LOGIT_BOUND[dtype]:
         raise RuntimeError(
             f"{folder}: logits of the reloaded model differ from the unmerged one's by {difference:.2e} of the largest; "
-            f"allowed: {LOGIT_BOUND[model.dtype]:.0e}"
+            f"allowed: {LOGIT_BOUND[dtype]:.0e}"
         )
     return difference

@@ -128,19 +128,24 @@ class AdaptedLinear(nn.Module):
 
 
 def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:
-    """Replace every projection of every block by an `AdaptedLinear` of rank 0; freeze everything else.
+    """Replace every projection of every block by an `AdaptedLinear` of rank 0; freeze everything else."""
+    model.requires_grad_(False)
+    for block in decoder_blocks(model, family):
+        adapt_block(block, family, scale)
+
+
+def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
+    """Replace every projection of one block by an `AdaptedLinear` of rank 0.
 
     One that is there already, as in a model that was sharded on loading, stays and gets the scale.
     """
-    model.requires_grad_(False)
-    for block in decoder_blocks(model, family):
-        for name in family.projections:
-            linear = block.get_submodule(name)
-            if isinstance(linear, AdaptedLinear):
-                linear.scale = scale
-                continue
-            assert isinstance(linear, nn.Linear)
-            block.set_submodule(name, AdaptedLinear(linear, scale))
+    for name in family.projections:
+        linear = block.get_submodule(name)
+        if isinstance(linear, AdaptedLinear):
+            linear.scale = scale
+            continue
+        assert isinstance(linear, nn.Linear)
+        block.set_submodule(name, AdaptedLinear(linear, scale))
 
 
 def block_adapters(block: nn.Module, family: Family) -> dict[str, AdaptedLinear]:

@@ -8,71 +8,52 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from torch_impl.engine import distributed
 from torch_impl.engine.families import Family, decoder_blocks, find_family
 from torch_impl.engine.layers import AdaptedLinear, attach_adapters, block_adapters, merge_adapters
-
-INDEX = "model.safetensors.index.json"
-
-
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers (rotary angles) in place, adapters attached."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    model.tie_weights()
-    attach_adapters(model, find_family(model), 1.0)
-    return model.eval()
+from torch_impl.engine.shards import INDEX, Shards
+from torch_impl.engine.streaming import skeleton, stored_name
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
     """Causal-LM model of a local folder with adapters of rank 0, sharded over the processes as it is read.
 
-    dtype: of the parameters; None: the checkpoint's own. Errors: ValueError naming the tensor that the files lack.
+    dtype: of the parameters; None: the checkpoint's own. Errors: ValueError naming the folder, and the tensor that its
+    files lack or that has another shape.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = _skeleton(config, dtype or config.dtype or torch.float32, trust_remote_code)
-    with _tensors(folder) as fetch:
-        distributed.shard(model, find_family(model), device, fetch)
+    shards = Shards(folder)
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or shards.dtype
+    model: Any = _adapted(skeleton(str(folder), trust_remote_code, dtype or own))
+
+    def fetch(name: str) -> torch.Tensor:
+        return shards.read(stored_name(shards, model, name, model.get_parameter(name)))
+
+    distributed.shard(model, find_family(model), device, fetch)
     return model
 
 
-@contextmanager
-def _tensors(folder: Path) -> Iterator[distributed.Fetch]:
-    """Read tensors by name from the safetensors files of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model {folder} holds no safetensors file; allowed: weights as safetensors")
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        place = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
-
-        def fetch(name: str) -> torch.Tensor:
-            if name not in place:
-                raise ValueError(f"model {folder}: its safetensors files hold no tensor {name}")
-            tensor: torch.Tensor = place[name].get_tensor(name)
-            return tensor
-
-        yield fetch
+def _adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """A model on the meta device with its head tied, if it is to be, and adapters of rank 0."""
+    model.tie_weights()
+    attach_adapters(model, find_family(model), 1.0)
+    return model.eval()
 
 
 def twin(model: Any, family: Family) -> Any:
     """An independent copy of a model; sharded as the model is, copied block by block."""
     if not distributed.is_sharded(model):
         return copy.deepcopy(model)
-    other = _skeleton(model.config, model.dtype)
+    with init_empty_weights(include_buffers=False):
+        other: Any = _adapted(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype))
 
     def fetch(name: str) -> torch.Tensor:
         return distributed.full(model.get_parameter(name).detach())

@@ -11,6 +11,9 @@ from torch_impl import hsic, rank
 from torch_impl.engine import distributed
 from torch_impl.masks import sparsegpt
 
+# Tokens of every sequence that go to the device at once, of hidden states that are kept elsewhere.
+PART = 128
+
 
 class InputNorm:
     """‖X_j‖₂ of every input column over all batches (streamed `masks.wanda.input_norm`)."""
@@ -68,10 +71,14 @@ class ReconstructionError:
         return float(distributed.agreed(rank.error_of_sums(difference, energy)))
 
 
-def gram_of(hidden: torch.Tensor) -> torch.Tensor:
+def gram_of(hidden: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """Gram matrix (n, n) in float64, on the CPU, of the hidden states (n, tokens, hidden) of all processes together.
 
     K = Σ_c x_c x_cᵀ over feature columns c: each process sums over its share of the columns, for all n sequences.
+    device: where to compute, if the states are kept elsewhere.
     """
-    columns = distributed.exchange_columns(hidden.flatten(1))
-    return distributed.total(hsic.linear_gram(columns).double().cpu())
+    if device is None or hidden.device == device:
+        columns = distributed.exchange_columns(hidden.flatten(1))
+        return distributed.total(hsic.linear_gram(columns).double().cpu())
+    parts = (part.to(device).flatten(1) for part in hidden.split(PART, dim=1))
+    return sum((hsic.linear_gram(part).double() for part in parts), start=torch.zeros(())).cpu()

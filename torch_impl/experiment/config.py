@@ -36,6 +36,13 @@ class ModelConfig:
     """auto (float32 on the CPU, the checkpoint's own on a GPU), float32, bfloat16, float16, float64."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for sources you trust."""
+    offload: str = "auto"
+    """Leave the model on disk and prune it block by block, for plain pruning (--steps 1 --finetune false) of a model
+    larger than the memory: on, off or auto (on, if it would not fit)."""
+
+    def __post_init__(self) -> None:
+        if self.offload not in ("auto", "on", "off"):
+            raise ValueError(f"offload is {self.offload!r}; allowed: auto, on, off")
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,18 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     text: TextConfig = field(default_factory=TextConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.offload == "on" and not self.plain:
+            raise ValueError(
+                f"offload is 'on' with steps {self.prune.steps} and finetune {self.training.finetune}; "
+                "allowed: with steps 1 and finetune false"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is plain pruning, in one shot without fine-tuning: what can be done block by block from disk."""
+        return self.prune.steps == 1 and not self.training.finetune
 
     @property
     def settings(self) -> Settings:

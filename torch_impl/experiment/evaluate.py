@@ -10,6 +10,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from torch_impl.engine import distributed
+from torch_impl.engine.calibration import Stream, finish
+from torch_impl.engine.families import Family
 
 
 @torch.no_grad()
@@ -26,9 +28,30 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int) -> floa
     for own in tqdm(rounds, desc="perplexity", leave=False, disable=not distributed.leads()):
         # A sharded model runs in all processes or in none: who has no batch left sees the first again.
         ids = batches[own if own < len(batches) else 0].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = float(functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
+        loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
         total += loss if own < len(batches) else 0.0
-    total = distributed.total_of(total)
+    return _perplexity(distributed.total_of(total), windows)
+
+
+@torch.no_grad()
+def streamed_perplexity(model: nn.Module, family: Family, windows: torch.Tensor, stream: Stream) -> float:
+    """The same from a stream of the windows that has gone through all blocks."""
+    total = 0.0
+    for _, rows in stream.batches():
+        logits = finish(model, family, windows[rows], stream.states(rows))
+        total += _loss_sum(logits, windows[rows].to(stream.device))
+    return _perplexity(total, windows)
+
+
+def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Summed over the predicted tokens of windows (n, t), a window at a time: logits in float32 are large."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses = [
+        functional.cross_entropy(window[:-1].to(wide), row[1:], reduction="sum")
+        for window, row in zip(logits, ids, strict=True)
+    ]
+    return float(torch.stack(losses).sum())
+
+
+def _perplexity(total: float, windows: torch.Tensor) -> float:
     return math.exp(min(total / (len(windows) * (windows.shape[1] - 1)), 700.0))

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ def load_material(config: Config) -> Material:
     device = checkpoint.choose_device(config.model.device)
     model, tokenizer = checkpoint.load(config.model.model, device, config.model.dtype, config.model.trust_remote_code)
     losa.check_model(model, config.settings)
+    return with_text(config, model, tokenizer)
+
+
+def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
+    """All that a run of this model reads. Errors: as for `load_material`."""
     options, calibration, seed = config.text, config.calibration, config.output.seed
     calibration_ids = text.calibration_windows(
         text.load_documents(options.calibration_data, "train"),
@@ -86,16 +91,16 @@ def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
         training=dataclasses.replace(config.training, finetune=False),
     )
     model: PreTrainedModel = sharded.twin(material.model, find_family(material.model))
-    losa.run(model, material.calibration, [], plain)
+    losa.run(model, material.calibration, [], plain, dense=material.model)
     sharded.merge(model, find_family(model))
     return model
 
 
-def run_job(config: Config) -> tuple[dict[str, Any], Path]:
-    """Do all of it. Returns the result, as losa_result.json holds it, and the folder of the run."""
+def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> tuple[dict[str, Any], Path]:
+    """Do all of it, in memory or block by block. Returns the result, as losa_result.json holds it, and its folder."""
     target = config.output_dir
     with distributed.joined(checkpoint.choose_device(config.model.device)), _folder(config) as folder:
-        result = _run(config, folder)
+        result = work(config, folder)
     return result, target
 
 
@@ -110,7 +115,8 @@ def _folder(config: Config) -> Iterator[Path]:
         yield folder
 
 
-def _run(config: Config, folder: Path) -> dict[str, Any]:
+def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
+    """The main job with the whole model in memory. Returns the result, as losa_result.json holds it."""
     start = time.perf_counter()
     material = load_material(config)
     model, device = material.model, material.model.device
@@ -164,15 +170,34 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     healed["seconds"] = losa_seconds
 
     sizes = _sizes(merged, masks)
-    result = {
+    rows = {"dense": dense, "pruned_at_once": pruned, "losa": healed}
+    several = distributed.processes()
+    how = f"over {several} processes" if several > 1 else "with transformers alone"
+    result = summarise(config, family.name, rows, sizes, after_step, material, verification, how)
+    result["seconds_in_all"] = time.perf_counter() - start
+    write_results(folder, config, material, result, records)
+    return result
+
+
+def summarise(
+    config: Config,
+    family: str,
+    rows: dict[str, dict[str, float]],
+    sizes: dict[str, int],
+    after_step: list[float],
+    material: Material,
+    verification: checkpoint.Verification,
+    reloaded: str,
+) -> dict[str, Any]:
+    """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa; reloaded: how."""
+    packed = {"dense": sizes["dense"], "pruned_at_once": sizes["packed"], "losa": sizes["packed"]}
+    return {
         "model": config.model.model,
-        "family": family.name,
+        "family": family,
         "method": config.prune.prune_method,
         "sparsity_type": config.prune.sparsity_type,
         "target_sparsity": config.prune.final_sparsity,
-        "dense": {**dense, "bytes": sizes["dense"], "packed_bytes": sizes["dense"]},
-        "pruned_at_once": {**pruned, "bytes": sizes["dense"], "packed_bytes": sizes["packed"]},
-        "losa": {**healed, "bytes": sizes["dense"], "packed_bytes": sizes["packed"]},
+        **{name: {**row, "bytes": sizes["dense"], "packed_bytes": packed[name]} for name, row in rows.items()},
         "perplexity_after_step": after_step,
         "evaluation": material.evaluation_facts,
         "train_examples": len(material.examples),
@@ -180,23 +205,20 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "loss": config.training.loss,
         "step_shares": config.text.shares(config.prune.steps),
         "verification": {
+            "reloaded": reloaded,
             "largest_logit_difference": verification.logit_difference,
-            "reloaded": f"over {several} processes"
-            if (several := distributed.processes()) > 1
-            else "with transformers alone",
             "projections": len(verification.zeros),
             "sparsity_pruned_and_saved": verification.zeros,
         },
-        "seconds_in_all": time.perf_counter() - start,
     }
-    if distributed.leads():
-        _write(folder, config, material, result, records)
-    return result
 
 
-def _write(
+def write_results(
     folder: Path, config: Config, material: Material, result: dict[str, Any], records: list[losa.StepRecord]
 ) -> None:
+    """All files of a run's folder but the weights, by process 0."""
+    if not distributed.leads():
+        return
     write_json(folder / "losa_result.json", result)
     write_json(folder / "steps.json", [record.as_dict() for record in records])
     write_json(folder / "config.json", config.as_dict())

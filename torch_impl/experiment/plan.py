@@ -6,65 +6,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from torch_impl import schedule
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoint import DTYPES, choose_device
-from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.families import find_family
+from torch_impl.engine.memory import Sizes
+from torch_impl.engine.streaming import skeleton
 from torch_impl.experiment import scaling
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.footprint import footprint
 
 GIB = 2**30
 
 
-def _skeleton(name: str) -> PreTrainedModel:
-    """The model without weights."""
-    try:
-        configuration = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(configuration)
-    except Exception as error:  # as in checkpoint.load: any of transformers' kinds, one line
+def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
+    """The model without weights, where it will be, and its sizes in the dtype of the run."""
+    if not Path(config.model.model).is_dir() and config.model.model.count("/") != 1:
+        raise FileNotFoundError(f"model {config.model.model}: no such folder; allowed: a model folder or a hub id")
+    device = choose_device(config.model.device)
+    model = skeleton(config.model.model, config.model.trust_remote_code)
+    dtype = DTYPES.get(config.model.dtype, torch.float32 if device.type == "cpu" else model.dtype)
+    return model, device, Sizes.of(model, find_family(model), dtype)
+
+
+def streams(config: Config) -> bool:
+    """Whether the run leaves the model on disk and prunes it block by block."""
+    if distributed.launched() > 1 and config.model.offload == "on":
         raise ValueError(
-            f"model {name}: no causal language model here: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return model
+            "offload is 'on'; allowed with several processes: auto or off, each holds its rows of the weights"
+        )
+    if distributed.launched() > 1 or not config.plain or config.model.offload != "auto":
+        return config.model.offload == "on"
+    _, device, sizes = _described(config)
+    return footprint(config, sizes, device).streamed
 
 
 def make_plan(config: Config) -> dict[str, Any]:
     """Blocks, targets, tokens, memory in bytes and floating-point operations of a run."""
-    if not Path(config.model.model).is_dir() and config.model.model.count("/") != 1:
-        raise FileNotFoundError(f"model {config.model.model}: no such folder; allowed: a model folder or a hub id")
-    device = choose_device(config.model.device)
-    model = _skeleton(config.model.model)
+    model, device, sizes = _described(config)
     family = find_family(model)
-    blocks = decoder_blocks(model, family)
-    prunable = sum(prunable_weights(model, family))
-    parameters = model.num_parameters()
+    prunable = sum(sizes.prunable_of_blocks)
     dtype = DTYPES.get(config.model.dtype, torch.float32 if device.type == "cpu" else model.dtype)
-    size = torch.empty(0, dtype=dtype).element_size()
+    taken = footprint(config, sizes, device)
     steps = range(1, config.prune.steps + 1)
     targets = [schedule.cubic_sparsity(t, config.prune.steps, config.prune.final_sparsity) for t in steps]
     mean_ranks = [schedule.mean_rank(t, config.adapter.initial_rank) for t in steps]
-    weights = [weight_of(blocks[0], name) for name in family.projections]
-    per_rank = len(blocks) * sum(sum(weight.shape) for weight in weights)
     training, text, calibration = config.training, config.text, config.calibration
-    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
-    micro = training.per_device_train_batch_size * text.train_seqlen
-    widest = max(weight.shape[0] for weight in weights)
-    kept_per_token = len(blocks) * (1 if training.gradient_checkpointing else 8 + 4 * widest // hidden) * hidden
-    memory = {
-        "weights": parameters * size,
-        "dense copy": parameters * size,
-        "streams of hidden states": 2 * calibration.nsamples * calibration.seqlen * hidden * size,
-    }
-    if config.prune.prune_method == "sparsegpt":
-        memory["Hessians of a block"] = sum(weight_of(blocks[0], g[0]).shape[1] ** 2 * 4 for g in family.inputs)
-    if training.finetune:
-        # float32 value, gradient and two moments; logits in the model's dtype and twice in float32.
-        memory["adapters and optimizer"] = max(mean_ranks) * per_rank * 16
-        memory["merged weights"] = prunable * size if training.hold_merged != "off" else 0
-        memory["activations"] = micro * (kept_per_token * size + vocabulary * (size + 8))
     calibration_tokens = calibration.nsamples * calibration.seqlen
     rmi_tokens = min(calibration.rmi_samples, calibration.nsamples) * calibration.seqlen
     sweeps = 2 * prunable * (rmi_tokens + 3 * calibration_tokens) * config.prune.steps
@@ -74,8 +63,8 @@ def make_plan(config: Config) -> dict[str, Any]:
         "family": family.name,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "blocks": len(blocks),
-        "parameters": parameters,
+        "blocks": len(sizes.prunable_of_blocks),
+        "parameters": sizes.parameters,
         "prunable weights": prunable,
         "sparsity after each step": [round(target, 4) for target in targets],
         "mean rank of each step": mean_ranks if training.finetune else [],
@@ -88,13 +77,18 @@ def make_plan(config: Config) -> dict[str, Any]:
             else "none"
         ),
         "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
-        "memory, bytes": {name: int(value) for name, value in memory.items()},
+        "weights": "one block at a time from the model's files" if taken.streamed else "in memory",
+        "most memory is taken in": taken.phase,
+        "device memory": taken.device,
+        "host memory": taken.host,
         "floating-point operations": {"sweeps": sweeps, "training": train if training.finetune else 0},
         "output": str(config.output_dir),
     }
     cards = config.output.devices or distributed.launched()
     if cards > 1:
-        del plan["memory, bytes"]
+        for single in ("weights", "most memory is taken in", "device memory", "host memory"):
+            del plan[single]
+        size = torch.empty(0, dtype=dtype).element_size()
         plan |= scaling.scale(scaling.layout_of(model, family, size), config, cards)
     return plan
 
@@ -103,8 +97,8 @@ def show_plan(plan: dict[str, Any]) -> str:
     """The plan as text."""
     lines = []
     for name, value in plan.items():
-        if name == "memory, bytes":
-            lines.append(f"memory, largest at once         {sum(value.values()) / GIB:.2f} GiB (estimated), of it")
+        if name in ("device memory", "host memory"):
+            lines.append(f"{name:<30}  {sum(value.values()) / GIB:.2f} GiB at once (estimated), of it")
             lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         elif name == "floating-point operations":
             lines += [f"work, {part:<24}{amount / 1e12:>12.2f} TFLOP" for part, amount in value.items()]

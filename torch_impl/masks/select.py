@@ -8,14 +8,20 @@ import torch
 
 from torch_impl import _checks
 
+# A sort takes some thirty bytes an entry on the way, so rows of large matrices are sorted in parts.
+SORTED_AT_ONCE = 1 << 25
+
 
 def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Bool (out, in), True = kept: floor(ρ·in + 1e-9) lowest of every row pruned; ties by lower column (stable sort)."""
     score = _scores(score)
     sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
     k = math.floor(sparsity * score.shape[1] + 1e-9)
-    lowest = torch.sort(score, dim=1, stable=True).indices[:, :k]
-    return torch.ones(score.shape, dtype=torch.bool, device=score.device).scatter_(1, lowest, False)
+    mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    rows = max(1, SORTED_AT_ONCE // score.shape[1])
+    for part, kept in zip(score.split(rows), mask.split(rows), strict=True):
+        kept.scatter_(1, torch.sort(part, dim=1, stable=True).indices[:, :k], False)
+    return mask
 
 
 def matrix_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -1,0 +1,292 @@
+# ruff: noqa: F811 - the fixture's name comes back as a parameter
+"""A model whose blocks come from its files is pruned to the same bits as one in memory, and leaves the same folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from oracle_tests.test_run import arguments, fails, place  # noqa: F401 - a fixture
+from tiny_models.random_models import FAMILIES, save_random_model
+from torch_impl import losa
+from torch_impl.bench import large
+from torch_impl.engine import families, layers, memory, shards, statistics, streaming
+from torch_impl.experiment import footprint, plan, streamed_job
+from torch_impl.experiment.config import parse
+from torch_impl.masks import select
+from torch_impl.run import main
+
+PLAIN = {"steps": 1, "finetune": "false", "eval_windows": 4}
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def split_into_shards(folder: Path, parts: int) -> None:
+    """The same checkpoint in several files, tensors dealt out in turn, as no block would have it."""
+    tensors = load_file(folder / shards.SINGLE)
+    (folder / shards.SINGLE).unlink()
+    place_of = {name: f"model-{k % parts + 1:05}-of-{parts:05}.safetensors" for k, name in enumerate(sorted(tensors))}
+    for file in set(place_of.values()):
+        chosen = {name: tensor for name, tensor in tensors.items() if place_of[name] == file}
+        save_file(chosen, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": place_of}
+    (folder / shards.INDEX).write_text(json.dumps(index))
+
+
+def both(place: Path, **changes: object) -> tuple[Path, Path]:
+    """Folders of the same run, in memory and block by block."""
+    for offload in ("off", "on"):
+        options = arguments(place, **PLAIN, **changes, offload=offload, output_dir=place / offload)
+        assert main(options) == 0
+    return place / "off", place / "on"
+
+
+def same(one: Path, other: Path) -> None:
+    """The same weights to the last bit; the same figures but for seconds."""
+    ours, theirs = weights_in(one / "model"), weights_in(other / "model")
+    assert set(ours) == set(theirs)
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name
+    for file in ("losa_result.json", "steps.json"):
+        _same_figures(json.loads((one / file).read_text()), json.loads((other / file).read_text()))
+
+
+def _same_figures(one: object, other: object) -> None:
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert set(one) == set(other)
+        for name in one:
+            if "seconds" not in name and name != "reloaded":
+                _same_figures(one[name], other[name])
+    elif isinstance(one, list) and isinstance(other, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            _same_figures(a, b)
+    else:
+        assert one == (pytest.approx(other, rel=1e-6, abs=1e-12) if isinstance(other, float) else other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_the_same_bits(place: Path, family: str) -> None:
+    save_random_model(place / "model", family)
+    same(*both(place))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune_method": "magnitude", "sparsity_ratio": 0.5, "layer_sparsity": "uniform"},
+        {"prune_method": "sparsegpt", "dtype": "bfloat16"},
+        {"prune_method": "sparsegpt", "sparsity_type": "mixed-2:4", "calibration_batch_size": 4},
+        {"sparsity_type": "2:4", "dtype": "float64"},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_every_method_and_pattern_gets_the_same_bits(place: Path, changes: dict) -> None:
+    split_into_shards(place / "model", 3)
+    one, other = both(place, **changes)
+    same(one, other)
+    mirrored = {path.name for path in (place / "model").glob("model*")}
+    assert {path.name for path in (other / "model").glob("model*")} == mirrored
+
+
+def test_a_bare_decoder_s_names_are_understood(place: Path) -> None:
+    file = place / "model" / shards.SINGLE
+    bare = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    save_file(bare, file, metadata={"format": "pt"})
+    assert main(arguments(place, **PLAIN, offload="on")) == 0
+    written = weights_in(place / "out" / "model")
+    assert set(written) == set(bare), "the files' own names are kept"
+    assert main(arguments(place, **PLAIN, offload="off", output_dir=place / "off")) == 0
+    for name, tensor in weights_in(place / "off" / "model").items():
+        assert torch.equal(written[name.removeprefix("model.")], tensor), name
+
+
+def test_what_a_file_holds_beside_the_model_is_taken_over(place: Path) -> None:
+    """Old checkpoints hold buffers that are computed today, and integers."""
+    file = place / "model" / shards.SINGLE
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "seen": torch.arange(5)}
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+    assert main(arguments(place, **PLAIN, offload="on")) == 0
+    written = weights_in(place / "out" / "model")
+    for name, tensor in more.items():
+        assert torch.equal(written[name], tensor)
+
+
+def test_the_dense_side_of_a_whole_run_may_come_from_files(place: Path) -> None:
+    ids = torch.randint(257, (6, 16), generator=torch.Generator().manual_seed(0))
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    setup = losa.Settings(prune=losa.PruneConfig(steps=2))
+    results = []
+    for from_files in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(place / "model")
+        dense = streaming.open_streamed(place / "model", torch.device("cpu"), None) if from_files else None
+        records = losa.run(model, ids, [examples[:3], examples[3:]], setup, dense=dense)
+        results.append(([record.errors for record in records], [layer.merged() for layer in layers.adapters(model)]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_states_kept_elsewhere_have_the_same_gram_matrix() -> None:
+    hidden = torch.randn(4, 2 * statistics.PART + 3, 8, dtype=torch.float64)
+    # To torch, the CPU and the first CPU are two devices.
+    elsewhere = statistics.gram_of(hidden, torch.device("cpu:0"))
+    torch.testing.assert_close(elsewhere, statistics.gram_of(hidden), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_sorted_in_parts_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = torch.randint(4, (7, 6), generator=torch.Generator().manual_seed(0)).double()
+    whole = select.row_mask(score, 0.5)
+    for entries in (1, 6, 13, 20):
+        monkeypatch.setattr(select, "SORTED_AT_ONCE", entries)
+        assert torch.equal(select.row_mask(score, 0.5), whole)
+
+
+def test_room_is_given_while_there_is_some() -> None:
+    room = memory.Room(torch.device("cuda"), working=40, budget=200)
+    assert [room.take(100), room.take(50), room.take(40), room.take(1)] == [True, False, True, False]
+    room.give_back()
+    assert room.take(140)
+    assert memory.Room(torch.device("cpu"), working=0, budget=0).take(10**12), "there is no other place"
+
+
+def test_a_block_has_weights_until_the_next_is_asked_for(place: Path) -> None:
+    model = streaming.open_streamed(place / "model", torch.device("cpu"), None)
+    blocks = streaming.sweep(model, families.find_family(model))
+    first = next(blocks)
+    assert all(parameter.numel() for parameter in first.parameters())
+    second = next(blocks)
+    assert not any(parameter.numel() for parameter in first.parameters())
+    assert all(parameter.numel() for parameter in second.parameters())
+    skeleton = families.decoder_blocks(model, families.find_family(model))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+def bytes_alive() -> int:
+    """Of all tensors on the CPU that Python knows of, whichever thread made them."""
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted as every block comes: itself, the next one, the one being written, and the hidden states."""
+    device, blocks = torch.device("cpu"), 12
+    before = bytes_alive()
+    peak = 0
+    filled = streaming._filled
+
+    def counted(*given: Any) -> torch.nn.Module:
+        nonlocal peak
+        block = filled(*given)
+        peak = max(peak, bytes_alive() - before)
+        return block
+
+    monkeypatch.setattr(streaming, "_filled", counted)
+    with large.checkpoint("medium", blocks, device, torch.float32) as folder:
+        config = large._options(folder, device, torch.float32, 2, 8, "--offload", "on", "--layer_sparsity", "uniform")
+        material = large._random_text(config, folder, device)
+        family = families.find_family(material.model)
+        sizes = memory.Sizes.of(material.model, family, torch.float32)
+        sweeps = streamed_job.Sweeps(material.model, family, config, material)
+        sweeps.dense()
+        output = streamed_job.Output(tmp_path, material.model, family)
+        sweeps.prune(torch.full((blocks,), 0.5), [None] * blocks, output)
+    assert peak < sizes.outside * 4 + 3.5 * sizes.largest_block * 4
+
+
+def test_auto_leaves_on_disk_what_does_not_fit(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    config = parse(arguments(place, **PLAIN))
+    assert not plan.streams(config)
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 10**5)
+    assert plan.streams(config)
+    assert not plan.streams(parse(arguments(place, **PLAIN, offload="off")))
+    assert not plan.streams(parse(arguments(place))), "training needs the whole model"
+    assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
+    assert "one block at a time" in capsys.readouterr().out
+    called = []
+    monkeypatch.setattr("torch_impl.run.run_streamed", lambda *_: called.append(1) or {})
+    monkeypatch.setattr("torch_impl.run.report.table", lambda _: "")
+    assert main(arguments(place, **PLAIN)) == 0
+    assert called
+
+
+def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
+    """Larger batches, longer sequences, the dense model's predictions and held weights all take more."""
+    save_random_model(place / "model", "llama", vocab_size=2048)
+
+    def foretold(**changes: object) -> int:
+        options = {"finetune": "true", "steps": 1, "hold_merged": "off", "train_seqlen": 512, **changes}
+        return int(sum(plan.make_plan(parse(arguments(place, **options)))["device memory"].values()))
+
+    least = foretold()
+    for more in ({"loss": "kl"}, {"hold_merged": "on"}, {"train_seqlen": 1024}, {"per_device_train_batch_size": 8}):
+        assert foretold(**more) > least, more
+
+
+FAULTS = {
+    "a tensor is missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), ["layers.1.mlp.up_proj", "no "]),
+    "a shape is wrong": (
+        lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+        ["model.norm.weight", "(3,)", "allowed: (32,)"],
+    ),
+    "NaN": (lambda t: t["model.layers.2.mlp.down_proj.weight"].fill_(torch.nan), ["layers.2.mlp.down_proj", "NaN"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_files_are_named(place: Path, fault: str, capsys: pytest.CaptureFixture) -> None:
+    file = place / "model" / shards.SINGLE
+    tensors = load_file(file)
+    change, words = FAULTS[fault]
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    fails(capsys, place, arguments(place, **PLAIN, offload="on"), words)
+
+
+def test_files_that_cannot_be_read_are_named(place: Path, capsys: pytest.CaptureFixture) -> None:
+    file = place / "model" / shards.SINGLE
+    file.write_bytes(file.read_bytes()[:-100])
+    fails(capsys, place, arguments(place, **PLAIN, offload="on"), [shards.SINGLE, "cannot be read"])
+    file.unlink()
+    fails(capsys, place, arguments(place, **PLAIN, offload="on"), ["no model.safetensors", "allowed"])
+
+
+@pytest.mark.parametrize(("breaks", "words"), [("zeros", ["zeros are not where"]), ("others", ["logits", "differ"])])
+def test_what_the_disk_made_of_it_is_noticed(
+    place: Path,
+    breaks: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    write = shards.ShardWriter.write
+
+    def broken(self: shards.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        if breaks == "zeros" and name.endswith("up_proj.weight"):
+            tensor = tensor + 1
+        elif breaks == "others" and name.endswith("norm.weight"):
+            tensor = tensor * 2
+        write(self, name, tensor)
+
+    monkeypatch.setattr(shards.ShardWriter, "write", broken)
+    fails(capsys, place, arguments(place, **PLAIN, offload="on"), words)
+
+
+def test_a_model_sparser_than_asked_is_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments(place, **PLAIN, sparsity_ratio=0.6, offload="on")) == 0
+    again = arguments(place, **PLAIN, model=place / "out" / "model", sparsity_ratio=0.4, offload="on")
+    fails(capsys, place, [*again, "--overwrite"], ["sparsity_ratio is 0.4", "already"])

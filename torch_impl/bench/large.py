@@ -1,0 +1,218 @@
+"""Models larger than the card: blocks from files, cost against model size, and the dry run's memory against what is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import string
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tiny_models.random_models import byte_tokenizer
+from torch_impl import losa
+from torch_impl.bench import geometry
+from torch_impl.engine import memory
+from torch_impl.engine.checkpoint import load_streamed
+from torch_impl.engine.streaming import open_streamed, reader_of
+from torch_impl.experiment.config import Config, parse
+from torch_impl.experiment.footprint import footprint
+from torch_impl.experiment.job import Material, run_in_memory
+from torch_impl.experiment.streamed_job import Output, Sweeps, run_streamed
+
+CARD = 24 * 10**9
+TEXT = 1 << 17
+"""Letters, a token each, of the text that jobs read."""
+SCALES = {"cuda": ("llama-2-7b", "llama-2-13b", "llama-2-70b"), "cpu": ("small", "medium")}
+
+
+@contextlib.contextmanager
+def checkpoint(name: str, blocks: int, device: torch.device, dtype: torch.dtype) -> Iterator[Path]:
+    """A folder with a random model of that geometry, in several files, and a tokenizer; gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = geometry.build(name, blocks, device, dtype)
+        model.save_pretrained(folder, max_shard_size="5GB")
+        byte_tokenizer().save_pretrained(folder)
+        letters = random.Random(0).choices(string.ascii_lowercase + " ", k=TEXT)
+        for name in ("train.txt", "eval.txt"):
+            Path(folder, name).write_text("".join(letters), encoding="utf-8")
+        del model
+        yield Path(folder)
+
+
+def forget_pages(folder: Path) -> None:
+    """Let the next reading of these files come from the disk."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class HostPeak:
+    """Largest private memory of this process while the body runs, bytes over what it was before; mapped files are not it."""
+
+    def __enter__(self) -> HostPeak:
+        self._process, self._ended = psutil.Process(), threading.Event()
+        self._before = self._private()
+        self.bytes = 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _private(self) -> int:
+        found = self._process.memory_info()
+        return int(found.rss - found.shared)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.01):
+            self.bytes = max(self.bytes, self._private() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """(largest number of bytes that tensors held on the device meanwhile, result).
+
+    On the CPU only what the calling thread allocates is seen: not the blocks that come from files.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        result = action()
+        return torch.cuda.max_memory_allocated(device), result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = action()
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, result
+
+
+def _options(folder: Path, device: torch.device, dtype: torch.dtype, rows: int, length: int, *more: str) -> Config:
+    plain = ["--steps", "1", "--finetune", "false", "--nsamples", str(rows), "--seqlen", str(length)]
+    evaluation = ["--eval_windows", "8", "--eval_seqlen", str(length), "--rmi_samples", str(max(2, rows // 2))]
+    read = ["--calibration_data", "train.txt", "--finetune_data", "train.txt", "--eval_data", "eval.txt"]
+    texts = [str(folder / word) if word.endswith(".txt") else word for word in read]
+    place = ["--model", str(folder), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
+    return parse([*place, *plain, *evaluation, *texts, *more])
+
+
+def _random_text(config: Config, folder: Path, device: torch.device) -> Material:
+    model, tokenizer = load_streamed(str(folder), device, config.model.dtype)
+    generator = torch.Generator().manual_seed(1)
+    found, text = config.calibration, config.text
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary, (found.nsamples, found.seqlen), generator=generator)
+    windows = torch.randint(vocabulary, (text.eval_windows or 8, text.eval_seqlen), generator=generator)
+    return Material(model, tokenizer, ids, [], windows, {})
+
+
+def stream(
+    name: str, blocks: int, device: torch.device, dtype: torch.dtype, rows: int, length: int, method: str = "wanda"
+) -> dict[str, Any]:
+    """Prune a checkpoint on disk block by block, as on a card of 24 GB, and verify what was written; figures by block."""
+    with checkpoint(name, blocks, device, dtype) as folder, tempfile.TemporaryDirectory() as out:
+        config = _options(folder, device, dtype, rows, length, "--prune_method", method, "--offload", "on")
+        material = _random_text(config, folder, device)
+        family = losa.check_structure(material.model, config.settings)
+        budget = CARD - torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+        sweeps = Sweeps(material.model, family, config, material, budget)
+        reader = reader_of(material.model, family)
+        size = sum(reader.bytes_of(index) for index in range(blocks)) / blocks
+        forget_pages(folder)
+        start = time.perf_counter()
+        for index in range(blocks):
+            reader.load(index)
+        read = time.perf_counter() - start
+
+        def prune() -> Any:
+            output = Output(Path(out), material.model, family)
+            rates = torch.full((blocks,), config.prune.final_sparsity, dtype=torch.float64)
+            return sweeps.prune(rates, [None] * blocks, output)
+
+        forget_pages(folder)
+        with HostPeak() as host:
+            start = time.perf_counter()
+            dense_peak, dense = device_peak(sweeps.dense, device)
+            middle = time.perf_counter()
+            peak, pruned = device_peak(prune, device)
+            end = time.perf_counter()
+        material.model.config.save_pretrained(out)
+        again = open_streamed(Path(out), device, dtype)
+        Sweeps(again, family, config, material).verify(Path(out), pruned)
+        pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"] if device.type == "cuda" else 0
+        return {
+            "geometry": name,
+            "method": method,
+            "blocks": blocks,
+            "parameters of a block": int(size // dtype.itemsize),
+            "bytes of a block": int(size),
+            "dense sweep, s a block": (middle - start) / blocks,
+            "pruning sweep, s a block": (end - middle) / blocks,
+            "read alone, GB/s": size * blocks / read / 1e9,
+            "device peak, GB": max(peak, dense_peak) / 1e9,
+            "host peak, GB": (host.bytes + pinned) / 1e9,
+            "dense perplexity": dense.perplexity,
+        }
+
+
+def scale(device: torch.device, dtype: torch.dtype, blocks: int, rows: int, length: int) -> list[dict[str, Any]]:
+    """The same for models of several sizes: seconds and bytes of a block should be linear in its parameters."""
+    return [stream(name, blocks, device, dtype, rows, length) for name in SCALES[device.type]]
+
+
+def plan(
+    name: str, blocks: int, device: torch.device, dtype: torch.dtype, rows: int, length: int, train_length: int
+) -> list[dict[str, Any]]:
+    """Real jobs of few blocks: the device memory that the dry run foretells against what they take."""
+    training = ["--finetune", "true", "--train_examples", "24", "--train_seqlen", str(train_length)]
+    cases = {
+        "plain, wanda": ["--offload", "off"],
+        "plain, sparsegpt": ["--offload", "off", "--prune_method", "sparsegpt"],
+        "block by block, wanda": ["--offload", "on"],
+        "with training": training,
+        "with training, checkpointed": [*training, "--gradient_checkpointing", "true"],
+    }
+    found = []
+    with checkpoint(name, blocks, device, dtype) as folder:
+        for case, more in cases.items():
+            config = _options(folder, device, dtype, rows, length, *more)
+            model = open_streamed(folder, torch.device("cpu"), dtype)
+            family = losa.check_structure(model, config.settings)
+            sizes = memory.Sizes.of(model, family, dtype)
+            foretold = footprint(config, sizes, device)
+            work = run_streamed if foretold.streamed else run_in_memory
+            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stderr(io.StringIO()):
+                peak, _ = device_peak(lambda c=config, o=out, w=work: w(c, Path(o)), device)  # type: ignore[misc]
+            found.append(
+                {
+                    "case": case,
+                    "phase": foretold.phase,
+                    "foretold, GB": foretold.device_bytes / 1e9,
+                    "measured, GB": peak / 1e9,
+                    "foretold / measured": foretold.device_bytes / peak,
+                }
+            )
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a figure, one column a row: there are more figures than rows."""
+    lines = []
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        shown = [f"{v:,.3g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in values]
+        lines.append(f"{key:<28}" + "".join(f"{value:>28}" for value in shown))
+    return "\n".join(lines)

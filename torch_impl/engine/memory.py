@@ -1,0 +1,151 @@
+"""What a run holds at once, in bytes: of the device and of the host. Peaks are of tensors, as PyTorch's allocator counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+from torch_impl.engine.families import Family, decoder_blocks, prunable_weights, weight_of
+from torch_impl.masks.select import SORTED_AT_ONCE
+
+# What is left free of a device: the allocator's fragments and the libraries' own workspaces.
+SHARE = 0.9
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a process may still take on a device (the CPU: of the host's memory)."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+class Room:
+    """Room on a device for hidden states beside what the work itself takes. working: bytes of that.
+
+    budget: bytes to get by with, if not all that is free.
+    """
+
+    def __init__(self, device: torch.device, working: int, budget: int | None = None) -> None:
+        self._left = self._all = int(SHARE * (free_bytes(device) if budget is None else budget)) - working
+        # On the CPU there is no other place.
+        self._always = device.type != "cuda"
+
+    def take(self, size: int) -> bool:
+        """Whether so many bytes more fit; if they do, they are taken."""
+        if self._always or size <= self._left:
+            self._left -= size
+            return True
+        return False
+
+    def give_back(self) -> None:
+        """All that was taken is free again."""
+        self._left = self._all
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one model in one dtype; numbers of elements unless they are said to be bytes."""
+
+    itemsize: int
+    parameters: int
+    outside: int
+    """Parameters that lie outside the decoder blocks."""
+    largest_block: int
+    prunable_of_blocks: list[int]
+    entries_per_rank: int
+    """Of all adapters, for one rank."""
+    largest_projection: int
+    inputs: list[int]
+    """Inputs of each group of projections that share them."""
+    hidden: int
+    width: int
+    """Of the MLP inside."""
+    gated: bool
+    keys: int
+    """Key channels of the attention: fewer than hidden ones with grouped queries."""
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: nn.Module, family: Family, dtype: torch.dtype) -> Sizes:
+        """Read off a model, which needs no weights."""
+        blocks = decoder_blocks(model, family)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        of_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        weights = [weight_of(blocks[0], name) for name in family.projections]
+        inputs = [weight_of(blocks[0], group[0]).shape[1] for group in family.inputs]
+        head = model.get_output_embeddings().weight  # type: ignore[operator]
+        return cls(
+            itemsize=dtype.itemsize,
+            parameters=parameters,
+            outside=parameters - sum(of_blocks),
+            largest_block=max(of_blocks),
+            prunable_of_blocks=prunable_weights(model, family),
+            entries_per_rank=len(blocks) * sum(sum(weight.shape) for weight in weights),
+            largest_projection=max(weight.numel() for weight in weights),
+            inputs=inputs,
+            hidden=weights[-1].shape[0],
+            width=inputs[-1],
+            gated=len(family.inputs[-2]) == 2,
+            keys=weights[1].shape[0],
+            vocabulary=head.shape[0],
+        )
+
+    def stream(self, tokens: int) -> int:
+        """Bytes of the hidden states of so many tokens."""
+        return tokens * self.hidden * self.itemsize
+
+    def forward(self, tokens: int) -> int:
+        """Bytes that one decoder block takes to be computed for so many tokens, without gradients."""
+        in_mlp = 2 * self.hidden + (3 if self.gated else 2) * self.width
+        return tokens * max(in_mlp, 9 * self.hidden) * self.itemsize
+
+    def logits(self, windows: int, seqlen: int) -> int:
+        """Bytes of the logits of evaluation windows, one of them in float32 at least and once more as log-probabilities."""
+        return self.vocabulary * seqlen * (windows * self.itemsize + 2 * max(4, self.itemsize))
+
+    def pruning(self, method: str) -> int:
+        """Bytes that pruning one projection takes beside its weight, statistics of the block's inputs included."""
+        wide = max(4, self.itemsize)
+        entries = self.largest_projection
+        sorting = min(entries, SORTED_AT_ONCE) * 36 if method == "wanda" else entries * 36
+        if method != "sparsegpt":
+            return max(entries * (2 * wide + 3) + sorting, entries * (3 * wide + self.itemsize + 2))
+        return self._hessians() + max(5 * max(self.inputs) ** 2 * wide, entries * (4 * wide + 3))
+
+    def _hessians(self) -> int:
+        return sum(inputs**2 for inputs in self.inputs) * max(4, self.itemsize)
+
+    def calibration(self, method: str, tokens: int) -> int:
+        """Bytes that gathering a block's statistics from batches of so many tokens, or pruning it, takes at most."""
+        gathering = self.forward(tokens) + (self._hessians() if method == "sparsegpt" else 0)
+        return max(gathering, self.pruning(method))
+
+    def kept_for_backward(self) -> int:
+        """Bytes that a decoder block keeps of one token until its backward pass.
+
+        The inputs of its norms in float32, those of its projections, queries, keys, values and output of the attention,
+        and what the MLP's product is made of.
+        """
+        norms = 2 * self.hidden * max(4, self.itemsize)
+        attention = 4 * self.hidden + 2 * self.keys
+        mlp = 4 * self.width if self.gated else 2 * self.width
+        return norms + (attention + mlp) * self.itemsize
+
+    def loss(self, tokens: int, distilled: bool) -> int:
+        """Bytes of what the loss of a training micro-batch needs: logarithms of the probabilities and two gradients of
+        that size, in float32 at least; more than twice as much with the dense model's predictions."""
+        return tokens * self.vocabulary * (7 if distilled else 3) * max(4, self.itemsize)
+
+    def working(self, method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
+        """Bytes of the device that streamed pruning takes beside what lies outside the blocks and the hidden states:
+        a block, the next one, and the largest piece of work. evaluation: windows at once and their length."""
+        work = max(
+            self.calibration(method, calibration_tokens),
+            self.forward(evaluation[0] * evaluation[1]),
+            self.logits(*evaluation),
+        )
+        return 2 * self.largest_block * self.itemsize + work

@@ -1,0 +1,158 @@
+"""The safetensors files of a Hugging Face folder, tensor by tensor: read through a memory map, written in place.
+
+Nothing here ever holds more than the tensors asked for: a checkpoint may be larger than the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+READERS = 4
+_CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: code for code, dtype in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint. dtype: None if it is not one of the floating-point kinds that a run computes in."""
+
+    file: str
+    shape: tuple[int, ...]
+    code: str
+    dtype: torch.dtype | None
+
+
+class Shards:
+    """What the safetensors files of a folder hold.
+
+    Errors: ValueError naming the folder or file if there are none, or they cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sharded = (folder / INDEX).is_file()
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        for file in self._files():
+            self._scan(file)
+        # Several tensors are read at once: the page faults and casts of one overlap those of the others.
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
+
+    def _files(self) -> list[str]:
+        if self.sharded:
+            return sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        raise ValueError(f"model {self.folder}: no {SINGLE} and no {INDEX} in it; allowed: weights as safetensors")
+
+    def _scan(self, file: str) -> None:
+        try:
+            with safe_open(self.folder / file, "pt") as opened:
+                self.metadata[file] = opened.metadata() or {}
+                for name in opened.offset_keys():
+                    piece = opened.get_slice(name)
+                    code = piece.get_dtype()
+                    self.entries[name] = Entry(file, tuple(piece.get_shape()), code, _CODES.get(code))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model {self.folder}: {file} cannot be read ({error}); allowed: whole files") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point tensor."""
+        found = [entry.dtype for entry in self.entries.values() if entry.dtype is not None]
+        if not found:
+            raise ValueError(f"model {self.folder} has no floating-point weights; allowed: {', '.join(_CODES)}")
+        return found[0]
+
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill tensors on the CPU, by their names in the checkpoint, cast to the dtype that each has."""
+        list(self._pool.map(self._read, targets, targets.values()))
+
+    def _read(self, name: str, target: torch.Tensor) -> None:
+        # A map of one tensor's pages lives no longer than this call: reading leaves no memory behind.
+        with safe_open(self.folder / self.entries[name].file, "pt") as opened:
+            target.copy_(opened.get_tensor(name))
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, on the CPU, in a floating-point dtype if one is given and it has one itself."""
+        entry = self.entries[name]
+        with safe_open(self.folder / entry.file, "pt") as opened:
+            found: torch.Tensor = opened.get_tensor(name)
+        return found.to(dtype, copy=True) if dtype is not None and entry.dtype is not None else found.clone()
+
+
+class ShardWriter:
+    """A second checkpoint with the files, names and shapes of a first, filled tensor by tensor in any order.
+
+    dtype: of all floating-point tensors. The safetensors layout (length of the header, header, data) is written first,
+    so that every tensor has its place and goes there as soon as it is known.
+    """
+
+    def __init__(self, folder: Path, like: Shards, dtype: torch.dtype) -> None:
+        self._folder, self._like, self._dtype = folder, like, dtype
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._missing = set(like.entries)
+        self.bytes = sum(self._lay_out(file) for file in like.metadata)
+        if like.sharded:
+            index = {
+                "metadata": {"total_size": self.bytes},
+                "weight_map": {name: entry.file for name, entry in like.entries.items()},
+            }
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _lay_out(self, file: str) -> int:
+        """Write the header of a file and give it its size. Returns the bytes of its tensors."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **self._like.metadata[file]}}
+        position = 0
+        for name, entry in self._like.entries.items():
+            if entry.file == file:
+                code = entry.code if entry.dtype is None else _NAMES[self._dtype]
+                end = position + _bytes(entry, self._dtype)
+                header[name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [position, end]}
+                self._places[name] = (self._folder / file, position)
+                position = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (self._folder / file).open("wb") as opened:
+            opened.write(struct.pack("<Q", len(text)) + text)
+            opened.truncate(8 + len(text) + position)
+        for name, (path, offset) in self._places.items():
+            if self._like.entries[name].file == file:
+                self._places[name] = (path, 8 + len(text) + offset)
+        return position
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put one tensor, on the CPU, in its place."""
+        entry = self._like.entries[name]
+        assert tuple(tensor.shape) == entry.shape, name
+        assert entry.dtype is None or tensor.dtype == self._dtype, name
+        path, offset = self._places[name]
+        with path.open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._missing.discard(name)
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Take tensors over from the first checkpoint as they are, but for the dtype."""
+        for name in names:
+            self.write(name, self._like.read(name, self._dtype))
+
+    def finish(self) -> None:
+        """Take over every tensor that nobody has written."""
+        self.copy(sorted(self._missing))
+
+
+def _bytes(entry: Entry, dtype: torch.dtype) -> int:
+    if entry.dtype is not None:
+        return torch.Size(entry.shape).numel() * dtype.itemsize
+    sizes = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+    return torch.Size(entry.shape).numel() * sizes[entry.code]

@@ -1,0 +1,219 @@
+"""Decoder blocks that come one at a time from the files of a checkpoint: for models larger than the memory.
+
+The model is a skeleton: what lies outside its blocks (embeddings, norm, head) is there, its blocks have no weights. A
+sweep hands out each block with its weights; meanwhile a thread reads the next one, through page-locked memory and a
+stream of its own on CUDA, so that reading and copying overlap the computation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from torch_impl.engine.families import Family, decoder_blocks, find_family
+from torch_impl.engine.shards import Shards
+
+Names = dict[str, str]
+
+
+@dataclass
+class _Loaded:
+    """The tensors of a block on the device; ready: the event that says so, on CUDA."""
+
+    tensors: dict[str, torch.Tensor]
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass
+class BlockReader:
+    """Reads the tensors of one block. names[index]: name inside the block → name in the checkpoint."""
+
+    shards: Shards
+    names: Sequence[Names]
+    device: torch.device
+    dtype: torch.dtype
+    _staging: torch.Tensor | None = field(default=None, init=False)
+    _side: torch.cuda.Stream | None = field(default=None, init=False)
+
+    def bytes_of(self, index: int) -> int:
+        """Bytes of a block in the dtype of the run."""
+        shapes = [self.shards.entries[name].shape for name in self.names[index].values()]
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
+
+    def load(self, index: int) -> _Loaded:
+        """The tensors of block `index`; on CUDA the copy may still be under way."""
+        names = self.names[index]
+        shapes = {name: self.shards.entries[full].shape for name, full in names.items()}
+        if self.device.type != "cuda":
+            tensors = {name: torch.empty(shape, dtype=self.dtype) for name, shape in shapes.items()}
+            self.shards.read_into({names[name]: tensor for name, tensor in tensors.items()})
+            return _Loaded(tensors)
+        return self._load_to_cuda(names, shapes)
+
+    def _load_to_cuda(self, names: Names, shapes: dict[str, tuple[int, ...]]) -> _Loaded:
+        if self._staging is None:
+            largest = max(self.bytes_of(index) for index in range(len(self.names)))
+            self._staging = torch.empty(largest // self.dtype.itemsize, dtype=self.dtype, pin_memory=True)
+            self._side = torch.cuda.Stream(self.device)
+        assert self._side is not None
+        # The last block's copy out of the staging memory must be over before it is filled again.
+        self._side.synchronize()
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        pieces = self._staging[: sum(sizes)].split(sizes)
+        staged = {name: piece.view(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
+        self.shards.read_into({names[name]: tensor for name, tensor in staged.items()})
+        with torch.cuda.stream(self._side):
+            tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in staged.items()}
+            ready = torch.cuda.Event()
+            ready.record(self._side)
+        return _Loaded(tensors, ready)
+
+
+class StreamedBlocks(nn.ModuleList):
+    """Decoder blocks without weights, and where their weights are."""
+
+    def __init__(self, blocks: Sequence[nn.Module], reader: BlockReader | None = None) -> None:
+        super().__init__(blocks)
+        self.reader = reader
+
+    def sweep(self) -> Iterator[nn.Module]:
+        """Each block in turn, as a module of its own with weights on the device; the next one is read meanwhile."""
+        assert self.reader is not None
+        with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as ahead:
+            coming: Future[_Loaded] | None = ahead.submit(self.reader.load, 0)
+            for index, skeleton in enumerate(self):
+                assert coming is not None
+                loaded = coming.result()
+                coming = ahead.submit(self.reader.load, index + 1) if index + 1 < len(self) else None
+                block = _filled(skeleton, loaded, self.reader.device)
+                del loaded
+                yield block
+                # Whoever still holds the block when the next one comes holds no weights.
+                for parameter in block.parameters():
+                    parameter.data = parameter.data.new_empty(0)
+
+
+def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Module:
+    """A copy of a block without weights, with weights."""
+    block = copy.deepcopy(skeleton)
+    if loaded.ready is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(loaded.ready)
+        for tensor in loaded.tensors.values():
+            tensor.record_stream(current)
+    block.load_state_dict(loaded.tensors, assign=True)
+    if skeleton._compiled_call_impl is not None:
+        block.compile()
+    return block.to(device).requires_grad_(False).eval()
+
+
+def sweep(model: nn.Module, family: Family) -> Iterator[nn.Module]:
+    """The decoder blocks in order, each with its weights until the next is asked for, wherever they are kept."""
+    blocks = decoder_blocks(model, family)
+    if not isinstance(blocks, StreamedBlocks):
+        yield from blocks
+        return
+    # Closed here, so that a sweep given up half-way leaves no reader behind.
+    with closing(blocks.sweep()) as found:  # type: ignore[type-var]
+        yield from found
+
+
+def reader_of(model: nn.Module, family: Family) -> BlockReader:
+    """Where the blocks of a streamed model come from."""
+    blocks = decoder_blocks(model, family)
+    assert isinstance(blocks, StreamedBlocks)
+    assert blocks.reader is not None
+    return blocks.reader
+
+
+def skeleton(name: str, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that a folder's or hub id's configuration describes, parameters on the meta device.
+
+    Buffers that are in no checkpoint, such as rotary frequencies, are computed. Errors: ValueError, one line.
+    """
+    try:
+        configuration = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                configuration, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
+            )
+    except Exception as error:  # as in checkpoint.load: any of transformers' kinds, one line
+        raise ValueError(
+            f"model {name}: no causal language model here: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model.eval()
+
+
+def open_streamed(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder with its blocks left on disk; dtype None is the checkpoint's own.
+
+    Errors: ValueError naming the folder, and the tensor that its files lack or that has another shape.
+    """
+    shards = Shards(folder)
+    if dtype is None:
+        dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or shards.dtype
+    model = skeleton(str(folder), trust_remote_code, dtype)
+    model.requires_grad_(False)
+    family = find_family(model)
+    blocks = decoder_blocks(model, family)
+    names: list[Names] = [
+        {
+            name: stored_name(shards, model, f"{family.blocks}.{index}.{name}", tensor)
+            for name, tensor in block.state_dict().items()
+        }
+        for index, block in enumerate(blocks)
+    ]
+    reader = BlockReader(shards, names, device, dtype)
+    parent, _, last = family.blocks.rpartition(".")
+    setattr(model.get_submodule(parent), last, StreamedBlocks(list(blocks), reader))
+    _fill_outside(model, family, reader)
+    return model
+
+
+def stored_name(shards: Shards, model: PreTrainedModel, name: str, like: torch.Tensor) -> str:
+    """The name under which a checkpoint holds a parameter; those of a bare decoder lack the first part of it."""
+    for stored in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+        if stored in shards.entries:
+            found = shards.entries[stored].shape
+            if found != tuple(like.shape):
+                raise ValueError(
+                    f"model {shards.folder}: {stored} has shape {found}; allowed: {tuple(like.shape)}, by its config.json"
+                )
+            return stored
+    raise ValueError(
+        f"model {shards.folder}: its files hold no {name}; allowed: all weights that its config.json implies"
+    )
+
+
+def _fill_outside(model: PreTrainedModel, family: Family, reader: BlockReader) -> None:
+    """Load what lies outside the blocks; tie what the checkpoint holds once."""
+    missing = set()
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if name.startswith(f"{family.blocks}."):
+            continue
+        value = tensor
+        if tensor.is_meta:
+            try:
+                stored = stored_name(reader.shards, model, name, tensor)
+            except ValueError:
+                if name not in tied:
+                    raise
+                missing.add(name)
+                continue
+            value = reader.shards.read(stored, reader.dtype)
+        set_module_tensor_to_device(model, name, reader.device, value=value, dtype=value.dtype)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.requires_grad_(False)

@@ -1,0 +1,297 @@
+"""Plain pruning of a model larger than the memory: its blocks come from its files and go to the output's as they are done.
+
+The checkpoint is read once for the dense perplexity, the mutual information and a look at its zeros, once to be pruned,
+and the result once more to be verified and evaluated. Files, table and report are those of every other run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from torch_impl import losa
+from torch_impl.engine import calibration, checkpoint, memory, statistics
+from torch_impl.engine.families import Family, prunable_weights, weight_of
+from torch_impl.engine.layers import adapt_block, block_adapters
+from torch_impl.engine.shards import ShardWriter
+from torch_impl.engine.streaming import open_streamed, reader_of, sweep
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.evaluate import streamed_perplexity
+from torch_impl.experiment.folder import Metrics
+from torch_impl.experiment.job import Material, summarise, with_text, write_results
+
+Groups = Sequence[tuple[int, int] | None]
+
+
+@dataclass
+class Dense:
+    """What the first sweep has found out."""
+
+    perplexity: float
+    shares: torch.Tensor
+    importance: torch.Tensor | None
+    seconds: float
+
+
+@dataclass
+class Pruned:
+    """What a sweep that prunes has done. masks: fingerprint by projection; logits: of the probe, None without one."""
+
+    realised: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    masks: dict[str, tuple[str, float]] = field(default_factory=dict)
+    perplexity: float = 0.0
+    logits: torch.Tensor | None = None
+
+
+class Sweeps:
+    """The sweeps over one streamed model. Which hidden states are kept on the device is decided by what is free there.
+
+    budget: bytes of the device to get by with, if not all that is free.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, family: Family, config: Config, material: Material, budget: int | None = None
+    ) -> None:
+        self.model, self.family, self.config, self.material = model, family, config, material
+        self.device = reader_of(model, family).device
+        self._batch = config.calibration.calibration_batch_size
+        self._sizes = memory.Sizes.of(model, family, reader_of(model, family).dtype)
+        text, tokens = config.text, self._batch * config.calibration.seqlen
+        working = self._sizes.working(config.prune.prune_method, tokens, (text.eval_batch_size, text.eval_seqlen))
+        self._room = memory.Room(self.device, working, budget)
+
+    def _stream(self, ids: torch.Tensor, batch: int, copies: int = 1) -> calibration.Stream:
+        wanted = copies * self._sizes.stream(ids.numel())
+        return calibration.start_stream(self.model, self.family, ids, batch, on_host=not self._room.take(wanted))
+
+    def _blocks(self, description: str) -> Iterator[nn.Module]:
+        blocks = tqdm(
+            sweep(self.model, self.family), desc=description, total=len(self._sizes.prunable_of_blocks), leave=False
+        )
+        with calibration.compiled([self.model], self.family, self.config.training.compile_blocks):
+            yield from blocks
+        self._room.give_back()
+
+    def dense(self) -> Dense:
+        """Look at every block, measure perplexity and, if rates depend on it, mutual information."""
+        start = time.perf_counter()
+        rows = self.config.calibration.rmi_samples if self.config.prune.layer_sparsity == "rmi" else 0
+        rmi = self._stream(self.material.calibration[:rows], self._batch) if rows else None
+        windows = self._stream(self.material.evaluation, self.config.text.eval_batch_size)
+        shares, grams = [], []
+        for index, block in enumerate(self._blocks("dense")):
+            losa.check_weights(block, index, self.family)
+            shares.append(losa.zero_share(block, self.family))
+            windows.advance(block, index)
+            if rmi is not None:
+                rmi.advance(block, index)
+                grams.append(statistics.gram_of(rmi.hidden, rmi.device))
+        return Dense(
+            perplexity=streamed_perplexity(self.model, self.family, self.material.evaluation, windows),
+            shares=torch.tensor(shares, dtype=torch.float64),
+            importance=losa.importance_of(grams) if grams else None,
+            seconds=time.perf_counter() - start,
+        )
+
+    def prune(self, rates: torch.Tensor, groups: Groups, output: Output | None = None) -> Pruned:
+        """Prune every block; with an output, write it there, else measure what perplexity it leaves."""
+        found = Pruned()
+        stream = self._stream(self.material.calibration, self._batch, copies=2)
+        ids, batch = self.material.evaluation, self.config.text.eval_batch_size
+        followed = self._stream(ids, batch) if output is None else self._stream(ids[:2], 2)
+        pairs = self._adapted_pairs()
+        pruned = losa.prune_blocks(pairs, stream, self.family, self.config.prune, rates, groups)
+        for index, (block, error) in enumerate(pruned):
+            followed.advance(block, index)
+            found.errors.append(error)
+            found.realised.append(losa.zero_share(block, self.family))
+            if output is not None:
+                output.write(index, block)
+        if output is None:
+            found.perplexity = streamed_perplexity(self.model, self.family, ids, followed)
+        else:
+            found.masks = output.finish()
+            found.logits = calibration.finish(self.model, self.family, ids[:2], followed.states(slice(None)))
+        return found
+
+    def _adapted_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        for block in self._blocks("prune"):
+            adapt_block(block, self.family, self.config.adapter.scale)
+            yield block, block
+
+    def verify(self, folder: Path, pruned: Pruned) -> tuple[float, checkpoint.Verification]:
+        """Perplexity of the checkpoint in this folder, after holding it against what was pruned.
+
+        Errors: RuntimeError naming the projection whose zeros are not where its mask says, or what the logits differ by.
+        """
+        ids = self.material.evaluation
+        windows, probe = self._stream(ids, self.config.text.eval_batch_size), self._stream(ids[:2], 2)
+        zeros = {}
+        for index, block in enumerate(self._blocks("verify")):
+            for name in self.family.projections:
+                full = f"{self.family.blocks}.{index}.{name}"
+                saved, share = fingerprint(weight_of(block, name) != 0)
+                if saved != pruned.masks[full][0]:
+                    raise RuntimeError(f"{folder}, {full}: the zeros are not where the mask says")
+                zeros[full] = (pruned.masks[full][1], share)
+            windows.advance(block, index)
+            probe.advance(block, index)
+        logits = calibration.finish(self.model, self.family, ids[:2], probe.states(slice(None)))
+        assert pruned.logits is not None
+        difference = checkpoint.logit_difference(folder, logits.float(), pruned.logits.float(), logits.dtype)
+        perplexity = streamed_perplexity(self.model, self.family, ids, windows)
+        return perplexity, checkpoint.Verification(difference, zeros)
+
+
+class Output:
+    """The checkpoint that is written: the projections of pruned blocks by a thread of its own, all else taken over."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel, family: Family) -> None:
+        self._family, self._reader = family, reader_of(model, family)
+        self._writer = ShardWriter(folder, self._reader.shards, self._reader.dtype)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write behind")
+        self._pending: Any = None
+        self._masks: dict[str, tuple[str, float]] = {}
+
+    def write(self, index: int, block: nn.Module) -> None:
+        """Hand over block number `index`; waits until the one before it is written, so that one is held at most."""
+        weights = {name: layer.merged().cpu() for name, layer in block_adapters(block, self._family).items()}
+        self._settle()
+        self._pending = self._thread.submit(self._write, index, weights)
+
+    def _write(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            self._masks[f"{self._family.blocks}.{index}.{name}"] = fingerprint(weight != 0)
+            self._writer.write(self._reader.names[index][f"{name}.weight"], weight)
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def finish(self) -> dict[str, tuple[str, float]]:
+        """Complete the files. Returns (fingerprint of the mask, share of zeros) by projection's full name."""
+        self._settle()
+        self._thread.shutdown()
+        self._writer.finish()
+        return self._masks
+
+
+def fingerprint(mask: torch.Tensor) -> tuple[str, float]:
+    """(SHA-256 of a mask, share of zeros): masks of a whole model would take an eighth of its weights' number in bytes."""
+    bits = mask.cpu().numpy()
+    return hashlib.sha256(np.packbits(bits).tobytes()).hexdigest(), 1 - float(np.count_nonzero(bits)) / bits.size
+
+
+def load_streamed_material(config: Config) -> Material:
+    """As `job.load_material`, the weights of the blocks left on disk."""
+    options = config.model
+    device = checkpoint.choose_device(options.device)
+    model, tokenizer = checkpoint.load_streamed(options.model, device, options.dtype, options.trust_remote_code)
+    losa.check_structure(model, config.settings)
+    return with_text(config, model, tokenizer)
+
+
+@torch.no_grad()
+def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
+    """The main job, block by block. Returns the result, as losa_result.json holds it."""
+    start = time.perf_counter()
+    material = load_streamed_material(config)
+    model = material.model
+    family = losa.check_structure(model, config.settings)
+    metrics = Metrics(folder / "metrics.jsonl")
+    sweeps = Sweeps(model, family, config, material)
+    weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
+
+    dense = sweeps.dense()
+    metrics.log("perplexity", value=dense.perplexity, model="dense")
+    _, shares = losa.initial_rates(dense.shares, weights, config.prune)
+    target = config.prune.final_sparsity
+    rates, groups = losa.block_targets(config.prune, target, dense.importance, weights, shares)
+
+    begin = time.perf_counter()
+    (folder / "model").mkdir()
+    pruned = sweeps.prune(rates, groups, Output(folder / "model", model, family))
+    seconds = time.perf_counter() - begin
+    record = losa.StepRecord(
+        step=1,
+        target=target,
+        importance=[] if dense.importance is None else dense.importance.tolist(),
+        sparsity=rates.tolist(),
+        realised=pruned.realised,
+        errors=pruned.errors,
+        ranks=[],
+        losses=[],
+        seconds={"importance": dense.seconds, "prune": seconds, "train": 0.0},
+    )
+    metrics.log("step", **record.as_dict())
+    _save_rest(folder / "model", material)
+    again = open_streamed(folder / "model", sweeps.device, None)
+    reloaded = Sweeps(again, family, config, dataclasses.replace(material, model=again))
+    perplexity, verification = reloaded.verify(folder / "model", pruned)
+    metrics.log("perplexity", value=perplexity, model="pruned, written and read again")
+
+    healed = {"perplexity": perplexity, "sparsity": _mean(pruned.realised, weights), "seconds": seconds}
+    at_once = healed
+    if dense.importance is not None:
+        at_once = _uniform(sweeps, weights, shares)
+        metrics.log("perplexity", value=at_once["perplexity"], model="pruned at once")
+    rows = {
+        "dense": {"perplexity": dense.perplexity, "sparsity": _mean(dense.shares.tolist(), weights), "seconds": 0.0},
+        "pruned_at_once": at_once,
+        "losa": healed,
+    }
+    sizes = _sizes(model, pruned, weights)
+    result = summarise(config, family.name, rows, sizes, [perplexity], material, verification, "block by block")
+    result["seconds_in_all"] = time.perf_counter() - start
+    write_results(folder, config, material, result, [record])
+    return result
+
+
+def _uniform(sweeps: Sweeps, weights: torch.Tensor, shares: torch.Tensor) -> dict[str, float]:
+    """The row of a run whose rates come from mutual information: the same at one rate for all blocks."""
+    start = time.perf_counter()
+    config = sweeps.config.prune
+    rates, groups = losa.block_targets(config, config.final_sparsity, None, weights, shares)
+    found = sweeps.prune(rates, groups)
+    return {
+        "perplexity": found.perplexity,
+        "sparsity": _mean(found.realised, weights),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _save_rest(folder: Path, material: Material) -> None:
+    """What is no weight: configuration, generation settings if there are any, tokenizer."""
+    model = material.model
+    model.config.save_pretrained(folder)
+    with suppress(OSError):
+        GenerationConfig.from_pretrained(reader_of(model, losa.find_family(model)).shards.folder).save_pretrained(
+            folder
+        )
+    material.tokenizer.save_pretrained(folder)
+
+
+def _mean(shares: Sequence[float], weights: torch.Tensor) -> float:
+    return float((torch.tensor(shares, dtype=torch.float64) * weights).sum() / weights.sum())
+
+
+def _sizes(model: PreTrainedModel, pruned: Pruned, weights: torch.Tensor) -> dict[str, int]:
+    """Bytes of all weights as saved, and with the pruned projections as a bitmap and their kept values."""
+    size = model.dtype.itemsize
+    dense = sum(parameter.numel() for parameter in model.parameters()) * size
+    zeros = int((torch.tensor(pruned.realised, dtype=torch.float64) * weights).sum().round())
+    return {"dense": dense, "packed": dense - zeros * size + int(weights.sum()) // 8}
