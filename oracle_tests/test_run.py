@@ -247,7 +247,7 @@ def test_a_disk_that_fills_leaves_nothing(
 def test_a_model_that_lost_a_zero_is_caught(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    merge = job.merge_adapters
+    merge = job.sharded.merge
 
     def broken(model: torch.nn.Module, family: object) -> dict[str, torch.Tensor]:
         masks = merge(model, family)  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def test_a_model_that_lost_a_zero_is_caught(
             weight[~masks[name]] = 1e-3
         return masks
 
-    monkeypatch.setattr(job, "merge_adapters", broken)
+    monkeypatch.setattr(job.sharded, "merge", broken)
     fails(capsys, place, arguments(place), ["pruned weights are not zero"])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torch_impl import adapter, rank, rmi, schedule, sparsity
-from torch_impl.engine import calibration, statistics, training
+from torch_impl.engine import calibration, distributed, sharded, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.layers import attach_adapters, block_adapters, holding
@@ -159,13 +159,18 @@ Observer = Callable[[StepRecord], None]
 @torch.no_grad()
 def measure_importance(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """I of LoSA, Eq. 4, for every block of the current model, from token ids (n, tokens); features are not kept."""
-    stream = calibration.start_stream(model, family, ids, batch_size)
+    stream = calibration.start_stream(model, family, distributed.share(ids, "rmi_samples"), batch_size)
     grams = []
-    for index, block in enumerate(tqdm(decoder_blocks(model, family), desc="mutual information", leave=False)):
-        with holding(list(block_adapters(block, family).values())):
+    for index, block in enumerate(_blocks_shown(decoder_blocks(model, family), "mutual information")):
+        with distributed.whole(block), holding(list(block_adapters(block, family).values())):
             stream.advance(block, index)
         grams.append(statistics.gram_of(stream.hidden, stream.device))
-    return importance_of(grams)
+    return distributed.agreed(importance_of(grams))
+
+
+def _blocks_shown(blocks: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+    """A progress bar, in the process that prints."""
+    return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.leads())
 
 
 def importance_of(grams: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -176,7 +181,8 @@ def importance_of(grams: Sequence[torch.Tensor]) -> torch.Tensor:
 def zero_share(block: nn.Module, family: Family) -> float:
     """Share of zeros of a block's projections."""
     weights = [weight_of(block, name) for name in family.projections]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    zeros = distributed.total_of(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
+    return zeros / sum(weight.numel() for weight in weights)
 
 
 def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
@@ -222,10 +228,9 @@ def _gather(
 ) -> dict[str, torch.Tensor | None]:
     """The statistic that `method` needs of each projection's input, one per shared input."""
     gathered: dict[str, Any] = {}
+    samples = int(distributed.total_of(len(stream.hidden)))
     for group in family.inputs if method != "magnitude" else ():
-        gathered[group[0]] = (
-            statistics.InputHessian(len(stream.hidden)) if method == "sparsegpt" else statistics.InputNorm()
-        )
+        gathered[group[0]] = statistics.InputHessian(samples) if method == "sparsegpt" else statistics.InputNorm()
     if gathered:
         with calibration.watching_inputs(
             block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
@@ -250,7 +255,9 @@ def _prune_block(
     layers = block_adapters(block, family)
     with holding(list(layers.values())):
         gathered = _gather(config.prune_method, block, index, family, stream)
-    for name, layer in layers.items():
+    for number, (name, layer) in enumerate(layers.items()):
+        if not distributed.decides(number):
+            continue
         merged = layer.merged()
         try:
             updated, mask = masks.prune(
@@ -259,6 +266,8 @@ def _prune_block(
         except ValueError as error:
             raise ValueError(f"block {index}, {name}, {len(stream.hidden)} calibration sequences: {error}") from error
         layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
+    for number, layer in enumerate(layers.values()):
+        distributed.take(layer.weight.detach(), number)
 
 
 @torch.no_grad()
@@ -272,11 +281,12 @@ def _prune_model(
     groups: Sequence[tuple[int, int] | None],
 ) -> list[float]:
     """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block."""
-    stream = calibration.start_stream(dense, family, ids, settings.calibration.calibration_batch_size)
+    own = distributed.share(ids, "nsamples")
+    stream = calibration.start_stream(dense, family, own, settings.calibration.calibration_batch_size)
     blocks = decoder_blocks(model, family)
     pairs = zip(sweep(dense, family), blocks, strict=True)
     pruned = prune_blocks(pairs, stream, family, settings.prune, rates, groups)
-    return [error for _, error in tqdm(pruned, desc="prune", total=len(blocks), leave=False)]
+    return [error for _, error in _blocks_shown(pruned, "prune", len(blocks))]
 
 
 @torch.no_grad()
@@ -295,10 +305,12 @@ def prune_blocks(
     """
     stream = dense_stream.clone()
     for index, (dense_block, block) in enumerate(pairs):
-        dense_stream.advance(dense_block, index)
-        _prune_block(block, index, family, stream, config, float(rates[index]), groups[index])
-        with holding(list(block_adapters(block, family).values())):
-            stream.advance(block, index)
+        with distributed.whole(dense_block):
+            dense_stream.advance(dense_block, index)
+        with distributed.keeping(block, family):
+            _prune_block(block, index, family, stream, config, float(rates[index]), groups[index])
+            with holding(list(block_adapters(block, family).values())):
+                stream.advance(block, index)
         error = statistics.ReconstructionError()
         for row in range(len(stream.hidden)):
             # A sequence at a time: the differences are taken in float32 and summed in float64.
@@ -321,8 +333,10 @@ def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> l
 def _resize(model: nn.Module, family: Family, ranks: Sequence[int], step: int, settings: Settings) -> None:
     fold = settings.adapter.rank_shrink == "fold"
     for index, block in enumerate(decoder_blocks(model, family)):
-        for number, layer in enumerate(block_adapters(block, family).values()):
-            layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
+        # Folding moves the base weight, which has to be whole for it.
+        with distributed.keeping(block, family) if fold else nullcontext():
+            for number, layer in enumerate(block_adapters(block, family).values()):
+                layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
 
 
 def _lr_positions(parts: Sequence[Sequence[Example]], config: TrainingConfig) -> list[tuple[int, int]]:
@@ -359,7 +373,7 @@ def check_structure(model: nn.Module, settings: Settings) -> Family:
 def check_weights(block: nn.Module, index: int, family: Family) -> None:
     """Errors: ValueError if a projection of block number `index` holds NaN or infinity."""
     for name in family.projections:
-        if not bool(torch.isfinite(weight_of(block, name)).all()):
+        if not bool(torch.isfinite(distributed.local(weight_of(block, name))).all()):
             raise ValueError(f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights")
 
 
@@ -397,8 +411,10 @@ def run(
         sizes = [len(part) for part in parts]
         raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {config.steps}, none empty")
     model.eval()
-    dense = copy.deepcopy(model).requires_grad_(False) if dense is None else dense
+    dense = sharded.twin(model, family).requires_grad_(False) if dense is None else dense
     attach_adapters(model, family, settings.adapter.scale)
+    for part in (model, dense):
+        distributed.shard(part, family, next(model.parameters()).device)
     if settings.training.gradient_checkpointing:
         training.checkpoint_activations(model)  # type: ignore[arg-type]
     torch.manual_seed(settings.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,19 +20,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         if config.output.dry_run:
+            if _whose():
+                return 0
             print(plan.show_plan(plan.make_plan(config)))
             return 0
         result, folder = run_job(config, run_streamed if plan.streams(config) else run_in_memory)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_whose()}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(report.table(result))
-    print(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    print(f"Smaller and faster without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
+    if not _whose():
+        print(report.table(result))
+        print(f"
+{folder}: merged model in model/, report in report.html, figures in losa_result.json")
+        print(f"Smaller and faster without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
     return 0
+
+
+def _whose() -> str:
+    """Which process speaks, if it is not the first of several."""
+    number = os.environ.get("RANK", "0")
+    return "" if number == "0" else f"process {number}: "
 
 
 if __name__ == "__main__":

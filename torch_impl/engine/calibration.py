@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_impl.engine import distributed
 from torch_impl.engine.families import Family, decoder_blocks, prunable_weights
 from torch_impl.engine.layers import AdaptedLinear
 
@@ -98,13 +99,15 @@ def _standing_in(
 
         return forward
 
+    compiled_calls = [block._compiled_call_impl for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.forward = stand_in(index)
+            # In the place of the whole call, hooks included: a sharded block is not gathered for nothing.
+            block._compiled_call_impl = stand_in(index)
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, call in zip(blocks, compiled_calls, strict=True):
+            block._compiled_call_impl = call
 
 
 @torch.no_grad()
@@ -130,7 +133,7 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
         return states
 
     decoder = model.get_submodule(family.blocks.rpartition(".")[0])
-    with _standing_in(blocks, record):
+    with distributed.whole(model), _standing_in(blocks, record):
         for rows in ids.split(batch_size):
             decoder(input_ids=rows.to(device), use_cache=False)
     return Stream(hidden[0], arguments, batch_size, device)

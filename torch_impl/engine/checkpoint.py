@@ -13,9 +13,10 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_impl.engine import distributed, sharded
 from torch_impl.engine.streaming import open_streamed
 
-# What a streamed model needs of a hub's repository.
+# What of a hub's repository a streamed or sharded model needs.
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
@@ -31,6 +32,7 @@ DTYPES = {
 
 def choose_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:N as a device that is there. Errors: ValueError naming what is."""
+    name = distributed.own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -51,11 +53,13 @@ def choose_device(name: str) -> torch.device:
 def load(
     name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id.
+    """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id; sharded if there are several processes.
 
     Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
     """
     wanted = _wanted(name, device, dtype)
+    if distributed.processes() > 1:
+        return _load_sharded(name, device, wanted, trust_remote_code)
     with _as_one_line(name):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=wanted or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
@@ -64,6 +68,15 @@ def load(
     module: torch.nn.Module = model
     module.to(device).eval()
     return model, tokenizer
+
+
+def _load_sharded(
+    name: str, device: torch.device, wanted: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _as_one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+        return sharded.load(folder, device, wanted, trust_remote_code), tokenizer
 
 
 def load_streamed(
@@ -153,6 +166,15 @@ def verify(
         zeros[name] = (float((~mask).float().mean()), float(saved.float().mean()))
     difference = logit_difference(folder, logits_of(model, ids), unmerged, model.dtype)
     return model, Verification(difference, zeros)
+
+
+def verify_sharded(
+    folder: Path, masks: dict[str, torch.Tensor], ids: torch.Tensor, unmerged: torch.Tensor, device: torch.device
+) -> tuple[PreTrainedModel, Verification]:
+    """`verify` where no process can hold the model: it is loaded in shards, and masks are those of the rows here."""
+    model = sharded.load(folder, device, None)
+    zeros = sharded.check_zeros(model, masks)
+    return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
 
 
 def logit_difference(folder: Path, reloaded: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> float:

@@ -135,9 +135,15 @@ def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:
 
 
 def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
-    """Replace every projection of one block by an `AdaptedLinear` of rank 0."""
+    """Replace every projection of one block by an `AdaptedLinear` of rank 0.
+
+    One that is there already, as in a model that was sharded on loading, stays and gets the scale.
+    """
     for name in family.projections:
         linear = block.get_submodule(name)
+        if isinstance(linear, AdaptedLinear):
+            linear.scale = scale
+            continue
         assert isinstance(linear, nn.Linear)
         block.set_submodule(name, AdaptedLinear(linear, scale))
 

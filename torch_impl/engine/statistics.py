@@ -1,10 +1,14 @@
-"""Running statistics of a calibration sweep: fed batch by batch, equal to the mirrored one-shot functions."""
+"""Running statistics of a calibration sweep: fed batch by batch, equal to the mirrored one-shot functions.
+
+Each process feeds its own sequences; results are over those of all.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from torch_impl import hsic, rank
+from torch_impl.engine import distributed
 from torch_impl.masks import sparsegpt
 
 # Tokens of every sequence that go to the device at once, of hidden states that are kept elsewhere.
@@ -25,7 +29,7 @@ class InputNorm:
     def result(self) -> torch.Tensor:
         """(in,)"""
         assert isinstance(self._squares, torch.Tensor)
-        return self._squares.sqrt()
+        return distributed.total(self._squares).sqrt()
 
 
 class InputHessian:
@@ -43,7 +47,7 @@ class InputHessian:
     def result(self) -> torch.Tensor:
         """(in, in)"""
         assert self._sum is not None
-        return self._sum
+        return distributed.total(self._sum)
 
 
 class ReconstructionError:
@@ -62,15 +66,19 @@ class ReconstructionError:
 
     def result(self) -> float:
         """Mean over channels of Σ(D−S)² / ΣD²; a channel without energy counts 0 if it agrees and 1 if not."""
-        return float(rank.error_of_sums(torch.as_tensor(self._difference), torch.as_tensor(self._energy)))
+        difference = distributed.total(torch.as_tensor(self._difference))
+        energy = distributed.total(torch.as_tensor(self._energy))
+        return float(distributed.agreed(rank.error_of_sums(difference, energy)))
 
 
 def gram_of(hidden: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Gram matrix (n, n) in float64, on the CPU, of hidden states (n, tokens, hidden).
+    """Gram matrix (n, n) in float64, on the CPU, of the hidden states (n, tokens, hidden) of all processes together.
 
+    K = Σ_c x_c x_cᵀ over feature columns c: each process sums over its share of the columns, for all n sequences.
     device: where to compute, if the states are kept elsewhere.
     """
     if device is None or hidden.device == device:
-        return hsic.linear_gram(hidden.flatten(1)).double().cpu()
+        columns = distributed.exchange_columns(hidden.flatten(1))
+        return distributed.total(hsic.linear_gram(columns).double().cpu())
     parts = (part.to(device).flatten(1) for part in hidden.split(PART, dim=1))
     return sum((hsic.linear_gram(part).double() for part in parts), start=torch.zeros(())).cpu()

@@ -170,7 +170,7 @@ def open_streamed(
     blocks = decoder_blocks(model, family)
     names: list[Names] = [
         {
-            name: _stored(shards, model, f"{family.blocks}.{index}.{name}", tensor)
+            name: stored_name(shards, model, f"{family.blocks}.{index}.{name}", tensor)
             for name, tensor in block.state_dict().items()
         }
         for index, block in enumerate(blocks)
@@ -182,7 +182,7 @@ def open_streamed(
     return model
 
 
-def _stored(shards: Shards, model: PreTrainedModel, name: str, like: torch.Tensor) -> str:
+def stored_name(shards: Shards, model: PreTrainedModel, name: str, like: torch.Tensor) -> str:
     """The name under which a checkpoint holds a parameter; those of a bare decoder lack the first part of it."""
     for stored in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         if stored in shards.entries:
@@ -207,7 +207,7 @@ def _fill_outside(model: PreTrainedModel, family: Family, reader: BlockReader) -
         value = tensor
         if tensor.is_meta:
             try:
-                stored = _stored(reader.shards, model, name, tensor)
+                stored = stored_name(reader.shards, model, name, tensor)
             except ValueError:
                 if name not in tied:
                     raise

@@ -15,6 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from torch_impl.engine import distributed
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.layers import adapters
 
@@ -40,9 +41,9 @@ class TrainingConfig:
     max_grad_norm: float = 0.3
     """Gradients are clipped to this global norm."""
     per_device_train_batch_size: int = 4
-    """Sequences of a micro-batch."""
+    """Sequences of a micro-batch, in each process."""
     gradient_accumulation_steps: int = 2
-    """Micro-batches of one optimizer step."""
+    """Micro-batches of one optimizer step in one process; several processes deal its sequences out among them."""
     lr_schedule: str = "per_step"
     """per_step: the learning rate warms up and decays within every LoSA step (paper); whole_run: once over all steps."""
     loss: str = "ce"
@@ -115,6 +116,11 @@ def label_count(examples: Sequence[Example]) -> int:
     return sum(int((example["labels"][1:] != IGNORED).sum()) for example in examples)
 
 
+def _unlabelled(example: Example) -> Example:
+    """The same sequence without anything to predict: it adds nothing to loss or gradients."""
+    return {**example, "labels": torch.full_like(example["labels"], IGNORED)}
+
+
 def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch.Tensor:
     """Loss summed over the predicted tokens of a micro-batch; against the dense model's predictions if it is given.
 
@@ -156,6 +162,7 @@ class Gradients:
         self._model, self._teacher, self._config = model, teacher, config
         self._layers = adapters(model)
         self._device = next(model.parameters()).device
+        self._trained = _trainable(model)
         self._held = self._layers if self._holds() else []
         # Few shapes on CUDA, so that graphs and compiled kernels serve again.
         self._multiple = FEW_SHAPES if self._device.type == "cuda" else 1
@@ -163,6 +170,10 @@ class Gradients:
         self._graphs: dict[torch.Size, _Graph] = {}
 
     def _holds(self) -> bool:
+        if distributed.is_sharded(self._model):
+            if self._config.hold_merged == "on":
+                raise ValueError("hold_merged is 'on'; allowed with several processes: auto or off")
+            return False
         if self._config.hold_merged != "auto" or self._device.type != "cuda":
             return self._config.hold_merged != "off"
         free = torch.cuda.mem_get_info(self._device)[0]
@@ -170,13 +181,19 @@ class Gradients:
         return 2 * sum(layer.weight.nbytes for layer in self._layers) <= free
 
     def of(self, batch: Sequence[Example]) -> float:
-        """Add the gradients of the mean loss per predicted token of one optimizer step; returns that mean."""
+        """Add the gradients of the mean loss per predicted token of one optimizer step; returns that mean.
+
+        The batch is that of all processes together; so are gradients, which were zero before, and loss.
+        """
         for layer in self._held:
             layer.hold()
         share = 1 / max(1, label_count(batch))
         by_length = sorted(batch, key=lambda example: len(example["input_ids"]))
-        micro_batches = _batches(by_length, self._config.per_device_train_batch_size)
-        return float(sum(self._micro(collate(micro, self._device, self._multiple), share) for micro in micro_batches))
+        own = distributed.deal(by_length, _unlabelled)
+        micro_batches = _batches(own, self._config.per_device_train_batch_size)
+        loss = sum(self._micro(collate(micro, self._device, self._multiple), share) for micro in micro_batches)
+        distributed.total_gradients(self._trained)
+        return distributed.total_of(float(loss))
 
     def _micro(self, batch: Example, share: float) -> torch.Tensor:
         shape = batch["input_ids"].shape
@@ -193,6 +210,7 @@ class Gradients:
     def _worth_capturing(self, shape: torch.Size) -> bool:
         """After two micro-batches of that shape launch by launch, which compile kernels and create gradients."""
         allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing
+        allowed = allowed and not distributed.is_sharded(self._model)
         return self._device.type == "cuda" and allowed and self._seen[shape] >= 2 and len(self._graphs) < MOST_GRAPHS
 
     def close(self) -> None:
@@ -297,7 +315,7 @@ def train(
     model.train()
     try:
         batches = list(_batches(examples, config.batch_size))
-        for step, batch in enumerate(tqdm(batches, desc=description, leave=False)):
+        for step, batch in enumerate(tqdm(batches, desc=description, leave=False, disable=not distributed.leads())):
             rate = config.learning_rate * lr_factor(done + step, total, config.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -97,12 +97,16 @@ class OutputConfig:
     """Seed of every random choice."""
     dry_run: bool = False
     """Print the plan, its memory and work, and stop."""
+    devices: int | None = None
+    """With dry_run: plan for so many GPUs, one process each; default: as many as torchrun has started."""
     config: str | None = None
     """TOML file with any of these options; flags win over it."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; allowed: 0 or more")
+        if self.devices is not None and (self.devices < 1 or not self.dry_run):
+            raise ValueError(f"devices is {self.devices}; allowed: 1 or more, with --dry_run")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from torch_impl.engine import distributed
 from torch_impl.engine.calibration import Stream, finish
 from torch_impl.engine.families import Family
 
@@ -18,13 +19,18 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int) -> floa
     """exp of the mean negative log-likelihood per predicted token, in float32 at least.
 
     windows: token ids (n, t). The first token of a window is not predicted, so n·(t − 1) are: the convention of the
-    pruning literature (GPTQ, SparseGPT, Wanda).
+    pruning literature (GPTQ, SparseGPT, Wanda). Several processes take turns at the batches.
     """
     device = next(model.parameters()).device
     total = 0.0
-    for ids in tqdm(windows.split(batch_size), desc="perplexity", leave=False):
-        total += _loss_sum(model(input_ids=ids.to(device), use_cache=False).logits, ids.to(device))
-    return _perplexity(total, windows)
+    batches = windows.split(batch_size)
+    rounds = range(distributed.number(), distributed.number() + len(batches), distributed.processes())
+    for own in tqdm(rounds, desc="perplexity", leave=False, disable=not distributed.leads()):
+        # A sharded model runs in all processes or in none: who has no batch left sees the first again.
+        ids = batches[own if own < len(batches) else 0].to(device)
+        loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
+        total += loss if own < len(batches) else 0.0
+    return _perplexity(distributed.total_of(total), windows)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch_impl.engine import distributed
+
 
 @contextmanager
 def run_folder(
@@ -46,12 +48,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one line an event."""
+    """metrics.jsonl: one line an event, written by process 0."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event and its values."""
+        if not distributed.leads():
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **values}) + "\n")

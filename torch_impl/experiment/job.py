@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
-from torch_impl.engine import checkpoint
+from torch_impl.engine import checkpoint, distributed, sharded
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
-from torch_impl.engine.layers import merge_adapters
 from torch_impl.engine.training import Example
 from torch_impl.experiment import report, text
 from torch_impl.experiment.config import Config
@@ -91,18 +90,29 @@ def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
         prune=dataclasses.replace(config.prune, steps=1, layer_sparsity="uniform"),
         training=dataclasses.replace(config.training, finetune=False),
     )
-    model = copy.deepcopy(material.model)
+    model: PreTrainedModel = sharded.twin(material.model, find_family(material.model))
     losa.run(model, material.calibration, [], plain, dense=material.model)
-    merge_adapters(model, find_family(model))
+    sharded.merge(model, find_family(model))
     return model
 
 
 def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> tuple[dict[str, Any], Path]:
     """Do all of it, in memory or block by block. Returns the result, as losa_result.json holds it, and its folder."""
     target = config.output_dir
-    with run_folder(target, config.output.overwrite) as folder:
+    with distributed.joined(checkpoint.choose_device(config.model.device)), _folder(config) as folder:
         result = work(config, folder)
     return result, target
+
+
+@contextmanager
+def _folder(config: Config) -> Iterator[Path]:
+    """The folder to write into, made by process 0 and known to all."""
+    if not distributed.leads():
+        yield Path(distributed.agreed_text(""))
+        return
+    with run_folder(config.output_dir, config.output.overwrite) as folder:
+        distributed.agreed_text(str(folder))
+        yield folder
 
 
 def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
@@ -146,17 +156,24 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
 
     probe = material.evaluation[:2]
     unmerged = checkpoint.logits_of(model, probe)
-    masks = merge_adapters(model, family)
-    (folder / "model").mkdir()
-    model.save_pretrained(folder / "model")
-    material.tokenizer.save_pretrained(folder / "model")
-    merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, device)
+    masks = sharded.merge(model, family)
+    if distributed.leads():
+        (folder / "model").mkdir()
+        material.tokenizer.save_pretrained(folder / "model")
+    if distributed.is_sharded(model):
+        sharded.save(model, family, folder / "model")
+        merged, verification = checkpoint.verify_sharded(folder / "model", masks, probe, unmerged, device)
+    else:
+        model.save_pretrained(folder / "model")
+        merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, device)
     healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}
     healed["seconds"] = losa_seconds
 
     sizes = _sizes(merged, masks)
     rows = {"dense": dense, "pruned_at_once": pruned, "losa": healed}
-    result = summarise(config, family.name, rows, sizes, after_step, material, verification)
+    several = distributed.processes()
+    how = f"over {several} processes" if several > 1 else "with transformers alone"
+    result = summarise(config, family.name, rows, sizes, after_step, material, verification, how)
     result["seconds_in_all"] = time.perf_counter() - start
     write_results(folder, config, material, result, records)
     return result
@@ -170,7 +187,7 @@ def summarise(
     after_step: list[float],
     material: Material,
     verification: checkpoint.Verification,
-    reloaded: str = "with transformers alone",
+    reloaded: str,
 ) -> dict[str, Any]:
     """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa; reloaded: how."""
     packed = {"dense": sizes["dense"], "pruned_at_once": sizes["packed"], "losa": sizes["packed"]}
@@ -199,7 +216,9 @@ def summarise(
 def write_results(
     folder: Path, config: Config, material: Material, result: dict[str, Any], records: list[losa.StepRecord]
 ) -> None:
-    """All files of a run's folder but the weights."""
+    """All files of a run's folder but the weights, by process 0."""
+    if not distributed.leads():
+        return
     write_json(folder / "losa_result.json", result)
     write_json(folder / "steps.json", [record.as_dict() for record in records])
     write_json(folder / "config.json", config.as_dict())
@@ -214,16 +233,16 @@ def _sparsity(model: torch.nn.Module) -> float:
     family = find_family(model)
     blocks = decoder_blocks(model, family)
     weights = [weight_of(block, name) for block in blocks for name in family.projections]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    zeros = sum(int((distributed.local(weight) == 0).sum()) for weight in weights)
+    return distributed.total_of(zeros) / sum(weight.numel() for weight in weights)
 
 
 def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, int]:
     """Bytes of all weights as saved, and with the pruned projections as a bitmap and their kept values."""
-    unique = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-    dense = sum(parameter.numel() * parameter.element_size() for parameter in unique.values())
+    dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     size = torch.empty(0, dtype=model.dtype).element_size()
     saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())
-    return {"dense": dense, "packed": dense - saved}
+    return {"dense": dense, "packed": dense - int(distributed.total_of(saved))}
 
 
 def _environment(config: Config, material: Material) -> dict[str, Any]:
@@ -235,6 +254,7 @@ def _environment(config: Config, material: Material) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
+        "processes": distributed.processes(),
         "dtype": str(material.model.dtype),
         "model_sha256": checkpoint.weights_hash(config.model.model),
         "calibration_tokens_sha256": _hash(material.calibration),

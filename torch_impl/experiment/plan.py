@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_impl import schedule
+from torch_impl.engine import distributed
 from torch_impl.engine.checkpoint import DTYPES, choose_device
 from torch_impl.engine.families import find_family
 from torch_impl.engine.memory import Sizes
 from torch_impl.engine.streaming import skeleton
+from torch_impl.experiment import scaling
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.footprint import footprint
 
@@ -31,7 +33,11 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
 
 def streams(config: Config) -> bool:
     """Whether the run leaves the model on disk and prunes it block by block."""
-    if not config.plain or config.model.offload != "auto":
+    if distributed.launched() > 1 and config.model.offload == "on":
+        raise ValueError(
+            "offload is 'on'; allowed with several processes: auto or off, each holds its rows of the weights"
+        )
+    if distributed.launched() > 1 or not config.plain or config.model.offload != "auto":
         return config.model.offload == "on"
     _, device, sizes = _described(config)
     return footprint(config, sizes, device).streamed
@@ -52,7 +58,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     rmi_tokens = min(calibration.rmi_samples, calibration.nsamples) * calibration.seqlen
     sweeps = 2 * prunable * (rmi_tokens + 3 * calibration_tokens) * config.prune.steps
     train = (8 if training.loss == "kl" else 6) * prunable * text.train_examples * text.train_seqlen
-    return {
+    plan = {
         "model": config.model.model,
         "family": family.name,
         "device": str(device),
@@ -78,6 +84,13 @@ def make_plan(config: Config) -> dict[str, Any]:
         "floating-point operations": {"sweeps": sweeps, "training": train if training.finetune else 0},
         "output": str(config.output_dir),
     }
+    cards = config.output.devices or distributed.launched()
+    if cards > 1:
+        for single in ("weights", "most memory is taken in", "device memory", "host memory"):
+            del plan[single]
+        size = torch.empty(0, dtype=dtype).element_size()
+        plan |= scaling.scale(scaling.layout_of(model, family, size), config, cards)
+    return plan
 
 
 def show_plan(plan: dict[str, Any]) -> str:
@@ -89,6 +102,9 @@ def show_plan(plan: dict[str, Any]) -> str:
             lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         elif name == "floating-point operations":
             lines += [f"work, {part:<24}{amount / 1e12:>12.2f} TFLOP" for part, amount in value.items()]
+        elif isinstance(value, dict):
+            lines.append(name)
+            lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         else:
             shown = f"{value:,}" if isinstance(value, int) else value
             lines.append(f"{name:<30}  {shown}")

@@ -1,0 +1,170 @@
+"""LoSA with LLaMA-2-7B's shapes on several GPUs, bf16, against one of them: the same run, its time, its bytes.
+
+    torchrun --nproc_per_node 2 -m oracle_tests.gpu_spread
+    torchrun --nproc_per_node 2 -m oracle_tests.gpu_spread --small --device cpu     float32 and gloo: runs anywhere
+
+Process 0 first does the run alone; then all do it together, from the same checkpoint, each with its own rows of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oracle_tests.tolerances import GPU_STEP
+from torch_impl import losa
+from torch_impl.bench.geometry import build
+from torch_impl.engine import checkpoint, distributed, sharded
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.families import Family, find_family
+from torch_impl.engine.layers import AdaptedLinear
+from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.experiment import scaling
+from torch_impl.experiment.config import Config, TextConfig
+
+
+def options(small: bool, method: str) -> Config:
+    """Two LoSA steps of two optimizer steps each."""
+    samples, tokens, train_tokens = (8, 16, 16) if small else (32, 1024, 512)
+    return Config(
+        prune=losa.PruneConfig(prune_method=method, sparsity_ratio=0.5, steps=2),
+        calibration=CalibrationConfig(samples, tokens, rmi_samples=samples, calibration_batch_size=4),
+        training=TrainingConfig(loss="kl", warmup_ratio=0.0, compile_blocks="off", hold_merged="auto"),
+        text=TextConfig(train_seqlen=train_tokens, train_examples=32),
+    )
+
+
+def work(model: Any, family: Family, config: Config, device: torch.device) -> dict[str, Any]:
+    """Run LoSA; records, merged weights (on the CPU), seconds and bytes."""
+    ids = torch.randint(500, (config.calibration.nsamples, config.calibration.seqlen), generator=_seeded(1))
+    rows = torch.randint(500, (32, config.text.train_seqlen), generator=_seeded(2))
+    examples: list[Example] = [{"input_ids": row, "labels": row} for row in rows]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    records = losa.run(model, ids, [examples[:16], examples[16:]], config.settings)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    merged = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            with distributed.whole(_block_of(model, name)):
+                merged[name] = layer.merged().cpu()
+    held = sum(distributed.local(p).nbytes for n, p in model.named_parameters() if not n.endswith((".A", ".B")))
+    return {"records": records, "merged": merged, "seconds": seconds, "peak": peak, "held": held}
+
+
+def _block_of(model: Any, name: str) -> torch.nn.Module:
+    block: torch.nn.Module = model.get_submodule(".".join(name.split(".")[:3]))
+    return block
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def compare(several: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
+    """The figures that `GPU_STEP` bounds, several processes against one."""
+    pairs = list(zip(several["records"], one["records"], strict=True))
+    masks = [(several["merged"][name] != 0, weight != 0) for name, weight in one["merged"].items()]
+    common = [(several["merged"][n], w, (several["merged"][n] != 0) & (w != 0)) for n, w in one["merged"].items()]
+    differing = sum(int((a != b).sum()) for a, b in masks) / sum(a.numel() for a, _ in masks)
+    worst = max(float(((a - b) * both).double().norm() / (b * both).double().norm()) for a, b, both in common)
+    return {
+        "mask entries that differ (share)": differing,
+        "reconstruction error": max(abs(a - b) / b for x, y in pairs for a, b in zip(x.errors, y.errors, strict=True)),
+        "loss": max(abs(a - b) / abs(b) for x, y in pairs for a, b in zip(x.losses, y.losses, strict=True)),
+        "merged weights": worst,
+    }
+
+
+def main() -> int:
+    """Run both, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--small", action="store_true", help="small shapes: runs anywhere in seconds")
+    parser.add_argument("--blocks", type=int, default=4, help="decoder blocks")
+    parser.add_argument("--method", default="wanda", help="magnitude, wanda or sparsegpt")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    device = checkpoint.choose_device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = options(arguments.small, arguments.method)
+    one: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as own:
+        # Before the processes join, so that this one is alone.
+        if os.environ.get("RANK", "0") == "0":
+            start = build("small" if arguments.small else "llama-2-7b", arguments.blocks, device, dtype)
+            start.save_pretrained(own)
+            one = work(start, find_family(start), config, device)
+            del start
+        with distributed.joined(device):
+            model = sharded.load(Path(distributed.agreed_text(own)), device, dtype)
+            family = find_family(model)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            several = work(model, family, config, device)
+            cards = distributed.processes()
+            peak = max(_gathered(several["peak"]))
+            layout = scaling.layout_of(model, family, torch.empty(0, dtype=dtype).element_size())
+            leads = distributed.leads()
+    return _report(arguments, config, layout, cards, one, {**several, "peak": peak}) if leads else 0
+
+
+def _gathered(value: int) -> list[int]:
+    values = torch.zeros(distributed.processes(), dtype=torch.int64)
+    values[distributed.number()] = value
+    return [int(v) for v in distributed.total(values)]
+
+
+def _report(
+    arguments: Any, config: Config, layout: scaling.Layout, cards: int, one: dict[str, Any], several: dict[str, Any]
+) -> int:
+    figures = compare(several, one)
+    print(f"{cards} processes, {arguments.blocks} blocks, torch {torch.__version__}\n")
+    print(f"{'figure':<44}{'measured':>12}{'bound':>12}")
+    for what, value in figures.items():
+        print(f"{what:<44}{value:>12.2e}{GPU_STEP[what]:>12.2e}{'' if value <= GPU_STEP[what] else '  OUTSIDE'}")
+    same = [record.ranks for record in several["records"]] == [record.ranks for record in one["records"]]
+    rates = max(
+        abs(a - b)
+        for x, y in zip(several["records"], one["records"], strict=True)
+        for a, b in zip(x.sparsity, y.sparsity, strict=True)
+    )
+    print(f"{'ranks are the same':<44}{same!s:>12}\n{'rates, largest difference':<44}{rates:>12.2e}")
+    print(f"\n{'seconds':<44}{'one':>12}{cards:>12}")
+    for part in ("importance", "prune", "train"):
+        times = [sum(record.seconds[part] for record in side["records"]) for side in (one, several)]
+        print(f"{part:<44}{times[0]:>12.3f}{times[1]:>12.3f}")
+    steps = sum(len(record.losses) for record in one["records"])
+    times = [sum(record.seconds["train"] for record in side["records"]) / steps for side in (one, several)]
+    print(f"{'an optimizer step':<44}{times[0]:>12.3f}{times[1]:>12.3f}")
+    taken = scaling.memory(layout, config, cards)
+    print(f"\n{'bytes on the fullest card':<44}{'measured':>16}{'formula':>16}")
+    print(f"{'rows of the weights':<44}{several['held']:>16,}{taken['weights']:>16,}")
+    print(f"{'largest at once':<44}{several['peak']:>16,}{taken['largest at once']:>16,}")
+    step = scaling.training_traffic(layout, config, cards, config.adapter.initial_rank)
+    print(f"{'received in an optimizer step':<44}{'':>16}{sum(step.values()):>16,}")
+    if arguments.json:
+        facts = {
+            "figures": figures,
+            "seconds": times,
+            "peak": several["peak"],
+            "formula": taken,
+            "one_peak": one["peak"],
+        }
+        arguments.json.write_text(json.dumps(facts, indent=1))
+    outside = any(not value <= GPU_STEP[what] for what, value in figures.items())
+    return int(outside or not same or several["held"] != taken["weights"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""What the tests of several processes run in each of them: a tiny float64 LLaMA, whole runs, points to go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
+from reference import llama
+from tiny_models.random_models import random_model
+from torch_impl import losa
+from torch_impl.engine import distributed, families, layers, points, sharded, statistics, training
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.training import IGNORED, Example, TrainingConfig
+from torch_impl.experiment.config import Config
+
+SIZES = llama.Sizes(vocabulary=32, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
+
+
+def settings(**changes: Any) -> losa.Settings:
+    training = {"loss": "kl", "learning_rate": 1e-2, "warmup_ratio": 0.0, "per_device_train_batch_size": 2}
+    training |= {
+        name: changes.pop(name) for name in ("loss", "gradient_checkpointing", "hold_merged") if name in changes
+    }
+    shrink = changes.pop("rank_shrink", "truncate")
+    return losa.Settings(
+        prune=losa.PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
+        adapter=losa.AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
+        # Seven sequences: no number of processes but one divides them.
+        calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=5, calibration_batch_size=2),
+        training=TrainingConfig(gradient_accumulation_steps=2, **training),
+    )
+
+
+def model(tied: bool = True) -> Any:
+    return to_hugging_face(random_llama(SIZES, 3, tied, seed=1))
+
+
+def parts() -> list[list[Example]]:
+    """Two parts, the last optimizer step of each with a single sequence; some first tokens without labels."""
+    generator = np.random.default_rng(3)
+
+    def example(start: int) -> Example:
+        row = torch.tensor(generator.integers(SIZES.vocabulary, size=generator.integers(4, 9)))
+        labels = row.clone()
+        labels[:start] = IGNORED
+        return {"input_ids": row, "labels": labels}
+
+    return [[example(k % 3) for k in range(count)] for count in (5, 9)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Records of every step, and of the merged model: weights and masks by projection."""
+
+    records: list[losa.StepRecord]
+    weights: dict[str, np.ndarray]
+
+
+def run(case: losa.Settings, folder: Path | None = None) -> Outcome:
+    """A whole run on the processes there are; process 0 says what came out."""
+    ours = model()
+    family = families.find_family(ours)
+    ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
+    with float64_llama():
+        records = losa.run(ours, ids, parts(), case)
+    if not distributed.is_sharded(ours):
+        layers.merge_adapters(ours, family)
+        return Outcome(records, {n: p.detach().numpy() for n, p in ours.named_parameters()})
+    masks = sharded.merge(ours, family)
+    for name, mask in masks.items():
+        weight = ours.get_submodule(name).weight
+        assert distributed.local(weight).shape == mask.shape
+        assert len(mask) == len(weight) // distributed.processes()
+    sharded.check_zeros(ours, masks)
+    if folder is not None:
+        sharded.save(ours, family, folder)
+    weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
+    return Outcome(records, {n: w.numpy() for n, w in weights.items()})
+
+
+def train(
+    point: Path | None, steps: range, save: Path | None = None, killed: int | None = None
+) -> dict[str, np.ndarray]:
+    """Optimizer steps of a pruned model with adapters, from a point on; saved as one at the end, or after every step.
+
+    killed: the number of a process that dies by SIGKILL halfway through the last step.
+    """
+    ours = model(tied=False)
+    family = families.find_family(ours)
+    layers.attach_adapters(ours, family, 2.0)
+    with torch.no_grad():
+        for number, layer in enumerate(layers.adapters(ours)):
+            layer.weight.mul_(layer.weight.abs() > 0.1)
+            layer.resize(2, (number,))
+    distributed.shard(ours, family, torch.device("cpu"))
+    if point is not None:
+        points.load(point, ours)
+    trained = [parameter for layer in layers.adapters(ours) for parameter in (layer.A, layer.B)]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    if point is not None:
+        assert points.load(point, ours, optimizer) == {"steps": steps.start}
+    config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    examples = [example for part in parts() for example in part]
+    with float64_llama(), training.Gradients(ours, None, config) as gradients:
+        for step in steps:
+            if killed == distributed.number() and step == steps[-1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            gradients.of(examples[2 * step : 2 * step + 3])
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if save is not None:
+                points.save(save, ours, optimizer, {"steps": step + 1})
+    merged = {
+        name: distributed.full(layer.weight.detach()).numpy() + 2.0 * (layer.B @ layer.A).detach().numpy()
+        for name, layer in ours.named_modules()
+        if isinstance(layer, layers.AdaptedLinear)
+    }
+    return merged
+
+
+def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """`statistics.gram_of` from this process's share of the sequences."""
+    own = distributed.share(torch.tensor(features), "rows").to(dtype)
+    return statistics.gram_of(own).numpy()
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that this process receives in collectives, by kind; see experiment/scaling.py for the conventions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        count = distributed.processes()
+        name = str(func)
+        if name.startswith("c10d."):
+            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            own = {"allreduce_": 2 * (count - 1) / count, "_allgather_base_": (count - 1) / count, "broadcast_": 1.0}
+            kind = name.split(".")[1]
+            # Of what is exchanged all to all, a share stays: this process's own rows of its columns.
+            stays = args[1].nbytes * first.nbytes / self.exchanged if kind == "alltoall_base_" else 0.0
+            self.bytes[kind] += int(first.nbytes * own.get(kind, 1.0) - stays)
+        return func(*args, **(kwargs or {}))
+
+    exchanged = 1
+    """Bytes of the features of all sequences, which `alltoall_base_` spreads."""
+
+
+def received(method: str) -> tuple[dict[str, int], dict[str, int], int]:
+    """Bytes received in one calibration and in one optimizer step of a float32 model, and bytes of frozen rows held."""
+    ours = random_model("llama")
+    family = families.find_family(ours)
+    calibration, training_config = spread_config(method).calibration, spread_config(method).training
+    ids = torch.randint(257, (8, 16), generator=torch.Generator().manual_seed(0))
+    case = losa.Settings(
+        prune=losa.PruneConfig(prune_method=method, steps=1),
+        calibration=calibration,
+        training=dataclasses.replace(training_config, finetune=False),
+    )
+    with Received() as calibrating:
+        calibrating.exchanged = len(ids) * 16 * 32 * 4
+        losa.run(ours, ids, [], case)
+    dense = sharded.twin(ours, family)
+    for number, layer in enumerate(layers.adapters(ours)):
+        layer.resize(6, (number,))
+    held = sum(p.to_local().nbytes for p in ours.parameters() if isinstance(p, DTensor))
+    batch = [{"input_ids": row, "labels": row} for row in ids]
+    with training.Gradients(ours, dense, training_config) as gradients:
+        # FSDP2 remembers passes without gradients too, and prefetches one block in vain in the first backward after them.
+        gradients.of(batch)
+        with Received() as stepping:
+            gradients.of(batch)
+    return dict(calibrating.bytes), dict(stepping.bytes), held
+
+
+def spread_config(method: str) -> Config:
+    """Options whose scaling is measured."""
+    return Config(
+        prune=losa.PruneConfig(prune_method=method, steps=1),
+        calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8, calibration_batch_size=4),
+        training=TrainingConfig(loss="kl", per_device_train_batch_size=2, gradient_accumulation_steps=4),
+    )

@@ -1,0 +1,228 @@
+"""Several processes do what one does: the same decisions, the same numbers up to the order of summation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from oracle_tests.processes import in_processes
+from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spread_config, train
+from oracle_tests.tolerances import OTHER_ORDER, UNIT
+from tiny_models.random_models import random_model, save_random_model
+from torch_impl.bench.geometry import GEOMETRIES, build
+from torch_impl.engine import distributed, families, layers, points, sharded
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.experiment import scaling
+from torch_impl.experiment.config import CONFIGS, parse
+from torch_impl.run import main
+
+
+def assert_same(several: Outcome, one: Outcome) -> None:
+    for record, expected in zip(several.records, one.records, strict=True):
+        assert record.ranks == expected.ranks
+        for name in ("sparsity", "realised", "importance", "errors", "losses"):
+            values, wanted = getattr(record, name), getattr(expected, name)
+            assert values == pytest.approx(wanted, rel=OTHER_ORDER, abs=OTHER_ORDER), f"step {record.step}: {name}"
+    assert several.weights.keys() == one.weights.keys()
+    for name, weight in one.weights.items():
+        assert np.array_equal(several.weights[name] == 0, weight == 0), f"{name}: masks part"
+        np.testing.assert_allclose(several.weights[name], weight, rtol=0, atol=OTHER_ORDER)
+
+
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, {}),
+    (2, {"prune_method": "sparsegpt", "rank_shrink": "fold", "loss": "ce"}),
+    (4, {"prune_method": "magnitude", "gradient_checkpointing": True}),
+    (4, {"sparsity_ratio": None, "sparsity_type": "mixed-2:4"}),
+]
+
+
+@pytest.mark.parametrize(("count", "changes"), CASES)
+def test_a_whole_run_is_that_of_one_process(count: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Rates, masks, ranks, losses and merged weights; every process holds its rows alone, and all know the same."""
+    case = settings(**changes)
+    one = run(case)
+    outcomes = in_processes(count, run, case, tmp_path)
+    for outcome in outcomes:
+        assert_same(outcome, one)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    for name, parameter in saved.named_parameters():
+        assert np.array_equal(parameter.detach().numpy(), outcomes[0].weights[name]), name
+
+
+def test_the_main_job_is_that_of_one_process(tmp_path: Path) -> None:
+    """Loaded in rows, evaluated in turns, saved block by block, reloaded and checked; process 0 writes."""
+    options = ["--model", str(save_random_model(tmp_path / "model", "llama-gqa")), "--dtype", "float64", "--steps", "2"]
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    sources = {"calibration_data": text, "finetune_data": text, "eval_data": text, "loss": "kl", "nsamples": 4}
+    sizes = {"rmi_samples": 4, "seqlen": 16, "train_examples": 12, "train_seqlen": 16, "eval_seqlen": 16}
+    sizes |= {"eval_windows": 3, "eval_batch_size": 1}
+    options += [word for name, value in {**sources, **sizes}.items() for word in (f"--{name}", str(value))]
+    assert in_processes(2, main, [*options, "--output_dir", str(tmp_path / "two")]) == [0, 0]
+    assert main([*options, "--output_dir", str(tmp_path / "one")]) == 0
+    one, two = ({file.name for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    results = [json.loads((tmp_path / name / "losa_result.json").read_text()) for name in ("one", "two")]
+    assert results[1]["perplexity_after_step"] == pytest.approx(results[0]["perplexity_after_step"], rel=OTHER_ORDER)
+    assert results[1]["losa"]["packed_bytes"] == results[0]["losa"]["packed_bytes"]
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1])
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model", dtype="auto") for name in ("one", "two")]
+    for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(weight == 0, other == 0), name
+        torch.testing.assert_close(other, weight, rtol=0, atol=OTHER_ORDER)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.own_device("cuda:1") == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.own_device("auto") == distributed.own_device("cuda") == "cuda:1"
+    assert distributed.own_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="device is 'cuda:0'; allowed with several processes: auto, cuda"):
+        distributed.own_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 of this machine finds 2 GPUs; allowed: one each"):
+        distributed.own_device("auto")
+
+
+def test_fewer_sequences_than_processes_and_held_weights_are_refused() -> None:
+    few = dataclasses.replace(settings(), calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=2))
+    with pytest.raises(RuntimeError, match="rmi_samples is 2; allowed with 4 processes: 4 or more"):
+        in_processes(4, run, few)
+    held = settings(hold_merged="on", layer_sparsity="uniform")
+    with pytest.raises(RuntimeError, match="hold_merged is 'on'; allowed with several processes: auto or off"):
+        in_processes(2, run, held)
+
+
+def test_the_plan_for_many_cards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--model", str(save_random_model(tmp_path / "model", "llama-gqa"))]
+    assert main([*options, "--dry_run", "--devices", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory of each of 8 cards" in printed
+    assert "received by each in an optimizer step" in printed
+    assert main([*options, "--devices", "8"]) == 2
+    assert capsys.readouterr().err == "error: devices is 8; allowed: 1 or more, with --dry_run\n"
+
+
+def test_gram_matrices_are_of_all_sequences_in_their_order() -> None:
+    features = torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for dtype, added_in in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        wide = features.to(dtype).double().flatten(1)
+        expected = (wide @ wide.T).numpy()
+        for ours in in_processes(4, gram, features.numpy(), dtype):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=expected.max() * 32 * UNIT[added_in])
+
+
+def test_a_point_of_two_processes_goes_on_on_one_and_four(tmp_path: Path) -> None:
+    point = tmp_path / "point"
+    whole = train(None, range(4))
+    in_processes(2, train, None, range(2), point)
+    goes_on = [train(point, range(2, 4)), *in_processes(4, train, point, range(2, 4))]
+    for weights in goes_on:
+        for name, weight in whole.items():
+            np.testing.assert_allclose(weights[name], weight, rtol=0, atol=OTHER_ORDER)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_point_that_was_changed_is_refused(tmp_path: Path) -> None:
+    point = tmp_path / "point"
+    train(None, range(1), point)
+    [file] = point.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} is not what was written"):
+        train(point, range(1, 2))
+    (point / points.STATE).unlink()
+    with pytest.raises(ValueError, match="is not complete"):
+        train(point, range(1, 2))
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
+    """The others notice in seconds that it is gone, without a launcher too; the last point is whole."""
+    point = tmp_path / "point"
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="process"):
+        in_processes(2, train, None, range(3), point, 1)
+    assert time.monotonic() - start < 60
+    resumed = in_processes(2, train, point, range(2, 4))
+    for name, weight in train(None, range(4)).items():
+        np.testing.assert_allclose(resumed[0][name], weight, rtol=0, atol=OTHER_ORDER)
+
+
+def test_one_process_needs_no_group() -> None:
+    values = torch.ones(3)
+    assert distributed.processes() == 1
+    assert distributed.leads()
+    assert distributed.total(values) is values
+    assert distributed.agreed(values) is values
+    assert distributed.deal([1, 2], lambda item: -item) == [1, 2]
+    assert distributed.rows_here(5) == slice(0, 5)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_bytes_received_and_held_are_the_formulas(method: str) -> None:
+    """Exactly, apart from single numbers that are agreed on."""
+    ours = random_model("llama")
+    layout = scaling.layout_of(ours, families.find_family(ours), size=4)
+    config = spread_config(method)
+    calibration, step = scaling.calibration_traffic(layout, config, 2), scaling.training_traffic(layout, config, 2, 6)
+    fullest = 0
+    for calibrating, stepping, held in in_processes(2, received, method):
+        assert stepping["_allgather_base_"] == step["weights"]
+        assert stepping["allreduce_"] == step["gradients"]
+        few = 1000
+        # Gathered once more: the token by which FSDP2 learns what is outermost, in the model and in the dense one.
+        model = layout.blocks * scaling.sharded_bytes(layout.block, 4, 2) + scaling.sharded_bytes(layout.outside, 4, 2)
+        assert calibrating["_allgather_base_"] == calibration["weights"] + 2 * model
+        assert 0 <= calibrating["broadcast_"] - calibration["pruned weights"] < few
+        assert 0 <= calibrating["allreduce_"] - calibration["statistics"] < few
+        assert calibrating["alltoall_base_"] == calibration["features"]
+        fullest = max(fullest, held)
+    # 257 rows of the vocabulary on two cards: the first holds one more.
+    assert fullest == scaling.memory(layout, config, 2)["weights"]
+
+
+def test_the_documented_table_is_what_the_formulas_say() -> None:
+    assert scaling.table() in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_seventy_billion_parameters_fit_eight_cards() -> None:
+    config = parse(["--config", str(CONFIGS / "llama_70b.toml"), "--model", "a/b"])
+    layout = scaling.llama_layout(GEOMETRIES["llama-2-70b"], size=2)
+    fits = {cards: scaling.memory(layout, config, cards)["largest at once"] < 0.9 * 80e9 for cards in (2, 8)}
+    assert fits == {2: False, 8: True}
+
+
+def test_a_layout_from_shapes_is_that_of_the_model() -> None:
+    model = build("small", None, torch.device("cpu"), torch.float32)
+    found = scaling.layout_of(model, families.find_family(model), 4)
+    assert found == scaling.llama_layout(GEOMETRIES["small"], 4)
+
+
+def test_a_saved_model_that_lost_a_zero_is_caught() -> None:
+    ours = random_model("llama")
+    layers.attach_adapters(ours, families.find_family(ours), 2.0)
+    [name, layer] = next((n, m) for n, m in ours.named_modules() if isinstance(m, layers.AdaptedLinear))
+    mask = torch.rand(layer.weight.shape) < 0.5
+    with torch.no_grad():
+        layer.weight.mul_(mask)
+        assert sharded.check_zeros(ours, {name: mask})[name][0] == float((~mask).double().mean())
+        layer.weight.fill_(1.0)
+    with pytest.raises(RuntimeError, match=f"{name}: {int((~mask).sum())} pruned weights are not zero"):
+        sharded.check_zeros(ours, {name: mask})

@@ -1,0 +1,136 @@
+"""Sharded models in and out: loaded block by block, copied, merged row by row, saved block by block, held against the file.
+
+No process ever holds more than a block of a model whole, on its device or in host memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from torch_impl.engine import distributed
+from torch_impl.engine.families import Family, decoder_blocks, find_family
+from torch_impl.engine.layers import AdaptedLinear, attach_adapters, block_adapters, merge_adapters
+from torch_impl.engine.shards import INDEX, Shards
+from torch_impl.engine.streaming import skeleton, stored_name
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """Causal-LM model of a local folder with adapters of rank 0, sharded over the processes as it is read.
+
+    dtype: of the parameters; None: the checkpoint's own. Errors: ValueError naming the folder, and the tensor that its
+    files lack or that has another shape.
+    """
+    shards = Shards(folder)
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or shards.dtype
+    model: Any = _adapted(skeleton(str(folder), trust_remote_code, dtype or own))
+
+    def fetch(name: str) -> torch.Tensor:
+        return shards.read(stored_name(shards, model, name, model.get_parameter(name)))
+
+    distributed.shard(model, find_family(model), device, fetch)
+    return model
+
+
+def _adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """A model on the meta device with its head tied, if it is to be, and adapters of rank 0."""
+    model.tie_weights()
+    attach_adapters(model, find_family(model), 1.0)
+    return model.eval()
+
+
+def twin(model: Any, family: Family) -> Any:
+    """An independent copy of a model; sharded as the model is, copied block by block."""
+    if not distributed.is_sharded(model):
+        return copy.deepcopy(model)
+    with init_empty_weights(include_buffers=False):
+        other: Any = _adapted(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype))
+
+    def fetch(name: str) -> torch.Tensor:
+        return distributed.full(model.get_parameter(name).detach())
+
+    distributed.shard(other, family, model.device, fetch)
+    return other
+
+
+@torch.no_grad()
+def merge(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
+    """Merge all adapters of a model in place. Returns the masks (bool, on the CPU), of the rows here if it is sharded."""
+    if not distributed.is_sharded(model):
+        return merge_adapters(model, family)
+    return {
+        f"{family.blocks}.{index}.{name}": distributed.merge_rows(layer).cpu()
+        for index, block in enumerate(decoder_blocks(model, family))
+        for name, layer in block_adapters(block, family).items()
+    }
+
+
+@torch.no_grad()
+def save(model: Any, family: Family, folder: Path) -> None:
+    """Write a merged, sharded model as a plain Hugging Face folder, a file a block; process 0 writes.
+
+    Errors: ValueError if an adapter is not merged yet.
+    """
+    blocks = [(f"{family.blocks}.{index}.", block) for index, block in enumerate(decoder_blocks(model, family))]
+    place: dict[str, str] = {}
+    size = 0
+    for count, (prefix, unit) in enumerate([*blocks, ("", model)], 1):
+        file = f"model-{count:05d}-of-{len(blocks) + 1:05d}.safetensors"
+        with distributed.whole(unit):
+            tensors = dict(_plain_tensors(unit, prefix, inside=f"{family.blocks}." if not prefix else None))
+            size += sum(tensor.nbytes for tensor in tensors.values())
+            place |= dict.fromkeys(tensors, file)
+            if distributed.leads():
+                on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(on_host, folder / file, metadata={"format": "pt"})
+    if distributed.leads():
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        config.dtype = model.dtype
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    distributed.total_of(0.0)  # nobody reads before all is written
+
+
+def _plain_tensors(unit: nn.Module, prefix: str, inside: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters of a unit, and buffers that belong into a checkpoint, by full name; not those `inside` other units.
+
+    A tied head is left out: the embedding is the same tensor.
+    """
+    for name, parameter in unit.named_parameters(prefix=prefix.rstrip(".")):
+        if inside is not None and name.startswith(inside):
+            continue
+        if name.endswith((".A", ".B")) and isinstance(unit.get_submodule(name[len(prefix) : -2]), AdaptedLinear):
+            if parameter.numel():
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; allowed: merged adapters, of rank 0")
+            continue
+        yield name, parameter.detach()
+
+
+def check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Share of zeros of every projection, as pruned and as found in a sharded model; masks as `merge` returns them.
+
+    Errors: RuntimeError naming the projection whose zeros are not where its mask says.
+    """
+    shares = {}
+    for name, mask in masks.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AdaptedLinear)
+        saved = (distributed.local(layer.weight) == 0).cpu()
+        wrong, pruned, zeros = (int(distributed.total_of(int(x.sum()))) for x in (~saved & ~mask, ~mask, saved))
+        if wrong:
+            raise RuntimeError(f"{name}: {wrong} pruned weights are not zero in the saved model")
+        shares[name] = (pruned / layer.weight.numel(), zeros / layer.weight.numel())
+    return shares
