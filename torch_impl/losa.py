@@ -17,7 +17,10 @@ from torch_impl import adapter, rank, rmi, schedule, sparsity
 from torch_impl.engine import calibration, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.journal import Journal, Progress
 from torch_impl.engine.layers import attach_adapters, block_adapters, holding
+from torch_impl.engine.lockstep import Lockstep
+from torch_impl.engine.memory import halving
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
@@ -167,6 +170,19 @@ def measure_importance(model: nn.Module, family: Family, ids: torch.Tensor, batc
     return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(grams))))
 
 
+def _measure_importance(
+    model: nn.Module, family: Family, ids: torch.Tensor, settings: Settings, progress: Progress
+) -> torch.Tensor:
+    """`measure_importance` on the sequences asked for, in batches that fit into memory."""
+    size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
+    importance, progress.calibration_batch_size = halving(
+        lambda size: measure_importance(model, family, ids[: settings.calibration.rmi_samples], size),
+        size,
+        "calibration_batch_size",
+    )
+    return importance
+
+
 def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
     """Share of zeros of each block's projections, float64 (L,)."""
     shares = []
@@ -175,6 +191,21 @@ def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         shares.append(zeros / sum(weight.numel() for weight in weights))
     return torch.tensor(shares, dtype=torch.float64)
+
+
+def _initial_sparsity(
+    model: nn.Module, family: Family, weights: torch.Tensor, config: PruneConfig
+) -> tuple[float, torch.Tensor]:
+    """Share of zeros that the model comes with, in all and by block (L,); 0 where a dense checkpoint has a few."""
+    rates = _zero_shares(model, family)
+    initial = float((weights * rates).sum() / weights.sum())
+    if initial > config.final_sparsity + 1e-3:
+        raise ValueError(
+            f"sparsity_ratio is {config.final_sparsity} and the model's share of zeros is {initial:.4f} already; "
+            "allowed: as much or more"
+        )
+    # A few exact zeros in a dense checkpoint are no earlier pruning.
+    return (0.0, torch.zeros_like(rates)) if initial < 1e-3 else (min(initial, config.final_sparsity), rates)
 
 
 def _block_targets(
@@ -219,7 +250,7 @@ def _prune_block(
     block: nn.Module,
     index: int,
     family: Family,
-    stream: calibration.Stream,
+    streams: Lockstep,
     config: PruneConfig,
     rate: float,
     nm: tuple[int, int] | None,
@@ -227,7 +258,7 @@ def _prune_block(
     """Prune the projections of one block further, on inputs that come from already pruned blocks."""
     layers = block_adapters(block, family)
     with holding(list(layers.values())):
-        gathered = _gather(config.prune_method, block, index, family, stream)
+        gathered = streams.pruned_input(lambda stream: _gather(config.prune_method, block, index, family, stream))
     for name, layer in layers.items():
         merged = layer.merged()
         try:
@@ -235,7 +266,7 @@ def _prune_block(
                 config.prune_method, merged, gathered[name], layer.mask, **({"nm": nm} if nm else {"sparsity": rate})
             )
         except ValueError as error:
-            raise ValueError(f"block {index}, {name}, {len(stream.hidden)} calibration sequences: {error}") from error
+            raise ValueError(f"block {index}, {name}, {streams.sequences} calibration sequences: {error}") from error
         layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
 
 
@@ -246,24 +277,25 @@ def _prune_model(
     family: Family,
     ids: torch.Tensor,
     settings: Settings,
-    rates: torch.Tensor,
+    rates: Sequence[float] | torch.Tensor,
     groups: Sequence[tuple[int, int] | None],
+    journal: Journal | None = None,
 ) -> list[float]:
-    """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block."""
-    dense_stream = calibration.start_stream(dense, family, ids, settings.calibration.calibration_batch_size)
-    stream = dense_stream.clone()
-    errors = []
-    pairs = list(zip(decoder_blocks(dense, family), decoder_blocks(model, family), strict=True))
-    for index, (dense_block, block) in enumerate(tqdm(pairs, desc="prune", leave=False)):
-        _prune_block(block, index, family, stream, settings.prune, float(rates[index]), groups[index])
-        error = statistics.ReconstructionError()
-        with holding(list(block_adapters(block, family).values())):
-            dense_stream.advance(dense_block, index)
-            stream.advance(block, index)
-        for _, rows in stream.batches():
-            error.update(dense_stream.hidden[rows], stream.hidden[rows])
-        errors.append(error.result())
-    return errors
+    """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block.
+
+    Goes on behind the blocks that the journal says are done; every block is a point of it.
+    """
+    journal = journal or Journal()
+    progress = journal.progress
+    size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
+    streams = Lockstep(model, dense, family, ids, size, progress.block)
+    blocks = decoder_blocks(model, family)
+    for index in tqdm(range(progress.block, len(blocks)), desc="prune", leave=False):
+        _prune_block(blocks[index], index, family, streams, settings.prune, float(rates[index]), groups[index])
+        progress.errors.append(streams.advance())
+        progress.calibration_batch_size = streams.batch_size
+        journal.pruned(index)
+    return progress.errors
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:
@@ -327,11 +359,13 @@ def run(
     settings: Settings,
     on_step: Observer | None = None,
     on_loss: Callable[[int, int, float, float], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[StepRecord]:
     """Prune and adapt `model` in place by LoSA, Algorithm 1; it ends with adapters on, unmerged.
 
     calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one list a step, none of them
     empty if fine-tuning is on. on_step hears each step's record, on_loss(step, optimizer step, loss, learning rate).
+    journal: writes down how far the run is, or has it go on from there; observers hear only what is done now.
 
     Returns one record a step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
@@ -348,37 +382,33 @@ def run(
     torch.manual_seed(settings.seed)
 
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
-    rates = _zero_shares(model, family)
-    initial = float((weights * rates).sum() / weights.sum())
-    if initial > config.final_sparsity + 1e-3:
-        raise ValueError(
-            f"sparsity_ratio is {config.final_sparsity} and the model's share of zeros is {initial:.4f} already; "
-            "allowed: as much or more"
-        )
-    # A few exact zeros in a dense checkpoint are no earlier pruning.
-    initial, rates = (0.0, torch.zeros_like(rates)) if initial < 1e-3 else (initial, rates)
+    initial, rates = _initial_sparsity(model, family, weights, config)
     positions = _lr_positions(parts, settings.training)
-    records = []
+    journal = journal or Journal()
+    progress = journal.begin(model, dense, family, Progress(sparsity=rates.tolist()))
     with calibration.compiled([model, dense], family, settings.training.compile_blocks):
-        for step in range(1, config.steps + 1):
-            clock = _Clock(next(model.parameters()).device)
-            target = schedule.cubic_sparsity(
-                step, config.steps, config.final_sparsity, min(initial, config.final_sparsity)
+        for step in range(progress.step, config.steps + 1):
+            clock = _Clock(next(model.parameters()).device, progress.seconds)
+            target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, initial)
+            if progress.block == 0:
+                importance = None
+                if config.layer_sparsity == "rmi":
+                    importance = _measure_importance(model, family, calibration_ids, settings, progress)
+                    progress.importance = importance.tolist()
+                rates = torch.tensor(progress.sparsity, dtype=torch.float64)
+                rates, groups = _block_targets(config, target, importance, weights, rates)
+                progress.sparsity, progress.groups = rates.tolist(), groups
+                clock.lap("importance")
+            errors = _prune_model(
+                model, dense, family, calibration_ids, settings, progress.sparsity, progress.groups, journal
             )
-            importance = None
-            if config.layer_sparsity == "rmi":
-                ids = calibration_ids[: settings.calibration.rmi_samples]
-                importance = measure_importance(model, family, ids, settings.calibration.calibration_batch_size)
-            clock.lap("importance")
-            rates, groups = _block_targets(config, target, importance, weights, rates)
-            errors = _prune_model(model, dense, family, calibration_ids, settings, rates, groups)
             clock.lap("prune")
-            ranks: list[int] = []
-            losses: list[float] = []
             if settings.training.finetune:
-                ranks = _allocate_ranks(settings, step, errors)
-                _resize(model, family, ranks, step, settings)
-                losses = training.train(
+                if not progress.ranks:
+                    progress.ranks = _allocate_ranks(settings, step, errors)
+                    _resize(model, family, progress.ranks, step, settings)
+                    journal.resized(base_moved=settings.adapter.rank_shrink == "fold")
+                training.train(
                     model,
                     dense,
                     parts[step - 1],
@@ -386,35 +416,35 @@ def run(
                     positions[step - 1],
                     f"train {step}/{config.steps}",
                     None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
+                    journal,
                 )
             clock.lap("train")
             record = StepRecord(
                 step=step,
                 target=target,
-                importance=[] if importance is None else importance.tolist(),
-                sparsity=rates.tolist(),
+                importance=progress.importance,
+                sparsity=progress.sparsity,
                 realised=_zero_shares(model, family).tolist(),
                 errors=errors,
-                ranks=ranks,
-                losses=losses,
-                seconds=clock.laps,
+                ranks=progress.ranks,
+                losses=progress.losses,
+                seconds=progress.seconds,
             )
-            records.append(record)
             if on_step is not None:
                 on_step(record)
-    return records
+            journal.step_done(record.as_dict())
+    return [StepRecord(**record) for record in progress.records]
 
 
 class _Clock:
     """Wall-clock seconds of the parts of a step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, laps: dict[str, float] | None = None) -> None:
+        self._device, self.laps = device, {} if laps is None else laps
         self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now

@@ -1,0 +1,183 @@
+"""Points to go on from: parts as files, each known by its SHA-256, and a manifest, written last, that names them.
+
+    points/000007-block-003.safetensors    a part, by the number of the point that first wrote it
+    points/000009.json                     point 9: its state, and file, size and SHA-256 of each of its parts
+
+A part that has not changed is named again, not written again. Every file appears whole or not at all: it is written under
+another name, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = ".tmp"
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part's file as its manifest knows it."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Points:
+    """The points of one run in a folder of their own; `parts` are those of the point at hand."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self._folder, self._keep = folder, keep
+        self.parts: dict[str, Entry] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"*{UNFINISHED}"):
+            leftover.unlink()
+        # Above every number in use, so that no file a manifest may name is ever written over.
+        self._number = max((_number(file.name) for file in folder.iterdir()), default=0)
+
+    def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a part of the next point as safetensors."""
+        self.put_bytes(f"{part}.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
+
+    def put_bytes(self, part: str, data: bytes) -> None:
+        """Write a part of the next point as it is; not again if its bytes are those of the point at hand."""
+        digest = hashlib.sha256(data).hexdigest()
+        if part in self.parts and self.parts[part].sha256 == digest:
+            return
+        name = f"{self._number + 1:06}-{part}"
+        write_atomically(self._folder / name, data)
+        self.parts[part] = Entry(name, len(data), digest)
+
+    def drop(self, part: str) -> None:
+        """Leave a part out of the next point."""
+        self.parts.pop(f"{part}.safetensors", None)
+
+    def commit(self, state: Mapping[str, Any]) -> int:
+        """Make the parts written so far and the state a point; forget the oldest. Returns the point's number."""
+        self._number += 1
+        body = {"number": self._number, "state": state, "parts": {name: asdict(e) for name, e in self.parts.items()}}
+        text = json.dumps(body)
+        manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
+        write_atomically(self._folder / f"{self._number:06}.json", json.dumps(manifest).encode())
+        self._forget()
+        return self._number
+
+    def open_last(self) -> dict[str, Any] | None:
+        """State of the last good point, which is at hand from now on; None if there is none.
+
+        A point that is not whole is named in the log, with the file and what is wrong with it, and removed.
+        """
+        for manifest in sorted(self._manifests(), reverse=True):
+            try:
+                body = self._checked(manifest)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                logger.warning("point %d cannot be used: %s", _number(manifest.name), error)
+                manifest.unlink()
+                continue
+            self.parts = {name: Entry(**entry) for name, entry in body["parts"].items()}
+            state: dict[str, Any] = body["state"]
+            return state
+        self.parts = {}
+        return None
+
+    def __contains__(self, part: str) -> bool:
+        return f"{part}.safetensors" in self.parts
+
+    def get(self, part: str) -> dict[str, torch.Tensor]:
+        """A part of the point at hand, on the CPU."""
+        return load_file(self._folder / self.parts[f"{part}.safetensors"].file)
+
+    def get_bytes(self, part: str) -> bytes:
+        """A part of the point at hand that was put as bytes."""
+        return (self._folder / self.parts[part].file).read_bytes()
+
+    def _manifests(self) -> list[Path]:
+        return [file for file in self._folder.glob("*.json") if file.stem.isdigit()]
+
+    def _checked(self, manifest: Path) -> dict[str, Any]:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        if hashlib.sha256(content["body"].encode()).hexdigest() != content["sha256"]:
+            raise ValueError(f"{manifest.name} does not match its SHA-256")
+        body: dict[str, Any] = json.loads(content["body"])
+        for entry in body["parts"].values():
+            file = self._folder / entry["file"]
+            if not file.is_file():
+                raise ValueError(f"{file.name} is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{file.name} has {file.stat().st_size} bytes instead of {entry['bytes']}")
+            if sha256_of(file) != entry["sha256"]:
+                raise ValueError(f"{file.name} does not match its SHA-256")
+        return body
+
+    def _forget(self) -> None:
+        """Remove all but the newest points and the files that none of these names."""
+        manifests = sorted(self._manifests(), reverse=True)
+        for manifest in manifests[self._keep :]:
+            manifest.unlink()
+        used = {entry.file for entry in self.parts.values()}
+        for manifest in manifests[: self._keep]:
+            used |= set(_named_files(manifest))
+        for file in self._folder.iterdir():
+            if file not in manifests and file.name not in used:
+                file.unlink(missing_ok=True)
+
+
+def _named_files(manifest: Path) -> Iterator[str]:
+    """The files of an earlier point. One damaged meanwhile names nothing: it could not be gone back to either."""
+    try:
+        body = json.loads(json.loads(manifest.read_text(encoding="utf-8"))["body"])
+        yield from [entry["file"] for entry in body["parts"].values()]
+    except (ValueError, KeyError, TypeError):
+        return
+
+
+def _number(name: str) -> int:
+    head = name[:6]
+    return int(head) if head.isdigit() else 0
+
+
+def has_points(folder: Path) -> bool:
+    """Whether a folder of points holds any, good or not."""
+    return any(file.stem.isdigit() for file in folder.glob("*.json"))
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file by `data`, whole and on the disk before it has its name."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
