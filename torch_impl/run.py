@@ -7,29 +7,45 @@ from collections.abc import Sequence
 
 import transformers
 
+from torch_impl.engine.determinism import make_deterministic
+from torch_impl.engine.journal import Interrupted
 from torch_impl.experiment import plan, report
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.job import run_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job that the arguments ask for. Returns the exit status: 0, or 2 after one line on what was wrong."""
+    """Run the job that the arguments ask for. Returns the exit status: 0, or after one line on what was
+    wrong 2, or 130 (143) if Ctrl-C (SIGTERM) ended it.
+    """
     transformers.utils.logging.set_verbosity_error()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
+        if config.output.deterministic:
+            make_deterministic()
         if config.output.dry_run:
             print(plan.show_plan(plan.make_plan(config)))
             return 0
         result, folder = run_job(config)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+    except Interrupted as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 128 + error.number
+    except KeyboardInterrupt as error:
+        what = "interrupted" if hasattr(error, "__notes__") else "interrupted; nothing was written"
+        print(f"error: {_one_line(error, what)}", file=sys.stderr)
         return 130
     print(report.table(result))
     print(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
     return 0
+
+
+def _one_line(error: BaseException, what: str = "") -> str:
+    """What went wrong, and how to go on if the exception has a note on that."""
+    words = "; ".join([what or str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+    return " ".join(words.split())
 
 
 if __name__ == "__main__":
