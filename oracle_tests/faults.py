@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+from tiny_models import corpus
 from torch_impl.engine import points, training
 from torch_impl.engine.points import sha256_of
 from torch_impl.experiment import folder as run_folder
@@ -197,11 +199,17 @@ class Harness:
     place: Path
     small_disk: bool
     chance: random.Random
+    options: list[str] = field(default_factory=lambda: list(OPTIONS))
     rows: dict[str, Row] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.log = self.place.parent / "log.txt"
+        # Python's own sources take longer to read than such a run.
+        text = self.place.parent / "text.txt"
+        text.write_text("\n<|endoftext|>\n".join(part for _, part in itertools.islice(corpus.documents("train"), 12)))
+        for kind in ("calibration", "finetune", "eval"):
+            self.options += [f"--{kind}_data", str(text)]
         counted: Counter[str] = Counter()
         count_file = self.place.parent / "count.json"
 
@@ -222,7 +230,7 @@ class Harness:
             training._clip = clip
 
         out = self.place.parent / "plain"
-        self.plain = attempt([*OPTIONS, "--output_dir", str(out)], self.log, prepare)
+        self.plain = attempt([*self.options, "--output_dir", str(out)], self.log, prepare)
         if self.plain.status:
             raise RuntimeError(f"the run without faults ended with {self.plain.status}: {self.plain.said[-500:]}")
         self.expected = outcome(out)
@@ -238,7 +246,7 @@ class Harness:
         return self.place / ".out.partial" / run_folder.POINTS
 
     def arguments(self) -> list[str]:
-        return [*OPTIONS, "--output_dir", str(self.target), "--resume"]
+        return [*self.options, "--output_dir", str(self.target), "--resume"]
 
     def break_once(self, kind: str) -> bool:
         """One fault. Returns whether it came before the run's end."""

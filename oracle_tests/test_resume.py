@@ -63,7 +63,7 @@ def test_a_point_gives_back_what_was_put(tmp_path: Path) -> None:
     assert Points(tmp_path / "empty").open_last() is None
 
 
-def test_what_has_not_changed_is_not_written_again_and_old_points_go(tmp_path: Path) -> None:
+def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tmp_path: Path) -> None:
     run = Points(tmp_path, keep=2)
     for number in range(4):
         run.put("same", some(1))
@@ -72,6 +72,7 @@ def test_what_has_not_changed_is_not_written_again_and_old_points_go(tmp_path: P
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == [
         "000001-same.safetensors",
+        "000002-same.safetensors",
         "000003-other.safetensors",
         "000003.json",
         "000004-other.safetensors",

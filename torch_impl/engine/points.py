@@ -3,8 +3,9 @@
     points/000007-block-003.safetensors    a part, by the number of the point that first wrote it
     points/000009.json                     point 9: its state, and file, size and SHA-256 of each of its parts
 
-A part that has not changed is named again, not written again. Every file appears whole or not at all: it is written under
-another name, flushed to the disk and renamed.
+Two points that follow each other share no file, so that no single damaged file costs both: a part that has not changed is
+copied once, and from then on its two files take turns. Every file appears whole or not at all: it is written under another
+name, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Points:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self._folder, self._keep = folder, keep
         self.parts: dict[str, Entry] = {}
+        self._last: dict[str, Entry] = {}
+        self._before: dict[str, Entry] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"*{UNFINISHED}"):
             leftover.unlink()
@@ -67,31 +70,46 @@ class Points:
 
     def commit(self, state: Mapping[str, Any]) -> int:
         """Make the parts written so far and the state a point; forget the oldest. Returns the point's number."""
+        if self._keep > 1:
+            for part in self.parts:
+                self._separate(part)
         self._number += 1
         body = {"number": self._number, "state": state, "parts": {name: asdict(e) for name, e in self.parts.items()}}
         text = json.dumps(body)
         manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
         write_atomically(self._folder / f"{self._number:06}.json", json.dumps(manifest).encode())
         self._forget()
+        self._before, self._last = self._last, dict(self.parts)
         return self._number
+
+    def _separate(self, part: str) -> None:
+        """Have the next point name another file than the last for the same content."""
+        entry = self.parts[part]
+        if self._last.get(part) != entry:
+            return
+        twin = self._before.get(part)
+        if twin is None or twin.sha256 != entry.sha256 or twin.file == entry.file:
+            twin = Entry(f"{self._number + 1:06}-{part}", entry.bytes, entry.sha256)
+            write_atomically(self._folder / twin.file, (self._folder / entry.file).read_bytes())
+        self.parts[part] = twin
 
     def open_last(self) -> dict[str, Any] | None:
         """State of the last good point, which is at hand from now on; None if there is none.
 
         A point that is not whole is named in the log, with the file and what is wrong with it, and removed.
         """
+        good: list[dict[str, Any]] = []
         for manifest in sorted(self._manifests(), reverse=True):
             try:
-                body = self._checked(manifest)
+                good.append(self._checked(manifest))
             except (ValueError, KeyError, TypeError, OSError) as error:
                 logger.warning("point %d cannot be used: %s", _number(manifest.name), error)
                 manifest.unlink()
-                continue
-            self.parts = {name: Entry(**entry) for name, entry in body["parts"].items()}
-            state: dict[str, Any] = body["state"]
-            return state
-        self.parts = {}
-        return None
+        parts = [{name: Entry(**entry) for name, entry in body["parts"].items()} for body in good]
+        self._last, self._before = [*parts, {}, {}][:2]
+        self.parts = dict(self._last)
+        state: dict[str, Any] | None = good[0]["state"] if good else None
+        return state
 
     def __contains__(self, part: str) -> bool:
         return f"{part}.safetensors" in self.parts

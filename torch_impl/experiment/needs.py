@@ -35,13 +35,12 @@ def disk(model: nn.Module, family: Family, config: Config, size: int) -> dict[st
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = prunable_weights(model, family)
     moved = config.prune.prune_method == "sparsegpt" or config.adapter.rank_shrink == "fold"
-    # A base weight is one bit where it is the dense one under a mask. A point being written adds to those kept; blocks
-    # are shared between points but for those pruned, or all of them folded, in between.
+    # A base weight is one bit where it is the dense one under a mask. A point being written adds to those kept; points
+    # take turns with two files of each block, and change one of them, or all by folding, in between.
     block_bytes = max(prunable) * size if moved else max(prunable) // 8
     copies = config.output.keep_points + 1
-    of_blocks = block_bytes * (len(prunable) + copies)
-    if config.adapter.rank_shrink == "fold":
-        of_blocks = block_bytes * len(prunable) * 2
+    sets = copies if config.adapter.rank_shrink == "fold" else min(2, config.output.keep_points)
+    of_blocks = block_bytes * (len(prunable) * sets + copies)
     return {
         "merged model": parameters * size,
         "points": of_blocks + copies * 12 * adapter_numbers(model, family, config),
