@@ -25,6 +25,8 @@ from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
 
+MOST_STEPS = 1000
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -46,6 +48,8 @@ class PruneConfig:
         _check_choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; allowed: 1 or more")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps is {self.steps}; allowed: at most {MOST_STEPS}")
         if self.sparsity_ratio is not None and not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         match = re.fullmatch(r"(?:mixed-)?(\d+):(\d+)", self.sparsity_type)

@@ -226,7 +226,7 @@ def _from_toml(path: Path) -> list[str]:
         raise FileNotFoundError(f"config {path} does not exist; allowed: a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
     known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config"}
     words: list[str] = []

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from torch_impl import schedule
-from torch_impl.engine.checkpoint import DTYPES, choose_device
+from torch_impl.engine.checkpoint import DTYPES, check_sizes, choose_device
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.experiment.config import Config
 
@@ -18,6 +18,8 @@ GIB = 2**30
 
 def _skeleton(name: str) -> PreTrainedModel:
     """The model without weights."""
+    if (Path(name) / "config.json").is_file():
+        check_sizes(Path(name))
     try:
         configuration = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
