@@ -230,8 +230,8 @@ def same(one: tuple, other: tuple) -> bool:
     return one[0] == other[0] and all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
 
 
-@pytest.mark.parametrize(("method", "pattern"), [("wanda", "unstructured"), ("sparsegpt", "mixed-2:4")])
-def test_a_run_goes_on_from_every_point_to_the_same_bits(tmp_path: Path, method: str, pattern: str) -> None:
+@pytest.mark.parametrize(("method", "pattern", "every"), [("wanda", "unstructured", 1), ("sparsegpt", "mixed-2:4", 3)])
+def test_a_run_goes_on_from_any_point_to_the_same_bits(tmp_path: Path, method: str, pattern: str, every: int) -> None:
     setup = settings(method, pattern)
     plain = outcome(setup)
     counted = Counting(tmp_path / "all")
@@ -239,7 +239,7 @@ def test_a_run_goes_on_from_every_point_to_the_same_bits(tmp_path: Path, method:
     blocks = len(plain[0][0]["sparsity"])
     # Every block, every optimizer step and the end of both steps.
     assert counted.count == 2 * blocks + sum(len(record["losses"]) for record in plain[0]) + 2
-    for stop in range(1, counted.count):
+    for stop in range(1, counted.count, every):
         folder = tmp_path / str(stop)
         with pytest.raises(Stop):
             outcome(setup, Counting(folder, stop))
@@ -513,9 +513,9 @@ def test_an_interruption_is_a_keyboard_interrupt() -> None:
 
 
 def test_a_handful_of_faults() -> None:
-    """One of each kind; `make faults` has more."""
+    """One of each kind that only another process can survive; `make faults` has more."""
     done = subprocess.run(
-        [sys.executable, "-m", "oracle_tests.faults", "--faults", "9", "--seed", "3"],
+        [sys.executable, "-m", "oracle_tests.faults", "--faults", "6", "--seed", "3"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -523,4 +523,4 @@ def test_a_handful_of_faults() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^in all +9 .* 0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^in all +6 .* 0$", done.stdout, re.MULTILINE)

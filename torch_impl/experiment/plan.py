@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from torch_impl import schedule
 from torch_impl.engine.checkpoint import DTYPES, check_sizes, choose_device
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.experiment import needs
 from torch_impl.experiment.config import Config
 
 GIB = 2**30
@@ -47,7 +48,6 @@ def make_plan(config: Config) -> dict[str, Any]:
     targets = [schedule.cubic_sparsity(t, config.prune.steps, config.prune.final_sparsity) for t in steps]
     mean_ranks = [schedule.mean_rank(t, config.adapter.initial_rank) for t in steps]
     weights = [weight_of(blocks[0], name) for name in family.projections]
-    per_rank = len(blocks) * sum(sum(weight.shape) for weight in weights)
     training, text, calibration = config.training, config.text, config.calibration
     hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
     micro = training.per_device_train_batch_size * text.train_seqlen
@@ -62,7 +62,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         memory["Hessians of a block"] = sum(weight_of(blocks[0], g[0]).shape[1] ** 2 * 4 for g in family.inputs)
     if training.finetune:
         # float32 value, gradient and two moments; logits in the model's dtype and twice in float32.
-        memory["adapters and optimizer"] = max(mean_ranks) * per_rank * 16
+        memory["adapters and optimizer"] = 16 * needs.adapter_numbers(model, family, config)
         memory["merged weights"] = prunable * size if training.hold_merged != "off" else 0
         memory["activations"] = micro * (kept_per_token * size + vocabulary * (size + 8))
     calibration_tokens = calibration.nsamples * calibration.seqlen
@@ -89,6 +89,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         ),
         "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
         "memory, bytes": {name: int(value) for name, value in memory.items()},
+        "disk, bytes": needs.disk(model, family, config, size),
         "floating-point operations": {"sweeps": sweeps, "training": train if training.finetune else 0},
         "output": str(config.output_dir),
     }
@@ -100,6 +101,9 @@ def show_plan(plan: dict[str, Any]) -> str:
     for name, value in plan.items():
         if name == "memory, bytes":
             lines.append(f"memory, largest at once         {sum(value.values()) / GIB:.2f} GiB (estimated), of it")
+            lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
+        elif name == "disk, bytes":
+            lines.append(f"disk, most at once              {sum(value.values()) / GIB:.2f} GiB (estimated), of it")
             lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         elif name == "floating-point operations":
             lines += [f"work, {part:<24}{amount / 1e12:>12.2f} TFLOP" for part, amount in value.items()]
