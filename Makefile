@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint spec mutants clean help
+.PHONY: demo test faults lint spec mutants clean help
 
 help:
 	@echo "make demo      install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
 	@echo "make test      install into $(VENV) and run the oracle tests (about 5 minutes on 2 cores)"
+	@echo "make faults    break fifty runs in every way a long run can break, and compare what comes of them (5 minutes on 2 cores)"
 	@echo "make spec      render the spec as one page, build/spec.html, equations typeset beside the code"
 	@echo "make lint      ruff and mypy"
 	@echo "make mutants   break production in every way mutmut knows and see the tests fail (over an hour on 2 cores)"
@@ -24,6 +25,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest oracle_tests reference torch_impl
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m oracle_tests.faults --faults 50 --seed 0
 
 spec: $(STAMP)
 	$(BIN)/python docs/spec.py

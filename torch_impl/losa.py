@@ -17,11 +17,15 @@ from torch_impl import adapter, rank, rmi, schedule, sparsity
 from torch_impl.engine import calibration, distributed, sharded, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.halving import halving
+from torch_impl.engine.journal import Journal, Progress
 from torch_impl.engine.layers import attach_adapters, block_adapters, holding
-from torch_impl.engine.streaming import sweep
+from torch_impl.engine.lockstep import Lockstep, reconstruction_error
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
+
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class PruneConfig:
         _check_choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; allowed: 1 or more")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps is {self.steps}; allowed: at most {MOST_STEPS}")
         if self.sparsity_ratio is not None and not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         match = re.fullmatch(r"(?:mixed-)?(\d+):(\d+)", self.sparsity_type)
@@ -185,6 +191,19 @@ def zero_share(block: nn.Module, family: Family) -> float:
     return zeros / sum(weight.numel() for weight in weights)
 
 
+def _measure_importance(
+    model: nn.Module, family: Family, ids: torch.Tensor, settings: Settings, progress: Progress
+) -> torch.Tensor:
+    """`measure_importance` on the sequences asked for, in batches that fit into memory."""
+    size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
+    importance, progress.calibration_batch_size = halving(
+        lambda size: measure_importance(model, family, ids[: settings.calibration.rmi_samples], size),
+        size,
+        "calibration_batch_size",
+    )
+    return importance
+
+
 def _zero_shares(model: nn.Module, family: Family) -> torch.Tensor:
     """Share of zeros of each block's projections, float64 (L,)."""
     return torch.tensor([zero_share(block, family) for block in decoder_blocks(model, family)], dtype=torch.float64)
@@ -202,7 +221,9 @@ def initial_rates(shares: torch.Tensor, weights: torch.Tensor, config: PruneConf
             "allowed: as much or more"
         )
     # A few exact zeros in a dense checkpoint are no earlier pruning.
-    return (0.0, torch.zeros_like(shares)) if initial < 1e-3 else (initial, shares)
+    if initial < 1e-3:
+        return 0.0, torch.zeros_like(shares)
+    return min(initial, config.final_sparsity), shares
 
 
 def block_targets(
@@ -246,7 +267,7 @@ def _prune_block(
     block: nn.Module,
     index: int,
     family: Family,
-    stream: calibration.Stream,
+    look: Callable[[Callable[[calibration.Stream], Any]], Any],
     config: PruneConfig,
     rate: float,
     nm: tuple[int, int] | None,
@@ -254,7 +275,7 @@ def _prune_block(
     """Prune the projections of one block further, on inputs that come from already pruned blocks."""
     layers = block_adapters(block, family)
     with holding(list(layers.values())):
-        gathered = _gather(config.prune_method, block, index, family, stream)
+        gathered = look(lambda stream: _gather(config.prune_method, block, index, family, stream))
     for number, (name, layer) in enumerate(layers.items()):
         if not distributed.decides(number):
             continue
@@ -264,7 +285,8 @@ def _prune_block(
                 config.prune_method, merged, gathered[name], layer.mask, **({"nm": nm} if nm else {"sparsity": rate})
             )
         except ValueError as error:
-            raise ValueError(f"block {index}, {name}, {len(stream.hidden)} calibration sequences: {error}") from error
+            sequences = look(lambda stream: len(stream.hidden))
+            raise ValueError(f"block {index}, {name}, {sequences} calibration sequences: {error}") from error
         layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
     for number, layer in enumerate(layers.values()):
         distributed.take(layer.weight.detach(), number)
@@ -277,16 +299,27 @@ def _prune_model(
     family: Family,
     ids: torch.Tensor,
     settings: Settings,
-    rates: torch.Tensor,
+    rates: Sequence[float] | torch.Tensor,
     groups: Sequence[tuple[int, int] | None],
+    journal: Journal | None = None,
 ) -> list[float]:
-    """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block."""
-    own = distributed.share(ids, "nsamples")
-    stream = calibration.start_stream(dense, family, own, settings.calibration.calibration_batch_size)
+    """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block.
+
+    Goes on behind the blocks that the journal says are done; every block is a point of it.
+    """
+    journal = journal or Journal()
+    progress = journal.progress
+    size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
+    streams = Lockstep(model, dense, family, distributed.share(ids, "nsamples"), size, progress.block)
     blocks = decoder_blocks(model, family)
-    pairs = zip(sweep(dense, family), blocks, strict=True)
-    pruned = prune_blocks(pairs, stream, family, settings.prune, rates, groups)
-    return [error for _, error in _blocks_shown(pruned, "prune", len(blocks))]
+    for index in _blocks_shown(range(progress.block, len(blocks)), "prune"):
+        block = blocks[index]
+        with distributed.keeping(block, family):
+            _prune_block(block, index, family, streams.pruned_input, settings.prune, float(rates[index]), groups[index])
+            progress.errors.append(streams.advance())
+        progress.calibration_batch_size = streams.batch_size
+        journal.pruned(index)
+    return progress.errors
 
 
 @torch.no_grad()
@@ -298,25 +331,18 @@ def prune_blocks(
     rates: torch.Tensor,
     groups: Sequence[tuple[int, int] | None],
 ) -> Iterator[tuple[nn.Module, float]]:
-    """Each block as soon as it is pruned, with its e of LoSA, Eq. 6.
+    """Each block as soon as it is pruned, with its e of LoSA, Eq. 6, for blocks that come and go.
 
     pairs: (dense block, adapted block to prune), which may be one and the same: the dense block is done with when the
     other is pruned. dense_stream: at the first block; it and a second stream, of the pruned model, go on in lockstep.
     """
     stream = dense_stream.clone()
     for index, (dense_block, block) in enumerate(pairs):
-        with distributed.whole(dense_block):
-            dense_stream.advance(dense_block, index)
-        with distributed.keeping(block, family):
-            _prune_block(block, index, family, stream, config, float(rates[index]), groups[index])
-            with holding(list(block_adapters(block, family).values())):
-                stream.advance(block, index)
-        error = statistics.ReconstructionError()
-        for row in range(len(stream.hidden)):
-            # A sequence at a time: the differences are taken in float32 and summed in float64.
-            rows = slice(row, row + 1)
-            error.update(dense_stream.states(rows), stream.states(rows))
-        yield block, error.result()
+        dense_stream.advance(dense_block, index)
+        _prune_block(block, index, family, lambda work: work(stream), config, float(rates[index]), groups[index])
+        with holding(list(block_adapters(block, family).values())):
+            stream.advance(block, index)
+        yield block, reconstruction_error(dense_stream, stream)
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:
@@ -396,12 +422,14 @@ def run(
     on_step: Observer | None = None,
     on_loss: Callable[[int, int, float, float], None] | None = None,
     dense: nn.Module | None = None,
+    journal: Journal | None = None,
 ) -> list[StepRecord]:
     """Prune and adapt `model` in place by LoSA, Algorithm 1; it ends with adapters on, unmerged.
 
     calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one list a step, none of them
     empty if fine-tuning is on. on_step hears each step's record, on_loss(step, optimizer step, loss, learning rate).
     dense: the model as it was, a second one or one whose blocks come from its files; default, a copy made here.
+    journal: writes down how far the run is, or has it go on from there; observers hear only what is done now.
 
     Returns one record a step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
@@ -422,27 +450,31 @@ def run(
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
     initial, rates = initial_rates(_zero_shares(model, family), weights, config)
     positions = _lr_positions(parts, settings.training)
-    records = []
+    journal = journal or Journal()
+    progress = journal.begin(model, dense, family, Progress(sparsity=rates.tolist()))
     with calibration.compiled([model, dense], family, settings.training.compile_blocks):
-        for step in range(1, config.steps + 1):
-            clock = _Clock(next(model.parameters()).device)
-            target = schedule.cubic_sparsity(
-                step, config.steps, config.final_sparsity, min(initial, config.final_sparsity)
+        for step in range(progress.step, config.steps + 1):
+            clock = _Clock(next(model.parameters()).device, progress.seconds)
+            target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, initial)
+            if progress.block == 0:
+                importance = None
+                if config.layer_sparsity == "rmi":
+                    importance = _measure_importance(model, family, calibration_ids, settings, progress)
+                    progress.importance = importance.tolist()
+                rates = torch.tensor(progress.sparsity, dtype=torch.float64)
+                rates, groups = block_targets(config, target, importance, weights, rates)
+                progress.sparsity, progress.groups = rates.tolist(), groups
+                clock.lap("importance")
+            errors = _prune_model(
+                model, dense, family, calibration_ids, settings, progress.sparsity, progress.groups, journal
             )
-            importance = None
-            if config.layer_sparsity == "rmi":
-                ids = calibration_ids[: settings.calibration.rmi_samples]
-                importance = measure_importance(model, family, ids, settings.calibration.calibration_batch_size)
-            clock.lap("importance")
-            rates, groups = block_targets(config, target, importance, weights, rates)
-            errors = _prune_model(model, dense, family, calibration_ids, settings, rates, groups)
             clock.lap("prune")
-            ranks: list[int] = []
-            losses: list[float] = []
             if settings.training.finetune:
-                ranks = _allocate_ranks(settings, step, errors)
-                _resize(model, family, ranks, step, settings)
-                losses = training.train(
+                if not progress.ranks:
+                    progress.ranks = _allocate_ranks(settings, step, errors)
+                    _resize(model, family, progress.ranks, step, settings)
+                    journal.resized(base_moved=settings.adapter.rank_shrink == "fold")
+                training.train(
                     model,
                     dense,
                     parts[step - 1],
@@ -450,35 +482,35 @@ def run(
                     positions[step - 1],
                     f"train {step}/{config.steps}",
                     None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
+                    journal,
                 )
             clock.lap("train")
             record = StepRecord(
                 step=step,
                 target=target,
-                importance=[] if importance is None else importance.tolist(),
-                sparsity=rates.tolist(),
+                importance=progress.importance,
+                sparsity=progress.sparsity,
                 realised=_zero_shares(model, family).tolist(),
                 errors=errors,
-                ranks=ranks,
-                losses=losses,
-                seconds=clock.laps,
+                ranks=progress.ranks,
+                losses=progress.losses,
+                seconds=progress.seconds,
             )
-            records.append(record)
             if on_step is not None:
                 on_step(record)
-    return records
+            journal.step_done(record.as_dict())
+    return [StepRecord(**record) for record in progress.records]
 
 
 class _Clock:
     """Wall-clock seconds of the parts of a step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, laps: dict[str, float] | None = None) -> None:
+        self._device, self.laps = device, {} if laps is None else laps
         self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now

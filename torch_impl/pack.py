@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     options = _parser().parse_args(arguments)
     try:
-        with run_folder(options.out, options.overwrite, "OUT", "config.json", "a model") as folder:
+        with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
             if options.unpack:
                 packed_folder.unpack_folder(options.model, folder)
                 closing = f"{options.out}: a plain Hugging Face folder"

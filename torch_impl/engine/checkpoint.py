@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,6 +23,12 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
 LOGIT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# Sizes in a configuration that a model needs a weight, and so a byte, each for.
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "ffn_dim", "word_embed_proj_dim",
+)  # fmt: skip
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,6 +58,26 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_sizes(folder: Path) -> None:
+    """Errors: ValueError if config.json is no JSON object or speaks of sizes that its weights cannot have.
+
+    transformers would build such a model, if only as a skeleton, before it looks.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"model {folder}: config.json is not JSON ({error}); allowed: a model's configuration"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"model {folder}: config.json is a {type(content).__name__}; allowed: a JSON object")
+    most = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    for name in SIZES if most else ():
+        value = content.get(name)
+        if isinstance(value, int | float) and value > most:
+            raise ValueError(f"model {folder}: {name} is {value} and its weights have {most} bytes; allowed: fewer")
+
+
 def load(
     name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,10 +89,18 @@ def load(
     if distributed.processes() > 1:
         return _load_sharded(name, device, wanted, trust_remote_code)
     with _as_one_line(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=wanted or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    model, found = pair
+    if found["missing_keys"]:
+        # transformers fills them with random numbers and a warning.
+        raise ValueError(f"model {name} lacks {', '.join(sorted(found['missing_keys']))}; allowed: a whole model")
     module: torch.nn.Module = model
     module.to(device).eval()
     return model, tokenizer
@@ -102,6 +138,10 @@ def _wanted(name: str, device: torch.device, dtype: str) -> torch.dtype | None:
         raise FileNotFoundError(f"model {name}: no config.json in this folder; allowed: a Hugging Face model folder")
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(".")):
         raise FileNotFoundError(f"model {name}: no such folder; allowed: a Hugging Face model folder or a hub id")
+    if folder.is_dir():
+        check_sizes(folder)
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(f"model {folder} has no weights in safetensors files; allowed: these alone, no pickles")
     return DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else None)
 
 
@@ -109,7 +149,9 @@ def _wanted(name: str, device: torch.device, dtype: str) -> torch.dtype | None:
 def _as_one_line(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # transformers raises a dozen kinds, tokenizers panics; each ends here as one line
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"model {name} does not load as a causal language model with its tokenizer: {reason}"

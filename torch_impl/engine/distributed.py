@@ -249,15 +249,21 @@ def _fill(unit: nn.Module, prefix: str, device: torch.device, fetch: Fetch, fill
             module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
 
 
+_WHOLE: set[nn.Module] = set()
+"""Units that are whole now."""
+
+
 @contextmanager
 def whole(*units: nn.Module) -> Iterator[None]:
     """Let sharded units (blocks, or the model for what lies outside its blocks) have whole, plain parameters.
 
-    They are gathered once for any number of passes. Changes made to them in place are lost; see `keeping`.
+    They are gathered once for any number of passes; a unit that is whole already stays so. Changes made to them in place
+    are lost; see `keeping`.
     """
-    sharded = [unit for unit in units if isinstance(unit, FSDPModule)]
+    sharded = [unit for unit in units if isinstance(unit, FSDPModule) and unit not in _WHOLE]
     try:
         for unit in sharded:
+            _WHOLE.add(unit)
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
         yield
@@ -265,6 +271,7 @@ def whole(*units: nn.Module) -> Iterator[None]:
         for unit in sharded:
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
+            _WHOLE.discard(unit)
 
 
 @contextmanager

@@ -1,150 +1,201 @@
-"""The state of training, sharded or not, on disk by PyTorch's distributed checkpoint: written by N processes, read by M.
+"""Points to go on from: parts as files, each known by its SHA-256, and a manifest, written last, that names them.
 
-What is written changes during a run: the masked base weights of the projections, the adapters, the optimizer's moments.
-All else comes from the model folder. The files are safetensors; state.json names them with their hashes and is written last.
+    points/000007-block-003.safetensors    a part, by the number of the point that first wrote it
+    points/000009.json                     point 9: its state, and file, size and SHA-256 of each of its parts
+
+Two points that follow each other share no file, so that no single damaged file costs both: a part that has not changed is
+copied once, and from then on its two files take turns. Every file appears whole or not at all: it is written under another
+name, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from safetensors.torch import load_file, save
 
-from torch_impl.engine import distributed
-from torch_impl.engine.layers import AdaptedLinear
+logger = logging.getLogger(__name__)
 
-STATE = "state.json"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+UNFINISHED = ".tmp"
+CHUNK = 1 << 24
 
 
-def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+@dataclass(frozen=True)
+class Entry:
+    """A part's file as its manifest knows it."""
+
+    file: str
+    bytes: int
+    sha256: str
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """The state by name: NAME.weight (sharded if the model is), NAME.A, NAME.B, and NAME.A.exp_avg and so on of AdamW."""
-    state = {}
-    for name, layer in _layers(model).items():
-        state[f"{name}.weight"] = layer.weight.detach()
-        for which, parameter in (("A", layer.A), ("B", layer.B)):
-            if not parameter.numel():
-                continue
-            state[f"{name}.{which}"] = parameter.detach()
-            moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            state |= {f"{name}.{which}.{moment}": moments[moment] for moment in MOMENTS if moment in moments}
-    return state
+class Points:
+    """The points of one run in a folder of their own; `parts` are those of the point at hand."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self._folder, self._keep = folder, keep
+        self.parts: dict[str, Entry] = {}
+        self._last: dict[str, Entry] = {}
+        self._before: dict[str, Entry] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"*{UNFINISHED}"):
+            leftover.unlink(missing_ok=True)
+        # Above every number in use, so that no file a manifest may name is ever written over.
+        self._number = max((_number(file.name) for file in folder.iterdir()), default=0)
+
+    def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a part of the next point as safetensors."""
+        self.put_bytes(f"{part}.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
+
+    def put_bytes(self, part: str, data: bytes) -> None:
+        """Write a part of the next point as it is; not again if its bytes are those of the point at hand."""
+        digest = hashlib.sha256(data).hexdigest()
+        if part in self.parts and self.parts[part].sha256 == digest:
+            return
+        name = f"{self._number + 1:06}-{part}"
+        write_atomically(self._folder / name, data)
+        self.parts[part] = Entry(name, len(data), digest)
+
+    def drop(self, part: str) -> None:
+        """Leave a part out of the next point."""
+        self.parts.pop(f"{part}.safetensors", None)
+
+    def commit(self, state: Mapping[str, Any]) -> int:
+        """Make the parts written so far and the state a point; forget the oldest. Returns the point's number."""
+        if self._keep > 1:
+            for part in self.parts:
+                self._separate(part)
+        self._number += 1
+        body = {"number": self._number, "state": state, "parts": {name: asdict(e) for name, e in self.parts.items()}}
+        text = json.dumps(body)
+        manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
+        write_atomically(self._folder / f"{self._number:06}.json", json.dumps(manifest).encode())
+        self._forget()
+        self._before, self._last = self._last, dict(self.parts)
+        return self._number
+
+    def _separate(self, part: str) -> None:
+        """Have the next point name another file than the last for the same content."""
+        entry = self.parts[part]
+        if self._last.get(part) != entry:
+            return
+        twin = self._before.get(part)
+        if twin is None or twin.sha256 != entry.sha256 or twin.file == entry.file:
+            twin = Entry(f"{self._number + 1:06}-{part}", entry.bytes, entry.sha256)
+            write_atomically(self._folder / twin.file, (self._folder / entry.file).read_bytes())
+        self.parts[part] = twin
+
+    def open_last(self) -> dict[str, Any] | None:
+        """State of the last good point, which is at hand from now on; None if there is none.
+
+        A point that is not whole is named in the log, with the file and what is wrong with it, and removed.
+        """
+        good: list[dict[str, Any]] = []
+        for manifest in sorted(self._manifests(), reverse=True):
+            try:
+                good.append(self._checked(manifest))
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                logger.warning("point %d cannot be used: %s", _number(manifest.name), error)
+                manifest.unlink()
+        parts = [{name: Entry(**entry) for name, entry in body["parts"].items()} for body in good]
+        self._last, self._before = [*parts, {}, {}][:2]
+        self.parts = dict(self._last)
+        state: dict[str, Any] | None = good[0]["state"] if good else None
+        return state
+
+    def __contains__(self, part: str) -> bool:
+        return f"{part}.safetensors" in self.parts
+
+    def get(self, part: str) -> dict[str, torch.Tensor]:
+        """A part of the point at hand, on the CPU."""
+        return load_file(self._folder / self.parts[f"{part}.safetensors"].file)
+
+    def get_bytes(self, part: str) -> bytes:
+        """A part of the point at hand that was put as bytes."""
+        return (self._folder / self.parts[part].file).read_bytes()
+
+    def _manifests(self) -> list[Path]:
+        return [file for file in self._folder.glob("*.json") if file.stem.isdigit()]
+
+    def _checked(self, manifest: Path) -> dict[str, Any]:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        if hashlib.sha256(content["body"].encode()).hexdigest() != content["sha256"]:
+            raise ValueError(f"{manifest.name} does not match its SHA-256")
+        body: dict[str, Any] = json.loads(content["body"])
+        for entry in body["parts"].values():
+            file = self._folder / entry["file"]
+            if not file.is_file():
+                raise ValueError(f"{file.name} is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{file.name} has {file.stat().st_size} bytes instead of {entry['bytes']}")
+            if sha256_of(file) != entry["sha256"]:
+                raise ValueError(f"{file.name} does not match its SHA-256")
+        return body
+
+    def _forget(self) -> None:
+        """Remove all but the newest points and the files that none of these names."""
+        manifests = sorted(self._manifests(), reverse=True)
+        for manifest in manifests[self._keep :]:
+            manifest.unlink()
+        used = {entry.file for entry in self.parts.values()}
+        for manifest in manifests[: self._keep]:
+            used |= set(_named_files(manifest))
+        for file in self._folder.iterdir():
+            if file not in manifests and file.name not in used:
+                file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """PyTorch warns that there is one process, also if told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, facts: dict[str, Any]) -> None:
-    """Write a point to go on from; `facts` are plain values for JSON. The folder appears when it is complete."""
-    partial = folder.parent / f".{folder.name}.partial"
-    if distributed.leads():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.agreed_text("the folder is there")
-    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _alone():
-        dcp.save(tensors_of(model, optimizer), storage_writer=writer, no_dist=distributed.processes() == 1)
-    distributed.total_of(0.0)  # all have written
-    if distributed.leads():
-        hashes = {file.name: _hash(file) for file in sorted(partial.glob("*.safetensors"))}
-        for file in partial.glob("*.safetensors"):
-            _to_disk(file)
-        state = {"facts": facts, "processes": distributed.processes(), "sha256": hashes}
-        (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        _to_disk(partial / STATE)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        _to_disk(folder.parent)
-    distributed.agreed_text("the point is there")
-
-
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Put a point's state into a model with adapters attached, of any ranks, on any number of processes. Returns the facts.
-
-    An optimizer gets the moments of the point; it must be made after a first call without it, since adapters change.
-    Errors: ValueError naming the file that is missing or is not what was written.
-    """
-    facts = _checked_facts(folder)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    entries = reader.read_metadata().state_dict_metadata.items()
-    sizes = {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-    for name, layer in _layers(model).items():
-        rank = sizes[f"{name}.A"][0] if f"{name}.A" in sizes else 0
-        if layer.rank != rank:
-            layer.resize(0, ())
-            layer.resize(rank, (0,))
-    if optimizer is not None:
-        _make_moments(model, optimizer, sizes)
-    state = tensors_of(model, optimizer)
-    lacking = state.keys() ^ sizes.keys() if optimizer is not None else state.keys() - sizes.keys()
-    if lacking:
-        raise ValueError(f"point {folder} and model part at {sorted(lacking)[0]}; allowed: a point of this model")
-    with _alone():
-        dcp.load(state, storage_reader=reader, no_dist=distributed.processes() == 1)
-    return facts
-
-
-def _make_moments(model: nn.Module, optimizer: torch.optim.Optimizer, sizes: dict[str, Any]) -> None:
-    for name, layer in _layers(model).items():
-        for which, parameter in (("A", layer.A), ("B", layer.B)):
-            if f"{name}.{which}.step" in sizes:
-                moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS[1:]}
-                # AdamW counts on the CPU, or beside the parameter if it is fused.
-                place = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
-                optimizer.state[parameter] = {"step": torch.zeros((), device=place), **moments}
-
-
-def _checked_facts(folder: Path) -> dict[str, Any]:
-    """The facts of a point whose files are those that were written; process 0 looks, all hear."""
-    found = ""
-    if distributed.leads():
-        found = _look(folder)
-    verdict: dict[str, Any] = json.loads(distributed.agreed_text(found))
-    if "wrong" in verdict:
-        raise ValueError(verdict["wrong"])
-    facts: dict[str, Any] = verdict["facts"]
-    return facts
-
-
-def _look(folder: Path) -> str:
+def _named_files(manifest: Path) -> Iterator[str]:
+    """The files of an earlier point. One damaged meanwhile names nothing: it could not be gone back to either."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        for name, expected in state["sha256"].items():
-            if _hash(folder / name) != expected:
-                return json.dumps({"wrong": f"point {folder}: {name} is not what was written; its hash differs"})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return json.dumps({"wrong": f"point {folder} is not complete: {error}"})
-    return json.dumps({"facts": state["facts"]})
+        body = json.loads(json.loads(manifest.read_text(encoding="utf-8"))["body"])
+        yield from [entry["file"] for entry in body["parts"].values()]
+    except (ValueError, KeyError, TypeError):
+        return
 
 
-def _hash(file: Path) -> str:
+def _number(name: str) -> int:
+    head = name[:6]
+    return int(head) if head.isdigit() else 0
+
+
+def has_points(folder: Path) -> bool:
+    """Whether a folder of points holds any, good or not."""
+    return any(file.stem.isdigit() for file in folder.glob("*.json"))
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file by `data`, whole and on the disk before it has its name."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(handle)
     finally:
-        os.close(descriptor)
+        os.close(handle)

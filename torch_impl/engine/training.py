@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,18 @@ from transformers import PreTrainedModel
 
 from torch_impl.engine import distributed
 from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.halving import halving
+from torch_impl.engine.journal import Journal
 from torch_impl.engine.layers import adapters
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 # Rows are filled up to a multiple of so many tokens on CUDA, and at most so many shapes are captured.
 FEW_SHAPES = 64
 MOST_GRAPHS = 16
+# A gradient norm of so many times max_grad_norm, clipped like any other, is worth a line in the log.
+EXPLODING = 1e4
 Example = dict[str, torch.Tensor]
 
 
@@ -160,6 +167,7 @@ class Gradients:
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, config: TrainingConfig) -> None:
         self._model, self._teacher, self._config = model, teacher, config
+        self.micro_batch_size = config.per_device_train_batch_size
         self._layers = adapters(model)
         self._device = next(model.parameters()).device
         self._trained = _trainable(model)
@@ -181,19 +189,35 @@ class Gradients:
         return 2 * sum(layer.weight.nbytes for layer in self._layers) <= free
 
     def of(self, batch: Sequence[Example]) -> float:
-        """Add the gradients of the mean loss per predicted token of one optimizer step; returns that mean.
+        """The gradients of the mean loss per predicted token of one optimizer step; returns that mean.
 
-        The batch is that of all processes together; so are gradients, which were zero before, and loss.
+        The batch is that of all processes together; so are gradients, which must be zero or None before, and loss. If
+        the device runs out of memory, micro-batches are halved from then on: gradients are sums over tokens, so only
+        the order of summation changes.
         """
         for layer in self._held:
             layer.hold()
         share = 1 / max(1, label_count(batch))
         by_length = sorted(batch, key=lambda example: len(example["input_ids"]))
         own = distributed.deal(by_length, _unlabelled)
-        micro_batches = _batches(own, self._config.per_device_train_batch_size)
-        loss = sum(self._micro(collate(micro, self._device, self._multiple), share) for micro in micro_batches)
+
+        def attempt(size: int) -> float:
+            if size != self.micro_batch_size:
+                self._forget_attempt()
+            micro_batches = _batches(own, size)
+            return float(
+                sum(self._micro(collate(micro, self._device, self._multiple), share) for micro in micro_batches)
+            )
+
+        loss, self.micro_batch_size = halving(attempt, self.micro_batch_size, "per_device_train_batch_size")
         distributed.total_gradients(self._trained)
-        return distributed.total_of(float(loss))
+        return distributed.total_of(loss)
+
+    def _forget_attempt(self) -> None:
+        """Zero what micro-batches have added so far, and give up the graphs and their memory."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._model.zero_grad(set_to_none=False)
 
     def _micro(self, batch: Example, share: float) -> torch.Tensor:
         shape = batch["input_ids"].shape
@@ -296,13 +320,15 @@ def train(
     schedule: tuple[int, int],
     description: str = "train",
     on_loss: Callable[[int, float, float], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[float]:
     """One epoch over `examples` in the order given. Returns the mean loss per predicted token of every optimizer step.
 
     schedule: (optimizer steps already done, optimizer steps in all) of the learning-rate schedule. The optimizer itself
-    starts afresh, since the adapters' shapes have changed. on_loss(step, loss, learning rate) hears every step.
+    starts afresh, since the adapters' shapes have changed. on_loss(step, loss, learning rate) hears every step that is
+    done now. journal: goes on behind the optimizer steps that it says are done; every one may become a point of it.
 
-    Errors: FloatingPointError naming the step if loss or gradient norm is not finite.
+    Errors: FloatingPointError naming the step if loss or gradient norm is not finite; the adapters are as before it.
     """
     done, total = schedule
     parameters = _trainable(model)
@@ -311,29 +337,41 @@ def train(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
     )
     gradients = Gradients(model, dense if config.loss == "kl" else None, config)
-    losses: list[float] = []
+    journal = journal or Journal()
+    losses = journal.begin_training(optimizer)
+    gradients.micro_batch_size = journal.progress.micro_batch_size or gradients.micro_batch_size
     model.train()
     try:
         batches = list(_batches(examples, config.batch_size))
-        for step, batch in enumerate(tqdm(batches, desc=description, leave=False, disable=not distributed.leads())):
+        left = range(len(losses), len(batches))
+        for step in tqdm(left, desc=description, leave=False, disable=not distributed.leads()):
             rate = config.learning_rate * lr_factor(done + step, total, config.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = gradients.of(batch)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
-                raise FloatingPointError(
-                    f"{description}, optimizer step {step + 1}: loss {loss}, gradient norm {float(norm)}; "
-                    f"lower learning_rate (now {config.learning_rate}) or max_grad_norm"
-                )
+            loss = gradients.of(batches[step])
+            journal.progress.micro_batch_size = gradients.micro_batch_size
+            _clip(parameters, loss, config, f"{description}, optimizer step {step + 1}")
             optimizer.step()
             # Zeroed in place: a captured graph adds to the tensors it knows.
             optimizer.zero_grad(set_to_none=False)
             losses.append(loss)
             if on_loss is not None:
                 on_loss(step, loss, rate)
+            journal.trained(last=step + 1 == len(batches))
     finally:
         gradients.close()
         optimizer.zero_grad()
         model.eval()
     return losses
+
+
+def _clip(parameters: Sequence[nn.Parameter], loss: float, config: TrainingConfig, where: str) -> None:
+    """Clip the gradients to their largest global norm. Errors: FloatingPointError if they or the loss are not finite."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(
+            f"{where}: loss {loss}, gradient norm {norm}; "
+            f"lower learning_rate (now {config.learning_rate}) or max_grad_norm (now {config.max_grad_norm})"
+        )
+    if norm > EXPLODING * config.max_grad_norm > 0:
+        logger.warning("%s: gradient norm %.3g, clipped to %g", where, norm, config.max_grad_norm)

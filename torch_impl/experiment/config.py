@@ -22,6 +22,8 @@ from torch_impl.losa import AdapterConfig, PruneConfig, Settings
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
 FIRST_SHARE = 0.1
+# What a run may go on with changed, if told so: numbers that leave nothing of what is done without meaning.
+CHANGEABLE = ("learning_rate", "max_grad_norm", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,17 @@ class OutputConfig:
     output_dir: str | None = None
     """Folder of the run, written when all is done; default: losa-MODEL-METHOD-SPARSITY here."""
     overwrite: bool = False
-    """Replace output_dir if it exists."""
+    """Replace output_dir if it exists, and forget an unfinished run in its place."""
+    resume: bool = False
+    """Go on with the unfinished run of output_dir; it ends with the same bits as if it had never stopped."""
+    accept_changes: list[str] | None = None
+    """With --resume: options that may differ from those the run began with; of learning_rate, max_grad_norm, weight_decay."""
+    save_every: int = 100
+    """Optimizer steps from one point to go on from to the next; every pruned block is one too."""
+    keep_points: int = 2
+    """How many points are kept; if the newest is damaged, the one before serves."""
+    deterministic: bool = False
+    """Same bits on every run on CUDA too, for some time; the CPU always gives them."""
     seed: int = 0
     """Seed of every random choice."""
     dry_run: bool = False
@@ -107,6 +119,12 @@ class OutputConfig:
             raise ValueError(f"seed is {self.seed}; allowed: 0 or more")
         if self.devices is not None and (self.devices < 1 or not self.dry_run):
             raise ValueError(f"devices is {self.devices}; allowed: 1 or more, with --dry_run")
+        for name in ("save_every", "keep_points"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        unknown = sorted(set(self.accept_changes or ()) - set(CHANGEABLE))
+        if unknown:
+            raise ValueError(f"accept_changes is {', '.join(unknown)}; allowed: {', '.join(CHANGEABLE)}")
 
 
 @dataclass(frozen=True)
@@ -231,7 +249,7 @@ def _from_toml(path: Path) -> list[str]:
         raise FileNotFoundError(f"config {path} does not exist; allowed: a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
     known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config"}
     words: list[str] = []

@@ -1,50 +1,142 @@
-"""The folder of a run: written under a hidden name beside its place, and moved there whole when all is done."""
+"""The folder of a run: one hidden place beside its name while it lasts, and moved there whole when all is done."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch_impl.engine import distributed
+from torch_impl.engine.points import flush_folder, has_points, write_atomically
+
+POINTS = ".points"
+LOCK = ".lock"
 
 
 @contextmanager
 def run_folder(
-    target: Path, overwrite: bool, option: str = "output_dir", marker: str = "losa_result.json", kind: str = "a run"
+    target: Path,
+    overwrite: bool,
+    resume: bool = False,
+    option: str = "output_dir",
+    marker: str = "losa_result.json",
+    kind: str = "a run",
 ) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` if the body ends well and is removed if it does not.
+    """A folder to write into, which becomes `target` if the body ends well.
 
-    Replaced is only a folder of the same kind, which holds the file `marker`. option: what messages call `target`.
+    If it ends badly, the folder is kept where it holds points to go on from, and a note on the exception says how;
+    otherwise it is removed. The lock on it ends with the process, however that ends. Replaced is only a folder of the
+    same kind, which holds the file `marker`. option: what messages call `target`.
 
-    Errors: ValueError if `target` exists and may not be replaced, or cannot be written.
+    Errors: ValueError if `target` exists and may not be replaced, cannot be written, is being written by another
+    process, or has an unfinished run that neither `resume` nor `overwrite` speaks of.
     """
-    if target.exists() and not overwrite:
-        raise ValueError(f"{option} {target} exists; allowed: a new folder, or --overwrite")
-    if target.exists() and not (target / marker).is_file():
-        raise ValueError(f"{option} {target} is not the folder of {kind}; allowed: a new folder, or that of {kind}")
-    partial = target.absolute().parent / f".{target.name}.{os.getpid()}.partial"
+    named = f"{option} {target}"
+
+    def check_target() -> None:
+        if not target.exists():
+            return
+        if not overwrite:
+            finished = " and its run is finished" if resume and (target / marker).is_file() else ""
+            raise ValueError(f"{named} exists{finished}; allowed: a new folder, or --overwrite")
+        if not (target / marker).is_file():
+            raise ValueError(f"{named} is not the folder of {kind}; allowed: a new folder, or that of {kind}")
+
+    check_target()
+    partial = target.absolute().parent / f".{target.name}.partial"
+    with _locked(partial, named):
+        # Another process may have finished meanwhile.
+        check_target()
+        unfinished = has_points(partial / POINTS)
+        if unfinished and not (resume or overwrite):
+            raise ValueError(
+                f"{named} has an unfinished run in {partial}; "
+                "allowed: --resume to go on with it, --overwrite to start anew, or a new folder"
+            )
+        if not (unfinished and resume):
+            _empty(partial)
+        try:
+            yield partial
+        except BaseException as error:
+            if has_points(partial / POINTS):
+                error.add_note(f"what is done is kept in {partial}; --resume goes on with it")
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _publish(partial, target)
+
+
+@contextmanager
+def _locked(partial: Path, named: str) -> Iterator[None]:
+    """Make the folder, hold it for this process alone, and leave no empty one behind."""
     try:
-        partial.mkdir(parents=True)
+        file = _lock(partial)
+    except BlockingIOError:
+        raise ValueError(
+            f"{named} is being written by another process; allowed: wait for it, or another folder"
+        ) from None
     except OSError as error:
-        raise ValueError(f"{option} {target} cannot be written: {error.strerror}; allowed: a writable place") from error
+        raise ValueError(f"{named} cannot be written: {error.strerror}; allowed: a writable place") from error
+    with file:
+        try:
+            yield
+        finally:
+            if partial.is_dir() and {entry.name for entry in partial.iterdir()} <= {LOCK}:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _lock(partial: Path) -> IO[str]:
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            file = (partial / LOCK).open("a", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The folder may have been moved or removed between opening and locking.
+            if _same(partial / LOCK, file):
+                return file
+            file.close()
+
+
+def _same(path: Path, file: IO[str]) -> bool:
     try:
-        yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Move the folder to its place; only then are its points of no more use."""
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        flush_folder(Path(folder))
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    flush_folder(target.absolute().parent)
+    shutil.rmtree(target / POINTS, ignore_errors=True)
+    (target / LOCK).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 class Metrics:

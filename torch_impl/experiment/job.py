@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +21,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_impl import losa
 from torch_impl.engine import checkpoint, distributed, sharded
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.engine.halving import halving
+from torch_impl.engine.journal import Journal
+from torch_impl.engine.points import Points
 from torch_impl.engine.training import Example
-from torch_impl.experiment import report, text
+from torch_impl.experiment import identity, needs, report, text
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
-from torch_impl.experiment.folder import Metrics, run_folder, write_json
+from torch_impl.experiment.folder import POINTS, Metrics, run_folder, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,10 @@ def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
 
 
 def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> tuple[dict[str, Any], Path]:
-    """Do all of it, in memory or block by block. Returns the result, as losa_result.json holds it, and its folder."""
+    """Do all of it, in memory or block by block, or what an interrupted run has left to do.
+
+    Returns the result, as losa_result.json holds it, and the folder of the run.
+    """
     target = config.output_dir
     with distributed.joined(checkpoint.choose_device(config.model.device)), _folder(config) as folder:
         result = work(config, folder)
@@ -110,73 +120,108 @@ def _folder(config: Config) -> Iterator[Path]:
     if not distributed.leads():
         yield Path(distributed.agreed_text(""))
         return
-    with run_folder(config.output_dir, config.output.overwrite) as folder:
+    with run_folder(config.output_dir, config.output.overwrite, config.output.resume) as folder:
         distributed.agreed_text(str(folder))
         yield folder
+
+
+def _journal(config: Config, folder: Path) -> Journal:
+    """The journal of this run, at its last good point if it goes on. Errors: ValueError if it began with other options."""
+    points = Points(folder / POINTS, config.output.keep_points)
+    journal = Journal(points, config.output.save_every, attached=(folder / "metrics.jsonl",))
+    if config.output.resume and not journal.notes:
+        logger.warning("%s has no point to go on from: from the beginning", config.output_dir)
+    if journal.notes:
+        identity.check_options(journal.notes["options"], identity.options(config), config.output.accept_changes or ())
+    journal.restore_attached()
+    return journal
+
+
+def _baselines(config: Config, material: Material, measure: Callable[..., float]) -> dict[str, Any]:
+    """The dense model and the one pruned at once: perplexity, sparsity and seconds of each."""
+    dense = {"perplexity": measure(material.model, model="dense"), "sparsity": _sparsity(material.model)}
+    start = time.perf_counter()
+    pruned_model = prune_at_once(config, material)
+    seconds = time.perf_counter() - start
+    pruned = {"perplexity": measure(pruned_model, model="pruned at once"), "sparsity": _sparsity(pruned_model)}
+    return {"dense": {**dense, "seconds": 0.0}, "pruned_at_once": {**pruned, "seconds": seconds}}
 
 
 def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     """The main job with the whole model in memory. Returns the result, as losa_result.json holds it."""
     start = time.perf_counter()
+    journal = _journal(config, folder)
+    notes = journal.notes
     material = load_material(config)
-    model, device = material.model, material.model.device
+    model, family = material.model, find_family(material.model)
+    environment = environment_of(config, material)
+    if notes:
+        identity.check_material(notes["environment"], environment)
+    needs.check(model, family, config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
 
     def measure(what: torch.nn.Module, **labels: Any) -> float:
-        value = perplexity(what, material.evaluation, config.text.eval_batch_size)
+        value, _ = halving(
+            lambda size: perplexity(what, material.evaluation, size), config.text.eval_batch_size, "eval_batch_size"
+        )
         metrics.log("perplexity", value=value, **labels)
         return value
 
     parts = text.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
-    family = find_family(model)
-    dense = {"perplexity": measure(model, model="dense"), "sparsity": _sparsity(model), "seconds": 0.0}
-    pruned_start = time.perf_counter()
-    pruned_model = prune_at_once(config, material)
-    seconds = time.perf_counter() - pruned_start
-    pruned = {"perplexity": measure(pruned_model, model="pruned at once"), "sparsity": _sparsity(pruned_model)}
-    pruned["seconds"] = seconds
-    del pruned_model
-
-    after_step: list[float] = []
-    losa_seconds = time.perf_counter()
-    measuring = 0.0
+    fresh = not notes
+    if fresh:
+        notes.update(_baselines(config, material, measure), after_step=[], seconds=0.0, environment=environment)
+    earlier = notes["seconds"]
+    notes["options"] = identity.options(config)
 
     def on_step(record: losa.StepRecord) -> None:
-        nonlocal measuring
-        begin = time.perf_counter()
         metrics.log("step", **record.as_dict())
-        after_step.append(measure(model, model="losa", step=record.step))
-        measuring += time.perf_counter() - begin
+        notes["after_step"].append(measure(model, model="losa", step=record.step))
+        notes["seconds"] = earlier + time.perf_counter() - start
 
     def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
         metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
 
-    records = losa.run(model, material.calibration, parts, config.settings, on_step, on_loss)
-    losa_seconds = time.perf_counter() - losa_seconds - measuring
+    with journal.stopping_at_points():
+        if fresh:
+            journal.noted()
+        try:
+            records = losa.run(model, material.calibration, parts, config.settings, on_step, on_loss, journal=journal)
+        except FloatingPointError as error:
+            error.add_note("a lower rate or norm goes on from there with --accept_changes learning_rate max_grad_norm")
+            raise
+    result = _finish(config, material, folder, measure, notes)
+    result["losa"]["seconds"] = sum(sum(record.seconds.values()) for record in records)
+    result["seconds_in_all"] = earlier + time.perf_counter() - start
+    write_results(folder, config, environment, result, records)
+    return result
 
+
+def _finish(
+    config: Config, material: Material, folder: Path, measure: Callable[..., float], notes: dict[str, Any]
+) -> dict[str, Any]:
+    """Merge, save, reload and verify. Returns the result but for the time it took in all."""
+    model, family = material.model, find_family(material.model)
     probe = material.evaluation[:2]
     unmerged = checkpoint.logits_of(model, probe)
     masks = sharded.merge(model, family)
     if distributed.leads():
+        # An interrupted attempt may have left parts of it.
+        shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "model").mkdir()
         material.tokenizer.save_pretrained(folder / "model")
     if distributed.is_sharded(model):
         sharded.save(model, family, folder / "model")
-        merged, verification = checkpoint.verify_sharded(folder / "model", masks, probe, unmerged, device)
+        merged, verification = checkpoint.verify_sharded(folder / "model", masks, probe, unmerged, model.device)
     else:
         model.save_pretrained(folder / "model")
-        merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, device)
+        merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, model.device)
     healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}
-    healed["seconds"] = losa_seconds
-
     sizes = _sizes(merged, masks)
-    rows = {"dense": dense, "pruned_at_once": pruned, "losa": healed}
+    rows = {"dense": notes["dense"], "pruned_at_once": notes["pruned_at_once"], "losa": healed}
     several = distributed.processes()
     how = f"over {several} processes" if several > 1 else "with transformers alone"
-    result = summarise(config, family.name, rows, sizes, after_step, material, verification, how)
-    result["seconds_in_all"] = time.perf_counter() - start
-    write_results(folder, config, material, result, records)
-    return result
+    return summarise(config, family.name, rows, sizes, notes["after_step"], material, verification, how)
 
 
 def summarise(
@@ -214,7 +259,11 @@ def summarise(
 
 
 def write_results(
-    folder: Path, config: Config, material: Material, result: dict[str, Any], records: list[losa.StepRecord]
+    folder: Path,
+    config: Config,
+    environment: dict[str, Any],
+    result: dict[str, Any],
+    records: list[losa.StepRecord],
 ) -> None:
     """All files of a run's folder but the weights, by process 0."""
     if not distributed.leads():
@@ -222,7 +271,7 @@ def write_results(
     write_json(folder / "losa_result.json", result)
     write_json(folder / "steps.json", [record.as_dict() for record in records])
     write_json(folder / "config.json", config.as_dict())
-    write_json(folder / "environment.json", _environment(config, material))
+    write_json(folder / "environment.json", environment)
     report.write(folder, result, records)
     (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8")
 
@@ -245,7 +294,7 @@ def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, 
     return {"dense": dense, "packed": dense - int(distributed.total_of(saved))}
 
 
-def _environment(config: Config, material: Material) -> dict[str, Any]:
+def environment_of(config: Config, material: Material) -> dict[str, Any]:
     device = material.model.device
     examples = torch.cat([e["input_ids"] for e in material.examples]) if material.examples else torch.empty(0)
     return {

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from torch_impl import schedule
 from torch_impl.engine import distributed
-from torch_impl.engine.checkpoint import DTYPES, choose_device
+from torch_impl.engine.checkpoint import DTYPES, check_sizes, choose_device
 from torch_impl.engine.families import find_family
 from torch_impl.engine.memory import Sizes
 from torch_impl.engine.streaming import skeleton
-from torch_impl.experiment import scaling
+from torch_impl.experiment import needs, scaling
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.footprint import footprint
 
@@ -26,6 +26,8 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
     if not Path(config.model.model).is_dir() and config.model.model.count("/") != 1:
         raise FileNotFoundError(f"model {config.model.model}: no such folder; allowed: a model folder or a hub id")
     device = choose_device(config.model.device)
+    if (Path(config.model.model) / "config.json").is_file():
+        check_sizes(Path(config.model.model))
     model = skeleton(config.model.model, config.model.trust_remote_code)
     dtype = DTYPES.get(config.model.dtype, torch.float32 if device.type == "cpu" else model.dtype)
     return model, device, Sizes.of(model, find_family(model), dtype)
@@ -81,6 +83,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         "most memory is taken in": taken.phase,
         "device memory": taken.device,
         "host memory": taken.host,
+        "disk, bytes": needs.disk(model, family, config, dtype.itemsize),
         "floating-point operations": {"sweeps": sweeps, "training": train if training.finetune else 0},
         "output": str(config.output_dir),
     }
@@ -88,8 +91,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     if cards > 1:
         for single in ("weights", "most memory is taken in", "device memory", "host memory"):
             del plan[single]
-        size = torch.empty(0, dtype=dtype).element_size()
-        plan |= scaling.scale(scaling.layout_of(model, family, size), config, cards)
+        plan |= scaling.scale(scaling.layout_of(model, family, dtype.itemsize), config, cards)
     return plan
 
 
@@ -99,6 +101,9 @@ def show_plan(plan: dict[str, Any]) -> str:
     for name, value in plan.items():
         if name in ("device memory", "host memory"):
             lines.append(f"{name:<30}  {sum(value.values()) / GIB:.2f} GiB at once (estimated), of it")
+            lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
+        elif name == "disk, bytes":
+            lines.append(f"disk, most at once              {sum(value.values()) / GIB:.2f} GiB (estimated), of it")
             lines += [f"  {part:<28}{amount / GIB:>10.2f} GiB" for part, amount in value.items()]
         elif name == "floating-point operations":
             lines += [f"work, {part:<24}{amount / 1e12:>12.2f} TFLOP" for part, amount in value.items()]

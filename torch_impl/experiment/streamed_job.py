@@ -31,7 +31,7 @@ from torch_impl.engine.streaming import open_streamed, reader_of, sweep
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import streamed_perplexity
 from torch_impl.experiment.folder import Metrics
-from torch_impl.experiment.job import Material, summarise, with_text, write_results
+from torch_impl.experiment.job import Material, environment_of, summarise, with_text, write_results
 
 Groups = Sequence[tuple[int, int] | None]
 
@@ -257,7 +257,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
     sizes = _sizes(model, pruned, weights)
     result = summarise(config, family.name, rows, sizes, [perplexity], material, verification, "block by block")
     result["seconds_in_all"] = time.perf_counter() - start
-    write_results(folder, config, material, result, [record])
+    write_results(folder, config, environment_of(config, material), result, [record])
     return result
 
 

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} has a bad byte at {error.start}; allowed: text in UTF-8") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked ({error}); allowed: a whole gzip file") from None
 
 
@@ -184,8 +185,8 @@ def _parse_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: {error.msg}; allowed: a JSON list of records") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {_reason(error)}; allowed: a JSON list of records") from None
         yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
         return
     # Not splitlines: JSON strings may hold U+2028 and its like.
@@ -193,16 +194,23 @@ def _parse_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error.msg}; allowed: one JSON record a line") from None
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
+                raise ValueError(f"{path}, line {number}: {reason}; allowed: one JSON record a line") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}: {error.msg}"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         rows = parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
+    except (ArrowException, OSError, ValueError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read ({_one_line(error)}); allowed: a parquet file") from None
     return ((f"record {number}", row) for number, row in enumerate(rows, 1))
 
@@ -232,6 +240,8 @@ def document_of(record: Any) -> Document:
         if not isinstance(value, str) and not (name == "input" and value is None):
             given = type(value).__name__ if name in record else f"missing among {sorted(map(str, record))}"
             raise ValueError(f"field {name!r} is {given}; allowed: text, or instruction, input and output, as strings")
+        if value is not None and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"field {name!r} holds half a surrogate pair; allowed: text")
     if not instruction:
         return Document(record["text"])
     parts = [("Instruction", record["instruction"]), ("Input", record.get("input"))]

@@ -1,0 +1,167 @@
+"""On a GPU with deterministic settings: a run that stops and goes on ends with the same bits; what these settings cost.
+
+    python -m oracle_tests.gpu_resume [--device cuda] [--hidden 1024] [--blocks 6]
+
+A random LLaMA in bf16 is pruned and healed in two steps by Wanda and by SparseGPT, whole, and stopped at points in the middle
+of pruning and of training; each is then taken up in a fresh copy of the model. Timed in a process of its own each: the whole
+run with and without deterministic settings, after a first run that compiles kernels. Exits with 1 if any bit differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torch_impl import losa
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.determinism import make_deterministic
+from torch_impl.engine.families import find_family
+from torch_impl.engine.journal import Journal
+from torch_impl.engine.layers import merge_adapters
+from torch_impl.engine.points import Points
+from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.losa import AdapterConfig, PruneConfig, Settings
+
+EXAMPLES = 48
+STEPS = 2
+
+
+class Stop(Exception):  # noqa: N818 - asked for
+    """The journal has reached the point at which it was to stop."""
+
+
+class Stopping(Journal):
+    """Stops behind a number of points."""
+
+    def __init__(self, points: Points, after: int) -> None:
+        super().__init__(points, save_every=2)
+        self._left = after
+
+    def _save(self) -> None:
+        super()._save()
+        self._left -= 1
+        if self._left == 0:
+            raise Stop
+
+
+def build(hidden: int, blocks: int, device: torch.device) -> LlamaForCausalLM:
+    """Random weights in bf16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+    )
+    return LlamaForCausalLM(config).to(device, torch.bfloat16)
+
+
+def settings(method: str) -> Settings:
+    """Two steps; learning from the dense model's predictions, so that both models run in training."""
+    return Settings(
+        prune=PruneConfig(prune_method=method, steps=STEPS),
+        adapter=AdapterConfig(),
+        calibration=CalibrationConfig(nsamples=16, seqlen=256, rmi_samples=16),
+        training=TrainingConfig(learning_rate=1e-3, loss="kl"),
+    )
+
+
+def tokens() -> tuple[torch.Tensor, list[list[Example]]]:
+    """Calibration sequences, and training examples of two lengths in two parts."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, (16, 256), generator=generator)
+    rows = [torch.randint(1000, (256 if i % 4 else 192,), generator=generator) for i in range(EXAMPLES)]
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    return ids, [examples[: EXAMPLES // 2], examples[EXAMPLES // 2 :]]
+
+
+def run(model: LlamaForCausalLM, method: str, journal: Journal | None = None) -> str:
+    """The hash of the merged weights."""
+    losa.run(model, *tokens(), settings(method), journal=journal)
+    merge_adapters(model, find_family(model))
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resumed(model: LlamaForCausalLM, method: str, stops: Sequence[int]) -> str:
+    """The same run, stopped after so many points, and gone on with in a fresh model each time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for stop in stops:
+            try:
+                run(copy.deepcopy(model), method, Stopping(Points(Path(folder)), stop))
+            except Stop:
+                continue
+        return run(copy.deepcopy(model), method, Journal(Points(Path(folder)), save_every=2))
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Seconds of a whole run by method, and with deterministic settings the hashes of runs whole, again, and in parts."""
+    if options.deterministic:
+        make_deterministic()
+    device = torch.device(options.device)
+    model = build(options.hidden, options.blocks, device)
+    found: dict[str, dict[str, object]] = {}
+    for method in ("wanda", "sparsegpt"):
+        hashes = [run(copy.deepcopy(model), method)]
+        begin = time.perf_counter()
+        hashes.append(run(copy.deepcopy(model), method))
+        found[method] = {"seconds": time.perf_counter() - begin}
+        if options.deterministic:
+            # In the middle of pruning, of training, and of the second step.
+            hashes.append(resumed(model, method, [2, options.blocks, 4]))
+        found[method]["hashes"] = hashes
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line per method. Returns 1 if any bits differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--deterministic", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return 0
+    sizes = ["--device", options.device, "--hidden", str(options.hidden), "--blocks", str(options.blocks)]
+    command = [sys.executable, "-m", "oracle_tests.gpu_resume", "--measure", *sizes]
+    results = []
+    for extra in ([], ["--deterministic"]):
+        done = subprocess.run([*command, *extra], stdout=subprocess.PIPE, text=True, check=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    plain, fixed = results
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    print(f"{name}, torch {torch.__version__}, {options.blocks} blocks of width {options.hidden}")
+    same = True
+    for method, row in fixed.items():
+        whole, again, parts = row["hashes"]
+        same &= whole == again == parts
+        print(
+            f"{method:<10} stopped three times and resumed: {'same bits' if whole == parts else 'OTHER BITS'}; "
+            f"run again: {'same bits' if whole == again else 'OTHER BITS'}, without the settings: "
+            f"{'same bits' if len(set(plain[method]['hashes'])) == 1 else 'other bits'}; "
+            f"{row['seconds']:.2f} s with them, {plain[method]['seconds']:.2f} s without: "
+            f"× {row['seconds'] / plain[method]['seconds']:.2f}"
+        )
+    return int(not same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,526 @@
+"""Runs that stop, however they stop, and go on to the same bits; what they do when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from oracle_tests.test_run import ROOT, arguments, make_place
+from tiny_models.random_models import random_model
+from torch_impl import losa
+from torch_impl.engine import calibration, points, state, training
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.halving import halving
+from torch_impl.engine.journal import Interrupted, Journal
+from torch_impl.engine.layers import adapters, attach_adapters, merge_adapters
+from torch_impl.engine.points import Points
+from torch_impl.engine.training import TrainingConfig
+from torch_impl.experiment import needs
+from torch_impl.experiment.folder import run_folder
+from torch_impl.losa import AdapterConfig, PruneConfig, Settings
+from torch_impl.run import main
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+# --- points ---
+
+
+def some(value: float) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((3,), value)}
+
+
+def test_a_point_gives_back_what_was_put(tmp_path: Path) -> None:
+    first = Points(tmp_path)
+    first.put("a", some(1))
+    first.put_bytes("notes.txt", b"some")
+    first.commit({"n": 0.1})
+    again = Points(tmp_path)
+    assert again.open_last() == {"n": 0.1}
+    assert torch.equal(again.get("a")["x"], some(1)["x"])
+    assert again.get_bytes("notes.txt") == b"some"
+    assert "a" in again
+    assert "b" not in again
+    assert Points(tmp_path / "empty").open_last() is None
+
+
+def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tmp_path: Path) -> None:
+    run = Points(tmp_path, keep=2)
+    for number in range(4):
+        run.put("same", some(1))
+        run.put("other", some(number))
+        run.commit({"n": number})
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == [
+        "000001-same.safetensors",
+        "000002-same.safetensors",
+        "000003-other.safetensors",
+        "000003.json",
+        "000004-other.safetensors",
+        "000004.json",
+    ]
+    run.drop("other")
+    assert run.commit({}) == 5
+    assert not (tmp_path / "000003-other.safetensors").exists()
+    assert Points(tmp_path).open_last() == {}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["000002-a.safetensors", "000002.json"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_point_is_named_and_the_one_before_serves(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Points(tmp_path)
+    for number in (1, 2):
+        run.put("a", some(number))
+        run.commit({"n": number})
+    damage(tmp_path / name)
+    again = Points(tmp_path)
+    assert again.open_last() == {"n": 1}
+    assert torch.equal(again.get("a")["x"], some(1)["x"])
+    if (tmp_path / "000002.json").exists() or name != "000002.json" or damage is not Path.unlink:
+        assert "point 2 cannot be used" in caplog.text
+    if damage is not cut or name.endswith("safetensors"):
+        assert name in caplog.text or damage is Path.unlink
+    again.put("a", some(3))
+    # No file of a number in use is written over.
+    assert again.commit({"n": 3}) == 3
+    assert Points(tmp_path).open_last() == {"n": 3}
+
+
+def test_a_write_that_fails_leaves_the_last_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Points(tmp_path)
+    run.put("a", some(1))
+    run.commit({"n": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        run.put("a", some(2))
+    monkeypatch.undo()
+    assert list(tmp_path.glob(f"*{points.UNFINISHED}"))
+    assert Points(tmp_path).open_last() == {"n": 1}
+    assert not list(tmp_path.glob(f"*{points.UNFINISHED}"))
+
+
+# --- state ---
+
+
+def test_base_weights_are_one_bit_each_where_that_says_all() -> None:
+    dense = random_model("llama-gqa")
+    family = find_family(dense)
+    model = copy.deepcopy(dense)
+    attach_adapters(model, family, 1.0)
+    block, dense_block = decoder_blocks(model, family)[0], decoder_blocks(dense, family)[0]
+    first, second, third = list(family.projections)[:3]
+    with torch.no_grad():
+        for layer in adapters(block):
+            layer.weight.mul_(torch.rand(layer.weight.shape) < 0.5).add_(0.0)
+        block.get_submodule(second).weight[0, 0] += 1
+        block.get_submodule(third).weight[0, 0] = -0.0
+    tensors = state.block_tensors(block, dense_block, family)
+    assert tensors[f"{first}.mask"].nbytes * 8 == block.get_submodule(first).weight.numel()
+    assert {f"{second}.weight", f"{third}.weight"} <= set(tensors)
+    fresh = copy.deepcopy(dense)
+    attach_adapters(fresh, family, 1.0)
+    restored = decoder_blocks(fresh, family)[0]
+    state.restore_block(restored, dense_block, family, tensors)
+    for layer, other in zip(adapters(restored), adapters(block), strict=True):
+        assert torch.equal(layer.weight.view(torch.int32), other.weight.view(torch.int32))
+
+
+def test_every_generator_goes_on_where_it_was() -> None:
+    def draw() -> list[float]:
+        return [float(torch.rand(())), np.random.normal(), random.random(), random.gauss()]  # noqa: NPY002
+
+    draw()
+    kept = state.random_tensors()
+    expected = draw()
+    draw()
+    state.restore_random(kept)
+    assert draw() == expected
+
+
+# --- Algorithm 1 ---
+
+
+class Stop(Exception):  # noqa: N818 - asked for
+    """The point at which a run was to stop is reached."""
+
+
+class Counting(Journal):
+    """Counts its points, and stops behind the one of a number."""
+
+    def __init__(self, folder: Path, after: int = 0) -> None:
+        super().__init__(Points(folder), save_every=1)
+        self.after, self.count = after, 0
+
+    def _save(self) -> None:
+        super()._save()
+        self.count += 1
+        if self.count == self.after:
+            raise Stop
+
+
+def tiny(**changes: Any) -> tuple[nn.Module, torch.Tensor, list[list[training.Example]]]:
+    """Model, calibration tokens and two parts. Dropout, so that the generators matter."""
+    model = random_model("llama-gqa", attention_dropout=0.1, **changes)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (6, 12), generator=generator)
+    rows = torch.randint(model.config.vocab_size, (8, 10), generator=generator)
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    return model, ids, [examples[:3], examples[3:]]
+
+
+def settings(method: str = "wanda", pattern: str = "unstructured", **changes: Any) -> Settings:
+    return Settings(
+        prune=PruneConfig(prune_method=method, sparsity_type=pattern, steps=2),
+        adapter=AdapterConfig(initial_rank=2, rank_shrink="fold"),
+        calibration=CalibrationConfig(nsamples=6, seqlen=12, calibration_batch_size=4),
+        training=TrainingConfig(
+            **{
+                "learning_rate": 1e-2,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "loss": "kl",
+                **changes,
+            }
+        ),
+    )
+
+
+def outcome(setup: Settings, journal: Journal | None = None) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Records but for times, and the merged model's tensors."""
+    model, ids, parts = tiny()
+    records = [record.as_dict() for record in losa.run(model, ids, parts, setup, journal=journal)]
+    for record in records:
+        record.pop("seconds")
+    merge_adapters(model, find_family(model))
+    return records, model.state_dict()
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return one[0] == other[0] and all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+
+
+@pytest.mark.parametrize(("method", "pattern", "every"), [("wanda", "unstructured", 1), ("sparsegpt", "mixed-2:4", 3)])
+def test_a_run_goes_on_from_any_point_to_the_same_bits(tmp_path: Path, method: str, pattern: str, every: int) -> None:
+    setup = settings(method, pattern)
+    plain = outcome(setup)
+    counted = Counting(tmp_path / "all")
+    assert same(outcome(setup, counted), plain), "writing points changes nothing"
+    blocks = len(plain[0][0]["sparsity"])
+    # Every block, every optimizer step and the end of both steps.
+    assert counted.count == 2 * blocks + sum(len(record["losses"]) for record in plain[0]) + 2
+    for stop in range(1, counted.count, every):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Stop):
+            outcome(setup, Counting(folder, stop))
+        torch.manual_seed(stop)
+        assert same(outcome(setup, Journal(Points(folder))), plain), f"stopped at point {stop}"
+
+
+def test_a_run_that_stops_at_every_point_ends_too(tmp_path: Path) -> None:
+    setup = settings()
+    plain = outcome(setup)
+    for _ in range(40):
+        try:
+            found = outcome(setup, Counting(tmp_path, 1))
+        except Stop:
+            continue
+        assert same(found, plain)
+        return
+    pytest.fail("no progress")
+
+
+# --- memory ---
+
+
+def full_above(rows: int, original: Callable[..., Any], position: int) -> Callable[..., Any]:
+    """A stand-in that runs out of memory if its argument at `position` has more rows."""
+
+    def limited(*given: Any) -> Any:
+        value = given[position]
+        size = value.stop - value.start if isinstance(value, slice) else len(value["input_ids"])
+        if size > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*given)
+
+    return limited
+
+
+def test_training_goes_on_in_smaller_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    setup = settings(per_device_train_batch_size=3)
+    model, ids, parts = tiny()
+    model.config.attention_dropout = 0.0
+    for block in decoder_blocks(model, find_family(model)):
+        block.self_attn.attention_dropout = 0.0
+    plain = losa.run(copy.deepcopy(model), ids, parts, setup)
+    monkeypatch.setattr(training, "_sum_loss", full_above(1, training._sum_loss, 1))
+    journal = Journal(Points(tmp_path))
+    limited = losa.run(model, ids, parts, setup, journal=journal)
+    assert "per_device_train_batch_size goes on with 1 instead of 3" in caplog.text
+    assert caplog.text.count("goes on") == 1, "once for the whole run"
+    assert journal.progress.micro_batch_size == 1
+    for record, expected in zip(limited, plain, strict=True):
+        assert record.losses == pytest.approx(expected.losses, rel=1e-3)
+
+
+def test_calibration_goes_on_in_smaller_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Memory runs out in the middle of a sweep: in one batch of one block, once the streams are half-way."""
+    setup = settings(finetune=False)
+    plain = outcome(setup)
+    forward, calls = calibration.Stream.forward, []
+
+    def limited(self: calibration.Stream, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
+        calls.append(rows.stop - rows.start)
+        if len(calls) > 30 and rows.stop - rows.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, block, index, batch, rows)
+
+    monkeypatch.setattr(calibration.Stream, "forward", limited)
+    journal = Counting(tmp_path)
+    records, tensors = outcome(setup, journal)
+    assert "calibration_batch_size goes on with 2 instead of 4" in caplog.text
+    assert journal.progress.calibration_batch_size == 2
+    for record, expected in zip(records, plain[0], strict=True):
+        assert record["errors"] == pytest.approx(expected["errors"], rel=1e-4)
+    assert all(float((tensors[name] != tensor).float().mean()) < 0.01 for name, tensor in plain[1].items())
+
+
+def test_a_batch_of_one_that_is_too_much_is_an_error() -> None:
+    def never(size: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        halving(never, 4, "size")
+
+
+# --- the command line ---
+
+
+def weights(place: Path, name: str = "out") -> dict[str, torch.Tensor]:
+    return load_file(place / name / "model" / "model.safetensors")
+
+
+def events(place: Path, name: str = "out") -> list[dict]:
+    found = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in found]
+
+
+@pytest.fixture
+def at_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[..., None]], None]]:
+    """Do something at the optimizer step of a number, from 1, before it is carried out."""
+    plain = training._clip
+
+    def plan(number: int, act: Callable[..., None]) -> None:
+        done = 0
+
+        def clip(parameters: list[nn.Parameter], *rest: Any) -> None:
+            nonlocal done
+            done += 1
+            if done == number:
+                act(parameters)
+            plain(parameters, *rest)
+
+        monkeypatch.setattr(training, "_clip", clip)
+
+    return plan
+
+
+def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
+    place: Path, at_clip: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch_impl.experiment.report.write", lambda *_: None)
+    assert main(arguments(place, output_dir=place / "whole")) == 0
+    for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM)):
+        at_clip(2, lambda _, number=number: os.kill(os.getpid(), number))
+        assert main(arguments(place, resume=name == "SIGTERM")) == 128 + number
+        said = capsys.readouterr().err
+        assert f"interrupted by {name}" in said
+        assert "--resume" in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (place / "out").exists()
+    at_clip(0, lambda _: None)
+
+    assert main(arguments(place)) == 2
+    said = capsys.readouterr().err
+    assert "unfinished run" in said
+    assert "--resume" in said
+    assert main(arguments(place, resume="true", learning_rate=5e-3, prune_method="magnitude")) == 2
+    said = capsys.readouterr().err
+    assert "learning_rate is 0.005, the run began with 0.01; prune_method is 'magnitude', the run began" in said
+    with (place / "text.txt").open("a") as file:
+        file.write("one more")
+    assert main(arguments(place, resume="true")) == 2
+    assert "calibration_tokens_sha256 is" in capsys.readouterr().err
+    make_place(place)
+
+    assert main(arguments(place, resume="true")) == 0
+    assert all(torch.equal(tensor, weights(place)[name]) for name, tensor in weights(place, "whole").items())
+    assert events(place) == events(place, "whole")
+    assert {entry.name for entry in place.iterdir()} == {"model", "text.txt", "whole", "out"}
+    assert {entry.name for entry in (place / "out").iterdir()} == {
+        "model", "config.json", "environment.json", "metrics.jsonl", "steps.json", "losa_result.json"
+    }  # fmt: skip
+    assert main(arguments(place, resume="true")) == 2
+    assert "its run is finished" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_at_once(place: Path, at_clip: Callable, capsys: pytest.CaptureFixture) -> None:
+    def twice(_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still there")
+
+    at_clip(1, twice)
+    assert main(arguments(place)) == 130
+    assert "error: interrupted; what is done is kept" in capsys.readouterr().err
+
+
+def test_nan_stops_with_the_state_kept_and_a_lower_rate_can_go_on(
+    place: Path, at_clip: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    def poison(parameters: list[nn.Parameter]) -> None:
+        assert parameters[0].grad is not None
+        parameters[0].grad[0, 0] = float("nan")
+
+    at_clip(2, poison)
+    assert main(arguments(place)) == 2
+    said = capsys.readouterr().err
+    for words in ("optimizer step", "gradient norm nan", "lower learning_rate", "--resume", "--accept_changes"):
+        assert words in said
+    changed = {"resume": "true", "learning_rate": 5e-3, "accept_changes": "learning_rate"}
+    assert main(arguments(place, **changed)) == 0
+    rates = [event["learning_rate"] for event in events(place) if event["event"] == "train"]
+    assert max(rates[1:]) <= 5e-3
+    assert main(arguments(place, accept_changes="seed")) == 2
+    assert "accept_changes is seed; allowed: learning_rate" in capsys.readouterr().err
+
+
+def test_a_hessian_that_will_not_factor_later_keeps_the_state(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plain, calls = losa.masks.prune, []
+
+    def prune(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 60:
+            raise ValueError("hessian is not positive definite with damping 0.01, 0.1, 1")
+        return plain(*given, **named)
+
+    monkeypatch.setattr(losa.masks, "prune", prune)
+    assert main(arguments(place, prune_method="sparsegpt")) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"block \d, \S+, 6 calibration sequences: hessian is not .* damping 0.01, 0.1, 1; .*--resume", said
+    )
+    assert main(arguments(place, prune_method="sparsegpt", resume="true")) == 0
+
+
+def test_exploding_gradients_are_clipped_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3e4, 4e4])
+    training._clip([parameter], 1.0, TrainingConfig(max_grad_norm=1.0), "train 1/2, optimizer step 3")
+    assert float(parameter.grad.norm()) == pytest.approx(1.0)
+    assert "train 1/2, optimizer step 3: gradient norm 5e+04, clipped to 1" in caplog.text
+
+
+def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with run_folder(target, False, False) as folder:
+        (folder / "file").write_text("x")
+        command = (
+            "import sys; from pathlib import Path; from torch_impl.experiment.folder import run_folder\n"
+            "try:\n    with run_folder(Path(sys.argv[1]), False, True): pass\n"
+            "except ValueError as error: print(error)"
+        )
+        other = subprocess.run(
+            [sys.executable, "-c", command, str(target)], capture_output=True, text=True, cwd=ROOT, timeout=120
+        )
+        assert "being written by another process" in other.stdout
+    assert [entry.name for entry in target.iterdir()] == ["file"]
+
+
+def test_too_little_disk_or_memory_is_told_first(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(needs.shutil, "disk_usage", lambda _: usage)
+        assert main(arguments(place)) == 2
+    assert re.search(r"output_dir .*GiB of disk are free; allowed: about", capsys.readouterr().err)
+    monkeypatch.setattr(needs, "_free_memory", lambda _: 1000)
+    assert main(arguments(place)) == 2
+    assert re.search(r"device cpu: .*GiB of memory are free; allowed", capsys.readouterr().err)
+    assert {entry.name for entry in place.iterdir()} == {"model", "text.txt"}
+
+
+def test_the_disk_estimate_covers_what_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With full base weights in every point: SparseGPT, and folding."""
+    largest = 0
+
+    class Watching(Points):
+        def commit(self, given: Any) -> int:
+            nonlocal largest
+            number = super().commit(given)
+            largest = max(largest, sum(file.stat().st_size for file in self._folder.iterdir()))
+            return number
+
+    monkeypatch.setattr("torch_impl.experiment.job.Points", Watching)
+    options = arguments(place, prune_method="sparsegpt", rank_shrink="fold", save_every=1)
+    assert main(options) == 0
+    from torch_impl.experiment.config import parse
+
+    model = random_model("llama-gqa")
+    estimate = needs.disk(model, find_family(model), parse(options), 4)
+    assert largest <= estimate["points"] + estimate["report"] <= 20 * largest
+
+
+def test_an_interruption_is_a_keyboard_interrupt() -> None:
+    assert issubclass(Interrupted, KeyboardInterrupt)
+
+
+def test_a_handful_of_faults() -> None:
+    """One of each kind that only another process can survive; `make faults` has more."""
+    done = subprocess.run(
+        [sys.executable, "-m", "oracle_tests.faults", "--faults", "6", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^in all +6 .* 0$", done.stdout, re.MULTILINE)

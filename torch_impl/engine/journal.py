@@ -1,0 +1,230 @@
+"""How far a run has come, and the named moments at which that is written down so that it can go on from there."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl.engine import distributed, state
+from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine.points import Points
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Progress:
+    """Where Algorithm 1 is, in plain numbers; the tensors that go with it are those of `engine.state`.
+
+    Lists have one entry per block, except losses (one per optimizer step done in this step, whose number is thereby
+    also the position in the data and in the schedule) and records (one per finished step).
+    """
+
+    calibration_batch_size: int = 0
+    micro_batch_size: int = 0
+    """What both came down to where memory ran out; 0: as configured, nothing was calibrated or trained yet."""
+    step: int = 1
+    """The step under way, from 1."""
+    block: int = 0
+    """Blocks pruned in it. Up to the first, `sparsity` is still that of the step before."""
+    importance: list[float] = field(default_factory=list)
+    sparsity: list[float] = field(default_factory=list)
+    groups: list[tuple[int, int] | None] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    """Empty until the adapters are resized."""
+    losses: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples.
+        self.groups = [None if group is None else (group[0], group[1]) for group in self.groups]
+
+    def finish_step(self, record: dict[str, Any]) -> None:
+        """On to the next step."""
+        self.records.append(record)
+        self.step += 1
+        self.block = 0
+        self.importance, self.errors, self.ranks, self.losses, self.groups = [], [], [], [], []
+        self.seconds = {}
+
+    def __str__(self) -> str:
+        if self.losses:
+            return f"step {self.step}, {len(self.losses)} optimizer steps done"
+        return f"step {self.step}, {self.block} blocks pruned"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run has stopped at a point because it was asked to, by the signal of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Journal:
+    """Writes points at the moments named by its methods; without `points` it remembers nothing.
+
+    save_every: optimizer steps from one point to the next. attached: files that grow during a run; each point holds a
+    copy. `notes` are what the caller wants remembered, as JSON. `progress` is the run's own and always up to date.
+    """
+
+    def __init__(self, points: Points | None = None, save_every: int = 100, attached: tuple[Path, ...] = ()) -> None:
+        self._points, self._save_every, self._attached = points, save_every, attached
+        self._changed: set[str] = set()
+        self._stop: int | None = None
+        self.progress = Progress()
+        self.notes: dict[str, Any] = {}
+        self._begun = False
+        # The first process removes what is damaged before the others look.
+        last = None if points is None or not distributed.leads() else points.open_last()
+        distributed.total_of(0.0)
+        if points is not None and not distributed.leads():
+            last = points.open_last()
+        if last is not None:
+            self.notes = last["notes"]
+            self._begun = last["progress"] is not None
+            self.progress = Progress(**last["progress"] or {})
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a point inside Algorithm 1 to go on from."""
+        return self._begun
+
+    def restore_attached(self) -> None:
+        """Bring the attached files back to what they were at the point at hand."""
+        for path in self._attached if distributed.leads() else ():
+            path.unlink(missing_ok=True)
+            if self._points is not None and path.name in self._points.parts:
+                path.write_bytes(self._points.get_bytes(path.name))
+
+    def begin(self, model: nn.Module, dense: nn.Module, family: Family, fresh: Progress) -> Progress:
+        """Start a run at `fresh`, or put model and random generators where the point at hand has them."""
+        self._model, self._dense, self._family = model, dense, family
+        if not self._begun or self._points is None:
+            self._begun = True
+            self.progress = fresh
+            return fresh
+        pairs = zip(decoder_blocks(model, family), decoder_blocks(dense, family), strict=True)
+        for index, (block, dense_block) in enumerate(pairs):
+            if _block_part(index) in self._points:
+                with distributed.whole(dense_block), distributed.keeping(block, family):
+                    state.restore_block(block, dense_block, family, self._points.get(_block_part(index)))
+        if "adapters" in self._points:
+            state.restore_adapters(model, self._points.get("adapters"))
+        state.restore_random(self._points.get("random"))
+        logger.warning("going on from %s", self.progress)
+        return self.progress
+
+    def begin_training(self, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Put the optimizer where it was. Returns the losses of the optimizer steps already done in this step."""
+        if self._points is not None and "optimizer" in self._points:
+            state.restore_optimizer(optimizer, self._points.get("optimizer"))
+        self._optimizer = optimizer
+        return self.progress.losses
+
+    def noted(self) -> None:
+        """Something was added to the notes."""
+        self._save()
+
+    def pruned(self, index: int) -> None:
+        """Block `index` is pruned and its error known."""
+        self.progress.block = index + 1
+        self._changed.add(_block_part(index))
+        self._save()
+
+    def resized(self, base_moved: bool) -> None:
+        """The adapters have their new ranks. base_moved: base weights took over what they dropped."""
+        self._changed.add("adapters")
+        if base_moved:
+            self._changed |= {_block_part(index) for index in range(len(decoder_blocks(self._model, self._family)))}
+
+    def trained(self, last: bool) -> None:
+        """An optimizer step is done; last: the last of this step."""
+        self._changed |= {"adapters", "optimizer"}
+        # Several processes agree to stop at a point that all of them make anyhow.
+        asked = self._stop is not None and distributed.processes() == 1
+        if last or asked or len(self.progress.losses) % self._save_every == 0:
+            self._save()
+
+    def step_done(self, record: dict[str, Any]) -> None:
+        """A step is done, recorded and told."""
+        self.progress.finish_step(record)
+        self._changed.discard("optimizer")
+        if self._points is not None:
+            self._points.drop("optimizer")
+        self._save()
+
+    def _save(self) -> None:
+        if self._points is not None:
+            for part in sorted(self._changed):
+                # All processes help to gather a sharded block; the first one writes it.
+                tensors = self._tensors(part)
+                if distributed.leads():
+                    self._points.put(part, tensors)
+            self._changed.clear()
+            if distributed.leads():
+                self._commit(self._points)
+        if distributed.total_of(0.0 if self._stop is None else 1.0):
+            raise Interrupted(self._stop or signal.SIGINT)
+
+    def _commit(self, points: Points) -> None:
+        points.put("random", state.random_tensors())
+        for path in self._attached:
+            if path.exists():
+                points.put_bytes(path.name, path.read_bytes())
+        points.commit({"progress": asdict(self.progress) if self._begun else None, "notes": self.notes})
+
+    def _tensors(self, part: str) -> state.Tensors:
+        if part == "adapters":
+            return state.adapter_tensors(self._model)
+        if part == "optimizer":
+            return state.optimizer_tensors(self._optimizer)
+        index = int(part.rpartition("-")[2])
+        block, dense = (decoder_blocks(model, self._family)[index] for model in (self._model, self._dense))
+        with distributed.whole(block, dense):
+            return state.block_tensors(block, dense, self._family)
+
+    @contextmanager
+    def stopping_at_points(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the run at its next point; the second one ends it at once.
+
+        Errors: Interrupted at that point.
+        """
+        if self._points is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            restore()
+            self._stop = number
+            logger.warning("stopping at the next point; a second signal ends the run at once")
+
+        for number in SIGNALS:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _block_part(index: int) -> str:
+    return f"block-{index:03}"

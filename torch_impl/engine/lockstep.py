@@ -1,0 +1,85 @@
+"""Dense and pruned streams that go through the blocks together, and can be put at any block again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from torch_impl.engine import calibration, distributed, statistics
+from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine.halving import halving
+from torch_impl.engine.layers import block_adapters, holding
+from torch_impl.engine.streaming import sweep
+
+Result = TypeVar("Result")
+
+
+class Lockstep:
+    """The input of block `index` in the dense and in the pruned model, each fed by its own predecessors.
+
+    To go on in the middle of a sweep, or in smaller batches when the device's memory is full, the streams start again
+    from the tokens and go through the blocks before `index`, which are pruned already: nothing of them is ever stored.
+    """
+
+    def __init__(
+        self, model: nn.Module, dense: nn.Module, family: Family, ids: torch.Tensor, batch_size: int, index: int
+    ) -> None:
+        self._dense, self._blocks = dense, decoder_blocks(model, family)
+        self._family, self._ids = family, ids
+        self._streams: tuple[calibration.Stream, ...] = ()
+        self._dense_blocks: Iterator[nn.Module] = iter(())
+        self._at = -1
+        self._index = index
+        self.batch_size = batch_size
+
+    def pruned_input(self, work: Callable[[calibration.Stream], Result]) -> Result:
+        """What `work` makes of the pruned stream, which it leaves as it is."""
+        return self._attempt(lambda: work(self._streams[1]))
+
+    def advance(self) -> float:
+        """Take both streams through the next block. Returns e of LoSA, Eq. 6, of its outputs."""
+        error = self._attempt(self._advance)
+        self._index += 1
+        return error
+
+    def _advance(self) -> float:
+        index, self._at = self._at, -1
+        self._through(index)
+        error = reconstruction_error(*self._streams)
+        self._at = index + 1
+        return error
+
+    def _through(self, index: int) -> None:
+        for stream, block in zip(self._streams, (next(self._dense_blocks), self._blocks[index]), strict=True):
+            with distributed.whole(block), holding(list(block_adapters(block, self._family).values())):
+                stream.advance(block, index)
+
+    def _attempt(self, work: Callable[[], Result]) -> Result:
+        def attempt(size: int) -> Result:
+            if self._at != self._index or size != self.batch_size:
+                self._start(size)
+            return work()
+
+        result, self.batch_size = halving(attempt, self.batch_size, "calibration_batch_size")
+        return result
+
+    def _start(self, batch_size: int) -> None:
+        self._at, self._streams = -1, ()
+        dense = calibration.start_stream(self._dense, self._family, self._ids, batch_size)
+        self._streams = (dense, dense.clone())
+        self._dense_blocks = sweep(self._dense, self._family)
+        for index in range(self._index):
+            self._through(index)
+        self._at = self._index
+
+
+def reconstruction_error(dense: calibration.Stream, pruned: calibration.Stream) -> float:
+    """e of LoSA, Eq. 6, of two streams; a sequence at a time, since differences are taken in float32."""
+    error = statistics.ReconstructionError()
+    for row in range(len(pruned.hidden)):
+        rows = slice(row, row + 1)
+        error.update(dense.states(rows), pruned.states(rows))
+    return error.result()

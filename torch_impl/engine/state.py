@@ -1,0 +1,109 @@
+"""What a run is in the middle of, as named tensors: masks or base weights, adapters, optimizer, random generators.
+
+Every function here has its inverse beside it. What never changes (embeddings, norms, the dense weights) is not part of it:
+that comes from the model's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from torch_impl.engine.families import Family, weight_of
+from torch_impl.engine.layers import adapters, block_adapters
+
+Tensors = dict[str, torch.Tensor]
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors:
+    """The base weights of a block: one bit per weight where they are the dense ones under a mask, else all of them."""
+    tensors = {}
+    for name, layer in block_adapters(block, family).items():
+        weight = layer.weight.detach()
+        if _same_bits(weight, weight_of(dense, name).detach().masked_fill(~layer.mask, 0.0)):
+            tensors[f"{name}.mask"] = torch.from_numpy(np.packbits(layer.mask.cpu().numpy()))
+        else:
+            tensors[f"{name}.weight"] = weight.cpu()
+    return tensors
+
+
+def restore_block(block: nn.Module, dense: nn.Module, family: Family, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a block the base weights that `block_tensors` found."""
+    for name, layer in block_adapters(block, family).items():
+        if f"{name}.weight" in tensors:
+            layer.set_base(tensors[f"{name}.weight"])
+            continue
+        bits = np.unpackbits(tensors[f"{name}.mask"].numpy(), count=layer.weight.numel())
+        mask = torch.from_numpy(bits).bool().view(layer.weight.shape).to(layer.weight.device)
+        layer.set_base(weight_of(dense, name).detach().masked_fill(~mask, 0.0))
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Unlike torch.equal, 0 and -0 differ."""
+    kind = _BITS[a.element_size()]
+    return torch.equal(a.view(kind), b.view(kind))
+
+
+def adapter_tensors(model: nn.Module) -> Tensors:
+    """A and B of every projection."""
+    return {
+        f"{number}.{name}": parameter.detach().cpu()
+        for number, layer in enumerate(adapters(model))
+        for name, parameter in (("A", layer.A), ("B", layer.B))
+    }
+
+
+def restore_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give every projection the A and B that `adapter_tensors` found, whatever their rank."""
+    for number, layer in enumerate(adapters(model)):
+        device = layer.weight.device
+        layer.A = nn.Parameter(tensors[f"{number}.A"].to(device))
+        layer.B = nn.Parameter(tensors[f"{number}.B"].to(device))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """Moments and step counts of every parameter."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value.cpu() for number, values in state.items() for name, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the optimizer what `optimizer_tensors` found."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        number, _, name = full_name.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_tensors() -> Tensors:
+    """States of the generators of torch (CPU and every CUDA device), NumPy and Python."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - whoever uses it
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+        "python": torch.tensor(list(json.dumps(random.getstate()).encode()), dtype=torch.uint8),
+    }
+    if torch.cuda.is_initialized():
+        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_random(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put all generators where `random_tensors` found them."""
+    torch.set_rng_state(tensors["torch"])
+    position, has_gauss, gauss = tensors["numpy.rest"].tolist()
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002
+    version, internal, gauss_next = json.loads(bytes(tensors["python"].tolist()))
+    random.setstate((version, tuple(internal), gauss_next))
+    if torch.cuda.is_initialized():
+        for index in range(min(torch.cuda.device_count(), sum(name.startswith("cuda.") for name in tensors))):
+            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)

@@ -1,0 +1,47 @@
+"""What makes two runs the same: options, model, tokens. An unfinished run goes on only as what it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch_impl.experiment.config import Config
+
+logger = logging.getLogger(__name__)
+
+# Options that say where and how often things are written, not what the run is.
+ELSEWHERE = ("output_dir", "overwrite", "dry_run", "config", "resume", "accept_changes", "save_every", "keep_points")
+VERSIONS = ("torch", "transformers", "device", "threads")
+
+
+def options(config: Config) -> dict[str, Any]:
+    """Every option that a run's bits may depend on, by name."""
+    values = {name: value for section in config.as_dict().values() for name, value in section.items()}
+    return {name: value for name, value in values.items() if name not in ELSEWHERE}
+
+
+def check_options(before: Mapping[str, Any], now: Mapping[str, Any], accepted: Sequence[str]) -> None:
+    """Errors: ValueError with every option that differs from what the run began with and is not accepted."""
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name) and name not in accepted]
+    if changed:
+        shown = "; ".join(f"{name} is {now.get(name)!r}, the run began with {before.get(name)!r}" for name in changed)
+        raise ValueError(f"{shown}; allowed with --resume: the same options, but for those named by --accept_changes")
+
+
+def check_material(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Hold an environment against the one a run began in: other versions are logged, other contents refused.
+
+    Errors: ValueError naming the model or text that is not what it was.
+    """
+    for name in VERSIONS:
+        if before.get(name) != now.get(name):
+            logger.warning(
+                "%s is %s, the run began with %s: its bits may differ", name, now.get(name), before.get(name)
+            )
+    for name in sorted({*before, *now}):
+        if name.endswith("sha256") and before.get(name) != now.get(name):
+            raise ValueError(
+                f"{name} is {str(now.get(name))[:12]}, the run began with {str(before.get(name))[:12]}; "
+                "allowed with --resume: the same model and text"
+            )
