@@ -283,7 +283,7 @@ def test_training_goes_on_in_smaller_micro_batches(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Memory runs out in the second micro-batch of an optimizer step, when the first has left its gradients."""
-    setup = settings(gradient_accumulation_steps=2)
+    setup = settings(gradient_accumulation_steps=2, warmup_ratio=0.0)
     model, ids, parts = tiny()
     model.config.attention_dropout = 0.0
     for block in decoder_blocks(model, find_family(model)):
