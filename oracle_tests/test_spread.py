@@ -18,7 +18,7 @@ from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spr
 from oracle_tests.tolerances import OTHER_ORDER, UNIT
 from tiny_models.random_models import random_model, save_random_model
 from torch_impl.bench.geometry import GEOMETRIES, build
-from torch_impl.engine import distributed, families, layers, points, sharded
+from torch_impl.engine import distributed, families, layers, sharded, sharded_points
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.experiment import scaling
 from torch_impl.experiment.config import CONFIGS, parse
@@ -148,7 +148,7 @@ def test_a_point_that_was_changed_is_refused(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file.name} is not what was written"):
         train(point, range(1, 2))
-    (point / points.STATE).unlink()
+    (point / sharded_points.STATE).unlink()
     with pytest.raises(ValueError, match="is not complete"):
         train(point, range(1, 2))
 
