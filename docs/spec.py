@@ -37,6 +37,8 @@ FILES = (
     "masks/prune",
     "adapter",
     "rank",
+    "packed",
+    "gaps",
     "llama",
     "adamw",
     "losa",

@@ -70,6 +70,12 @@ LAYER = {"weight": W, "A": A, "B": B, "scale": 1.0}
 EYE = np.eye(3)
 KEPT = W != 0
 ROW = np.array([0.2, 0.3, 0.5])
+PACKED = {
+    "bitmap": np.array([[5, 0, 0, 0], [3, 0, 0, 0]], dtype=np.uint8),
+    "values": np.array([1.0, 2.0, 0.5, -1.0]),
+    "offsets": np.array([0, 2, 4]),
+    "columns": 3,
+}
 
 
 def _cases(**arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -268,4 +274,40 @@ OPS = (
         ({"count": -1, "in_features": 4, "seed": (0,)}, "count"),
     ),
     Op("adapter.rebase", s.rebases(), Kind.CLOSE, ({"weight": W, "merged": W, "updated": W, "mask": W}, "mask")),
+    Op("packed.pack", _cases(weight=s.weights_to_pack()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
+    Op("packed.unpack", s.packed_weights(), Kind.EXACT, ({**PACKED, "values": np.ones(3)}, "values")),
+    Op("packed.check", s.packed_weights(), Kind.EXACT, ({**PACKED, "offsets": np.array([0, 1, 4])}, "offsets")),
+    Op(
+        "packed.bits_per_weight",
+        _cases(sparsity=s.SPARSITIES, value_bits=st.sampled_from([16, 32]), columns=st.integers(1, 10**5)),
+        Kind.CLOSE,
+        ({"sparsity": 0.5, "value_bits": 0, "columns": 8}, "value_bits"),
+    ),
+    Op(
+        "gaps.pack_gaps",
+        _cases(weight=s.matrices(columns=st.integers(1, 40)), segment=st.integers(1, 45), gap_bits=st.integers(1, 8)),
+        Kind.EXACT,
+        ({"weight": W, "segment": 2, "gap_bits": 9}, "gap_bits"),
+    ),
+    Op(
+        "gaps.unpack_gaps",
+        s.gap_streams(),
+        Kind.EXACT,
+        (
+            {
+                "values": np.ones(8),
+                "codes": np.ones(8, dtype=np.uint8),
+                "chunks": np.ones((1, 1), dtype=np.int64),
+                "columns": 4,
+                "segment": 4,
+            },
+            "codes",
+        ),
+    ),
+    Op(
+        "gaps.bits_per_weight",
+        _cases(sparsity=s.SPARSITIES, value_bits=st.integers(1, 32), gap_bits=st.integers(1, 8)),
+        Kind.CLOSE,
+        ({"sparsity": 0.5, "value_bits": 16, "gap_bits": 0}, "gap_bits"),
+    ),
 )

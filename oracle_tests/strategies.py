@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from reference import gaps
+
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -239,3 +241,43 @@ def pairs_of_outputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
     dense = draw(matrices())
     noise = draw(st.sampled_from([0.0, 0.1, 10.0])) * _rng(draw).standard_normal(dense.shape)
     return {"dense": dense, "sparse": dense + noise}
+
+
+@st.composite
+def weights_to_pack(draw: st.DrawFn) -> np.ndarray:
+    """(out, in) of any dtype that packs, 0 to 100 % zeros, up to three words a row; negative zeros, every pattern of bits."""
+    rng, shape = _rng(draw), (draw(SIZES), draw(st.integers(1, 70)))
+    dtype = draw(st.sampled_from([np.float64, np.uint16, np.uint32]))
+    if dtype == np.float64:
+        weight = rng.standard_normal(shape)
+        weight[rng.random(shape) < 0.1] = -0.0
+    else:
+        weight = rng.integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
+    weight[rng.random(shape) < draw(SPARSITIES)] = 0
+    if draw(st.booleans()):
+        weight[rng.integers(shape[0])] = 0
+    return weight
+
+
+@st.composite
+def packed_weights(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack and check, put together by hand."""
+    weight = draw(weights_to_pack())
+    kept = np.array([[any(value.tobytes()) for value in row] for row in weight])
+    words = -(-weight.shape[1] // 32)
+    bits = np.zeros((len(weight), 32 * words), dtype=bool)
+    bits[:, : weight.shape[1]] = kept
+    return {
+        "bitmap": np.packbits(bits, axis=1, bitorder="little"),
+        "values": weight[kept],
+        "offsets": np.array([kept[:row].sum() for row in range(len(weight) + 1)], dtype=np.int64),
+        "columns": weight.shape[1],
+    }
+
+
+@st.composite
+def gap_streams(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack_gaps: what pack_gaps makes of a matrix."""
+    weight, segment = draw(matrices(columns=st.integers(1, 40))), draw(st.integers(1, 45))
+    values, codes, chunks = gaps.pack_gaps(weight, segment, draw(st.integers(1, 8)))
+    return {"values": values, "codes": codes, "chunks": chunks, "columns": weight.shape[1], "segment": segment}

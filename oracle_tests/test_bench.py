@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import parts
+from torch_impl.bench import decode, parts
 from torch_impl.bench.measure import Row
 
 
@@ -61,3 +63,60 @@ def test_a_ratio_needs_agreement() -> None:
     assert Row("", 1.0, 2.0, disagreement=1e-1, bound=1e-2).ratio is None
     assert Row("", 1.0, 2.0, disagreement=float("nan"), bound=1e-2).ratio is None
     assert Row("", 1.0, 2.0).ratio is None
+
+
+def run_decode(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
+    short = ["--sparsities", "50", "2:4", "--batches", "1", "3", "--repeats", "1", "--tokens", "2"]
+    where = ["--device", "cpu", "--json", str(tmp_path / "decode.json")]
+    status = bench.main(["decode", *short, *where, *arguments])
+    return status, json.loads((tmp_path / "decode.json").read_text())
+
+
+def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, figures = run_decode(tmp_path, "--geometries", "small", "--whole_model", "small", "--blocks", "1")
+    assert status == 0
+    assert len(figures["kernels"]) == 4 * 2 * 2
+    for cell in figures["kernels"]:
+        assert cell["ratio"] == pytest.approx(cell["dense_us"] / cell["ours_us"])
+        assert 0 <= cell["disagreement"] <= cell["bound"]
+        # Half of the weights in 16 bits and a few for the gap, and short rows end in part of a chunk.
+        assert 0.5 < cell["ours_bytes"] / cell["dense_bytes"] < 0.9
+        assert cell["share_of_limit"] == pytest.approx(
+            cell["ours_bytes"] / cell["ours_us"] / 1e6 / figures["peak_tb_per_s"]
+        )
+    assert [(row["sparsity"], row["batch"]) for row in figures["whole_model"]] == [("50", 1), ("50", 3)]
+    for row in figures["whole_model"]:
+        assert row["ratio"] == pytest.approx(row["packed"] / row["dense"])
+        assert row["packed_gib"] < row["dense_gib"]
+    shown = capsys.readouterr().out
+    assert "the projections of a block" in shown
+    assert "refused" not in shown
+
+
+def test_decoding_that_gives_other_numbers_gets_no_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = decode.pack
+
+    def wrong(weight: torch.Tensor) -> tuple[decode.Product, int]:
+        # The small model's projections add little to its embeddings.
+        return pack(-20 * weight)
+
+    monkeypatch.setattr(decode, "pack", wrong)
+    status, figures = run_decode(tmp_path, "--geometries", "small", "--whole_model", "small", "--blocks", "1")
+    assert status == 1
+    assert all(side["ratio"] is None for side in figures["kernels"] + figures["whole_model"])
+    assert "refused" in capsys.readouterr().out
+
+
+def test_a_block_counts_each_projection_as_often_as_it_has_it() -> None:
+    assert {name: count for name, (*_, count) in decode.projections("llama-2-7b").items()} == {
+        "q,k,v,o": 4,
+        "gate,up": 2,
+        "down": 1,
+    }
+    assert decode.projections("llama-3-8b")["k,v"] == (1024, 4096, 2)
+    sides = [(3.0, 9.0, 2), (1.0, 4.0, 1)]
+    cells = [decode.Cell("", "", n, "50", 1, a, b, 1, 1, 1.0, 0.0, 1.0) for a, b, n in sides]
+    assert decode.block(cells, "50", 1) == (7.0, 22.0)
+    assert decode.block([*cells, replace(cells[0], disagreement=2.0)], "50", 1) is None

@@ -45,11 +45,27 @@ def cancelled(dtype: torch.dtype, left: float) -> float:
     return 4 * UNIT[dtype] / left
 
 
-def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float) -> np.ndarray:
+def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float | np.ndarray) -> np.ndarray:
     """How far a result that is rounded to a half-precision dtype once may be from each exact value: half the gap between
     neighbours, and what float32 loses on terms of that size before."""
     gap = np.maximum(UNIT[dtype] * value, torch.finfo(dtype).smallest_normal * UNIT[dtype])
     return gap + ROUNDINGS * UNIT[torch.float32] * terms
+
+
+def packed_product(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """A product with a packed weight summed in float32, in any order, and rounded once: the sum's roundings count for the
+    sizes of its terms; VDPBF16PS rounds each of its two additions and takes what is below float32's normal range as 0."""
+    gap = np.maximum(UNIT[dtype] * np.abs(value), torch.finfo(dtype).smallest_normal * UNIT[dtype])
+    return gap * (1 + 1e-3) + ROUNDINGS * UNIT[torch.float32] * terms + 1e-36
+
+
+# Logits of a packed model against the plain one's, relative to the largest: sums in another order, then the same roundings.
+# In half precision a sum near the middle between two numbers goes to the other one, and three blocks pass that on.
+PACKED_LOGITS = {
+    torch.float32: 1e-5,
+    torch.float16: 8 * UNIT[torch.float16],
+    torch.bfloat16: 8 * UNIT[torch.bfloat16],
+}
 
 
 # A score of Wanda is one product of a rounded weight and a float32 norm: three roundings.

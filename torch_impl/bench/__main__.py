@@ -1,5 +1,7 @@
 """Speed and memory, side by side: python -m torch_impl.bench [--geometry llama-2-7b] [--blocks N] [--parts …].
 
+`python -m torch_impl.bench decode` measures decoding with sparse weights (see its own --help).
+
 Ours against the plain formulation that research code uses, in one process, from the same weights and tokens. Ceilings
 are measured first; a ratio is printed only where both sides gave the same numbers.
 """
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import geometry, large, parts
+from torch_impl.bench import decode, geometry, large, parts
 from torch_impl.bench.measure import Row, ceilings, host_peak
 
 PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
@@ -114,6 +116,9 @@ def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, objec
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if the two sides of any part disagree."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "decode":
+        return decode.main(arguments[1:])
     transformers.utils.logging.set_verbosity_error()
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)

@@ -124,7 +124,9 @@ def stream(
 ) -> dict[str, Any]:
     """Prune a checkpoint on disk block by block, as on a card of 24 GB, and verify what was written; figures by block."""
     with checkpoint(name, blocks, device, dtype) as folder, tempfile.TemporaryDirectory() as out:
-        config = _options(folder, device, dtype, rows, length, "--prune_method", method, "--offload", "on")
+        # Compiling takes the time of many blocks, and few are measured.
+        more = ["--prune_method", method, "--offload", "on", "--compile_blocks", "off"]
+        config = _options(folder, device, dtype, rows, length, *more)
         material = _random_text(config, folder, device)
         family = losa.check_structure(material.model, config.settings)
         budget = CARD - torch.cuda.memory_allocated(device) if device.type == "cuda" else None

@@ -14,22 +14,24 @@ from torch_impl.engine import distributed
 
 
 @contextmanager
-def run_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def run_folder(
+    target: Path, overwrite: bool, option: str = "output_dir", marker: str = "losa_result.json", kind: str = "a run"
+) -> Iterator[Path]:
     """A folder to write into, which becomes `target` if the body ends well and is removed if it does not.
+
+    Replaced is only a folder of the same kind, which holds the file `marker`. option: what messages call `target`.
 
     Errors: ValueError if `target` exists and may not be replaced, or cannot be written.
     """
     if target.exists() and not overwrite:
-        raise ValueError(f"output_dir {target} exists; allowed: a new folder, or --overwrite")
-    if target.exists() and not (target / "losa_result.json").is_file():
-        raise ValueError(f"output_dir {target} is not the folder of a run; allowed: a new folder, or that of a run")
+        raise ValueError(f"{option} {target} exists; allowed: a new folder, or --overwrite")
+    if target.exists() and not (target / marker).is_file():
+        raise ValueError(f"{option} {target} is not the folder of {kind}; allowed: a new folder, or that of {kind}")
     partial = target.absolute().parent / f".{target.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"output_dir {target} cannot be written: {error.strerror}; allowed: a writable place"
-        ) from error
+        raise ValueError(f"{option} {target} cannot be written: {error.strerror}; allowed: a writable place") from error
     try:
         yield partial
         if target.exists():

@@ -51,7 +51,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"learning rate {result['lr_schedule'].replace('_', ' ')}.",
         f"Reloaded {checks['reloaded']}: every pruned weight of {checks['projections']} projections is zero, logits "
         f"within {checks['largest_logit_difference']:.1e} of the unmerged model's.",
-        "Saved as a dense file with zeros in it, so as large as before and no faster; packed: a bitmap and the kept values.",
+        "Saved as a dense file with zeros in it, so as large as before and no faster; packed (python -m torch_impl.pack): a "
+        "bitmap and the kept values.",
     ]
 
 

@@ -1,0 +1,223 @@
+"""Products with a packed weight: every path of the kernels against the spec and the dense product, on hard inputs."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils import cpp_extension
+
+from oracle_tests import tolerances
+from oracle_tests.assertions import assert_close
+from reference import packed as spec
+from torch_impl import packed
+from torch_impl.engine import cpu_decode
+from torch_impl.engine.packed_linear import DECODE_ROWS, PackedLinear
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((1, 1), (3, 31), (7, 33), (64, 96), (5, 257), (33, 1000), (200, 320))
+SPARSITIES = (0.0, 0.5, 0.7, 0.97, 1.0)
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+
+
+def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """A weight with an empty row, a full one if there is room, and numbers from tiny to large."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight *= torch.exp(3 * torch.randn(1, columns, generator=generator)).clamp(1e-3, 1e2)
+    kept = torch.rand(rows, columns, generator=generator) >= sparsity
+    kept[rows // 2] = False
+    if rows > 2:
+        kept[0] = sparsity < 1
+    return (weight * kept).to(dtype)
+
+
+def assert_product(
+    what: str, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """y = x Wᵀ + b of the weight that the spec unpacks, each entry within the roundings of its own terms."""
+    bits = weight.view(BITS[weight.dtype]).numpy()
+    unpacked = spec.unpack(*spec.pack(bits), columns=bits.shape[1])
+    exact = torch.from_numpy(unpacked).view(weight.dtype).double().numpy()
+    inputs = x.double().numpy()
+    expected, terms = inputs @ exact.T, np.abs(inputs) @ np.abs(exact).T
+    if bias is not None:
+        expected, terms = expected + bias.double().numpy(), terms + np.abs(bias.double().numpy())
+    assert y.dtype == x.dtype
+    bound = tolerances.packed_product(weight.dtype, expected, terms)
+    error = np.abs(y.double().numpy() - expected)
+    assert (error <= bound).all(), f"{what}: off by {error.max():.3e}, {(error / bound).max():.2f} of what is allowed"
+
+
+@pytest.fixture(scope="session")
+def paths() -> tuple[str, ...]:
+    """The paths of this CPU; the kernels are built once."""
+    found = cpu_decode.paths()
+    assert found, "the kernels did not build"
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_every_path_is_the_dense_product(paths: tuple[str, ...], sparsity: float, dtype: torch.dtype) -> None:
+    for number, (rows, columns) in enumerate(SHAPES):
+        weight = sparse(rows, columns, sparsity, dtype, number)
+        parts = packed.pack(weight)
+        bias = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(dtype) if number % 2 else None
+        for batch in range(1, 10):
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
+            for path in paths:
+                y = cpu_decode.linear(x, *parts, bias, path)
+                assert_product(f"{path}, {(rows, columns)}, batch {batch}", y, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_share_the_rows(paths: tuple[str, ...], dtype: torch.dtype) -> None:
+    weight = sparse(300, 2048, 0.6, dtype)
+    x = torch.randn(2, 2048).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append([cpu_decode.linear(x, *packed.pack(weight), None, path) for path in paths])
+    finally:
+        torch.set_num_threads(before)
+    assert_product("threads", results[0][0], x, weight)
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e30])
+def test_large_and_tiny_values(paths: tuple[str, ...], size: float) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = (sparse(9, 100, 0.5, torch.float32) * size).to(dtype)
+        x = torch.randn(3, 100).to(dtype)
+        for path in paths:
+            assert_product(f"{path} at {size}", cpu_decode.linear(x, *packed.pack(weight), None, path), x, weight)
+
+
+def test_infinite_and_nan_weights_reach_their_row_alone(paths: tuple[str, ...]) -> None:
+    for dtype in DTYPES:
+        weight = sparse(4, 40, 0.5, dtype)
+        weight[0, 3], weight[1, 39] = float("inf"), float("nan")
+        for path in paths:
+            y = cpu_decode.linear(torch.ones(1, 40, dtype=dtype), *packed.pack(weight), None, path)[0]
+            assert y[0] == float("inf")
+            assert y[1].isnan()
+            assert y[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_read_behind_the_end_of_what_is_there(paths: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Every array ends where a page ends whose successor may not be read, at an odd address if it can."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 12 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for number in (2, 5, 8, 11):
+        assert libc.mprotect(ctypes.c_void_p(address + number * page), ctypes.c_size_t(page), 0) == 0
+    try:
+        for rows, columns in ((3, 33), (8, 64), (1, 5)):
+            weight = sparse(rows, columns, 0.3, dtype)
+            x = torch.randn(1, columns).to(dtype)
+            placed = []
+            for number, value in zip((2, 5, 8, 11), (*packed.pack(weight), x), strict=True):
+                count = max(1, value.numel())
+                begin = number * page - count * value.element_size()
+                there = torch.frombuffer(memory, dtype=value.dtype, count=count, offset=begin)[: value.numel()]
+                placed.append(there.copy_(value.flatten()).view(value.shape))
+            for path in paths:
+                y = cpu_decode.linear(placed[3], placed[0], placed[1], placed[2], None, path)
+                assert_product(path, y, x, weight)
+    finally:
+        libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(12 * page), 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [1, 2, 3, 7])
+def test_storage_may_begin_anywhere(paths: tuple[str, ...], shift: int, dtype: torch.dtype) -> None:
+    weight = sparse(6, 130, 0.5, dtype)
+    x = torch.randn(5, 130).to(dtype)
+
+    def shifted(value: torch.Tensor) -> torch.Tensor:
+        place = torch.zeros(value.numel() * value.element_size() + 16, dtype=torch.uint8).numpy()
+        there = torch.frombuffer(place, dtype=value.dtype, count=value.numel(), offset=shift)
+        return there.copy_(value.flatten()).view(value.shape)
+
+    parts = [shifted(part) for part in packed.pack(weight)]
+    for path in paths:
+        assert_product(path, cpu_decode.linear(shifted(x), *parts, None, path), x, weight)
+
+
+def test_kernels_refuse_what_does_not_fit(paths: tuple[str, ...]) -> None:
+    bitmap, values, offsets = packed.pack(sparse(4, 40, 0.5, torch.float32))
+    x = torch.ones(1, 40)
+    for arguments, path, message in (
+        ((x, bitmap, values[1:], offsets), paths[0], "values has"),
+        ((x, bitmap, values, offsets[1:]), paths[0], "offsets has"),
+        ((x[:, 9:], bitmap, values, offsets), paths[0], "x has shape"),
+        ((x.bfloat16(), bitmap, values, offsets), paths[0], "x has dtype"),
+        ((x, bitmap, values, offsets), "neon", "path is neon; allowed: "),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            cpu_decode.linear(*arguments, None, path)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("lead", [(1,), (2, 3), (4, 9), (), (0,)])
+def test_the_layer_takes_any_number_of_rows(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One token, a batch, a prompt longer than what is decoded, one vector, none."""
+    assert DECODE_ROWS < 4 * 9
+    linear = nn.Linear(48, 20).to(dtype)
+    with torch.no_grad():
+        linear.weight[torch.rand(20, 48) < 0.6] = 0
+    layer = PackedLinear.of(linear)
+    assert torch.equal(layer.unpacked(), linear.weight)
+    x = torch.randn(*lead, 48).to(dtype)
+    assert_close("layer", linear(x), layer(x), tolerances.bound(dtype) / 8, floor=1e-30)
+
+
+def test_the_layer_refuses_what_contradicts_itself() -> None:
+    bitmap, values, offsets = packed.pack(sparse(4, 40, 0.5, torch.float32))
+    with pytest.raises(ValueError, match=r"^values has"):
+        PackedLinear(bitmap, values[1:], offsets, 40)
+
+
+def test_without_a_compiler_a_slower_path_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\n  here")
+
+    weight = sparse(20, 70, 0.5, torch.float32)
+    x = torch.randn(3, 70)
+    cpu_decode.paths.cache_clear()
+    monkeypatch.setattr(cpp_extension, "load", broken)
+    try:
+        for _ in range(2):
+            assert_product("no compiler", cpu_decode.linear(x, *packed.pack(weight)), x, weight)
+        assert cpu_decode.paths() == ()
+    finally:
+        cpu_decode.paths.cache_clear()
+    said = capsys.readouterr().err
+    assert said == "packed weights: no kernels for this CPU, a slower path instead (no compiler here)\n"
+
+
+def test_a_compiler_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cpu_decode.paths.cache_clear()
+    try:
+        assert cpu_decode.paths() == ()
+    finally:
+        cpu_decode.paths.cache_clear()
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,333 @@
+"""Packed models on disk: the same bits back, the same tokens out, and one line for whatever was damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from oracle_tests import tolerances
+from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model
+from torch_impl import generate, pack
+from torch_impl.engine import cpu_decode, packed_folder
+from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.engine.packed_linear import PackedLinear
+
+CPU = torch.device("cpu")
+FILE = "packed-00001-of-00001.safetensors"
+KEY = "model.layers.1.mlp.up_proj.weight"
+
+
+def save_sparse(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A random model, pruned to 40 to 90 %, one projection left dense, with a negative zero and a NaN payload's worth of bits."""
+    model = random_model(family, dtype=dtype)
+    found = find_family(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index, block in enumerate(decoder_blocks(model, found)):
+            for number, name in enumerate(found.projections):
+                weight = weight_of(block, name)
+                sparsity = 0.0 if (index, number) == (0, 0) else 0.4 + 0.1 * ((index + number) % 6)
+                weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0
+        weight_of(decoder_blocks(model, found)[0], found.projections[-1])[0, :2] = -0.0
+    model.save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def bits(folder: Path) -> dict[str, dict[str, tuple[torch.dtype, torch.Tensor]]]:
+    """Every tensor of every file: dtype and bytes."""
+    return {
+        path.name: {name: (t.dtype, t.contiguous().view(torch.uint8)) for name, t in load_file(path).items()}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    before, after = bits(one), bits(other)
+    assert {file: set(tensors) for file, tensors in before.items()} == {file: set(t) for file, t in after.items()}
+    for file, tensors in before.items():
+        for name, (dtype, content) in tensors.items():
+            assert after[file][name][0] == dtype
+            assert torch.equal(after[file][name][1], content), name
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sparse(tmp_path_factory.mktemp("plain") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def packed_model(plain: Path) -> Path:
+    target = plain.parent / "packed"
+    assert pack.main([str(plain), str(target), "--device", "cpu"]) == 0
+    return target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_and_plain_are_one_model(
+    family: str, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float32 the same greedy tokens; in half precision logits within what other orders of summation make of them."""
+    source = save_sparse(tmp_path / "plain", family, dtype)
+    target, back = tmp_path / "packed", tmp_path / "back"
+    assert pack.main([str(source), str(target), "--device", "cpu"]) == 0
+    assert pack.main(["--unpack", str(target), str(back)]) == 0
+    assert_same_bits(source, back)
+    assert capsys.readouterr().err.count("error") == 0
+    model, _ = packed_folder.load(target, CPU)
+    other = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    layers = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    prunable = len(find_family(other).projections) * len(decoder_blocks(other, find_family(other)))
+    # The one left dense is larger packed, and so may be others of 40 % in half precision.
+    assert prunable // 2 < len(layers) < prunable
+    ids = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours, theirs = model(input_ids=ids).logits.float(), other(input_ids=ids).logits.float()
+        bound = tolerances.PACKED_LOGITS[dtype]
+        assert float((ours - theirs).abs().max()) <= bound * float(theirs.abs().max())
+        if dtype == torch.float32:
+            options = {
+                "max_new_tokens": 12,
+                "do_sample": False,
+                "pad_token_id": 0,
+                "attention_mask": torch.ones_like(ids),
+            }
+            assert torch.equal(model.generate(ids, **options), other.generate(ids, **options))
+
+
+def test_decoding_never_unpacks(packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_decode.paths()
+    model, _ = packed_folder.load(packed_model, CPU)
+    monkeypatch.setattr(PackedLinear, "unpacked", None)
+    model.generate(torch.ones(3, 5, dtype=torch.long), max_new_tokens=3, pad_token_id=0, do_sample=False)
+
+
+def test_shards_and_their_metadata_come_back(tmp_path: Path) -> None:
+    source = save_sparse(tmp_path / "plain", "llama-gqa", max_shard_size="30KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == len(list(source.glob("*.safetensors")))
+    assert pack.main([str(tmp_path / "packed"), str(tmp_path / "back"), "--unpack"]) == 0
+    assert_same_bits(source, tmp_path / "back")
+    index = "model.safetensors.index.json"
+    before, after = (json.loads((folder / index).read_text()) for folder in (source, tmp_path / "back"))
+    assert before["weight_map"] == after["weight_map"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_a_checkpoint_without_the_model_s_prefix_packs_too(plain: Path, tmp_path: Path) -> None:
+    source = tmp_path / "plain"
+    shutil.copytree(plain, source)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k.removeprefix("model."): v for k, v in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
+    model, _ = packed_folder.load(tmp_path / "packed", CPU)
+    reference, _ = (
+        packed_folder.load(plain.parent / "packed", CPU) if (plain.parent / "packed").exists() else (model, 0)
+    )
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), reference.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_the_table_adds_up(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack.main([str(plain), str(tmp_path / "packed"), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
+    assert set(rows) >= {"q_proj", "down_proj", "other", "in"}
+    size = (tmp_path / "packed" / FILE).stat().st_size
+    assert float(rows["in"][7]) * 1e6 == pytest.approx(size, rel=0.12)  # the rest is the file's header
+    assert rows["other"][2] == "0"
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert "sparsity_config" not in config
+    assert config == json.loads((plain / "config.json").read_text())
+
+
+def test_transformers_alone_refuses_a_packed_folder(packed_model: Path) -> None:
+    """It must not fill the gaps with random weights."""
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(packed_model)
+
+
+def turn_a_bit(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.bitmap"][3, 1] ^= 4
+
+
+def drop_a_value(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.values"] = tensors[f"{KEY}.values"][:-1].clone()
+
+
+def move_an_offset(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.offsets"][5] = 2**40
+
+
+def cut_the_bitmap(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.bitmap"] = tensors[f"{KEY}.bitmap"][:-1].clone()
+
+
+def cut_all(tensors: dict[str, torch.Tensor]) -> None:
+    """One row fewer in every part: in itself consistent."""
+    kept = int(tensors[f"{KEY}.offsets"][-2])
+    for part, end in (("bitmap", -1), ("offsets", -1), ("values", kept)):
+        tensors[f"{KEY}.{part}"] = tensors[f"{KEY}.{part}"][:end].clone()
+
+
+def other_dtype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.values"] = tensors[f"{KEY}.values"].bfloat16()
+
+
+def remove(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[f"{KEY}.offsets"]
+
+
+def zero_a_value(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{KEY}.values"][7] = 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (turn_a_bit, r"offsets is \d+ at 4; allowed: \d+"),
+        (drop_a_value, r"values has \d+ entries; allowed: \d+"),
+        (move_an_offset, "offsets is 1099511627776 at 5"),
+        (cut_the_bitmap, r"offsets has shape \(49,\); allowed: \(48,\)"),
+        (cut_all, r"(shape is \(47, 32\)|bitmap has 47 rows); allowed: .*48"),
+        (other_dtype, "dtype is bfloat16; allowed: float32"),
+        (remove, "is missing; allowed: all that packed.json lists"),
+        (zero_a_value, "values is 0 at 7"),
+    ],
+)
+def test_damage_is_named(
+    packed_model: Path, tmp_path: Path, damage: Callable[..., None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(packed_model, broken)
+    tensors = load_file(broken / FILE)
+    damage(tensors)
+    save_file(tensors, broken / FILE)
+    with pytest.raises(ValueError, match=message) as caught:
+        packed_folder.load(broken, CPU)
+    assert FILE in str(caught.value)
+    assert KEY in str(caught.value)
+    assert generate.main([str(broken), "--prompt", "x", "--device", "cpu"]) == 2
+    assert pack.main(["--unpack", str(broken), str(tmp_path / "back")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("error: ") and KEY in line for line in lines)
+    assert not list(tmp_path.glob("*back*"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(packed_model: Path, tmp_path: Path, share: float) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(packed_model, broken)
+    content = (broken / FILE).read_bytes()
+    (broken / FILE).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(.*\); allowed: a whole safetensors file"):
+        packed_folder.load(broken, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-40], "is not the list of a packed model"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2; allowed: losa-packed, version 1"),
+        (lambda text: text.replace(f'"{FILE}": {{', '"../other.safetensors": {'), "names files that are not"),
+        (lambda text: text.replace(f'"{KEY}"', '"model.layers.7.mlp.up_proj.weight"'), "is missing"),
+    ],
+)
+def test_a_damaged_list_is_named(
+    packed_model: Path, tmp_path: Path, change: Callable[[str], str], message: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(packed_model, broken)
+    text = (broken / "packed.json").read_text()
+    assert change(text) != text
+    (broken / "packed.json").write_text(change(text))
+    with pytest.raises(ValueError, match=message):
+        packed_folder.load(broken, CPU)
+
+
+def test_a_tensor_that_no_file_has_is_named(packed_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(packed_model, broken)
+    manifest = json.loads((broken / "packed.json").read_text())
+    del manifest["tensors"]["model.norm.weight"]
+    (broken / "packed.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is in no file"):
+        packed_folder.load(broken, CPU)
+
+
+def test_bad_arguments_get_one_line(
+    plain: Path, packed_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    for arguments, message in (
+        ([str(tmp_path / "none"), out], "no config.json with"),
+        ([str(packed_model), out], "is packed already"),
+        ([str(plain), out, "--unpack"], "no packed.json in this folder"),
+        ([str(plain), str(packed_model)], "exists; allowed: a new folder, or --overwrite"),
+        ([str(plain), str(tmp_path / "full"), "--overwrite"], "is not the folder of a model"),
+        ([str(plain), out, "--device", "tpu"], "device is 'tpu'"),
+    ):
+        assert pack.main(arguments) == 2
+        said = capsys.readouterr().err.strip()
+        assert message in said.splitlines()[-1]
+        assert said.count("error: ") == 1
+    assert not (tmp_path / "out").exists()
+    for option, value, message in (
+        ("--max_new_tokens", "0", "max_new_tokens is 0; allowed: 1 or more"),
+        ("--temperature", "-1", "temperature is -1.0; allowed: 0 or more"),
+        ("--top_p", "0", "top_p is 0.0; allowed: above 0, up to 1"),
+        ("--seed", "-1", "seed is -1; allowed: 0 or more"),
+        ("--dtype", "int8", "dtype is 'int8'; allowed: auto, float32"),
+        ("--prompt", "", "prompt is ''; allowed: some text"),
+    ):
+        assert generate.main([str(packed_model), "--prompt", "x", option, value]) == 2
+        assert message in capsys.readouterr().err
+    assert generate.main([str(tmp_path / "none"), "--prompt", "x"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_a_model(plain: Path, packed_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "packed"
+    shutil.copytree(packed_model, target)
+    (target / "left over").write_text("")
+    assert pack.main([str(plain), str(target), "--overwrite", "--device", "cpu"]) == 0
+    assert not (target / "left over").exists()
+    packed_folder.load(target, CPU)
+
+
+def test_generate_prints_the_same_text_for_packed_and_plain(
+    plain: Path, packed_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for folder in (plain, packed_model):
+        assert generate.main([str(folder), "--prompt", "def", "--max_new_tokens", "8", "--device", "cpu"]) == 0
+        text = capsys.readouterr()
+        assert "tokens/s" in text.err
+        assert "memory at its peak" in text.err
+        shown.append(text.out)
+    assert shown[0] == shown[1] != "\n"
+
+
+def test_a_seed_is_a_text(packed_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*options: str) -> str:
+        arguments = [str(packed_model), "--prompt", "def", "--max_new_tokens", "12", "--device", "cpu", *options]
+        assert generate.main(arguments) == 0
+        return capsys.readouterr().out
+
+    hot = ("--temperature", "2")
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
+    assert text(*hot, "--top_p", "1e-6") == text()
+    assert text("--dtype", "bfloat16")

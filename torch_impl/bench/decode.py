@@ -1,0 +1,220 @@
+"""Decoding with sparse weights against dense ones: python -m torch_impl.bench decode [--geometries …] [--whole_model …].
+
+Kernel by kernel: every projection of a block, ours against the best dense product (cuBLAS) in the same data type, both in
+CUDA graphs over copies that fill more than three times the L2 cache. Whole model: tokens/s of one Hugging Face model with a
+static cache, a graph for a token. A ratio is printed only where both sides give the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+
+from torch_impl.bench import geometry, whole
+from torch_impl.bench.measure import ceilings, graphed, relative
+from torch_impl.engine import cuda_decode
+from torch_impl.masks.nm import nm_mask
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Cell:
+    """One projection at one sparsity and batch: both sides."""
+
+    geometry: str
+    projection: str
+    count: int
+    """How often a block has it."""
+    sparsity: str
+    batch: int
+    ours_us: float
+    dense_us: float
+    ours_bytes: int
+    dense_bytes: int
+    peak_tb_per_s: float
+    disagreement: float
+    bound: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both sides gave the same numbers."""
+        return self.disagreement <= self.bound
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster ours is; None where the sides disagree."""
+        return self.dense_us / self.ours_us if self.agrees else None
+
+    @property
+    def tb_per_s(self) -> float:
+        """Bytes of the packed weight over the time."""
+        return self.ours_bytes / self.ours_us / 1e6
+
+    @property
+    def share(self) -> float:
+        """Of the physical limit: the packed weight read once at the rate of a large copy."""
+        return self.tb_per_s / self.peak_tb_per_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {**asdict(self), "ratio": self.ratio, "tb_per_s": self.tb_per_s, "share_of_limit": self.share}
+
+
+def projections(name: str) -> dict[str, tuple[int, int, int]]:
+    """(out, in, how often in a block) of the projections of a geometry that differ in shape."""
+    shape = geometry.GEOMETRIES[name]
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    narrow = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    if narrow == hidden:
+        return {"q,k,v,o": (hidden, hidden, 4), "gate,up": (inner, hidden, 2), "down": (hidden, inner, 1)}
+    return {
+        "q,o": (hidden, hidden, 2),
+        "k,v": (narrow, hidden, 2),
+        "gate,up": (inner, hidden, 2),
+        "down": (hidden, inner, 1),
+    }
+
+
+def sparse(weight: torch.Tensor, sparsity: str) -> torch.Tensor:
+    """`weight` with zeros at random places (a percentage) or in an N:M pattern ("2:4")."""
+    if ":" in sparsity:
+        n, m = map(int, sparsity.split(":"))
+        return weight * nm_mask(torch.rand_like(weight, dtype=torch.float32), n, m)
+    return weight * (torch.rand_like(weight, dtype=torch.float32) >= float(sparsity) / 100)
+
+
+def pack(weight: torch.Tensor) -> tuple[Product, int]:
+    """(x ↦ y = x Wᵀ over the packed weight, its bytes)."""
+    layout = cuda_decode.pack_rows(weight)
+    return partial(cuda_decode.matvec, layout), layout.nbytes
+
+
+def _copies(nbytes: int, device: torch.device) -> int:
+    """How many copies of so many bytes no cache holds."""
+    if device.type != "cuda":
+        return 2
+    return int(3 * torch.cuda.get_device_properties(device).L2_cache_size / nbytes) + 2
+
+
+def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
+    """All cells of a geometry."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    bound = 4 * torch.finfo(dtype).eps
+    cells = []
+    for projection, (rows, columns, count) in projections(name).items():
+        weight = torch.randn(rows, columns, device=device, dtype=dtype) / columns**0.5
+        inputs = {batch: torch.randn(batch, columns, device=device, dtype=dtype) for batch in options.batches}
+        dense_bytes = weight.numel() * weight.element_size()
+        weights = [weight.clone() for _ in range(_copies(dense_bytes, device))]
+        dense = {
+            batch: graphed([partial(functional.linear, x, w) for w in weights], device, options.repeats)
+            for batch, x in inputs.items()
+        }
+        del weights
+        for sparsity in options.sparsities:
+            zeroed = sparse(weight, sparsity)
+            _, size = pack(zeroed)
+            products = [pack(zeroed)[0] for _ in range(_copies(size, device))]
+            for batch, x in inputs.items():
+                ours = graphed([partial(product, x) for product in products], device, options.repeats)
+                apart = relative(products[0](x), x.double() @ zeroed.double().T)
+                sizes = (size, dense_bytes, peak, apart, bound)
+                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense[batch], *sizes))
+    return cells
+
+
+def block(cells: Sequence[Cell], sparsity: str, batch: int) -> tuple[float, float] | None:
+    """(ours, dense) microseconds of a block's projections one after the other; None if a projection disagrees."""
+    chosen = [cell for cell in cells if (cell.sparsity, cell.batch) == (sparsity, batch)]
+    if not all(cell.agrees for cell in chosen):
+        return None
+    return sum(c.count * c.ours_us for c in chosen), sum(c.count * c.dense_us for c in chosen)
+
+
+def _print_cells(name: str, cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    print(
+        f"\n{name}: {'projection':<10}{'zeros':>7}{'batch':>6}{'ours':>11}{'dense':>11}{'ratio':>8}{'TB/s':>7}{'of limit':>9}"
+    )
+    for c in cells:
+        ratio = "refused" if c.ratio is None else f"{c.ratio:.2f}×"
+        shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.2f} µs{c.dense_us:>8.2f} µs"
+        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}")
+    print(f"{name}, the projections of a block, dense / ours:")
+    for batch in options.batches:
+        found = {sparsity: block(cells, sparsity, batch) for sparsity in options.sparsities}
+        ratios = [f"{s}: {'refused' if t is None else f'{t[1] / t[0]:.2f}×'}" for s, t in found.items()]
+        print(f"    batch {batch}   {'   '.join(ratios)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_impl.bench decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = list(geometry.GEOMETRIES)
+    every = ["llama-2-7b", "llama-3-8b", "llama-2-70b"]
+    parser.add_argument("--geometries", nargs="*", choices=known, default=every if cuda else ["small"])
+    parser.add_argument("--sparsities", nargs="+", default=["0", "50", "60", "70", "80", "2:4"], metavar="PERCENT|N:M")
+    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 4, 8])
+    parser.add_argument("--whole_model", choices=known, help="also tokens/s of this geometry, at the percentages given")
+    parser.add_argument("--blocks", type=int, help="decoder blocks of the whole model (default: all)")
+    parser.add_argument(
+        "--tokens", type=int, default=64 if cuda else 4, help="tokens of the whole model that are timed"
+    )
+    parser.add_argument("--repeats", type=int, default=9 if cuda else 1, help="timed repeats; the median counts")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--json", type=Path, help="write all figures here too")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print; 1 if any two sides disagree."""
+    transformers.utils.logging.set_verbosity_error()
+    options = _parser().parse_args(arguments)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    peak = ceilings(device, dtype)[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    usable, reason = cuda_decode.available()
+    print(f"{name}, torch {torch.__version__}, {options.dtype}; copy {peak:.3g} TB/s, measured now")
+    if not usable and device.type == "cuda":
+        print(f"nothing to measure: {reason}", file=sys.stderr)
+        return 1
+    if not usable:
+        print(f"sparse weights are unpacked for every product, which shows nothing but that it works: {reason}")
+    cells = []
+    for shape in options.geometries:
+        found = measure(shape, options, peak)
+        _print_cells(shape, found, options)
+        cells += found
+    rows = whole.measure(options, pack) if options.whole_model else []
+    whole.show(rows)
+    if options.json:
+        figures = {
+            "device": name,
+            "torch": torch.__version__,
+            "dtype": options.dtype,
+            "peak_tb_per_s": peak,
+            "kernels": [cell.as_dict() for cell in cells],
+            "whole_model": [row.as_dict() for row in rows],
+        }
+        options.json.write_text(json.dumps(figures, indent=1))
+    return int(not (all(cell.agrees for cell in cells) and all(row.agrees for row in rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""Products with a packed weight on the CPU: kernels in C++, built on first use; torch's own operations without a compiler."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils import cpp_extension
+
+from torch_impl import packed
+
+SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def paths() -> tuple[str, ...]:
+    """Instruction sets that the kernels have and this CPU too, the fastest first; none, said in one line, if they do not build.
+
+    The first call compiles for about half a minute; torch keeps the result in its folder of extensions.
+    """
+    before = os.environ.get("PATH", "")
+    try:
+        # An environment that is not activated still has its own ninja.
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
+        cpp_extension.load("losa_cpu_decode", [str(SOURCE)], extra_cflags=["-O3"], is_python_module=False)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:160]
+        print(f"packed weights: no kernels for this CPU, a slower path instead ({reason})", file=sys.stderr)
+        return ()
+    finally:
+        os.environ["PATH"] = before
+    return tuple(torch.ops.losa_cpu_decode.paths())
+
+
+def linear(
+    x: torch.Tensor,
+    bitmap: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    path: str | None = None,
+) -> torch.Tensor:
+    """x Wᵀ + b (n, out) of x (n, in) and a checked packed W, summed in float32. path: one of `paths()`, default the first."""
+    if x.dtype not in DTYPES or not paths():
+        return nn.functional.linear(x, packed.expand(bitmap, values, x.shape[1]), bias)
+    result: torch.Tensor = torch.ops.losa_cpu_decode.linear(
+        x.contiguous(), bitmap, values, offsets, bias, path or paths()[0]
+    )
+    return result

@@ -1,0 +1,239 @@
+"""Decoding with sparse weights on a GPU: a layout made on load, and y = W x by hand-written CUDA (cuda_decode.cu).
+
+The CUDA file is compiled on first use, by torch's own builder into its cache. `available` says whether that works here;
+the layout itself is plain tensors, made and unpacked on any device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from torch_impl import gaps
+
+LANES = 32
+GAP_BITS = (2, 3, 4)
+DTYPES = (torch.bfloat16, torch.float16)
+MOST_ROWS = 8
+"""Largest batch that the kernels take at once."""
+# Shared memory that one block may have on Hopper; less on older cards, where the launch says so.
+SHARED = 227 * 1024
+# Two bytes of x for every column of two, four or eight rows at once.
+BATCHES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sparse weight (rows, columns) as a GPU reads it.
+
+    A task is 32 rows by one of `segments` segments of columns; each of its 32 lanes follows one stream of
+    `gaps.pack_gaps`. A task's chunks are stored step by step: chunk k of every lane that has one, lane by lane, so that
+    what a warp loads is one piece of memory. values (chunks, 8) bf16 or fp16; low (chunks,): the codes of a chunk side by
+    side, int16, or int32 with four bits each; high (chunks,) uint8: bits 16-23, with three bits each; counts (tasks, 32)
+    uint8: chunks of each lane; bases (tasks,) int32: a task's first chunk. depth: chunks that a kernel loads ahead.
+    """
+
+    rows: int
+    columns: int
+    segment: int
+    segments: int
+    gap_bits: int
+    depth: int
+    values: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    counts: torch.Tensor
+    bases: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same on another device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
+
+
+def _choose_bits(weight: torch.Tensor) -> int:
+    """Bits of a code that make the layout smallest, by the gaps of some rows."""
+    rows = weight[:: max(1, len(weight) // 64)]
+    sizes = {bits: len(gaps.pack_gaps(rows, weight.shape[1], bits)[0]) * (16 + bits) for bits in GAP_BITS}
+    return min(sizes, key=lambda bits: sizes[bits])
+
+
+def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> tuple[int, int]:
+    """(columns of a segment, chunks to load ahead), measured on an H200.
+
+    A block is 32 rows, a warp for every segment. All blocks should be on the card at once, with as many warps as fit, but
+    short streams waste the rest of their last chunk.
+    """
+    blocks = -(-rows // LANES)
+    waves = -(-blocks // processors)
+    if blocks <= processors // 2:
+        shortest = 128
+    elif waves == 1:
+        shortest = 256 if gap_bits == 4 else 208
+    else:
+        shortest = 256 if gap_bits == 4 else 512
+    warps = min(32, columns // shortest, max(8, 48 // waves))
+    segment = -(-columns // max(1, warps))
+    segment = max(-(-segment // 8) * 8, 8)
+    deep = (gap_bits == 4) == (waves == 1) and -(-columns // segment) <= (16 if waves == 1 else 8)
+    return segment, 8 if deep else 4
+
+
+def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | None = None) -> Layout:
+    """The layout of a weight (out, in) in bf16 or fp16, on its device; zeros of either sign are left out.
+
+    segment, gap_bits: set for tests; else what is fastest and smallest. Errors: TypeError for another dtype.
+    """
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight has dtype {weight.dtype}; allowed: bfloat16 or float16")
+    weight = weight.detach()
+    rows, columns = weight.shape
+    gap_bits = _choose_bits(weight) if gap_bits is None else gap_bits
+    depth = 4
+    if segment is None:
+        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 132
+        segment, depth = _choose_segments(rows, columns, gap_bits, processors)
+    values, codes, chunks = gaps.pack_gaps(weight, segment, gap_bits)
+    counts = chunks.new_zeros(-(-rows // LANES) * LANES, chunks.shape[1])
+    counts[:rows] = chunks
+    counts = counts.view(-1, LANES, chunks.shape[1]).transpose(1, 2).reshape(-1, LANES)
+    order = _order(counts, rows, chunks)
+    shifts = gap_bits * torch.arange(gaps.CHUNK, device=weight.device)
+    words = (codes.view(-1, gaps.CHUNK)[order].long() << shifts).sum(1)
+    per_task = counts.sum(1)
+    layout = Layout(
+        rows,
+        columns,
+        segment,
+        chunks.shape[1],
+        gap_bits,
+        depth,
+        values.view(-1, gaps.CHUNK)[order],
+        words.to(torch.int32 if gap_bits == 4 else torch.int16),
+        (words >> 16).to(torch.uint8) if gap_bits == 3 else words.new_zeros(0, dtype=torch.uint8),
+        counts.to(torch.uint8),
+        (per_task.cumsum(0) - per_task).to(torch.int32),
+    )
+    if weight.is_cuda:
+        # A kernel may read its weights before the one before it has ended, so they must be there.
+        torch.cuda.current_stream(weight.device).synchronize()
+    return layout
+
+
+def _order(counts: torch.Tensor, rows: int, chunks: torch.Tensor) -> torch.Tensor:
+    """For every stored chunk its number among those of `gaps.pack_gaps`; counts (tasks, 32), chunks (rows, segments)."""
+    steps = torch.arange(int(counts.max()), device=counts.device)
+    task, step, lane = torch.nonzero(steps[None, :, None] < counts[:, None, :], as_tuple=True)
+    segments = chunks.shape[1]
+    stream = (task // segments * LANES + lane) * segments + task % segments
+    first = chunks.flatten().cumsum(0) - chunks.flatten()
+    return first[stream] + step
+
+
+def unpack(layout: Layout) -> torch.Tensor:
+    """The dense weight (rows, columns): by a kernel where there is one, else in torch."""
+    if layout.values.is_cuda and available()[0]:
+        dense = layout.values.new_zeros(layout.rows, layout.columns)
+        _call("losa_expand", layout, dense, numbers=(layout.gap_bits,))
+        return dense
+    counts = layout.counts.long().view(-1, layout.segments, LANES).transpose(1, 2).reshape(-1, layout.segments)
+    chunks = counts[: layout.rows].contiguous()
+    order = _order(layout.counts.long(), layout.rows, chunks)
+    words = layout.low.long() & (0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF)
+    if layout.gap_bits == 3:
+        words |= layout.high.long() << 16
+    shifts = layout.gap_bits * torch.arange(gaps.CHUNK, device=words.device)
+    codes = (words[:, None] >> shifts & (2**layout.gap_bits - 1)).to(torch.uint8)
+    values = torch.empty_like(layout.values)
+    values[order] = layout.values
+    placed = torch.empty_like(codes)
+    placed[order] = codes
+    return gaps.unpack_gaps(values.flatten(), placed.flatten(), chunks, layout.columns, layout.segment)
+
+
+def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y (b, out) = x (b, in) · Wᵀ (+ bias), sums in float32, rounded once; b from 1 to 8 on a GPU.
+
+    On a GPU it can be captured in a CUDA graph: it waits for nothing. On the CPU, and on a GPU without the kernels, the
+    weight is unpacked. x has the weight's dtype. Errors: ValueError or TypeError naming the argument.
+    """
+    if x.dim() != 2 or x.shape[1] != layout.columns:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (b, {layout.columns})")
+    if x.dtype != layout.values.dtype:
+        raise TypeError(f"x has dtype {x.dtype}; allowed: {layout.values.dtype}, the weight's")
+    if not (layout.values.is_cuda and available()[0]):
+        wide = functional.linear(x.float(), unpack(layout).float(), None if bias is None else bias.float())
+        return wide.to(x.dtype)
+    if not 1 <= len(x) <= MOST_ROWS:
+        raise ValueError(f"x has {len(x)} rows; allowed: 1 to {MOST_ROWS}")
+    x = x.contiguous()
+    y = x.new_empty(len(x), layout.rows)
+    room = next(b for b in BATCHES if _shared(layout, b) <= SHARED)
+    half, overlap = int(x.dtype == torch.float16), int(torch.cuda.get_device_capability(x.device)[0] >= 9)
+    for first in range(0, len(x), room):
+        part = x[first : first + room]
+        numbers = (layout.gap_bits, half, len(part), layout.depth, overlap)
+        _call("losa_matvec", layout, part, bias, y[first : first + room], numbers=numbers)
+    return y
+
+
+def _shared(layout: Layout, batch: int) -> int:
+    """Bytes of shared memory that a block takes for so many rows of x."""
+    return 2 * batch * (layout.segments * layout.segment + 2 * gaps.CHUNK)
+
+
+def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
+    """Launch on the current stream of the layout's device."""
+    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (*layout.tensors().values(), *tensors)]
+    device = layout.values.device
+    with torch.cuda.device(device):
+        queue = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        shape = (layout.rows, layout.columns, layout.segment, layout.segments)
+        error = getattr(_library(), name)(*pointers, *shape, *numbers, queue)
+    if error:
+        raise RuntimeError(f"{name} failed with CUDA error {error}")
+
+
+@functools.cache
+def available() -> tuple[bool, str]:
+    """(whether the kernels run here, else why not in one line); builds them on the first call."""
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return False, "the GPU is older than compute capability 8.0"
+    try:
+        _library()
+    except (OSError, RuntimeError, ImportError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        return False, f"cuda_decode.cu cannot be built: {reason.strip()[:200]}"
+    return True, ""
+
+
+@functools.cache
+def _library() -> Any:
+    """The compiled kernels. Errors: OSError or RuntimeError if there is no compiler."""
+    from torch.utils import cpp_extension
+
+    source = Path(__file__).with_name("cuda_decode.cu")
+    with warnings.catch_warnings():
+        # Which cards to build for: those that are there.
+        warnings.simplefilter("ignore")
+        path = cpp_extension.load("losa_cuda_decode", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
+    return ctypes.CDLL(str(path))

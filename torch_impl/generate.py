@@ -1,0 +1,134 @@
+"""Text from a packed or plain model: python -m torch_impl.generate MODEL --prompt "..."."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from torch_impl.engine import checkpoint, packed_folder
+
+
+class _TimedStreamer(TextStreamer):  # type: ignore[misc]
+    """Prints text as it comes and notes when: the prompt's echo first, then every token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Token ids from `generate`."""
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m torch_impl.generate", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="folder of a packed model, or a plain folder or hub id")
+    parser.add_argument("--prompt", required=True, help="text to go on from")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of that probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, right, allowed in (
+        ("prompt", bool(options.prompt), "some text"),
+        ("max_new_tokens", options.max_new_tokens >= 1, "1 or more"),
+        ("temperature", 0 <= options.temperature < float("inf"), "0 or more"),
+        ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
+        ("seed", options.seed >= 0, "0 or more"),
+        ("dtype", options.dtype in ("auto", *checkpoint.DTYPES), ", ".join(("auto", *checkpoint.DTYPES))),
+    ):
+        if not right:
+            raise ValueError(f"{name} is {getattr(options, name)!r}; allowed: {allowed}")
+
+
+def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    device = checkpoint.choose_device(options.device)
+    folder = Path(options.model)
+    if packed_folder.is_packed(folder):
+        return packed_folder.load(folder, device, checkpoint.DTYPES.get(options.dtype))
+    if options.dtype != "auto" or device.type != "cpu" or not (folder / "config.json").is_file():
+        return checkpoint.load(options.model, device, options.dtype)
+    stored = transformers.AutoConfig.from_pretrained(folder).dtype or torch.float32
+    return checkpoint.load(options.model, device, str(stored).removeprefix("torch."))
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> tuple[torch.Tensor, list[float]]:
+    """New token ids (n,) and when the prompt and each of them were there, seconds; text goes to standard output."""
+    streamer = _TimedStreamer(tokenizer)
+    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    torch.manual_seed(options.seed)
+    given = inputs["input_ids"].shape[1]
+    ids: torch.Tensor = model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=options.max_new_tokens,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        **sampling,
+    )
+    return ids[0, given:].cpu(), streamer.times
+
+
+def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
+    """Tokens a second and memory, in one line each."""
+    module: nn.Module = model
+    # Tied weights count once.
+    tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    lines = [f"prompt of {given} tokens: first token after {times[1] - times[0]:.2f} s"]
+    if len(times) > 2:
+        lines.append(f"{len(times) - 2} more tokens: {(len(times) - 2) / (times[-1] - times[1]):.2f} tokens/s")
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines.append(f"weights {weights / 1e9:.2f} GB, {dtype}; memory at its peak {peak / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Generate. Returns the exit status: 0, or 2 after one line on what was wrong."""
+    transformers.utils.logging.set_verbosity_error()
+    options = _parser().parse_args(arguments)
+    try:
+        _check(options)
+        model, tokenizer = _load(options)
+        given = len(tokenizer(options.prompt)["input_ids"])
+        if not given:
+            raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
+        _, times = generate(model, tokenizer, options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nerror: interrupted", file=sys.stderr)
+        return 130
+    print(f"\n{_summary(model, given, times)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A sparse matrix as a bitmap and its kept values, on tensors. Spec: reference/packed.py; the layer: engine/packed_linear.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import _checks
+
+WORD = 32
+_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(bitmap (out, 4·⌈in/32⌉) uint8, values (kept,), offsets (out + 1,) int64) of a weight (out, in), on its device."""
+    weight = _numbers("weight", weight, "out", "in")
+    bits = _bits(weight)
+    kept = bits != 0
+    padded = nn.functional.pad(kept, (0, -weight.shape[1] % WORD))
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=weight.device)
+    bitmap = padded.view(torch.uint8).view(len(weight), -1, 8).mul(powers).sum(2, dtype=torch.uint8)
+    return bitmap, bits[kept].view(weight.dtype), _running(kept.sum(1))
+
+
+def unpack(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, columns: int) -> torch.Tensor:
+    """The weight (out, in) that was packed, bit for bit; checked first."""
+    check(bitmap, values, offsets, columns)
+    return expand(bitmap, values, columns)
+
+
+def expand(bitmap: torch.Tensor, values: torch.Tensor, columns: int) -> torch.Tensor:
+    """`unpack` of what was checked before: reads nothing back from a GPU."""
+    bits = torch.zeros(len(bitmap), columns, dtype=_SIGNED[values.element_size()], device=values.device)
+    bits.masked_scatter_(_kept(bitmap)[:, :columns], _bits(values))
+    return bits.view(values.dtype)
+
+
+def check(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, columns: int) -> None:
+    """Refuse what `pack` cannot have made: shapes, dtypes, bits beyond the columns, offsets, number of values, zeros."""
+    columns = _checks.integer("columns", columns, 1)
+    bitmap, values = _typed("bitmap", bitmap, torch.uint8), _numbers("values", values, "kept")
+    offsets = _typed("offsets", offsets, torch.int64)
+    width = -(-columns // WORD) * WORD // 8
+    if bitmap.dim() != 2 or len(bitmap) == 0 or bitmap.shape[1] != width:
+        raise ValueError(
+            f"bitmap has shape {tuple(bitmap.shape)}; allowed: (out, {width}) for {columns} columns, out not 0"
+        )
+    if offsets.shape != (len(bitmap) + 1,):
+        raise ValueError(f"offsets has shape {tuple(offsets.shape)}; allowed: ({len(bitmap) + 1},), one more than rows")
+    last = columns // 8
+    beyond = _first(_kept(bitmap[:, last:])[:, columns - 8 * last :].any(1))
+    if beyond is not None:
+        raise ValueError(f"bitmap has a bit beyond column {columns - 1} in row {beyond}; allowed: none")
+    running = _running(_popcount(bitmap).sum(1))
+    row = _first(offsets != running)
+    if row is not None:
+        raise ValueError(
+            f"offsets is {int(offsets[row])} at {row}; allowed: {int(running[row])}, the bits of bitmap before that row"
+        )
+    if len(values) != running[-1]:
+        raise ValueError(f"values has {len(values)} entries; allowed: {int(running[-1])}, one for every bit of bitmap")
+    empty = _first(_bits(values) == 0)
+    if empty is not None:
+        raise ValueError(f"values is 0 at {empty}; allowed: bits that are not all 0")
+
+
+def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
+    """(32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ): bits of the packed form for each position of the matrix."""
+    _checks.number("sparsity", sparsity, 0.0, 1.0)
+    _checks.integer("value_bits", value_bits, 1)
+    _checks.integer("columns", columns, 1)
+    return (-(-columns // WORD) * WORD + 64) / columns + value_bits * (1 - sparsity)
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    """The same bits as signed integers, which every operation knows."""
+    return value.contiguous().view(_SIGNED[value.element_size()])
+
+
+def _kept(bitmap: torch.Tensor) -> torch.Tensor:
+    """Bool (rows, 8 · bytes): the bits, lowest first."""
+    places = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+    return (bitmap[:, :, None] >> places).bitwise_and_(1).view(torch.bool).flatten(1)
+
+
+def _popcount(bitmap: torch.Tensor) -> torch.Tensor:
+    """Set bits of every byte: sums of neighbouring bits, pairs, fours."""
+    twos = bitmap - ((bitmap >> 1) & 0x55)
+    fours = (twos & 0x33) + ((twos >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F
+
+
+def _running(counts: torch.Tensor) -> torch.Tensor:
+    """0 and the running sums."""
+    return nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _first(wrong: torch.Tensor) -> int | None:
+    """Index of the first True, or None."""
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
+    return value
+
+
+def _typed(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
+    if _tensor(name, value).dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: {str(dtype).removeprefix('torch.')}")
+    return _tensor(name, value)
+
+
+def _numbers(name: str, value: Any, *axes: str) -> torch.Tensor:
+    """A tensor of floating-point or unsigned numbers of 2, 4 or 8 bytes; only a matrix must have entries."""
+    kind = _tensor(name, value).is_floating_point() or value.dtype in _UNSIGNED
+    if not kind or value.element_size() not in _SIGNED:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")
+    if value.dim() != len(axes) or (len(axes) == 2 and value.numel() == 0):
+        allowed = f"({', '.join(axes)}){', none of them 0' * (len(axes) == 2)}"
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: {allowed}")
+    return _tensor(name, value)
