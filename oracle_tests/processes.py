@@ -18,7 +18,7 @@ SECONDS = 60
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> list[Any]:
     """What `work(*arguments)` returns in each of `count` processes, in their order; `joined` finds the others.
 
-    Errors: RuntimeError with the traceback of a process that failed, or that died; the others are ended then.
+    Errors: RuntimeError with the tracebacks of those that failed, once all have ended; none is helped to end before then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -44,6 +44,7 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dic
 
 def _collect(results: list[Connection]) -> list[Any]:
     found: dict[int, Any] = {}
+    failures: dict[int, str] = {}
     while len(found) < len(results):
         open_ends = [end for number, end in enumerate(results) if number not in found]
         ready = wait(open_ends, timeout=SECONDS)
@@ -55,9 +56,11 @@ def _collect(results: list[Connection]) -> list[Any]:
                 failure, value = end.recv()  # type: ignore[union-attr]
             except EOFError:
                 failure, value = "it died", None
-            if failure is not None:
-                raise RuntimeError(f"process {number}: {failure}")
             found[number] = value
+            if failure is not None:
+                failures[number] = failure
+    if failures:
+        raise RuntimeError("\n".join(f"process {number}: {failures[number]}" for number in sorted(failures)))
     return [found[number] for number in range(len(results))]
 
 

@@ -19,7 +19,7 @@ from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import distributed, families, layers, points, sharded, statistics, training
+from torch_impl.engine import distributed, families, layers, sharded, sharded_points, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.training import IGNORED, Example, TrainingConfig
 from torch_impl.experiment.config import Config
@@ -105,11 +105,11 @@ def train(
             layer.resize(2, (number,))
     distributed.shard(ours, family, torch.device("cpu"))
     if point is not None:
-        points.load(point, ours)
+        sharded_points.load(point, ours)
     trained = [parameter for layer in layers.adapters(ours) for parameter in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     if point is not None:
-        assert points.load(point, ours, optimizer) == {"steps": steps.start}
+        assert sharded_points.load(point, ours, optimizer) == {"steps": steps.start}
     config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     examples = [example for part in parts() for example in part]
     with float64_llama(), training.Gradients(ours, None, config) as gradients:
@@ -121,7 +121,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             if save is not None:
-                points.save(save, ours, optimizer, {"steps": step + 1})
+                sharded_points.save(save, ours, optimizer, {"steps": step + 1})
     merged = {
         name: distributed.full(layer.weight.detach()).numpy() + 2.0 * (layer.B @ layer.A).detach().numpy()
         for name, layer in ours.named_modules()
