@@ -19,8 +19,10 @@ from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import distributed, families, layers, sharded, sharded_points, statistics, training
+from torch_impl.engine import distributed, families, layers, sharded, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.journal import Journal
+from torch_impl.engine.points import Points
 from torch_impl.engine.training import IGNORED, Example, TrainingConfig
 from torch_impl.experiment.config import Config
 
@@ -67,13 +69,31 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-def run(case: losa.Settings, folder: Path | None = None) -> Outcome:
-    """A whole run on the processes there are; process 0 says what came out."""
+class Fatal(Journal):
+    """A journal with a point at every moment, at the n-th of which one process dies by SIGKILL, before it is written."""
+
+    def __init__(self, folder: Path, n: int | None = None) -> None:
+        super().__init__(Points(folder), save_every=1)
+        self._left = n
+
+    def _save(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0 and distributed.number() == distributed.processes() - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        super()._save()
+
+
+def run(
+    case: losa.Settings, folder: Path | None = None, points: Path | None = None, fatal: int | None = None
+) -> Outcome:
+    """A whole run on the processes there are; process 0 says what came out. points, fatal: see `Fatal`."""
     ours = model()
     family = families.find_family(ours)
     ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
     with float64_llama():
-        records = losa.run(ours, ids, parts(), case)
+        journal = None if points is None else Fatal(points, fatal)
+        records = losa.run(ours, ids, parts(), case, journal=journal)
     if not distributed.is_sharded(ours):
         layers.merge_adapters(ours, family)
         return Outcome(records, {n: p.detach().numpy() for n, p in ours.named_parameters()})
@@ -87,47 +107,6 @@ def run(case: losa.Settings, folder: Path | None = None) -> Outcome:
         sharded.save(ours, family, folder)
     weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
     return Outcome(records, {n: w.numpy() for n, w in weights.items()})
-
-
-def train(
-    point: Path | None, steps: range, save: Path | None = None, killed: int | None = None
-) -> dict[str, np.ndarray]:
-    """Optimizer steps of a pruned model with adapters, from a point on; saved as one at the end, or after every step.
-
-    killed: the number of a process that dies by SIGKILL halfway through the last step.
-    """
-    ours = model(tied=False)
-    family = families.find_family(ours)
-    layers.attach_adapters(ours, family, 2.0)
-    with torch.no_grad():
-        for number, layer in enumerate(layers.adapters(ours)):
-            layer.weight.mul_(layer.weight.abs() > 0.1)
-            layer.resize(2, (number,))
-    distributed.shard(ours, family, torch.device("cpu"))
-    if point is not None:
-        sharded_points.load(point, ours)
-    trained = [parameter for layer in layers.adapters(ours) for parameter in (layer.A, layer.B)]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    if point is not None:
-        assert sharded_points.load(point, ours, optimizer) == {"steps": steps.start}
-    config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    examples = [example for part in parts() for example in part]
-    with float64_llama(), training.Gradients(ours, None, config) as gradients:
-        for step in steps:
-            if killed == distributed.number() and step == steps[-1]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            gradients.of(examples[2 * step : 2 * step + 3])
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if save is not None:
-                sharded_points.save(save, ours, optimizer, {"steps": step + 1})
-    merged = {
-        name: distributed.full(layer.weight.detach()).numpy() + 2.0 * (layer.B @ layer.A).detach().numpy()
-        for name, layer in ours.named_modules()
-        if isinstance(layer, layers.AdaptedLinear)
-    }
-    return merged
 
 
 def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oracle_tests.processes import in_processes
-from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spread_config, train
+from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spread_config
 from oracle_tests.tolerances import OTHER_ORDER, UNIT
 from tiny_models.random_models import random_model, save_random_model
 from torch_impl.bench.geometry import GEOMETRIES, build
-from torch_impl.engine import distributed, families, layers, sharded, sharded_points
+from torch_impl.engine import distributed, families, layers, sharded
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.experiment import scaling
 from torch_impl.experiment.config import CONFIGS, parse
@@ -128,41 +129,19 @@ def test_gram_matrices_are_of_all_sequences_in_their_order() -> None:
             np.testing.assert_allclose(ours, expected, rtol=0, atol=expected.max() * 32 * UNIT[added_in])
 
 
-def test_a_point_of_two_processes_goes_on_on_one_and_four(tmp_path: Path) -> None:
-    point = tmp_path / "point"
-    whole = train(None, range(4))
-    in_processes(2, train, None, range(2), point)
-    goes_on = [train(point, range(2, 4)), *in_processes(4, train, point, range(2, 4))]
-    for weights in goes_on:
-        for name, weight in whole.items():
-            np.testing.assert_allclose(weights[name], weight, rtol=0, atol=OTHER_ORDER)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_point_that_was_changed_is_refused(tmp_path: Path) -> None:
-    point = tmp_path / "point"
-    train(None, range(1), point)
-    [file] = point.glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file.name} is not what was written"):
-        train(point, range(1, 2))
-    (point / sharded_points.STATE).unlink()
-    with pytest.raises(ValueError, match="is not complete"):
-        train(point, range(1, 2))
-
-
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path: Path) -> None:
-    """The other one fails by itself, without a launcher too; the last point is whole."""
-    point = tmp_path / "point"
+@pytest.mark.parametrize("fatal", [2, 6, 10])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_any_number(fatal: int, tmp_path: Path) -> None:
+    """Killed while pruning, while training, in the second step; the last point is whole and serves one, two and four."""
+    case = settings(prune_method="sparsegpt", rank_shrink="fold") if fatal == 10 else settings()
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)process 0: Traceback.*process 1: it died"):
-        in_processes(2, train, None, range(3), point, 1)
+    with pytest.raises(RuntimeError, match="process"):
+        in_processes(2, run, case, None, tmp_path / "points", fatal)
     assert time.monotonic() - start < 60
-    resumed = in_processes(2, train, point, range(2, 4))
-    for name, weight in train(None, range(4)).items():
-        np.testing.assert_allclose(resumed[0][name], weight, rtol=0, atol=OTHER_ORDER)
+    one = run(case)
+    for count in (1, 4) if fatal == 6 else (2,):
+        points = shutil.copytree(tmp_path / "points", tmp_path / f"points of {count}")
+        for outcome in in_processes(count, run, case, None, points):
+            assert_same(outcome, one)
 
 
 def test_one_process_needs_no_group() -> None:

@@ -111,7 +111,7 @@ def measure(geometry: str, pattern: float | str, batches: Sequence[int], repeats
     generator = torch.Generator().manual_seed(0)
     loop, shapes, blocks = dense_loop(), projections(geometry), 1
     dense: list[torch.Tensor] = []
-    sparse: list[tuple[torch.Tensor, ...]] = []
+    sparse: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     while not sparse or sum(part.nbytes for parts in sparse for part in parts) < STREAM:
         blocks = len(sparse) // len(shapes) + 1
         for rows, columns in shapes:
