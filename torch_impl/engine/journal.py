@@ -196,7 +196,9 @@ class Journal:
         index = int(part.rpartition("-")[2])
         block, dense = (decoder_blocks(model, self._family)[index] for model in (self._model, self._dense))
         with distributed.whole(block, dense):
-            return state.block_tensors(block, dense, self._family)
+            tensors = state.block_tensors(block, dense, self._family)
+            # What was gathered is gone when the block is sharded again.
+            return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors
 
     @contextmanager
     def stopping_at_points(self) -> Iterator[None]:
