@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from pathlib import Path
 
@@ -190,34 +191,32 @@ def test_the_layer_refuses_what_contradicts_itself() -> None:
         PackedLinear(bitmap, values[1:], offsets, 40)
 
 
+@pytest.fixture
+def not_built(paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had asked for the kernels yet. They are there before: torch registers a library once a process."""
+    monkeypatch.setattr(cpu_decode, "paths", functools.cache(cpu_decode.paths.__wrapped__))
+
+
 def test_without_a_compiler_a_slower_path_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    not_built: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\n  here")
 
     weight = sparse(20, 70, 0.5, torch.float32)
     x = torch.randn(3, 70)
-    cpu_decode.paths.cache_clear()
     monkeypatch.setattr(cpp_extension, "load", broken)
-    try:
-        for _ in range(2):
-            assert_product("no compiler", cpu_decode.linear(x, *packed.pack(weight)), x, weight)
-        assert cpu_decode.paths() == ()
-    finally:
-        cpu_decode.paths.cache_clear()
+    for _ in range(2):
+        assert_product("no compiler", cpu_decode.linear(x, *packed.pack(weight)), x, weight)
+    assert cpu_decode.paths() == ()
     said = capsys.readouterr().err
     assert said == "packed weights: no kernels for this CPU, a slower path instead (no compiler here)\n"
 
 
 def test_a_compiler_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    not_built: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    cpu_decode.paths.cache_clear()
-    try:
-        assert cpu_decode.paths() == ()
-    finally:
-        cpu_decode.paths.cache_clear()
+    assert cpu_decode.paths() == ()
     assert capsys.readouterr().err.count("\n") == 1

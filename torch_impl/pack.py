@@ -34,7 +34,7 @@ def table(savings: Sequence[Saving]) -> str:
     whole = Saving("in all")
     for saving in (*savings, whole):
         if saving is not whole:
-            for name in ("tensors", "packed", "positions", "kept", "before", "after"):
+            for name in ("tensors", "packed", "positions", "kept", "negative_zeros", "before", "after"):
                 setattr(whole, name, getattr(whole, name) + getattr(saving, name))
         cells.append(
             [
@@ -49,7 +49,13 @@ def table(savings: Sequence[Saving]) -> str:
             ]
         )
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells)
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    if whole.negative_zeros:
+        lines += [
+            "",
+            f"{whole.negative_zeros:,} of the zeros are negative and stored, since unpacking gives back every bit.",
+        ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

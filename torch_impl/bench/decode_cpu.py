@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import cpp_extension
 
 from torch_impl import packed
 from torch_impl.bench.geometry import GEOMETRIES
@@ -78,8 +77,7 @@ def dense_loop() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """The hand-written dense bf16 loop, where this CPU and its compiler have one."""
     if "avx512bf16" not in cpu_decode.paths():
         return None
-    source = Path(__file__).with_name("dense_loop.cpp")
-    cpp_extension.load("losa_dense_loop", [str(source)], extra_cflags=["-O3"], is_python_module=False)
+    cpu_decode.build(Path(__file__).with_name("dense_loop.cpp"))
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.ops.losa_dense_loop.linear
     return function
 
@@ -124,14 +122,12 @@ def measure(geometry: str, pattern: float | str, batches: Sequence[int], repeats
     for batch in batches:
         xs = [torch.randn(batch, weight.shape[1], generator=generator).bfloat16() for weight in dense]
 
-        def run(function: Callable[..., torch.Tensor], weights: Sequence[Any], xs: Sequence[torch.Tensor]) -> None:
-            for x, weight in zip(xs, weights, strict=True):
-                function(x, *weight) if isinstance(weight, tuple) else function(x, weight)
-
-        sides = [partial(run, cpu_decode.linear, sparse, xs), partial(run, nn.functional.linear, dense, xs)]
-        sides += [partial(run, loop, dense, xs)] if loop else []
+        plain = [(weight,) for weight in dense]
+        sides = [partial(_each, cpu_decode.linear, xs, sparse), partial(_each, nn.functional.linear, xs, plain)]
+        sides += [partial(_each, loop, xs, plain)] if loop else []
         times = [milliseconds / blocks for milliseconds in quickest(sides, repeats)]
         expected = nn.functional.linear(xs[0].float(), dense[0].float())
+        bitmap, values, offsets = sparse[0]
         rows_found.append(
             DecodeRow(
                 geometry,
@@ -142,10 +138,17 @@ def measure(geometry: str, pattern: float | str, batches: Sequence[int], repeats
                 times[2] if loop else None,
                 sum(part.nbytes for parts in sparse for part in parts) // blocks,
                 sum(weight.nbytes for weight in dense) // blocks,
-                relative(cpu_decode.linear(xs[0], *sparse[0]), expected),
+                relative(cpu_decode.linear(xs[0], bitmap, values, offsets), expected),
             )
         )
     return rows_found
+
+
+def _each(
+    function: Callable[..., torch.Tensor], xs: Sequence[torch.Tensor], weights: Sequence[Sequence[torch.Tensor]]
+) -> None:
+    for x, weight in zip(xs, weights, strict=True):
+        function(x, *weight)
 
 
 def line(row: DecodeRow) -> str:

@@ -17,7 +17,8 @@ AVX512BF16 void row(const uint16_t* weight, const uint16_t* x, int64_t columns, 
   constexpr int kSums = N == 1 ? 4 : N <= 4 ? 2 : 1;
   __m512 sum[kSums][N];
   for (auto& each : sum) std::fill(each, each + N, _mm512_setzero_ps());
-  for (int64_t c = 0; c + 32 * kSums <= columns; c += 32 * kSums) {
+  int64_t c = 0;
+  for (; c + 32 * kSums <= columns; c += 32 * kSums) {
 #pragma GCC unroll 4
     for (int k = 0; k < kSums; k++) {
       const auto w = (__m512bh)_mm512_loadu_si512(weight + c + 32 * k);
@@ -25,6 +26,12 @@ AVX512BF16 void row(const uint16_t* weight, const uint16_t* x, int64_t columns, 
       for (int n = 0; n < N; n++) {
         sum[k][n] = _mm512_dpbf16_ps(sum[k][n], w, (__m512bh)_mm512_loadu_si512(x + n * columns + c + 32 * k));
       }
+    }
+  }
+  for (; c < columns; c += 32) {
+    for (int n = 0; n < N; n++) {
+      sum[0][n] = _mm512_dpbf16_ps(sum[0][n], (__m512bh)_mm512_loadu_si512(weight + c),
+                                   (__m512bh)_mm512_loadu_si512(x + n * columns + c));
     }
   }
   for (int n = 0; n < N; n++) {
@@ -38,9 +45,9 @@ constexpr RowFunction kFunctions[8] = {row<1>, row<2>, row<3>, row<4>, row<5>, r
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t count = x.size(0), columns = x.size(1), rows = weight.size(0);
-  TORCH_CHECK_VALUE(1 <= count && count <= 8 && columns % 128 == 0 && weight.size(1) == columns && x.is_contiguous() &&
+  TORCH_CHECK_VALUE(1 <= count && count <= 8 && columns % 32 == 0 && weight.size(1) == columns && x.is_contiguous() &&
                         weight.is_contiguous() && x.scalar_type() == at::kBFloat16,
-                    "x has shape ", x.sizes(), "; allowed: 1 to 8 bf16 rows of a multiple of 128 columns");
+                    "x has shape ", x.sizes(), "; allowed: 1 to 8 bf16 rows of a multiple of 32 columns");
   at::Tensor y = at::empty({count, rows}, x.options());
   const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
   const auto* kept = static_cast<const uint16_t*>(weight.const_data_ptr());

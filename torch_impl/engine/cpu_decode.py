@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import subprocess
 import sys
@@ -19,23 +20,35 @@ SOURCE = Path(__file__).with_name("cpu_decode.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def build(source: Path) -> None:
+    """Compile and load a C++ file of this package. Its place among torch's extensions is its own: another checkout or
+    version that builds at the same time must not replace a library in use.
+
+    Errors: RuntimeError, OSError, ImportError or SubprocessError where there is no compiler or no ninja.
+    """
+    content = source.read_bytes() + str(source.resolve()).encode() + torch.__version__.encode()
+    name = f"losa_{source.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
+    before = os.environ.get("PATH", "")
+    try:
+        # An environment that is not activated still has its own ninja.
+        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
+        cpp_extension.load(name, [str(source)], extra_cflags=["-O3"], is_python_module=False)
+    finally:
+        os.environ["PATH"] = before
+
+
 @functools.cache
 def paths() -> tuple[str, ...]:
     """Instruction sets that the kernels have and this CPU too, the fastest first; none, said in one line, if they do not build.
 
     The first call compiles for about half a minute; torch keeps the result in its folder of extensions.
     """
-    before = os.environ.get("PATH", "")
     try:
-        # An environment that is not activated still has its own ninja.
-        os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
-        cpp_extension.load("losa_cpu_decode", [str(SOURCE)], extra_cflags=["-O3"], is_python_module=False)
+        build(SOURCE)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:160]
         print(f"packed weights: no kernels for this CPU, a slower path instead ({reason})", file=sys.stderr)
         return ()
-    finally:
-        os.environ["PATH"] = before
     return tuple(torch.ops.losa_cpu_decode.paths())
 
 

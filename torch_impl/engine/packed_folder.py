@@ -51,6 +51,7 @@ class Saving:
     packed: int = 0
     positions: int = 0
     kept: int = 0
+    negative_zeros: int = 0
     before: int = 0
     after: int = 0
     """Bytes."""
@@ -61,6 +62,8 @@ class Saving:
         self.packed += is_packed
         self.positions += tensor.numel()
         self.kept += int((tensor != 0).sum())
+        if is_packed:
+            self.negative_zeros += int(((tensor == 0) & tensor.signbit()).sum())
         self.before += _bytes(tensor)
         self.after += _bytes(*stored.values())
 
