@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +20,10 @@ from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close
 from reference import packed as spec
 from torch_impl import packed
-from torch_impl.engine import cpu_decode
+from torch_impl.engine import cpu_decode, cuda_decode, packed_linear
 from torch_impl.engine.packed_linear import DECODE_ROWS, PackedLinear
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1), (3, 31), (7, 33), (64, 96), (5, 257), (33, 1000), (200, 320))
 SPARSITIES = (0.0, 0.5, 0.7, 0.97, 1.0)
@@ -192,13 +196,15 @@ def test_the_layer_refuses_what_contradicts_itself() -> None:
 
 
 @pytest.fixture
-def not_built(paths: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nothing had asked for the kernels yet. They are there before: torch registers a library once a process."""
+def fresh_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets what was built, for one test; built again, torch would load a second library of the same operations, and abort."""
+    cpu_decode.paths()
     monkeypatch.setattr(cpu_decode, "paths", functools.cache(cpu_decode.paths.__wrapped__))
 
 
+@pytest.mark.usefixtures("fresh_paths")
 def test_without_a_compiler_a_slower_path_says_so_once(
-    not_built: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\n  here")
@@ -213,10 +219,116 @@ def test_without_a_compiler_a_slower_path_says_so_once(
     assert said == "packed weights: no kernels for this CPU, a slower path instead (no compiler here)\n"
 
 
+@pytest.mark.usefixtures("fresh_paths")
 def test_a_compiler_that_is_not_there(
-    not_built: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert cpu_decode.paths() == ()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layer as it is on a GPU with kernels, which torch stands in for here; what it calls, in order."""
+    calls = []
+
+    def noted(name: str) -> None:
+        function = getattr(cuda_decode, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(cuda_decode, name, call)
+
+    for name in ("pack_rows", "matvec", "unpack"):
+        noted(name)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda_decode.DTYPES)
+    return calls
+
+
+def gpu_pair(dtype: torch.dtype) -> tuple[nn.Linear, PackedLinear]:
+    linear = nn.Linear(70, 41).to(dtype)
+    with torch.no_grad():
+        linear.weight[torch.rand(41, 70) < 0.7] = 0
+    linear.to(DEVICE)
+    return linear, PackedLinear.of(linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtype: torch.dtype) -> None:
+    linear, layer = gpu_pair(dtype)
+    assert as_on_a_gpu == ["pack_rows"]
+    assert layer.bitmap is layer.values is layer.offsets is None
+    assert {name for name, _ in layer.named_buffers()} == {f"layout_{n}" for n in layer.layout.tensors()} | {"bias"}
+    for lead, expected in (((1,), "matvec"), ((2, 2), "matvec"), ((), "matvec"), ((5,), "unpack"), ((3, 9), "unpack")):
+        as_on_a_gpu.clear()
+        x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
+        y = layer(x)
+        # On the CPU the stand-in for `matvec` unpacks too.
+        assert as_on_a_gpu[0] == expected
+        assert "pack_rows" not in as_on_a_gpu
+        assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.bound(dtype) / 8, floor=1e-30)
+    assert layer(x[:0]).shape == (0, 9, 41)
+
+
+def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
+    linear, layer = gpu_pair(torch.bfloat16)
+    parts = packed.pack(linear.weight.detach())
+    state = layer.state_dict()
+    assert list(state) == ["bias", "bitmap", "values", "offsets"]
+    assert all(torch.equal(state[name], part) for name, part in zip(packed_linear.PARTS, parts, strict=True))
+    # Where it is already, nothing is built again.
+    as_on_a_gpu.clear()
+    assert layer.to(DEVICE).to(torch.bfloat16) is layer
+    assert as_on_a_gpu == []
+    other = copy.deepcopy(layer)
+    assert other.layout.values.data_ptr() == other.layout_values.data_ptr() != layer.layout_values.data_ptr()
+    # Another dtype without kernels goes back to the bitmap, and from there to the layout again.
+    other.float()
+    assert other.layout is None
+    assert [name for name, _ in other.named_buffers()] == ["bitmap", "values", "offsets", "bias"]
+    assert torch.equal(other.unpacked(), linear.weight.float())
+    x = torch.randn(2, 70, device=DEVICE)
+    assert_close("float", linear.float()(x).detach().cpu(), other(x).cpu(), 1e-6, floor=1e-30)
+    other.half()
+    assert other.layout.values.dtype == torch.float16
+    assert torch.equal(other.unpacked(), linear.weight.half())
+    # Loaded into a layer of the same sparsity, on the GPU or not.
+    layer.load_state_dict({**state, "values": -state["values"]})
+    assert torch.equal(layer.unpacked().float(), -linear.weight)
+    assert layer.layout is not None
+    assert f"sparsity={1 - len(parts[1]) / (41 * 70):.4f}" in repr(layer)
+
+
+def test_a_gpu_without_kernels_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed_linear._say.cache_clear()
+    values = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(cuda_decode, "available", lambda: (False, "no nvcc"))
+    assert not any(packed_linear._has_kernels(values) for _ in range(3))
+    monkeypatch.setattr(cuda_decode, "available", lambda: (True, ""))
+    assert packed_linear._has_kernels(values)
+    values.dtype = torch.float32
+    assert not any(packed_linear._has_kernels(values) for _ in range(3))
+    said = "packed weights: no kernels for this GPU, a slower path instead ({})\n"
+    reasons = ("no nvcc", "they take bfloat16 and float16, not float32")
+    assert capsys.readouterr().err == "".join(said.format(reason) for reason in reasons)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_the_layer_in_a_graph(rows: int) -> None:
+    layer = gpu_pair(torch.bfloat16)[1]
+    x = torch.randn(rows, 70, device=DEVICE).bfloat16()
+    eager = layer(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    graph.replay()
+    assert torch.equal(eager, captured)

@@ -75,9 +75,12 @@ def generate(
     """New token ids (n,) and when the prompt and each of them were there, seconds; text goes to standard output."""
     streamer = _TimedStreamer(tokenizer)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
-    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    settings: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
-        sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    if model.device.type == "cuda":
+        # Every step has the same shapes. Compiling would take minutes, and cannot see into the packed weights' kernels.
+        settings |= {"cache_implementation": "static", "disable_compile": True}
     torch.manual_seed(options.seed)
     given = inputs["input_ids"].shape[1]
     ids: torch.Tensor = model.generate(  # type: ignore[operator]
@@ -86,7 +89,7 @@ def generate(
         max_new_tokens=options.max_new_tokens,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        **sampling,
+        **settings,
     )
     return ids[0, given:].cpu(), streamer.times
 

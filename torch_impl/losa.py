@@ -499,6 +499,7 @@ def run(
             if on_step is not None:
                 on_step(record)
             journal.step_done(record.as_dict())
+    journal.end()
     return [StepRecord(**record) for record in progress.records]
 
 

@@ -1,8 +1,9 @@
 """Decoding with sparse weights against dense ones: python -m torch_impl.bench decode [--geometries …] [--whole_model …].
 
-Kernel by kernel: every projection of a block, ours against the best dense product (cuBLAS) in the same data type, both in
-CUDA graphs over copies that fill more than three times the L2 cache. Whole model: tokens/s of one Hugging Face model with a
-static cache, a graph for a token. A ratio is printed only where both sides give the same numbers.
+Kernel by kernel: every projection of a block, ours against the best dense product in the same data type, over copies that
+no cache holds: on a GPU cuBLAS, both in CUDA graphs; on a CPU torch's or a hand-written loop, in turns (decode_cpu.py).
+Whole model: tokens/s of one Hugging Face model with a static cache, on a GPU a graph for a token. A ratio is printed only
+where both sides give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 import transformers
 from torch.nn import functional
 
-from torch_impl.bench import geometry, whole
+from torch_impl.bench import decode_cpu, geometry, whole
 from torch_impl.bench.measure import ceilings, graphed, relative
-from torch_impl.engine import cuda_decode
+from torch_impl.engine import cpu_decode, cuda_decode
 from torch_impl.masks.nm import nm_mask
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -63,7 +64,7 @@ class Cell:
 
     @property
     def share(self) -> float:
-        """Of the physical limit: the packed weight read once at the rate of a large copy."""
+        """Of the physical limit: the packed weight read once at the rate measured for memory."""
         return self.tb_per_s / self.peak_tb_per_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,12 +91,17 @@ def sparse(weight: torch.Tensor, sparsity: str) -> torch.Tensor:
     """`weight` with zeros at random places (a percentage) or in an N:M pattern ("2:4")."""
     if ":" in sparsity:
         n, m = map(int, sparsity.split(":"))
-        return weight * nm_mask(torch.rand_like(weight, dtype=torch.float32), n, m)
-    return weight * (torch.rand_like(weight, dtype=torch.float32) >= float(sparsity) / 100)
+        kept = nm_mask(torch.rand_like(weight, dtype=torch.float32), n, m)
+    else:
+        kept = torch.rand_like(weight, dtype=torch.float32) >= float(sparsity) / 100
+    # Filled, not multiplied: 0 times a negative weight is a negative zero, which the bitmap keeps.
+    return weight.masked_fill(~kept.bool(), 0)
 
 
 def pack(weight: torch.Tensor) -> tuple[Product, int]:
-    """(x ↦ y = x Wᵀ over the packed weight, its bytes)."""
+    """(x ↦ y = x Wᵀ over the weight packed as its device reads it, its bytes)."""
+    if not weight.is_cuda:
+        return decode_cpu.pack(weight)
     layout = cuda_decode.pack_rows(weight)
     return partial(cuda_decode.matvec, layout), layout.nbytes
 
@@ -103,8 +109,18 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
 def _copies(nbytes: int, device: torch.device) -> int:
     """How many copies of so many bytes no cache holds."""
     if device.type != "cuda":
-        return 2
+        return decode_cpu.copies(nbytes)
     return int(3 * torch.cuda.get_device_properties(device).L2_cache_size / nbytes) + 2
+
+
+def _times(
+    products: Sequence[Product], weights: Sequence[torch.Tensor], x: torch.Tensor, repeats: int
+) -> tuple[float, float]:
+    """Microseconds of one product: (ours, dense)."""
+    if not x.is_cuda:
+        return decode_cpu.times(products, weights, x, repeats)
+    ours = graphed([partial(product, x) for product in products], x.device, repeats)
+    return ours, graphed([partial(functional.linear, x, weight) for weight in weights], x.device, repeats)
 
 
 def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
@@ -117,20 +133,15 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
         inputs = {batch: torch.randn(batch, columns, device=device, dtype=dtype) for batch in options.batches}
         dense_bytes = weight.numel() * weight.element_size()
         weights = [weight.clone() for _ in range(_copies(dense_bytes, device))]
-        dense = {
-            batch: graphed([partial(functional.linear, x, w) for w in weights], device, options.repeats)
-            for batch, x in inputs.items()
-        }
-        del weights
         for sparsity in options.sparsities:
             zeroed = sparse(weight, sparsity)
             _, size = pack(zeroed)
             products = [pack(zeroed)[0] for _ in range(_copies(size, device))]
             for batch, x in inputs.items():
-                ours = graphed([partial(product, x) for product in products], device, options.repeats)
+                ours, dense = _times(products, weights, x, options.repeats)
                 apart = relative(products[0](x), x.double() @ zeroed.double().T)
                 sizes = (size, dense_bytes, peak, apart, bound)
-                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense[batch], *sizes))
+                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes))
     return cells
 
 
@@ -174,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", type=int, default=64 if cuda else 4, help="tokens of the whole model that are timed"
     )
-    parser.add_argument("--repeats", type=int, default=9 if cuda else 1, help="timed repeats; the median counts")
+    parser.add_argument("--repeats", type=int, default=9, help="timed repeats; a GPU's median counts, a CPU's best")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--json", type=Path, help="write all figures here too")
@@ -187,15 +198,16 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
-    peak = ceilings(device, dtype)[1]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    usable, reason = cuda_decode.available()
-    print(f"{name}, torch {torch.__version__}, {options.dtype}; copy {peak:.3g} TB/s, measured now")
-    if not usable and device.type == "cuda":
-        print(f"nothing to measure: {reason}", file=sys.stderr)
-        return 1
-    if not usable:
-        print(f"sparse weights are unpacked for every product, which shows nothing but that it works: {reason}")
+    if device.type == "cuda":
+        name, peak, how = torch.cuda.get_device_name(device), ceilings(device, dtype)[1], "copy"
+        usable, reason = cuda_decode.available()
+        if not usable:
+            print(f"nothing to measure: {reason}", file=sys.stderr)
+            return 1
+    else:
+        path = next(iter(cpu_decode.paths()), "no kernels")
+        name, peak, how = f"CPU, {torch.get_num_threads()} threads, {path}", decode_cpu.read_rate(), "read"
+    print(f"{name}, torch {torch.__version__}, {options.dtype}; {how} {peak:.3g} TB/s, measured now")
     cells = []
     for shape in options.geometries:
         found = measure(shape, options, peak)

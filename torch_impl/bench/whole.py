@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace, pack: Packer) -> list[Speed]:
         before = percent / 100
         linears = [block.get_submodule(name) for block, name in places]
         for linear in linears:
-            linear.weight.data.mul_(torch.rand_like(linear.weight, dtype=torch.float32) < stay)  # type: ignore[operator, arg-type, union-attr]
+            linear.weight.data.masked_fill_(torch.rand_like(linear.weight, dtype=torch.float32) >= stay, 0)  # type: ignore[operator, arg-type, union-attr]
         dense_gib = resident(model)
         dense = {batch: _speed(model, options, batch) for batch in options.batches}
         packed = [PackedProjection(linear, pack) for linear in linears]  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ class Journal:
     def _tensors(self, part: str) -> state.Tensors:
         if part == "adapters":
             return state.adapter_tensors(self._model)
-        if part == "optimizer":
+        if part == "optimizer" and self._optimizer is not None:
             return state.optimizer_tensors(self._optimizer)
         index = int(part.rpartition("-")[2])
         block, dense = (decoder_blocks(model, self._family)[index] for model in (self._model, self._dense))
@@ -199,6 +199,11 @@ class Journal:
             tensors = state.block_tensors(block, dense, self._family)
             # What was gathered is gone when the block is sharded again.
             return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors
+
+    def end(self) -> None:
+        """Let go of the models: the dense one is not needed any more."""
+        del self._model, self._dense
+        self._optimizer = None
 
     @contextmanager
     def stopping_at_points(self) -> Iterator[None]:

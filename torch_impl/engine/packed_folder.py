@@ -34,11 +34,10 @@ from transformers import (
 
 from torch_impl import packed
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.packed_linear import PackedLinear
+from torch_impl.engine.packed_linear import PARTS, PackedLinear
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "losa-packed", 1
-PARTS = ("bitmap", "values", "offsets")
 INDEX = "model.safetensors.index.json"
 
 

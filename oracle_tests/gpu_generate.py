@@ -1,0 +1,135 @@
+"""Text from a packed model against the plain one, on a GPU: the same tokens and logits, tokens/s and memory of both.
+
+    python -m oracle_tests.gpu_generate [--device cuda] [--blocks 4] [--small]
+
+A random LLaMA with blocks of LLaMA-2-7B's shapes over a small vocabulary, pruned to 70 %, is saved, packed by
+`torch_impl.pack` and run by `torch_impl.generate`. Held: greedy tokens of a tiny model in float32 are the same; logits in
+bf16, of a prompt and of single tokens after it, are within `tolerances.PACKED_LOGITS`. Exits with 1 where they are not.
+`--small` is a quick run of the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from oracle_tests.tolerances import PACKED_LOGITS
+from tiny_models.random_models import byte_tokenizer
+from torch_impl import generate, pack
+from torch_impl.bench.geometry import GEOMETRIES
+from torch_impl.bench.measure import resident
+from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.engine.packed_linear import PackedLinear
+
+SPARSITY = 0.7
+PROMPT = "def main(arguments):"
+
+
+def save(folder: Path, geometry: str, blocks: int, dtype: torch.dtype) -> tuple[Path, Path]:
+    """Folders of a random model pruned to 70 % and of its packed form."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    shape = {**GEOMETRIES[geometry], "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
+    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, eos_token_id=None)).to(dtype)
+    family = find_family(model)
+    with torch.no_grad():
+        for block in decoder_blocks(model, family):
+            for name in family.projections:
+                weight = weight_of(block, name)
+                weight.masked_fill_(torch.rand(weight.shape) < SPARSITY, 0)
+    plain, packed = folder / "plain", folder / "packed"
+    model.save_pretrained(plain)
+    tokenizer.save_pretrained(plain)
+    if pack.main([str(plain), str(packed)]):
+        raise RuntimeError("packing failed")
+    return plain, packed
+
+
+def text(folder: Path, device: str, tokens: int) -> tuple[PreTrainedModel, torch.Tensor, str]:
+    """(model, greedy token ids, what `generate` says of speed and memory); generated twice, the first time to warm up."""
+    arguments = [str(folder), "--prompt", PROMPT, "--max_new_tokens", str(tokens), "--device", device]
+    options = generate._parser().parse_args(arguments)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    model, tokenizer = generate._load(options)
+    with contextlib.redirect_stdout(io.StringIO()):
+        generate.generate(model, tokenizer, options)
+        ids, times = generate.generate(model, tokenizer, options)
+    return model, ids, generate._summary(model, len(tokenizer(PROMPT)["input_ids"]), times)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Of a prompt, and of four single tokens after it: (tokens, vocabulary), float32."""
+    ids, cache, found = ids[None].to(model.device), DynamicCache(config=model.config), []
+    for part in (ids[:, :-4], *ids[:, -4:].split(1, dim=1)):
+        found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].float().cpu())
+    return torch.cat(found)
+
+
+def projections(model: PreTrainedModel) -> float:
+    """Memory of the projections, GiB."""
+    return resident(*(module for module in decoder_blocks(model, find_family(model)).modules() if linear(module)))
+
+
+def linear(module: nn.Module) -> bool:
+    """Whether it is a projection, packed or not."""
+    return isinstance(module, (nn.Linear, PackedLinear))
+
+
+def same_tokens(folder: Path, device: str) -> bool:
+    """A tiny model in float32."""
+    found = [text(path, device, 32)[1] for path in save(folder, "small", 3, torch.float32)]
+    same = torch.equal(*found)
+    print(f"float32, small: {len(found[0])} greedy tokens, {'the same' if same else f'not the same: {found}'}\n")
+    return same
+
+
+def same_logits(folder: Path, options: argparse.Namespace) -> bool:
+    """Blocks of 7B's shapes in bf16, with speed and memory of both."""
+    tokens, geometry = (8, "small") if options.small else (128, "llama-2-7b")
+    found, sizes = [], []
+    ids = torch.randint(0, 200, (24,), generator=torch.Generator().manual_seed(1))
+    for path in save(folder, geometry, options.blocks, torch.bfloat16):
+        model, _, summary = text(path, options.device, tokens)
+        print(f"{path.name}:\n    " + summary.replace("\n", "\n    "))
+        found.append(logits(model, ids))
+        sizes.append(projections(model))
+        del model
+    apart = float((found[0] - found[1]).abs().max() / found[0].abs().max())
+    bound = PACKED_LOGITS[torch.bfloat16]
+    shape = GEOMETRIES["llama-2-7b"]
+    # Embeddings and head stay dense; the rest is projections but for the norms.
+    others = 2 * 2 * shape["vocab_size"] * shape["hidden_size"] / 2**30
+    dense = 2 * 4 * shape["hidden_size"] ** 2 + 2 * 3 * shape["hidden_size"] * shape["intermediate_size"]
+    dense = dense * shape["num_hidden_layers"] / 2**30
+    share = sizes[1] / sizes[0]
+    print(
+        f"projections: {share:.3f} of dense; so LLaMA-2-7B: {(dense * share + others) / (dense + others):.3f} of dense"
+    )
+    print(f"logits of a prompt and single tokens: apart {apart:.1e}, allowed {bound:.1e}")
+    return apart <= bound
+
+
+def main() -> int:
+    """Run both; 1 if anything is not the same."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checks = [same_tokens(Path(folder) / "float32", options.device), same_logits(Path(folder) / "bf16", options)]
+    return int(not all(checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
