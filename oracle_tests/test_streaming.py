@@ -262,7 +262,7 @@ def test_files_that_cannot_be_read_are_named(place: Path, capsys: pytest.Capture
     file.write_bytes(file.read_bytes()[:-100])
     fails(capsys, place, arguments(place, **PLAIN, offload="on"), [shards.SINGLE, "cannot be read"])
     file.unlink()
-    fails(capsys, place, arguments(place, **PLAIN, offload="on"), ["no model.safetensors", "allowed"])
+    fails(capsys, place, arguments(place, **PLAIN, offload="on"), ["no weights in safetensors files", "allowed"])
 
 
 @pytest.mark.parametrize(("breaks", "words"), [("zeros", ["zeros are not where"]), ("others", ["logits", "differ"])])

@@ -89,6 +89,7 @@ class Journal:
         self.progress = Progress()
         self.notes: dict[str, Any] = {}
         self._begun = False
+        self._optimizer: torch.optim.Optimizer | None = None
         # The first process removes what is damaged before the others look.
         last = None if points is None or not distributed.leads() else points.open_last()
         distributed.total_of(0.0)

@@ -186,7 +186,8 @@ def _parse_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         try:
             records = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {_reason(error)}; allowed: a JSON list of records") from None
+            place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"{path}{place}: {_reason(error)}; allowed: a JSON list of records") from None
         yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
         return
     # Not splitlines: JSON strings may hold U+2028 and its like.
@@ -195,13 +196,12 @@ def _parse_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
-                raise ValueError(f"{path}, line {number}: {reason}; allowed: one JSON record a line") from None
+                raise ValueError(f"{path}, line {number}: {_reason(error)}; allowed: one JSON record a line") from None
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"line {error.lineno}: {error.msg}"
+        return error.msg
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
