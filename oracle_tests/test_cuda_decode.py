@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,8 @@ def walk(layout: cuda_decode.Layout, x: np.ndarray) -> np.ndarray:
 @given(weight=sparse_weights(90), bits=st.sampled_from([2, 3, 4]), segment=st.sampled_from([8, 24, 96]))
 def test_a_lane_finds_its_weights(weight: torch.Tensor, bits: int, segment: int) -> None:
     layout = cuda_decode.pack_rows(weight, segment, bits)
+    # The kernels see memory, not strides.
+    assert all(tensor.is_contiguous() for tensor in layout.tensors().values())
     x = np.random.default_rng(0).standard_normal(weight.shape[1])
     expected = weight.double().numpy() @ x
     assert_close("y", expected, walk(layout, x), 1e-12, scale=float(abs(expected).max() + 1))
@@ -100,6 +104,13 @@ def test_the_product(weight: torch.Tensor, batch: int, bits: int, seed: int, shi
         expected, terms = expected + bias.double().cpu(), terms + bias.double().abs().cpu()
     allowed = tolerances.one_rounding(weight.dtype, expected.abs().numpy(), terms.numpy())
     assert ((found.double().cpu() - expected).abs().numpy() <= allowed).all()
+
+
+def test_a_copy_points_at_its_own_memory() -> None:
+    layout = cuda_decode.pack_rows(torch.randn(40, 30).bfloat16())
+    assert [pointer.value for pointer in layout.pointers][0] == layout.values.data_ptr()
+    other = copy.deepcopy(layout)
+    assert [pointer.value for pointer in other.pointers][0] == other.values.data_ptr() != layout.values.data_ptr()
 
 
 def test_what_packing_saves_is_what_the_formula_says() -> None:

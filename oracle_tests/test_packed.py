@@ -264,7 +264,14 @@ def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtyp
     assert as_on_a_gpu == ["pack_rows"]
     assert layer.bitmap is layer.values is layer.offsets is None
     assert {name for name, _ in layer.named_buffers()} == {f"layout_{n}" for n in layer.layout.tensors()} | {"bias"}
-    for lead, expected in (((1,), "matvec"), ((2, 2), "matvec"), ((), "matvec"), ((8,), "matvec"), ((9,), "unpack"), ((3, 9), "unpack")):
+    for lead, expected in (
+        ((1,), "matvec"),
+        ((2, 2), "matvec"),
+        ((), "matvec"),
+        ((8,), "matvec"),
+        ((9,), "unpack"),
+        ((3, 9), "unpack"),
+    ):
         as_on_a_gpu.clear()
         x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
         y = layer(x)

@@ -61,6 +61,15 @@ class Layout:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
+    @functools.cached_property
+    def pointers(self) -> list[ctypes.c_void_p]:
+        """Where the tensors are, as the kernels are told: decoding makes thousands of calls a second."""
+        return [ctypes.c_void_p(tensor.data_ptr()) for tensor in self.tensors().values()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has pointers of its own."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def to(self, device: torch.device | str) -> Layout:
         """The same on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
@@ -75,24 +84,22 @@ def _choose_bits(weight: torch.Tensor) -> int:
 
 
 def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> tuple[int, int]:
-    """(columns of a segment, chunks to load ahead), measured on an H200.
+    """(columns of a segment, chunks to load ahead), by a sweep over LLaMA-2-7B's shapes on an H100.
 
     A block is 32 rows, a warp for every segment. All blocks should be on the card at once, with as many warps as fit, but
     short streams waste the rest of their last chunk.
     """
     blocks = -(-rows // LANES)
-    waves = -(-blocks // processors)
     if blocks <= processors // 2:
-        shortest = 128
-    elif waves == 1:
-        shortest = 256 if gap_bits == 4 else 208
+        warps = columns // 128
+    elif blocks <= processors:
+        warps = min(columns // 256, 24 if gap_bits == 3 else 20)
     else:
-        shortest = 256 if gap_bits == 4 else 512
-    warps = min(32, columns // shortest, max(8, 48 // waves))
-    segment = -(-columns // max(1, warps))
-    segment = max(-(-segment // 8) * 8, 8)
-    deep = (gap_bits == 4) == (waves == 1) and -(-columns // segment) <= (16 if waves == 1 else 8)
-    return segment, 8 if deep else 4
+        warps = {2: 10, 3: 12, 4: 8}[gap_bits]
+    # A lane counts its chunks in a byte, so long rows take more warps.
+    warps = max(min(warps, 32, -(-columns // 8)), -(-columns // (8 * 248)), 1)
+    segment = -(-columns // warps)
+    return max(-(-segment // 8) * 8, 8), 8 if gap_bits == 2 and blocks > processors else 4
 
 
 def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | None = None) -> Layout:
@@ -112,7 +119,8 @@ def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | 
     values, codes, chunks = gaps.pack_gaps(weight, segment, gap_bits)
     counts = chunks.new_zeros(-(-rows // LANES) * LANES, chunks.shape[1])
     counts[:rows] = chunks
-    counts = counts.view(-1, LANES, chunks.shape[1]).transpose(1, 2).reshape(-1, LANES)
+    # Up to 32 rows, reshaping alone would leave it transposed in memory.
+    counts = counts.view(-1, LANES, chunks.shape[1]).transpose(1, 2).reshape(-1, LANES).contiguous()
     order = _order(counts, rows, chunks)
     shifts = gap_bits * torch.arange(gaps.CHUNK, device=weight.device)
     words = (codes.view(-1, gaps.CHUNK)[order].long() << shifts).sum(1)
@@ -200,12 +208,12 @@ def _shared(layout: Layout, batch: int) -> int:
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
     """Launch on the current stream of the layout's device."""
-    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (*layout.tensors().values(), *tensors)]
+    others = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
     device = layout.values.device
     with torch.cuda.device(device):
         queue = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         shape = (layout.rows, layout.columns, layout.segment, layout.segments)
-        error = getattr(_library(), name)(*pointers, *shape, *numbers, queue)
+        error = getattr(_library(), name)(*layout.pointers, *others, *shape, *numbers, queue)
     if error:
         raise RuntimeError(f"{name} failed with CUDA error {error}")
 
