@@ -108,9 +108,9 @@ def test_the_product(weight: torch.Tensor, batch: int, bits: int, seed: int, shi
 
 def test_a_copy_points_at_its_own_memory() -> None:
     layout = cuda_decode.pack_rows(torch.randn(40, 30).bfloat16())
-    assert [pointer.value for pointer in layout.pointers][0] == layout.values.data_ptr()
+    assert layout.pointers[0].value == layout.values.data_ptr()
     other = copy.deepcopy(layout)
-    assert [pointer.value for pointer in other.pointers][0] == other.values.data_ptr() != layout.values.data_ptr()
+    assert other.pointers[0].value == other.values.data_ptr() != layout.values.data_ptr()
 
 
 def test_what_packing_saves_is_what_the_formula_says() -> None:
