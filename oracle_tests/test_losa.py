@@ -12,7 +12,7 @@ import torch
 from oracle_tests.test_families import parts_for, settings, token_ids
 from reference import losa as spec
 from tiny_models.random_models import random_model
-from torch_impl import losa
+from torch_impl import losa, rank
 
 
 @pytest.mark.parametrize(
@@ -136,3 +136,33 @@ def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, device: st
     assert waited == [torch.device(device)] * (2 if device == "cuda" else 0)
     assert list(clock.laps) == ["first", "second"]
     assert all(seconds >= 0 for seconds in clock.laps.values())
+
+
+def test_observers_hear_every_step_as_it_was() -> None:
+    model = random_model("llama")
+    steps: list[losa.StepRecord] = []
+    heard: list[tuple[int, int, float, float]] = []
+    records = losa.run(
+        model,
+        token_ids(model, 6, 12),
+        parts_for(model, 2),
+        settings(),
+        steps.append,
+        lambda *what: heard.append(what),
+    )
+    assert [record.step for record in records] == [1, 2]
+    assert [record.as_dict() for record in records] == [record.as_dict() for record in steps]
+    for record in records:
+        assert list(record.seconds) == ["importance", "prune", "train"]
+        assert all(0 < seconds < 600 for seconds in record.seconds.values())
+        assert [loss for step, _, loss, _ in heard if step == record.step] == record.losses
+        assert [number for step, number, _, _ in heard if step == record.step] == list(range(len(record.losses)))
+    assert all(0 < rate < 1 for _, number, _, rate in heard if number)
+
+
+def test_silent_channels_count_one_if_they_differ_at_all() -> None:
+    """Entry by entry: silent and equal, silent and a little off, energy of one, and an ordinary one."""
+    difference, energy = torch.tensor([0.0, 0.5, 0.5, 1.0]).double(), torch.tensor([0.0, 0.0, 1.0, 4.0]).double()
+    shares = [float(rank.error_of_sums(d, e)) for d, e in zip(difference.split(1), energy.split(1), strict=True)]
+    assert shares == [0.0, 1.0, 0.5, 0.25]
+    assert float(rank.error_of_sums(difference, energy)) == 0.4375
