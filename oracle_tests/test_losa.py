@@ -12,7 +12,7 @@ import torch
 from oracle_tests.test_families import parts_for, settings, token_ids
 from reference import losa as spec
 from tiny_models.random_models import random_model
-from torch_impl import losa, rank
+from torch_impl import hsic, losa, rank
 
 
 @pytest.mark.parametrize(
@@ -166,3 +166,10 @@ def test_silent_channels_count_one_if_they_differ_at_all() -> None:
     shares = [float(rank.error_of_sums(d, e)) for d, e in zip(difference.split(1), energy.split(1), strict=True)]
     assert shares == [0.0, 1.0, 0.5, 0.25]
     assert float(rank.error_of_sums(difference, energy)) == 0.4375
+
+
+def test_small_features_are_not_constant() -> None:
+    """What counts as constant is measured against the features' own size."""
+    features = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    small = hsic.linear_gram(features * 1e-6)
+    assert float(hsic.nhsic(small, hsic.linear_gram(features))) == pytest.approx(1.0)
