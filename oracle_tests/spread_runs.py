@@ -23,21 +23,22 @@ from torch_impl.engine import distributed, families, layers, sharded, statistics
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.points import Points
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import IGNORED, Example, TrainingConfig
 from torch_impl.experiment.config import Config
 
 SIZES = llama.Sizes(vocabulary=32, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
 
 
-def settings(**changes: Any) -> losa.Settings:
+def settings(**changes: Any) -> Settings:
     training = {"loss": "kl", "learning_rate": 1e-2, "warmup_ratio": 0.0, "per_device_train_batch_size": 2}
     training |= {
         name: changes.pop(name) for name in ("loss", "gradient_checkpointing", "hold_merged") if name in changes
     }
     shrink = changes.pop("rank_shrink", "truncate")
-    return losa.Settings(
-        prune=losa.PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
-        adapter=losa.AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
+    return Settings(
+        prune=PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
+        adapter=AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
         # Seven sequences: no number of processes but one divides them.
         calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=5, calibration_batch_size=2),
         training=TrainingConfig(gradient_accumulation_steps=2, **training),
@@ -84,9 +85,7 @@ class Fatal(Journal):
         super()._save()
 
 
-def run(
-    case: losa.Settings, folder: Path | None = None, points: Path | None = None, fatal: int | None = None
-) -> Outcome:
+def run(case: Settings, folder: Path | None = None, points: Path | None = None, fatal: int | None = None) -> Outcome:
     """A whole run on the processes there are; process 0 says what came out. points, fatal: see `Fatal`."""
     ours = model()
     family = families.find_family(ours)
@@ -144,8 +143,8 @@ def received(method: str) -> tuple[dict[str, int], dict[str, int], int]:
     family = families.find_family(ours)
     calibration, training_config = spread_config(method).calibration, spread_config(method).training
     ids = torch.randint(257, (8, 16), generator=torch.Generator().manual_seed(0))
-    case = losa.Settings(
-        prune=losa.PruneConfig(prune_method=method, steps=1),
+    case = Settings(
+        prune=PruneConfig(prune_method=method, steps=1),
         calibration=calibration,
         training=dataclasses.replace(training_config, finetune=False),
     )
@@ -168,7 +167,7 @@ def received(method: str) -> tuple[dict[str, int], dict[str, int], int]:
 def spread_config(method: str) -> Config:
     """Options whose scaling is measured."""
     return Config(
-        prune=losa.PruneConfig(prune_method=method, steps=1),
+        prune=PruneConfig(prune_method=method, steps=1),
         calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8, calibration_batch_size=4),
         training=TrainingConfig(loss="kl", per_device_train_batch_size=2, gradient_accumulation_steps=4),
     )

@@ -13,8 +13,8 @@ from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa
 from torch_impl.engine import calibration, families, layers
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
-from torch_impl.losa import AdapterConfig, PruneConfig, Settings
 
 
 def token_ids(model: nn.Module, rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -13,25 +13,26 @@ from oracle_tests.test_families import parts_for, settings, token_ids
 from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 
 
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        (losa.PruneConfig, "prune_method", "best"),
-        (losa.PruneConfig, "layer_sparsity", "best"),
-        (losa.PruneConfig, "steps", 0),
-        (losa.PruneConfig, "sparsity_ratio", 1.0),
-        (losa.PruneConfig, "sparsity_ratio", -0.1),
-        (losa.PruneConfig, "sparsity_type", "2of4"),
-        (losa.PruneConfig, "sparsity_type", "mixed-unstructured"),
-        (losa.PruneConfig, "sparsity_type", "5:4"),
-        (losa.PruneConfig, "sparsity_type", "0:4"),
-        (losa.AdapterConfig, "rank_allocation", "best"),
-        (losa.AdapterConfig, "rank_shrink", "best"),
-        (losa.AdapterConfig, "lora_r", 0),
-        (losa.AdapterConfig, "initial_rank", 0),
-        (losa.AdapterConfig, "initial_rank", 17),
+        (PruneConfig, "prune_method", "best"),
+        (PruneConfig, "layer_sparsity", "best"),
+        (PruneConfig, "steps", 0),
+        (PruneConfig, "sparsity_ratio", 1.0),
+        (PruneConfig, "sparsity_ratio", -0.1),
+        (PruneConfig, "sparsity_type", "2of4"),
+        (PruneConfig, "sparsity_type", "mixed-unstructured"),
+        (PruneConfig, "sparsity_type", "5:4"),
+        (PruneConfig, "sparsity_type", "0:4"),
+        (AdapterConfig, "rank_allocation", "best"),
+        (AdapterConfig, "rank_shrink", "best"),
+        (AdapterConfig, "lora_r", 0),
+        (AdapterConfig, "initial_rank", 0),
+        (AdapterConfig, "initial_rank", 17),
     ],
 )
 def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -> None:
@@ -44,32 +45,32 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
     ("build", "message"),
     [
         (
-            lambda: losa.PruneConfig(prune_method="best"),
+            lambda: PruneConfig(prune_method="best"),
             "prune_method is 'best'; allowed: magnitude, wanda, sparsegpt",
         ),
-        (lambda: losa.PruneConfig(layer_sparsity="best"), "layer_sparsity is 'best'; allowed: rmi, uniform"),
-        (lambda: losa.PruneConfig(steps=0), "steps is 0; allowed: 1 or more"),
-        (lambda: losa.PruneConfig(sparsity_ratio=1.0), "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
-        (lambda: losa.PruneConfig(sparsity_ratio=1.5), "sparsity_ratio is 1.5; allowed: 0 up to, not including, 1"),
+        (lambda: PruneConfig(layer_sparsity="best"), "layer_sparsity is 'best'; allowed: rmi, uniform"),
+        (lambda: PruneConfig(steps=0), "steps is 0; allowed: 1 or more"),
+        (lambda: PruneConfig(sparsity_ratio=1.0), "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
+        (lambda: PruneConfig(sparsity_ratio=1.5), "sparsity_ratio is 1.5; allowed: 0 up to, not including, 1"),
         (
-            lambda: losa.PruneConfig(sparsity_type="2of4"),
+            lambda: PruneConfig(sparsity_type="2of4"),
             "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M",
         ),
-        (lambda: losa.PruneConfig(sparsity_type="0:4"), "sparsity_type is '0:4'; allowed: N from 1 to M"),
-        (lambda: losa.PruneConfig(sparsity_type="5:4"), "sparsity_type is '5:4'; allowed: N from 1 to M"),
+        (lambda: PruneConfig(sparsity_type="0:4"), "sparsity_type is '0:4'; allowed: N from 1 to M"),
+        (lambda: PruneConfig(sparsity_type="5:4"), "sparsity_type is '5:4'; allowed: N from 1 to M"),
         (
-            lambda: losa.PruneConfig(sparsity_ratio=0.7, sparsity_type="1:4"),
+            lambda: PruneConfig(sparsity_ratio=0.7, sparsity_type="1:4"),
             "sparsity_ratio is 0.7; allowed with sparsity_type 1:4: 0.75",
         ),
-        (lambda: losa.AdapterConfig(rank_allocation="best"), "rank_allocation is 'best'; allowed: error, uniform"),
-        (lambda: losa.AdapterConfig(rank_shrink="best"), "rank_shrink is 'best'; allowed: truncate, fold"),
-        (lambda: losa.AdapterConfig(lora_r=0), "lora_r is 0; allowed: 1 or more"),
+        (lambda: AdapterConfig(rank_allocation="best"), "rank_allocation is 'best'; allowed: error, uniform"),
+        (lambda: AdapterConfig(rank_shrink="best"), "rank_shrink is 'best'; allowed: truncate, fold"),
+        (lambda: AdapterConfig(lora_r=0), "lora_r is 0; allowed: 1 or more"),
         (
-            lambda: losa.AdapterConfig(initial_rank=17),
+            lambda: AdapterConfig(initial_rank=17),
             "initial_rank is 17; allowed: min_rank 1 (1 or more) to max_rank 16",
         ),
         (
-            lambda: losa.Settings(losa.PruneConfig(steps=12)),
+            lambda: Settings(PruneConfig(steps=12)),
             "steps is 12: the mean rank would end at 17; allowed: up to max_rank 16, so take fewer steps or a lower "
             "initial_rank",
         ),
@@ -81,25 +82,25 @@ def test_refusals_say_what_is_allowed(build: Callable[[], object], message: str)
 
 
 def test_the_last_values_that_are_allowed() -> None:
-    assert losa.PruneConfig(sparsity_ratio=0.0).final_sparsity == 0.0
-    assert losa.PruneConfig(sparsity_type="1:4").group == (1, 4)
-    assert losa.PruneConfig(sparsity_type="4:4").final_sparsity == 0.0
-    assert losa.PruneConfig(sparsity_ratio=0.75, sparsity_type="mixed-1:4").final_sparsity == 0.75
-    assert losa.AdapterConfig(lora_r=1, lora_alpha=3.0).scale == 3.0
-    assert losa.AdapterConfig(initial_rank=16).initial_rank == 16
-    assert losa.Settings(losa.PruneConfig(steps=11)).prune.steps == 11
+    assert PruneConfig(sparsity_ratio=0.0).final_sparsity == 0.0
+    assert PruneConfig(sparsity_type="1:4").group == (1, 4)
+    assert PruneConfig(sparsity_type="4:4").final_sparsity == 0.0
+    assert PruneConfig(sparsity_ratio=0.75, sparsity_type="mixed-1:4").final_sparsity == 0.75
+    assert AdapterConfig(lora_r=1, lora_alpha=3.0).scale == 3.0
+    assert AdapterConfig(initial_rank=16).initial_rank == 16
+    assert Settings(PruneConfig(steps=11)).prune.steps == 11
 
 
 def test_large_blocks_weigh_more() -> None:
     """No family has blocks of unequal size; the rates would still meet the target of the whole model."""
     importance, weights = torch.tensor([0.1, 0.5, 0.3]).double(), torch.tensor([1.0, 5.0, 2.0]).double()
-    rates, groups = losa.block_targets(losa.PruneConfig(), 0.5, importance, weights, torch.zeros(3).double())
+    rates, groups = losa.block_targets(PruneConfig(), 0.5, importance, weights, torch.zeros(3).double())
     assert float(weights @ rates / weights.sum()) == pytest.approx(0.5, abs=1e-12)
     assert groups == [None] * 3
 
 
 def test_ranks_keep_to_the_settings_bounds() -> None:
-    setup = losa.Settings(losa.PruneConfig(steps=1), losa.AdapterConfig(min_rank=3, initial_rank=4, max_rank=6))
+    setup = Settings(PruneConfig(steps=1), AdapterConfig(min_rank=3, initial_rank=4, max_rank=6))
     assert losa._allocate_ranks(setup, 1, [0.0, 0.0, 1.0, 1.0]) == [3, 3, 5, 5]
     # Two errors closer than float32 can tell: the second is smaller, so it gives up the rank that is one too many.
     assert losa._allocate_ranks(setup, 1, [3.5 + 1e-10, 3.5, 5.0]) == [4, 3, 5]
@@ -107,12 +108,12 @@ def test_ranks_keep_to_the_settings_bounds() -> None:
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sparsity_ratio is 0\.7; allowed with sparsity_type 2:4: 0\.5"):
-        losa.PruneConfig(sparsity_ratio=0.7, sparsity_type="2:4")
-    assert losa.PruneConfig(sparsity_ratio=0.5, sparsity_type="2:4").final_sparsity == 0.5
+        PruneConfig(sparsity_ratio=0.7, sparsity_type="2:4")
+    assert PruneConfig(sparsity_ratio=0.5, sparsity_type="2:4").final_sparsity == 0.5
     with pytest.raises(ValueError, match="steps is 12"):
         spec.Settings(steps=12)
     with pytest.raises(ValueError, match="steps is 12: the mean rank would end at 17; allowed: up to max_rank 16"):
-        losa.Settings(losa.PruneConfig(steps=12))
+        Settings(PruneConfig(steps=12))
 
 
 @pytest.mark.parametrize("sizes", [[8], [8, 8, 8], [8, 0]])

@@ -30,10 +30,10 @@ from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Interrupted, Journal, Progress
 from torch_impl.engine.layers import adapters, attach_adapters, merge_adapters
 from torch_impl.engine.points import Points
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment import needs
 from torch_impl.experiment.folder import run_folder
-from torch_impl.losa import AdapterConfig, PruneConfig, Settings
 from torch_impl.run import main
 
 

@@ -18,6 +18,7 @@ from tiny_models.random_models import FAMILIES, save_random_model
 from torch_impl import losa
 from torch_impl.bench import large
 from torch_impl.engine import families, layers, memory, shards, statistics, streaming
+from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import footprint, plan, streamed_job
 from torch_impl.experiment.config import parse
 from torch_impl.masks import select
@@ -125,7 +126,7 @@ def test_what_a_file_holds_beside_the_model_is_taken_over(place: Path) -> None:
 def test_the_dense_side_of_a_whole_run_may_come_from_files(place: Path) -> None:
     ids = torch.randint(257, (6, 16), generator=torch.Generator().manual_seed(0))
     examples = [{"input_ids": row, "labels": row} for row in ids]
-    setup = losa.Settings(prune=losa.PruneConfig(steps=2))
+    setup = Settings(prune=PruneConfig(steps=2))
     results = []
     for from_files in (False, True):
         model = AutoModelForCausalLM.from_pretrained(place / "model")

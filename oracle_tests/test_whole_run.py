@@ -23,6 +23,7 @@ from reference import losa as reference_losa
 from torch_impl import losa as torch_losa
 from torch_impl.engine import families, layers
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 
 # Where the two may part after training, in float64 with u = 1e-16. Gradients are clipped to norm 1 over some thousand
@@ -131,12 +132,12 @@ def _taken(kind: type, values: dict[str, Any], **changes: Any) -> Any:
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values} | changes)
 
 
-def production_settings(case: Case) -> torch_losa.Settings:
+def production_settings(case: Case) -> Settings:
     values = asdict(case.settings)
     pattern = {} if case.settings.group is None else {"sparsity_ratio": None}
-    return torch_losa.Settings(
-        prune=_taken(torch_losa.PruneConfig, values, **pattern),
-        adapter=_taken(torch_losa.AdapterConfig, values),
+    return Settings(
+        prune=_taken(PruneConfig, values, **pattern),
+        adapter=_taken(AdapterConfig, values),
         calibration=_taken(
             CalibrationConfig, values, nsamples=5, seqlen=6, calibration_batch_size=case.calibration_batch
         ),

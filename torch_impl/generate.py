@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import sys
 import time
@@ -15,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from torch_impl.engine import checkpoint, packed_folder
+from torch_impl.engine import checkpoint, decoding, packed_folder
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
@@ -79,15 +80,15 @@ def generate(
     if options.temperature > 0:
         settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     if model.device.type == "cuda":
-        # Every step has the same shapes. Compiling would take minutes, and cannot see into the packed weights' kernels.
-        settings |= {"cache_implementation": "static", "disable_compile": True}
+        # Every token has the same shapes, so one graph serves them all.
+        settings |= {"cache_implementation": "static"}
     torch.manual_seed(options.seed)
     given = inputs["input_ids"].shape[1]
     ids: torch.Tensor = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=options.max_new_tokens,
-        streamer=streamer,
+        custom_generate=functools.partial(decoding.decode, streamer=streamer),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         **settings,
     )

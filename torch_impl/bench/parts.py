@@ -18,8 +18,8 @@ from torch_impl.engine import calibration, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.layers import adapters, attach_adapters, block_adapters
+from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
-from torch_impl.losa import PruneConfig, Settings
 
 RATE = 0.7
 # Two float32 sides of the same algorithm, sums in another order, over two blocks.

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from torch_impl.bench import geometry
 from torch_impl.bench.measure import relative, resident, synchronize
+from torch_impl.engine.decoding import WARM_UP, NextToken
 from torch_impl.engine.families import decoder_blocks, find_family
 
 Packer = Callable[[torch.Tensor], tuple[Callable[[torch.Tensor], torch.Tensor], int]]
@@ -66,18 +67,18 @@ class Speed:
 
 
 class _Decoder:
-    """One token after another from a model with a static cache; in a CUDA graph on request."""
+    """Greedy tokens, one after another, from a model with a static cache; `graph`: as CUDA graphs where there is a GPU."""
 
-    def __init__(self, model: nn.Module, batch: int, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: nn.Module, batch: int, device: torch.device, graph: bool) -> None:
+        self.device = device
         self.cache = StaticCache(config=model.config, max_cache_len=LONGEST)  # type: ignore[arg-type]
+        self.following = NextToken(model, self.cache, batch, graph)
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=device)
 
-    @torch.no_grad()
     def step(self) -> torch.Tensor:
         """Logits (b, vocabulary) of the next token, which becomes the input."""
-        logits = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
-        self.ids.copy_(logits.argmax(-1, keepdim=True))
+        logits = self.following(self.ids)
+        self.ids = logits.argmax(-1, keepdim=True)
         return logits
 
     def first_logits(self) -> torch.Tensor:
@@ -89,48 +90,34 @@ class _Decoder:
         """Forget what was decoded."""
         if self.cache.is_initialized:
             self.cache.reset()
-        self.ids.fill_(1)
+        self.ids = torch.ones_like(self.ids)
 
-    def tokens_per_second(self, run: Callable[[], Any], tokens: int, repeats: int) -> float:
+    def tokens_per_second(self, tokens: int, repeats: int) -> float:
         """Of the whole batch; the best of some runs."""
+        self.restart()
+        for _ in range(WARM_UP + 1):
+            self.step()
         times = []
         for _ in range(max(2, repeats // 3)):
             self.restart()
             synchronize(self.device)
             start = time.perf_counter()
             for _ in range(tokens):
-                run()
+                self.step()
             synchronize(self.device)
             times.append(time.perf_counter() - start)
         return tokens * len(self.ids) / min(times)
-
-    def graph(self) -> Callable[[], Any] | None:
-        """A replay of one step, or None without CUDA."""
-        if self.device.type != "cuda":
-            return None
-        self.restart()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
 
 
 def _speed(model: nn.Module, options: argparse.Namespace, batch: int) -> tuple[float, float, bool, torch.Tensor]:
     """(tokens/s in a graph, eager, whether there is a graph, first logits)."""
     device = torch.device(options.device)
-    decoder = _Decoder(model, batch, device)
-    logits = decoder.first_logits()
-    eager = decoder.tokens_per_second(decoder.step, max(2, options.tokens // 8), options.repeats)
-    replay = decoder.graph()
-    if replay is None:
+    eagerly, graphed = (_Decoder(model, batch, device, graph) for graph in (False, True))
+    logits = eagerly.first_logits()
+    eager = eagerly.tokens_per_second(max(2, options.tokens // 8), options.repeats)
+    if not graphed.following.captures:
         return eager, eager, False, logits
-    return decoder.tokens_per_second(replay, options.tokens, options.repeats), eager, True, logits
+    return graphed.tokens_per_second(options.tokens, options.repeats), eager, True, logits
 
 
 def measure(options: argparse.Namespace, pack: Packer) -> list[Speed]:

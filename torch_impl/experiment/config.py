@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
-from torch_impl.losa import AdapterConfig, PruneConfig, Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"

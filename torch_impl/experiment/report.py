@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_impl.losa import StepRecord
+from torch_impl.engine.settings import StepRecord
 
 ROWS = (("dense", "dense"), ("pruned_at_once", "pruned at once"), ("losa", "LoSA"))
 

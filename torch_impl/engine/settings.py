@@ -1,0 +1,144 @@
+"""What decides a run's trajectory, and what one step of it leaves on record."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.training import TrainingConfig
+from torch_impl.masks import prune as masks
+
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What is pruned, how much of it, in how many steps."""
+
+    prune_method: str = "wanda"
+    """magnitude, wanda or sparsegpt."""
+    sparsity_ratio: float | None = None
+    """Final share of zeros, in [0, 1); default 0.7, or what an N:M sparsity_type implies."""
+    sparsity_type: str = "unstructured"
+    """unstructured, N:M (keeps N of each M inputs: 2:4, 2:8, ...) or mixed-N:M (N of each block by its importance)."""
+    steps: int = 5
+    """T: prune and train in this many steps; 1 is one shot (paper: 5)."""
+    layer_sparsity: str = "rmi"
+    """rmi: sparsity of each block by mutual information (LoSA); uniform: the same for all."""
+
+    def __post_init__(self) -> None:
+        _check_choice("prune_method", self.prune_method, tuple(masks.METHODS))
+        _check_choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; allowed: 1 or more")
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"steps is {self.steps}; allowed: at most {MOST_STEPS}")
+        if self.sparsity_ratio is not None and not 0 <= self.sparsity_ratio < 1:
+            raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
+        match = re.fullmatch(r"(?:mixed-)?(\d+):(\d+)", self.sparsity_type)
+        if match is None and self.sparsity_type != "unstructured":
+            raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: unstructured, N:M, mixed-N:M")
+        if match is not None:
+            n, m = int(match[1]), int(match[2])
+            if not 0 < n <= m:
+                raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: N from 1 to M")
+            if self.sparsity_ratio is not None and abs(self.sparsity_ratio - (1 - n / m)) > 1e-9:
+                raise ValueError(
+                    f"sparsity_ratio is {self.sparsity_ratio}; allowed with sparsity_type {self.sparsity_type}: {1 - n / m}"
+                )
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern; None if unstructured."""
+        if self.sparsity_type == "unstructured":
+            return None
+        n, m = self.sparsity_type.removeprefix("mixed-").split(":")
+        return int(n), int(m)
+
+    @property
+    def final_sparsity(self) -> float:
+        """Share of zeros at the end."""
+        if self.group is not None:
+            return 1 - self.group[0] / self.group[1]
+        return 0.7 if self.sparsity_ratio is None else self.sparsity_ratio
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The low-rank adapters and how ranks are shared out."""
+
+    lora_alpha: float = 16.0
+    """α: the adapter is scaled by α / r₀."""
+    lora_r: int = 8
+    """r₀: the constant of that scale, whatever the rank is."""
+    initial_rank: int = 6
+    """Mean rank at the first step; it grows by one a step (paper: 6)."""
+    min_rank: int = 1
+    """No block gets fewer ranks."""
+    max_rank: int = 16
+    """No block gets more ranks."""
+    rank_allocation: str = "error"
+    """error: ranks by reconstruction error (LoSA); uniform: the mean rank for all."""
+    rank_shrink: str = "truncate"
+    """truncate: dropped ranks are lost (paper); fold: they are added to the weight first."""
+
+    def __post_init__(self) -> None:
+        _check_choice("rank_allocation", self.rank_allocation, ("error", "uniform"))
+        _check_choice("rank_shrink", self.rank_shrink, ("truncate", "fold"))
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}; allowed: 1 or more")
+        if not 1 <= self.min_rank <= self.initial_rank <= self.max_rank:
+            raise ValueError(
+                f"initial_rank is {self.initial_rank}; allowed: min_rank {self.min_rank} (1 or more) "
+                f"to max_rank {self.max_rank}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """s = α / r₀."""
+        return self.lora_alpha / self.lora_r
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's trajectory, apart from model, tokens and machine."""
+
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        last = self.adapter.initial_rank + self.prune.steps - 1
+        if self.training.finetune and last > self.adapter.max_rank:
+            raise ValueError(
+                f"steps is {self.prune.steps}: the mean rank would end at {last}; allowed: up to max_rank "
+                f"{self.adapter.max_rank}, so take fewer steps or a lower initial_rank"
+            )
+
+
+@dataclass
+class StepRecord:
+    """What one step decided and measured; lists have one entry per block."""
+
+    step: int
+    target: float
+    importance: list[float]
+    sparsity: list[float]
+    realised: list[float]
+    errors: list[float]
+    ranks: list[int]
+    losses: list[float]
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
