@@ -12,7 +12,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,26 +48,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(rows: Sequence[Row], top: tuple[float, float]) -> str:
-    """What a person reads."""
-    lines = [f"{'part':<50}{'ours':>11}{'plain':>11}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}{'plain':>7}"]
-    for row in rows:
-        plain_ms = "" if row.plain_ms is None else f"{row.plain_ms:.1f} ms"
-        ratio = "" if row.plain_ms is None else f"{row.ratio:.2f}×" if row.ratio is not None else "refused"
-        rate = "" if row.tflops is None else f"{row.tflops:.3g}"
-        share = "" if row.tflops is None else f"{row.tflops / top[0]:.0%}"
-        other = "" if row.plain_gib is None else f"{row.plain_gib:.1f}"
-        lines.append(
-            f"{row.part:<50}{row.ours_ms:>8.1f} ms{plain_ms:>11}{ratio:>8}{rate:>9}{share:>9}{row.ours_gib:>7.1f}{other:>7}"
-        )
-        if row.disagreement is not None:
-            notes = "; ".join([f"sides apart {row.disagreement:.1e}, allowed {row.bound:.1e}", *row.notes])
-            lines.append(f"    {notes}")
-    return "\n".join(lines)
+HEADINGS = f"{'part':<50}{'ours':>11}{'plain':>11}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}{'plain':>7}"
 
 
-def measure(options: argparse.Namespace) -> list[Row]:
-    """Run the parts asked for."""
+def _shown(row: Row, top: tuple[float, float]) -> str:
+    """What a person reads of a row."""
+    plain_ms = "" if row.plain_ms is None else f"{row.plain_ms:.1f} ms"
+    ratio = "" if row.plain_ms is None else f"{row.ratio:.2f}×" if row.ratio is not None else "refused"
+    rate = "" if row.tflops is None else f"{row.tflops:.3g}"
+    share = "" if row.tflops is None else f"{row.tflops / top[0]:.0%}"
+    other = "" if row.plain_gib is None else f"{row.plain_gib:.1f}"
+    line = (
+        f"{row.part:<50}{row.ours_ms:>8.1f} ms{plain_ms:>11}{ratio:>8}{rate:>9}{share:>9}{row.ours_gib:>7.1f}{other:>7}"
+    )
+    if row.disagreement is None:
+        return line
+    return f"{line}\n    " + "; ".join([f"sides apart {row.disagreement:.1e}, allowed {row.bound:.1e}", *row.notes])
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """Run the parts asked for, one after the other."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     bound = 5e-2 if dtype == torch.bfloat16 else 1e-3
     work = parts.Work(device, dtype, options.sequences, options.length, options.repeats, bound)
@@ -85,19 +85,17 @@ def measure(options: argparse.Namespace) -> list[Row]:
         apart["train"] = parts.gradients_apart(small(), work)
     gc.collect()
     model = geometry.build(options.geometry, options.blocks, device, dtype)
-    rows = []
     if "rmi" in options.parts:
-        rows.append(parts.mutual_information(model, work, compare))
+        yield parts.mutual_information(model, work, compare)
     for method in ("wanda", "sparsegpt"):
         if method in options.parts:
-            rows.append(parts.prune_sweep(model, work, method, compare, apart[method]))
+            yield parts.prune_sweep(model, work, method, compare, apart[method])
             gc.collect()
     if "train" in options.parts or "merge" in options.parts:
         lengths = tuple(options.train_lengths) if "train" in options.parts else ()
-        rows.extend(parts.training_steps(model, work, lengths, compare, apart["train"]))
+        yield from parts.training_steps(model, work, lengths, compare, apart["train"])
     if "merge" in options.parts:
-        rows.append(parts.merge(model, work))
-    return rows
+        yield parts.merge(model, work)
 
 
 def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
@@ -127,9 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blocks = options.blocks or geometry.GEOMETRIES[options.geometry]["num_hidden_layers"]
     print(f"{name}, torch {torch.__version__}, {options.dtype}; {options.geometry}, {blocks} blocks")
     print(f"ceilings measured now: {top[0]:.3g} TFLOP/s matrix product, {top[1]:.3g} TB/s copy\n")
-    rows = measure(options) if set(options.parts) & set(PARTS) else []
-    if rows:
-        print(_table(rows, top))
+    rows = []
+    if set(options.parts) & set(PARTS):
+        print(HEADINGS, flush=True)
+        for row in measure(options):
+            print(_shown(row, top), flush=True)
+            rows.append(row)
     gc.collect()
     on_disk = measure_large(options)
     for part, figures_of in on_disk.items():

@@ -1,4 +1,4 @@
-"""The parts that are measured. Each function returns rows; both sides start from the same weights and tokens."""
+"""The parts that are measured, a row or some rows each; both sides start from the same weights and tokens."""
 
 from __future__ import annotations
 
@@ -162,13 +162,12 @@ def gradients_apart(model: nn.Module, work: Work) -> float:
 
 def training_steps(
     model: nn.Module, work: Work, lengths: tuple[int, ...], compare: bool, apart: float, rank: int = 8
-) -> list[Row]:
+) -> Iterator[Row]:
     """One micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model."""
     family = find_family(model)
     _adapted(model, rank)
     device = work.device
     twin = _with_plain_twin(model) if compare else None
-    rows = []
     for name, examples, padded in _batches(model, work, lengths):
         for held in (True, False):
             config = TrainingConfig(
@@ -197,8 +196,7 @@ def training_steps(
             if twin is not None:
                 row.plain_ms, row.plain_gib = found[1][0], found[1][1] + resident(twin)
                 row.disagreement, row.bound = apart, FLOAT32_BOUND
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _batches(
