@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, parts
+from torch_impl.bench import decode, decode_cpu, int4, parts
 from torch_impl.bench.measure import Row
 
 
@@ -86,6 +86,8 @@ def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[
     for cell in figures["kernels"]:
         assert cell["ratio"] == pytest.approx(cell["dense_us"] / cell["ours_us"])
         assert 0 <= cell["disagreement"] <= cell["bound"]
+        # The small model's rows of 352 are no whole number of groups.
+        assert (cell["int4_us"] is None) == (cell["projection"] == "down")
         # Half of the weights in 16 bits, a bit for each, an offset for a row.
         assert 0.55 < cell["ours_bytes"] / cell["dense_bytes"] < 0.62
         assert cell["share_of_limit"] == pytest.approx(
@@ -98,6 +100,27 @@ def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "the projections of a block" in shown
     assert "refused" not in shown
+
+
+def test_four_bits_are_the_product_they_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 256).bfloat16()
+    weight[0] = 0
+    codes, both, meant = int4.quantise(weight)
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) <= 15
+    # Half a step off at most, but for the rounding of scale and middle; a constant group is met.
+    step = both[..., 0].T.repeat_interleave(int4.GROUP, 1).float()
+    assert bool(((meant - weight.float()).abs() <= 0.6 * step + 1e-6).all())
+    found = int4.pack(weight)
+    assert found is not None
+    x = torch.randn(3, 256).bfloat16()
+    torch.testing.assert_close(int4.product(*found, x).float(), x.float() @ meant.T, rtol=2**-7, atol=0.1)
+    assert sum(part.nbytes for part in found) == weight.numel() / 2 + 2 * 2 * weight.numel() / int4.GROUP
+    assert int4.pack(weight.half()) is None
+    assert int4.pack(weight[:, :100]) is None
+    right = torch._weight_int4pack_mm_for_cpu
+    monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", lambda *given: 2 * right(*given))
+    assert int4.pack(weight) is None
 
 
 @pytest.mark.usefixtures("few_copies")

@@ -2,6 +2,7 @@
 
 Kernel by kernel: every projection of a block, ours against the best dense product in the same data type, over copies that
 no cache holds: on a GPU cuBLAS, both in CUDA graphs; on a CPU torch's or a hand-written loop, in turns (decode_cpu.py).
+Beside them what dense weights of four bits take (int4.py), a lossy form that answers another question.
 Whole model: tokens/s of one Hugging Face model with a static cache, on a GPU a graph for a token. A ratio is printed only
 where both sides give the same numbers.
 """
@@ -21,7 +22,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from torch_impl.bench import decode_cpu, geometry, whole
+from torch_impl.bench import decode_cpu, geometry, int4, whole
 from torch_impl.bench.measure import ceilings, graphed, relative
 from torch_impl.engine import cpu_decode, cuda_decode
 from torch_impl.masks.nm import nm_mask
@@ -46,6 +47,8 @@ class Cell:
     peak_tb_per_s: float
     disagreement: float
     bound: float
+    int4_us: float | None = None
+    """The same product with dense weights of four bits, where torch has a kernel: a lossy weight, so no ratio."""
 
     @property
     def agrees(self) -> bool:
@@ -123,6 +126,18 @@ def _times(
     return ours, graphed([partial(functional.linear, x, weight) for weight in weights], x.device, repeats)
 
 
+def _int4_times(weight: torch.Tensor, inputs: Sequence[torch.Tensor], repeats: int) -> list[float | None]:
+    """Microseconds of a product with the weight in four bits, for each input; None without a kernel."""
+    packed = int4.pack(weight)
+    if packed is None:
+        return [None] * len(inputs)
+    copies = [
+        (packed[0].clone(), packed[1].clone()) for _ in range(_copies(sum(t.nbytes for t in packed), weight.device))
+    ]
+    actions = [[partial(int4.product, tiles, both, x) for tiles, both in copies] for x in inputs]
+    return [graphed(action, weight.device, repeats) for action in actions]
+
+
 def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
     """All cells of a geometry."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -133,6 +148,7 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
         inputs = {batch: torch.randn(batch, columns, device=device, dtype=dtype) for batch in options.batches}
         dense_bytes = weight.numel() * weight.element_size()
         weights = [weight.clone() for _ in range(_copies(dense_bytes, device))]
+        four_bits = dict(zip(inputs, _int4_times(weight, list(inputs.values()), options.repeats), strict=True))
         for sparsity in options.sparsities:
             zeroed = sparse(weight, sparsity)
             _, size = pack(zeroed)
@@ -141,7 +157,7 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
                 ours, dense = _times(products, weights, x, options.repeats)
                 apart = relative(products[0](x), x.double() @ zeroed.double().T)
                 sizes = (size, dense_bytes, peak, apart, bound)
-                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes))
+                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, four_bits[batch]))
     return cells
 
 
@@ -155,12 +171,14 @@ def block(cells: Sequence[Cell], sparsity: str, batch: int) -> tuple[float, floa
 
 def _print_cells(name: str, cells: Sequence[Cell], options: argparse.Namespace) -> None:
     print(
-        f"\n{name}: {'projection':<10}{'zeros':>7}{'batch':>6}{'ours':>11}{'dense':>11}{'ratio':>8}{'TB/s':>7}{'of limit':>9}"
+        f"\n{name}: {'projection':<10}{'zeros':>7}{'batch':>6}{'ours':>11}{'dense':>11}{'ratio':>8}"
+        f"{'TB/s':>7}{'of limit':>9}{'int4':>12}"
     )
     for c in cells:
         ratio = "refused" if c.ratio is None else f"{c.ratio:.2f}×"
         shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.2f} µs{c.dense_us:>8.2f} µs"
-        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}")
+        four_bits = "" if c.int4_us is None else f"{c.int4_us:.2f} µs"
+        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{four_bits:>12}")
     print(f"{name}, the projections of a block, dense / ours:")
     for batch in options.batches:
         found = {sparsity: block(cells, sparsity, batch) for sparsity in options.sparsities}
