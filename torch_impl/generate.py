@@ -109,7 +109,7 @@ def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     dtype = str(model.dtype).removeprefix("torch.")
-    lines.append(f"weights {weights / 1e9:.2f} GB, {dtype}; memory at its peak {peak / 1e9:.2f} GB")
+    lines.append(f"weights {weights / 1e6:,.1f} MB, {dtype}; memory at its peak {peak / 1e6:,.0f} MB")
     return "\n".join(lines)
 
 
