@@ -194,16 +194,19 @@ def prune_blocks(
     config: PruneConfig,
     rates: torch.Tensor,
     groups: Sequence[tuple[int, int] | None],
+    earlier: Callable[[int, nn.Module], bool] = lambda index, block: False,
 ) -> Iterator[tuple[nn.Module, float]]:
     """Each block as soon as it is pruned, with its e of LoSA, Eq. 6, for blocks that come and go.
 
     pairs: (dense block, adapted block to prune), which may be one and the same: the dense block is done with when the
     other is pruned. dense_stream: at the first block; it and a second stream, of the pruned model, go on in lockstep.
+    earlier: gives a block the weights that an interrupted run has left of it; False if it is still to be pruned.
     """
     stream = dense_stream.clone()
     for index, (dense_block, block) in enumerate(pairs):
         dense_stream.advance(dense_block, index)
-        _prune_block(block, index, family, lambda work: work(stream), config, float(rates[index]), groups[index])
+        if not earlier(index, block):
+            _prune_block(block, index, family, lambda work: work(stream), config, float(rates[index]), groups[index])
         with holding(list(block_adapters(block, family).values())):
             stream.advance(block, index)
         yield block, reconstruction_error(dense_stream, stream)

@@ -6,8 +6,9 @@ Nothing here ever holds more than the tensors asked for: a checkpoint may be lar
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class ShardWriter:
     """A second checkpoint with the files, names and shapes of a first, filled tensor by tensor in any order.
 
     dtype: of all floating-point tensors. The safetensors layout (length of the header, header, data) is written first,
-    so that every tensor has its place and goes there as soon as it is known.
+    so that every tensor has its place and goes there as soon as it is known. What is in the files already stays.
     """
 
     def __init__(self, folder: Path, like: Shards, dtype: torch.dtype) -> None:
@@ -122,7 +123,8 @@ class ShardWriter:
                 position = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with (self._folder / file).open("wb") as opened:
+        path = self._folder / file
+        with path.open("r+b" if path.exists() else "wb") as opened:
             opened.write(struct.pack("<Q", len(text)) + text)
             opened.truncate(8 + len(text) + position)
         for name, (path, offset) in self._places.items():
@@ -141,14 +143,20 @@ class ShardWriter:
             opened.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
+    def flush(self, names: Iterable[str]) -> None:
+        """Have these tensors on the disk, not only on their way there."""
+        for path in {self._places[name][0] for name in names}:
+            with path.open("rb") as opened:
+                os.fsync(opened.fileno())
+
     def copy(self, names: Iterable[str]) -> None:
         """Take tensors over from the first checkpoint as they are, but for the dtype."""
         for name in names:
             self.write(name, self._like.read(name, self._dtype))
 
-    def finish(self) -> None:
-        """Take over every tensor that nobody has written."""
-        self.copy(sorted(self._missing))
+    def finish(self, there: Set[str] = frozenset()) -> None:
+        """Take over every tensor that nobody has written, but for those said to be there."""
+        self.copy(sorted(self._missing - there))
 
 
 def _bytes(entry: Entry, dtype: torch.dtype) -> int:

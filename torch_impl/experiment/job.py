@@ -125,7 +125,7 @@ def _folder(config: Config) -> Iterator[Path]:
         yield folder
 
 
-def _journal(config: Config, folder: Path) -> Journal:
+def open_journal(config: Config, folder: Path) -> Journal:
     """The journal of this run, at its last good point if it goes on. Errors: ValueError if it began with other options."""
     points = Points(folder / POINTS, config.output.keep_points)
     journal = Journal(points, config.output.save_every, attached=(folder / "metrics.jsonl",))
@@ -150,7 +150,7 @@ def _baselines(config: Config, material: Material, measure: Callable[..., float]
 def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     """The main job with the whole model in memory. Returns the result, as losa_result.json holds it."""
     start = time.perf_counter()
-    journal = _journal(config, folder)
+    journal = open_journal(config, folder)
     notes = journal.notes
     material = load_material(config)
     model, family = material.model, find_family(material.model)

@@ -66,21 +66,21 @@ def memory(model: nn.Module, family: Family, config: Config, size: int) -> dict[
 def check(model: nn.Module, family: Family, config: Config, folder: Path) -> None:
     """Errors: ValueError naming need and supply if the disk or the device has too little for the run in `folder`."""
     if distributed.leads():
-        _check_disk(model, family, config, folder)
+        size = next(model.parameters()).element_size()
+        check_disk(sum(disk(model, family, config, size).values()), "merged model and points", config, folder)
     if distributed.processes() == 1:
         # Several hold a share each; the dry run says how much that is.
         _check_memory(model, family, config)
 
 
-def _check_disk(model: nn.Module, family: Family, config: Config, folder: Path) -> None:
-    weight = next(model.parameters())
-    needed = sum(disk(model, family, config, weight.element_size()).values())
+def check_disk(needed: int, purpose: str, config: Config, folder: Path) -> None:
+    """Errors: ValueError naming need and supply if the disk of `folder` has less than `needed` bytes for it."""
     # What an interrupted run has written already will be written over or used again.
-    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    free = shutil.disk_usage(folder).free + sum(512 * f.stat().st_blocks for f in folder.rglob("*") if f.is_file())
     if needed > free:
         raise ValueError(
             f"output_dir {config.output_dir}: {free / GIB:.3f} GiB of disk are free; allowed: about "
-            f"{needed / GIB:.3f} GiB (merged model and points), so make room, or take another disk or fewer keep_points"
+            f"{needed / GIB:.3f} GiB ({purpose}), so make room, or take another disk or fewer keep_points"
         )
 
 

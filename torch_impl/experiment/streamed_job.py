@@ -1,16 +1,18 @@
 """Plain pruning of a model larger than the memory: its blocks come from its files and go to the output's as they are done.
 
 The checkpoint is read once for the dense perplexity, the mutual information and a look at its zeros, once to be pruned,
-and the result once more to be verified and evaluated. Files, table and report are those of every other run.
+and the result once more to be verified and evaluated. Files, table and report are those of every other run. Every pruned
+block is a point to go on from: it is in its place in the output, and hidden states are computed again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,23 +28,26 @@ from torch_impl import losa
 from torch_impl.engine import calibration, checkpoint, memory, statistics
 from torch_impl.engine.families import Family, prunable_weights, weight_of
 from torch_impl.engine.layers import adapt_block, block_adapters
-from torch_impl.engine.shards import ShardWriter
+from torch_impl.engine.shards import Shards, ShardWriter
 from torch_impl.engine.streaming import open_streamed, reader_of, sweep
+from torch_impl.experiment import identity, needs
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import streamed_perplexity
 from torch_impl.experiment.folder import Metrics
-from torch_impl.experiment.job import Material, environment_of, summarise, with_text, write_results
+from torch_impl.experiment.job import Material, environment_of, open_journal, summarise, with_text, write_results
+
+logger = logging.getLogger(__name__)
 
 Groups = Sequence[tuple[int, int] | None]
 
 
 @dataclass
 class Dense:
-    """What the first sweep has found out."""
+    """What the first sweep has found out: shares of zeros and importances have one entry per block."""
 
     perplexity: float
-    shares: torch.Tensor
-    importance: torch.Tensor | None
+    shares: list[float]
+    importance: list[float] | None
     seconds: float
 
 
@@ -102,8 +107,8 @@ class Sweeps:
                 grams.append(statistics.gram_of(rmi.hidden, rmi.device))
         return Dense(
             perplexity=streamed_perplexity(self.model, self.family, self.material.evaluation, windows),
-            shares=torch.tensor(shares, dtype=torch.float64),
-            importance=losa.importance_of(grams) if grams else None,
+            shares=shares,
+            importance=losa.importance_of(grams).tolist() if grams else None,
             seconds=time.perf_counter() - start,
         )
 
@@ -114,7 +119,8 @@ class Sweeps:
         ids, batch = self.material.evaluation, self.config.text.eval_batch_size
         followed = self._stream(ids, batch) if output is None else self._stream(ids[:2], 2)
         pairs = self._adapted_pairs()
-        pruned = losa.prune_blocks(pairs, stream, self.family, self.config.prune, rates, groups)
+        earlier = (lambda index, block: False) if output is None else output.earlier
+        pruned = losa.prune_blocks(pairs, stream, self.family, self.config.prune, rates, groups, earlier)
         for index, (block, error) in enumerate(pruned):
             followed.advance(block, index)
             found.errors.append(error)
@@ -158,36 +164,79 @@ class Sweeps:
 
 
 class Output:
-    """The checkpoint that is written: the projections of pruned blocks by a thread of its own, all else taken over."""
+    """The checkpoint that is written: the projections of pruned blocks by a thread of its own, all else taken over.
 
-    def __init__(self, folder: Path, model: PreTrainedModel, family: Family) -> None:
-        self._family, self._reader = family, reader_of(model, family)
+    written: SHA-256 of each block's projections by their names, as an interrupted run has left them here; it grows, and
+    `noted` is called, whenever one more block is on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        family: Family,
+        written: list[dict[str, str]] | None = None,
+        noted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._family, self._reader, self._noted = family, reader_of(model, family), noted
         self._writer = ShardWriter(folder, self._reader.shards, self._reader.dtype)
+        self._files = Shards(folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write behind")
-        self._pending: Any = None
+        self._pending: Future[dict[str, str]] | None = None
         self._masks: dict[str, tuple[str, float]] = {}
+        self.written = [] if written is None else written
+        self._given_back = 0
+
+    def earlier(self, index: int, block: nn.Module) -> bool:
+        """Give a block the weights that are here already; False if there are none, or not those that were written."""
+        if index >= len(self.written):
+            return False
+        layers = block_adapters(block, self._family)
+        weights = {name: self._files.read(self._stored(index, name)) for name in layers}
+        if {name: _sha256(weight) for name, weight in weights.items()} != self.written[index]:
+            logger.warning("block %d is not on the disk as it was written: pruned again from there", index)
+            del self.written[index:]
+            return False
+        for name, weight in weights.items():
+            layers[name].set_base(weight.to(layers[name].weight.device))
+            self._masks[f"{self._family.blocks}.{index}.{name}"] = fingerprint(weight != 0)
+        self._given_back = index + 1
+        return True
 
     def write(self, index: int, block: nn.Module) -> None:
         """Hand over block number `index`; waits until the one before it is written, so that one is held at most."""
+        if index < self._given_back:
+            return
         weights = {name: layer.merged().cpu() for name, layer in block_adapters(block, self._family).items()}
         self._settle()
         self._pending = self._thread.submit(self._write, index, weights)
 
-    def _write(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+    def _stored(self, index: int, name: str) -> str:
+        return self._reader.names[index][f"{name}.weight"]
+
+    def _write(self, index: int, weights: dict[str, torch.Tensor]) -> dict[str, str]:
         for name, weight in weights.items():
             self._masks[f"{self._family.blocks}.{index}.{name}"] = fingerprint(weight != 0)
-            self._writer.write(self._reader.names[index][f"{name}.weight"], weight)
+            self._writer.write(self._stored(index, name), weight)
+        self._writer.flush(self._stored(index, name) for name in weights)
+        return {name: _sha256(weight) for name, weight in weights.items()}
 
     def _settle(self) -> None:
         if self._pending is not None:
-            self._pending.result()
+            self.written.append(self._pending.result())
+            self._pending = None
+            self._noted()
 
     def finish(self) -> dict[str, tuple[str, float]]:
         """Complete the files. Returns (fingerprint of the mask, share of zeros) by projection's full name."""
         self._settle()
         self._thread.shutdown()
-        self._writer.finish()
+        self._writer.finish({self._stored(i, name) for i, block in enumerate(self.written) for name in block})
         return self._masks
+
+
+def _sha256(weight: torch.Tensor) -> str:
+    return hashlib.sha256(weight.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def fingerprint(mask: torch.Tensor) -> tuple[str, float]:
@@ -209,27 +258,48 @@ def load_streamed_material(config: Config) -> Material:
 def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
     """The main job, block by block. Returns the result, as losa_result.json holds it."""
     start = time.perf_counter()
+    journal = open_journal(config, folder)
+    notes = journal.notes
     material = load_streamed_material(config)
     model = material.model
     family = losa.check_structure(model, config.settings)
+    environment = environment_of(config, material)
+    if notes:
+        identity.check_material(notes["environment"], environment)
+    of_weights = model.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    needs.check_disk(of_weights + needs.REPORT_BYTES, "pruned model", config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
     sweeps = Sweeps(model, family, config, material)
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
-
-    dense = sweeps.dense()
-    metrics.log("perplexity", value=dense.perplexity, model="dense")
-    _, shares = losa.initial_rates(dense.shares, weights, config.prune)
     target = config.prune.final_sparsity
-    rates, groups = losa.block_targets(config.prune, target, dense.importance, weights, shares)
 
-    begin = time.perf_counter()
-    (folder / "model").mkdir()
-    pruned = sweeps.prune(rates, groups, Output(folder / "model", model, family))
-    seconds = time.perf_counter() - begin
+    with journal.stopping_at_points():
+        dense = Dense(**notes["dense"]) if notes else sweeps.dense()
+        # Refused here, if at all, before anything is written down.
+        _, shares = losa.initial_rates(torch.tensor(dense.shares, dtype=torch.float64), weights, config.prune)
+        importance = None if dense.importance is None else torch.tensor(dense.importance, dtype=torch.float64)
+        rates, groups = losa.block_targets(config.prune, target, importance, weights, shares)
+        if not notes:
+            metrics.log("perplexity", value=dense.perplexity, model="dense")
+            notes.update(dense=dataclasses.asdict(dense), environment=environment, blocks=[])
+            notes.update(options=identity.options(config), seconds=0.0, prune_seconds=0.0)
+            journal.noted()
+
+        begin = time.perf_counter()
+        earlier = notes["seconds"], notes["prune_seconds"]
+
+        def noted() -> None:
+            now = time.perf_counter()
+            notes["seconds"], notes["prune_seconds"] = earlier[0] + now - start, earlier[1] + now - begin
+            journal.noted()
+
+        (folder / "model").mkdir(exist_ok=True)
+        pruned = sweeps.prune(rates, groups, Output(folder / "model", model, family, notes["blocks"], noted))
+    seconds = earlier[1] + time.perf_counter() - begin
     record = losa.StepRecord(
         step=1,
         target=target,
-        importance=[] if dense.importance is None else dense.importance.tolist(),
+        importance=dense.importance or [],
         sparsity=rates.tolist(),
         realised=pruned.realised,
         errors=pruned.errors,
@@ -250,14 +320,14 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
         at_once = _uniform(sweeps, weights, shares)
         metrics.log("perplexity", value=at_once["perplexity"], model="pruned at once")
     rows = {
-        "dense": {"perplexity": dense.perplexity, "sparsity": _mean(dense.shares.tolist(), weights), "seconds": 0.0},
+        "dense": {"perplexity": dense.perplexity, "sparsity": _mean(dense.shares, weights), "seconds": 0.0},
         "pruned_at_once": at_once,
         "losa": healed,
     }
     sizes = _sizes(model, pruned, weights)
     result = summarise(config, family.name, rows, sizes, [perplexity], material, verification, "block by block")
-    result["seconds_in_all"] = time.perf_counter() - start
-    write_results(folder, config, environment_of(config, material), result, [record])
+    result["seconds_in_all"] = earlier[0] + time.perf_counter() - start
+    write_results(folder, config, environment, result, [record])
     return result
 
 
