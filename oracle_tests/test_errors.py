@@ -44,7 +44,7 @@ def outcome(function: Callable[..., Any], case: dict[str, Any]) -> str | None:
         function(**case)
     except (ValueError, TypeError) as error:
         words = str(error).replace("an array of real numbers", "a tensor")
-        words = re.sub(r"\b(is|has dtype) (torch\.)?(bool|float64|int64|str|<U\d)\b", "is X", words)
+        words = re.sub(r"\b(is|has dtype) (torch\.)?(bool|float64|u?int64|uint8|str|<U\d)\b", "is X", words)
         # Sums in another order differ in the last digits.
         words = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.9g}", words)
         return f"{type(error).__name__}: {words}"
