@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests.ops import OPS, Op, to_torch
-from torch_impl import hsic
+from torch_impl import hsic, packed
 
 
 def wrong_values(value: Any) -> Iterator[Any]:
@@ -91,3 +91,10 @@ def test_production_takes_no_integers_for_numbers() -> None:
     """The spec computes in float64 whatever it is given; a tensor's own dtype decides, and integers would truncate."""
     with pytest.raises(TypeError, match=r"^features has dtype torch.int64; allowed: a floating-point dtype$"):
         hsic.linear_gram(torch.ones(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.uint8, torch.float8_e5m2])
+def test_not_every_dtype_can_be_packed(dtype: torch.dtype) -> None:
+    said = f"weight has dtype {dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes"
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        packed.pack(torch.ones(2, 3).to(dtype))

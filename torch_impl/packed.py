@@ -117,10 +117,11 @@ def _typed(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _numbers(name: str, value: Any, *axes: str) -> torch.Tensor:
     """A tensor of floating-point or unsigned numbers of 2, 4 or 8 bytes; only a matrix must have entries."""
-    kind = _tensor(name, value).is_floating_point() or value.dtype in _UNSIGNED
-    if not kind or value.element_size() not in _SIGNED:
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")
-    if value.dim() != len(axes) or (len(axes) == 2 and value.numel() == 0):
+    tensor = _tensor(name, value)
+    kind = tensor.is_floating_point() or tensor.dtype in _UNSIGNED
+    if not kind or tensor.element_size() not in _SIGNED:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")
+    if tensor.dim() != len(axes) or (len(axes) == 2 and tensor.numel() == 0):
         allowed = f"({', '.join(axes)}){', none of them 0' * (len(axes) == 2)}"
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: {allowed}")
-    return _tensor(name, value)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {allowed}")
+    return tensor
