@@ -52,6 +52,21 @@ def test_a_side_that_gives_other_numbers_gets_no_ratio(
     assert "refused" in capsys.readouterr().out
 
 
+def test_a_whole_run_is_the_sum_of_its_parts() -> None:
+    agreed = {"disagreement": 0.0, "bound": 1.0}
+    rows = [
+        Row("mutual information, 4 × 64", 6000.0, 12000.0, **agreed),
+        Row("masks and error, wanda, 8 × 64", 18000.0, 24000.0, **agreed),
+        Row("training step, 4 × 32, merged weight held", 120.0, 240.0, **agreed),
+        Row("training step, 4 × 64, merged weight held", 240.0, 480.0, disagreement=2.0, bound=1.0),
+    ]
+    assert bench.whole_runs(rows) == {
+        "wanda, 4 × 32, merged weight held": (7.0, 13.0),
+        "wanda, 4 × 64, merged weight held": (12.0, None),
+    }
+    assert bench.whole_runs(rows[1:]) == bench.whole_runs(rows[:2]) == {}
+
+
 def test_ours_alone_claims_nothing(tmp_path: Path) -> None:
     status, figures = run(tmp_path, "--parts", "rmi", "--ours_only")
     assert status == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
 # Parts that make checkpoints on disk, and how many blocks these have by default.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
+# The run that is added up from measured parts: the paper's steps; 10,000 sequences in fours.
+STEPS, MICRO_BATCHES = 5, 2500
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +67,24 @@ def _shown(row: Row, top: tuple[float, float]) -> str:
     if row.disagreement is None:
         return line
     return f"{line}\n    " + "; ".join([f"sides apart {row.disagreement:.1e}, allowed {row.bound:.1e}", *row.notes])
+
+
+def whole_runs(rows: Sequence[Row]) -> dict[str, tuple[float, float | None]]:
+    """Minutes (ours, plain) of runs of `STEPS` steps and `MICRO_BATCHES` micro-batches in all, added up from rows.
+
+    One for every method and training row; none where mutual information, masks or training were not measured.
+    """
+    first, sweeps, steps = (
+        [row for row in rows if row.part.startswith(s)] for s in ("mutual", "masks", "training step")
+    )
+    runs = {}
+    for rmi, sweep, step in itertools.product(first, sweeps, steps):
+        terms = ((rmi, STEPS), (sweep, STEPS), (step, MICRO_BATCHES))
+        plain = [times * row.plain_ms for row, times in terms if row.plain_ms is not None and row.agrees]
+        name = f"{sweep.part.split(', ')[1]}, {step.part.partition(', ')[2]}"
+        ours = sum(times * row.ours_ms for row, times in terms) / 60_000
+        runs[name] = (ours, sum(plain) / 60_000 if len(plain) == len(terms) else None)
+    return runs
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
@@ -131,6 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in measure(options):
             print(_shown(row, top), flush=True)
             rows.append(row)
+    runs = whole_runs(rows)
+    if runs:
+        print(f"\nwhole runs of {STEPS} steps and {MICRO_BATCHES:,} micro-batches, added up from these rows, minutes:")
+    for what, (ours, other) in runs.items():
+        print(f"{what:<50}{ours:>11.1f}" + ("" if other is None else f"{other:>14.1f}{other / ours:>10.2f}×"))
     gc.collect()
     on_disk = measure_large(options)
     for part, figures_of in on_disk.items():
@@ -147,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "peak_tb_per_s": top[1],
             "host_gib": host_peak(),
             "rows": [row.as_dict() for row in rows],
+            "whole_run_minutes": runs,
             **on_disk,
         }
         options.json.write_text(json.dumps(figures, indent=1))
