@@ -12,7 +12,7 @@ help:
 	@echo "make faults    break fifty runs in every way a long run can break, and compare what comes of them (5 minutes on 2 cores)"
 	@echo "make spec      render the spec as one page, build/spec.html, equations typeset beside the code"
 	@echo "make lint      ruff and mypy"
-	@echo "make mutants   break production in every way mutmut knows and see the tests fail (over an hour on 2 cores)"
+	@echo "make mutants   break production in every way mutmut knows and see the tests fail (most of a day on 2 cores)"
 	@echo "make clean     remove $(VENV), build/ and caches"
 
 $(STAMP): pyproject.toml constraints.txt
