@@ -30,8 +30,8 @@ from torch_impl.engine.families import find_family
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.layers import merge_adapters
 from torch_impl.engine.points import Points
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import Example, TrainingConfig
-from torch_impl.losa import AdapterConfig, PruneConfig, Settings
 
 EXAMPLES = 48
 STEPS = 2

@@ -28,8 +28,8 @@ from torch_impl.engine import training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import adapters, merge_adapters
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
-from torch_impl.losa import AdapterConfig, PruneConfig, Settings
 from torch_impl.masks import prune as masks
 
 

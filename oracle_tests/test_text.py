@@ -57,8 +57,8 @@ def write(path: Path, content: str | bytes) -> str:
         ("a.jsonl", '{"text": "one"}\n\n{"text": "two\\nlines", "url": "x"}\n{"text": " "}\n'),
         ("a.json", '[{"text": "one"},\n {"text": "two\\nlines"}]'),
         ("a.json", '{"text": "one"}\n{"text": "two\\nlines"}'),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two\\nlines"}\n')),
-        ("a.json.gz", gzip.compress(b'{"text": "one"}\n{"text": "two\\nlines"}\n')),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two\\nlines"}\n', mtime=0)),
+        ("a.json.gz", gzip.compress(b'{"text": "one"}\n{"text": "two\\nlines"}\n', mtime=0)),
     ],
 )
 def test_every_kind_of_file(name: str, content: str | bytes, tmp_path: Path) -> None:
