@@ -1,4 +1,4 @@
-"""Settings for all tests: Hypothesis profiles, one thread, uninitialised memory poisoned."""
+"""Settings for all tests: Hypothesis profiles, threads, uninitialised memory poisoned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, so that each of them, and what it starts, computes in one thread; before torch is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 if not torch.cuda.is_available():
