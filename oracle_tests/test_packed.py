@@ -339,3 +339,14 @@ def test_the_layer_in_a_graph(rows: int) -> None:
         captured = layer(x)
     graph.replay()
     assert torch.equal(eager, captured)
+
+
+@pytest.mark.skipif(not cpu_decode.paths(), reason="no compiler")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_kernels_use_the_threads_that_torch_does(count: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        assert torch.ops.losa_cpu_decode.threads() == count
+    finally:
+        torch.set_num_threads(before)

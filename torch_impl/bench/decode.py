@@ -176,8 +176,8 @@ def _print_cells(name: str, cells: Sequence[Cell], options: argparse.Namespace) 
     )
     for c in cells:
         ratio = "refused" if c.ratio is None else f"{c.ratio:.2f}×"
-        shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.2f} µs{c.dense_us:>8.2f} µs"
-        four_bits = "" if c.int4_us is None else f"{c.int4_us:.2f} µs"
+        shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.1f} µs{c.dense_us:>8.1f} µs"
+        four_bits = "" if c.int4_us is None else f"{c.int4_us:.1f} µs"
         print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{four_bits:>12}")
     print(f"{name}, the projections of a block, dense / ours:")
     for batch in options.batches:

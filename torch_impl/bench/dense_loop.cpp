@@ -52,6 +52,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
   const auto* kept = static_cast<const uint16_t*>(weight.const_data_ptr());
   auto* to = static_cast<c10::BFloat16*>(y.mutable_data_ptr());
+#ifdef _OPENMP
+  omp_set_num_threads(at::get_num_threads());
+#endif
   at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
     float sums[8];
     for (int64_t r = begin; r < end; r++) {

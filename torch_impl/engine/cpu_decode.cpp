@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <type_traits>
@@ -243,6 +244,21 @@ struct Avx512Bf16 {
 
 #endif
 
+// This library has an OpenMP of its own: as many threads as torch's.
+void follow_torch_threads() {
+#ifdef _OPENMP
+  omp_set_num_threads(at::get_num_threads());
+#endif
+}
+
+// In how many parts work is done at once.
+int64_t threads() {
+  follow_torch_threads();
+  std::atomic<int64_t> parts{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { parts++; });
+  return parts;
+}
+
 using RowFunction = void (*)(const Row&, float*);
 
 template <class Path, class T>
@@ -263,6 +279,7 @@ void product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& va
   const auto* starts = static_cast<const int64_t*>(offsets.const_data_ptr());
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   auto* to = static_cast<T*>(y.mutable_data_ptr());
+  follow_torch_threads();
   std::vector<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
   for (int64_t first = 0; first < x.size(0); first += kRows) {
     const int64_t count = std::min<int64_t>(x.size(0) - first, kRows);
@@ -354,5 +371,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tenso
 
 TORCH_LIBRARY(losa_cpu_decode, library) {
   library.def("paths() -> str[]", &paths);
+  library.def("threads() -> int", &threads);
   library.def("linear(Tensor x, Tensor bitmap, Tensor values, Tensor offsets, Tensor? bias, str path) -> Tensor", &linear);
 }

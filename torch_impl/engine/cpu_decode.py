@@ -18,6 +18,9 @@ from torch_impl import packed
 
 SOURCE = Path(__file__).with_name("cpu_decode.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLAGS = ["-O3"]
+# Without it torch's parallel_for, a template, is compiled to a loop of one thread.
+THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def build(source: Path) -> None:
@@ -26,13 +29,17 @@ def build(source: Path) -> None:
 
     Errors: RuntimeError, OSError, ImportError or SubprocessError where there is no compiler or no ninja.
     """
-    content = source.read_bytes() + str(source.resolve()).encode() + torch.__version__.encode()
+    content = (
+        source.read_bytes() + str(source.resolve()).encode() + " ".join([torch.__version__, *FLAGS, *THREADS]).encode()
+    )
     name = f"losa_{source.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
     before = os.environ.get("PATH", "")
     try:
         # An environment that is not activated still has its own ninja.
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
-        cpp_extension.load(name, [str(source)], extra_cflags=["-O3"], is_python_module=False)
+        cpp_extension.load(
+            name, [str(source)], extra_cflags=[*FLAGS, *THREADS], extra_ldflags=THREADS, is_python_module=False
+        )
     finally:
         os.environ["PATH"] = before
 
