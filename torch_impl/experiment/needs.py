@@ -67,7 +67,12 @@ def check(model: nn.Module, family: Family, config: Config, folder: Path) -> Non
     """Errors: ValueError naming need and supply if the disk or the device has too little for the run in `folder`."""
     if distributed.leads():
         size = next(model.parameters()).element_size()
-        check_disk(sum(disk(model, family, config, size).values()), "merged model and points", config, folder)
+        check_disk(
+            sum(disk(model, family, config, size).values()),
+            "merged model and points, fewer with keep_points",
+            config,
+            folder,
+        )
     if distributed.processes() == 1:
         # Several hold a share each; the dry run says how much that is.
         _check_memory(model, family, config)
@@ -80,7 +85,7 @@ def check_disk(needed: int, purpose: str, config: Config, folder: Path) -> None:
     if needed > free:
         raise ValueError(
             f"output_dir {config.output_dir}: {free / GIB:.3f} GiB of disk are free; allowed: about "
-            f"{needed / GIB:.3f} GiB ({purpose}), so make room, or take another disk or fewer keep_points"
+            f"{needed / GIB:.3f} GiB ({purpose}), so make room or take another disk"
         )
 
 
