@@ -24,10 +24,13 @@ def sparse_weights(draw: st.DrawFn, largest: int = 200) -> torch.Tensor:
     rows, columns = draw(st.sampled_from([1, 5, 31, 32, 33, 70])), draw(st.integers(1, largest))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns, generator=generator) * draw(st.sampled_from([1.0, 1e-3, 1e2]))
-    kind = draw(st.sampled_from([0.0, 0.5, 0.7, 0.95, 1.0, "2:4"]))
+    kind = draw(st.sampled_from([0.0, 0.5, 0.7, 0.95, 1.0, "2:4", "uneven"]))
     if kind == "2:4":
         place = torch.rand(rows, -(-columns // 4), 4, generator=generator).argsort(2)
         weight[(place < 2).flatten(1)[:, :columns]] = 0
+    elif kind == "uneven":
+        # Lanes of a warp drift far apart.
+        weight[torch.rand(weight.shape, generator=generator) < torch.rand(rows, 1, generator=generator)] = 0
     else:
         weight[torch.rand(rows, columns, generator=generator) < kind] = 0
     weight[draw(st.integers(0, rows - 1))] = 0
@@ -85,15 +88,18 @@ def test_unpacked_it_is_the_weight(weight: torch.Tensor, bits: int | None, segme
     weight=sparse_weights(2000),
     batch=st.integers(1, 8),
     bits=st.sampled_from([2, 3, 4]),
+    segment=st.sampled_from([80, 1000, None]),
     seed=st.integers(0, 2**31),
     shift=st.integers(0, 1),
     biased=st.booleans(),
 )
-def test_the_product(weight: torch.Tensor, batch: int, bits: int, seed: int, shift: int, biased: bool) -> None:
+def test_the_product(
+    weight: torch.Tensor, batch: int, bits: int, segment: int | None, seed: int, shift: int, biased: bool
+) -> None:
     """Against float64; x and bias may begin anywhere in memory."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = weight.shape
-    layout = cuda_decode.pack_rows(weight.to(DEVICE), 80 if columns < 1500 else None, bits)
+    layout = cuda_decode.pack_rows(weight.to(DEVICE), segment, bits)
     numbers = torch.randn(batch * columns + 1, generator=generator).to(weight.dtype).to(DEVICE)
     x = numbers[shift : shift + batch * columns].view(batch, columns)
     bias = torch.randn(rows, generator=generator).to(weight.dtype).to(DEVICE) if biased else None
@@ -132,13 +138,13 @@ def test_what_packing_saves_is_what_the_formula_says() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_chosen_segments_fit_the_card(shape: tuple[int, int], bits: int) -> None:
     rows, columns = shape
-    segment, depth = cuda_decode._choose_segments(rows, columns, bits, 132)
+    segment = cuda_decode._choose_segments(rows, columns, bits, 132)
     assert segment % 8 == 0
     assert -(-columns // segment) <= 32
     # A lane counts its chunks in a byte.
     assert segment <= 8 * 255
-    assert depth in (4, 8)
-    assert 2 * (segment * 32 + 16) <= cuda_decode.SHARED
+    layout = cuda_decode.pack_rows(torch.ones(1, columns).bfloat16(), segment, bits)
+    assert cuda_decode._shared(layout, 1) <= cuda_decode.SHARED
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -1,7 +1,8 @@
-"""Decoding with sparse weights on a GPU: a layout made on load, and y = W x by hand-written CUDA (cuda_decode.cu).
+"""Decoding with sparse weights on a GPU: a layout made on load, and y = W x by hand-written CUDA.
 
-The CUDA file is compiled on first use, by torch's own builder into its cache. `available` says whether that works here;
-the layout itself is plain tensors, made and unpacked on any device.
+One or two inputs are gathered value by value (cuda_decode.cu), more go to the matrix units (cuda_tiles.cu). Both are
+compiled on first use, by torch's own builder into its cache. `available` says whether that works here; the layout itself is
+plain tensors, made and unpacked on any device.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
 # Shared memory that one block may have on Hopper; less on older cards, where the launch says so.
 SHARED = 227 * 1024
-# Two bytes of x for every column of two, four or eight rows at once.
-BATCHES = (8, 4, 2, 1)
+# Gathering: two bytes of x for every column of one or two rows at once.
+GATHERED = (2, 1)
+# A warp's chunks on their way, as in cuda_layout.cuh; of shared memory beside that, a warp's tiles, as in cuda_tiles.cu.
+FEED_CHUNKS = 256
+TILE_BYTES = 17 * 1024
+# Arrays of chunks begin and end at multiples of so many, so that all are copied 16 bytes at a time.
+ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Layout:
     `gaps.pack_gaps`. A task's chunks are stored step by step: chunk k of every lane that has one, lane by lane, so that
     what a warp loads is one piece of memory. values (chunks, 8) bf16 or fp16; low (chunks,): the codes of a chunk side by
     side, int16, or int32 with four bits each; high (chunks,) uint8: bits 16-23, with three bits each; counts (tasks, 32)
-    uint8: chunks of each lane; bases (tasks,) int32: a task's first chunk. depth: chunks that a kernel loads ahead.
+    uint8: chunks of each lane; bases (tasks + 1,) int32: a task's first chunk, and where the last one's end. Chunks without
+    values fill the arrays up to a multiple of 16.
     """
 
     rows: int
@@ -45,7 +52,6 @@ class Layout:
     segment: int
     segments: int
     gap_bits: int
-    depth: int
     values: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
@@ -83,8 +89,8 @@ def _choose_bits(weight: torch.Tensor) -> int:
     return min(sizes, key=lambda bits: sizes[bits])
 
 
-def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> tuple[int, int]:
-    """(columns of a segment, chunks to load ahead), by a sweep over LLaMA-2-7B's shapes on an H100.
+def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> int:
+    """Columns of a segment, by a sweep over LLaMA-2-7B's shapes on an H200.
 
     A block is 32 rows, a warp for every segment. All blocks should be on the card at once, with as many warps as fit, but
     short streams waste the rest of their last chunk.
@@ -99,7 +105,7 @@ def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) ->
     # A lane counts its chunks in a byte, so long rows take more warps.
     warps = max(min(warps, 32, -(-columns // 8)), -(-columns // (8 * 248)), 1)
     segment = -(-columns // warps)
-    return max(-(-segment // 8) * 8, 8), 8 if gap_bits == 2 and blocks > processors else 4
+    return max(-(-segment // 8) * 8, 8)
 
 
 def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | None = None) -> Layout:
@@ -112,10 +118,9 @@ def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | 
     weight = weight.detach()
     rows, columns = weight.shape
     gap_bits = _choose_bits(weight) if gap_bits is None else gap_bits
-    depth = 4
     if segment is None:
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 132
-        segment, depth = _choose_segments(rows, columns, gap_bits, processors)
+        segment = _choose_segments(rows, columns, gap_bits, processors)
     values, codes, chunks = gaps.pack_gaps(weight, segment, gap_bits)
     counts = chunks.new_zeros(-(-rows // LANES) * LANES, chunks.shape[1])
     counts[:rows] = chunks
@@ -124,19 +129,19 @@ def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | 
     order = _order(counts, rows, chunks)
     shifts = gap_bits * torch.arange(gaps.CHUNK, device=weight.device)
     words = (codes.view(-1, gaps.CHUNK)[order].long() << shifts).sum(1)
-    per_task = counts.sum(1)
+    unused = -len(order) % ALIGNED
+    words = functional.pad(words, (0, unused))
     layout = Layout(
         rows,
         columns,
         segment,
         chunks.shape[1],
         gap_bits,
-        depth,
-        values.view(-1, gaps.CHUNK)[order],
+        functional.pad(values.view(-1, gaps.CHUNK)[order], (0, 0, 0, unused)),
         words.to(torch.int32 if gap_bits == 4 else torch.int16),
         (words >> 16).to(torch.uint8) if gap_bits == 3 else words.new_zeros(0, dtype=torch.uint8),
         counts.to(torch.uint8),
-        (per_task.cumsum(0) - per_task).to(torch.int32),
+        functional.pad(counts.sum(1).cumsum(0), (1, 0)).to(torch.int32),
     )
     if weight.is_cuda:
         # A kernel may read its weights before the one before it has ended, so they must be there.
@@ -163,13 +168,13 @@ def unpack(layout: Layout) -> torch.Tensor:
     counts = layout.counts.long().view(-1, layout.segments, LANES).transpose(1, 2).reshape(-1, layout.segments)
     chunks = counts[: layout.rows].contiguous()
     order = _order(layout.counts.long(), layout.rows, chunks)
-    words = layout.low.long() & (0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF)
+    words = layout.low[: len(order)].long() & (0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF)
     if layout.gap_bits == 3:
-        words |= layout.high.long() << 16
+        words |= layout.high[: len(order)].long() << 16
     shifts = layout.gap_bits * torch.arange(gaps.CHUNK, device=words.device)
     codes = (words[:, None] >> shifts & (2**layout.gap_bits - 1)).to(torch.uint8)
-    values = torch.empty_like(layout.values)
-    values[order] = layout.values
+    values = torch.empty_like(layout.values[: len(order)])
+    values[order] = layout.values[: len(order)]
     placed = torch.empty_like(codes)
     placed[order] = codes
     return gaps.unpack_gaps(values.flatten(), placed.flatten(), chunks, layout.columns, layout.segment)
@@ -192,18 +197,36 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
         raise ValueError(f"x has {len(x)} rows; allowed: 1 to {MOST_ROWS}")
     x = x.contiguous()
     y = x.new_empty(len(x), layout.rows)
-    room = next(b for b in BATCHES if _shared(layout, b) <= SHARED)
     half, overlap = int(x.dtype == torch.float16), int(torch.cuda.get_device_capability(x.device)[0] >= 9)
+    if len(x) > GATHERED[0]:
+        numbers = (layout.gap_bits, half, len(x), _tile_warps(layout), overlap)
+        _call("losa_tiles", layout, x, bias, y, numbers=numbers)
+        return y
+    room = next(b for b in GATHERED if _shared(layout, b) <= SHARED)
     for first in range(0, len(x), room):
         part = x[first : first + room]
-        numbers = (layout.gap_bits, half, len(part), layout.depth, overlap)
+        numbers = (layout.gap_bits, half, len(part), overlap)
         _call("losa_matvec", layout, part, bias, y[first : first + room], numbers=numbers)
     return y
 
 
+def _tile_warps(layout: Layout) -> int:
+    """Warps of a block that multiplies by tiles, between which segments are shared out: as many as fit beside each other."""
+    properties = torch.cuda.get_device_properties(layout.values.device)
+    together = min(3, -(-layout.rows // LANES // properties.multi_processor_count))
+    most = max(1, properties.shared_memory_per_block_optin // (max(1, together) * (TILE_BYTES + _feed(layout))))
+    share = -(-layout.segments // min(most, 12))
+    return -(-layout.segments // share)
+
+
+def _feed(layout: Layout) -> int:
+    """Bytes of shared memory that a warp takes for chunks on their way."""
+    return FEED_CHUNKS * {2: 18, 3: 19, 4: 20}[layout.gap_bits]
+
+
 def _shared(layout: Layout, batch: int) -> int:
-    """Bytes of shared memory that a block takes for so many rows of x."""
-    return 2 * batch * (layout.segments * layout.segment + 2 * gaps.CHUNK)
+    """Bytes of shared memory that a block takes to gather from so many rows of x."""
+    return layout.segments * _feed(layout) + 2 * batch * (layout.segments * layout.segment + 2 * gaps.CHUNK)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
@@ -239,9 +262,9 @@ def _library() -> Any:
     """The compiled kernels. Errors: OSError or RuntimeError if there is no compiler."""
     from torch.utils import cpp_extension
 
-    source = Path(__file__).with_name("cuda_decode.cu")
+    sources = [str(Path(__file__).with_name(name)) for name in ("cuda_decode.cu", "cuda_tiles.cu")]
     with warnings.catch_warnings():
         # Which cards to build for: those that are there.
         warnings.simplefilter("ignore")
-        path = cpp_extension.load("losa_cuda_decode", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
+        path = cpp_extension.load("losa_cuda_decode", sources, extra_cuda_cflags=["-O3"], is_python_module=False)
     return ctypes.CDLL(str(path))
