@@ -111,6 +111,10 @@ def next_tokens(model: PreTrainedModel, fuse: bool, batch: int = 1) -> tuple[tor
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
         model(input_ids=prompt(batch)[:, :3], past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        # As transformers does, and as older versions of torch take it: an address is a constant of the code.
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            torch._dynamo.mark_static_address(tensor, guard=True)
     following = decoding.NextToken(model, cache, batch, fuse=fuse)
     return torch.stack([following(ids).clone() for ids in prompt(batch)[:, 3:].split(1, dim=1)]), following
 

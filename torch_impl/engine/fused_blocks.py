@@ -27,7 +27,7 @@ class _OneLayer(Cache):
         own: Any = copy.copy(layer)
         for name, value in vars(layer).items():
             if isinstance(value, torch.Tensor):
-                # The same memory without the mark of a fixed address, which also would be a constant of the code.
+                # The same memory without the mark of a fixed address, which to older versions of torch is such a constant too.
                 setattr(own, name, value.detach())
         self._own = own
         super().__init__(layers=[own])
