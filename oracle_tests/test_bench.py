@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, int4, parts
+from torch_impl.bench import decode, decode_cpu, int4, parts, whole
 from torch_impl.bench.measure import Row
+from torch_impl.engine.packed_linear import PackedLinear
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -148,7 +152,11 @@ def test_decoding_that_gives_other_numbers_gets_no_ratio(
         # The small model's projections add little to its embeddings.
         return pack(-20 * weight)
 
+    def wrong_layer(linear: nn.Linear) -> PackedLinear:
+        return PackedLinear(*packed.pack(-20 * linear.weight), linear.in_features)
+
     monkeypatch.setattr(decode, "pack", wrong)
+    monkeypatch.setattr(whole, "PackedLinear", SimpleNamespace(of=wrong_layer))
     status, figures = run_decode(tmp_path, "--geometries", "small", "--whole_model", "small", "--blocks", "1")
     assert status == 1
     assert all(side["ratio"] is None for side in figures["kernels"] + figures["whole_model"])

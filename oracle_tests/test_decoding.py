@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation import BaseStreamer
 
+from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import decoding
+from torch_impl.engine import cpu_decode, decoding, fused_blocks, token_attention
+from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.packed_linear import PackedLinear
+
+FIXED = [family for family in FAMILIES if family != "mistral"]
 
 
 class Heard(BaseStreamer):
@@ -84,3 +92,123 @@ def test_every_token_has_the_same_shapes(family: str, monkeypatch: pytest.Monkey
     whole = model(input_ids=prompt().repeat(1, 2), past_key_values=DynamicCache(config=model.config)).logits[0]
     torch.testing.assert_close(torch.cat(logits), whole.detach(), rtol=0, atol=1e-5)
     assert not following.captures
+
+
+def pack_some(model: PreTrainedModel) -> None:
+    """Every projection of every block, each block sparser than the one before."""
+    family = find_family(model)
+    for number, block in enumerate(decoder_blocks(model, family)):
+        for name in family.projections:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            with torch.no_grad():
+                linear.weight[torch.rand_like(linear.weight) < 0.4 + 0.1 * number] = 0
+            block.set_submodule(name, PackedLinear.of(linear))
+
+
+def next_tokens(model: PreTrainedModel, fuse: bool, batch: int = 1) -> tuple[torch.Tensor, decoding.NextToken]:
+    """Logits (tokens, b, vocabulary) of some tokens after a prompt, one at a time."""
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(input_ids=prompt(batch)[:, :3], past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        # As transformers does, and as older versions of torch take it: an address is a constant of the code.
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            torch._dynamo.mark_static_address(tensor, guard=True)
+    following = decoding.NextToken(model, cache, batch, fuse=fuse)
+    return torch.stack([following(ids).clone() for ids in prompt(batch)[:, 3:].split(1, dim=1)]), following
+
+
+def assert_near(ours: torch.Tensor, plain: torch.Tensor) -> None:
+    assert float((ours - plain).abs().max() / plain.abs().max()) <= PACKED_LOGITS[plain.dtype]
+
+
+@pytest.fixture
+def untouched_compiler() -> None:
+    """Counts from zero; without packed kernels being built while a graph is traced."""
+    cpu_decode.paths()
+    counters.clear()
+
+
+@pytest.mark.usefixtures("untouched_compiler")
+@pytest.mark.parametrize("family", FIXED)
+def test_compiled_blocks_give_the_same_logits_and_compile_once(family: str) -> None:
+    """Three blocks that differ in sparsity, so in the sizes of what is packed, are one graph."""
+    model = random_model(family).eval()
+    pack_some(model)
+    plain, _ = next_tokens(model, fuse=False)
+    calls = [module._compiled_call_impl for module in model.modules()]
+    ours, following = next_tokens(model, fuse=True)
+    assert following.fuses
+    assert_near(ours, plain)
+    # The blocks; the last norm; rotary angles where the family has them.
+    assert counters["stats"]["unique_graphs"] == (2 if family == "opt" else 3)
+    assert [module._compiled_call_impl for module in model.modules()] == calls
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.usefixtures("untouched_compiler")
+def test_compiled_tokens_are_those_of_generate() -> None:
+    model = random_model("llama-gqa").eval()
+    options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+    loop = partial(decoding.decode, streamer=Heard(), fuse=True)
+    given = {"attention_mask": torch.ones(2, 7).long()}
+    with torch.inference_mode():
+        theirs = model.generate(prompt(2), **given, **options)
+        ours = model.generate(prompt(2), **given, **options, custom_generate=loop, cache_implementation="static")
+    assert torch.equal(ours, theirs)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first block runs, the second does not: the token counts once all the same."""
+    model = random_model("llama").eval()
+    plain, _ = next_tokens(model, fuse=False)
+    calls = []
+
+    def compiler() -> Callable[..., Any]:
+        def call(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+            calls.append(module)
+            if module is model.model.layers[1]:
+                raise RuntimeError("no compiler\n  here")
+            return module._call_impl(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(fused_blocks, "_compile", compiler)
+    ours, following = next_tokens(model, fuse=True)
+    assert model.model.layers[0] in calls
+    assert not following.fuses
+    assert torch.equal(ours, plain)
+    assert capsys.readouterr().err == "decoding: not compiled, so slower (no compiler here)\n"
+
+
+def test_a_sliding_window_is_not_compiled() -> None:
+    model = random_model("mistral").eval()
+    assert not next_tokens(model, fuse=True)[1].fuses
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match=r"^cache slides or is empty"):
+        fused_blocks.FusedBlocks(model, cache)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shared", [1, 2, 6])
+def test_attention_of_one_token(shared: int, masked: bool) -> None:
+    """Against torch's own with keys and values repeated for every head."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, shared, 11, 8), torch.randn(2, shared, 11, 5)
+    mask = (torch.arange(11) < torch.tensor([[4], [9]])).view(2, 1, 1, 11) if masked else None
+    wide = (key.repeat_interleave(6 // shared, 1), value.repeat_interleave(6 // shared, 1))
+    expected = nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=0.3)
+    y, _ = token_attention.attend(nn.Module(), query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(y, expected.transpose(1, 2))
+
+
+def test_attention_refuses_what_it_does_not_know() -> None:
+    states = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"^query has 2 tokens; allowed: 1"):
+        token_attention.attend(nn.Module(), states, states, states, None)
+    with pytest.raises(ValueError, match=r"^attention has softcap; allowed: none"):
+        token_attention.attend(nn.Module(), states[:, :, :1], states, states, None, softcap=3.0)

@@ -189,6 +189,20 @@ def test_the_layer_takes_any_number_of_rows(lead: tuple[int, ...], dtype: torch.
     assert_close("layer", linear(x), layer(x), tolerances.bound(dtype) / 8, floor=1e-30)
 
 
+def test_compiled_code_finds_the_layer_by_its_handle() -> None:
+    """As one operation that a copy does not share, whatever it is that the layer calls."""
+    linear = nn.Linear(48, 20)
+    layer = PackedLinear.of(linear)
+    other = copy.deepcopy(layer)
+    other.load_state_dict(PackedLinear.of(nn.Linear(48, 20)).state_dict())
+    x = torch.randn(2, 3, 48)
+    for each in (layer, other):
+        torch.library.opcheck(torch.ops.losa.packed_linear.default, (x, each.handle, 20))
+        assert torch.equal(torch.compile(each, backend="aot_eager", fullgraph=True)(x), each(x))
+    assert not torch.equal(layer(x), other(x))
+    assert "handle" not in layer.state_dict()
+
+
 def test_the_layer_refuses_what_contradicts_itself() -> None:
     bitmap, values, offsets = packed.pack(sparse(4, 40, 0.5, torch.float32))
     with pytest.raises(ValueError, match=r"^values has"):

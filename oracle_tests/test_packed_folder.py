@@ -287,6 +287,7 @@ def test_bad_arguments_get_one_line(
         ("--top_p", "0", "top_p is 0.0; allowed: above 0, up to 1"),
         ("--seed", "-1", "seed is -1; allowed: 0 or more"),
         ("--dtype", "int8", "dtype is 'int8'; allowed: auto, float32"),
+        ("--compile", "yes", "compile is 'yes'; allowed: auto, on, off"),
         ("--prompt", "", "prompt is ''; allowed: some text"),
     ):
         assert generate.main([str(packed_model), "--prompt", "x", option, value]) == 2
@@ -308,13 +309,14 @@ def test_generate_prints_the_same_text_for_packed_and_plain(
     plain: Path, packed_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = []
-    for folder in (plain, packed_model):
-        assert generate.main([str(folder), "--prompt", "def", "--max_new_tokens", "8", "--device", "cpu"]) == 0
+    for folder, *more in ((plain,), (packed_model,), (packed_model, "--compile", "on")):
+        assert generate.main([str(folder), "--prompt", "def", "--max_new_tokens", "8", "--device", "cpu", *more]) == 0
         text = capsys.readouterr()
+        assert "not compiled" not in text.err
         assert "tokens/s" in text.err
         assert "memory at its peak" in text.err
         shown.append(text.out)
-    assert shown[0] == shown[1] != "\n"
+    assert shown[0] == shown[1] == shown[2] != "\n"
 
 
 def test_a_seed_is_a_text(packed_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from torch_impl.engine import checkpoint, decoding, packed_folder
 
+# New tokens from which compiling, some seconds, is soon made up for.
+WORTH_COMPILING = 256
+
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
     """Prints text as it comes and notes when: the prompt's echo first, then every token."""
@@ -42,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
+    parser.add_argument(
+        "--compile",
+        default="auto",
+        help=f"on, off, or auto (default: on a GPU from {WORTH_COMPILING} new tokens): fuse what lies between the projections, "
+        "which takes some ten seconds the first time and makes every token faster",
+    )
     return parser
 
 
@@ -52,6 +61,7 @@ def _check(options: argparse.Namespace) -> None:
         ("temperature", 0 <= options.temperature < float("inf"), "0 or more"),
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
         ("seed", options.seed >= 0, "0 or more"),
+        ("compile", options.compile in ("auto", "on", "off"), "auto, on, off"),
         ("dtype", options.dtype in ("auto", *checkpoint.DTYPES), ", ".join(("auto", *checkpoint.DTYPES))),
     ):
         if not right:
@@ -79,8 +89,10 @@ def generate(
     settings: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-    if model.device.type == "cuda":
-        # Every token has the same shapes, so one graph serves them all.
+    worth = model.device.type == "cuda" and options.max_new_tokens >= WORTH_COMPILING
+    fuse = options.compile == "on" or (options.compile == "auto" and worth)
+    if fuse or model.device.type == "cuda":
+        # Every token has the same shapes, so one graph or one compiled block serves them all.
         settings |= {"cache_implementation": "static"}
     torch.manual_seed(options.seed)
     given = inputs["input_ids"].shape[1]
@@ -88,7 +100,7 @@ def generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=options.max_new_tokens,
-        custom_generate=functools.partial(decoding.decode, streamer=streamer),
+        custom_generate=functools.partial(decoding.decode, streamer=streamer, fuse=fuse),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         **settings,
     )

@@ -231,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
         found = measure(shape, options, peak)
         _print_cells(shape, found, options)
         cells += found
-    rows = whole.measure(options, pack) if options.whole_model else []
+    rows = whole.measure(options) if options.whole_model else []
     whole.show(rows)
     if options.json:
         figures = {

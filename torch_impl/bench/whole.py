@@ -1,42 +1,30 @@
-"""Tokens per second of a whole model, its projections dense or packed, everything else Hugging Face's own."""
+"""Tokens per second of a whole model, its projections dense or packed, everything else the same on both sides."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from torch_impl.bench import geometry
 from torch_impl.bench.measure import relative, resident, synchronize
 from torch_impl.engine.decoding import WARM_UP, NextToken
 from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.packed_linear import PackedLinear
 
-Packer = Callable[[torch.Tensor], tuple[Callable[[torch.Tensor], torch.Tensor], int]]
 LONGEST = 256
-
-
-class PackedProjection(nn.Module):
-    """A projection over a packed weight, for a batch of single tokens."""
-
-    def __init__(self, linear: nn.Linear, pack: Packer) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.product, self.nbytes = pack(linear.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (b, 1, in) → (b, 1, out)."""
-        return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+GIVEN = 4
+"""Tokens given before logits are compared."""
 
 
 @dataclass
 class Speed:
-    """One sparsity and batch: tokens/s of both sides, in a graph and as Hugging Face runs them."""
+    """One sparsity and batch: tokens/s of both sides, as `generate` runs them on a GPU and as Hugging Face does."""
 
     sparsity: str
     batch: int
@@ -48,6 +36,8 @@ class Speed:
     """Memory of the weights."""
     dense_gib: float
     graph: bool
+    compiled: bool
+    """Whether what lies between the projections is, on both sides."""
     disagreement: float
     bound: float
 
@@ -67,12 +57,12 @@ class Speed:
 
 
 class _Decoder:
-    """Greedy tokens, one after another, from a model with a static cache; `graph`: as CUDA graphs where there is a GPU."""
+    """Greedy tokens, one after another, from a model with a static cache; `fast`: compiled and as CUDA graphs, on a GPU."""
 
-    def __init__(self, model: nn.Module, batch: int, device: torch.device, graph: bool) -> None:
+    def __init__(self, model: PreTrainedModel, batch: int, device: torch.device, fast: bool) -> None:
         self.device = device
-        self.cache = StaticCache(config=model.config, max_cache_len=LONGEST)  # type: ignore[arg-type]
-        self.following = NextToken(model, self.cache, batch, graph)
+        self.cache = StaticCache(config=model.config, max_cache_len=LONGEST)
+        self.following = NextToken(model, self.cache, batch, graph=fast, fuse=fast and device.type == "cuda")
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=device)
 
     def step(self) -> torch.Tensor:
@@ -81,10 +71,12 @@ class _Decoder:
         self.ids = logits.argmax(-1, keepdim=True)
         return logits
 
-    def first_logits(self) -> torch.Tensor:
-        """After one given token."""
+    def given_logits(self) -> torch.Tensor:
+        """After some tokens that are the same for every model."""
         self.restart()
-        return self.step().float()
+        for token in range(1, GIVEN + 1):
+            logits = self.following(torch.full_like(self.ids, token))
+        return logits.float()
 
     def restart(self) -> None:
         """Forget what was decoded."""
@@ -109,24 +101,46 @@ class _Decoder:
         return tokens * len(self.ids) / min(times)
 
 
-def _speed(model: nn.Module, options: argparse.Namespace, batch: int) -> tuple[float, float, bool, torch.Tensor]:
-    """(tokens/s in a graph, eager, whether there is a graph, first logits)."""
+@dataclass
+class _Side:
+    """One model's tokens/s, fast and as Hugging Face runs it, and its logits both ways."""
+
+    fast: float
+    eager: float
+    graph: bool
+    compiled: bool
+    fast_logits: torch.Tensor
+    logits: torch.Tensor
+
+
+def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int) -> _Side:
     device = torch.device(options.device)
-    eagerly, graphed = (_Decoder(model, batch, device, graph) for graph in (False, True))
-    logits = eagerly.first_logits()
+    eagerly, fast = (_Decoder(model, batch, device, fast) for fast in (False, True))
     eager = eagerly.tokens_per_second(max(2, options.tokens // 8), options.repeats)
-    if not graphed.following.captures:
-        return eager, eager, False, logits
-    return graphed.tokens_per_second(options.tokens, options.repeats), eager, True, logits
+    logits = eagerly.given_logits()
+    if not fast.following.captures:
+        return _Side(eager, eager, False, False, logits, logits)
+    speed = fast.tokens_per_second(options.tokens, options.repeats)
+    return _Side(speed, eager, True, fast.following.fuses, fast.given_logits(), logits)
 
 
-def measure(options: argparse.Namespace, pack: Packer) -> list[Speed]:
+def _compare(sparsity: str, batch: int, packed: _Side, dense: _Side, gib: tuple[float, float], bound: float) -> Speed:
+    """gib: of the packed and the dense model. The dense model as Hugging Face runs it says what is right."""
+    apart = max(relative(side.fast_logits, dense.logits) for side in (packed, dense))
+    speeds = (packed.fast, dense.fast, packed.eager, dense.eager)
+    how = (packed.graph, packed.compiled and dense.compiled)
+    return Speed(sparsity, batch, *speeds, *gib, *how, apart, bound)
+
+
+def measure(options: argparse.Namespace) -> list[Speed]:
     """Every percentage of `options.sparsities` and every batch, from one model that gets sparser."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = geometry.build(options.whole_model, options.blocks, device, dtype)
     family = find_family(model)
     places = [(block, name) for block in decoder_blocks(model, family) for name in family.projections]
     rows, before = [], 0.0
+    # A projection rounds once on either side; the difference grows over the blocks.
+    bound = 8 * torch.finfo(dtype).eps
     for percent in sorted(float(s) for s in options.sparsities if ":" not in s):
         stay = (1 - percent / 100) / (1 - before) if before < 1 else 1.0
         before = percent / 100
@@ -134,21 +148,15 @@ def measure(options: argparse.Namespace, pack: Packer) -> list[Speed]:
         for linear in linears:
             linear.weight.data.masked_fill_(torch.rand_like(linear.weight, dtype=torch.float32) >= stay, 0)  # type: ignore[operator, arg-type, union-attr]
         dense_gib = resident(model)
-        dense = {batch: _speed(model, options, batch) for batch in options.batches}
-        packed = [PackedProjection(linear, pack) for linear in linears]  # type: ignore[arg-type]
-        for (block, name), layer in zip(places, packed, strict=True):
-            block.set_submodule(name, layer)
-        packed_gib = resident(model) + sum(layer.nbytes for layer in packed) / 2**30
+        dense = {batch: _side(model, options, batch) for batch in options.batches}
+        for (block, name), linear in zip(places, linears, strict=True):
+            block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
+        gib = (resident(model), dense_gib)
         for batch in options.batches:
-            fast, eager, graph, logits = _speed(model, options, batch)
-            apart = relative(logits, dense[batch][3])
-            # A projection rounds once on either side; the difference grows over the blocks.
-            bound = 8 * torch.finfo(dtype).eps
-            speeds = (fast, dense[batch][0], eager, dense[batch][1])
-            rows.append(Speed(f"{percent:g}", batch, *speeds, packed_gib, dense_gib, graph, apart, bound))
+            packed = _side(model, options, batch)
+            rows.append(_compare(f"{percent:g}", batch, packed, dense[batch], gib, bound))
         for (block, name), linear in zip(places, linears, strict=True):
             block.set_submodule(name, linear)
-        del packed
     return rows
 
 
@@ -156,6 +164,7 @@ def show(rows: Sequence[Speed]) -> None:
     """What a person reads."""
     if rows:
         how = "a CUDA graph a token" if rows[0].graph else "no graphs"
+        how += ", both compiled" if all(row.compiled for row in rows) else ", not compiled"
         print(
             f"\nwhole model, tokens/s, {how}{'packed':>12}{'dense':>9}{'ratio':>8}   eager: packed, dense   GiB: packed, dense"
         )

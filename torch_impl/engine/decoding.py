@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer
+
+from torch_impl.engine.fused_blocks import FusedBlocks
 
 # Tokens launched kernel by kernel before one is captured: libraries and kernels are loaded by then.
 WARM_UP = 2
@@ -17,16 +28,21 @@ class NextToken:
     """Logits of the token after the one given, by a model and the cache of what it has seen.
 
     With a static cache on a GPU the work is captured once and replayed for every token: it then takes as long as its
-    kernels, not as long as Python takes to launch them.
+    kernels, not as long as Python takes to launch them. `fuse` makes them few, by torch.compile, also without a graph;
+    where that fails, a line on standard error says so and the model runs as it is.
     """
 
-    def __init__(self, model: nn.Module, cache: Cache, batch: int = 1, graph: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache, batch: int = 1, graph: bool = True, fuse: bool = False
+    ) -> None:
         device = next(model.parameters()).device
         self._model, self._cache = model, cache
         self._ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         # A sliding window's cache decides in Python where to write, which a graph would not do again.
         fixed = isinstance(cache, StaticCache) and not any(cache.is_sliding)
         self.captures = graph and fixed and device.type == "cuda"
+        self.fuses = fuse and fixed
+        self._fused: FusedBlocks | None = None
         self._warm = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
@@ -37,7 +53,7 @@ class NextToken:
         self._ids.copy_(ids)
         if not self.captures or self._warm < WARM_UP:
             self._warm += 1
-            return self._forward()
+            return self._fuse() if self.fuses and self._fused is None else self._forward()
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
@@ -46,27 +62,53 @@ class NextToken:
         assert self._logits is not None
         return self._logits
 
+    def _fuse(self) -> torch.Tensor:
+        """The first call of the compiled blocks, or of the model as it is until its cache has been written to."""
+        if not self._cache.is_initialized:
+            return self._forward()
+        # A block that cannot be compiled may come after some that have counted the token.
+        counted = [(tensor, tensor.clone()) for layer in self._cache.layers for tensor in _counters(layer)]
+        try:
+            with warnings.catch_warnings():
+                # What torch advises while it compiles concerns whoever wrote the model.
+                warnings.simplefilter("ignore")
+                self._fused = FusedBlocks(self._model, self._cache)  # type: ignore[arg-type]
+                return self._forward()
+        except (RuntimeError, ValueError) as error:
+            print(f"decoding: not compiled, so slower ({' '.join(str(error).split())[:160]})", file=sys.stderr)
+        self.fuses, self._fused = False, None
+        for tensor, earlier in counted:
+            tensor.copy_(earlier)
+        return self._forward()
+
     def _forward(self) -> torch.Tensor:
-        logits: torch.Tensor = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True).logits
+        with self._fused.in_place() if self._fused else nullcontext():
+            logits: torch.Tensor = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True).logits
         return logits[:, -1]
 
 
+def _counters(layer: Any) -> list[torch.Tensor]:
+    """What a layer of a cache keeps besides keys and values: how many it has."""
+    return [t for name, t in vars(layer).items() if isinstance(t, torch.Tensor) and name not in ("keys", "values")]
+
+
 def decode(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     past_key_values: Cache,
     streamer: BaseStreamer,
+    fuse: bool = False,
     **_: Any,
 ) -> torch.Tensor:
     """The loop of `model.generate(..., custom_generate=decode)` for prompts (b, n) without padding: prompt and new ids.
 
-    Draws what `generate` itself would draw from the same logits.
+    Draws what `generate` itself would draw from the same logits. fuse: by compiled blocks, whose sums may round differently.
     """
     streamer.put(input_ids.cpu())
-    following = NextToken(model, past_key_values, len(input_ids))
+    following = NextToken(model, past_key_values, len(input_ids), fuse=fuse)
     ids = input_ids
     logits = model(input_ids=ids, past_key_values=past_key_values, use_cache=True, logits_to_keep=1).logits[:, -1]
     while True:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +19,9 @@ from torch_impl.engine import cpu_decode, cuda_decode
 # Up to so many rows of input the CPU's kernels, which read the weight once for every eight, beat unpacking it first.
 DECODE_ROWS = 32
 PARTS = ("bitmap", "values", "offsets")
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
 
 
 class PackedLinear(nn.Module):
@@ -48,6 +53,7 @@ class PackedLinear(nn.Module):
         for name, value in (("bitmap", bitmap), ("values", values), ("offsets", offsets), ("bias", bias)):
             self.register_buffer(name, None if value is None else value.detach().contiguous())
         self._settle()
+        self._enlist()
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PackedLinear:
@@ -64,6 +70,13 @@ class PackedLinear(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out), in x's dtype, which is the weight's. On a GPU it can be captured in a CUDA graph."""
+        if torch.compiler.is_compiling():
+            result: torch.Tensor = torch.ops.losa.packed_linear(x, self.handle, self.out_features)
+            return result
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives; compiled code calls it as one operation, through `handle`."""
         rows = x.reshape(-1, self.in_features)
         if self.layout is not None and 1 <= len(rows) <= cuda_decode.MOST_ROWS:
             y = cuda_decode.matvec(self.layout, rows, self.bias)
@@ -77,6 +90,20 @@ class PackedLinear(nn.Module):
         """What `print` shows."""
         sparsity = 1 - self.kept / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={sparsity:.4f}"
+
+    def _enlist(self) -> None:
+        """Take a number of its own, by which compiled code finds this layer.
+
+        A tensor, since a plain number would be a constant of the code, which is the same for all blocks.
+        """
+        number = next(_numbers)
+        self.handle = torch.tensor(number)
+        _layers[number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another layer."""
+        super().__setstate__(state)
+        self._enlist()
 
     def _settle(self) -> None:
         """Take the GPU's form where it has kernels for it; all building and waiting is done here, none in `forward`."""
@@ -122,6 +149,16 @@ class PackedLinear(nn.Module):
         self._restore()
         super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
         self._settle()
+
+
+@torch.library.custom_op("losa::packed_linear", mutates_args=())
+def _product(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    return _layers[int(handle)].product(x)
+
+
+@_product.register_fake
+def _shape(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _has_kernels(values: torch.Tensor) -> bool:

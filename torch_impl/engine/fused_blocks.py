@@ -1,0 +1,106 @@
+"""Decoder blocks compiled for one token at a time: what lies between the projections becomes a few kernels.
+
+All blocks are one compiled function, called with the block and its own layer of the cache, so that compiling takes as long
+as for one block. torch keeps what it compiled on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel, StaticCache
+
+from torch_impl.engine import token_attention
+from torch_impl.engine.families import decoder_blocks, find_family
+
+
+class _OneLayer(Cache):
+    """A cache that is one layer of another, whatever number a block asks for: a number would be a constant of the code."""
+
+    def __init__(self, layer: Any) -> None:
+        own: Any = copy.copy(layer)
+        for name, value in vars(layer).items():
+            if isinstance(value, torch.Tensor):
+                # The same memory without the mark of a fixed address, which to older versions of torch is such a constant too.
+                setattr(own, name, value.detach())
+        self._own = own
+        super().__init__(layers=[own])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write where the layer goes on; all its keys and values."""
+        result: tuple[torch.Tensor, torch.Tensor] = self._own.update(key_states, value_states, *args, **kwargs)
+        return result
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _compile() -> Callable[..., Any]:
+    """`_call`, compiled for modules of one kind. Its code is its own, so that torch's limit on versions of one code counts
+    for each model and cache alone."""
+    own = FunctionType(_call.__code__.replace(), _call.__globals__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+class FusedBlocks:
+    """The blocks of a model over a static cache that has been written to once; `in_place` puts them into the model.
+
+    Errors: ValueError if the model's family is unknown or its layers slide; the first call may raise RuntimeError where
+    nothing can be compiled.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: StaticCache) -> None:
+        if any(cache.is_sliding) or not cache.is_initialized:
+            raise ValueError("cache slides or is empty; allowed: a static cache that was written to")
+        family = find_family(model)
+        blocks = decoder_blocks(model, family)
+        decoder = model.get_submodule(family.blocks.rpartition(".")[0])
+        self._config = model.config
+        block_call = _compile()
+        self._calls: dict[nn.Module, Callable[..., Any]] = {
+            block: self._over(block_call, block, _OneLayer(layer))
+            for block, layer in zip(blocks, cache.layers, strict=True)
+        }
+        # What a token passes before and after the blocks: rotary angles, the last norm.
+        for module in decoder.children():
+            if module is not blocks and not isinstance(module, (nn.Embedding, nn.Linear)):
+                self._calls[module] = self._plain(_compile(), module)
+
+    @staticmethod
+    def _over(compiled: Callable[..., Any], block: nn.Module, cache: Cache) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled(block, *args, **{**kwargs, "past_key_values": cache})
+
+        return call
+
+    @staticmethod
+    def _plain(compiled: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled(module, *args, **kwargs)
+
+        return call
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model calls these in the place of its blocks, for the duration."""
+        before = {module: module._compiled_call_impl for module in self._calls}
+        attention = self._config._attn_implementation
+        try:
+            for module, call in self._calls.items():
+                module._compiled_call_impl = call
+            if attention == "sdpa":
+                self._config._attn_implementation = token_attention.NAME
+            yield
+        finally:
+            self._config._attn_implementation = attention
+            for module, earlier in before.items():
+                module._compiled_call_impl = earlier
