@@ -39,16 +39,15 @@ def sparse_weights(draw: st.DrawFn, largest: int = 200) -> torch.Tensor:
 
 def walk(layout: cuda_decode.Layout, x: np.ndarray) -> np.ndarray:
     """y as the kernel finds it, one lane after another: what it loads, in which order, and where it goes from there."""
-    values, low = layout.values.double().numpy(), layout.low.numpy().astype(np.int64)
-    high = layout.high.numpy().astype(np.int64)
+    stored, words = cuda_decode.stored_chunks(layout)
+    values = stored.double().numpy()
     y = np.zeros(layout.rows)
     for task, counts in enumerate(layout.counts.numpy().astype(int)):
         following = int(layout.bases[task])
         column = np.full(32, task % layout.segments * layout.segment)
         for step in range(counts.max()):
             for lane in np.flatnonzero(step < counts):
-                codes = int(low[following]) & (0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF)
-                codes |= int(high[following]) << 16 if layout.gap_bits == 3 else 0
+                codes = int(words[following])
                 for i in range(8):
                     column[lane] += codes >> (i * layout.gap_bits) & (2**layout.gap_bits - 1)
                     row = task // layout.segments * 32 + lane
@@ -114,9 +113,9 @@ def test_the_product(
 
 def test_a_copy_points_at_its_own_memory() -> None:
     layout = cuda_decode.pack_rows(torch.randn(40, 30).bfloat16())
-    assert layout.pointers[0].value == layout.values.data_ptr()
+    assert layout.pointers[0].value == layout.data.data_ptr()
     other = copy.deepcopy(layout)
-    assert other.pointers[0].value == other.values.data_ptr() != layout.values.data_ptr()
+    assert other.pointers[0].value == other.data.data_ptr() != layout.data.data_ptr()
 
 
 def test_what_packing_saves_is_what_the_formula_says() -> None:
@@ -143,8 +142,7 @@ def test_chosen_segments_fit_the_card(shape: tuple[int, int], bits: int) -> None
     assert -(-columns // segment) <= 32
     # A lane counts its chunks in a byte.
     assert segment <= 8 * 255
-    layout = cuda_decode.pack_rows(torch.ones(1, columns).bfloat16(), segment, bits)
-    assert cuda_decode._shared(layout, 1) <= cuda_decode.SHARED
+    assert cuda_decode._shared(segment, -(-columns // segment), bits) <= cuda_decode.SHARED
 
 
 def test_what_does_not_fit_is_named() -> None:

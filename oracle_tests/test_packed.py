@@ -307,7 +307,7 @@ def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
     assert layer.to(DEVICE).to(torch.bfloat16) is layer
     assert as_on_a_gpu == []
     other = copy.deepcopy(layer)
-    assert other.layout.values.data_ptr() == other.layout_values.data_ptr() != layer.layout_values.data_ptr()
+    assert other.layout.data.data_ptr() == other.layout_data.data_ptr() != layer.layout_data.data_ptr()
     # Another dtype without kernels goes back to the bitmap, and from there to the layout again.
     other.float()
     assert other.layout is None
@@ -316,7 +316,7 @@ def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
     x = torch.randn(2, 70, device=DEVICE)
     assert_close("float", linear.float()(x).detach().cpu(), other(x).cpu(), 1e-6, floor=1e-30)
     other.half()
-    assert other.layout.values.dtype == torch.float16
+    assert other.layout.dtype == torch.float16
     assert torch.equal(other.unpacked(), linear.weight.half())
     # Loaded into a layer of the same sparsity, on the GPU or not.
     layer.load_state_dict({**state, "values": -state["values"]})

@@ -19,51 +19,48 @@ __device__ __forceinline__ float2 widen<__half>(uint32_t pair) {
     return __half22float2(*reinterpret_cast<__half2*>(&pair));
 }
 
-// acc[b] += Σ value · x[b] over a chunk; the batch's numbers of one column lie side by side in shared memory.
+// acc[b] += Σ value · x[b] over a chunk. In shared memory a column takes four bytes: one number in float32, or two as they are.
 template <typename T, int BATCH>
-__device__ __forceinline__ void multiply(float (&acc)[BATCH], const uint32_t (&words)[4], const uint32_t (&at)[CHUNK]) {
+__device__ __forceinline__ void multiply(float (&acc)[BATCH], const uint4& values, const uint32_t (&at)[CHUNK]) {
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
     uint32_t x[CHUNK];
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        if constexpr (BATCH == 1) asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x[i]) : "r"(at[i]));
-        if constexpr (BATCH == 2) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[i]) : "r"(at[i]));
-    }
+    for (int i = 0; i < CHUNK; ++i) asm("ld.shared.u32 %0, [%1];" : "=r"(x[i]) : "r"(at[i]));
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) {
-        const float2 pair = widen<T>(words[i / 2]), two = widen<T>(x[i]);
+        const float2 pair = widen<T>(words[i / 2]);
         const float value = i % 2 ? pair.y : pair.x;
-        acc[0] = fmaf(value, two.x, acc[0]);
-        if constexpr (BATCH == 2) acc[1] = fmaf(value, two.y, acc[1]);
+        if constexpr (BATCH == 1) acc[0] = fmaf(value, __uint_as_float(x[i]), acc[0]);
+        else {
+            const float2 two = widen<T>(x[i]);
+            acc[0] = fmaf(value, two.x, acc[0]);
+            acc[1] = fmaf(value, two.y, acc[1]);
+        }
     }
 }
 
-// Eight columns of BATCH rows, transposed: the rows' numbers of one column side by side.
-template <int BATCH>
+// Eight columns of one or two rows, four bytes each.
+template <typename T, int BATCH>
 __device__ __forceinline__ void store_octet(unsigned char* to, const uint4 (&rows)[BATCH]) {
-    if constexpr (BATCH == 1) {
-        *reinterpret_cast<uint4*>(to) = rows[0];
-    } else {
-        uint32_t* words = reinterpret_cast<uint32_t*>(to);
+    uint32_t* words = reinterpret_cast<uint32_t*>(to);
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int b = 0; b < BATCH; b += 2) {
-                const uint32_t one = (&rows[b].x)[j / 2], two = (&rows[b + 1].x)[j / 2];
-                words[(j * BATCH + b) / 2] = __byte_perm(one, two, j % 2 ? 0x7632 : 0x5410);
-            }
+    for (int j = 0; j < 8; ++j) {
+        const uint32_t one = (&rows[0].x)[j / 2];
+        if constexpr (BATCH == 1) words[j] = __float_as_uint(j % 2 ? widen<T>(one).y : widen<T>(one).x);
+        else words[j] = __byte_perm(one, (&rows[1].x)[j / 2], j % 2 ? 0x7632 : 0x5410);
     }
 }
 
 template <typename T, int BITS, int BATCH>
 __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bias, T* y, int batch) {
-    constexpr int BYTES = 2 * BATCH, SHIFT = BATCH;     // a column takes 2^SHIFT bytes of shared memory
+    constexpr int SHIFT = 2, BYTES = 1 << SHIFT;        // what a column takes of shared memory
     extern __shared__ __align__(16) unsigned char memory[];
 
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int lane = threadIdx.x % LANES, warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
     const int task = blockIdx.x * w.segments + warp;
     Feed<BITS> feed(w, address_of(memory) + warp * Feed<BITS>::BYTES, lane, w.bases[task], w.bases[task + 1]);
     const int mine = w.counts[task * LANES + lane];
-    const int steps = __reduce_max_sync(ALL, mine);
+    const int most = __reduce_max_sync(ALL, mine), least = __reduce_min_sync(ALL, mine);
     unsigned char* numbers = memory + w.segments * Feed<BITS>::BYTES;
     wait_for_input();
 
@@ -89,24 +86,41 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
                 rows[b] = uint4{words[0], words[1], words[2], words[3]};
             }
         }
-        store_octet<BATCH>(numbers + column * BYTES, rows);
+        store_octet<T, BATCH>(numbers + column * BYTES, rows);
     }
     __syncthreads();
 
     float acc[BATCH] = {};
     uint32_t from = address_of(numbers) + warp * w.segment * BYTES;
-    for (int step = 0; step < steps; ++step) {
-        const bool active = step < mine;
-        const int place = feed.advance(active);
-        if (active) {
-            const uint4 four = feed.values(place);
-            const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-            uint32_t at[CHUNK];
-            places<BITS, SHIFT>(at, feed.codes(place), from);
+    // Two chunks at a time while all lanes have them, then one for those that do.
+    float other[BATCH] = {};
+    uint32_t at[CHUNK], then[CHUNK];
+    int step = 0;
+    for (; step + 2 <= least; step += 2) {
+        const unsigned place = feed.advance(2 * LANES) + lane;
+        uint32_t codes, more_codes;
+        const uint4 values = feed.read(place, codes), more = feed.read(place + LANES, more_codes);
+        places<BITS, SHIFT>(at, codes, from);
+        places<BITS, SHIFT>(then, more_codes, at[CHUNK - 1] + BYTES);
+        from = then[CHUNK - 1] + BYTES;
+        multiply<T, BATCH>(acc, values, at);
+        multiply<T, BATCH>(other, more, then);
+    }
+    uint32_t below;
+    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
+    for (; step < most; ++step) {
+        const uint32_t who = __ballot_sync(ALL, step < mine);
+        const unsigned place = feed.advance(__popc(who)) + __popc(who & below);
+        if (step < mine) {
+            uint32_t codes;
+            const uint4 values = feed.read(place, codes);
+            places<BITS, SHIFT>(at, codes, from);
             from = at[CHUNK - 1] + BYTES;
-            multiply<T, BATCH>(acc, words, at);
+            multiply<T, BATCH>(acc, values, at);
         }
     }
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) acc[b] += other[b];
 
     // The sum of a row over its warps, always in the same order.
     __syncthreads();
@@ -125,7 +139,7 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 
 template <typename T, int BITS, int BATCH>
 cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, bool overlap, cudaStream_t stream) {
-    const int shared = w.segments * Feed<BITS>::BYTES + (w.segments * w.segment + 2 * CHUNK) * 2 * BATCH;
+    const int shared = w.segments * Feed<BITS>::BYTES + (w.segments * w.segment + 2 * CHUNK) * 4;
     return launch_early(decode<T, BITS, BATCH>, (w.rows + LANES - 1) / LANES, w.segments, shared, overlap, stream, w,
                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch);
 }
@@ -146,6 +160,7 @@ cudaError_t coded(const Layout& w, const void* x, const void* bias, void* y, int
 // The dense weight (rows, columns), which is zero before: every lane puts its stream's values where they belong.
 template <int BITS>
 __global__ void expand(Layout w, uint16_t* dense) {
+    using P = Parts<BITS>;
     const int lane = threadIdx.x % LANES, segment = threadIdx.x / LANES;
     const int task = blockIdx.x * w.segments + segment, row = blockIdx.x * LANES + lane;
     const int mine = w.counts[task * LANES + lane], steps = __reduce_max_sync(ALL, mine);
@@ -155,9 +170,12 @@ __global__ void expand(Layout w, uint16_t* dense) {
         const int chunk = next + __popc(who & ((1u << lane) - 1));
         next += __popc(who);
         if (step >= mine) continue;
-        uint32_t codes = BITS == 4 ? reinterpret_cast<const uint32_t*>(w.low)[chunk] : reinterpret_cast<const uint16_t*>(w.low)[chunk];
-        if (BITS == 3) codes |= static_cast<uint32_t>(w.high[chunk]) << 16;
-        const uint16_t* values = reinterpret_cast<const uint16_t*>(w.values + chunk);
+        const uint8_t* group = w.data + static_cast<size_t>(chunk / GROUP) * P::BYTES;
+        const int within = chunk % GROUP;
+        const uint8_t* low = group + P::VALUES + within * P::LOW;
+        uint32_t codes = BITS == 4 ? *reinterpret_cast<const uint32_t*>(low) : *reinterpret_cast<const uint16_t*>(low);
+        if (BITS == 3) codes |= static_cast<uint32_t>(group[P::VALUES + GROUP * P::LOW + within]) << 16;
+        const uint16_t* values = reinterpret_cast<const uint16_t*>(group + within * 16);
         for (int i = 0; i < CHUNK; ++i) {
             column += (codes >> (i * BITS) & ((1u << BITS) - 1)) + 1;
             if (values[i] & 0x7fff) dense[static_cast<size_t>(row) * w.columns + column] = values[i];
@@ -168,20 +186,18 @@ __global__ void expand(Layout w, uint16_t* dense) {
 }  // namespace
 
 // Both return a cudaError_t. half: fp16 numbers, else bf16. overlap: the device lets a kernel begin before the last one ends.
-extern "C" int losa_matvec(const void* values, const void* low, const void* high, const void* counts, const void* bases,
+extern "C" int losa_matvec(const void* data, const void* counts, const void* bases,
                            const void* x, const void* bias, void* y, int rows, int columns, int segment, int segments, int bits,
                            int half, int batch, int overlap, void* stream) {
-    const Layout w{static_cast<const uint4*>(values), static_cast<const uint8_t*>(low), static_cast<const uint8_t*>(high), static_cast<const uint8_t*>(counts),
-                   static_cast<const int*>(bases), rows, columns, segment, segments};
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(counts), static_cast<const int*>(bases), rows, columns, segment, segments};
     const auto queue = static_cast<cudaStream_t>(stream);
     return half ? coded<__half>(w, x, bias, y, bits, batch, overlap, queue)
                 : coded<__nv_bfloat16>(w, x, bias, y, bits, batch, overlap, queue);
 }
 
-extern "C" int losa_expand(const void* values, const void* low, const void* high, const void* counts, const void* bases,
+extern "C" int losa_expand(const void* data, const void* counts, const void* bases,
                            void* dense, int rows, int columns, int segment, int segments, int bits, void* stream) {
-    const Layout w{static_cast<const uint4*>(values), static_cast<const uint8_t*>(low), static_cast<const uint8_t*>(high), static_cast<const uint8_t*>(counts),
-                   static_cast<const int*>(bases), rows, columns, segment, segments};
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(counts), static_cast<const int*>(bases), rows, columns, segment, segments};
     const int blocks = (rows + LANES - 1) / LANES;
     const auto queue = static_cast<cudaStream_t>(stream);
     auto* to = static_cast<uint16_t*>(dense);

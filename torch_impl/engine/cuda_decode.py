@@ -26,13 +26,13 @@ MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
 # Shared memory that one block may have on Hopper; less on older cards, where the launch says so.
 SHARED = 227 * 1024
-# Gathering: two bytes of x for every column of one or two rows at once.
-GATHERED = (2, 1)
-# A warp's chunks on their way, as in cuda_layout.cuh; of shared memory beside that, a warp's tiles, as in cuda_tiles.cu.
-FEED_CHUNKS = 256
+GATHERED = 2
+"""Largest batch that is gathered value by value."""
+# Chunks that lie together in memory, so that one copy brings values and codes; groups that a warp has on their way
+# (cuda_layout.cuh); a warp's tiles (cuda_tiles.cu).
+GROUP = 16
+GROUPS_HELD = 16
 TILE_BYTES = 17 * 1024
-# Arrays of chunks begin and end at multiples of so many, so that all are copied 16 bytes at a time.
-ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Layout:
 
     A task is 32 rows by one of `segments` segments of columns; each of its 32 lanes follows one stream of
     `gaps.pack_gaps`. A task's chunks are stored step by step: chunk k of every lane that has one, lane by lane, so that
-    what a warp loads is one piece of memory. values (chunks, 8) bf16 or fp16; low (chunks,): the codes of a chunk side by
-    side, int16, or int32 with four bits each; high (chunks,) uint8: bits 16-23, with three bits each; counts (tasks, 32)
-    uint8: chunks of each lane; bases (tasks + 1,) int32: a task's first chunk, and where the last one's end. Chunks without
-    values fill the arrays up to a multiple of 16.
+    what a warp loads is one piece of memory.
+
+    data (groups, bytes) uint8: 16 chunks in the order above, first all values, then bits 0-15 of all codes of a chunk side
+    by side (0-31 with four bits each), then bits 16-23 (with three bits each); counts (tasks, 32) uint8: chunks of each
+    lane; bases (tasks + 1,) int32: a task's first chunk, and where the last one's end. dtype: of the weight.
     """
 
     rows: int
@@ -52,11 +53,15 @@ class Layout:
     segment: int
     segments: int
     gap_bits: int
-    values: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+    dtype: torch.dtype
+    data: torch.Tensor
     counts: torch.Tensor
     bases: torch.Tensor
+
+    @staticmethod
+    def group_bytes(gap_bits: int) -> tuple[int, int, int]:
+        """Bytes of a group's parts: (values, low bits of the codes, high bits)."""
+        return 16 * GROUP, GROUP * (4 if gap_bits == 4 else 2), GROUP * (gap_bits == 3)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name."""
@@ -103,7 +108,10 @@ def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) ->
     else:
         warps = {2: 10, 3: 12, 4: 8}[gap_bits]
     # A lane counts its chunks in a byte, so long rows take more warps.
-    warps = max(min(warps, 32, -(-columns // 8)), -(-columns // (8 * 248)), 1)
+    fewest = max(-(-columns // (8 * 248)), 1)
+    while warps > fewest and _shared(-(-columns // warps) + 8, warps, gap_bits) > SHARED:
+        warps -= 1
+    warps = max(min(warps, 32, -(-columns // 8)), fewest)
     segment = -(-columns // warps)
     return max(-(-segment // 8) * 8, 8)
 
@@ -129,17 +137,21 @@ def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | 
     order = _order(counts, rows, chunks)
     shifts = gap_bits * torch.arange(gaps.CHUNK, device=weight.device)
     words = (codes.view(-1, gaps.CHUNK)[order].long() << shifts).sum(1)
-    unused = -len(order) % ALIGNED
+    unused = -len(order) % GROUP
     words = functional.pad(words, (0, unused))
+    parts = [
+        functional.pad(values.view(-1, gaps.CHUNK)[order], (0, 0, 0, unused)).view(torch.uint8),
+        words.to(torch.int32 if gap_bits == 4 else torch.int16)[:, None].view(torch.uint8),
+        (words >> 16).to(torch.uint8)[:, None] if gap_bits == 3 else words.new_zeros(len(words), 0, dtype=torch.uint8),
+    ]
     layout = Layout(
         rows,
         columns,
         segment,
         chunks.shape[1],
         gap_bits,
-        functional.pad(values.view(-1, gaps.CHUNK)[order], (0, 0, 0, unused)),
-        words.to(torch.int32 if gap_bits == 4 else torch.int16),
-        (words >> 16).to(torch.uint8) if gap_bits == 3 else words.new_zeros(0, dtype=torch.uint8),
+        weight.dtype,
+        torch.cat([part.reshape(len(words) // GROUP, GROUP * part.shape[1]) for part in parts], 1),
         counts.to(torch.uint8),
         functional.pad(counts.sum(1).cumsum(0), (1, 0)).to(torch.int32),
     )
@@ -161,23 +173,31 @@ def _order(counts: torch.Tensor, rows: int, chunks: torch.Tensor) -> torch.Tenso
 
 def unpack(layout: Layout) -> torch.Tensor:
     """The dense weight (rows, columns): by a kernel where there is one, else in torch."""
-    if layout.values.is_cuda and available()[0]:
-        dense = layout.values.new_zeros(layout.rows, layout.columns)
+    if layout.data.is_cuda and available()[0]:
+        dense = torch.zeros(layout.rows, layout.columns, dtype=layout.dtype, device=layout.data.device)
         _call("losa_expand", layout, dense, numbers=(layout.gap_bits,))
         return dense
     counts = layout.counts.long().view(-1, layout.segments, LANES).transpose(1, 2).reshape(-1, layout.segments)
     chunks = counts[: layout.rows].contiguous()
     order = _order(layout.counts.long(), layout.rows, chunks)
-    words = layout.low[: len(order)].long() & (0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF)
-    if layout.gap_bits == 3:
-        words |= layout.high[: len(order)].long() << 16
+    stored, words = (part[: len(order)] for part in stored_chunks(layout))
     shifts = layout.gap_bits * torch.arange(gaps.CHUNK, device=words.device)
     codes = (words[:, None] >> shifts & (2**layout.gap_bits - 1)).to(torch.uint8)
-    values = torch.empty_like(layout.values[: len(order)])
-    values[order] = layout.values[: len(order)]
+    values = torch.empty_like(stored)
+    values[order] = stored
     placed = torch.empty_like(codes)
     placed[order] = codes
     return gaps.unpack_gaps(values.flatten(), placed.flatten(), chunks, layout.columns, layout.segment)
+
+
+def stored_chunks(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """All chunks in the order of memory: values (chunks, 8), codes of a chunk side by side (chunks,) int64."""
+    values, low, high = layout.data.split(Layout.group_bytes(layout.gap_bits), 1)
+    words = low.contiguous().view(torch.int32 if layout.gap_bits == 4 else torch.int16).flatten().long()
+    words &= 0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF
+    if layout.gap_bits == 3:
+        words |= high.flatten().long() << 16
+    return values.contiguous().view(layout.dtype).view(-1, gaps.CHUNK), words
 
 
 def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -188,9 +208,9 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     """
     if x.dim() != 2 or x.shape[1] != layout.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (b, {layout.columns})")
-    if x.dtype != layout.values.dtype:
-        raise TypeError(f"x has dtype {x.dtype}; allowed: {layout.values.dtype}, the weight's")
-    if not (layout.values.is_cuda and available()[0]):
+    if x.dtype != layout.dtype:
+        raise TypeError(f"x has dtype {x.dtype}; allowed: {layout.dtype}, the weight's")
+    if not (layout.data.is_cuda and available()[0]):
         wide = functional.linear(x.float(), unpack(layout).float(), None if bias is None else bias.float())
         return wide.to(x.dtype)
     if not 1 <= len(x) <= MOST_ROWS:
@@ -198,41 +218,37 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     x = x.contiguous()
     y = x.new_empty(len(x), layout.rows)
     half, overlap = int(x.dtype == torch.float16), int(torch.cuda.get_device_capability(x.device)[0] >= 9)
-    if len(x) > GATHERED[0]:
-        numbers = (layout.gap_bits, half, len(x), _tile_warps(layout), overlap)
-        _call("losa_tiles", layout, x, bias, y, numbers=numbers)
-        return y
-    room = next(b for b in GATHERED if _shared(layout, b) <= SHARED)
-    for first in range(0, len(x), room):
-        part = x[first : first + room]
-        numbers = (layout.gap_bits, half, len(part), overlap)
-        _call("losa_matvec", layout, part, bias, y[first : first + room], numbers=numbers)
+    if len(x) <= GATHERED and _shared(layout.segment, layout.segments, layout.gap_bits) <= SHARED:
+        _call("losa_matvec", layout, x, bias, y, numbers=(layout.gap_bits, half, len(x), overlap))
+    else:
+        _call("losa_tiles", layout, x, bias, y, numbers=(layout.gap_bits, half, len(x), _tile_warps(layout), overlap))
     return y
 
 
 def _tile_warps(layout: Layout) -> int:
     """Warps of a block that multiplies by tiles, between which segments are shared out: as many as fit beside each other."""
-    properties = torch.cuda.get_device_properties(layout.values.device)
-    together = min(3, -(-layout.rows // LANES // properties.multi_processor_count))
-    most = max(1, properties.shared_memory_per_block_optin // (max(1, together) * (TILE_BYTES + _feed(layout))))
+    properties = torch.cuda.get_device_properties(layout.data.device)
+    together = min(3, -(-layout.rows // (LANES * properties.multi_processor_count)))
+    room = getattr(properties, "shared_memory_per_block_optin", SHARED) // max(1, together)
+    most = max(1, room // (TILE_BYTES + _feed(layout.gap_bits) + 127))
     share = -(-layout.segments // min(most, 12))
     return -(-layout.segments // share)
 
 
-def _feed(layout: Layout) -> int:
-    """Bytes of shared memory that a warp takes for chunks on their way."""
-    return FEED_CHUNKS * {2: 18, 3: 19, 4: 20}[layout.gap_bits]
+def _feed(gap_bits: int) -> int:
+    """Bytes of shared memory that a warp takes for chunks on their way, and for the barriers that count them."""
+    return GROUPS_HELD * sum(Layout.group_bytes(gap_bits)) + 32
 
 
-def _shared(layout: Layout, batch: int) -> int:
-    """Bytes of shared memory that a block takes to gather from so many rows of x."""
-    return layout.segments * _feed(layout) + 2 * batch * (layout.segments * layout.segment + 2 * gaps.CHUNK)
+def _shared(segment: int, segments: int, gap_bits: int) -> int:
+    """Bytes of shared memory that a block takes to gather from x."""
+    return segments * _feed(gap_bits) + 4 * (segments * segment + 2 * gaps.CHUNK)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
     """Launch on the current stream of the layout's device."""
     others = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    device = layout.values.device
+    device = layout.data.device
     with torch.cuda.device(device):
         queue = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         shape = (layout.rows, layout.columns, layout.segment, layout.segments)

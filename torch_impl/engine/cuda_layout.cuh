@@ -13,10 +13,10 @@ constexpr int LANES = 32;
 constexpr int CHUNK = 8;        // values of one 16-byte load
 constexpr unsigned ALL = 0xffffffffu;
 
+constexpr int GROUP = 16;       // chunks that lie together in memory
+
 struct Layout {
-    const uint4* values;        // (chunks) eight 16-bit values
-    const uint8_t* low;         // (chunks) bits 0-15 of their codes (0-31 of four-bit codes)
-    const uint8_t* high;        // (chunks) bits 16-23 of three-bit codes
+    const uint8_t* data;        // groups: 16 times eight values, bits 0-15 of 16 codes (0-31 of four-bit codes), bits 16-23 (of three-bit codes)
     const uint8_t* counts;      // (tasks, 32) chunks of each lane
     const int* bases;           // (tasks + 1) first chunk
     int rows, columns, segment, segments;
@@ -37,73 +37,100 @@ __device__ __forceinline__ uint4 read_four(uint32_t from) {
     return v;
 }
 
-// A warp's chunks, in the order in which they are stored, on their way through a ring in shared memory. Copies are
-// asynchronous and come PIECES pieces ahead: loads into registers would share a handful of scoreboards, and waiting for one
-// would wait for many.
+// Bytes of the parts of a group.
 template <int BITS>
-struct Feed {
-    static constexpr int PIECE = 32, PIECES = 8, HELD = PIECE * PIECES, LOW = BITS == 4 ? 4 : 2;
-    static constexpr int BYTES = HELD * (16 + LOW + (BITS == 3));
+struct Parts {
+    static constexpr unsigned VALUES = GROUP * 16, LOW = BITS == 4 ? 4 : 2, HIGH = BITS == 3, BYTES = VALUES + GROUP * (LOW + HIGH);
+};
 
-    const Layout& w;
+// A warp's chunks, in the order in which they are stored, on their way through a ring in shared memory. Copies are
+// asynchronous, a piece at a time and PIECES pieces ahead: loads into registers would share a handful of scoreboards, and
+// waiting for one would wait for many. On Hopper one lane starts them and a barrier counts their bytes.
+template <int BITS>
+struct Feed : Parts<BITS> {
+    using P = Parts<BITS>;
+    static constexpr unsigned PIECE = 64, PIECES = 4, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
+    static constexpr unsigned BARRIERS = PIECES * PIECE_BYTES, BYTES = BARRIERS + 8 * PIECES;
+
+    const uint8_t* data;
     const uint32_t ring;
     const int lane;
-    uint32_t below;
-    int next, begin, end;       // chunks: to be copied next, the first and the last copied
-    int cursor, ready, waits;   // behind `begin`: the next to be used, those that are here; pieces waited for
+    int left;                   // bytes that are still to be copied
+    unsigned cursor, ready, waits;  // chunks from the first group on: the next to be used, those that are here; pieces waited for
 
-    // Chunks `first` to `last` of the whole weight; arrays begin at multiples of 16 chunks and end there.
-    __device__ __forceinline__ Feed(const Layout& layout, uint32_t at, int my_lane, int first, int last)
-        : w(layout), ring(at), lane(my_lane), next(first & ~15), begin(next), end((last + 15) & ~15), cursor(first - next), ready(0), waits(0) {
-        asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-#pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece) copy();
-    }
-
-    static __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-    }
-
-    __device__ __forceinline__ void copy() {
-        const int slot = (next - begin) & (HELD - 1);
-        if (next + lane < end) copy_16(ring + (slot + lane) * 16, w.values + next + lane);
-        const int codes = lane & 15;
-        if (lane < 16) {
-            if (codes < PIECE * LOW / 16 && next + codes * (16 / LOW) < end)
-                copy_16(ring + HELD * 16 + slot * LOW + codes * 16, w.low + static_cast<size_t>(next) * LOW + codes * 16);
-        } else if (BITS == 3 && codes < PIECE / 16 && next + codes * 16 < end) {
-            copy_16(ring + HELD * 18 + slot + codes * 16, w.high + next + codes * 16);
+    // Chunks `first` to `last` of the whole weight.
+    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int my_lane, int first, int last)
+        : data(w.data + static_cast<size_t>(first / GROUP) * P::BYTES), ring(at), lane(my_lane),
+          left(((last + GROUP - 1) / GROUP - first / GROUP) * P::BYTES), cursor(first % GROUP), ready(0), waits(0) {
+#if __CUDA_ARCH__ >= 900
+        if (lane == 0) {
+            for (unsigned piece = 0; piece < PIECES; ++piece)
+                asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(ring + BARRIERS + 8 * piece) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
+        __syncwarp();
+#endif
+        for (unsigned piece = 0; piece < PIECES; ++piece) copy(piece);
+    }
+
+    // The next piece, to place `slot` of the ring.
+    __device__ __forceinline__ void copy(unsigned slot) {
+        const int bytes = min(left, static_cast<int>(PIECE_BYTES));
+        const uint32_t to = ring + slot * PIECE_BYTES;
+#if __CUDA_ARCH__ >= 900
+        if (lane == 0 && bytes > 0)
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
+                         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(to), "l"(data), "r"(bytes), "r"(ring + BARRIERS + 8 * slot) : "memory");
+#else
+        for (int i = lane * 16; i < bytes; i += LANES * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(data + i) : "memory");
         asm volatile("cp.async.commit_group;" ::: "memory");
-        next += PIECE;
+#endif
+        data += PIECE_BYTES;
+        left -= static_cast<int>(PIECE_BYTES);
     }
 
-    // One chunk for every lane that wants one: where it is in the ring. The whole warp calls it.
-    __device__ __forceinline__ int advance(bool active) {
-        const uint32_t who = __ballot_sync(ALL, active);
-        const int place = cursor + __popc(who & below);
-        cursor += __popc(who);
-        if (cursor > ready) {
-            // The piece before the last one is used up by all lanes; its place is free.
-            if (waits >= 2) copy();
-            else if (waits == 1) asm volatile("cp.async.commit_group;" ::: "memory");
-            ++waits;
-            asm volatile("cp.async.wait_group %0;" ::"n"(PIECES - 1) : "memory");
-            __syncwarp();
-            ready += PIECE;
+    __device__ __forceinline__ void wait() {
+        __syncwarp();
+        // The piece before the last one is used up by all lanes; its place is free.
+        if (waits >= 2) copy((waits - 2) % PIECES);
+#if __CUDA_ARCH__ >= 900
+        uint32_t here;
+        do {
+            asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                         : "=r"(here) : "r"(ring + BARRIERS + 8 * (waits % PIECES)), "r"(waits / PIECES % 2) : "memory");
+        } while (!here);
+#else
+        if (waits == 1) asm volatile("cp.async.commit_group;" ::: "memory");
+        asm volatile("cp.async.wait_group %0;" ::"n"(PIECES - 1) : "memory");
+        __syncwarp();
+#endif
+        ++waits;
+        ready += PIECE;
+    }
+
+    // The next `chunks` of them, at most a piece, which are used before this is called again: the number of the first one.
+    __device__ __forceinline__ unsigned advance(unsigned chunks) {
+        const unsigned from = cursor;
+        cursor += chunks;
+        while (cursor > ready) wait();
+        return from;
+    }
+
+    // The values and codes of a chunk by its number.
+    __device__ __forceinline__ uint4 read(unsigned number, uint32_t& codes) const {
+        const unsigned within = number % GROUP;
+        const uint32_t at = ring + number / GROUP % (HELD / GROUP) * P::BYTES;
+        const uint32_t low_at = at + P::VALUES + within * P::LOW;
+        if constexpr (BITS == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(codes) : "r"(low_at) : "memory");
+        else asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(codes) : "r"(low_at) : "memory");
+        if constexpr (BITS == 3) {
+            uint32_t high;
+            asm volatile("{.reg .u16 h; ld.shared.u8 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(high) : "r"(at + P::VALUES + GROUP * P::LOW + within) : "memory");
+            codes |= high << 16;
         }
-        return place & (HELD - 1);
-    }
-
-    __device__ __forceinline__ uint4 values(int place) const { return read_four(ring + place * 16); }
-
-    __device__ __forceinline__ uint32_t codes(int place) const {
-        uint32_t low, high = 0;
-        const uint32_t at = ring + HELD * 16 + place * LOW;
-        if constexpr (BITS == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(low) : "r"(at) : "memory");
-        else asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(low) : "r"(at) : "memory");
-        if constexpr (BITS == 3) asm volatile("{.reg .u16 h; ld.shared.u8 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(high) : "r"(ring + HELD * 18 + place) : "memory");
-        return high << 16 | low;
+        return read_four(at + within * 16);
     }
 };
 

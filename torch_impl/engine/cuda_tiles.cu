@@ -18,6 +18,8 @@ constexpr int RING_BYTES = RING * LANES * 2;
 constexpr int MOST = 8;                 // rows of X
 constexpr int SPILL_BYTES = MOST * LANES * 4;
 constexpr int TILE_THREADS = 384;
+template <int BITS>                     // of shared memory, a warp; rings begin at multiples of 128
+constexpr int WARP_BYTES = (RING_BYTES + SPILL_BYTES + Feed<BITS>::BYTES + 127) / 128 * 128;
 constexpr int AHEAD = 0x7fffffff;
 
 __device__ __forceinline__ void store_half(uint32_t to, uint32_t value) {
@@ -83,10 +85,10 @@ __device__ __noinline__ void spill_chunk(float* sums, uint4 values, uint32_t cod
 }
 
 template <typename T, int BITS>
-__global__ void __launch_bounds__(TILE_THREADS) tiles(Layout w, const T* x, const T* bias, T* y, int batch) {
-    constexpr int BYTES = RING_BYTES + SPILL_BYTES + Feed<BITS>::BYTES;     // of shared memory, a warp
+__global__ void __launch_bounds__(TILE_THREADS, 1) tiles(Layout w, const T* x, const T* bias, T* y, int batch) {
+    constexpr int BYTES = WARP_BYTES<BITS>;
     extern __shared__ __align__(128) unsigned char memory[];
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+    const int lane = threadIdx.x % LANES, warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), warps = blockDim.x / LANES;
     const uint32_t ring = address_of(memory) + warp * BYTES;
     float* spill = reinterpret_cast<float*>(memory + warp * BYTES + RING_BYTES) + lane;
 
@@ -105,38 +107,54 @@ __global__ void __launch_bounds__(TILE_THREADS) tiles(Layout w, const T* x, cons
     load_inputs(inputs, x, w.columns, batch, inputs_of, lane, whole);
     float sum[2][4] = {};
     bool spilled = false;
+    uint32_t below;
+    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
     const uint32_t group = lane / 4, thread = lane % 4;
     const uint32_t write_to = ring + lane * 4, read_from = ring + thread * 1024 + ((group * 16) ^ (thread * 32));
 
     for (int segment = first; segment < behind; ++segment) {
-        const int mine = coming, steps = __reduce_max_sync(ALL, mine);
+        const int mine = coming, most = __reduce_max_sync(ALL, mine), least = __reduce_min_sync(ALL, mine);
         if (segment + 1 < behind) coming = w.counts[(task + segment + 1) * LANES + lane];
         const int here = segment * w.segment, width = min(w.segment, w.columns - here);
         uint32_t from = 0;              // 64 × the column in the segment behind the lane's last value
         int done = 0;                   // columns of the segment that are multiplied
-        for (int step = 0; step < steps; ++step) {
-            const bool active = step < mine;
-            const int place = feed.advance(active);
-            if (active) {
-                const uint4 four = feed.values(place);
-                const uint32_t codes = feed.codes(place), words[4] = {four.x, four.y, four.z, four.w};
-                uint32_t at[CHUNK];
-                places<BITS, 6>(at, codes, from);
-                if (at[CHUNK - 1] < static_cast<uint32_t>(done + RING) * 64) {
+        auto scatter = [&](const uint4& four, uint32_t codes) {
+            const uint32_t words[4] = {four.x, four.y, four.z, four.w}, before = from;
+            uint32_t at[CHUNK];
+            places<BITS, 6>(at, codes, from);
+            from = at[CHUNK - 1] + 64;
+            if (at[CHUNK - 1] < static_cast<uint32_t>(done + RING) * 64) {
 #pragma unroll
-                    for (int i = 0; i < CHUNK; ++i) {
-                        const uint32_t to = (write_to + (at[i] & (RING_BYTES - 128))) ^ (at[i] >> 5 & 0x62);
-                        store_half(to, i % 2 ? words[i / 2] >> 16 : words[i / 2]);
-                    }
-                } else {
-                    if (!spilled)
-                        for (int b = 0; b < MOST; ++b) spill[b * LANES] = 0;
-                    spilled = true;
-                    spill_chunk<T, BITS>(spill, four, codes, here + (from >> 6), x, w.columns, batch);
+                for (int i = 0; i < CHUNK; ++i) {
+                    const uint32_t to = (write_to + (at[i] & (RING_BYTES - 128))) ^ (at[i] >> 5 & 0x62);
+                    store_half(to, i % 2 ? words[i / 2] >> 16 : words[i / 2]);
                 }
-                from = at[CHUNK - 1] + 64;
+            } else {
+                if (!spilled)
+                    for (int b = 0; b < MOST; ++b) spill[b * LANES] = 0;
+                spilled = true;
+                spill_chunk<T, BITS>(spill, four, codes, here + (before >> 6), x, w.columns, batch);
             }
-            const int past = __reduce_min_sync(ALL, step + 1 >= mine ? AHEAD : static_cast<int>(from >> 6));
+        };
+        // Two chunks at a time while all lanes have them, then one for those that do.
+        for (int step = 0; step < most;) {
+            uint32_t codes, more_codes;
+            if (step + 2 <= least) {
+                const unsigned place = feed.advance(2 * LANES) + lane;
+                const uint4 values = feed.read(place, codes), more = feed.read(place + LANES, more_codes);
+                scatter(values, codes);
+                scatter(more, more_codes);
+                step += 2;
+            } else {
+                const uint32_t who = __ballot_sync(ALL, step < mine);
+                const unsigned place = feed.advance(__popc(who)) + __popc(who & below);
+                if (step < mine) {
+                    const uint4 values = feed.read(place, codes);
+                    scatter(values, codes);
+                }
+                ++step;
+            }
+            const int past = __reduce_min_sync(ALL, step >= mine ? AHEAD : static_cast<int>(from >> 6));
             while (done < width && past >= done + WINDOW) {
                 if (inputs_of != here + done) load_inputs(inputs, x, w.columns, batch, here + done, lane, whole);
                 const uint4 right[2] = {inputs[0], inputs[1]};
@@ -179,7 +197,7 @@ __global__ void __launch_bounds__(TILE_THREADS) tiles(Layout w, const T* x, cons
 
 template <typename T, int BITS>
 cudaError_t launch_tiles(const Layout& w, const void* x, const void* bias, void* y, int batch, int warps, bool overlap, cudaStream_t stream) {
-    const int shared = warps * (RING_BYTES + SPILL_BYTES + Feed<BITS>::BYTES);
+    const int shared = warps * WARP_BYTES<BITS>;
     return launch_early(tiles<T, BITS>, (w.rows + LANES - 1) / LANES, warps, shared, overlap, stream, w, static_cast<const T*>(x),
                         static_cast<const T*>(bias), static_cast<T*>(y), batch);
 }
@@ -194,11 +212,10 @@ cudaError_t coded_tiles(const Layout& w, const void* x, const void* bias, void* 
 }  // namespace
 
 // Returns a cudaError_t. half: fp16 numbers, else bf16. overlap: the device lets a kernel begin before the last one ends.
-extern "C" int losa_tiles(const void* values, const void* low, const void* high, const void* counts, const void* bases,
+extern "C" int losa_tiles(const void* data, const void* counts, const void* bases,
                           const void* x, const void* bias, void* y, int rows, int columns, int segment, int segments, int bits,
                           int half, int batch, int warps, int overlap, void* stream) {
-    const Layout w{static_cast<const uint4*>(values), static_cast<const uint8_t*>(low), static_cast<const uint8_t*>(high), static_cast<const uint8_t*>(counts),
-                   static_cast<const int*>(bases), rows, columns, segment, segments};
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(counts), static_cast<const int*>(bases), rows, columns, segment, segments};
     const auto queue = static_cast<cudaStream_t>(stream);
     return half ? coded_tiles<__half>(w, x, bias, y, bits, batch, warps, overlap, queue)
                 : coded_tiles<__nv_bfloat16>(w, x, bias, y, bits, batch, warps, overlap, queue);

@@ -129,9 +129,9 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         """What `to`, `cuda`, `half` and the like do: another device or dtype may want the other form."""
         if self.layout is not None:
-            values = self.layout.values
-            moved = fn(values[:0])
-            if (moved.device, moved.dtype) != (values.device, values.dtype):
+            old = torch.empty(0, dtype=self.layout.dtype, device=self.layout.data.device)
+            new = fn(old)
+            if (new.device, new.dtype) != (old.device, old.dtype):
                 self._restore()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.layout is not None:
