@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import families, layers, training
+from torch_impl.engine import families, layers, loss, training
 from torch_impl.engine.training import TrainingConfig
 
 
@@ -101,6 +102,23 @@ def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
     assert float(results[0][0]) > 1
     for together, alone in zip(*results, strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 15, 1000])
+def test_cross_entropy_in_parts_is_torch_s(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of rows at once, the last part shorter; some rows or all of them not counted."""
+    monkeypatch.setattr(loss, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(10, 7, generator=generator)).to(dtype).requires_grad_()
+    for targets in (torch.tensor([0, 6, -100, 3, 3, 1, -100, 2, 5, 4]), torch.full((10,), -100)):
+        wide = logits.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        expected = functional.cross_entropy(wide, targets, ignore_index=-100, reduction="sum") * 0.25
+        expected.backward()
+        found = loss.summed_cross_entropy(logits, targets, -100) * 0.25
+        [gradient] = torch.autograd.grad(found, logits)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient, wide.grad.to(dtype))  # type: ignore[union-attr]
 
 
 def test_rows_are_filled_up_on_the_right_without_labels() -> None:

@@ -82,6 +82,7 @@ if triton is not None:
         rows,
         columns,
         rank,
+        scale,
         tiles,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_COLUMNS: tl.constexpr,
@@ -113,9 +114,9 @@ if triton is not None:
                 sum_B += tl.dot(g, tl.trans(a), input_precision="ieee")
                 part = tl.dot(tl.trans(b), g, input_precision="ieee")
             to = (tl.program_id(0) * rank + r[:, None]).to(tl.int64) * columns + column[None, :]
-            tl.store(parts_A + to, part, mask=a_fits)
+            tl.store(parts_A + to, scale * part, mask=a_fits)
         to = (tl.program_id(1) * rows + row[:, None]).to(tl.int64) * rank + r[None, :]
-        tl.store(parts_B + to, sum_B, mask=b_fits)
+        tl.store(parts_B + to, scale * sum_B, mask=b_fits)
 
     @triton.jit
     def _sweep(
@@ -209,6 +210,7 @@ def contract(
         rows,
         columns,
         rank,
+        scale,
         tiles,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
@@ -217,7 +219,7 @@ def contract(
         HALF=gradient.dtype != torch.float32 and not triton.knobs.runtime.interpret,
         num_warps=warps,
     )
-    return parts_A.sum(0).mul_(scale), parts_B.sum(0).mul_(scale)
+    return parts_A.sum(0), parts_B.sum(0)
 
 
 def sweep(

@@ -88,7 +88,7 @@ class Stream:
 
 
 @contextmanager
-def _standing_in(
+def standing_in(
     blocks: nn.ModuleList, answer: Callable[[int, torch.Tensor, dict[str, Any]], torch.Tensor]
 ) -> Iterator[None]:
     """Let `answer` give the output of every block, from its number, its input and what else it is called with."""
@@ -133,7 +133,7 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
         return states
 
     decoder = model.get_submodule(family.blocks.rpartition(".")[0])
-    with distributed.whole(model), _standing_in(blocks, record):
+    with distributed.whole(model), standing_in(blocks, record):
         for rows in ids.split(batch_size):
             decoder(input_ids=rows.to(device), use_cache=False)
     return Stream(hidden[0], arguments, batch_size, device)
@@ -144,7 +144,7 @@ def finish(model: nn.Module, family: Family, ids: torch.Tensor, hidden: torch.Te
     """Logits (n, t, vocabulary) of token ids (n, t) from what the last block puts out: the model's norm and head alone."""
     blocks = decoder_blocks(model, family)
     last = len(blocks) - 1
-    with _standing_in(blocks, lambda index, states, _: hidden if index == last else states):
+    with standing_in(blocks, lambda index, states, _: hidden if index == last else states):
         logits: torch.Tensor = model(input_ids=ids.to(hidden.device), use_cache=False).logits
     return logits
 
@@ -187,12 +187,20 @@ def compiled(models: Sequence[nn.Module], family: Family, wanted: str) -> Iterat
     wanted: on, off, or auto (on CUDA, from a billion prunable weights: compiling takes some ten seconds).
     """
     large = sum(prunable_weights(models[0], family)) >= WORTH_COMPILING
-    blocks = [block for model in models for block in decoder_blocks(model, family)]
-    if wanted == "on" or (wanted == "auto" and large and next(models[0].parameters()).is_cuda):
-        for block in blocks:
-            block.compile()
-    try:
+    if not (wanted == "on" or (wanted == "auto" and large and next(models[0].parameters()).is_cuda)):
         yield
+        return
+    blocks = [block for model in models for block in decoder_blocks(model, family)]
+    # One graph serves blocks of all ranks. The first block, whose input has no gradient, rank 1, and every size that
+    # turns out to change take one more: no more than this, and all the same for any number of blocks.
+    graphs = torch._dynamo.config.patch(force_parameter_static_shapes=False, recompile_limit=64)
+    # What a product takes in, a norm's output or a gated unit's, is made again in backward from what is kept anyway.
+    memory = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
+    for block in blocks:
+        block.compile()
+    try:
+        with graphs, memory:
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None

@@ -4,49 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from torch_impl import adapter, rank
 from torch_impl.engine.families import Family, decoder_blocks
-
-
-class _MaskedLoRA(torch.autograd.Function):
-    """y = x W̃ᵀ + b with W̃ = M⊙(W + s·BA), and the gradients of METHOD 1: three large products in all.
-
-    W̃ depends on parameters only, so whoever holds it across calls passes it in; without it, it is built here and built
-    again in backward, which keeps no second weight alive in between.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: float,
-        held: torch.Tensor | None,
-    ) -> torch.Tensor:
-        effective = adapter.merge(weight, A, B, scale) if held is None else held
-        ctx.save_for_backward(x, weight, A, B, held)
-        ctx.scale = scale
-        return nn.functional.linear(x, effective, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, A, B, held = ctx.saved_tensors
-        grad_y = grads[0].reshape(-1, weight.shape[0])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            effective = adapter.merge(weight, A, B, ctx.scale) if held is None else held
-            grad_x = (grad_y @ effective).view_as(x)
-        # G = dyᵀx is contracted with the adapter at once: nothing of shape (out, in) outlives this call.
-        grad_A, grad_B = adapter.contract_gradient(grad_y.T @ x.reshape(-1, x.shape[-1]), weight, A, B, ctx.scale)
-        return grad_x, None, grad_A, grad_B, None, None, None
+from torch_impl.engine.masked_linear import masked_linear
 
 
 class AdaptedLinear(nn.Module):
@@ -79,15 +43,21 @@ class AdaptedLinear(nn.Module):
         """Bool (out, in), True = kept."""
         return self.weight != 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) → (..., out). A compiled block calls it as it is: ranks, held weights and watchers change."""
+        """x (..., in) → (..., out)."""
+        if torch.is_grad_enabled() and self.watch is None and self.rank:
+            return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
+        return self._forward_apart(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_apart(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, called by a compiled block and no part of it: calibration compiles nothing again for every watcher
+        and held weight."""
         if self.watch is not None:
             self.watch(x)
-        if self.rank == 0:
-            return nn.functional.linear(x, self.weight, self.bias)
-        output: torch.Tensor = _MaskedLoRA.apply(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
-        return output
+        if torch.is_grad_enabled() and self.rank:
+            return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
+        return nn.functional.linear(x, self.merged() if self._held is None else self._held, self.bias)
 
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
@@ -125,6 +95,9 @@ class AdaptedLinear(nn.Module):
             new_rows = adapter.initial_rows(new_rank - self.rank, self.in_features, seed).to(self.A)
         A, B = rank.resize_adapter(self.A.detach(), self.B.detach(), new_rank, new_rows)
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+        for parameter, dimension in ((self.A, 0), (self.B, 1)):
+            # Blocks of different ranks share one compiled graph.
+            torch._dynamo.maybe_mark_dynamic(parameter, dimension)
 
 
 def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from torch_impl.engine import distributed
+from torch_impl.engine.calibration import standing_in
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.layers import adapters
+from torch_impl.engine.loss import summed_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +136,14 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
 
     Nothing here waits for the device, so that a CUDA graph can hold it.
     """
-    targets = batch["labels"][:, 1:]
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # A token predicts the next one, the last none.
+    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     if dense is None:
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return summed_cross_entropy(logits.flatten(0, 1), targets.flatten(), IGNORED)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
-        teacher = dense(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].to(logits)
+        teacher = dense(input_ids=batch["input_ids"], use_cache=False).logits.to(logits)
     divergence = functional.kl_div(
         functional.log_softmax(logits, -1), functional.log_softmax(teacher, -1), reduction="none", log_target=True
     )
@@ -287,20 +291,23 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
     fast attention kernels. Without padding masks the arguments depend on the shape alone.
     """
     blocks = decoder_blocks(model, find_family(model))
-    recorded: dict[nn.Module, dict[str, Any]] = {}
+    recorded: list[dict[str, Any]] = []
 
-    def record(block: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-        recorded[block] = given
+    def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        recorded.append(given)
+        return states
 
-    def repeat(block: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return arguments, recorded[block]
+    def repeat(
+        given: dict[str, Any], block: nn.Module, arguments: tuple[Any, ...], _: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        return arguments, given
 
-    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    with torch.no_grad():
+    with torch.no_grad(), standing_in(blocks, record):
         model(input_ids=batch["input_ids"], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    handles = [block.register_forward_pre_hook(repeat, with_kwargs=True) for block in blocks]
+    handles = [
+        block.register_forward_pre_hook(partial(repeat, given), with_kwargs=True)
+        for block, given in zip(blocks, recorded, strict=True)
+    ]
     try:
         yield
     finally:

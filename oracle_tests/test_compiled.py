@@ -1,0 +1,166 @@
+"""Compiled blocks: what they compute, how often they are compiled, what they keep for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torch_impl.engine import calibration, layers, training
+from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.masked_linear import masked_linear
+from torch_impl.engine.training import TrainingConfig
+
+# The compiler imports what is deprecated, and looks at gradients where there are none.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+]
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 16, 40, 50
+
+
+def adapted_llama(ranks: Sequence[int]) -> nn.Module:
+    """A LLaMA with a block for each rank, B not zero."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            vocab_size=VOCABULARY,
+            num_hidden_layers=len(ranks),
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    layers.attach_adapters(model, find_family(model), 2.0)
+    set_ranks(model, ranks)
+    return model
+
+
+def set_ranks(model: nn.Module, ranks: Sequence[int]) -> None:
+    for block, rank in zip(decoder_blocks(model, find_family(model)), ranks, strict=True):
+        for layer in layers.adapters(block):
+            layer.resize(rank, (rank,))
+            nn.init.normal_(layer.B, std=0.1)
+
+
+def gradients(model: nn.Module, sequences: int, length: int, held: str, compiled: str) -> list[torch.Tensor]:
+    """Loss, and the gradient of every A and B."""
+    rows = torch.randint(VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(1))
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    config = TrainingConfig(per_device_train_batch_size=sequences, gradient_accumulation_steps=1, hold_merged=held)
+    model.zero_grad()
+    with calibration.compiled([model], find_family(model), compiled), training.Gradients(model, None, config) as found:
+        loss = found.of(examples)
+    return [torch.tensor(loss)] + [p.grad for layer in layers.adapters(model) for p in (layer.A, layer.B)]  # type: ignore
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts graphs. The partitioner is the one that is used; no code is generated, which takes long."""
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend=counter))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("held", ["on", "off"])
+def test_gradients_are_the_same_and_graphs_few(held: str, counter: CompileCounterWithBackend) -> None:
+    """Ranks of every kind, then of another LoSA step, other lengths, micro-batches that are not full."""
+    model = adapted_llama([2, 5, 16, 1])
+    for sequences, length, ranks, most in (
+        (4, 8, [4, 4, 4, 4], 2),  # the first block, whose input has no gradient, and all others
+        (4, 8, [2, 5, 16, 1], 3),  # rank 1
+        (3, 12, [2, 5, 16, 1], 6),  # the same for any number of sequences of any length
+        (4, 16, [3, 16, 1, 9], 6),
+        (2, 28, [1, 2, 7, 1], 7),  # the first block at rank 1
+    ):
+        set_ranks(model, ranks)
+        expected = gradients(model, sequences, length, held, "off")
+        found = gradients(model, sequences, length, held, "on")
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert counter.frame_count <= most, (sequences, length, ranks)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def bytes_kept(blocks: int) -> int:
+    """Bytes that forward keeps for backward beside parameters, 3 sequences of 32 tokens."""
+    model = adapted_llama([4] * blocks)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        calibration.compiled([model], find_family(model), "on"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        model(input_ids=torch.zeros(3, 32, dtype=torch.int64), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+def test_no_more_is_kept_for_backward_than_products_and_attention_need(counter: CompileCounterWithBackend) -> None:
+    one_block = bytes_kept(3) - bytes_kept(2)
+    # The block's input and what attention adds to it; q, k, v and what attention makes of them; gate and up.
+    needed = 3 * 32 * 4 * (2 * HIDDEN + 4 * HIDDEN + 2 * INTERMEDIATE)
+    small = 3 * 32 * 4 * (2 + 2)  # a number per token and norm, one per token and head
+    assert needed <= one_block <= needed + small
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_watchers_hear_compiled_blocks(grad: bool, counter: CompileCounterWithBackend) -> None:
+    model = adapted_llama([2, 2])
+    family = find_family(model)
+    ids = torch.arange(12).view(2, 6)
+    found: dict[str, list[torch.Tensor]] = {"on": [], "off": []}
+    for wanted, heard in found.items():
+        for block in decoder_blocks(model, family):
+            # Warm: the graph without a watcher is there already.
+            with calibration.compiled([model], family, wanted), torch.set_grad_enabled(grad):
+                model(input_ids=ids, use_cache=False)
+                for name in ("self_attn.q_proj", "mlp.down_proj"):
+                    block.get_submodule(name).watch = heard.append
+                model(input_ids=ids, use_cache=False)
+                for layer in layers.block_adapters(block, family).values():
+                    layer.watch = None
+                model(input_ids=ids, use_cache=False)
+    assert len(found["on"]) == len(found["off"]) == 4
+    for ours, theirs in zip(found["on"], found["off"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_shapes_promised_to_the_compiler_are_kept(held: bool, dtype: torch.dtype) -> None:
+    """Also strides, and that no input is changed or handed back."""
+    wide = torch.promote_types(dtype, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    x, weight, bias = draw(2, 3, 5).requires_grad_(), draw(4, 5), draw(4)
+    A, B = draw(2, 5, dtype=wide).requires_grad_(), draw(4, 2, dtype=wide).requires_grad_()
+    arguments = (x, weight, A, B, bias, 2.0, weight.clone() if held else None)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    tolerances = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(torch.ops.losa.masked_linear, arguments, test_utils=checks, **tolerances)
+    grad_y = draw(2, 3, 4).transpose(0, 1).contiguous().transpose(0, 1)
+    torch.library.opcheck(
+        torch.ops.losa.masked_linear_grad_x, (grad_y, weight, A, B, 2.0, arguments[-1]), test_utils=checks[:2]
+    )
+    torch.library.opcheck(
+        torch.ops.losa.masked_linear_grad_adapter, (grad_y, x, weight, A, B, 2.0), test_utils=checks[:2]
+    )
+    assert masked_linear(*arguments).dtype == dtype

@@ -1,0 +1,52 @@
+"""Cross-entropy over a large vocabulary, a few rows at a time: never all logits in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+# Logits that are widened at once; in float32 they stay in the cache of a large GPU.
+AT_ONCE = 2**22
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Keeps the logits as they are and widens them again in backward; the gradient is rounded once, to their dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
+        ctx.save_for_backward(logits, targets)
+        ctx.ignored, ctx.wide = ignored, torch.promote_types(logits.dtype, torch.float32)
+        parts = [
+            functional.nll_loss(rows.log_softmax(-1, ctx.wide), wanted, ignore_index=ignored, reduction="sum")
+            for rows, wanted in zip(*_split(logits, targets), strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows, wanted, to in zip(*_split(logits, targets, result), strict=True):
+            # softmax(logits), less 1 at the target, where the row counts.
+            change = rows.softmax(-1, ctx.wide)
+            counts = (wanted != ctx.ignored)[:, None]
+            place = wanted[:, None].masked_fill(~counts, 0)
+            change.scatter_(1, place, change.gather(1, place) - 1)
+            to.copy_(change.mul_(grads[0] * counts))
+        return result, None, None
+
+
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
+    """Σ over the rows of −log softmax(logits)[target], () in float32 at least.
+
+    logits (n, vocabulary) in any dtype; targets (n,), class numbers, or `ignored` where a row does not count.
+    """
+    loss: torch.Tensor = _SummedCrossEntropy.apply(logits, targets, ignored)
+    return loss
+
+
+def _split(logits: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    rows = max(1, AT_ONCE // logits.shape[1])
+    return [tensor.split(rows) for tensor in (logits, *others)]

@@ -1,0 +1,110 @@
+"""The product with a masked adapter as an operation that torch.compile takes as a whole, and its gradients (LoSA, Eq. 1).
+
+A compiled block is one graph with these operations in it, so what lies between them is fused, and recomputed in backward
+where that spares memory. Nothing inside them is seen by the compiler: a merged weight that it saw, it would keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import adapter
+
+
+def masked_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    held: torch.Tensor | None,
+) -> torch.Tensor:
+    """y (..., out) = x W̃ᵀ + b with W̃ = M⊙(W + s·BA), x (..., in); gradients of x, A and B by METHOD 1: three large products.
+
+    W̃ depends on parameters only, so whoever holds it across calls passes it in (`held`); without it, it is built here and
+    built again in backward, which keeps no second weight alive in between.
+    """
+    y: torch.Tensor = _forward(x, weight, A, B, bias, scale, held)
+    return y
+
+
+@torch.library.custom_op(
+    "losa::masked_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float scale, Tensor? held) -> Tensor",
+)
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    held: torch.Tensor | None,
+) -> torch.Tensor:
+    return nn.functional.linear(x, adapter.merge(weight, A, B, scale) if held is None else held, bias)
+
+
+@torch.library.custom_op(
+    "losa::masked_linear_grad_x",
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor weight, Tensor A, Tensor B, float scale, Tensor? held) -> Tensor",
+)
+def _grad_x(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    held: torch.Tensor | None,
+) -> torch.Tensor:
+    effective = adapter.merge(weight, A, B, scale) if held is None else held
+    return (grad_y.reshape(-1, weight.shape[0]) @ effective).view(*grad_y.shape[:-1], weight.shape[1])
+
+
+@torch.library.custom_op(
+    "losa::masked_linear_grad_adapter",
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor x, Tensor weight, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
+)
+def _grad_adapter(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # G = dyᵀx is contracted with the adapter at once: nothing of shape (out, in) outlives this call.
+    G = grad_y.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])
+    return adapter.contract_gradient(G, weight, A, B, scale)
+
+
+@_forward.register_fake
+def _forward_shape(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_grad_x.register_fake
+def _grad_x_shape(grad_y: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return grad_y.new_empty(*grad_y.shape[:-1], weight.shape[1])
+
+
+@_grad_adapter.register_fake
+def _grad_adapter_shape(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, A, B, _, ctx.scale, held = inputs
+    ctx.save_for_backward(x, weight, A, B, held)
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight, A, B, held = ctx.saved_tensors
+    grad_x = _grad_x(grad_y, weight, A, B, ctx.scale, held) if ctx.needs_input_grad[0] else None
+    return grad_x, None, *_grad_adapter(grad_y, x, weight, A, B, ctx.scale), None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
