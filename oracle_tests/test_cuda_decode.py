@@ -142,7 +142,7 @@ def test_chosen_segments_fit_the_card(shape: tuple[int, int], bits: int) -> None
     assert -(-columns // segment) <= 32
     # A lane counts its chunks in a byte.
     assert segment <= 8 * 255
-    assert cuda_decode._shared(segment, -(-columns // segment), bits) <= cuda_decode.SHARED
+    assert cuda_decode._shared(segment, -(-columns // segment), bits, 1) <= cuda_decode.SHARED
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -1,4 +1,4 @@
-// y = W x for a sparse W whose kept values are coded by their gaps (the layout of cuda_decode.py), batch 1 or 2.
+// y = W x for a sparse W whose kept values are coded by their gaps (the layout of cuda_decode.py), batch 1 to 8.
 //
 // A lane follows one stream, a row's part of some columns. Per value: three integer instructions that turn the gap into an
 // address, one read of x from shared memory, conversions and multiply-adds in float32. Weights are on their way before the
@@ -19,41 +19,56 @@ __device__ __forceinline__ float2 widen<__half>(uint32_t pair) {
     return __half22float2(*reinterpret_cast<__half2*>(&pair));
 }
 
-// acc[b] += Σ value · x[b] over a chunk. In shared memory a column takes four bytes: one number in float32, or two as they are.
+// acc[b] += Σ value · x[b] over a chunk; the batch's numbers of one column lie side by side in shared memory.
 template <typename T, int BATCH>
 __device__ __forceinline__ void multiply(float (&acc)[BATCH], const uint4& values, const uint32_t (&at)[CHUNK]) {
+    constexpr int PAIRS = (BATCH + 1) / 2;
+    constexpr int TOGETHER = BATCH <= 2 ? CHUNK : BATCH == 4 ? 4 : 2;  // columns whose x are read before any is used
     const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-    uint32_t x[CHUNK];
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) asm("ld.shared.u32 %0, [%1];" : "=r"(x[i]) : "r"(at[i]));
+    for (int first = 0; first < CHUNK; first += TOGETHER) {
+        uint32_t x[TOGETHER][PAIRS];
 #pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        const float2 pair = widen<T>(words[i / 2]);
-        const float value = i % 2 ? pair.y : pair.x;
-        if constexpr (BATCH == 1) acc[0] = fmaf(value, __uint_as_float(x[i]), acc[0]);
-        else {
-            const float2 two = widen<T>(x[i]);
-            acc[0] = fmaf(value, two.x, acc[0]);
-            acc[1] = fmaf(value, two.y, acc[1]);
+        for (int i = 0; i < TOGETHER; ++i) {
+            const uint32_t from = at[first + i];
+            if constexpr (BATCH == 1) asm("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x[i][0]) : "r"(from));
+            if constexpr (BATCH == 2) asm("ld.shared.u32 %0, [%1];" : "=r"(x[i][0]) : "r"(from));
+            if constexpr (BATCH == 4) asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x[i][0]), "=r"(x[i][1]) : "r"(from));
+            if constexpr (BATCH == 8)
+                asm("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[i][0]), "=r"(x[i][1]), "=r"(x[i][2]), "=r"(x[i][3]) : "r"(from));
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const float2 pair = widen<T>(words[(first + i) / 2]);
+            const float value = (first + i) % 2 ? pair.y : pair.x;
+#pragma unroll
+            for (int b = 0; b < BATCH; b += 2) {
+                const float2 two = widen<T>(x[i][b / 2]);
+                acc[b] = fmaf(value, two.x, acc[b]);
+                if constexpr (BATCH > 1) acc[b + 1] = fmaf(value, two.y, acc[b + 1]);
+            }
         }
     }
 }
 
-// Eight columns of one or two rows, four bytes each.
-template <typename T, int BATCH>
+// Eight columns of BATCH rows, transposed: the rows' numbers of one column side by side.
+template <int BATCH>
 __device__ __forceinline__ void store_octet(unsigned char* to, const uint4 (&rows)[BATCH]) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(to);
+    if constexpr (BATCH == 1) {
+        *reinterpret_cast<uint4*>(to) = rows[0];
+    } else {
+        uint32_t* words = reinterpret_cast<uint32_t*>(to);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const uint32_t one = (&rows[0].x)[j / 2];
-        if constexpr (BATCH == 1) words[j] = __float_as_uint(j % 2 ? widen<T>(one).y : widen<T>(one).x);
-        else words[j] = __byte_perm(one, (&rows[1].x)[j / 2], j % 2 ? 0x7632 : 0x5410);
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int b = 0; b < BATCH; b += 2)
+                words[(j * BATCH + b) / 2] = __byte_perm((&rows[b].x)[j / 2], (&rows[b + 1].x)[j / 2], j % 2 ? 0x7632 : 0x5410);
     }
 }
 
 template <typename T, int BITS, int BATCH>
 __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bias, T* y, int batch) {
-    constexpr int SHIFT = 2, BYTES = 1 << SHIFT;        // what a column takes of shared memory
+    constexpr int BYTES = 2 * BATCH, SHIFT = BATCH == 8 ? 4 : BATCH == 4 ? 3 : BATCH;   // what a column takes of shared memory
     extern __shared__ __align__(16) unsigned char memory[];
 
     const int lane = threadIdx.x % LANES, warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
@@ -86,7 +101,7 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
                 rows[b] = uint4{words[0], words[1], words[2], words[3]};
             }
         }
-        store_octet<T, BATCH>(numbers + column * BYTES, rows);
+        store_octet<BATCH>(numbers + column * BYTES, rows);
     }
     __syncthreads();
 
@@ -97,9 +112,9 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
     uint32_t at[CHUNK], then[CHUNK];
     int step = 0;
     for (; step + 2 <= least; step += 2) {
-        const unsigned place = feed.advance(2 * LANES) + lane;
+        const unsigned place = feed.advance(2 * LANES);
         uint32_t codes, more_codes;
-        const uint4 values = feed.read(place, codes), more = feed.read(place + LANES, more_codes);
+        const uint4 values = feed.read(place, lane, codes), more = feed.read(place, LANES + lane, more_codes);
         places<BITS, SHIFT>(at, codes, from);
         places<BITS, SHIFT>(then, more_codes, at[CHUNK - 1] + BYTES);
         from = then[CHUNK - 1] + BYTES;
@@ -110,10 +125,10 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
     asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
     for (; step < most; ++step) {
         const uint32_t who = __ballot_sync(ALL, step < mine);
-        const unsigned place = feed.advance(__popc(who)) + __popc(who & below);
+        const unsigned place = feed.advance(__popc(who));
         if (step < mine) {
             uint32_t codes;
-            const uint4 values = feed.read(place, codes);
+            const uint4 values = feed.read(place, __popc(who & below), codes);
             places<BITS, SHIFT>(at, codes, from);
             from = at[CHUNK - 1] + BYTES;
             multiply<T, BATCH>(acc, values, at);
@@ -139,7 +154,7 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 
 template <typename T, int BITS, int BATCH>
 cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, bool overlap, cudaStream_t stream) {
-    const int shared = w.segments * Feed<BITS>::BYTES + (w.segments * w.segment + 2 * CHUNK) * 4;
+    const int shared = w.segments * Feed<BITS>::BYTES + (w.segments * w.segment + 2 * CHUNK) * 2 * BATCH;
     return launch_early(decode<T, BITS, BATCH>, (w.rows + LANES - 1) / LANES, w.segments, shared, overlap, stream, w,
                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch);
 }
@@ -147,7 +162,9 @@ cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, in
 template <typename T, int BITS>
 cudaError_t batched(const Layout& w, const void* x, const void* bias, void* y, int batch, bool overlap, cudaStream_t stream) {
     if (batch == 1) return launch<T, BITS, 1>(w, x, bias, y, batch, overlap, stream);
-    return launch<T, BITS, 2>(w, x, bias, y, batch, overlap, stream);
+    if (batch == 2) return launch<T, BITS, 2>(w, x, bias, y, batch, overlap, stream);
+    if (batch <= 4) return launch<T, BITS, 4>(w, x, bias, y, batch, overlap, stream);
+    return launch<T, BITS, 8>(w, x, bias, y, batch, overlap, stream);
 }
 
 template <typename T>

@@ -1,8 +1,7 @@
 """Decoding with sparse weights on a GPU: a layout made on load, and y = W x by hand-written CUDA.
 
-One or two inputs are gathered value by value (cuda_decode.cu), more go to the matrix units (cuda_tiles.cu). Both are
-compiled on first use, by torch's own builder into its cache. `available` says whether that works here; the layout itself is
-plain tensors, made and unpacked on any device.
+It is compiled on first use (cuda_decode.cu), by torch's own builder into its cache. `available` says whether that works
+here; the layout itself is plain tensors, made and unpacked on any device.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
 # Shared memory that one block may have on Hopper; less on older cards, where the launch says so.
 SHARED = 227 * 1024
-GATHERED = 2
-"""Largest batch that is gathered value by value."""
+# Two bytes of x for every column of two, four or eight rows at once.
+BATCHES = (8, 4, 2, 1)
 # Chunks that lie together in memory, so that one copy brings values and codes; groups that a warp has on their way
-# (cuda_layout.cuh); a warp's tiles (cuda_tiles.cu).
+# (cuda_layout.cuh).
 GROUP = 16
-GROUPS_HELD = 16
-TILE_BYTES = 17 * 1024
+GROUPS_HELD = 12
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) ->
         warps = {2: 10, 3: 12, 4: 8}[gap_bits]
     # A lane counts its chunks in a byte, so long rows take more warps.
     fewest = max(-(-columns // (8 * 248)), 1)
-    while warps > fewest and _shared(-(-columns // warps) + 8, warps, gap_bits) > SHARED:
+    while warps > fewest and _shared(-(-columns // warps) + 8, warps, gap_bits, 1) > SHARED:
         warps -= 1
     warps = max(min(warps, 32, -(-columns // 8)), fewest)
     segment = -(-columns // warps)
@@ -218,21 +216,15 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     x = x.contiguous()
     y = x.new_empty(len(x), layout.rows)
     half, overlap = int(x.dtype == torch.float16), int(torch.cuda.get_device_capability(x.device)[0] >= 9)
-    if len(x) <= GATHERED and _shared(layout.segment, layout.segments, layout.gap_bits) <= SHARED:
-        _call("losa_matvec", layout, x, bias, y, numbers=(layout.gap_bits, half, len(x), overlap))
-    else:
-        _call("losa_tiles", layout, x, bias, y, numbers=(layout.gap_bits, half, len(x), _tile_warps(layout), overlap))
+    room = next((b for b in BATCHES if _shared(layout.segment, layout.segments, layout.gap_bits, b) <= SHARED), 0)
+    if not room:
+        # Rows so long that not even one fits beside the weights on their way.
+        return functional.linear(x, unpack(layout), bias)
+    for first in range(0, len(x), room):
+        part = x[first : first + room]
+        numbers = (layout.gap_bits, half, len(part), overlap)
+        _call("losa_matvec", layout, part, bias, y[first : first + room], numbers=numbers)
     return y
-
-
-def _tile_warps(layout: Layout) -> int:
-    """Warps of a block that multiplies by tiles, between which segments are shared out: as many as fit beside each other."""
-    properties = torch.cuda.get_device_properties(layout.data.device)
-    together = min(3, -(-layout.rows // (LANES * properties.multi_processor_count)))
-    room = getattr(properties, "shared_memory_per_block_optin", SHARED) // max(1, together)
-    most = max(1, room // (TILE_BYTES + _feed(layout.gap_bits) + 127))
-    share = -(-layout.segments // min(most, 12))
-    return -(-layout.segments // share)
 
 
 def _feed(gap_bits: int) -> int:
@@ -240,9 +232,9 @@ def _feed(gap_bits: int) -> int:
     return GROUPS_HELD * sum(Layout.group_bytes(gap_bits)) + 32
 
 
-def _shared(segment: int, segments: int, gap_bits: int) -> int:
-    """Bytes of shared memory that a block takes to gather from x."""
-    return segments * _feed(gap_bits) + 4 * (segments * segment + 2 * gaps.CHUNK)
+def _shared(segment: int, segments: int, gap_bits: int, batch: int) -> int:
+    """Bytes of shared memory that a block takes for so many rows of x and for chunks on their way."""
+    return segments * _feed(gap_bits) + 2 * batch * (segments * segment + 2 * gaps.CHUNK)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
@@ -278,9 +270,9 @@ def _library() -> Any:
     """The compiled kernels. Errors: OSError or RuntimeError if there is no compiler."""
     from torch.utils import cpp_extension
 
-    sources = [str(Path(__file__).with_name(name)) for name in ("cuda_decode.cu", "cuda_tiles.cu")]
+    source = Path(__file__).with_name("cuda_decode.cu")
     with warnings.catch_warnings():
         # Which cards to build for: those that are there.
         warnings.simplefilter("ignore")
-        path = cpp_extension.load("losa_cuda_decode", sources, extra_cuda_cflags=["-O3"], is_python_module=False)
+        path = cpp_extension.load("losa_cuda_decode", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
     return ctypes.CDLL(str(path))

@@ -31,12 +31,6 @@ __device__ __forceinline__ void wait_for_input() {
 }
 __device__ __forceinline__ uint32_t address_of(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
-__device__ __forceinline__ uint4 read_four(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
-    return v;
-}
-
 // Bytes of the parts of a group.
 template <int BITS>
 struct Parts {
@@ -44,24 +38,29 @@ struct Parts {
 };
 
 // A warp's chunks, in the order in which they are stored, on their way through a ring in shared memory. Copies are
-// asynchronous, a piece at a time and PIECES pieces ahead: loads into registers would share a handful of scoreboards, and
-// waiting for one would wait for many. On Hopper one lane starts them and a barrier counts their bytes.
+// asynchronous, a piece at a time and up to PIECES pieces ahead: loads into registers would share a handful of scoreboards, and
+// waiting for one would wait for many. On Hopper one lane starts them and a barrier
+// counts their bytes; before, every lane copies and waits for all that is on its way.
 template <int BITS>
-struct Feed : Parts<BITS> {
+struct Feed {
     using P = Parts<BITS>;
-    static constexpr unsigned PIECE = 64, PIECES = 4, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
-    static constexpr unsigned BARRIERS = PIECES * PIECE_BYTES, BYTES = BARRIERS + 8 * PIECES;
+    static constexpr unsigned PIECE = 64, PIECES = 3, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
+    static constexpr unsigned BARRIERS = PIECES * PIECE_BYTES, BYTES = BARRIERS + 8 * (PIECES + 1);
 
     const uint8_t* data;
     const uint32_t ring;
     const int lane;
-    int left;                   // bytes that are still to be copied
-    unsigned cursor, ready, waits;  // chunks from the first group on: the next to be used, those that are here; pieces waited for
+    int left;                       // bytes that are still to be copied
+    unsigned cursor;                // place in the ring of the next chunk
+    int used, here;                 // chunks used up of the oldest piece; chunks from the cursor on that have arrived
+    unsigned filling, coming;       // place of the oldest piece, which is filled next; of the piece that is waited for next
+    uint32_t phase;
 
     // Chunks `first` to `last` of the whole weight.
     __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int my_lane, int first, int last)
         : data(w.data + static_cast<size_t>(first / GROUP) * P::BYTES), ring(at), lane(my_lane),
-          left(((last + GROUP - 1) / GROUP - first / GROUP) * P::BYTES), cursor(first % GROUP), ready(0), waits(0) {
+          left(first < last ? ((last + GROUP - 1) / GROUP - first / GROUP) * P::BYTES : 0), cursor(first % GROUP), used(first % GROUP),
+          here(-(first % GROUP)), filling(0), coming(0), phase(0) {
 #if __CUDA_ARCH__ >= 900
         if (lane == 0) {
             for (unsigned piece = 0; piece < PIECES; ++piece)
@@ -70,18 +69,17 @@ struct Feed : Parts<BITS> {
         }
         __syncwarp();
 #endif
-        for (unsigned piece = 0; piece < PIECES; ++piece) copy(piece);
+        for (unsigned piece = 0; piece < PIECES; ++piece) fill();
     }
 
-    // The next piece, to place `slot` of the ring.
-    __device__ __forceinline__ void copy(unsigned slot) {
+    __device__ __forceinline__ void fill() {
         const int bytes = min(left, static_cast<int>(PIECE_BYTES));
-        const uint32_t to = ring + slot * PIECE_BYTES;
+        const uint32_t to = ring + filling * PIECE_BYTES;
 #if __CUDA_ARCH__ >= 900
         if (lane == 0 && bytes > 0)
             asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
                          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(to), "l"(data), "r"(bytes), "r"(ring + BARRIERS + 8 * slot) : "memory");
+                         ::"r"(to), "l"(data), "r"(bytes), "r"(ring + BARRIERS + 8 * filling) : "memory");
 #else
         for (int i = lane * 16; i < bytes; i += LANES * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(data + i) : "memory");
@@ -89,40 +87,44 @@ struct Feed : Parts<BITS> {
 #endif
         data += PIECE_BYTES;
         left -= static_cast<int>(PIECE_BYTES);
+        filling = filling + 1 == PIECES ? 0 : filling + 1;
     }
 
     __device__ __forceinline__ void wait() {
-        __syncwarp();
-        // The piece before the last one is used up by all lanes; its place is free.
-        if (waits >= 2) copy((waits - 2) % PIECES);
 #if __CUDA_ARCH__ >= 900
-        uint32_t here;
+        uint32_t arrived;
         do {
             asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                         : "=r"(here) : "r"(ring + BARRIERS + 8 * (waits % PIECES)), "r"(waits / PIECES % 2) : "memory");
-        } while (!here);
+                         : "=r"(arrived) : "r"(ring + BARRIERS + 8 * coming), "r"(phase) : "memory");
+        } while (!arrived);
 #else
-        if (waits == 1) asm volatile("cp.async.commit_group;" ::: "memory");
-        asm volatile("cp.async.wait_group %0;" ::"n"(PIECES - 1) : "memory");
+        asm volatile("cp.async.wait_group %0;" ::"n"(0) : "memory");
         __syncwarp();
 #endif
-        ++waits;
-        ready += PIECE;
+        coming = coming + 1 == PIECES ? 0 : coming + 1;
+        phase ^= coming == 0;
+        here += PIECE;
     }
 
-    // The next `chunks` of them, at most a piece, which are used before this is called again: the number of the first one.
-    __device__ __forceinline__ unsigned advance(unsigned chunks) {
+    // The place of the next `chunks`, at most a piece, which are used before this is called again. The whole warp calls it.
+    __device__ __forceinline__ unsigned advance(int chunks) {
+        if (used >= static_cast<int>(PIECE)) {
+            // All lanes are done with the oldest piece.
+            __syncwarp();
+            fill();
+            used -= PIECE;
+        }
         const unsigned from = cursor;
-        cursor += chunks;
-        while (cursor > ready) wait();
+        cursor = from + chunks >= HELD ? from + chunks - HELD : from + chunks;
+        used += chunks, here -= chunks;
+        while (here < 0) wait();
         return from;
     }
 
-    // The values and codes of a chunk by its number.
-    __device__ __forceinline__ uint4 read(unsigned number, uint32_t& codes) const {
-        const unsigned within = number % GROUP;
-        const uint32_t at = ring + number / GROUP % (HELD / GROUP) * P::BYTES;
-        const uint32_t low_at = at + P::VALUES + within * P::LOW;
+    // The values and codes of the chunk so many places behind `from`.
+    __device__ __forceinline__ uint4 read(unsigned from, unsigned behind, uint32_t& codes) const {
+        const unsigned place = from + behind >= HELD ? from + behind - HELD : from + behind, within = place % GROUP;
+        const uint32_t at = ring + place / GROUP * P::BYTES, low_at = at + P::VALUES + within * P::LOW;
         if constexpr (BITS == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(codes) : "r"(low_at) : "memory");
         else asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(codes) : "r"(low_at) : "memory");
         if constexpr (BITS == 3) {
@@ -130,7 +132,9 @@ struct Feed : Parts<BITS> {
             asm volatile("{.reg .u16 h; ld.shared.u8 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(high) : "r"(at + P::VALUES + GROUP * P::LOW + within) : "memory");
             codes |= high << 16;
         }
-        return read_four(at + within * 16);
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at + within * 16) : "memory");
+        return v;
     }
 };
 
