@@ -137,9 +137,9 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) acc[b] += other[b];
 
-    // The sum of a row over its warps, always in the same order.
+    // The sum of a row over its warps, always in the same order; in the place of x, since barriers must stay what they are.
     __syncthreads();
-    float* sums = reinterpret_cast<float*>(memory);
+    float* sums = reinterpret_cast<float*>(numbers);
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) sums[(warp * BATCH + b) * LANES + lane] = acc[b];
     __syncthreads();
@@ -153,25 +153,39 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 }
 
 template <typename T, int BITS, int BATCH>
-cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, bool overlap, cudaStream_t stream) {
-    const int shared = w.segments * Feed<BITS>::BYTES + (w.segments * w.segment + 2 * CHUNK) * 2 * BATCH;
-    return launch_early(decode<T, BITS, BATCH>, (w.rows + LANES - 1) / LANES, w.segments, shared, overlap, stream, w,
-                        static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch);
+cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int room, bool overlap, cudaStream_t stream) {
+    const int numbers = (w.segments * w.segment + 2 * CHUNK) * 2 * BATCH, sums = w.segments * BATCH * LANES * 4;
+    const int shared = w.segments * Feed<BITS>::BYTES + (numbers > sums ? numbers : sums);
+    const auto kernel = decode<T, BITS, BATCH>;
+    const int asked = shared > room ? shared : room;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3((w.rows + LANES - 1) / LANES);
+    config.blockDim = dim3(w.segments * LANES);
+    config.dynamicSmemBytes = asked;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, w, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch);
 }
 
 template <typename T, int BITS>
-cudaError_t batched(const Layout& w, const void* x, const void* bias, void* y, int batch, bool overlap, cudaStream_t stream) {
-    if (batch == 1) return launch<T, BITS, 1>(w, x, bias, y, batch, overlap, stream);
-    if (batch == 2) return launch<T, BITS, 2>(w, x, bias, y, batch, overlap, stream);
-    if (batch <= 4) return launch<T, BITS, 4>(w, x, bias, y, batch, overlap, stream);
-    return launch<T, BITS, 8>(w, x, bias, y, batch, overlap, stream);
+cudaError_t batched(const Layout& w, const void* x, const void* bias, void* y, int batch, int room, bool overlap, cudaStream_t stream) {
+    if (batch == 1) return launch<T, BITS, 1>(w, x, bias, y, batch, room, overlap, stream);
+    if (batch == 2) return launch<T, BITS, 2>(w, x, bias, y, batch, room, overlap, stream);
+    if (batch <= 4) return launch<T, BITS, 4>(w, x, bias, y, batch, room, overlap, stream);
+    return launch<T, BITS, 8>(w, x, bias, y, batch, room, overlap, stream);
 }
 
 template <typename T>
-cudaError_t coded(const Layout& w, const void* x, const void* bias, void* y, int bits, int batch, bool overlap, cudaStream_t stream) {
-    if (bits == 2) return batched<T, 2>(w, x, bias, y, batch, overlap, stream);
-    if (bits == 3) return batched<T, 3>(w, x, bias, y, batch, overlap, stream);
-    return batched<T, 4>(w, x, bias, y, batch, overlap, stream);
+cudaError_t coded(const Layout& w, const void* x, const void* bias, void* y, int bits, int batch, int room, bool overlap, cudaStream_t stream) {
+    if (bits == 2) return batched<T, 2>(w, x, bias, y, batch, room, overlap, stream);
+    if (bits == 3) return batched<T, 3>(w, x, bias, y, batch, room, overlap, stream);
+    return batched<T, 4>(w, x, bias, y, batch, room, overlap, stream);
 }
 
 // The dense weight (rows, columns), which is zero before: every lane puts its stream's values where they belong.
@@ -202,14 +216,15 @@ __global__ void expand(Layout w, uint16_t* dense) {
 
 }  // namespace
 
-// Both return a cudaError_t. half: fp16 numbers, else bf16. overlap: the device lets a kernel begin before the last one ends.
+// Both return a cudaError_t. half: fp16 numbers, else bf16. room: bytes of shared memory that a block takes at least, so that no
+// more blocks than wanted share a processor. overlap: the device lets a kernel begin before the last one ends.
 extern "C" int losa_matvec(const void* data, const void* counts, const void* bases,
                            const void* x, const void* bias, void* y, int rows, int columns, int segment, int segments, int bits,
-                           int half, int batch, int overlap, void* stream) {
+                           int half, int batch, int room, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(counts), static_cast<const int*>(bases), rows, columns, segment, segments};
     const auto queue = static_cast<cudaStream_t>(stream);
-    return half ? coded<__half>(w, x, bias, y, bits, batch, overlap, queue)
-                : coded<__nv_bfloat16>(w, x, bias, y, bits, batch, overlap, queue);
+    return half ? coded<__half>(w, x, bias, y, bits, batch, room, overlap, queue)
+                : coded<__nv_bfloat16>(w, x, bias, y, bits, batch, room, overlap, queue);
 }
 
 extern "C" int losa_expand(const void* data, const void* counts, const void* bases,

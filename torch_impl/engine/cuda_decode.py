@@ -23,14 +23,17 @@ GAP_BITS = (2, 3, 4)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
-# Shared memory that one block may have on Hopper; less on older cards, where the launch says so.
+# Shared memory that one block may have on Hopper, less on older cards, where the launch says so; that a processor has; that
+# every block takes beside what it asks for.
 SHARED = 227 * 1024
+SHARED_OF_PROCESSOR = 228 * 1024
+SHARED_OF_BLOCK = 1024
 # Two bytes of x for every column of two, four or eight rows at once.
 BATCHES = (8, 4, 2, 1)
 # Chunks that lie together in memory, so that one copy brings values and codes; groups that a warp has on their way
 # (cuda_layout.cuh).
 GROUP = 16
-GROUPS_HELD = 12
+GROUPS_HELD = 16
 
 
 @dataclass(frozen=True)
@@ -92,25 +95,24 @@ def _choose_bits(weight: torch.Tensor) -> int:
     return min(sizes, key=lambda bits: sizes[bits])
 
 
-def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> int:
-    """Columns of a segment, by a sweep over LLaMA-2-7B's shapes on an H200.
-
-    A block is 32 rows, a warp for every segment. All blocks should be on the card at once, with as many warps as fit, but
-    short streams waste the rest of their last chunk.
-    """
+def _together(rows: int, processors: int) -> int:
+    """Blocks of 32 rows that share a processor: two kernels' where one has a block a processor, else one kernel's, evenly."""
     blocks = -(-rows // LANES)
-    if blocks <= processors // 2:
-        warps = columns // 128
-    elif blocks <= processors:
-        warps = min(columns // 256, 24 if gap_bits == 3 else 20)
-    else:
-        warps = {2: 10, 3: 12, 4: 8}[gap_bits]
+    return 2 if blocks <= processors else min(4, -(-blocks // processors))
+
+
+def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> int:
+    """Columns of a segment. A block has a warp for every segment, as many as fit, but not so many that rows are in shreds.
+
+    With all blocks on the card at once, none waits; with one of the next kernel beside one of this, that one's weights
+    come while this one ends. More beside each other would be dealt out unevenly.
+    """
+    few = 2 * -(-rows // LANES) <= processors
+    room = SHARED if few else SHARED_OF_PROCESSOR // _together(rows, processors) - SHARED_OF_BLOCK
+    # Segments are rounded up, so that a little more than the columns is kept of x.
+    warps = min((room - 2 * columns - 512) // _feed(gap_bits), columns // (128 if few else 192), 32)
     # A lane counts its chunks in a byte, so long rows take more warps.
-    fewest = max(-(-columns // (8 * 248)), 1)
-    while warps > fewest and _shared(-(-columns // warps) + 8, warps, gap_bits, 1) > SHARED:
-        warps -= 1
-    warps = max(min(warps, 32, -(-columns // 8)), fewest)
-    segment = -(-columns // warps)
+    segment = -(-columns // max(warps, -(-columns // (8 * 248)), 1))
     return max(-(-segment // 8) * 8, 8)
 
 
@@ -216,14 +218,16 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     x = x.contiguous()
     y = x.new_empty(len(x), layout.rows)
     half, overlap = int(x.dtype == torch.float16), int(torch.cuda.get_device_capability(x.device)[0] >= 9)
-    room = next((b for b in BATCHES if _shared(layout.segment, layout.segments, layout.gap_bits, b) <= SHARED), 0)
-    if not room:
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    least = SHARED_OF_PROCESSOR // _together(layout.rows, processors) - SHARED_OF_BLOCK if overlap else 0
+    most = next((b for b in BATCHES if _shared(layout.segment, layout.segments, layout.gap_bits, b) <= SHARED), 0)
+    if not most:
         # Rows so long that not even one fits beside the weights on their way.
         return functional.linear(x, unpack(layout), bias)
-    for first in range(0, len(x), room):
-        part = x[first : first + room]
-        numbers = (layout.gap_bits, half, len(part), overlap)
-        _call("losa_matvec", layout, part, bias, y[first : first + room], numbers=numbers)
+    for first in range(0, len(x), most):
+        part = x[first : first + most]
+        numbers = (layout.gap_bits, half, len(part), least, overlap)
+        _call("losa_matvec", layout, part, bias, y[first : first + most], numbers=numbers)
     return y
 
 
@@ -234,7 +238,7 @@ def _feed(gap_bits: int) -> int:
 
 def _shared(segment: int, segments: int, gap_bits: int, batch: int) -> int:
     """Bytes of shared memory that a block takes for so many rows of x and for chunks on their way."""
-    return segments * _feed(gap_bits) + 2 * batch * (segments * segment + 2 * gaps.CHUNK)
+    return segments * _feed(gap_bits) + batch * max(2 * (segments * segment + 2 * gaps.CHUNK), 4 * segments * LANES)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:

@@ -44,8 +44,8 @@ struct Parts {
 template <int BITS>
 struct Feed {
     using P = Parts<BITS>;
-    static constexpr unsigned PIECE = 64, PIECES = 3, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
-    static constexpr unsigned BARRIERS = PIECES * PIECE_BYTES, BYTES = BARRIERS + 8 * (PIECES + 1);
+    static constexpr unsigned PIECE = 64, PIECES = 4, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
+    static constexpr unsigned BARRIERS = PIECES * PIECE_BYTES, BYTES = BARRIERS + 8 * PIECES;
 
     const uint8_t* data;
     const uint32_t ring;
@@ -182,23 +182,5 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16(value); }
 template <>
 __device__ __forceinline__ __half narrow<__half>(float value) { return __float2half(value); }
-
-// Launch so that, where the device can, loading begins before the kernel before has ended.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int warps, int shared, bool overlap, cudaStream_t stream, Arguments... arguments) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(warps * LANES);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
 
 }  // namespace
