@@ -107,31 +107,27 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 
     float acc[BATCH] = {};
     uint32_t from = address_of(numbers) + warp * w.segment * BYTES;
-    // Two chunks at a time while all lanes have them, then one for those that do.
+    // Two chunks at a time, which do not wait for each other. What a lane does not have counts as zeros.
     float other[BATCH] = {};
-    uint32_t at[CHUNK], then[CHUNK];
-    int step = 0;
-    for (; step + 2 <= least; step += 2) {
-        const unsigned place = feed.advance(2 * LANES);
-        uint32_t codes, more_codes;
-        const uint4 values = feed.read(place, lane, codes), more = feed.read(place, LANES + lane, more_codes);
-        places<BITS, SHIFT>(at, codes, from);
-        places<BITS, SHIFT>(then, more_codes, at[CHUNK - 1] + BYTES);
-        from = then[CHUNK - 1] + BYTES;
-        multiply<T, BATCH>(acc, values, at);
-        multiply<T, BATCH>(other, more, then);
-    }
     uint32_t below;
     asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-    for (; step < most; ++step) {
-        const uint32_t who = __ballot_sync(ALL, step < mine);
-        const unsigned place = feed.advance(__popc(who));
+    for (int step = 0; step < most; step += 2) {
+        int ahead = lane, then = LANES + lane, taken = 2 * LANES;
+        if (step + 2 > least) {
+            const uint32_t who = __ballot_sync(ALL, step < mine), again = __ballot_sync(ALL, step + 1 < mine);
+            ahead = __popc(who & below), then = __popc(who) + __popc(again & below), taken = __popc(who) + __popc(again);
+        }
+        const unsigned place = feed.advance(taken);
         if (step < mine) {
-            uint32_t codes;
-            const uint4 values = feed.read(place, __popc(who & below), codes);
+            uint32_t codes, more_codes, at[CHUNK], further[CHUNK];
+            const uint4 values = feed.read(place, ahead, codes);
+            uint4 more = feed.read(place, then, more_codes);
+            if (step + 1 >= mine) more = uint4{0, 0, 0, 0}, more_codes = 0;
             places<BITS, SHIFT>(at, codes, from);
-            from = at[CHUNK - 1] + BYTES;
+            places<BITS, SHIFT>(further, more_codes, at[CHUNK - 1] + BYTES);
+            from = further[CHUNK - 1] + BYTES;
             multiply<T, BATCH>(acc, values, at);
+            multiply<T, BATCH>(other, more, further);
         }
     }
 #pragma unroll
