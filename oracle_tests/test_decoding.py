@@ -15,7 +15,7 @@ from transformers.generation import BaseStreamer
 
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import cpu_decode, decoding, fused_blocks, token_attention
+from torch_impl.engine import cpu_decode, decoding, fused_blocks
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.packed_linear import PackedLinear
 
@@ -191,24 +191,3 @@ def test_a_sliding_window_is_not_compiled() -> None:
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(ValueError, match=r"^cache slides or is empty"):
         fused_blocks.FusedBlocks(model, cache)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("shared", [1, 2, 6])
-def test_attention_of_one_token(shared: int, masked: bool) -> None:
-    """Against torch's own with keys and values repeated for every head."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, shared, 11, 8), torch.randn(2, shared, 11, 5)
-    mask = (torch.arange(11) < torch.tensor([[4], [9]])).view(2, 1, 1, 11) if masked else None
-    wide = (key.repeat_interleave(6 // shared, 1), value.repeat_interleave(6 // shared, 1))
-    expected = nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=0.3)
-    y, _ = token_attention.attend(nn.Module(), query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(y, expected.transpose(1, 2))
-
-
-def test_attention_refuses_what_it_does_not_know() -> None:
-    states = torch.ones(1, 1, 2, 4)
-    with pytest.raises(ValueError, match=r"^query has 2 tokens; allowed: 1"):
-        token_attention.attend(nn.Module(), states, states, states, None)
-    with pytest.raises(ValueError, match=r"^attention has softcap; allowed: none"):
-        token_attention.attend(nn.Module(), states[:, :, :1], states, states, None, softcap=3.0)

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from torch_impl.engine import token_attention
 from torch_impl.engine.families import decoder_blocks, find_family
 
 
@@ -64,7 +63,6 @@ class FusedBlocks:
         family = find_family(model)
         blocks = decoder_blocks(model, family)
         decoder = model.get_submodule(family.blocks.rpartition(".")[0])
-        self._config = model.config
         block_call = _compile()
         self._calls: dict[nn.Module, Callable[..., Any]] = {
             block: self._over(block_call, block, _OneLayer(layer))
@@ -93,14 +91,10 @@ class FusedBlocks:
     def in_place(self) -> Iterator[None]:
         """The model calls these in the place of its blocks, for the duration."""
         before = {module: module._compiled_call_impl for module in self._calls}
-        attention = self._config._attn_implementation
         try:
             for module, call in self._calls.items():
                 module._compiled_call_impl = call
-            if attention == "sdpa":
-                self._config._attn_implementation = token_attention.NAME
             yield
         finally:
-            self._config._attn_implementation = attention
             for module, earlier in before.items():
                 module._compiled_call_impl = earlier
