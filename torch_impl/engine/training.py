@@ -345,7 +345,8 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for layer in adapters(model) for parameter in (layer.A, layer.B)]
+    """A and B of every projection: all else is frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def train(
