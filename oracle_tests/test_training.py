@@ -71,6 +71,28 @@ def test_accumulation_changes_nothing_but_memory(lengths: list[int]) -> None:
             torch.testing.assert_close(ours, first, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_are_backward_s() -> None:
+    """To the bit, over two micro-batches; a projection without ranks has none."""
+    model = adapted_model()
+    layers.adapters(model)[0].resize(0, (0,))
+    examples = examples_for(model, [6, 6, 6, 6])
+    micro = [training.collate(part, torch.device("cpu")) for part in (examples[:2], examples[2:])]
+    share = 1 / training.label_count(examples)
+    for batch in micro:
+        (training._sum_loss(model, batch, None) * share).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert sum(gradient is not None for gradient in expected.values()) == 2 * (len(layers.adapters(model)) - 1)
+    model.zero_grad()
+    config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    with training.Gradients(model, None, config) as gradients:
+        gradients.of(examples)
+    for name, parameter in model.named_parameters():
+        if expected[name] is None:
+            assert parameter.grad is None, name
+        else:
+            assert torch.equal(parameter.grad, expected[name]), name  # type: ignore[arg-type]
+
+
 def test_loss_is_the_model_s_own_on_labels() -> None:
     model = adapted_model()
     [example] = examples_for(model, [9])

@@ -3,7 +3,7 @@
 They are bound by memory traffic: bytes read and written per weight, bf16 weights, against the torch formulation.
 
     merge      W and W̃ once each                4 bytes     (torch: about 30)
-    contract   G and W once each                4 bytes     (torch: about 22)
+    contract   G and W once each                4 bytes     (torch: about 22); one small kernel more adds up its parts
     sweep      one block of columns in registers, no launch per column
 
 A caller asks `usable` first: no Triton or no CUDA tensor, and the torch code runs. Under Triton's interpreter
@@ -27,6 +27,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Tile sizes measured on an H200 (rows, columns, warps of a program; for contract also about how many programs).
 MERGE_TILE = (64, 128, 2)
 CONTRACT_TILE = (128, 64, 4, 264)
+# Partial sums that are read at once, and sums of a program.
+TOTALS_TILE = (8, 256)
 
 
 def usable(*tensors: torch.Tensor) -> bool:
@@ -117,6 +119,36 @@ if triton is not None:
             tl.store(parts_A + to, scale * part, mask=a_fits)
         to = (tl.program_id(1) * rows + row[:, None]).to(tl.int64) * rank + r[None, :]
         tl.store(parts_B + to, scale * sum_B, mask=b_fits)
+
+    @triton.jit
+    def _add_up(parts, total, size, count, first, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+        number, place = tl.arange(0, AT_ONCE), first * BLOCK + tl.arange(0, BLOCK)
+        sums = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+        for start in range(0, count, AT_ONCE):
+            there = (start + number[:, None] < count) & (place[None, :] < size)
+            at = (start + number[:, None]).to(tl.int64) * size + place[None, :]
+            sums += tl.load(parts + at, mask=there, other=0.0)
+        tl.store(total + place, tl.sum(sums, 0), mask=place < size)
+
+    @triton.jit
+    def _totals(
+        parts_A,
+        parts_B,
+        total_A,
+        total_B,
+        size_A,
+        size_B,
+        bands,
+        strips,
+        programs_A,
+        AT_ONCE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        if program < programs_A:
+            _add_up(parts_A, total_A, size_A, bands, program, AT_ONCE, BLOCK)
+        else:
+            _add_up(parts_B, total_B, size_B, strips, program - programs_A, AT_ONCE, BLOCK)
 
     @triton.jit
     def _sweep(
@@ -219,7 +251,23 @@ def contract(
         HALF=gradient.dtype != torch.float32 and not triton.knobs.runtime.interpret,
         num_warps=warps,
     )
-    return parts_A.sum(0), parts_B.sum(0)
+    total_A, total_B = torch.empty_like(parts_A[0]), torch.empty_like(parts_B[0])
+    at_once, block = TOTALS_TILE
+    programs_A = triton.cdiv(total_A.numel(), block)
+    _totals[(programs_A + triton.cdiv(total_B.numel(), block),)](
+        parts_A,
+        parts_B,
+        total_A,
+        total_B,
+        total_A.numel(),
+        total_B.numel(),
+        bands,
+        strips,
+        programs_A,
+        AT_ONCE=at_once,
+        BLOCK=block,
+    )
+    return total_A, total_B
 
 
 def sweep(

@@ -150,6 +150,20 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
     return divergence.sum(-1).masked_fill(targets == IGNORED, 0.0).sum()
 
 
+def _add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """`loss.backward()`, but the gradients of all parameters are added in a few launches, not one for each."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    totals, added = [], []
+    for parameter, gradient in zip(parameters, found, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            totals.append(parameter.grad)
+            added.append(gradient)
+    if added:
+        torch._foreach_add_(totals, added)
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each block's input for backward; transformers 5.2x calls it by another name than before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -180,6 +194,7 @@ class Gradients:
         self._multiple = FEW_SHAPES if self._device.type == "cuda" else 1
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, _Graph] = {}
+        self._merges: torch.cuda.CUDAGraph | None = None
 
     def _holds(self) -> bool:
         if distributed.is_sharded(self._model):
@@ -199,8 +214,7 @@ class Gradients:
         the device runs out of memory, micro-batches are halved from then on: gradients are sums over tokens, so only
         the order of summation changes.
         """
-        for layer in self._held:
-            layer.hold()
+        self._hold()
         share = 1 / max(1, label_count(batch))
         by_length = sorted(batch, key=lambda example: len(example["input_ids"]))
         own = distributed.deal(by_length, _unlabelled)
@@ -217,6 +231,20 @@ class Gradients:
         distributed.total_gradients(self._trained)
         return distributed.total_of(loss)
 
+    def _hold(self) -> None:
+        """Build the merged weights; on CUDA, from the second time on, as one graph."""
+        if self._merges is not None:
+            self._merges.replay()
+            return
+        for layer in self._held:
+            layer.hold()
+        if self._device.type == "cuda" and self._config.cuda_graphs and any(layer.rank for layer in self._held):
+            # Captured, not run: now the merged weights are there, and stay where they are.
+            self._merges = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._merges):
+                for layer in self._held:
+                    layer.hold()
+
     def _forget_attempt(self) -> None:
         """Zero what micro-batches have added so far, and give up the graphs and their memory."""
         self._graphs.clear()
@@ -232,7 +260,7 @@ class Gradients:
             return self._graphs[shape].replay(batch, share)
         self._seen[shape] += 1
         loss = _sum_loss(self._model, batch, self._teacher) * share
-        loss.backward()
+        _add_gradients(loss, self._trained)
         return loss.detach()
 
     def _worth_capturing(self, shape: torch.Size) -> bool:
@@ -244,6 +272,7 @@ class Gradients:
     def close(self) -> None:
         """Forget the merged weights and the graphs."""
         self._graphs.clear()
+        self._merges = None
         for layer in self._held:
             layer.release()
 
@@ -316,7 +345,8 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for layer in adapters(model) for parameter in (layer.A, layer.B)]
+    """A and B of every projection: all else is frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def train(
