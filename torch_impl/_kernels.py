@@ -24,11 +24,12 @@ except ImportError:  # torch for the CPU comes without it
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-# Tile sizes measured on an H200 (rows, columns, warps of a program; for contract also about how many programs).
-MERGE_TILE = (64, 128, 2)
+# Tile sizes measured on an H200 (rows, columns, warps of a program; for merge the latter in float32 and with bf16 factors, for
+# contract also about how many programs).
+MERGE_TILE = (64, 128, 2, 4)
 CONTRACT_TILE = (128, 64, 4, 264)
 # Partial sums that are read at once, and sums of a program.
-TOTALS_TILE = (8, 256)
+TOTALS_TILE = (8, 128)
 
 
 def usable(*tensors: torch.Tensor) -> bool:
@@ -60,6 +61,7 @@ if triton is not None:
         BLOCK_COLUMNS: tl.constexpr,
         RANK: tl.constexpr,
         PRECISION: tl.constexpr,
+        SPLIT: tl.constexpr,
     ):
         row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -70,7 +72,14 @@ if triton is not None:
         b = tl.load(B + row[:, None] * rank + r[None, :], mask=(row[:, None] < rows) & (r[None, :] < rank), other=0.0)
         a_fits = (r[:, None] < rank) & (column[None, :] < columns)
         a = tl.load(A + r[:, None] * columns + column[None, :], mask=a_fits, other=0.0)
-        result = tl.where(base == 0, 0.0, base + scale * tl.dot(b, a, input_precision=PRECISION))
+        if SPLIT:
+            # Each factor is the sum of two bf16 numbers to 2⁻¹⁷; the product of the low ones is left out.
+            a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
+            a_low, b_low = (a - a_high.to(tl.float32)).to(tl.bfloat16), (b - b_high.to(tl.float32)).to(tl.bfloat16)
+            change = tl.dot(b_high, a_high, tl.dot(b_high, a_low, tl.dot(b_low, a_high)))
+        else:
+            change = tl.dot(b, a, input_precision=PRECISION)
+        result = tl.where(base == 0, 0.0, base + scale * change)
         tl.store(merged + place, result.to(merged.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -199,7 +208,9 @@ def merge(
     rows, columns = weight.shape
     weight = weight.contiguous()
     merged = torch.empty_like(weight) if merged is None else merged
-    block_rows, block_columns, warps = MERGE_TILE
+    block_rows, block_columns, *warps = MERGE_TILE
+    # The interpreter cannot multiply bf16.
+    split = weight.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret
     _merge[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
         weight,
         A.contiguous(),
@@ -213,7 +224,8 @@ def merge(
         BLOCK_COLUMNS=block_columns,
         RANK=_padded(len(A)),
         PRECISION="ieee" if weight.dtype == torch.float32 else "tf32x3",
-        num_warps=warps,
+        SPLIT=split,
+        num_warps=warps[split],
     )
     return merged
 
