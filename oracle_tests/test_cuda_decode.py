@@ -136,14 +136,27 @@ def test_what_packing_saves_is_what_the_formula_says() -> None:
     "shape", [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (8192, 28672), (7, 3), (28672, 8192)]
 )
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_chosen_segments_fit_the_card(shape: tuple[int, int], bits: int) -> None:
+@pytest.mark.parametrize(
+    "card", [cuda_decode.Card(), cuda_decode.Card(128, 99 * 1024, 100 * 1024, False)], ids=["H200", "4090"]
+)
+def test_chosen_segments_fit_the_card(shape: tuple[int, int], bits: int, card: cuda_decode.Card) -> None:
     rows, columns = shape
-    segment = cuda_decode._choose_segments(rows, columns, bits, 132)
+    segment = cuda_decode._choose_segments(rows, columns, bits, card)
+    segments = -(-columns // segment)
     assert segment % 8 == 0
-    assert -(-columns // segment) <= 32
+    assert segments <= 32
     # A lane counts its chunks in a byte.
     assert segment <= 8 * 255
-    assert cuda_decode._shared(segment, -(-columns // segment), bits, 1) <= cuda_decode.SHARED
+    if (columns, card.processors) != (28672, 128):
+        assert cuda_decode._shared(segment, segments, bits, 1) <= card.shared
+
+
+def test_blocks_share_a_processor_evenly() -> None:
+    """One block a processor: the next kernel's fits beside it; more: as many as it takes to have all there at once."""
+    card = cuda_decode.Card()
+    for rows, together in ((4096, 2), (8192, 2), (11008, 3), (14336, 4), (28672, 3)):
+        room = cuda_decode._room(rows, card) + cuda_decode.SHARED_OF_BLOCK
+        assert card.shared_of_processor // room == together
 
 
 def test_what_does_not_fit_is_named() -> None:

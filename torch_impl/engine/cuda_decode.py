@@ -23,10 +23,7 @@ GAP_BITS = (2, 3, 4)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
-# Shared memory that one block may have on Hopper, less on older cards, where the launch says so; that a processor has; that
-# every block takes beside what it asks for.
-SHARED = 227 * 1024
-SHARED_OF_PROCESSOR = 228 * 1024
+# Shared memory that every block takes beside what it asks for.
 SHARED_OF_BLOCK = 1024
 # Two bytes of x for every column of two, four or eight rows at once.
 BATCHES = (8, 4, 2, 1)
@@ -34,6 +31,30 @@ BATCHES = (8, 4, 2, 1)
 # (cuda_layout.cuh).
 GROUP = 16
 GROUPS_HELD = 16
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a launch depends on: by default an H100's or H200's."""
+
+    processors: int = 132
+    shared: int = 227 * 1024
+    """Bytes of shared memory that one block may have."""
+    shared_of_processor: int = 228 * 1024
+    early: bool = True
+    """Whether a kernel may begin before the last one ends."""
+
+    @staticmethod
+    @functools.cache
+    def of(device: torch.device) -> Card:
+        """That of a GPU; elsewhere the default."""
+        if device.type != "cuda":
+            return Card()
+        properties: Any = torch.cuda.get_device_properties(device)
+        of_processor = properties.shared_memory_per_multiprocessor
+        # Older versions of torch do not tell; it is all but what every block takes.
+        shared = getattr(properties, "shared_memory_per_block_optin", of_processor - SHARED_OF_BLOCK)
+        return Card(properties.multi_processor_count, shared, of_processor, properties.major >= 9)
 
 
 @dataclass(frozen=True)
@@ -95,20 +116,22 @@ def _choose_bits(weight: torch.Tensor) -> int:
     return next(bits for bits in (2, 4, 3) if sizes[bits] <= 1.02 * min(sizes.values()))
 
 
-def _together(rows: int, processors: int) -> int:
-    """Blocks of 32 rows that share a processor: two kernels' where one has a block a processor, else one kernel's, evenly."""
-    each = -(-rows // (LANES * processors))
-    return 2 if each == 1 else each if each <= 4 else 3
+def _room(rows: int, card: Card) -> int:
+    """Bytes of shared memory that let as many blocks of 32 rows share a processor as should: two kernels' where one has a
+    block a processor, else one kernel's, evenly."""
+    each = -(-rows // (LANES * card.processors))
+    together = 2 if each == 1 else each if each <= 4 else 3
+    return min(card.shared, card.shared_of_processor // together - SHARED_OF_BLOCK)
 
 
-def _choose_segments(rows: int, columns: int, gap_bits: int, processors: int) -> int:
+def _choose_segments(rows: int, columns: int, gap_bits: int, card: Card) -> int:
     """Columns of a segment. A block has a warp for every segment, as many as fit, but not so many that rows are in shreds.
 
     With all blocks on the card at once, none waits; with one of the next kernel beside one of this, that one's weights
     come while this one ends. More beside each other would be dealt out unevenly.
     """
-    few = 2 * -(-rows // LANES) <= processors
-    room = SHARED if few else SHARED_OF_PROCESSOR // _together(rows, processors) - SHARED_OF_BLOCK
+    few = 2 * -(-rows // LANES) <= card.processors
+    room = card.shared if few else _room(rows, card)
     # Room for two rows of x, and a little more, since segments are rounded up.
     warps = min((room - 4 * columns - 1024) // _feed(gap_bits), columns // (128 if few else 192), 32)
     # A lane counts its chunks in a byte, so long rows take more warps.
@@ -127,8 +150,7 @@ def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | 
     rows, columns = weight.shape
     gap_bits = _choose_bits(weight) if gap_bits is None else gap_bits
     if segment is None:
-        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count if weight.is_cuda else 132
-        segment = _choose_segments(rows, columns, gap_bits, processors)
+        segment = _choose_segments(rows, columns, gap_bits, Card.of(weight.device))
     values, codes, chunks = gaps.pack_gaps(weight, segment, gap_bits)
     counts = chunks.new_zeros(-(-rows // LANES) * LANES, chunks.shape[1])
     counts[:rows] = chunks
@@ -217,16 +239,15 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
         raise ValueError(f"x has {len(x)} rows; allowed: 1 to {MOST_ROWS}")
     x = x.contiguous()
     y = x.new_empty(len(x), layout.rows)
-    half, overlap = int(x.dtype == torch.float16), int(torch.cuda.get_device_capability(x.device)[0] >= 9)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    least = SHARED_OF_PROCESSOR // _together(layout.rows, processors) - SHARED_OF_BLOCK if overlap else 0
-    most = next((b for b in BATCHES if _shared(layout.segment, layout.segments, layout.gap_bits, b) <= SHARED), 0)
+    card = Card.of(x.device)
+    half = int(x.dtype == torch.float16)
+    most = next((b for b in BATCHES if _shared(layout.segment, layout.segments, layout.gap_bits, b) <= card.shared), 0)
     if not most:
         # Rows so long that not even one fits beside the weights on their way.
         return functional.linear(x, unpack(layout), bias)
     for first in range(0, len(x), most):
         part = x[first : first + most]
-        numbers = (layout.gap_bits, half, len(part), least, overlap)
+        numbers = (layout.gap_bits, half, len(part), _room(layout.rows, card), int(card.early))
         _call("losa_matvec", layout, part, bias, y[first : first + most], numbers=numbers)
     return y
 

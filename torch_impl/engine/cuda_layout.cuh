@@ -39,8 +39,8 @@ struct Parts {
 
 // A warp's chunks, in the order in which they are stored, on their way through a ring in shared memory. Copies are
 // asynchronous, a piece at a time and up to PIECES pieces ahead: loads into registers would share a handful of scoreboards, and
-// waiting for one would wait for many. On Hopper one lane starts them and a barrier
-// counts their bytes; before, every lane copies and waits for all that is on its way.
+// waiting for one would wait for many. On Hopper one lane starts them and a barrier counts their bytes; before Hopper every
+// lane copies, and waits for all that is on its way.
 template <int BITS>
 struct Feed {
     using P = Parts<BITS>;
