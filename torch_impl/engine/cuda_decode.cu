@@ -66,6 +66,10 @@ __device__ __forceinline__ void store_octet(unsigned char* to, const uint4 (&row
     }
 }
 
+// Many rows of x take long over a chunk and much shared memory, so that fewer chunks come ahead.
+template <int BITS, int BATCH>
+using FeedOf = Feed<BITS, BATCH <= 2 ? 4 : 2>;
+
 template <typename T, int BITS, int BATCH>
 __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bias, T* y, int batch) {
     constexpr int BYTES = 2 * BATCH, SHIFT = BATCH == 8 ? 4 : BATCH == 4 ? 3 : BATCH;   // what a column takes of shared memory
@@ -73,10 +77,10 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 
     const int lane = threadIdx.x % LANES, warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
     const int task = blockIdx.x * w.segments + warp;
-    Feed<BITS> feed(w, address_of(memory) + warp * Feed<BITS>::BYTES, lane, w.bases[task], w.bases[task + 1]);
+    FeedOf<BITS, BATCH> feed(w, address_of(memory) + warp * FeedOf<BITS, BATCH>::BYTES, lane, w.bases[task], w.bases[task + 1]);
     const int mine = w.counts[task * LANES + lane];
     const int most = __reduce_max_sync(ALL, mine), least = __reduce_min_sync(ALL, mine);
-    unsigned char* numbers = memory + w.segments * Feed<BITS>::BYTES;
+    unsigned char* numbers = memory + w.segments * FeedOf<BITS, BATCH>::BYTES;
     wait_for_input();
 
     // x into shared memory, the batch's numbers of a column side by side; behind the end zeros, which unused entries read.
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bi
 template <typename T, int BITS, int BATCH>
 cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int room, bool overlap, cudaStream_t stream) {
     const int numbers = (w.segments * w.segment + 2 * CHUNK) * 2 * BATCH, sums = w.segments * BATCH * LANES * 4;
-    const int shared = w.segments * Feed<BITS>::BYTES + (numbers > sums ? numbers : sums);
+    const int shared = w.segments * FeedOf<BITS, BATCH>::BYTES + (numbers > sums ? numbers : sums);
     const auto kernel = decode<T, BITS, BATCH>;
     const int asked = shared > room ? shared : room;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);

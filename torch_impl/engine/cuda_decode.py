@@ -27,10 +27,13 @@ MOST_ROWS = 8
 SHARED_OF_BLOCK = 1024
 # Two bytes of x for every column of two, four or eight rows at once.
 BATCHES = (8, 4, 2, 1)
-# Chunks that lie together in memory, so that one copy brings values and codes; groups that a warp has on their way
-# (cuda_layout.cuh).
+# Chunks that lie together in memory, so that one copy brings values and codes.
 GROUP = 16
-GROUPS_HELD = 16
+# As in cuda_layout.cuh and cuda_decode.cu: chunks of one copy, and copies that a warp has on their way, for up to two rows of
+# x and for more; bytes of the barrier that counts one in.
+PIECE = 64
+PIECES, FEW_PIECES = 4, 2
+BARRIER = 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _choose_segments(rows: int, columns: int, gap_bits: int, card: Card) -> int:
     few = 2 * -(-rows // LANES) <= card.processors
     room = card.shared if few else _room(rows, card)
     # Room for two rows of x, and a little more, since segments are rounded up.
-    warps = min((room - 4 * columns - 1024) // _feed(gap_bits), columns // (128 if few else 192), 32)
+    warps = min((room - 4 * columns - 1024) // _feed(gap_bits, 2), columns // (128 if few else 192), 32)
     # A lane counts its chunks in a byte, so long rows take more warps.
     segment = -(-columns // max(warps, -(-columns // (8 * 248)), 1))
     return max(-(-segment // 8) * 8, 8)
@@ -252,14 +255,16 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     return y
 
 
-def _feed(gap_bits: int) -> int:
-    """Bytes of shared memory that a warp takes for chunks on their way, and for the barriers that count them."""
-    return GROUPS_HELD * sum(Layout.group_bytes(gap_bits)) + 32
+def _feed(gap_bits: int, batch: int) -> int:
+    """Bytes of shared memory that a warp takes for chunks on their way."""
+    pieces = PIECES if batch <= 2 else FEW_PIECES
+    return pieces * (PIECE // GROUP * sum(Layout.group_bytes(gap_bits)) + BARRIER)
 
 
 def _shared(segment: int, segments: int, gap_bits: int, batch: int) -> int:
     """Bytes of shared memory that a block takes for so many rows of x and for chunks on their way."""
-    return segments * _feed(gap_bits) + batch * max(2 * (segments * segment + 2 * gaps.CHUNK), 4 * segments * LANES)
+    numbers = 2 * batch * (segments * segment + 2 * gaps.CHUNK)
+    return segments * _feed(gap_bits, batch) + max(numbers, 4 * batch * segments * LANES)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:

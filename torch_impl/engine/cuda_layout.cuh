@@ -41,10 +41,10 @@ struct Parts {
 // asynchronous, a piece at a time and up to PIECES pieces ahead: loads into registers would share a handful of scoreboards, and
 // waiting for one would wait for many. On Hopper one lane starts them and a barrier counts their bytes; before Hopper every
 // lane copies, and waits for all that is on its way.
-template <int BITS>
+template <int BITS, unsigned PIECES>
 struct Feed {
     using P = Parts<BITS>;
-    static constexpr unsigned PIECE = 64, PIECES = 4, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
+    static constexpr unsigned PIECE = 64, HELD = PIECE * PIECES, PIECE_BYTES = PIECE / GROUP * P::BYTES;
     static constexpr unsigned BARRIERS = PIECES * PIECE_BYTES, BYTES = BARRIERS + 8 * PIECES;
 
     const uint8_t* data;
