@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from torch_impl.engine import calibration, layers, training
+from torch_impl.engine import calibration, layers, memory, training
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.masked_linear import masked_linear
 from torch_impl.engine.training import TrainingConfig
@@ -116,6 +116,10 @@ def test_no_more_is_kept_for_backward_than_products_and_attention_need(counter: 
     needed = 3 * 32 * 4 * (2 * HIDDEN + 4 * HIDDEN + 2 * INTERMEDIATE)
     small = 3 * 32 * 4 * (2 + 2)  # a number per token and norm, one per token and head
     assert needed <= one_block <= needed + small
+    # The dry run foretells it.
+    model = adapted_llama([4])
+    sizes = memory.Sizes.of(model, find_family(model), torch.float32)
+    assert 3 * 32 * sizes.kept_for_backward(compiled=True) == needed < 3 * 32 * sizes.kept_for_backward(compiled=False)
 
 
 @pytest.mark.parametrize("grad", [True, False])

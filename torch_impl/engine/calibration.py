@@ -180,14 +180,16 @@ def watching_inputs(
             layers[name].watch = None
 
 
+def compiles(wanted: str, prunable: int, device: torch.device) -> bool:
+    """Whether blocks are compiled. wanted: on, off, or auto (on CUDA, from a billion prunable weights: it takes some ten
+    seconds)."""
+    return wanted == "on" or (wanted == "auto" and prunable >= WORTH_COMPILING and device.type == "cuda")
+
+
 @contextmanager
 def compiled(models: Sequence[nn.Module], family: Family, wanted: str) -> Iterator[None]:
-    """Let torch.compile fuse what lies between the projections of every block, for the duration.
-
-    wanted: on, off, or auto (on CUDA, from a billion prunable weights: compiling takes some ten seconds).
-    """
-    large = sum(prunable_weights(models[0], family)) >= WORTH_COMPILING
-    if not (wanted == "on" or (wanted == "auto" and large and next(models[0].parameters()).is_cuda)):
+    """Let torch.compile fuse what lies between the projections of every block, for the duration, where `compiles` says so."""
+    if not compiles(wanted, sum(prunable_weights(models[0], family)), next(models[0].parameters()).device):
         yield
         return
     blocks = [block for model in models for block in decoder_blocks(model, family)]

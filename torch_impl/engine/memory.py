@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torch_impl.engine.families import Family, decoder_blocks, prunable_weights, weight_of
+from torch_impl.engine.loss import AT_ONCE
 from torch_impl.masks.select import SORTED_AT_ONCE
 
 # What is left free of a device: the allocator's fragments and the libraries' own workspaces.
@@ -124,21 +125,27 @@ class Sizes:
         gathering = self.forward(tokens) + (self._hessians() if method == "sparsegpt" else 0)
         return max(gathering, self.pruning(method))
 
-    def kept_for_backward(self) -> int:
+    def kept_for_backward(self, compiled: bool) -> int:
         """Bytes that a decoder block keeps of one token until its backward pass.
 
-        The inputs of its norms in float32, those of its projections, queries, keys, values and output of the attention,
-        and what the MLP's product is made of.
+        Queries, keys, values and output of the attention; and if the block is compiled, the inputs of its norms and of the
+        MLP's non-linear part, of which the rest is made again; else the inputs of its norms in float32, those of its
+        projections, and all that the MLP's product is made of.
         """
+        attention = 2 * self.hidden + 2 * self.keys
+        if compiled:
+            return (2 * self.hidden + attention + (2 if self.gated else 1) * self.width) * self.itemsize
         norms = 2 * self.hidden * max(4, self.itemsize)
-        attention = 4 * self.hidden + 2 * self.keys
         mlp = 4 * self.width if self.gated else 2 * self.width
-        return norms + (attention + mlp) * self.itemsize
+        return norms + (2 * self.hidden + attention + mlp) * self.itemsize
 
     def loss(self, tokens: int, distilled: bool) -> int:
-        """Bytes of what the loss of a training micro-batch needs: logarithms of the probabilities and two gradients of
-        that size, in float32 at least; more than twice as much with the dense model's predictions."""
-        return tokens * self.vocabulary * (7 if distilled else 3) * max(4, self.itemsize)
+        """Bytes of what the loss of a training micro-batch needs: logits, their gradient, and a part of them twice in float32
+        at least; with the dense model's predictions all of them, seven times."""
+        wide, logits = max(4, self.itemsize), tokens * self.vocabulary
+        if distilled:
+            return logits * 7 * wide
+        return logits * 2 * self.itemsize + min(logits, AT_ONCE) * 2 * wide
 
     def working(self, method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
         """Bytes of the device that streamed pruning takes beside what lies outside the blocks and the hidden states:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from torch_impl import schedule
+from torch_impl.engine.calibration import compiles
 from torch_impl.engine.memory import SHARE, Room, Sizes, free_bytes
 from torch_impl.experiment.config import Config
 
@@ -93,7 +94,8 @@ def _training(config: Config, sizes: Sizes, device: torch.device) -> Parts:
         training.hold_merged == "auto" and (device.type != "cuda" or before + 2 * prunable <= free_bytes(device))
     )
     blocks = len(sizes.prunable_of_blocks)
-    of_block = tokens * sizes.kept_for_backward()
+    compiled = compiles(training.compile_blocks, sum(sizes.prunable_of_blocks), device)
+    of_block = tokens * sizes.kept_for_backward(compiled)
     # A weight's gradient is a whole matrix until it is contracted; so is a merged weight that is not held.
     backward = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)
     loss = sizes.loss(tokens, training.loss == "kl")
