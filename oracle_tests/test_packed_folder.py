@@ -329,3 +329,12 @@ def test_a_seed_is_a_text(packed_model: Path, capsys: pytest.CaptureFixture[str]
     assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
     assert text(*hot, "--top_p", "1e-6") == text()
     assert text("--dtype", "bfloat16")
+
+
+def test_what_prepares_for_later_tokens_is_told_apart() -> None:
+    even = [0.0, 1.0, *(1.0 + 0.5 * n for n in range(1, 21))]
+    assert generate._rate(even) == "2.00 tokens/s"
+    # The first token's time, then three that compile and capture in nine seconds, then twenty of half a second.
+    compiling = [0.0, 1.0, 4.0, 7.0, 10.0, *(10.0 + 0.5 * n for n in range(1, 21))]
+    assert generate._rate(compiling) == "2.00 tokens/s, after the first 3, which prepare for them, in 9.0 s"
+    assert generate._rate([0.0, 1.0, 4.0]) == "0.33 tokens/s"
