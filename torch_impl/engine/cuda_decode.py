@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,6 @@ class Layout:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has pointers of its own."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def to(self, device: torch.device | str) -> Layout:
-        """The same on another device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
 
 
 def _choose_bits(weight: torch.Tensor) -> int:
