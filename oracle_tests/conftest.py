@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, Phase, settings
 
+from torch_impl.engine import cuda_decode, packed_linear
+
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
 settings.register_profile("deep", max_examples=1000, **_QUIET)
@@ -54,3 +56,24 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layer as it is on a GPU with kernels, which torch stands in for here; what it calls, in order."""
+    calls = []
+
+    def noted(name: str) -> None:
+        function = getattr(cuda_decode, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(cuda_decode, name, call)
+
+    for name in ("pack_rows", "matvec", "unpack"):
+        noted(name)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda_decode.DTYPES)
+    return calls

@@ -8,7 +8,6 @@ import functools
 import mmap
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from oracle_tests.assertions import assert_close
 from reference import packed as spec
 from torch_impl import packed
 from torch_impl.engine import cpu_decode, cuda_decode, packed_linear
-from torch_impl.engine.packed_linear import DECODE_ROWS, PackedLinear
+from torch_impl.engine.packed_linear import DECODE_ROWS, PackedGroup, PackedLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -245,27 +244,6 @@ def test_a_compiler_that_is_not_there(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The layer as it is on a GPU with kernels, which torch stands in for here; what it calls, in order."""
-    calls = []
-
-    def noted(name: str) -> None:
-        function = getattr(cuda_decode, name)
-
-        def call(*arguments: Any) -> Any:
-            calls.append(name)
-            return function(*arguments)
-
-        monkeypatch.setattr(cuda_decode, name, call)
-
-    for name in ("pack_rows", "matvec", "unpack"):
-        noted(name)
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda_decode.DTYPES)
-    return calls
-
-
 def gpu_pair(dtype: torch.dtype) -> tuple[nn.Linear, PackedLinear]:
     linear = nn.Linear(70, 41).to(dtype)
     with torch.no_grad():
@@ -325,6 +303,122 @@ def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
     assert torch.equal(layer.unpacked().float(), -linear.weight)
     assert layer.layout is not None
     assert f"sparsity={1 - len(parts[1]) / (41 * 70):.4f}" in repr(layer)
+
+
+def gpu_group(dtype: torch.dtype = torch.bfloat16) -> tuple[list[nn.Linear], list[PackedLinear]]:
+    """Layers with the same input, one of them without a bias, and what they are as a group."""
+    linears = [nn.Linear(70, rows, bias=rows != 33).to(dtype) for rows in (41, 33, 5)]
+    with torch.no_grad():
+        for linear in linears:
+            linear.weight[torch.rand_like(linear.weight) < 0.7] = 0
+    layers = [PackedLinear.of(linear.to(DEVICE)) for linear in linears]
+    packed_linear.join(layers)
+    return linears, layers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_group_is_one_product_of_few_rows(as_on_a_gpu: list[str], dtype: torch.dtype) -> None:
+    linears, layers = gpu_group(dtype)
+    assert all(torch.equal(layer.unpacked(), linear.weight) for linear, layer in zip(linears, layers, strict=True))
+    for lead, products in (((1,), 1), ((2, 2), 1), ((), 1), ((8,), 1), ((9,), 0), ((3, 9), 0)):
+        as_on_a_gpu.clear()
+        x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
+        for linear, layer in zip(linears, layers, strict=True):
+            y = layer(x)
+            assert y.shape == (*lead, layer.out_features)
+            assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.bound(dtype) / 8, floor=1e-30)
+        assert as_on_a_gpu.count("matvec") == products
+        assert "pack_rows" not in as_on_a_gpu
+    assert layers[1](x[:0]).shape == (0, 9, 33)
+
+
+def test_a_share_is_of_the_numbers_that_were_given(as_on_a_gpu: list[str]) -> None:
+    """Written to, asked for again, another of the same numbers, in inference mode: whatever is not certain is worked out."""
+    linears, layers = gpu_group()
+    x = torch.randn(1, 70, device=DEVICE).bfloat16()
+
+    def right(layer: int, x: torch.Tensor, products: int) -> None:
+        as_on_a_gpu.clear()
+        expected, y = linears[layer](x).detach(), layers[layer](x)
+        assert_close("layer", expected.cpu(), y.cpu(), tolerances.bound(x.dtype) / 8, floor=1e-30)
+        # Nobody else may see that.
+        y.zero_()
+        assert as_on_a_gpu.count("matvec") == products
+
+    with torch.no_grad():
+        right(0, x, 1)
+        right(1, x, 0)
+        right(1, x, 1)
+        right(2, x, 0)
+        x.neg_()
+        right(0, x, 1)
+        right(2, x, 0)
+        right(1, x.clone(), 1)
+        right(0, x, 1)
+        right(1, x[:], 1)
+        copied = copy.deepcopy(layers)
+        assert all(layer.group is copied[0].group is not layers[0].group for layer in copied)
+        assert copied[0].group._shares is None
+    with torch.inference_mode():
+        y = x.clone()
+        for layer in range(3):
+            right(layer, y, 1)
+
+
+def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: list[str]) -> None:
+    linears, layers = gpu_group()
+    alone = nn.ModuleList(PackedLinear.of(linear) for linear in linears)
+    model = nn.ModuleList(layers)
+    state, expected = model.state_dict(), alone.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert [name for name, _ in layers[2].named_buffers()] == [
+        "bias",
+        *(f"group.layout_{name}" for name in layers[0].group.layout.tensors()),
+        "group.bias",
+    ]
+    # Where it is already, nothing is built again, and what computes is what the buffers are.
+    as_on_a_gpu.clear()
+    model.to(DEVICE).to(torch.bfloat16)
+    assert as_on_a_gpu == []
+    group = layers[0].group
+    assert all(layer.group is group for layer in layers)
+    model._apply(torch.clone)
+    assert group.layout.data.data_ptr() == group.layout_data.data_ptr()
+    x = torch.randn(2, 70, device=DEVICE)
+    # A copy that is cast works alone, with kernels and without.
+    other = copy.deepcopy(model)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, tolerances.bound(torch.float16) / 8)):
+        other.to(dtype)
+        for linear, layer in zip(linears, other, strict=True):
+            assert layer.group is None
+            assert (layer.layout is None) == (dtype == torch.float32)
+            assert torch.equal(layer.unpacked(), linear.weight.to(dtype))
+            y = linear.to(dtype)(x.to(dtype)).detach()
+            assert_close("cast", y.cpu(), layer(x.to(dtype)).cpu(), bound, floor=1e-30)
+    assert all(layer.group is group for layer in layers)
+    # One that is loaded leaves; the others stay.
+    layers[1].load_state_dict(
+        {name: -value if name == "values" else value for name, value in layers[1].state_dict().items()}
+    )
+    assert [layer.group is group for layer in layers] == [True, False, True]
+    with torch.no_grad():
+        linears[1].weight.neg_()
+    for linear, layer in zip(linears, layers, strict=True):
+        y = linear.bfloat16()(x.bfloat16()).detach()
+        assert_close("loaded", y.cpu(), layer(x.bfloat16()).cpu(), tolerances.bound(y.dtype) / 8, floor=1e-30)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_only_layers_of_the_same_dtype_on_a_gpu_are_a_group() -> None:
+    layers = [PackedLinear.of(nn.Linear(70, 9).to(DEVICE, dtype)) for dtype in (*DTYPES, torch.bfloat16)]
+    packed_linear.join([layers[0], layers[1]])
+    packed_linear.join([layers[0]])
+    packed_linear.join([layers[0], nn.Linear(70, 9), layers[2]])
+    assert not any(layer.group for layer in layers)
+    packed_linear.join([layers[0], nn.Linear(70, 9), layers[3]])
+    assert isinstance(layers[0].group, PackedGroup)
+    assert layers[3].group is layers[0].group
 
 
 def test_a_gpu_without_kernels_says_so_once(

@@ -79,7 +79,8 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     return checkpoint.load(options.model, device, str(stored).removeprefix("torch."))
 
 
-@torch.inference_mode()
+# Not inference_mode, whose tensors do not tell whether they were written to: `PackedGroup.share` asks them.
+@torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> tuple[torch.Tensor, list[float]]:

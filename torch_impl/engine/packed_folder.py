@@ -34,7 +34,7 @@ from transformers import (
 
 from torch_impl import packed
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.packed_linear import PARTS, PackedLinear
+from torch_impl.engine.packed_linear import PARTS, PackedLinear, group_projections
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "losa-packed", 1
@@ -161,6 +161,7 @@ def load(
         raise ValueError(f"{folder}: {missing[0]} is in no file; allowed: every tensor of the model")
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
+    group_projections(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
