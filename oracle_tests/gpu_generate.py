@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oracle_tests.tolerances import PACKED_LOGITS
@@ -27,7 +26,6 @@ from torch_impl import generate, pack
 from torch_impl.bench.geometry import GEOMETRIES
 from torch_impl.bench.measure import resident
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
-from torch_impl.engine.packed_linear import PackedLinear
 
 SPARSITY = 0.7
 PROMPT = "def main(arguments):"
@@ -75,14 +73,9 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def projections(model: PreTrainedModel) -> float:
-    """Memory of the projections, GiB."""
-    return resident(*(module for module in decoder_blocks(model, find_family(model)).modules() if linear(module)))
-
-
-def linear(module: nn.Module) -> bool:
-    """Whether it is a projection, packed or not."""
-    return isinstance(module, (nn.Linear, PackedLinear))
+def blocks_of(model: PreTrainedModel) -> float:
+    """Memory of the decoder blocks, which is that of the projections but for the norms, GiB."""
+    return resident(decoder_blocks(model, find_family(model)))
 
 
 def same_tokens(folder: Path, device: str) -> bool:
@@ -102,7 +95,7 @@ def same_logits(folder: Path, options: argparse.Namespace) -> bool:
         model, _, summary = text(path, options.device, tokens)
         print(f"{path.name}:\n    " + summary.replace("\n", "\n    "))
         found.append(logits(model, ids))
-        sizes.append(projections(model))
+        sizes.append(blocks_of(model))
         del model
     apart = float((found[0] - found[1]).abs().max() / found[0].abs().max())
     bound = PACKED_LOGITS[torch.bfloat16]

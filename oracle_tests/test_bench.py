@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import StaticCache
 
 from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, int4, parts, whole
-from torch_impl.bench.measure import Row
+from torch_impl.bench import decode, decode_cpu, geometry, int4, parts, whole
+from torch_impl.bench.measure import Row, relative
+from torch_impl.engine.decoding import NextToken
+from torch_impl.engine.families import find_family
 from torch_impl.engine.packed_linear import PackedLinear
 
 
@@ -116,9 +119,31 @@ def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[
     for row in figures["whole_model"]:
         assert row["ratio"] == pytest.approx(row["packed"] / row["dense"])
         assert row["packed_gib"] < row["dense_gib"]
+        assert row["dense_joined"] is None
     shown = capsys.readouterr().out
     assert "the projections of a block" in shown
     assert "refused" not in shown
+
+
+def test_dense_projections_of_one_input_are_one_product_too() -> None:
+    """Compiled; the CPU's benchmark, which compiles nothing, sees that the numbers are the same."""
+    model = geometry.build("small", 2, torch.device("cpu"), torch.float32)
+
+    def logits() -> torch.Tensor:
+        following = NextToken(model, StaticCache(config=model.config, max_cache_len=8), fuse=True)
+        found = [following(torch.tensor([[token]])).clone() for token in (1, 2, 3)]
+        assert following.fuses
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found.append(following(torch.tensor([[4]])).clone())
+        calls.append(sum(event.name == "losa::dense_rows" for event in profile.events()))
+        return torch.stack(found)
+
+    calls: list[int] = []
+    plain = logits()
+    whole._join_dense(model, find_family(model))
+    assert relative(logits(), plain) < 1e-5
+    # Of q, k and v, of gate and up; the other two are torch's.
+    assert calls == [0, 2 * 2]
 
 
 def test_four_bits_are_the_product_they_claim(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl.engine import cpu_decode, decoding, fused_blocks
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.packed_linear import PackedLinear
+from torch_impl.engine.packed_linear import PackedLinear, group_projections
 
 FIXED = [family for family in FAMILIES if family != "mistral"]
 
@@ -148,6 +149,31 @@ def test_compiled_blocks_give_the_same_logits_and_compile_once(family: str) -> N
 
 
 @pytest.mark.usefixtures("untouched_compiler")
+@pytest.mark.parametrize("family", FIXED)
+def test_projections_of_one_input_are_one_product(family: str, as_on_a_gpu: list[str]) -> None:
+    """Compiled or not, in a prompt or a token, with the logits that they give alone."""
+    model = random_model(family, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    pack_some(model)
+    found = find_family(model)
+    plain, _ = next_tokens(model, fuse=False)
+    as_on_a_gpu.clear()
+    group_projections(model)
+    assert find_family(model) is found
+    blocks = decoder_blocks(model, found)
+    assert as_on_a_gpu.count("pack_rows") == len(blocks) * sum(len(names) > 1 for names in found.inputs)
+    for fuse in (False, True):
+        as_on_a_gpu.clear()
+        ours, following = next_tokens(model, fuse)
+        assert following.fuses == fuse
+        assert_near(ours, plain)
+        # Four tokens and the prompt, whose three rows are few enough.
+        assert as_on_a_gpu.count("matvec") == (4 + 1) * len(blocks) * len(found.inputs)
+    assert counters["stats"]["unique_graphs"] == (2 if family == "opt" else 3)
+    assert_near(next_tokens(copy.deepcopy(model), fuse=True)[0], plain)
+
+
+@pytest.mark.usefixtures("untouched_compiler")
 def test_compiled_tokens_are_those_of_generate() -> None:
     model = random_model("llama-gqa").eval()
     options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
@@ -158,6 +184,16 @@ def test_compiled_tokens_are_those_of_generate() -> None:
         ours = model.generate(prompt(2), **given, **options, custom_generate=loop, cache_implementation="static")
     assert torch.equal(ours, theirs)
     assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_early_kernels_are_asked_for_where_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda *_, options, **__: given.append(options))
+    for early, known in ((True, ["triton.enable_pdl"]), (True, []), (False, ["triton.enable_pdl"])):
+        monkeypatch.setattr(fused_blocks, "EARLY", early)
+        monkeypatch.setattr(fused_blocks, "list_options", lambda known=known: known)
+        fused_blocks._compile()
+    assert [options.get("triton.enable_pdl") for options in given] == [True, None, None]
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from oracle_tests import tolerances
 from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model
 from torch_impl import generate, pack
+from torch_impl.bench.measure import resident
 from torch_impl.engine import cpu_decode, packed_folder
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
 from torch_impl.engine.packed_linear import PackedLinear
 
 CPU = torch.device("cpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FILE = "packed-00001-of-00001.safetensors"
 KEY = "model.layers.1.mlp.up_proj.weight"
 
@@ -105,6 +107,33 @@ def test_decoding_never_unpacks(packed_model: Path, monkeypatch: pytest.MonkeyPa
     model, _ = packed_folder.load(packed_model, CPU)
     monkeypatch.setattr(PackedLinear, "unpacked", None)
     model.generate(torch.ones(3, 5, dtype=torch.long), max_new_tokens=3, pad_token_id=0, do_sample=False)
+
+
+def test_on_a_gpu_projections_of_one_input_are_loaded_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[str]
+) -> None:
+    """One of them was left dense; `generate`'s tokens after the first are of as few products as there are inputs."""
+    source = save_sparse(tmp_path / "plain", "llama-gqa", torch.bfloat16)
+    assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
+    arguments = [str(tmp_path / "packed"), "--prompt", "of nine or more", "--device", DEVICE, "--max_new_tokens", "4"]
+    options = generate._parser().parse_args(arguments)
+    model, tokenizer = generate._load(options)
+    projections = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    assert isinstance(model.model.layers[0].self_attn.q_proj, torch.nn.Linear)
+    assert model.model.layers[0].self_attn.k_proj.group is model.model.layers[0].self_attn.v_proj.group is not None
+    products = len({layer.group or layer for layer in projections})
+    assert products < len(projections)
+    as_on_a_gpu.clear()
+    ids, _ = generate.generate(model, tokenizer, options)
+    assert as_on_a_gpu.count("matvec") == 3 * products
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_folder, "group_projections", lambda model: None)
+        alone, _ = generate._load(options)
+    assert torch.equal(generate.generate(alone, tokenizer, options)[0], ids)
+    assert list(alone.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in alone.state_dict().items())
+    # Every weight is there once.
+    assert resident(model) < 1.01 * resident(alone)
 
 
 def test_shards_and_their_metadata_come_back(tmp_path: Path) -> None:
