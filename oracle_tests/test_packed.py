@@ -451,6 +451,22 @@ def test_the_layer_in_a_graph(rows: int) -> None:
     assert torch.equal(eager, captured)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_group_in_a_graph() -> None:
+    """What was worked out before is not for the graph, which sees other numbers each time."""
+    linears, layers = gpu_group()
+    x = torch.randn(1, 70, device=DEVICE).bfloat16()
+    layers[0](x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [layer(x) for layer in reversed(layers)]
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for linear, y in zip(reversed(linears), captured, strict=True):
+        assert_close("graph", linear(x).detach().cpu(), y.cpu(), tolerances.bound(y.dtype) / 8, floor=1e-30)
+
+
 @pytest.mark.skipif(not cpu_decode.paths(), reason="no compiler")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_kernels_use_the_threads_that_torch_does(count: int) -> None:
