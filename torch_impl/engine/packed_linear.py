@@ -136,7 +136,7 @@ class PackedLinear(_Packed):
             # All layers of the group ask for this; `fused_blocks` sees to it that it is worked out once.
             y = torch.ops.losa.packed_linear(x, self.group.handle, self.group.out_features)
             return y[..., self.start : self.start + self.out_features]
-        if self.group is not None and 0 < x.numel() <= cuda_decode.MOST_ROWS * self.in_features:
+        if self.group is not None and x.numel() <= cuda_decode.MOST_ROWS * self.in_features:
             return self.group.share(x, self.start)
         return self.product(x)
 
