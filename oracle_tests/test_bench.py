@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,12 @@ from transformers import StaticCache
 
 from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, geometry, int4, parts, whole
+from torch_impl.bench import decode, decode_cpu, geometry, int4, large, parts, whole
 from torch_impl.bench.measure import Row, relative
 from torch_impl.engine.decoding import NextToken
 from torch_impl.engine.families import find_family
 from torch_impl.engine.packed_linear import PackedLinear
+from torch_impl.experiment.config import Config
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -47,6 +49,32 @@ def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtur
     for row in figures["plan"]:
         # On the CPU the blocks that another thread reads are not measured.
         assert 0.8 < row["foretold / measured"] < (2.0 if "block by block" in row["case"] else 1.25), row
+
+
+def test_jobs_of_the_plan_are_short_and_hide_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs: list[Config] = []
+
+    def job(config: Config, folder: Path) -> torch.Tensor:
+        if len(jobs) == 2:
+            raise FloatingPointError("the third job")
+        jobs.append(config)
+        print(f"warning {len(jobs)}", file=sys.stderr)
+        return torch.ones(1000)
+
+    monkeypatch.setattr(large, "run_in_memory", job)
+    monkeypatch.setattr(large, "run_streamed", job)
+    with pytest.raises(FloatingPointError, match="the third job"):
+        run(tmp_path, "--parts", "plan", "--geometry", "small", "--sequences", "100")
+    assert [config.calibration.nsamples for config in jobs] == [32, 32]
+    shown = capsys.readouterr()
+    assert [line.partition(";")[0] for line in shown.out.splitlines() if line.startswith("case ")] == [
+        "case plain, wanda",
+        "case plain, sparsegpt",
+    ]
+    assert "block by block, wanda …" in shown.err
+    assert "warning 2" in shown.err
 
 
 def test_a_side_that_gives_other_numbers_gets_no_ratio(

@@ -120,16 +120,22 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
-    """Run the parts asked for that make checkpoints on disk. Returns their figures by part."""
+    """Run and show the parts asked for that make checkpoints on disk. Returns their figures by part."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     blocks, sizes = options.blocks or FEW, (options.sequences, options.length)
     found: dict[str, list[dict[str, object]]] = {}
     if "stream" in options.parts:
         found["stream"] = [large.stream(options.geometry, blocks, device, dtype, *sizes)]
+        print(f"\nstream\n{large.table(found['stream'])}", flush=True)
     if "scale" in options.parts:
         found["scale"] = large.scale(device, dtype, blocks, *sizes)
+        print(f"\nscale\n{large.table(found['scale'])}", flush=True)
     if "plan" in options.parts:
-        found["plan"] = large.plan(options.geometry, blocks, device, dtype, *sizes, options.train_lengths[-1])
+        print("\nplan", flush=True)
+        found["plan"] = []
+        for row in large.plan(options.geometry, blocks, device, dtype, *sizes, options.train_lengths[-1]):
+            print(large.line(row), flush=True)
+            found["plan"].append(row)
     return found
 
 
@@ -139,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] == "decode":
         return decode.main(arguments[1:])
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
     top = ceilings(device, getattr(torch, options.dtype))
@@ -159,8 +166,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{what:<50}{ours:>11.1f}" + ("" if other is None else f"{other:>14.1f}{other / ours:>10.2f}×"))
     gc.collect()
     on_disk = measure_large(options)
-    for part, figures_of in on_disk.items():
-        print(f"\n{part}\n{large.table(figures_of)}")
     print(f"\nhost memory, peak: {host_peak():.1f} GiB")
     if options.json:
         figures = {

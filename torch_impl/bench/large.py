@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import gc
 import os
 import random
 import string
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from tiny_models.random_models import byte_tokenizer
 from torch_impl import losa
 from torch_impl.bench import geometry
 from torch_impl.engine import memory
+from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoint import load_streamed
 from torch_impl.engine.streaming import open_streamed, reader_of
 from torch_impl.experiment.config import Config, parse
@@ -31,6 +33,8 @@ from torch_impl.experiment.streamed_job import Output, Sweeps, run_streamed
 CARD = 24 * 10**9
 TEXT = 1 << 17
 """Letters, a token each, of the text that jobs read."""
+WINDOWS = 8
+"""Evaluation windows, all of them at once."""
 SCALES = {"cuda": ("llama-2-7b", "llama-2-13b", "llama-2-70b"), "cpu": ("small", "medium")}
 
 
@@ -85,6 +89,7 @@ def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, A
 
     On the CPU only what the calling thread allocates is seen: not the blocks that come from files.
     """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -102,7 +107,7 @@ def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, A
 
 def _options(folder: Path, device: torch.device, dtype: torch.dtype, rows: int, length: int, *more: str) -> Config:
     plain = ["--steps", "1", "--finetune", "false", "--nsamples", str(rows), "--seqlen", str(length)]
-    evaluation = ["--eval_windows", "8", "--eval_seqlen", str(length), "--rmi_samples", str(max(2, rows // 2))]
+    evaluation = ["--eval_windows", str(WINDOWS), "--eval_seqlen", str(length), "--rmi_samples", str(max(2, rows // 2))]
     read = ["--calibration_data", "train.txt", "--finetune_data", "train.txt", "--eval_data", "eval.txt"]
     texts = [str(folder / word) if word.endswith(".txt") else word for word in read]
     place = ["--model", str(folder), "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
@@ -115,7 +120,7 @@ def _random_text(config: Config, folder: Path, device: torch.device) -> Material
     found, text = config.calibration, config.text
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (found.nsamples, found.seqlen), generator=generator)
-    windows = torch.randint(vocabulary, (text.eval_windows or 8, text.eval_seqlen), generator=generator)
+    windows = torch.randint(vocabulary, (text.eval_windows or WINDOWS, text.eval_seqlen), generator=generator)
     return Material(model, tokenizer, ids, [], windows, {})
 
 
@@ -177,9 +182,16 @@ def scale(device: torch.device, dtype: torch.dtype, blocks: int, rows: int, leng
 
 def plan(
     name: str, blocks: int, device: torch.device, dtype: torch.dtype, rows: int, length: int, train_length: int
-) -> list[dict[str, Any]]:
-    """Real jobs of few blocks: the device memory that the dry run foretells against what they take."""
+) -> Iterator[dict[str, Any]]:
+    """Real jobs of few blocks: the device memory that the dry run foretells against what they take, a row when each is done.
+
+    They are as short as a job can be with the same peak: two batches of sequences, and points that are written once.
+    """
+    short = ["--keep_points", "1", "--compile_blocks", "off"]
+    # Compiled, as a large model is, in batches of one shape for calibration and evaluation.
+    compiled = ["--compile_blocks", "on"] if device.type == "cuda" else []
     training = ["--finetune", "true", "--train_examples", "24", "--train_seqlen", str(train_length)]
+    training += ["--calibration_batch_size", str(WINDOWS), *compiled]
     cases = {
         "plain, wanda": ["--offload", "off"],
         "plain, sparsegpt": ["--offload", "off", "--prune_method", "sparsegpt"],
@@ -187,34 +199,38 @@ def plan(
         "with training": training,
         "with training, checkpointed": [*training, "--gradient_checkpointing", "true"],
     }
-    found = []
+    rows = min(rows, 2 * CalibrationConfig().calibration_batch_size)
     with checkpoint(name, blocks, device, dtype) as folder:
         for case, more in cases.items():
-            config = _options(folder, device, dtype, rows, length, *more)
+            print(f"{case} …", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            config = _options(folder, device, dtype, rows, length, *short, *more)
             model = open_streamed(folder, torch.device("cpu"), dtype)
             family = losa.check_structure(model, config.settings)
             sizes = memory.Sizes.of(model, family, dtype)
             foretold = footprint(config, sizes, device)
             work = run_streamed if foretold.streamed else run_in_memory
-            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stderr(io.StringIO()):
+            with tempfile.TemporaryDirectory() as out:
                 peak, _ = device_peak(lambda c=config, o=out, w=work: w(c, Path(o)), device)  # type: ignore[misc]
-            found.append(
-                {
-                    "case": case,
-                    "phase": foretold.phase,
-                    "foretold, GB": foretold.device_bytes / 1e9,
-                    "measured, GB": peak / 1e9,
-                    "foretold / measured": foretold.device_bytes / peak,
-                }
-            )
-    return found
+            yield {
+                "case": case,
+                "phase": foretold.phase,
+                "foretold, GB": foretold.device_bytes / 1e9,
+                "measured, GB": peak / 1e9,
+                "foretold / measured": foretold.device_bytes / peak,
+                "seconds": time.perf_counter() - start,
+            }
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row by itself, for those that take long."""
+    return "; ".join(f"{key} {_shown(value)}" for key, value in row.items())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a figure, one column a row: there are more figures than rows."""
-    lines = []
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        shown = [f"{v:,.3g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in values]
-        lines.append(f"{key:<28}" + "".join(f"{value:>28}" for value in shown))
-    return "\n".join(lines)
+    return "\n".join(f"{key:<28}" + "".join(f"{_shown(row[key]):>28}" for row in rows) for key in rows[0])
