@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oracle_tests.tolerances import bound
 from reference import hsic, rank
 from reference.masks import sparsegpt, wanda
 from torch_impl.engine import statistics
@@ -43,6 +44,17 @@ def test_reconstruction_error(case: tuple[np.ndarray, list[int]], noise: float) 
     for d, s in zip(torch.from_numpy(dense).split(sizes), torch.from_numpy(sparse).split(sizes), strict=True):
         error.update(d[None], s[None])
     assert error.result() == pytest.approx(rank.reconstruction_error(dense, sparse), rel=1e-10, abs=1e-300)
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 5])
+def test_half_precision_differences_are_not_rounded(sequences: int) -> None:
+    generator = torch.Generator().manual_seed(sequences)
+    dense, sparse = (torch.randn(5, 7, 4, generator=generator).bfloat16() for _ in range(2))
+    error = statistics.ReconstructionError()
+    for d, s in zip(dense.split(sequences), sparse.split(sequences), strict=True):
+        error.update(d, s)
+    exact = rank.reconstruction_error(dense.double().view(-1, 4).numpy(), sparse.double().view(-1, 4).numpy())
+    assert error.result() == pytest.approx(exact, rel=bound(torch.float32))
 
 
 @given(split_features())

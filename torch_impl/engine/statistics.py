@@ -58,17 +58,24 @@ class ReconstructionError:
         self._energy: torch.Tensor | float = 0.0
 
     def update(self, dense: torch.Tensor, sparse: torch.Tensor) -> None:
-        """dense, sparse: (..., hidden), outputs of the same block."""
+        """dense, sparse: (..., tokens, hidden), outputs of the same block."""
         wide = torch.promote_types(dense.dtype, torch.float32)
-        dense, sparse = dense.flatten(0, -2).to(wide), sparse.flatten(0, -2).to(wide)
-        self._difference = self._difference + (dense - sparse).square().sum(0, dtype=torch.float64)
-        self._energy = self._energy + dense.square().sum(0, dtype=torch.float64)
+        # bf16 would round the difference, so one side is widened; the norm widens what it reads.
+        self._difference = self._difference + _energy(dense.to(wide) - sparse)
+        self._energy = self._energy + _energy(dense)
 
     def result(self) -> float:
         """Mean over channels of Σ(D−S)² / ΣD²; a channel without energy counts 0 if it agrees and 1 if not."""
         difference = distributed.total(torch.as_tensor(self._difference))
         energy = distributed.total(torch.as_tensor(self._energy))
         return float(distributed.agreed(rank.error_of_sums(difference, energy)))
+
+
+def _energy(states: torch.Tensor) -> torch.Tensor:
+    """Σ x² (hidden,) in float64 over states (..., tokens, hidden); of each sequence in float32 at least."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(states, dim=-2, dtype=wide)
+    return norms.double().square().view(-1, states.shape[-1]).sum(0)
 
 
 def gram_of(hidden: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
