@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import itertools
+import math
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close, assert_exact
 from reference import adapter as spec
+from reference.masks import select as spec_select
 from reference.masks import sparsegpt as spec_sparsegpt
 from torch_impl import _kernels, adapter
+from torch_impl.masks import select as masks
 from torch_impl.masks import sparsegpt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,3 +157,43 @@ def test_the_adapter_through_the_kernels(monkeypatch: pytest.MonkeyPatch, adapte
         ("dx", "dA", "dB"), gradients, spec.masked_lora_grad(*wide(x, weight, A, B), 0.5, *wide(dy)), strict=True
     ):
         assert_close(name, theirs, ours.cpu(), bound)
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 3),
+    columns=st.sampled_from([1, 7, 64, 100, 129]),
+    share=st.floats(0, 1),
+    values=st.sampled_from(["apart", "tied", "signed", "hard"]),
+    seed=st.integers(0, 2**31),
+)
+def test_select_is_the_stable_sort(rows: int, columns: int, share: float, values: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randn(rows, columns, generator=generator)
+    if values == "tied":
+        score = score.mul(2).round()
+    elif values == "hard":
+        limits = torch.tensor([-torch.inf, -1e38, -1e-45, -0.0, 0.0, 1e-45, 1e38, torch.inf])
+        score = limits[torch.randint(len(limits), score.shape, generator=generator)]
+    elif values == "apart":
+        score = score.abs()
+    expected = spec_select.row_mask(score.double().numpy(), share)
+    found = _kernels.select(score.to(DEVICE), math.floor(share * columns + 1e-9))
+    assert found.dtype == torch.bool
+    assert_exact("mask", expected, found.cpu())
+
+
+def test_rows_that_a_program_can_hold_are_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    select = _kernels.select
+    monkeypatch.setattr(_kernels, "usable", lambda *tensors: True)
+    monkeypatch.setattr(_kernels, "select", lambda score, count: sizes.append(score.shape[1]) or select(score, count))
+    for shape, dtype in (
+        ((4, 64), torch.float32),
+        ((1, _kernels.WIDEST_ROW + 1), torch.float32),
+        ((2, 8), torch.float16),
+    ):
+        score = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+        expected = spec_select.row_mask(score.double().cpu().numpy(), 0.7)
+        assert_exact("mask", expected, masks.row_mask(score, 0.7).cpu())
+    assert sizes == [64]

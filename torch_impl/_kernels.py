@@ -1,10 +1,11 @@
-"""Three fused kernels for CUDA, in Triton. Each does in one pass what the torch code beside its caller does in many.
+"""Four fused kernels for CUDA, in Triton. Each does in one pass what the torch code beside its caller does in many.
 
 They are bound by memory traffic: bytes read and written per weight, bf16 weights, against the torch formulation.
 
     merge      W and W̃ once each                4 bytes     (torch: about 30)
     contract   G and W once each                4 bytes     (torch: about 22); one small kernel more adds up its parts
     sweep      one block of columns in registers, no launch per column
+    select     a row of scores in registers, read once; its threshold is found bit by bit, where torch sorts the row
 
 A caller asks `usable` first: no Triton or no CUDA tensor, and the torch code runs. Under Triton's interpreter
 (TRITON_INTERPRET=1) the kernels run on CPU tensors, which is how the tests hold them to the spec without a GPU.
@@ -30,6 +31,8 @@ MERGE_TILE = (64, 128, 2, 4)
 CONTRACT_TILE = (128, 64, 4, 264)
 # Partial sums that are read at once, and sums of a program.
 TOTALS_TILE = (8, 128)
+# The longest row of scores that a program holds in registers, and columns of it for a warp.
+WIDEST_ROW, COLUMNS_OF_WARP = 1 << 14, 1024
 
 
 def usable(*tensors: torch.Tensor) -> bool:
@@ -192,6 +195,26 @@ if triton is not None:
             tl.store(errors + row.to(tl.int64) * errors_stride + j, error, mask=row < rows)
         tl.store(weight + place, tile, mask=inside)
 
+    @triton.jit
+    def _select(score, mask, columns, count, WIDTH: tl.constexpr):
+        column = tl.arange(0, WIDTH)
+        inside = column < columns
+        place = tl.program_id(0).to(tl.int64) * columns + column
+        value = tl.load(score + place, mask=inside, other=float("inf"))
+        # As integers, floats order as they do as numbers once the bits of negative ones are turned over; -0 equals 0.
+        bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+        key = tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
+        # The largest threshold, from its highest bit to its lowest, that fewer than `count` keys lie below.
+        threshold, one = tl.full((), -0x80000000, tl.int32), tl.full((), 1, tl.int32)
+        for step in range(32):
+            higher = threshold ^ (one << (31 - step))
+            below = tl.sum((key < higher).to(tl.int32), 0)
+            threshold = tl.where(below < count, higher, threshold)
+        lower, equal = (key < threshold).to(tl.int32), (key == threshold).to(tl.int32)
+        # As many of those that equal it go, from the left, as are still to go.
+        pruned = (lower != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= count - tl.sum(lower, 0)))
+        tl.store(mask + place, tl.where(pruned, 0, 1).to(tl.uint8), mask=inside)
+
 
 def _padded(rank: int) -> int:
     """Matrix units take at least sixteen ranks; more come in powers of two."""
@@ -308,3 +331,13 @@ def sweep(
         width,
         **options,
     )
+
+
+def select(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Bool (out, in): False at the `count` lowest of every row of scores (out, in), float32 without NaN; ties by lower column."""
+    rows, columns = score.shape
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    width = triton.next_power_of_2(columns)
+    warps = min(16, max(1, width // COLUMNS_OF_WARP))
+    _select[(rows,)](score.contiguous(), mask.view(torch.uint8), columns, count, WIDTH=width, num_warps=warps)
+    return mask

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from torch_impl import _checks
+from torch_impl import _checks, _kernels
 
 # A sort takes some thirty bytes an entry on the way, so rows of large matrices are sorted in parts.
 SORTED_AT_ONCE = 1 << 25
@@ -17,6 +17,8 @@ def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     score = _scores(score)
     sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
     k = math.floor(sparsity * score.shape[1] + 1e-9)
+    if _kernels.usable(score) and score.dtype == torch.float32 and score.shape[1] <= _kernels.WIDEST_ROW:
+        return _kernels.select(score, k)
     mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
     rows = max(1, SORTED_AT_ONCE // score.shape[1])
     for part, kept in zip(score.split(rows), mask.split(rows), strict=True):
