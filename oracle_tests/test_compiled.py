@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from torch_impl import adapter
 from torch_impl.engine import calibration, layers, memory, training
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.masked_linear import masked_linear
@@ -92,34 +94,65 @@ def test_gradients_are_the_same_and_graphs_few(held: str, counter: CompileCounte
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def bytes_kept(blocks: int) -> int:
-    """Bytes that forward keeps for backward beside parameters, 3 sequences of 32 tokens."""
+def test_what_is_made_again_is_the_same(counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward without held weights sees the same numbers, to the last bit, as backward with them and all that was kept;
+    no merged weight is built twice for it."""
+    model = adapted_llama([2, 5])
+    held = gradients(model, 3, 8, "on", "on")
+    built = 0
+    merge = adapter.merge
+
+    def counted(*operands: Any) -> torch.Tensor:
+        nonlocal built
+        built += 1
+        return merge(*operands)
+
+    monkeypatch.setattr(adapter, "merge", counted)
+    for ours, theirs in zip(gradients(model, 3, 8, "off", "on"), held, strict=True):
+        assert torch.equal(ours, theirs)
+    # Forward and backward of two blocks, less q, k and v of the first one, whose input has no gradient.
+    assert built == 2 * 2 * 7 - 3
+
+
+def bytes_kept(blocks: int, held: bool) -> int:
+    """Bytes that forward keeps for backward beside parameters and merged weights, 3 sequences of 32 tokens."""
     model = adapted_llama([4] * blocks)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    holding = layers.adapters(model) if held else []
     with (
         calibration.compiled([model], find_family(model), "on"),
+        layers.holding(holding),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         model(input_ids=torch.zeros(3, 32, dtype=torch.int64), use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+        for tensor in (*model.parameters(), *(layer._held for layer in holding)):
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def test_no_more_is_kept_for_backward_than_products_and_attention_need(counter: CompileCounterWithBackend) -> None:
-    one_block = bytes_kept(3) - bytes_kept(2)
-    # The block's input and what attention adds to it; q, k, v and what attention makes of them; gate and up.
-    needed = 3 * 32 * 4 * (2 * HIDDEN + 4 * HIDDEN + 2 * INTERMEDIATE)
+@pytest.mark.parametrize("held", [True, False])
+def test_no_more_is_kept_for_backward_than_products_and_attention_need(
+    held: bool, counter: CompileCounterWithBackend
+) -> None:
+    one_block = bytes_kept(3, held) - bytes_kept(2, held)
+    # The block's input and what attention adds to it; q, k, v and what attention makes of them; gate and, if its merged
+    # weight is held, up; else up is made again when that weight is built for backward.
+    needed = 3 * 32 * 4 * (2 * HIDDEN + 4 * HIDDEN + (2 if held else 1) * INTERMEDIATE)
     small = 3 * 32 * 4 * (2 + 2)  # a number per token and norm, one per token and head
     assert needed <= one_block <= needed + small
     # The dry run foretells it.
     model = adapted_llama([4])
     sizes = memory.Sizes.of(model, find_family(model), torch.float32)
-    assert 3 * 32 * sizes.kept_for_backward(compiled=True) == needed < 3 * 32 * sizes.kept_for_backward(compiled=False)
+    foretold = 3 * 32 * sizes.kept_for_backward(True, recomputed=not held)
+    assert foretold == needed < 3 * 32 * sizes.kept_for_backward(False)
+    # Blocks that are computed again as a whole have nothing of it twice.
+    training.checkpoint_activations(model)
+    assert not any(layer.recomputed for layer in layers.adapters(model))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -167,4 +200,5 @@ def test_shapes_promised_to_the_compiler_are_kept(held: bool, dtype: torch.dtype
     torch.library.opcheck(
         torch.ops.losa.masked_linear_grad_adapter, (grad_y, x, weight, A, B, 2.0), test_utils=checks[:2]
     )
+    torch.library.opcheck(torch.ops.losa.merge, (weight, A.detach(), B.detach(), 2.0), test_utils=checks[:2])
     assert masked_linear(*arguments).dtype == dtype

@@ -242,6 +242,28 @@ def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
         assert foretold(**more) > least, more
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_compiled_blocks_make_again_is_foretold(place: Path, checkpointing: bool) -> None:
+    """Without held weights, and only where no block is computed again as a whole, they keep one output of the MLP less."""
+    save_random_model(place / "model", "llama", intermediate_size=1024)
+
+    def foretold(held: str) -> dict[str, int]:
+        options = {"finetune": "true", "steps": 1, "hold_merged": held, "compile_blocks": "on", "train_seqlen": 512}
+        options["gradient_checkpointing"] = str(checkpointing).lower()
+        return plan.make_plan(parse(arguments(place, **options)))["device memory"]
+
+    held, rebuilt = foretold("on"), foretold("off")
+    config = parse(arguments(place))
+    tokens = config.training.per_device_train_batch_size * 512
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    blocks, up = len(model.model.layers), model.model.layers[0].mlp.up_proj.weight
+    spared = 0 if checkpointing else blocks * tokens * 1024 * 4
+    assert held["activations"] - rebuilt["activations"] == spared
+    if checkpointing:
+        # A block's backward: the same, and a merged weight that is not held.
+        assert rebuilt["loss or a block's backward"] - held["loss or a block's backward"] == up.nbytes
+
+
 FAULTS = {
     "a tensor is missing": (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), ["layers.1.mlp.up_proj", "no "]),
     "a shape is wrong": (

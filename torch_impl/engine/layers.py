@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_impl import adapter, rank
 from torch_impl.engine.families import Family, decoder_blocks
-from torch_impl.engine.masked_linear import masked_linear
+from torch_impl.engine.masked_linear import masked_linear, recomputed_masked_linear
 
 
 class AdaptedLinear(nn.Module):
@@ -30,6 +30,8 @@ class AdaptedLinear(nn.Module):
         self.A = nn.Parameter(self.weight.new_zeros(0, self.in_features, dtype=wide))
         self.B = nn.Parameter(self.weight.new_zeros(self.out_features, 0, dtype=wide))
         self._held: torch.Tensor | None = None
+        self.recomputed = False
+        """Make the output again in backward instead of keeping it: in a compiled block, while no merged weight is held."""
         self.watch: Callable[[torch.Tensor], None] | None = None
         """Hears every input (..., in) of a forward pass, if set."""
 
@@ -46,6 +48,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out)."""
         if torch.is_grad_enabled() and self.watch is None and self.rank:
+            if self.recomputed and self._held is None and torch.compiler.is_compiling():
+                return recomputed_masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale)
             return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
         return self._forward_apart(x)
 
@@ -112,13 +116,17 @@ def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
 
     One that is there already, as in a model that was sharded on loading, stays and gets the scale.
     """
+    # Into the MLP: the largest output of a block, or one of the two that are.
+    widest = [group[-1] for group in family.inputs[-2:-1]]
     for name in family.projections:
         linear = block.get_submodule(name)
         if isinstance(linear, AdaptedLinear):
             linear.scale = scale
-            continue
-        assert isinstance(linear, nn.Linear)
-        block.set_submodule(name, AdaptedLinear(linear, scale))
+        else:
+            assert isinstance(linear, nn.Linear)
+            linear = AdaptedLinear(linear, scale)
+            block.set_submodule(name, linear)
+        linear.recomputed = name in widest
 
 
 def block_adapters(block: nn.Module, family: Family) -> dict[str, AdaptedLinear]:

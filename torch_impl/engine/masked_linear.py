@@ -1,7 +1,8 @@
 """The product with a masked adapter as an operation that torch.compile takes as a whole, and its gradients (LoSA, Eq. 1).
 
 A compiled block is one graph with these operations in it, so what lies between them is fused, and recomputed in backward
-where that spares memory. Nothing inside them is seen by the compiler: a merged weight that it saw, it would keep.
+where that spares memory. Nothing inside them is seen by the compiler: a merged weight that it saw, it would keep, unless
+told to make it again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from torch_impl import adapter
 
@@ -30,6 +32,23 @@ def masked_linear(
     """
     y: torch.Tensor = _forward(x, weight, A, B, bias, scale, held)
     return y
+
+
+def recomputed_masked_linear(
+    x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """`masked_linear` for a compiled block, which makes y again in backward, with the W̃ that it builds there for dx anyway."""
+
+    def product() -> torch.Tensor:
+        return masked_linear(x, weight, A, B, bias, scale, _merge(weight, A.detach(), B.detach(), scale))
+
+    y: torch.Tensor = checkpoint(product, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
+@torch.library.custom_op("losa::merge", mutates_args=())
+def _merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    return adapter.merge(weight, A, B, scale)
 
 
 @torch.library.custom_op(
@@ -77,6 +96,11 @@ def _grad_adapter(
     # G = dyᵀx is contracted with the adapter at once: nothing of shape (out, in) outlives this call.
     G = grad_y.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])
     return adapter.contract_gradient(G, weight, A, B, scale)
+
+
+@_merge.register_fake
+def _merge_shape(weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return weight.new_empty(weight.shape)
 
 
 @_forward.register_fake

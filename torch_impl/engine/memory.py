@@ -125,16 +125,17 @@ class Sizes:
         gathering = self.forward(tokens) + (self._hessians() if method == "sparsegpt" else 0)
         return max(gathering, self.pruning(method))
 
-    def kept_for_backward(self, compiled: bool) -> int:
+    def kept_for_backward(self, compiled: bool, recomputed: bool = False) -> int:
         """Bytes that a decoder block keeps of one token until its backward pass.
 
         Queries, keys, values and output of the attention; and if the block is compiled, the inputs of its norms and of the
-        MLP's non-linear part, of which the rest is made again; else the inputs of its norms in float32, those of its
-        projections, and all that the MLP's product is made of.
+        MLP's non-linear part, of which the rest is made again, and one of these too if it is recomputed; else the inputs
+        of its norms in float32, those of its projections, and all that the MLP's product is made of.
         """
         attention = 2 * self.hidden + 2 * self.keys
         if compiled:
-            return (2 * self.hidden + attention + (2 if self.gated else 1) * self.width) * self.itemsize
+            inside = (2 if self.gated else 1) - recomputed
+            return (2 * self.hidden + attention + inside * self.width) * self.itemsize
         norms = 2 * self.hidden * max(4, self.itemsize)
         mlp = 4 * self.width if self.gated else 2 * self.width
         return norms + (2 * self.hidden + attention + mlp) * self.itemsize

@@ -62,7 +62,8 @@ class TrainingConfig:
     """Recompute activations in backward: less memory, a third more time."""
     hold_merged: str = "auto"
     """Keep the merged weights of all projections during an optimizer step: on, off (rebuild them at every use: less
-    memory, two more passes over the weights) or auto (on, if they take at most half of the device's free memory)."""
+    memory, two more passes over the weights; a compiled block also makes one of its products again in backward) or auto
+    (on, if they take at most half of the device's free memory)."""
 
     compile_blocks: str = "auto"
     """Fuse the small operations of every block by torch.compile while calibrating and training: on, off or auto (on CUDA,
@@ -168,6 +169,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each block's input for backward; transformers 5.2x calls it by another name than before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # Where a block is computed again as a whole, nothing is gained by doing so once more with a part of it.
+    for layer in adapters(model):
+        layer.recomputed = False
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

@@ -95,7 +95,7 @@ def _training(config: Config, sizes: Sizes, device: torch.device) -> Parts:
     )
     blocks = len(sizes.prunable_of_blocks)
     compiled = compiles(training.compile_blocks, sum(sizes.prunable_of_blocks), device)
-    of_block = tokens * sizes.kept_for_backward(compiled)
+    of_block = tokens * sizes.kept_for_backward(compiled, not holds and not training.gradient_checkpointing)
     # A weight's gradient is a whole matrix until it is contracted; so is a merged weight that is not held.
     backward = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)
     loss = sizes.loss(tokens, training.loss == "kl")
