@@ -186,16 +186,6 @@ def test_compiled_tokens_are_those_of_generate() -> None:
     assert counters["stats"]["unique_graphs"] == 3
 
 
-def test_early_kernels_are_asked_for_where_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda *_, options, **__: given.append(options))
-    for early, known in ((True, ["triton.enable_pdl"]), (True, []), (False, ["triton.enable_pdl"])):
-        monkeypatch.setattr(fused_blocks, "EARLY", early)
-        monkeypatch.setattr(fused_blocks, "list_options", lambda known=known: known)
-        fused_blocks._compile()
-    assert [options.get("triton.enable_pdl") for options in given] == [True, None, None]
-
-
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

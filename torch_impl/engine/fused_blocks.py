@@ -14,15 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor import list_options
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 from transformers import Cache, PreTrainedModel, StaticCache
 
 from torch_impl.engine.families import decoder_blocks, find_family
-
-EARLY = False
-"""Whether torch's own kernels may begin before the last one ends, where it can do that (2.10, a GPU of 9.0 or later)."""
 
 
 class _Once(CustomGraphPass):  # type: ignore[misc]
@@ -71,10 +67,7 @@ def _compile() -> Callable[..., Any]:
     """`_call`, compiled for modules of one kind. Its code is its own, so that torch's limit on versions of one code counts
     for each model and cache alone."""
     own = FunctionType(_call.__code__.replace(), _call.__globals__)
-    options: dict[str, Any] = {"post_grad_custom_pre_pass": _Once()}
-    if EARLY and "triton.enable_pdl" in list_options():
-        options["triton.enable_pdl"] = True
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(own, fullgraph=True, dynamic=False, options={"post_grad_custom_pre_pass": _Once()})
 
 
 class FusedBlocks:
