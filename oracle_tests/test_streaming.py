@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,27 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
         sweeps.prune(torch.full((blocks,), 0.5), [None] * blocks, output)
     # With the one being written come the mask and the bytes of one of its projections.
     assert peak < sizes.outside * 4 + 3.8 * sizes.largest_block * 4
+
+
+def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would lie beside the one that is pruned at one rate afterwards."""
+    opened, left = [], []
+    open_streamed, uniform = streamed_job.open_streamed, streamed_job._uniform
+
+    def noted(*given: Any) -> Any:
+        model = open_streamed(*given)
+        opened.append(weakref.ref(model))
+        return model
+
+    def counted(*given: Any) -> dict[str, float]:
+        gc.collect()
+        left.append(sum(model() is not None for model in opened))
+        return uniform(*given)
+
+    monkeypatch.setattr(streamed_job, "open_streamed", noted)
+    monkeypatch.setattr(streamed_job, "_uniform", counted)
+    assert main(arguments(place, **PLAIN, layer_sparsity="rmi", offload="on")) == 0
+    assert (len(opened), left) == (1, [0])
 
 
 def test_auto_leaves_on_disk_what_does_not_fit(

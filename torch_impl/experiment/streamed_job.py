@@ -131,7 +131,8 @@ class Sweeps:
             found.perplexity = streamed_perplexity(self.model, self.family, ids, followed)
         else:
             found.masks = output.finish()
-            found.logits = calibration.finish(self.model, self.family, ids[:2], followed.states(slice(None)))
+            # On the host: they wait there until the checkpoint is read again.
+            found.logits = calibration.finish(self.model, self.family, ids[:2], followed.states(slice(None))).cpu()
         return found
 
     def _adapted_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -158,7 +159,8 @@ class Sweeps:
             probe.advance(block, index)
         logits = calibration.finish(self.model, self.family, ids[:2], probe.states(slice(None)))
         assert pruned.logits is not None
-        difference = checkpoint.logit_difference(folder, logits.float(), pruned.logits.float(), logits.dtype)
+        before = pruned.logits.to(logits.device)
+        difference = checkpoint.logit_difference(folder, logits.float(), before.float(), logits.dtype)
         perplexity = streamed_perplexity(self.model, self.family, ids, windows)
         return perplexity, checkpoint.Verification(difference, zeros)
 
@@ -309,9 +311,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
     )
     metrics.log("step", **record.as_dict())
     _save_rest(folder / "model", material)
-    again = open_streamed(folder / "model", sweeps.device, None)
-    reloaded = Sweeps(again, family, config, dataclasses.replace(material, model=again))
-    perplexity, verification = reloaded.verify(folder / "model", pruned)
+    perplexity, verification = _read_again(folder / "model", sweeps, pruned)
     metrics.log("perplexity", value=perplexity, model="pruned, written and read again")
 
     healed = {"perplexity": perplexity, "sparsity": _mean(pruned.realised, weights), "seconds": seconds}
@@ -329,6 +329,13 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
     result["seconds_in_all"] = earlier[0] + time.perf_counter() - start
     write_results(folder, config, environment, result, [record])
     return result
+
+
+def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, checkpoint.Verification]:
+    """`Sweeps.verify` of a model opened from this folder, of which nothing is left on the device afterwards."""
+    model = open_streamed(folder, sweeps.device, None)
+    material = dataclasses.replace(sweeps.material, model=model)
+    return Sweeps(model, sweeps.family, sweeps.config, material).verify(folder, pruned)
 
 
 def _uniform(sweeps: Sweeps, weights: torch.Tensor, shares: torch.Tensor) -> dict[str, float]:
