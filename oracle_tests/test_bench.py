@@ -38,7 +38,7 @@ def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert 0 <= row["disagreement"] <= row["bound"]
     shown = capsys.readouterr().out
     assert "ceilings measured now" in shown
-    assert "training step, 4 of 8 to 32, merged weight held" in shown
+    assert "training micro-batch, 4 of 8 to 32, merged weight held" in shown
     assert "refused" not in shown
     assert [row["geometry"] for row in figures["stream"] + figures["scale"]] == ["small", "small", "medium"]
     smaller, larger = figures["scale"]
@@ -92,8 +92,8 @@ def test_a_whole_run_is_the_sum_of_its_parts() -> None:
     rows = [
         Row("mutual information, 4 × 64", 6000.0, 12000.0, **agreed),
         Row("masks and error, wanda, 8 × 64", 18000.0, 24000.0, **agreed),
-        Row("training step, 4 × 32, merged weight held", 120.0, 240.0, **agreed),
-        Row("training step, 4 × 64, merged weight held", 240.0, 480.0, disagreement=2.0, bound=1.0),
+        Row("training micro-batch, 4 × 32, merged weight held", 120.0, 240.0, **agreed),
+        Row("training micro-batch, 4 × 64, merged weight held", 240.0, 480.0, disagreement=2.0, bound=1.0),
     ]
     assert bench.whole_runs(rows) == {
         "wanda, 4 × 32, merged weight held": (7.0, 13.0),
@@ -228,13 +228,19 @@ def test_the_best_dense_counts_and_every_copy_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_block_counts_each_projection_as_often_as_it_has_it() -> None:
-    assert {name: count for name, (*_, count) in decode.projections("llama-2-7b").items()} == {
+    assert {name: count for name, (*_, count) in decode.projections("llama-2-7b", joined=False).items()} == {
         "q,k,v,o": 4,
         "gate,up": 2,
         "down": 1,
     }
-    assert decode.projections("llama-3-8b")["k,v"] == (1024, 4096, 2)
-    sides = [(3.0, 9.0, 2), (1.0, 4.0, 1)]
-    cells = [decode.Cell("", "", n, "50", 1, a, b, 1, 1, 1.0, 0.0, 1.0) for a, b, n in sides]
-    assert decode.block(cells, "50", 1) == (7.0, 22.0)
+    assert decode.projections("llama-3-8b", joined=False)["k,v"] == ((1024,), 4096, 2)
+    assert decode.projections("llama-3-8b", joined=True)["q,k,v"] == ((4096, 1024, 1024), 4096, 1)
+    for name in ("llama-2-7b", "llama-3-8b"):
+        # The same weights either way.
+        weights = [decode.projections(name, joined).values() for joined in (False, True)]
+        one, other = ([sum(rows) * columns * count for rows, columns, count in found] for found in weights)
+        assert sum(one) == sum(other)
+    sides = [(3.0, 9.0, 2, None), (1.0, 4.0, 1, 3.0)]
+    cells = [decode.Cell("", "", n, "50", 1, a, b, 1, 1, 1.0, 0.0, 1.0, j) for a, b, n, j in sides]
+    assert decode.block(cells, "50", 1) == (7.0, 22.0, 21.0)
     assert decode.block([*cells, replace(cells[0], disagreement=2.0)], "50", 1) is None

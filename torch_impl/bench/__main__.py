@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--length", type=int, default=2048 if cuda else 64, help="tokens of a calibration sequence")
     parser.add_argument("--train_lengths", type=int, nargs="+", default=[256, 512, 1024] if cuda else [32])
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        default=2,
+        help="micro-batches of an optimizer step, for which held weights are merged once; the paper's number by default",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each side; the median counts")
     parser.add_argument("--ours_only", action="store_true", help="leave the plain formulation out: no ratios")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-HEADINGS = f"{'part':<50}{'ours':>11}{'plain':>11}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}{'plain':>7}"
+HEADINGS = f"{'part':<60}{'ours':>11}{'plain':>11}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GiB':>7}{'plain':>7}"
 
 
 def _shown(row: Row, top: tuple[float, float]) -> str:
@@ -62,7 +68,7 @@ def _shown(row: Row, top: tuple[float, float]) -> str:
     share = "" if row.tflops is None else f"{row.tflops / top[0]:.0%}"
     other = "" if row.plain_gib is None else f"{row.plain_gib:.1f}"
     line = (
-        f"{row.part:<50}{row.ours_ms:>8.1f} ms{plain_ms:>11}{ratio:>8}{rate:>9}{share:>9}{row.ours_gib:>7.1f}{other:>7}"
+        f"{row.part:<60}{row.ours_ms:>8.1f} ms{plain_ms:>11}{ratio:>8}{rate:>9}{share:>9}{row.ours_gib:>7.1f}{other:>7}"
     )
     if row.disagreement is None:
         return line
@@ -74,9 +80,7 @@ def whole_runs(rows: Sequence[Row]) -> dict[str, tuple[float, float | None]]:
 
     One for every method and training row; none where mutual information, masks or training were not measured.
     """
-    first, sweeps, steps = (
-        [row for row in rows if row.part.startswith(s)] for s in ("mutual", "masks", "training step")
-    )
+    first, sweeps, steps = ([row for row in rows if row.part.startswith(s)] for s in ("mutual", "masks", "training"))
     runs = {}
     for rmi, sweep, step in itertools.product(first, sweeps, steps):
         terms = ((rmi, STEPS), (sweep, STEPS), (step, MICRO_BATCHES))
@@ -114,7 +118,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             gc.collect()
     if "train" in options.parts or "merge" in options.parts:
         lengths = tuple(options.train_lengths) if "train" in options.parts else ()
-        yield from parts.training_steps(model, work, lengths, compare, apart["train"])
+        yield from parts.training_steps(model, work, lengths, compare, apart["train"], options.accumulation)
     if "merge" in options.parts:
         yield parts.merge(model, work)
 

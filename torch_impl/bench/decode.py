@@ -2,6 +2,8 @@
 
 Kernel by kernel: every projection of a block, ours against the best dense product in the same data type, over copies that
 no cache holds: on a GPU cuBLAS, both in CUDA graphs; on a CPU torch's or a hand-written loop, in turns (decode_cpu.py).
+As a model launches them: on a GPU packed projections with the same input are one product, dense ones are not, since Hugging
+Face's are not; how long the dense ones would take as one is told beside.
 Beside them what dense weights of four bits take (int4.py), a lossy form that answers another question.
 Whole model: tokens/s of one Hugging Face model with a static cache, on a GPU a graph for a token. A ratio is printed only
 where both sides give the same numbers.
@@ -47,6 +49,8 @@ class Cell:
     peak_tb_per_s: float
     disagreement: float
     bound: float
+    joined_us: float | None = None
+    """Dense, as one product, where the projection stands for several."""
     int4_us: float | None = None
     """The same product with dense weights of four bits, where torch has a kernel: a lossy weight, so no ratio."""
 
@@ -75,18 +79,25 @@ class Cell:
         return {**asdict(self), "ratio": self.ratio, "tb_per_s": self.tb_per_s, "share_of_limit": self.share}
 
 
-def projections(name: str) -> dict[str, tuple[int, int, int]]:
-    """(out, in, how often in a block) of the projections of a geometry that differ in shape."""
+def projections(name: str, joined: bool) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    """(rows of each, in, how often in a block) of what a block of a geometry multiplies with, those of one shape together.
+
+    joined: projections with the same input are one.
+    """
     shape = geometry.GEOMETRIES[name]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     narrow = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    down = ((hidden,), inner, 1)
+    if joined:
+        qkv, both = ((hidden, narrow, narrow), hidden, 1), ((inner, inner), hidden, 1)
+        return {"q,k,v": qkv, "o": ((hidden,), hidden, 1), "gate,up": both, "down": down}
     if narrow == hidden:
-        return {"q,k,v,o": (hidden, hidden, 4), "gate,up": (inner, hidden, 2), "down": (hidden, inner, 1)}
+        return {"q,k,v,o": ((hidden,), hidden, 4), "gate,up": ((inner,), hidden, 2), "down": down}
     return {
-        "q,o": (hidden, hidden, 2),
-        "k,v": (narrow, hidden, 2),
-        "gate,up": (inner, hidden, 2),
-        "down": (hidden, inner, 1),
+        "q,o": ((hidden,), hidden, 2),
+        "k,v": ((narrow,), hidden, 2),
+        "gate,up": ((inner,), hidden, 2),
+        "down": down,
     }
 
 
@@ -117,13 +128,17 @@ def _copies(nbytes: int, device: torch.device) -> int:
 
 
 def _times(
-    products: Sequence[Product], weights: Sequence[torch.Tensor], x: torch.Tensor, repeats: int
-) -> tuple[float, float]:
-    """Microseconds of one product: (ours, dense)."""
+    products: Sequence[Product], weights: Sequence[torch.Tensor], rows: tuple[int, ...], x: torch.Tensor, repeats: int
+) -> tuple[float, float, float | None]:
+    """Microseconds of one product: (ours, dense with so many rows at a time, dense with all rows if those are several)."""
     if not x.is_cuda:
-        return decode_cpu.times(products, weights, x, repeats)
+        return *decode_cpu.times(products, weights, x, repeats), None
     ours = graphed([partial(product, x) for product in products], x.device, repeats)
-    return ours, graphed([partial(functional.linear, x, weight) for weight in weights], x.device, repeats)
+    parts = [part for weight in weights for part in weight.split(rows)]
+    dense = len(rows) * graphed([partial(functional.linear, x, part) for part in parts], x.device, repeats)
+    if len(rows) == 1:
+        return ours, dense, None
+    return ours, dense, graphed([partial(functional.linear, x, weight) for weight in weights], x.device, repeats)
 
 
 def _int4_times(weight: torch.Tensor, inputs: Sequence[torch.Tensor], repeats: int) -> list[float | None]:
@@ -143,8 +158,8 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     bound = 4 * torch.finfo(dtype).eps
     cells = []
-    for projection, (rows, columns, count) in projections(name).items():
-        weight = torch.randn(rows, columns, device=device, dtype=dtype) / columns**0.5
+    for projection, (rows, columns, count) in projections(name, joined=device.type == "cuda").items():
+        weight = torch.randn(sum(rows), columns, device=device, dtype=dtype) / columns**0.5
         inputs = {batch: torch.randn(batch, columns, device=device, dtype=dtype) for batch in options.batches}
         dense_bytes = weight.numel() * weight.element_size()
         weights = [weight.clone() for _ in range(_copies(dense_bytes, device))]
@@ -154,36 +169,47 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
             _, size = pack(zeroed)
             products = [pack(zeroed)[0] for _ in range(_copies(size, device))]
             for batch, x in inputs.items():
-                ours, dense = _times(products, weights, x, options.repeats)
+                ours, dense, joined = _times(products, weights, rows, x, options.repeats)
                 apart = relative(products[0](x), x.double() @ zeroed.double().T)
                 sizes = (size, dense_bytes, peak, apart, bound)
-                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, four_bits[batch]))
+                others = (joined, four_bits[batch])
+                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, *others))
     return cells
 
 
-def block(cells: Sequence[Cell], sparsity: str, batch: int) -> tuple[float, float] | None:
-    """(ours, dense) microseconds of a block's projections one after the other; None if a projection disagrees."""
+def block(cells: Sequence[Cell], sparsity: str, batch: int) -> tuple[float, float, float] | None:
+    """Microseconds of a block's projections one after the other: (ours, dense, dense where those with the same input are
+    one); None if a projection disagrees."""
     chosen = [cell for cell in cells if (cell.sparsity, cell.batch) == (sparsity, batch)]
     if not all(cell.agrees for cell in chosen):
         return None
-    return sum(c.count * c.ours_us for c in chosen), sum(c.count * c.dense_us for c in chosen)
+    joined = sum(c.count * (c.dense_us if c.joined_us is None else c.joined_us) for c in chosen)
+    return sum(c.count * c.ours_us for c in chosen), sum(c.count * c.dense_us for c in chosen), joined
 
 
 def _print_cells(name: str, cells: Sequence[Cell], options: argparse.Namespace) -> None:
     print(
         f"\n{name}: {'projection':<10}{'zeros':>7}{'batch':>6}{'ours':>11}{'dense':>11}{'ratio':>8}"
-        f"{'TB/s':>7}{'of limit':>9}{'int4':>12}"
+        f"{'TB/s':>7}{'of limit':>9}{'dense as one':>14}{'int4':>12}"
     )
     for c in cells:
         ratio = "refused" if c.ratio is None else f"{c.ratio:.2f}×"
         shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.1f} µs{c.dense_us:>8.1f} µs"
-        four_bits = "" if c.int4_us is None else f"{c.int4_us:.1f} µs"
-        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{four_bits:>12}")
-    print(f"{name}, the projections of a block, dense / ours:")
+        joined, four_bits = ("" if us is None else f"{us:.1f} µs" for us in (c.joined_us, c.int4_us))
+        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{joined:>14}{four_bits:>12}")
+    several = any(c.joined_us is not None for c in cells)
+    print(f"{name}, the projections of a block, dense / ours{' (dense as one / ours)' * several}:")
     for batch in options.batches:
         found = {sparsity: block(cells, sparsity, batch) for sparsity in options.sparsities}
-        ratios = [f"{s}: {'refused' if t is None else f'{t[1] / t[0]:.2f}×'}" for s, t in found.items()]
+        ratios = [f"{s}: {_ratios(times, several)}" for s, times in found.items()]
         print(f"    batch {batch}   {'   '.join(ratios)}")
+
+
+def _ratios(times: tuple[float, float, float] | None, several: bool) -> str:
+    if times is None:
+        return "refused"
+    ours, dense, joined = times
+    return f"{dense / ours:.2f}×" + (f" ({joined / ours:.2f}×)" if several else "")
 
 
 def _parser() -> argparse.ArgumentParser:

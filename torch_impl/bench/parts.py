@@ -168,9 +168,18 @@ def gradients_apart(model: nn.Module, work: Work) -> float:
 
 
 def training_steps(
-    model: nn.Module, work: Work, lengths: tuple[int, ...], compare: bool, apart: float, rank: int = 8
+    model: nn.Module,
+    work: Work,
+    lengths: tuple[int, ...],
+    compare: bool,
+    apart: float,
+    accumulation: int,
+    rank: int = 8,
 ) -> Iterator[Row]:
-    """One micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model."""
+    """A micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model.
+
+    accumulation: micro-batches of an optimizer step, for which held weights are merged once; times are of one of them.
+    """
     family = find_family(model)
     _adapted(model, rank)
     device = work.device
@@ -178,7 +187,9 @@ def training_steps(
     for name, examples, padded in _batches(model, work, lengths):
         for held in (True, False):
             config = TrainingConfig(
-                per_device_train_batch_size=4, gradient_accumulation_steps=1, hold_merged="on" if held else "off"
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=accumulation,
+                hold_merged="on" if held else "off",
             )
             sides = [(model, training.Gradients(model, None, config), examples)]
             if twin is not None:
@@ -187,7 +198,7 @@ def training_steps(
             def step(number: int, sides: Any = sides) -> float:
                 side, gradients, batch = sides[number]
                 _zero_gradients(side)
-                return float(gradients.of(batch))
+                return float(gradients.of(batch * accumulation))
 
             with calibration.compiled([model], family, "auto"):
                 found = alternate(
@@ -195,13 +206,16 @@ def training_steps(
                 )
             for _, gradients, _ in sides:
                 gradients.close()
-            row = Row(f"training step, {name}, merged weight {'held' if held else 'rebuilt'}", found[0][0])
+            row = Row(
+                f"training micro-batch, {name}, merged weight {'held' if held else 'rebuilt'}",
+                found[0][0] / accumulation,
+            )
             row.ours_gib = found[0][1] + resident(model)
             # Three large products of every prunable weight.
             tokens = sum(len(example["input_ids"]) for example in examples)
             row.tflops = 3 * 2 * tokens * sum(prunable_weights(model, family)) / row.ours_ms / 1e9
             if twin is not None:
-                row.plain_ms, row.plain_gib = found[1][0], found[1][1] + resident(twin)
+                row.plain_ms, row.plain_gib = found[1][0] / accumulation, found[1][1] + resident(twin)
                 row.disagreement, row.bound = apart, FLOAT32_BOUND
             yield row
 
