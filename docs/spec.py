@@ -38,7 +38,7 @@ FILES = (
     "adapter",
     "rank",
     "packed",
-    "gaps",
+    "tiles",
     "llama",
     "adamw",
     "losa",

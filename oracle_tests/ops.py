@@ -76,6 +76,8 @@ PACKED = {
     "offsets": np.array([0, 2, 4]),
     "columns": 3,
 }
+# No weight at all.
+TILED = {"bitmaps": np.zeros((1, 256), dtype=np.uint8), "values": np.ones(0), "rows": 2, "columns": 3}
 
 
 def _cases(**arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -283,31 +285,6 @@ OPS = (
         Kind.CLOSE,
         ({"sparsity": 0.5, "value_bits": 0, "columns": 8}, "value_bits"),
     ),
-    Op(
-        "gaps.pack_gaps",
-        _cases(weight=s.matrices(columns=st.integers(1, 40)), segment=st.integers(1, 45), gap_bits=st.integers(1, 8)),
-        Kind.EXACT,
-        ({"weight": W, "segment": 2, "gap_bits": 9}, "gap_bits"),
-    ),
-    Op(
-        "gaps.unpack_gaps",
-        s.gap_streams(),
-        Kind.EXACT,
-        (
-            {
-                "values": np.ones(8),
-                "codes": np.ones(8, dtype=np.uint8),
-                "chunks": np.ones((1, 1), dtype=np.int64),
-                "columns": 4,
-                "segment": 4,
-            },
-            "codes",
-        ),
-    ),
-    Op(
-        "gaps.bits_per_weight",
-        _cases(sparsity=s.SPARSITIES, value_bits=st.integers(1, 32), gap_bits=st.integers(1, 8)),
-        Kind.CLOSE,
-        ({"sparsity": 0.5, "value_bits": 16, "gap_bits": 0}, "gap_bits"),
-    ),
+    Op("tiles.pack_tiles", _cases(weight=s.weights_to_tile()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
+    Op("tiles.unpack_tiles", s.tiled_weights(), Kind.EXACT, ({**TILED, "values": np.ones(3)}, "values")),
 )

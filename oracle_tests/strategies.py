@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from reference import gaps
-
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -275,9 +273,24 @@ def packed_weights(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def weights_to_tile() -> st.SearchStrategy[np.ndarray]:
+    """Weights of one to two by two panels of 16 x 128."""
+    return matrices(rows=st.integers(1, 16) | st.integers(17, 32), columns=st.integers(1, 40) | st.integers(125, 150))
+
+
 @st.composite
-def gap_streams(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of unpack_gaps: what pack_gaps makes of a matrix."""
-    weight, segment = draw(matrices(columns=st.integers(1, 40))), draw(st.integers(1, 45))
-    values, codes, chunks = gaps.pack_gaps(weight, segment, draw(st.integers(1, 8)))
-    return {"values": values, "codes": codes, "chunks": chunks, "columns": weight.shape[1], "segment": segment}
+def tiled_weights(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack_tiles, put together by hand."""
+    weight = draw(weights_to_tile())
+    rows, columns = weight.shape
+    across = -(-columns // 128)
+    bitmaps = np.zeros((-(-rows // 16) * across, 256), dtype=np.uint8)
+    kept = []
+    for row, column in np.argwhere(weight != 0).tolist():
+        panel, tile = row // 16 * across + column // 128, (column // 32 % 4, column // 4 % 2, row // 8 % 2)
+        lane, place = row % 8 * 4 + column // 8 % 4, column % 4
+        word = np.ravel_multi_index((tile[0], lane // 8, 2 * tile[1] + tile[2]), (4, 4, 4))
+        bitmaps[panel, 4 * word + (2, 3, 0, 1)[place]] |= 1 << lane % 8
+        kept.append((panel, tile, lane, (1, 0, 2, 3)[place], weight[row, column]))
+    values = np.array([value for *_, value in sorted(kept)], dtype=np.float64)
+    return {"bitmaps": bitmaps, "values": values, "rows": rows, "columns": columns}

@@ -11,17 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests import tolerances
-from oracle_tests.assertions import assert_close, assert_exact
+from oracle_tests.assertions import assert_exact
+from torch_impl import packed
 from torch_impl.engine import cuda_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
+AROUND = np.array([-1, -2, 0, 1])
+"""Where a lane reads, from its middle: two values before it and two behind it, the nearer first."""
 
 
 @st.composite
-def sparse_weights(draw: st.DrawFn, largest: int = 200) -> torch.Tensor:
-    """Weights of any shape and sparsity: empty rows, long gaps, N:M, large and tiny values."""
-    rows, columns = draw(st.sampled_from([1, 5, 31, 32, 33, 70])), draw(st.integers(1, largest))
+def sparse_weights(draw: st.DrawFn, most_rows: int = 70, most_columns: int = 300) -> torch.Tensor:
+    """Weights of any shape and sparsity: empty rows, full panels, N:M, large and tiny values, zeros of both signs."""
+    rows = draw(st.sampled_from([n for n in (1, 5, 15, 16, 17, 33, 70) if n <= most_rows]))
+    columns = draw(st.integers(1, most_columns))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns, generator=generator) * draw(st.sampled_from([1.0, 1e-3, 1e2]))
     kind = draw(st.sampled_from([0.0, 0.5, 0.7, 0.95, 1.0, "2:4", "uneven"]))
@@ -29,76 +33,88 @@ def sparse_weights(draw: st.DrawFn, largest: int = 200) -> torch.Tensor:
         place = torch.rand(rows, -(-columns // 4), 4, generator=generator).argsort(2)
         weight[(place < 2).flatten(1)[:, :columns]] = 0
     elif kind == "uneven":
-        # Lanes of a warp drift far apart.
+        # Panels of very different sizes.
         weight[torch.rand(weight.shape, generator=generator) < torch.rand(rows, 1, generator=generator)] = 0
     else:
         weight[torch.rand(rows, columns, generator=generator) < kind] = 0
-    weight[draw(st.integers(0, rows - 1))] = 0
+    weight[draw(st.integers(0, rows - 1))] *= 0
     return weight.to(draw(DTYPES))
 
 
-def walk(layout: cuda_decode.Layout, x: np.ndarray) -> np.ndarray:
-    """y as the kernel finds it, one lane after another: what it loads, in which order, and where it goes from there."""
-    stored, words = cuda_decode.stored_chunks(layout)
-    values = stored.double().numpy()
-    y = np.zeros(layout.rows)
-    for task, counts in enumerate(layout.counts.numpy().astype(int)):
-        following = int(layout.bases[task])
-        column = np.full(32, task % layout.segments * layout.segment)
-        for step in range(counts.max()):
-            for lane in np.flatnonzero(step < counts):
-                codes = int(words[following])
-                for i in range(8):
-                    column[lane] += codes >> (i * layout.gap_bits) & (2**layout.gap_bits - 1)
-                    row = task // layout.segments * 32 + lane
-                    # Entries without a weight may go up to two chunks past the end, where the kernel has zeros.
-                    assert column[lane] + i < layout.segments * layout.segment + 16
-                    if values[following, i]:
-                        y[row] += values[following, i] * x[column[lane] + i]
-                column[lane] += 8
-                following += 1
-    return y
+def permute(a: int, b: int, which: int) -> int:
+    """PRMT: four of the eight bytes of two words, by three bits of a nibble each."""
+    together = (a | b << 32).to_bytes(8, "little")
+    return int.from_bytes(bytes(together[which >> 4 * i & 7] for i in range(4)), "little")
 
 
-@settings(max_examples=25)
-@given(weight=sparse_weights(90), bits=st.sampled_from([2, 3, 4]), segment=st.sampled_from([8, 24, 96]))
-def test_a_lane_finds_its_weights(weight: torch.Tensor, bits: int, segment: int) -> None:
-    layout = cuda_decode.pack_rows(weight, segment, bits)
+def read_quad(halves: np.ndarray, middle: int, bits: int) -> list[int]:
+    """Four numbers of a row around a place: `read_quad` of the kernels, whose reads may go beyond the panel's values."""
+    near_before, far_before, near, far = (int(halves[i]) if 0 <= i < len(halves) else 0xDEAD for i in middle + AROUND)
+    # DP2A: two 16-bit numbers times two bytes.
+    choices = [0x2222 + 0x43EE * (pair & 255) + 0xEE00 * (pair >> 8) for pair in (bits & 0xFFFF, bits >> 16)]
+    high, low = permute(near, far, choices[0]), permute(near_before, far_before, choices[1])
+    return [low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16]
+
+
+def walk(layout: cuda_decode.Layout) -> np.ndarray:
+    """The dense weight's bits as the lanes of a warp find them, each for itself, panel after panel."""
+    halves, starts = layout.data.numpy().view(np.uint16), layout.starts.numpy().astype(int)
+    dense = np.zeros((-(-layout.rows // 16) * 16, layout.panels * 128), dtype=np.uint16)
+    for panel, start in enumerate(starts[:-1]):
+        words = halves[8 * start :][:128].view(np.uint32).astype(int)
+        values = 8 * start + 128
+        for tile in range(16):
+            of_tile = [int(words[tile // 4 * 16 + 4 * i + tile % 4]) for i in range(4)]
+            for lane in range(32):
+                word, bit = of_tile[lane // 8], lane % 8
+                before = 0x01010101 * ((1 << bit) - 1) | 0x01010000 << bit
+                middle = values + sum(map(int.bit_count, of_tile[: lane // 8])) + (word & before).bit_count()
+                row = panel // layout.panels * 16 + tile % 2 * 8 + lane // 4
+                column = panel % layout.panels * 128 + tile // 4 * 32 + lane % 4 * 8 + tile // 2 % 2 * 4
+                dense[row, column : column + 4] = read_quad(halves, middle, word >> bit & 0x01010101)
+            values += sum(map(int.bit_count, of_tile))
+        # Whole pieces of 16 bytes, none too many.
+        assert -(-values // 8) == starts[panel + 1]
+        assert 16 * (starts[panel + 1] - start) <= layout.slot
+    return dense
+
+
+@settings(max_examples=15)
+@given(weight=sparse_weights(33, 260))
+def test_lanes_find_their_numbers(weight: torch.Tensor) -> None:
+    layout = cuda_decode.pack_rows(weight)
     # The kernels see memory, not strides.
     assert all(tensor.is_contiguous() for tensor in layout.tensors().values())
-    x = np.random.default_rng(0).standard_normal(weight.shape[1])
-    expected = weight.double().numpy() @ x
-    assert_close("y", expected, walk(layout, x), 1e-12, scale=float(abs(expected).max() + 1))
+    rows, columns = weight.shape
+    found = walk(layout)
+    # Where there was a zero of either sign all bits are 0, also beyond the last row and column.
+    expected = np.zeros_like(found)
+    expected[:rows, :columns] = torch.where(weight == 0, 0, weight).view(torch.uint16).numpy()
+    assert_exact("bits of the weight", expected, found)
 
 
 @settings(max_examples=40)
-@given(weight=sparse_weights(), bits=st.sampled_from([2, 3, 4, None]), segment=st.sampled_from([8, 40, 208, None]))
-def test_unpacked_it_is_the_weight(weight: torch.Tensor, bits: int | None, segment: int | None) -> None:
-    if segment is None:
-        bits = None
-    layout = cuda_decode.pack_rows(weight.to(DEVICE), segment, bits)
-    found = cuda_decode.unpack(layout)
+@given(weight=sparse_weights())
+def test_unpacked_it_is_the_weight(weight: torch.Tensor) -> None:
+    found = cuda_decode.unpack(cuda_decode.pack_rows(weight.to(DEVICE)))
     assert found.dtype == weight.dtype
+    assert found.is_contiguous()
     assert_exact("weight", weight, found.cpu())
 
 
 @settings(max_examples=60 if DEVICE == "cuda" else 15)
 @given(
-    weight=sparse_weights(2000),
+    weight=sparse_weights(70, 2000),
     batch=st.integers(1, 8),
-    bits=st.sampled_from([2, 3, 4]),
-    segment=st.sampled_from([80, 1000, None]),
     seed=st.integers(0, 2**31),
     shift=st.integers(0, 1),
     biased=st.booleans(),
 )
-def test_the_product(
-    weight: torch.Tensor, batch: int, bits: int, segment: int | None, seed: int, shift: int, biased: bool
-) -> None:
+def test_the_product(weight: torch.Tensor, batch: int, seed: int, shift: int, biased: bool) -> None:
     """Against float64; x and bias may begin anywhere in memory."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = weight.shape
-    layout = cuda_decode.pack_rows(weight.to(DEVICE), segment, bits)
+    layout = cuda_decode.pack_rows(weight.to(DEVICE))
     numbers = torch.randn(batch * columns + 1, generator=generator).to(weight.dtype).to(DEVICE)
     x = numbers[shift : shift + batch * columns].view(batch, columns)
     bias = torch.randn(rows, generator=generator).to(weight.dtype).to(DEVICE) if biased else None
@@ -108,7 +124,12 @@ def test_the_product(
     if bias is not None:
         expected, terms = expected + bias.double().cpu(), terms + bias.double().abs().cpu()
     allowed = tolerances.one_rounding(weight.dtype, expected.abs().numpy(), terms.numpy())
-    assert ((found.double().cpu() - expected).abs().numpy() <= allowed).all()
+    wrong = (found.double().cpu() - expected).abs().numpy() > allowed
+    # Large weights in fp16 may add up to more than it can hold.
+    beyond = (expected.abs().numpy() > torch.finfo(weight.dtype).max) & (
+        found.cpu() == expected.sign() * np.inf
+    ).numpy()
+    assert not (wrong & ~beyond).any()
 
 
 def test_a_copy_points_at_its_own_memory() -> None:
@@ -119,44 +140,33 @@ def test_a_copy_points_at_its_own_memory() -> None:
 
 
 def test_what_packing_saves_is_what_the_formula_says() -> None:
-    from torch_impl import gaps
-
+    """Beside the bitmap and values a panel takes four bytes for its start and up to 14 to fill it up, 7 on average."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, 4096, generator=generator).bfloat16()
-    for sparsity in (0.5, 0.6, 0.7, 0.8):
+    for sparsity in (0.0, 0.5, 0.6, 0.7, 0.8):
         sparse = weight * (torch.rand(weight.shape, generator=generator) >= sparsity)
-        layout = cuda_decode.pack_rows(sparse, 1024)
-        sizes = {bits: gaps.bits_per_weight(sparsity, 16, bits) for bits in cuda_decode.GAP_BITS}
-        assert sizes[layout.gap_bits] < 1.03 * min(sizes.values())
-        # The rest of last chunks: half a chunk of each stream of 1,024 columns.
-        assert sizes[layout.gap_bits] < 8 * layout.nbytes / weight.numel() < sizes[layout.gap_bits] + 20 * 5 / 1024
+        layout = cuda_decode.pack_rows(sparse)
+        expected = packed.bits_per_weight(float((sparse == 0).double().mean()), 16, 4096)
+        assert expected < 8 * layout.nbytes / weight.numel() < expected + 8 * 12 / 2048
 
 
-@pytest.mark.parametrize(
-    "shape", [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (8192, 28672), (7, 3), (28672, 8192)]
-)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(
-    "card", [cuda_decode.Card(), cuda_decode.Card(128, 99 * 1024, 100 * 1024, False)], ids=["H200", "4090"]
-)
-def test_chosen_segments_fit_the_card(shape: tuple[int, int], bits: int, card: cuda_decode.Card) -> None:
-    rows, columns = shape
-    segment = cuda_decode._choose_segments(rows, columns, bits, card)
-    segments = -(-columns // segment)
-    assert segment % 8 == 0
-    assert segments <= 32
-    # A lane counts its chunks in a byte.
-    assert segment <= 8 * 255
-    if (columns, card.processors) != (28672, 128):
-        assert cuda_decode._shared(segment, segments, bits, 1) <= card.shared
-
-
-def test_blocks_share_a_processor_evenly() -> None:
-    """One block a processor: the next kernel's fits beside it; more: as many as it takes to have all there at once."""
-    card = cuda_decode.Card()
-    for rows, together in ((4096, 2), (8192, 2), (11008, 3), (14336, 4), (28672, 3)):
-        room = cuda_decode._room(rows, card) + cuda_decode.SHARED_OF_BLOCK
-        assert card.shared_of_processor // room == together
+@pytest.mark.parametrize("rows", [7, 1024, 4096, 8192, 11008, 28672])
+@pytest.mark.parametrize("columns", [3, 128, 1500, 4096, 8192, 11008, 28672, 40960])
+@pytest.mark.parametrize("processors", [132, 46])
+def test_every_panel_is_some_warps(rows: int, columns: int, processors: int) -> None:
+    panels = -(-columns // 128)
+    share = cuda_decode._choose_share(rows, panels, processors)
+    # A lane keeps where one panel begins, and one more where the last one ends; with two panels on their way, the kernel asks
+    # for two behind that, which must find its end again.
+    assert share >= 1
+    assert share + 2 <= 31
+    # As many warps as `matvec` asks for: the last one has a panel, and there are no more than a block may have.
+    warps = -(-panels // share)
+    assert (warps - 1) * share < panels <= warps * share
+    assert warps <= 32
+    if 100 <= panels <= 8 * 29:
+        # Blocks have more warps where all of them are there at once.
+        assert (warps > 8) == (rows <= 32 * processors)
 
 
 def test_what_does_not_fit_is_named() -> None:

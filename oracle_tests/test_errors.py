@@ -72,19 +72,24 @@ def test_the_listed_mistake_gives_the_same_message(op: Op) -> None:
     assert outcome(op.production, {name: to_torch(value) for name, value in case.items()}) == expected
 
 
-@pytest.mark.parametrize("code", [3, 4, 5])
-def test_a_code_may_not_lead_into_the_next_segment(code: int) -> None:
-    case = {
-        "values": np.array([1.0, 0, 0, 0, 0, 0, 0, 0]),
-        "codes": np.array([code, 0, 0, 0, 0, 0, 0, 0], dtype=np.uint8),
-        "chunks": np.array([[1, 0, 0]]),
-        "columns": 10,
-        "segment": 4,
-    }
-    [op] = [op for op in OPS if op.name == "gaps.unpack_gaps"]
-    refused = "ValueError: codes leads out of a segment; allowed: 4 of 10 columns" if code > 3 else None
-    assert outcome(op.reference, case) == refused
-    assert outcome(op.production, {name: to_torch(value) for name, value in case.items()}) == refused
+@pytest.mark.parametrize(
+    ("byte", "bit", "refused"),
+    [
+        # Row 9 and column 2, the last ones; the row and the column after them; both.
+        (4, 4, False),
+        (4 + 16, 0, True),
+        (5, 4, True),
+        (5 + 16, 0, True),
+    ],
+)
+def test_a_panel_has_no_bit_beyond_the_weight(byte: int, bit: int, refused: bool) -> None:
+    bitmaps = np.zeros((2, 256), dtype=np.uint8)
+    bitmaps[1, byte] = 1 << bit
+    case = {"bitmaps": bitmaps, "values": np.ones(1), "rows": 10, "columns": 131}
+    said = "ValueError: bitmaps has a bit beyond row 9 or column 130 in panel 1; allowed: none" if refused else None
+    [op] = [op for op in OPS if op.name == "tiles.unpack_tiles"]
+    assert outcome(op.reference, case) == said
+    assert outcome(op.production, {name: to_torch(value) for name, value in case.items()}) == said
 
 
 def test_production_takes_no_integers_for_numbers() -> None:

@@ -1,240 +1,337 @@
-// y = W x for a sparse W whose kept values are coded by their gaps (the layout of cuda_decode.py), batch 1 to 8.
+// y = W x for a sparse W in panels (the layout of cuda_decode.py), one to eight rows of x, by the matrix units.
 //
-// A lane follows one stream, a row's part of some columns. Per value: three integer instructions that turn the gap into an
-// address, one read of x from shared memory, conversions and multiply-adds in float32. Weights are on their way before the
-// kernel waits for the one that makes x: they do not change. Sums are always taken in the same order.
+// A warp takes panels of 16 x 128 one after the other. A lane's share of a product of 16 x 16 by 16 x 8 is four numbers of a
+// row, twice. Where they lie among the panel's values it counts in the bitmap, and four reads side by side bring them, with what
+// is not theirs; two byte permutations put them and zeros in place. Lanes that follow each other read values that follow each
+// other, so that no two of a warp wait for the same bank. Sums are always taken in the same order.
 
-#include "cuda_layout.cuh"
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 namespace {
 
+constexpr int LANES = 32;
+constexpr int ROWS = 16, COLUMNS = 128;   // of a panel
+constexpr int MAP = ROWS * COLUMNS / 8;   // bytes of its bitmap
+constexpr int BATCH = 8;                  // rows of x
+constexpr int SCRATCH = ROWS * BATCH * 4; // bytes of shared memory for a warp's sums, and for the counts of a bitmap's bits
+constexpr int SLOTS = 2;                  // panels that a warp has on their way
+constexpr int BARRIERS = 8 * SLOTS;       // bytes of shared memory for their barriers
+constexpr unsigned ALL = 0xffffffffu;
+
+struct Layout {
+    const uint8_t* data;   // panels: bitmap, values
+    const int* starts;     // (panels of all strips + 1) where each begins, in 16 bytes
+    int rows, columns, panels, slot;   // panels of a strip of 16 rows; bytes of the largest panel
+};
+
+extern __shared__ __align__(128) unsigned char memory[];
+
+// Shared memory by address, which stays in a register.
+__device__ __forceinline__ uint32_t load(uint32_t from) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint4 load_four(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    return v;
+}
+template <int OFFSET>
+__device__ __forceinline__ uint32_t load_half(uint32_t from) {
+    uint32_t value;
+    asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1+%2]; cvt.u32.u16 %0, h;}" : "=r"(value) : "r"(from), "n"(OFFSET) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store(uint32_t to, uint32_t value) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory"); }
+
+__device__ __forceinline__ void store_byte(uint32_t to, uint32_t value) {
+    asm volatile("{.reg .u16 h; cvt.u16.u32 h, %1; st.shared.u8 [%0], h;}" ::"r"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(which));
+    return result;
+}
+
+// How many bits the words of a panel's bitmap have, in bytes, a tile's four side by side.
+__device__ __forceinline__ void count_bits(uint32_t panel, uint32_t counts, uint32_t lane) {
+    const uint32_t to = counts + lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4;
+    const uint32_t one = load(panel + 4 * lane), two = load(panel + 4 * lane + 4 * LANES);
+    store_byte(to, __popc(one));
+    store_byte(to + 32, __popc(two));
+    __syncwarp();
+}
+
+// What a lane looks at in a word of the bitmap: its first bit, and all bits of values before its third number; in a tile, how
+// often words before its own count, in bytes of values.
+struct Share {
+    uint32_t bit, before, words;
+    __device__ __forceinline__ explicit Share(uint32_t lane)
+        : bit(lane % 8), before(0x01010101u * ((1u << bit) - 1) | 0x01010000u << bit), words(0x02020202u & ((1u << lane / 8 * 8) - 1)) {
+        // Stay in registers.
+        asm volatile("" : "+r"(bit), "+r"(before), "+r"(words));
+    }
+};
+
+// base + two 16-bit numbers times two bytes, the lower or the upper ones.
+template <bool UPPER>
+__device__ __forceinline__ uint32_t choose(uint32_t numbers, uint32_t bytes, uint32_t base) {
+    uint32_t result;
+    if constexpr (UPPER) asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(numbers), "r"(bytes), "r"(base));
+    else asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(numbers), "r"(bytes), "r"(base));
+    return result;
+}
+
+// Four numbers of a row, in two pairs. Two are read on either side of the middle, the nearer first; a bit for the nearer and
+// one, eight places higher, for the farther make the choice of bytes: (none, none), (nearer, none), (none, its first), (both).
+// values: where the tile's values begin, then where the next one's do.
+__device__ __forceinline__ void read_quad(uint32_t& low, uint32_t& high, uint32_t word, uint32_t counts, uint32_t& values, const Share& share) {
+    constexpr uint32_t NONE = 0x2222, NEARER_FARTHER = 0xee0043ee;
+    const uint32_t middle = __dp4a(counts, share.words, values) + 2 * __popc(word & share.before);
+    values = __dp4a(counts, 0x02020202u, values);
+    const uint32_t bits = word >> share.bit & 0x01010101u;
+    high = permute(load_half<0>(middle), load_half<2>(middle), choose<false>(NEARER_FARTHER, bits, NONE));
+    low = permute(load_half<-2>(middle), load_half<-4>(middle), choose<true>(NEARER_FARTHER, bits, NONE));
+}
+
 template <typename T>
-__device__ __forceinline__ float2 widen(uint32_t pair);
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1);
 template <>
-__device__ __forceinline__ float2 widen<__nv_bfloat16>(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 template <>
-__device__ __forceinline__ float2 widen<__half>(uint32_t pair) {
-    return __half22float2(*reinterpret_cast<__half2*>(&pair));
+__device__ __forceinline__ void multiply<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 
-// acc[b] += Σ value · x[b] over a chunk; the batch's numbers of one column lie side by side in shared memory.
-template <typename T, int BATCH>
-__device__ __forceinline__ void multiply(float (&acc)[BATCH], const uint4& values, const uint32_t (&at)[CHUNK]) {
-    constexpr int PAIRS = (BATCH + 1) / 2;
-    constexpr int TOGETHER = BATCH <= 2 ? CHUNK : BATCH == 4 ? 4 : 2;  // columns whose x are read before any is used
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+// A warp's panels on their way, into two places in shared memory by turns. On Hopper the copy engine brings a panel and a barrier
+// counts its bytes; before Hopper every lane copies, and waits for all that is on its way.
+struct Feed {
+    const uint8_t* data;
+    uint32_t at, barrier;       // the place of the panel that is next
+    uint32_t both;              // the sum of the places
+    uint32_t round;
+    int starts;                 // where the panel begins that has the lane's number
+    int start;                  // of the one copied next
+    int next;                   // its number
+
+    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count)
+        : data(w.data), at(at), barrier(at + SLOTS * w.slot), both(2 * at + w.slot), round(0), next(0) {
+        starts = w.starts[first + min(lane, count)];
+#if __CUDA_ARCH__ >= 900
+        if (chosen()) {
 #pragma unroll
-    for (int first = 0; first < CHUNK; first += TOGETHER) {
-        uint32_t x[TOGETHER][PAIRS];
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            const uint32_t from = at[first + i];
-            if constexpr (BATCH == 1) asm("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x[i][0]) : "r"(from));
-            if constexpr (BATCH == 2) asm("ld.shared.u32 %0, [%1];" : "=r"(x[i][0]) : "r"(from));
-            if constexpr (BATCH == 4) asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x[i][0]), "=r"(x[i][1]) : "r"(from));
-            if constexpr (BATCH == 8)
-                asm("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[i][0]), "=r"(x[i][1]), "=r"(x[i][2]), "=r"(x[i][3]) : "r"(from));
+            for (int i = 0; i < SLOTS; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier + 8 * i) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         }
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            const float2 pair = widen<T>(words[(first + i) / 2]);
-            const float value = (first + i) % 2 ? pair.y : pair.x;
-#pragma unroll
-            for (int b = 0; b < BATCH; b += 2) {
-                const float2 two = widen<T>(x[i][b / 2]);
-                acc[b] = fmaf(value, two.x, acc[b]);
-                if constexpr (BATCH > 1) acc[b + 1] = fmaf(value, two.y, acc[b + 1]);
-            }
-        }
+        __syncwarp();
+#endif
+        start = __shfl_sync(ALL, starts, 0);
+        copy(at, barrier, lane);
+        copy(at + w.slot, barrier + 8, lane);
     }
+
+#if __CUDA_ARCH__ >= 900
+    __device__ __forceinline__ static bool chosen() {
+        uint32_t yes;
+        asm volatile("{.reg .pred p; elect.sync _|p, -1; selp.u32 %0, 1, 0, p;}" : "=r"(yes));
+        return yes;
+    }
+#endif
+
+    // Behind the last panel all lanes know its end, so that nothing is copied; there must be lanes for SLOTS further ones.
+    __device__ __forceinline__ void copy(uint32_t to, uint32_t counter, int lane) {
+        const int end = __shfl_sync(ALL, starts, ++next), bytes = (end - start) * 16;
+        const uint8_t* from = data + static_cast<size_t>(start) * 16;
+        start = end;
+#if __CUDA_ARCH__ >= 900
+        if (bytes > 0 && chosen())
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
+                         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(to), "l"(from), "r"(bytes), "r"(counter) : "memory");
+#else
+        for (int i = lane * 16; i < bytes; i += LANES * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    // To the other place, whose panel came after this one's, while another one comes here.
+    __device__ __forceinline__ void turn(int lane) {
+        copy(at, barrier, lane);
+        at = both - at;
+        barrier ^= 8;
+        round ^= ~barrier >> 3 & 1;
+    }
+
+    __device__ __forceinline__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p;\n"
+                     "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+                     "@!p bra again;}" ::"r"(barrier), "r"(round) : "memory");
+#else
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncwarp();
+#endif
+    }
+};
+
+// Eight numbers of one row of x; beyond its end, `left` numbers further, zeros.
+template <typename T>
+__device__ __forceinline__ uint4 read_end(const T* from, int left) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+        if (j < left) words[j / 2] |= static_cast<uint32_t>(halves[j]) << (j % 2 * 16);
+    return uint4{words[0], words[1], words[2], words[3]};
 }
 
-// Eight columns of BATCH rows, transposed: the rows' numbers of one column side by side.
-template <int BATCH>
-__device__ __forceinline__ void store_octet(unsigned char* to, const uint4 (&rows)[BATCH]) {
-    if constexpr (BATCH == 1) {
-        *reinterpret_cast<uint4*>(to) = rows[0];
-    } else {
-        uint32_t* words = reinterpret_cast<uint32_t*>(to);
+// Conversions by name: torch builds with the operators switched off.
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
+__device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half(value); }
+
+template <typename T>
+__global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T* bias, T* y, int batch, int share_of_warp) {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
+    const int first = warp * share_of_warp, count = min(share_of_warp, w.panels - first);
+    const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, mine = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + warp * each;
+    const uint32_t scratch = mine + each - SCRATCH;
+    Feed feed(w, mine, lane, blockIdx.x * w.panels + first, count);
+    const Share share(lane);
+#if __CUDA_ARCH__ >= 900
+    // Weights do not change, so they are on their way before the kernel that makes x has ended; the next one may do the same.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
+    // Numbers of x that may be read by eights.
+    int whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 ? w.columns - first * COLUMNS : 0;
+    const uint32_t words = lane / 8 * 16;
+
+    float sums[4] = {};
+    uint4 now[4] = {};
+    uint32_t used = lane < 4 * batch;
+    asm volatile("" : "+r"(used));
+    for (int panel = 0; panel < count; ++panel) {
+        // Lanes beyond the batch keep their zeros.
+        if (used) {
+            if (whole >= COLUMNS) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-            for (int b = 0; b < BATCH; b += 2)
-                words[(j * BATCH + b) / 2] = __byte_perm((&rows[b].x)[j / 2], (&rows[b + 1].x)[j / 2], j % 2 ? 0x7632 : 0x5410);
-    }
-}
-
-// Many rows of x take long over a chunk and much shared memory, so that fewer chunks come ahead.
-template <int BITS, int BATCH>
-using FeedOf = Feed<BITS, BATCH <= 2 ? 4 : 2>;
-
-template <typename T, int BITS, int BATCH>
-__global__ void __launch_bounds__(1024) decode(Layout w, const T* x, const T* bias, T* y, int batch) {
-    constexpr int BYTES = 2 * BATCH, SHIFT = BATCH == 8 ? 4 : BATCH == 4 ? 3 : BATCH;   // what a column takes of shared memory
-    extern __shared__ __align__(16) unsigned char memory[];
-
-    const int lane = threadIdx.x % LANES, warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
-    const int task = blockIdx.x * w.segments + warp;
-    FeedOf<BITS, BATCH> feed(w, address_of(memory) + warp * FeedOf<BITS, BATCH>::BYTES, lane, w.bases[task], w.bases[task + 1]);
-    const int mine = w.counts[task * LANES + lane];
-    const int most = __reduce_max_sync(ALL, mine), least = __reduce_min_sync(ALL, mine);
-    unsigned char* numbers = memory + w.segments * FeedOf<BITS, BATCH>::BYTES;
-    wait_for_input();
-
-    // x into shared memory, the batch's numbers of a column side by side; behind the end zeros, which unused entries read.
-    const bool whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    const int octets = (w.segments * w.segment + 2 * CHUNK) / 8;
-    for (int i = threadIdx.x; i < octets; i += blockDim.x) {
-        const int column = i * 8;
-        uint4 rows[BATCH];
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-            rows[b] = uint4{0, 0, 0, 0};
-            if (b >= batch) continue;
-            const T* from = x + static_cast<size_t>(b) * w.columns + column;
-            if (whole) {
-                if (column < w.columns) rows[b] = *reinterpret_cast<const uint4*>(from);
+                for (int i = 0; i < 4; ++i) now[i] = *reinterpret_cast<const uint4*>(numbers + i * 32);
             } else {
-                const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
-                uint32_t words[4] = {};
+                const int left = w.columns - (first + panel) * COLUMNS - lane % 4 * 8;
 #pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    if (column + j < w.columns) words[j / 2] |= static_cast<uint32_t>(halves[j]) << (j % 2 * 16);
-                rows[b] = uint4{words[0], words[1], words[2], words[3]};
+                for (int i = 0; i < 4; ++i) now[i] = read_end(numbers + i * 32, left - i * 32);
             }
         }
-        store_octet<BATCH>(numbers + column * BYTES, rows);
-    }
-    __syncthreads();
-
-    float acc[BATCH] = {};
-    uint32_t from = address_of(numbers) + warp * w.segment * BYTES;
-    // Two chunks at a time, which do not wait for each other. What a lane does not have counts as zeros.
-    float other[BATCH] = {};
-    uint32_t below;
-    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(below));
-    for (int step = 0; step < most; step += 2) {
-        int ahead = lane, then = LANES + lane, taken = 2 * LANES;
-        if (step + 2 > least) {
-            const uint32_t who = __ballot_sync(ALL, step < mine), again = __ballot_sync(ALL, step + 1 < mine);
-            ahead = __popc(who & below), then = __popc(who) + __popc(again & below), taken = __popc(who) + __popc(again);
-        }
-        const unsigned place = feed.advance(taken);
-        if (step < mine) {
-            uint32_t codes, more_codes, at[CHUNK], further[CHUNK];
-            const uint4 values = feed.read(place, ahead, codes);
-            uint4 more = feed.read(place, then, more_codes);
-            if (step + 1 >= mine) more = uint4{0, 0, 0, 0}, more_codes = 0;
-            places<BITS, SHIFT>(at, codes, from);
-            places<BITS, SHIFT>(further, more_codes, at[CHUNK - 1] + BYTES);
-            from = further[CHUNK - 1] + BYTES;
-            multiply<T, BATCH>(acc, values, at);
-            multiply<T, BATCH>(other, more, further);
-        }
-    }
+        numbers += COLUMNS;
+        whole -= COLUMNS;
+        feed.wait();
+        count_bits(feed.at, scratch, lane);
+        uint32_t values = feed.at + MAP;
 #pragma unroll
-    for (int b = 0; b < BATCH; ++b) acc[b] += other[b];
+        for (int i = 0; i < 4; ++i) {
+            // Four tiles of 8 x 16: two halves of two products.
+            const uint4 word = load_four(feed.at + words + i * 64), counts = load_four(scratch + i * 16);
+            uint32_t one[4], two[4];
+            read_quad(one[0], one[2], word.x, counts.x, values, share);
+            read_quad(one[1], one[3], word.y, counts.y, values, share);
+            read_quad(two[0], two[2], word.z, counts.z, values, share);
+            read_quad(two[1], two[3], word.w, counts.w, values, share);
+            multiply<T>(sums, one, now[i].x, now[i].y);
+            multiply<T>(sums, two, now[i].z, now[i].w);
+        }
+        __syncwarp();
+        feed.turn(lane);
+    }
 
-    // The sum of a row over its warps, always in the same order; in the place of x, since barriers must stay what they are.
-    __syncthreads();
-    float* sums = reinterpret_cast<float*>(numbers);
+    // The sum over the warps, always in the same order.
+    const uint32_t to = scratch + lane / 4 * 32 + lane % 4 * 8;
 #pragma unroll
-    for (int b = 0; b < BATCH; ++b) sums[(warp * BATCH + b) * LANES + lane] = acc[b];
+    for (int i = 0; i < 4; ++i) store(to + i / 2 * (SCRATCH / 2) + i % 2 * 4, __float_as_uint(sums[i]));
     __syncthreads();
-    for (int i = threadIdx.x; i < BATCH * LANES; i += blockDim.x) {
-        const int row = blockIdx.x * LANES + i % LANES, b = i / LANES;
-        if (row >= w.rows || b >= batch) continue;
-        float sum = 0;
-        for (int s = 0; s < w.segments; ++s) sum += sums[s * BATCH * LANES + i];
-        y[static_cast<size_t>(b) * w.rows + row] = narrow<T>(bias ? sum + widen_one(bias[row]) : sum);
+    for (int i = threadIdx.x; i < ROWS * batch; i += blockDim.x) {
+        const int b = i / ROWS, r = blockIdx.x * ROWS + i % ROWS;
+        if (r >= w.rows) continue;
+        float sum = bias ? widen(bias[r]) : 0;
+        uint32_t from = scratch - warp * each + i % ROWS * 32 + b * 4;
+        for (int s = 0; s < static_cast<int>(blockDim.x / LANES); ++s, from += each) sum += __uint_as_float(load(from));
+        narrow(sum, y[static_cast<size_t>(b) * w.rows + r]);
     }
 }
 
-template <typename T, int BITS, int BATCH>
-cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int room, bool overlap, cudaStream_t stream) {
-    const int numbers = (w.segments * w.segment + 2 * CHUNK) * 2 * BATCH, sums = w.segments * BATCH * LANES * 4;
-    const int shared = w.segments * FeedOf<BITS, BATCH>::BYTES + (numbers > sums ? numbers : sums);
-    const auto kernel = decode<T, BITS, BATCH>;
-    const int asked = shared > room ? shared : room;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, asked);
+// The dense weight (rows, columns); a warp writes a panel.
+__global__ void expand(Layout w, uint16_t* dense) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int panel = blockIdx.x * (blockDim.x / LANES) + warp;
+    unsigned char* mine = memory + warp * (w.slot + SCRATCH);
+    if (panel >= (w.rows + ROWS - 1) / ROWS * w.panels) return;
+    const int start = w.starts[panel], pieces = w.starts[panel + 1] - start;
+    for (int i = lane; i < pieces; i += LANES)
+        reinterpret_cast<uint4*>(mine)[i] = reinterpret_cast<const uint4*>(w.data)[static_cast<size_t>(start) + i];
+    __syncwarp();
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mine)), counts = at + w.slot;
+    const Share share(lane);
+    count_bits(at, counts, lane);
+    uint32_t values = at + MAP;
+    for (int tile = 0; tile < 16; ++tile) {
+        const int word = tile / 4 * 64 + lane / 8 * 16 + tile % 4 * 4;
+        uint32_t pairs[2];
+        read_quad(pairs[0], pairs[1], load(at + word), load(counts + 4 * tile), values, share);
+        const int row = panel / w.panels * ROWS + tile % 2 * 8 + lane / 4;
+        const int column = panel % w.panels * COLUMNS + tile / 4 * 32 + lane % 4 * 8 + tile / 2 % 2 * 4;
+        for (int j = 0; j < 4; ++j)
+            if (row < w.rows && column + j < w.columns)
+                dense[static_cast<size_t>(row) * w.columns + column + j] = static_cast<uint16_t>(pairs[j / 2] >> (j % 2 * 16));
+    }
+}
+
+template <typename T>
+cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
+    const int warps = (w.panels + share - 1) / share, shared = warps * (SLOTS * w.slot + BARRIERS + SCRATCH);
+    const cudaError_t error = cudaFuncSetAttribute(decode<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3((w.rows + LANES - 1) / LANES);
-    config.blockDim = dim3(w.segments * LANES);
-    config.dynamicSmemBytes = asked;
+    config.gridDim = dim3((w.rows + ROWS - 1) / ROWS);
+    config.blockDim = dim3(warps * LANES);
+    config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, w, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch);
-}
-
-template <typename T, int BITS>
-cudaError_t batched(const Layout& w, const void* x, const void* bias, void* y, int batch, int room, bool overlap, cudaStream_t stream) {
-    if (batch == 1) return launch<T, BITS, 1>(w, x, bias, y, batch, room, overlap, stream);
-    if (batch == 2) return launch<T, BITS, 2>(w, x, bias, y, batch, room, overlap, stream);
-    if (batch <= 4) return launch<T, BITS, 4>(w, x, bias, y, batch, room, overlap, stream);
-    return launch<T, BITS, 8>(w, x, bias, y, batch, room, overlap, stream);
-}
-
-template <typename T>
-cudaError_t coded(const Layout& w, const void* x, const void* bias, void* y, int bits, int batch, int room, bool overlap, cudaStream_t stream) {
-    if (bits == 2) return batched<T, 2>(w, x, bias, y, batch, room, overlap, stream);
-    if (bits == 3) return batched<T, 3>(w, x, bias, y, batch, room, overlap, stream);
-    return batched<T, 4>(w, x, bias, y, batch, room, overlap, stream);
-}
-
-// The dense weight (rows, columns), which is zero before: every lane puts its stream's values where they belong.
-template <int BITS>
-__global__ void expand(Layout w, uint16_t* dense) {
-    using P = Parts<BITS>;
-    const int lane = threadIdx.x % LANES, segment = threadIdx.x / LANES;
-    const int task = blockIdx.x * w.segments + segment, row = blockIdx.x * LANES + lane;
-    const int mine = w.counts[task * LANES + lane], steps = __reduce_max_sync(ALL, mine);
-    int next = w.bases[task], column = segment * w.segment - 1;
-    for (int step = 0; step < steps; ++step) {
-        const uint32_t who = __ballot_sync(ALL, step < mine);
-        const int chunk = next + __popc(who & ((1u << lane) - 1));
-        next += __popc(who);
-        if (step >= mine) continue;
-        const uint8_t* group = w.data + static_cast<size_t>(chunk / GROUP) * P::BYTES;
-        const int within = chunk % GROUP;
-        const uint8_t* low = group + P::VALUES + within * P::LOW;
-        uint32_t codes = BITS == 4 ? *reinterpret_cast<const uint32_t*>(low) : *reinterpret_cast<const uint16_t*>(low);
-        if (BITS == 3) codes |= static_cast<uint32_t>(group[P::VALUES + GROUP * P::LOW + within]) << 16;
-        const uint16_t* values = reinterpret_cast<const uint16_t*>(group + within * 16);
-        for (int i = 0; i < CHUNK; ++i) {
-            column += (codes >> (i * BITS) & ((1u << BITS) - 1)) + 1;
-            if (values[i] & 0x7fff) dense[static_cast<size_t>(row) * w.columns + column] = values[i];
-        }
-    }
+    return cudaLaunchKernelEx(&config, decode<T>, w, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
 }
 
 }  // namespace
 
-// Both return a cudaError_t. half: fp16 numbers, else bf16. room: bytes of shared memory that a block takes at least, so that no
-// more blocks than wanted share a processor. overlap: the device lets a kernel begin before the last one ends.
-extern "C" int losa_matvec(const void* data, const void* counts, const void* bases,
-                           const void* x, const void* bias, void* y, int rows, int columns, int segment, int segments, int bits,
-                           int half, int batch, int room, int overlap, void* stream) {
-    const Layout w{static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(counts), static_cast<const int*>(bases), rows, columns, segment, segments};
+// Both return a cudaError_t. half: fp16 numbers, else bf16. overlap: the device lets a kernel begin before the last one ends.
+extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                           int panels, int slot, int half, int batch, int share, int overlap, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const auto queue = static_cast<cudaStream_t>(stream);
-    return half ? coded<__half>(w, x, bias, y, bits, batch, room, overlap, queue)
-                : coded<__nv_bfloat16>(w, x, bias, y, bits, batch, room, overlap, queue);
+    return half ? launch<__half>(w, x, bias, y, batch, share, overlap, queue)
+                : launch<__nv_bfloat16>(w, x, bias, y, batch, share, overlap, queue);
 }
 
-extern "C" int losa_expand(const void* data, const void* counts, const void* bases,
-                           void* dense, int rows, int columns, int segment, int segments, int bits, void* stream) {
-    const Layout w{static_cast<const uint8_t*>(data), static_cast<const uint8_t*>(counts), static_cast<const int*>(bases), rows, columns, segment, segments};
-    const int blocks = (rows + LANES - 1) / LANES;
-    const auto queue = static_cast<cudaStream_t>(stream);
-    auto* to = static_cast<uint16_t*>(dense);
-    if (bits == 2) expand<2><<<blocks, segments * LANES, 0, queue>>>(w, to);
-    else if (bits == 3) expand<3><<<blocks, segments * LANES, 0, queue>>>(w, to);
-    else expand<4><<<blocks, segments * LANES, 0, queue>>>(w, to);
+extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    constexpr int WARPS = 4;
+    const int all = (rows + ROWS - 1) / ROWS * panels;
+    expand<<<(all + WARPS - 1) / WARPS, WARPS * LANES, WARPS * (slot + SCRATCH), static_cast<cudaStream_t>(stream)>>>(w, static_cast<uint16_t*>(dense));
     return cudaGetLastError();
 }

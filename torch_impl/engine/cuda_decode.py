@@ -16,24 +16,19 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from torch_impl import gaps
+from torch_impl import tiles
 
 LANES = 32
-GAP_BITS = (2, 3, 4)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
-# Shared memory that every block takes beside what it asks for.
-SHARED_OF_BLOCK = 1024
-# Two bytes of x for every column of two, four or eight rows at once.
-BATCHES = (8, 4, 2, 1)
-# Chunks that lie together in memory, so that one copy brings values and codes.
-GROUP = 16
-# As in cuda_layout.cuh and cuda_decode.cu: chunks of one copy, and copies that a warp has on their way, for up to two rows of
-# x and for more; bytes of the barrier that counts one in.
-PIECE = 64
-PIECES, FEW_PIECES = 4, 2
-BARRIER = 8
+# As in cuda_decode.cu: what a warp takes of shared memory beside panels, and how many panels it has on their way.
+SCRATCH, BARRIERS, SLOTS = 512, 16, 2
+# Panels begin at multiples of so many bytes, as the copy engine wants it.
+PIECE = 16
+# Warps of a block, where blocks are many, and where all are there at once.
+WARPS, MORE_WARPS = 8, 11
+MOST_WARPS = 32
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,6 @@ class Card:
     processors: int = 132
     shared: int = 227 * 1024
     """Bytes of shared memory that one block may have."""
-    shared_of_processor: int = 228 * 1024
     early: bool = True
     """Whether a kernel may begin before the last one ends."""
 
@@ -54,39 +48,30 @@ class Card:
         if device.type != "cuda":
             return Card()
         properties: Any = torch.cuda.get_device_properties(device)
-        of_processor = properties.shared_memory_per_multiprocessor
-        # Older versions of torch do not tell; it is all but what every block takes.
-        shared = getattr(properties, "shared_memory_per_block_optin", of_processor - SHARED_OF_BLOCK)
-        return Card(properties.multi_processor_count, shared, of_processor, properties.major >= 9)
+        # Older versions of torch do not tell; all but a kilobyte of a processor's is what a block may have.
+        shared = getattr(
+            properties, "shared_memory_per_block_optin", properties.shared_memory_per_multiprocessor - 1024
+        )
+        return Card(properties.multi_processor_count, shared, properties.major >= 9)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A sparse weight (rows, columns) as a GPU reads it.
+    """A sparse weight (rows, columns) as a GPU reads it: panels of 16 rows by 128 columns, a strip of 16 rows after the other.
 
-    A task is 32 rows by one of `segments` segments of columns; each of its 32 lanes follows one stream of
-    `gaps.pack_gaps`. A task's chunks are stored step by step: chunk k of every lane that has one, lane by lane, so that
-    what a warp loads is one piece of memory.
+    A panel is its bitmap and its values as tiles.py makes them, filled up to a multiple of 16 bytes.
 
-    data (groups, bytes) uint8: 16 chunks in the order above, first all values, then bits 0-15 of all codes of a chunk side
-    by side (0-31 with four bits each), then bits 16-23 (with three bits each); counts (tasks, 32) uint8: chunks of each
-    lane; bases (tasks + 1,) int32: a task's first chunk, and where the last one's end. dtype: of the weight.
+    data (bytes,) uint8: the panels; starts (panels + 1,) int32: where each begins, in pieces of 16 bytes; panels: of a strip;
+    slot: bytes of the largest panel; dtype: of the weight.
     """
 
     rows: int
     columns: int
-    segment: int
-    segments: int
-    gap_bits: int
+    panels: int
+    slot: int
     dtype: torch.dtype
     data: torch.Tensor
-    counts: torch.Tensor
-    bases: torch.Tensor
-
-    @staticmethod
-    def group_bytes(gap_bits: int) -> tuple[int, int, int]:
-        """Bytes of a group's parts: (values, low bits of the codes, high bits)."""
-        return 16 * GROUP, GROUP * (4 if gap_bits == 4 else 2), GROUP * (gap_bits == 3)
+    starts: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name."""
@@ -107,117 +92,51 @@ class Layout:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def _choose_bits(weight: torch.Tensor) -> int:
-    """Bits of a code that make the layout smallest, within 2 %, by the gaps of some rows; three, split in memory, are slowest."""
-    rows = weight[:: max(1, len(weight) // 64)]
-    sizes = {bits: len(gaps.pack_gaps(rows, weight.shape[1], bits)[0]) * (16 + bits) for bits in GAP_BITS}
-    return next(bits for bits in (2, 4, 3) if sizes[bits] <= 1.02 * min(sizes.values()))
-
-
-def _room(rows: int, card: Card) -> int:
-    """Bytes of shared memory that let as many blocks of 32 rows share a processor as should: two kernels' where one has a
-    block a processor, else one kernel's, evenly."""
-    each = -(-rows // (LANES * card.processors))
-    together = 2 if each == 1 else each if each <= 4 else 3
-    return min(card.shared, card.shared_of_processor // together - SHARED_OF_BLOCK)
-
-
-def _choose_segments(rows: int, columns: int, gap_bits: int, card: Card) -> int:
-    """Columns of a segment. A block has a warp for every segment, as many as fit, but not so many that rows are in shreds.
-
-    With all blocks on the card at once, none waits; with one of the next kernel beside one of this, that one's weights
-    come while this one ends. More beside each other would be dealt out unevenly.
-    """
-    few = 2 * -(-rows // LANES) <= card.processors
-    room = card.shared if few else _room(rows, card)
-    # Room for two rows of x, and a little more, since segments are rounded up.
-    warps = min((room - 4 * columns - 1024) // _feed(gap_bits, 2), columns // (128 if few else 192), 32)
-    # A lane counts its chunks in a byte, so long rows take more warps.
-    segment = -(-columns // max(warps, -(-columns // (8 * 248)), 1))
-    return max(-(-segment // 8) * 8, 8)
-
-
-def pack_rows(weight: torch.Tensor, segment: int | None = None, gap_bits: int | None = None) -> Layout:
+def pack_rows(weight: torch.Tensor) -> Layout:
     """The layout of a weight (out, in) in bf16 or fp16, on its device; zeros of either sign are left out.
 
-    segment, gap_bits: set for tests; else what is fastest and smallest. Errors: TypeError for another dtype.
+    Errors: TypeError for another dtype.
     """
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight has dtype {weight.dtype}; allowed: bfloat16 or float16")
-    weight = weight.detach()
     rows, columns = weight.shape
-    gap_bits = _choose_bits(weight) if gap_bits is None else gap_bits
-    if segment is None:
-        segment = _choose_segments(rows, columns, gap_bits, Card.of(weight.device))
-    values, codes, chunks = gaps.pack_gaps(weight, segment, gap_bits)
-    counts = chunks.new_zeros(-(-rows // LANES) * LANES, chunks.shape[1])
-    counts[:rows] = chunks
-    # Up to 32 rows, reshaping alone would leave it transposed in memory.
-    counts = counts.view(-1, LANES, chunks.shape[1]).transpose(1, 2).reshape(-1, LANES).contiguous()
-    order = _order(counts, rows, chunks)
-    shifts = gap_bits * torch.arange(gaps.CHUNK, device=weight.device)
-    words = (codes.view(-1, gaps.CHUNK)[order].long() << shifts).sum(1)
-    unused = -len(order) % GROUP
-    words = functional.pad(words, (0, unused))
-    parts = [
-        functional.pad(values.view(-1, gaps.CHUNK)[order], (0, 0, 0, unused)).view(torch.uint8),
-        words.to(torch.int32 if gap_bits == 4 else torch.int16)[:, None].view(torch.uint8),
-        (words >> 16).to(torch.uint8)[:, None] if gap_bits == 3 else words.new_zeros(len(words), 0, dtype=torch.uint8),
-    ]
-    layout = Layout(
-        rows,
-        columns,
-        segment,
-        chunks.shape[1],
-        gap_bits,
-        weight.dtype,
-        torch.cat([part.reshape(len(words) // GROUP, GROUP * part.shape[1]) for part in parts], 1),
-        counts.to(torch.uint8),
-        functional.pad(counts.sum(1).cumsum(0), (1, 0)).to(torch.int32),
-    )
+    bitmaps, values = tiles.pack_tiles(weight.detach())
+    counts = tiles.count(bitmaps)
+    starts = functional.pad((-(-(tiles.MAP + 2 * counts) // PIECE)).cumsum(0), (1, 0))
+    data = torch.zeros(int(starts[-1]) * PIECE, dtype=torch.uint8, device=weight.device)
+    data[_map_places(starts)] = bitmaps
+    data.view(torch.int16)[_value_places(starts, counts)] = values.view(torch.int16)
+    slot = int(starts.diff().max()) * PIECE
+    layout = Layout(rows, columns, -(-columns // tiles.COLUMNS), slot, weight.dtype, data, starts.to(torch.int32))
     if weight.is_cuda:
         # A kernel may read its weights before the one before it has ended, so they must be there.
         torch.cuda.current_stream(weight.device).synchronize()
     return layout
 
 
-def _order(counts: torch.Tensor, rows: int, chunks: torch.Tensor) -> torch.Tensor:
-    """For every stored chunk its number among those of `gaps.pack_gaps`; counts (tasks, 32), chunks (rows, segments)."""
-    steps = torch.arange(int(counts.max()), device=counts.device)
-    task, step, lane = torch.nonzero(steps[None, :, None] < counts[:, None, :], as_tuple=True)
-    segments = chunks.shape[1]
-    stream = (task // segments * LANES + lane) * segments + task % segments
-    first = chunks.flatten().cumsum(0) - chunks.flatten()
-    return first[stream] + step
-
-
 def unpack(layout: Layout) -> torch.Tensor:
     """The dense weight (rows, columns): by a kernel where there is one, else in torch."""
     if layout.data.is_cuda and available()[0]:
-        dense = torch.zeros(layout.rows, layout.columns, dtype=layout.dtype, device=layout.data.device)
-        _call("losa_expand", layout, dense, numbers=(layout.gap_bits,))
+        dense = torch.empty(layout.rows, layout.columns, dtype=layout.dtype, device=layout.data.device)
+        _call("losa_expand", layout, dense, numbers=())
         return dense
-    counts = layout.counts.long().view(-1, layout.segments, LANES).transpose(1, 2).reshape(-1, layout.segments)
-    chunks = counts[: layout.rows].contiguous()
-    order = _order(layout.counts.long(), layout.rows, chunks)
-    stored, words = (part[: len(order)] for part in stored_chunks(layout))
-    shifts = layout.gap_bits * torch.arange(gaps.CHUNK, device=words.device)
-    codes = (words[:, None] >> shifts & (2**layout.gap_bits - 1)).to(torch.uint8)
-    values = torch.empty_like(stored)
-    values[order] = stored
-    placed = torch.empty_like(codes)
-    placed[order] = codes
-    return gaps.unpack_gaps(values.flatten(), placed.flatten(), chunks, layout.columns, layout.segment)
+    starts = layout.starts.long()
+    bitmaps = layout.data[_map_places(starts)]
+    values = layout.data.view(layout.dtype)[_value_places(starts, tiles.count(bitmaps))]
+    return tiles.unpack_tiles(bitmaps, values, layout.rows, layout.columns)
 
 
-def stored_chunks(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """All chunks in the order of memory: values (chunks, 8), codes of a chunk side by side (chunks,) int64."""
-    values, low, high = layout.data.split(Layout.group_bytes(layout.gap_bits), 1)
-    words = low.contiguous().view(torch.int32 if layout.gap_bits == 4 else torch.int16).flatten().long()
-    words &= 0xFFFFFFFF if layout.gap_bits == 4 else 0xFFFF
-    if layout.gap_bits == 3:
-        words |= high.flatten().long() << 16
-    return values.contiguous().view(layout.dtype).view(-1, gaps.CHUNK), words
+def _map_places(starts: torch.Tensor) -> torch.Tensor:
+    """(panels, 256) bytes of the data that are bitmaps; starts int64."""
+    return PIECE * starts[:-1, None] + torch.arange(tiles.MAP, device=starts.device)
+
+
+def _value_places(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """(kept,) 16-bit numbers of the data that are values, behind each panel's bitmap; starts and counts int64."""
+    first = (PIECE * starts[:-1] + tiles.MAP) // 2 - (counts.cumsum(0) - counts)
+    places = torch.repeat_interleave(first, counts)
+    places += torch.arange(len(places), device=places.device)
+    return places
 
 
 def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,28 +157,21 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     x = x.contiguous()
     y = x.new_empty(len(x), layout.rows)
     card = Card.of(x.device)
-    half = int(x.dtype == torch.float16)
-    most = next((b for b in BATCHES if _shared(layout.segment, layout.segments, layout.gap_bits, b) <= card.shared), 0)
-    if not most:
-        # Rows so long that not even one fits beside the weights on their way.
+    share = _choose_share(layout.rows, layout.panels, card.processors)
+    warps = -(-layout.panels // share)
+    if warps > MOST_WARPS or warps * (SLOTS * layout.slot + BARRIERS + SCRATCH) > card.shared:
+        # Rows so long that a block's panels do not fit.
         return functional.linear(x, unpack(layout), bias)
-    for first in range(0, len(x), most):
-        part = x[first : first + most]
-        numbers = (layout.gap_bits, half, len(part), _room(layout.rows, card), int(card.early))
-        _call("losa_matvec", layout, part, bias, y[first : first + most], numbers=numbers)
+    numbers = (int(x.dtype == torch.float16), len(x), share, int(card.early))
+    _call("losa_matvec", layout, x, bias, y, numbers=numbers)
     return y
 
 
-def _feed(gap_bits: int, batch: int) -> int:
-    """Bytes of shared memory that a warp takes for chunks on their way."""
-    pieces = PIECES if batch <= 2 else FEW_PIECES
-    return pieces * (PIECE // GROUP * sum(Layout.group_bytes(gap_bits)) + BARRIER)
-
-
-def _shared(segment: int, segments: int, gap_bits: int, batch: int) -> int:
-    """Bytes of shared memory that a block takes for so many rows of x and for chunks on their way."""
-    numbers = 2 * batch * (segments * segment + 2 * gaps.CHUNK)
-    return segments * _feed(gap_bits, batch) + max(numbers, 4 * batch * segments * LANES)
+def _choose_share(rows: int, panels: int, processors: int) -> int:
+    """Panels of a strip that a warp takes, at most as many as it has lanes to keep where they begin, where the last one ends,
+    and what is asked for behind it."""
+    few = rows <= tiles.ROWS * 2 * processors
+    return min(-(-panels // (MORE_WARPS if few else WARPS)), LANES - 1 - SLOTS)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
@@ -268,7 +180,7 @@ def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tup
     device = layout.data.device
     with torch.cuda.device(device):
         queue = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        shape = (layout.rows, layout.columns, layout.segment, layout.segments)
+        shape = (layout.rows, layout.columns, layout.panels, layout.slot)
         error = getattr(_library(), name)(*layout.pointers, *others, *shape, *numbers, queue)
     if error:
         raise RuntimeError(f"{name} failed with CUDA error {error}")

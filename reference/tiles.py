@@ -1,0 +1,124 @@
+"""A sparse matrix as a bitmap and its kept values, in the order in which a GPU's matrix units take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference import _checks
+from reference._checks import Array
+
+ROWS, COLUMNS = 16, 128
+"""Shape of a panel: 16 tiles of 8 x 16."""
+MAP = ROWS * COLUMNS // 8
+"""Bytes of a panel's bitmap."""
+TILES, LANES = 16, 32
+ORDER = (1, 0, 2, 3)
+"""Four neighbouring columns in the order in which their values follow each other."""
+
+
+def pack_tiles(weight: Array) -> tuple[NDArray[np.uint8], Array]:
+    """Cut a matrix into panels of 16 x 128, and write each as a bitmap and its kept values.
+
+    Source: ours; a bitmap from which every lane takes its share of a matrix product is SpInfer's (Fan et al., EuroSys 2025).
+
+    In the product m16n8k16 a lane of a warp holds four numbers of row l // 4 of the upper 8 rows, and four of the lower 8.
+    It counts the bits of all values before the middle of its four: two of them lie before that place, two behind it. In the
+    order 1, 0, 2, 3 columns 0 and 2 are next to it if they have a value, whether columns 1 and 3 have one or not.
+    A lane reads 8 neighbouring numbers of x at once, so 32 columns make two products: with columns 0-3 of every 8, then
+    with 4-7. Which columns a product adds up does not matter to it.
+
+        panels: 16 rows from left to right, then the next 16
+        tile t = 4 (c // 32) + 2 (c // 4 mod 2) + r // 8           for row r and column c of a panel
+        lane l = 4 (r mod 8) + c // 8 mod 4                        of four numbers j = c mod 4 of that tile
+        values: tile by tile, lane by lane, j = 1, 0, 2, 3
+        word 16 (t // 4) + 4 (l // 8) + t mod 4 of the bitmap, byte (j + 2) mod 4 of the word, bit l mod 8 of the byte
+
+    Parameters: weight (out, in).
+    Returns: (bitmaps (panels, 256) uint8, the lowest byte of a word first; values (kept,), one panel's after the other's).
+    A weight of 0, of either sign, is left out; rows and columns beyond the last have no bit set.
+
+    Errors: ValueError or TypeError naming the argument.
+
+    *Deviation*: none.
+
+    >>> bitmaps, values = pack_tiles([[3, 4, 0, 5]])
+    >>> bitmaps[0, :4], values
+    (array([0, 1, 1, 1], dtype=uint8), array([4., 3., 5.]))
+    """
+    weight = _checks.array("weight", weight, "out", "in", finite=False)
+    rows, columns = weight.shape
+    bitmaps = np.zeros((_panels(rows, columns), MAP), dtype=np.uint8)
+    values = []
+    for row, column, panel, byte, bit in _places(rows, columns):
+        if row < rows and column < columns and weight[row, column] != 0:
+            bitmaps[panel, byte] |= 1 << bit
+            values.append(weight[row, column])
+    return bitmaps, np.array(values, dtype=np.float64)
+
+
+def unpack_tiles(bitmaps: NDArray[np.uint8], values: Array, rows: int, columns: int) -> Array:
+    """The weight that `pack_tiles` was given.
+
+    Source: ours, the inverse of `pack_tiles`.
+
+    Parameters: bitmaps, values as `pack_tiles` returns them; rows, columns: of the weight.
+    Returns: the weight (rows, columns); what was left out is +0.
+
+    Errors: ValueError or TypeError naming the argument: of the wrong shape or dtype; a bit beyond the last row or column;
+    more or fewer values than bits.
+
+    *Deviation*: none.
+
+    >>> unpack_tiles(*pack_tiles([[3, 4, 0, 5]]), 1, 4)
+    array([[3., 4., 0., 5.]])
+    """
+    values = _checks.array("values", values, "kept", empty=True, finite=False)
+    rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
+    _check_bitmaps(bitmaps, _panels(rows, columns))
+    kept = []
+    for row, column, panel, byte, bit in _places(rows, columns):
+        if bitmaps[panel, byte] >> bit & 1:
+            if row >= rows or column >= columns:
+                raise ValueError(
+                    f"bitmaps has a bit beyond row {rows - 1} or column {columns - 1} in panel {panel}; allowed: none"
+                )
+            kept.append((row, column))
+    if len(values) != len(kept):
+        raise ValueError(f"values has {len(values)} entries; allowed: {len(kept)}, one for every bit of bitmaps")
+    weight = np.zeros((rows, columns))
+    for (row, column), value in zip(kept, values, strict=True):
+        weight[row, column] = value
+    return weight
+
+
+def _panels(rows: int, columns: int) -> int:
+    """How many panels a weight has."""
+    return -(-rows // ROWS) * -(-columns // COLUMNS)
+
+
+def _places(rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """In the order of the values, for every number of every panel: its row and column, its panel, and its byte and bit there."""
+    across = -(-columns // COLUMNS)
+    for panel in range(_panels(rows, columns)):
+        top, left = panel // across * ROWS, panel % across * COLUMNS
+        for tile in range(TILES):
+            for lane in range(LANES):
+                row = top + tile % 2 * 8 + lane // 4
+                first = left + tile // 4 * 32 + lane % 4 * 8 + tile // 2 % 2 * 4
+                word = tile // 4 * 16 + lane // 8 * 4 + tile % 4
+                for j in ORDER:
+                    yield row, first + j, panel, 4 * word + (j + 2) % 4, lane % 8
+
+
+def _check_bitmaps(bitmaps: Any, panels: int) -> None:
+    """Type and shape."""
+    if not isinstance(bitmaps, np.ndarray):
+        raise TypeError(f"bitmaps is {type(bitmaps).__name__}; allowed: an array of real numbers")
+    if bitmaps.dtype != np.uint8:
+        raise TypeError(f"bitmaps has dtype {bitmaps.dtype}; allowed: uint8")
+    if bitmaps.shape != (panels, MAP):
+        raise ValueError(f"bitmaps has shape {bitmaps.shape}; allowed: ({panels}, {MAP})")

@@ -1,0 +1,86 @@
+"""A sparse matrix as a bitmap and its kept values in the order of a GPU's matrix units. Spec: reference/tiles.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import _checks
+
+ROWS, COLUMNS = 16, 128
+"""Shape of a panel: 16 tiles of 8 x 16."""
+MAP = ROWS * COLUMNS // 8
+"""Bytes of a panel's bitmap."""
+TILES, LANES = 16, 32
+ORDER = (1, 0, 2, 3)
+"""Four neighbouring columns in the order of their values; the same order brings them back."""
+
+
+def pack_tiles(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bitmaps (panels, 256) uint8, values (kept,)) of weight (out, in), on its device."""
+    weight = _checks.tensor("weight", weight, "out", "in")
+    tiled = _tiled(weight)
+    kept = tiled != 0
+    # 32 columns, tile of them, 8 lanes of a tile, lane, byte of a word: the columns' order, turned by two
+    bits = kept[..., list(ORDER)].roll(2, -1).view(-1, 4, 4, 4, 8, 4).permute(0, 1, 3, 2, 5, 4)
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=weight.device)
+    return (bits * powers).sum(-1, dtype=torch.uint8).view(-1, MAP), tiled[kept]
+
+
+def unpack_tiles(bitmaps: torch.Tensor, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The weight (rows, columns) that `pack_tiles` was given; what it left out is +0."""
+    values = _checks.tensor("values", values, "kept", empty=True)
+    rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
+    _check_bitmaps(bitmaps, -(-rows // ROWS) * -(-columns // COLUMNS))
+    kept = _kept(bitmaps)
+    beyond = kept & ~_tiled(torch.ones(rows, columns, dtype=torch.bool, device=kept.device))
+    if bool(beyond.any()):
+        panel = int(beyond.flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"bitmaps has a bit beyond row {rows - 1} or column {columns - 1} in panel {panel}; allowed: none"
+        )
+    bits = int(kept.sum())
+    if len(values) != bits:
+        raise ValueError(f"values has {len(values)} entries; allowed: {bits}, one for every bit of bitmaps")
+    tiled = values.new_zeros(kept.shape)
+    tiled[kept] = values
+    return _untiled(tiled, rows, columns)
+
+
+def count(bitmaps: torch.Tensor) -> torch.Tensor:
+    """(panels,) int64: how many values each panel has."""
+    return _kept(bitmaps).sum((1, 2, 3))
+
+
+def _tiled(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (rows, columns) in the order of the values: (panels, tiles, lanes, 4); zeros pad it."""
+    rows, columns = weight.shape
+    padded = nn.functional.pad(weight, (0, -columns % COLUMNS, 0, -rows % ROWS))
+    # 16 rows, 8 of them, row; panel, 32 columns, lane of a row, product, column of a lane
+    parts = padded.view(-1, 2, 8, padded.shape[1] // COLUMNS, 4, 4, 2, 4)
+    return parts.permute(0, 3, 4, 6, 1, 2, 5, 7)[..., list(ORDER)].reshape(-1, TILES, LANES, 4)
+
+
+def _untiled(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """What `_tiled` was given."""
+    parts = tiled[..., list(ORDER)].view(-(-rows // ROWS), -1, 4, 2, 2, 8, 4, 4).permute(0, 4, 5, 1, 2, 6, 3, 7)
+    return parts.reshape(-(-rows // ROWS) * ROWS, -1)[:rows, :columns].contiguous()
+
+
+def _kept(bitmaps: torch.Tensor) -> torch.Tensor:
+    """Bool (panels, tiles, lanes, 4) in the order of the values."""
+    places = torch.arange(8, dtype=torch.uint8, device=bitmaps.device)
+    bits = (bitmaps[..., None] >> places).bitwise_and_(1).view(torch.bool).view(-1, 4, 4, 4, 4, 8)
+    return bits.permute(0, 1, 3, 2, 5, 4).roll(2, -1)[..., list(ORDER)].reshape(-1, TILES, LANES, 4)
+
+
+def _check_bitmaps(bitmaps: Any, panels: int) -> None:
+    """Type and shape."""
+    if not isinstance(bitmaps, torch.Tensor):
+        raise TypeError(f"bitmaps is {type(bitmaps).__name__}; allowed: a tensor")
+    if bitmaps.dtype != torch.uint8:
+        raise TypeError(f"bitmaps has dtype {bitmaps.dtype}; allowed: uint8")
+    if bitmaps.shape != (panels, MAP):
+        raise ValueError(f"bitmaps has shape {tuple(bitmaps.shape)}; allowed: ({panels}, {MAP})")
