@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch_impl import packed
 from torch_impl.bench import __main__ as bench
 from torch_impl.bench import decode, decode_cpu, geometry, int4, large, parts, whole
 from torch_impl.bench.measure import Row, relative
+from torch_impl.engine import training
 from torch_impl.engine.decoding import NextToken
 from torch_impl.engine.families import find_family
 from torch_impl.engine.packed_linear import PackedLinear
@@ -85,6 +88,31 @@ def test_a_side_that_gives_other_numbers_gets_no_ratio(
     assert status == 1
     assert all(row["ratio"] is None for row in figures["rows"])
     assert "refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_times_of_training_are_of_a_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """A step merges once, and has as many micro-batches of four sequences as are asked for."""
+    sizes = []
+    of = training.Gradients.of
+
+    def counted(self: training.Gradients, batch: Sequence[training.Example]) -> float:
+        sizes.append((len(batch), self.micro_batch_size))
+        return of(self, batch)
+
+    def timed(sides: Sequence[Callable[[], float]], *_: Any, **__: Any) -> list[tuple[float, float, list[float]]]:
+        for side in sides:
+            side()
+        return [(100.0, 0.0, []), (300.0, 0.0, [])]
+
+    monkeypatch.setattr(training.Gradients, "of", counted)
+    monkeypatch.setattr(parts, "alternate", timed)
+    options = ["--parts", "train", "--train_lengths", "8", "--blocks", "1", "--accumulation", str(accumulation)]
+    rows = run(tmp_path, *options)[1]["rows"]
+    assert {(row["ours_ms"], row["plain_ms"]) for row in rows} == {(100 / accumulation, 300 / accumulation)}
+    assert set(sizes[-2 * len(rows) :]) == {(4 * accumulation, 4)}
 
 
 def test_a_whole_run_is_the_sum_of_its_parts() -> None:
