@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,16 @@ def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
     least = foretold()
     for more in ({"loss": "kl"}, {"hold_merged": "on"}, {"train_seqlen": 1024}, {"per_device_train_batch_size": 8}):
         assert foretold(**more) > least, more
+
+
+def test_two_models_are_foretold_while_one_is_read_again(place: Path) -> None:
+    """Their embeddings and heads; what lies between comes block by block."""
+    config = parse(arguments(place, **PLAIN, offload="on"))
+    model = streaming.open_streamed(place / "model", torch.device("cpu"), torch.float32)
+    sizes = memory.Sizes.of(model, families.find_family(model), torch.float32)
+    foretold = footprint.footprint(config, replace(sizes, outside=10**9), torch.device("cpu"))
+    assert foretold.phase == "verifying sweep"
+    assert foretold.device["outside the blocks"] == 2 * 4 * 10**9
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from torch_impl import tiles
 
-LANES = 32
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
@@ -171,7 +170,7 @@ def _choose_share(rows: int, panels: int, processors: int) -> int:
     """Panels of a strip that a warp takes, at most as many as it has lanes to keep where they begin, where the last one ends,
     and what is asked for behind it."""
     few = rows <= tiles.ROWS * 2 * processors
-    return min(-(-panels // (MORE_WARPS if few else WARPS)), LANES - 1 - SLOTS)
+    return min(-(-panels // (MORE_WARPS if few else WARPS)), tiles.LANES - 1 - SLOTS)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
