@@ -85,6 +85,9 @@ class Stream:
         for batch, rows in self.batches():
             # Copies to the host and back are queued on one stream of the device, so they keep their order.
             self.hidden[rows].copy_(self.forward(block, index, batch, rows), non_blocking=True)
+        if self.hidden.is_pinned():
+            # Whoever reads the host's memory itself must not come before the last copies.
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from torch_impl.engine.fused_blocks import FusedBlocks
+from torch_impl.engine.graphs import Captured
 
 # Tokens launched kernel by kernel before one is captured: libraries and kernels are loaded by then.
 WARM_UP = 2
@@ -44,8 +45,7 @@ class NextToken:
         self.fuses = fuse and fixed
         self._fused: FusedBlocks | None = None
         self._warm = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: torch.Tensor | None = None
+        self._graph: Captured[torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -55,12 +55,21 @@ class NextToken:
             self._warm += 1
             return self._fuse() if self.fuses and self._fused is None else self._forward()
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = self._forward()
-        self._graph.replay()
-        assert self._logits is not None
-        return self._logits
+            self._graph = self._capture()
+        return self._forward() if self._graph is None else self._graph.replay()
+
+    def _capture(self) -> Captured[torch.Tensor] | None:
+        """One token as a graph; None, and never again, for a model that does what a graph cannot hold."""
+        cached = [t for layer in self._cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        owned = [self._ids, *cached, *self._model.parameters(), *self._model.buffers(), self._fused]  # type: ignore[operator]
+        try:
+            return Captured(self._forward, owned)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            print(f"decoding: no CUDA graph, so slower ({' '.join(str(error).split())[:160]})", file=sys.stderr)
+            self.captures = False
+            return None
 
     def _fuse(self) -> torch.Tensor:
         """The first call of the compiled blocks, or of the model as it is until its cache has been written to."""

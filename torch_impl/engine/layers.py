@@ -41,6 +41,11 @@ class AdaptedLinear(nn.Module):
         return self.A.shape[0]
 
     @property
+    def held(self) -> torch.Tensor | None:
+        """The merged weight that `hold` built, until `release`."""
+        return self._held
+
+    @property
     def mask(self) -> torch.Tensor:
         """Bool (out, in), True = kept."""
         return self.weight != 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from torch_impl.engine import distributed
 from torch_impl.engine.calibration import standing_in
 from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.graphs import Captured
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.layers import adapters
@@ -34,6 +35,7 @@ MOST_GRAPHS = 16
 # A gradient norm of so many times max_grad_norm, clipped like any other, is worth a line in the log.
 EXPLODING = 1e4
 Example = dict[str, torch.Tensor]
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,9 @@ class Gradients:
         self._multiple = FEW_SHAPES if self._device.type == "cuda" else 1
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, _Graph] = {}
-        self._merges: torch.cuda.CUDAGraph | None = None
+        self._merges: Captured[None] | None = None
+        # None: nothing is captured, and nothing will be.
+        self._owned: _Owned | None = _Owned(model, teacher) if self._may_capture() else None
 
     def _holds(self) -> bool:
         if distributed.is_sharded(self._model):
@@ -235,31 +239,59 @@ class Gradients:
         distributed.total_gradients(self._trained)
         return distributed.total_of(loss)
 
+    def _may_capture(self) -> bool:
+        allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing
+        return allowed and self._device.type == "cuda" and not distributed.is_sharded(self._model)
+
     def _hold(self) -> None:
         """Build the merged weights; on CUDA, from the second time on, as one graph."""
+        if self._owned is not None and self._owned.moved():
+            self._forget_graphs()
         if self._merges is not None:
             self._merges.replay()
             return
+        self._build_merged()
+        if self._owned is not None and any(layer.rank for layer in self._held):
+            # Captured, not run: now the merged weights are there, and stay where they are.
+            self._merges = self._capture(partial(Captured, self._build_merged, self._owned.tensors()))
+
+    def _build_merged(self) -> None:
         for layer in self._held:
             layer.hold()
-        if self._device.type == "cuda" and self._config.cuda_graphs and any(layer.rank for layer in self._held):
-            # Captured, not run: now the merged weights are there, and stay where they are.
-            self._merges = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._merges):
-                for layer in self._held:
-                    layer.hold()
+
+    def _capture(self, attempt: Callable[[], Work]) -> Work | None:
+        """What `attempt` captures; None, and never a capture again, if the model does what a graph cannot hold."""
+        try:
+            return attempt()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:160]
+            logger.warning("training without CUDA graphs, so slower: this model cannot be captured (%s)", reason)
+            self._forget_graphs()
+            self._owned = None
+            return None
+
+    def _forget_graphs(self) -> None:
+        self._graphs.clear()
+        self._seen.clear()
+        self._merges = None
 
     def _forget_attempt(self) -> None:
         """Zero what micro-batches have added so far, and give up the graphs and their memory."""
-        self._graphs.clear()
-        self._seen.clear()
+        self._forget_graphs()
         self._model.zero_grad(set_to_none=False)
 
     def _micro(self, batch: Example, share: float) -> torch.Tensor:
         shape = batch["input_ids"].shape
         if shape not in self._graphs and self._worth_capturing(shape):
             pool = next(iter(self._graphs.values())).pool if self._graphs else None
-            self._graphs[shape] = _Graph(self._model, self._teacher, batch, pool)
+            assert self._owned is not None
+            graph = self._capture(
+                partial(_Graph, self._model, self._teacher, batch, self._trained, self._owned.tensors(), pool)
+            )
+            if graph is not None:
+                self._graphs[shape] = graph
         if shape in self._graphs:
             return self._graphs[shape].replay(batch, share)
         self._seen[shape] += 1
@@ -269,14 +301,11 @@ class Gradients:
 
     def _worth_capturing(self, shape: torch.Size) -> bool:
         """After two micro-batches of that shape launch by launch, which compile kernels and create gradients."""
-        allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing
-        allowed = allowed and not distributed.is_sharded(self._model)
-        return self._device.type == "cuda" and allowed and self._seen[shape] >= 2 and len(self._graphs) < MOST_GRAPHS
+        return self._owned is not None and self._seen[shape] >= 2 and len(self._graphs) < MOST_GRAPHS
 
     def close(self) -> None:
         """Forget the merged weights and the graphs."""
-        self._graphs.clear()
-        self._merges = None
+        self._forget_graphs()
         for layer in self._held:
             layer.release()
 
@@ -287,38 +316,74 @@ class Gradients:
         self.close()
 
 
+class _Owned:
+    """The tensors that graphs of a model's training use by address: its parameters and buffers, the teacher's, the gradients
+    and the merged weights. Graphs keep them alive; where one has been replaced, the graphs are of no more use."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        self._models = [part for part in (model, teacher) if part is not None]
+        self._trained, self._layers = _trainable(model), adapters(model)
+        self._known: list[torch.Tensor | None] = []
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """All of them as they are now, for a graph to keep."""
+        self._known = self._replaceable()
+        return [*self._known, *(t for part in self._models for t in (*part.parameters(), *part.buffers()))]
+
+    def moved(self) -> bool:
+        """Whether a gradient or merged weight that a graph keeps is no longer the one in use."""
+        if not self._known:
+            return False
+        pairs = zip(self._known, self._replaceable(), strict=True)
+        return any(before is not None and before is not after for before, after in pairs)
+
+    def _replaceable(self) -> list[torch.Tensor | None]:
+        return [*(parameter.grad for parameter in self._trained), *(layer.held for layer in self._layers)]
+
+
 class _Graph:
     """Forward and backward of one micro-batch shape, captured; replaying it adds to the gradients.
 
     Graphs that are replayed one after the other share one pool of memory.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, batch: Example, pool: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        batch: Example,
+        trained: Sequence[nn.Parameter],
+        owned: Sequence[torch.Tensor | None],
+        pool: Any,
+    ) -> None:
         self._batch = {name: tensor.clone() for name, tensor in batch.items()}
         self._share = torch.zeros((), device=batch["input_ids"].device)
+
+        def work() -> torch.Tensor:
+            loss = _sum_loss(model, self._batch, teacher) * self._share
+            _add_gradients(loss, trained)
+            return loss.detach()
+
         with ExitStack() as stack:
-            for part in (model, teacher):
-                if part is not None:
-                    stack.enter_context(_fixed_block_arguments(part, self._batch))
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
-                loss = _sum_loss(model, self._batch, teacher) * self._share
-                loss.backward()
-        self._loss = loss.detach()
-        self.pool = self._graph.pool()
+            arguments = [
+                stack.enter_context(_fixed_block_arguments(part, self._batch))
+                for part in (model, teacher)
+                if part is not None
+            ]
+            self._captured = Captured(work, (owned, arguments, self._batch, self._share), pool)
+        self.pool = self._captured.pool
 
     def replay(self, batch: Example, share: float) -> torch.Tensor:
         """The same work on other tokens."""
         for name, tensor in batch.items():
             self._batch[name].copy_(tensor)
         self._share.fill_(share)
-        self._graph.replay()
-        return self._loss.clone()
+        return self._captured.replay().clone()
 
 
 @contextmanager
-def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
-    """Give every block the arguments it gets in a pass outside a capture.
+def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[dict[str, Any]]]:
+    """Give every block the arguments it gets in a pass outside a capture; yields them: a graph has to keep them.
 
     transformers, while a graph is captured, does not look whether a mask is needed and builds one, which rules out the
     fast attention kernels. Without padding masks the arguments depend on the shape alone.
@@ -342,7 +407,7 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[None]:
         for block, given in zip(blocks, recorded, strict=True)
     ]
     try:
-        yield
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,164 @@
+"""Captured graphs own what they read: on a CPU by emulated graphs; on a GPU by `python -m oracle_tests.gpu_graphs`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from oracle_tests import emulated_graphs
+from oracle_tests.emulated_graphs import FreedMemory
+from oracle_tests.test_training import adapted_model, examples_for
+from tiny_models.random_models import random_model
+from torch_impl.engine import layers, training
+from torch_impl.engine.decoding import NextToken
+from torch_impl.engine.graphs import Captured
+from torch_impl.engine.training import Gradients, TrainingConfig
+
+# Sequences of five lengths, so that several shapes are captured and replayed in turn.
+LENGTHS = [5, 9, 5, 7, 9, 5, 7, 9, 6, 4] * 6
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[emulated_graphs.Graph]:
+    monkeypatch.setattr(Gradients, "_may_capture", lambda self: self._config.cuda_graphs)
+    return emulated_graphs.emulate(monkeypatch)
+
+
+def test_the_emulation_notices_freed_memory_and_repeats_the_work(graphs: list[emulated_graphs.Graph]) -> None:
+    kept, freed, total = torch.ones(3), torch.full((3,), 2.0), torch.zeros(3)
+
+    def work() -> torch.Tensor:
+        doubled = kept * freed
+        total.add_(doubled.view(3))
+        return doubled.sum()
+
+    captured = Captured(work, None)
+    assert not total.any()
+    kept.fill_(5)
+    assert float(captured.replay()) == 30
+    assert torch.equal(total, torch.full((3,), 10.0))
+    del work, freed
+    del captured._owned
+    with pytest.raises(FreedMemory):
+        captured.replay()
+
+
+@pytest.mark.parametrize("hold", ["on", "off"])
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_training_in_graphs_is_training_launch_by_launch(
+    loss: str, hold: str, graphs: list[emulated_graphs.Graph]
+) -> None:
+    """Losses and adapters, with sequences of many lengths; nothing that a graph reads is freed."""
+    results = []
+    teacher = random_model("llama-gqa", seed=3).double().eval()
+    for captures in (True, False):
+        model = adapted_model()
+        config = TrainingConfig(
+            learning_rate=1e-2,
+            loss=loss,
+            hold_merged=hold,
+            cuda_graphs=captures,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+        )
+        examples = examples_for(model, LENGTHS)
+        losses = training.train(model, teacher, examples, config, (0, config.optimizer_steps(len(examples))))
+        results.append((losses, [p.detach() for layer in layers.adapters(model) for p in (layer.A, layer.B)]))
+        if captures:
+            assert len(graphs) >= 3
+            assert sum(graph.replays for graph in graphs) > 15
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for ours, plain in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["gradients", "merged weights"])
+def test_graphs_are_given_up_where_what_they_write_to_is_replaced(
+    what: str, graphs: list[emulated_graphs.Graph]
+) -> None:
+    """Gradients set to None between steps, or merged weights released, as an evaluation in between may do."""
+    model = adapted_model()
+    with torch.no_grad():
+        for layer in layers.adapters(model):
+            layer.B.normal_(0, 0.1)
+    config = TrainingConfig(hold_merged="on", per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected, found = [], []
+    for results, captures in ((expected, False), (found, True)):
+        with Gradients(model, None, TrainingConfig(**{**vars(config), "cuda_graphs": captures})) as gradients:
+            for step in range(12):
+                if step in (5, 9):
+                    if what == "gradients":
+                        model.zero_grad(set_to_none=True)
+                    else:
+                        for layer in layers.adapters(model):
+                            layer.release()
+                gradients.of(examples_for(model, [6, 6], seed=step))
+                results.append([p.grad.clone() for p in parameters])
+                model.zero_grad(set_to_none=False)
+    assert sum(graph.replays for graph in graphs) > 5
+    for ours, plain in zip(found, expected, strict=True):
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert any(one.abs().max() > 0 for one in ours)
+
+
+def test_a_model_that_cannot_be_captured_trains_without_graphs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Gradients, "_may_capture", lambda self: self._config.cuda_graphs)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(training, "Captured", refuse)
+    losses = []
+    for captures in (True, False):
+        model = adapted_model()
+        config = TrainingConfig(learning_rate=1e-2, cuda_graphs=captures)
+        with caplog.at_level(logging.WARNING):
+            losses.append(training.train(model, model, examples_for(model, [8] * 40), config, (0, 5)))
+    assert losses[0] == losses[1]
+    assert len(caplog.records) == 1
+    assert "cannot be captured" in caplog.text
+
+
+def test_out_of_memory_while_capturing_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a broken capture raises another error, which must not hide it: smaller micro-batches are the answer."""
+
+    class Broken:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def work() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        Captured(work, None)
+
+
+def test_decoding_in_a_graph_owns_its_cache_and_tokens(graphs: list[emulated_graphs.Graph]) -> None:
+    model = random_model("llama-gqa").double().eval().requires_grad_(False)
+    ids = torch.randint(model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0))
+    results = []
+    for captures in (True, False):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        following = NextToken(model, cache, graph=captures)
+        following.captures = captures
+        results.append([following(ids[:, [i]]).clone() for i in range(12)])
+        assert copy.copy(cache.layers[0].cumulative_length) == 12
+    assert [graph.replays for graph in graphs] == [10]
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
