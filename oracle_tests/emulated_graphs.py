@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 
-class FreedMemory(AssertionError):
+class FreedMemoryError(AssertionError):
     """A replay would have read memory that nobody owns any more."""
 
 
@@ -30,9 +30,9 @@ class _Outside:
         self._dtype = tensor.dtype
 
     def tensor(self) -> torch.Tensor:
-        """The tensor again. Errors: FreedMemory."""
+        """The tensor again. Errors: FreedMemoryError."""
         if self._memory.expired():
-            raise FreedMemory(f"a captured operation reads {tuple(self._look[1])} {self._dtype}, which was freed")
+            raise FreedMemoryError(f"a captured operation reads {tuple(self._look[1])} {self._dtype}, which was freed")
         storage = torch.UntypedStorage._new_with_weak_ptr(self._memory.cdata)
         return torch.empty(0, dtype=self._dtype).set_(storage, *self._look)
 
@@ -82,7 +82,7 @@ class Graph(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Every operation again. Errors: FreedMemory."""
+        """Every operation again. Errors: FreedMemoryError."""
         self.replays += 1
         for func, given, result in self._calls:
             args, kwargs = tree_map(lambda leaf: leaf.tensor() if isinstance(leaf, _Outside) else leaf, given)
