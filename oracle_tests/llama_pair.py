@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle, islice
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from reference import llama
 
@@ -26,22 +27,29 @@ HF_NAMES = {
 }
 
 
-def random_llama(sizes: llama.Sizes, blocks: int, tied: bool, seed: int) -> llama.Llama:
-    """Weights that keep hidden states of order 1, gains around 1, nothing that ties."""
+def random_llama(
+    sizes: llama.Sizes, blocks: int, tied: bool, seed: int, biased: bool = False, widths: Sequence[int] = ()
+) -> llama.Llama:
+    """Weights that keep hidden states of order 1, gains around 1, nothing that ties.
+
+    biased: every projection has a bias. widths: those of the blocks' MLPs, in turn; default, all as `sizes` says.
+    """
     generator = np.random.default_rng(seed)
     kv = sizes.kv_heads * sizes.head_dim
-    h, m, v = sizes.hidden, sizes.intermediate, sizes.vocabulary
-    shapes = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (m, h), "up": (m, h), "down": (h, m)}
-    made = tuple(
-        llama.Block(
+    h, v = sizes.hidden, sizes.vocabulary
+
+    def block(m: int) -> llama.Block:
+        shapes = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (m, h), "up": (m, h), "down": (h, m)}
+        return llama.Block(
             attention_norm=generator.uniform(0.5, 1.5, h),
             mlp_norm=generator.uniform(0.5, 1.5, h),
             weights={
                 name: generator.normal(size=shapes[name]) / np.sqrt(shapes[name][1]) for name in llama.PROJECTIONS
             },
+            biases={name: 0.3 * generator.normal(size=shapes[name][0]) for name in llama.PROJECTIONS if biased},
         )
-        for _ in range(blocks)
-    )
+
+    made = tuple(block(m) for m in islice(cycle(widths or [sizes.intermediate]), blocks))
     embedding = generator.normal(size=(v, h))
     head = embedding if tied else generator.normal(size=(v, h)) / np.sqrt(h)
     return llama.Llama(sizes, embedding, made, generator.uniform(0.5, 1.5, h), head)
@@ -62,9 +70,15 @@ def to_hugging_face(model: llama.Llama) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
         max_position_embeddings=64,
         tie_word_embeddings=tied,
+        attention_bias=bool(model.blocks[0].biases),
+        mlp_bias=bool(model.blocks[0].biases),
         attn_implementation="sdpa",
     )
-    twin = LlamaForCausalLM(config).double().eval()
+    twin = LlamaForCausalLM(config)
+    for layer, block in zip(twin.model.layers, model.blocks, strict=True):
+        if len(block.weights["up"]) != sizes.intermediate:
+            layer.mlp = LlamaMLP(LlamaConfig(**config.to_dict() | {"intermediate_size": len(block.weights["up"])}))
+    twin = twin.double().eval()
     state = {
         "model.embed_tokens.weight": model.embedding,
         "model.norm.weight": model.norm,
@@ -75,6 +89,7 @@ def to_hugging_face(model: llama.Llama) -> LlamaForCausalLM:
         state[prefix + "input_layernorm.weight"] = block.attention_norm
         state[prefix + "post_attention_layernorm.weight"] = block.mlp_norm
         state |= {f"{prefix}{HF_NAMES[name]}.weight": weight for name, weight in block.weights.items()}
+        state |= {f"{prefix}{HF_NAMES[name]}.bias": bias for name, bias in block.biases.items()}
     twin.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return twin
 

@@ -46,7 +46,7 @@ def settings(**changes: Any) -> Settings:
 
 
 def model(tied: bool = True) -> Any:
-    return to_hugging_face(random_llama(SIZES, 3, tied, seed=1))
+    return to_hugging_face(random_llama(SIZES, 3, tied, seed=1, biased=True))
 
 
 def parts() -> list[list[Example]]:

@@ -2,15 +2,15 @@
 
 Two functions say what the model is, `block_forward` and `forward`; `block_backward` and `backward` are their
 derivatives, line by line in reverse. Only projections are ever trained, so the gradients stop at them: for each
-projection y = x Wᵀ the forward trace holds x and the backward pass returns ∂loss/∂y. Then ∂loss/∂W = (∂loss/∂y)ᵀ x, and
-`adapter.masked_lora_grad` makes the adapter's gradients of the two.
+projection y = x Wᵀ (+ b, frozen) the forward trace holds x and the backward pass returns ∂loss/∂y. Then
+∂loss/∂W = (∂loss/∂y)ᵀ x, and `adapter.masked_lora_grad` makes the adapter's gradients of the two.
 
 Shapes: n sequences, t tokens, d hidden, h heads of e = d / h channels each, g ≤ h key/value heads, v vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: the gains (d,) of its two norms and the weights (out, in) of its seven projections by name."""
+    """One decoder block: the gains (d,) of its two norms and the weights (out, in) of its seven projections by name.
+
+    biases: (out,) of those projections that have one, as queries, keys and values do in Qwen2. The MLP may be of another
+    width in every block.
+    """
 
     attention_norm: Array
     mlp_norm: Array
     weights: dict[str, Array]
+    biases: dict[str, Array] = field(default_factory=dict)
+
+    def project(self, name: str, x: Array) -> Array:
+        """y (..., out) = x Wᵀ + b of one projection."""
+        return x @ self.weights[name].T + self.biases.get(name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -243,24 +252,24 @@ def block_forward(block: Block, hidden: Array, sizes: Sizes) -> BlockTrace:
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
-    w, eps = block.weights, sizes.norm_eps
+    eps = sizes.norm_eps
     tokens = hidden.shape[1]
     angles = rotary_angles(tokens, sizes.head_dim, sizes.rope_theta)
     shared = sizes.heads // sizes.kv_heads
 
     qkv = rms_norm(hidden, block.attention_norm, eps)
-    query = rotate(_split_heads(qkv @ w["q"].T, sizes.heads), angles)
-    key = np.repeat(rotate(_split_heads(qkv @ w["k"].T, sizes.kv_heads), angles), shared, axis=1)
-    value = np.repeat(_split_heads(qkv @ w["v"].T, sizes.kv_heads), shared, axis=1)
+    query = rotate(_split_heads(block.project("q", qkv), sizes.heads), angles)
+    key = np.repeat(rotate(_split_heads(block.project("k", qkv), sizes.kv_heads), angles), shared, axis=1)
+    value = np.repeat(_split_heads(block.project("v", qkv), sizes.kv_heads), shared, axis=1)
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(sizes.head_dim)
     attention = softmax(np.where(np.tri(tokens, dtype=bool), scores, -np.inf))
     heads = _join_heads(attention @ value)
-    middle = hidden + heads @ w["o"].T
+    middle = hidden + block.project("o", heads)
 
     gate_up = rms_norm(middle, block.mlp_norm, eps)
-    gate, up = gate_up @ w["gate"].T, gate_up @ w["up"].T
+    gate, up = block.project("gate", gate_up), block.project("up", gate_up)
     down = silu(gate) * up
-    output = middle + down @ w["down"].T
+    output = middle + block.project("down", down)
 
     inputs = {"qkv": qkv, "o": heads, "gate_up": gate_up, "down": down}
     return BlockTrace(hidden, inputs, query, key, value, attention, middle, gate, up, output)
@@ -270,7 +279,7 @@ def block_backward(block: Block, trace: BlockTrace, sizes: Sizes, grad: Array) -
     """The derivative of `block_forward`, its lines in reverse.
 
     Source: chain rule. grad: ∂loss/∂output (n, t, d).
-    Returns: ∂loss/∂hidden (n, t, d), and by projection ∂loss/∂y (n, t, out) of its output y = x Wᵀ, where x is
+    Returns: ∂loss/∂hidden (n, t, d), and by projection ∂loss/∂y (n, t, out) of its output y = x Wᵀ + b, where x is
     `trace.inputs[INPUT_OF[name]]`. Ties and rounding: none. Errors: none. *Deviation*: none.
 
     >>> zero = {name: np.zeros((2, 2)) for name in PROJECTIONS}

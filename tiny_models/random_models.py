@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -58,7 +59,8 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
 def random_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A randomly initialised model of `family` (a key of FAMILIES); overrides change its configuration.
 
-    `dtype` among them is the dtype of the parameters; default float32.
+    Biases and the gains of norms are drawn too, as training leaves them: where they are 0 and 1 a lost one does not show.
+    `dtype` among the overrides is the dtype of the parameters; default float32.
     """
     if family not in FAMILIES:
         raise ValueError(f"family = {family!r}; allowed: {', '.join(FAMILIES)}")
@@ -73,6 +75,11 @@ def random_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedMode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = model_class(config_class(**sizes))
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.normal_(parameter, std=0.2)
+            elif parameter.dim() == 1:
+                nn.init.uniform_(parameter, 0.5, 1.5)
     return model.to(dtype).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,11 @@ MHA = llama.Sizes(vocabulary=11, hidden=8, intermediate=12, heads=2, kv_heads=2)
 GQA = llama.Sizes(vocabulary=11, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
 MQA = llama.Sizes(vocabulary=11, hidden=8, intermediate=12, heads=4, kv_heads=1)
 SIZES = [pytest.param(MHA, id="mha"), pytest.param(GQA, id="gqa"), pytest.param(MQA, id="mqa")]
+KINDS = [
+    pytest.param({"tied": True}, id="tied"),
+    pytest.param({"tied": False}, id="untied"),
+    pytest.param({"tied": False, "biased": True, "widths": [12, 20, 8]}, id="biased, uneven"),
+]
 
 # Float64 sums of at most 20 terms through 3 blocks: about 1e-16 · 20 · 3 · (condition of the norms, some tens).
 ROUNDING = 1e-12
@@ -34,11 +40,13 @@ def random_labels(ids: np.ndarray, seed: int = 1) -> np.ndarray:
     return np.where(np.random.default_rng(seed).random(ids.shape) < 0.3, llama.IGNORED, ids)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("shape", "seed"), [((2, 7), 0), ((1, 1), 1), ((3, 2), 2)])
-def test_forward_is_hugging_face_s(sizes: llama.Sizes, tied: bool, shape: tuple[int, int], seed: int) -> None:
-    model = random_llama(sizes, 3, tied, seed)
+def test_forward_is_hugging_face_s(
+    sizes: llama.Sizes, kind: dict[str, Any], shape: tuple[int, int], seed: int
+) -> None:
+    model = random_llama(sizes, 3, seed=seed, **kind)
     ids = random_ids(sizes, shape)
     trace = llama.forward(model, ids)
     twin = to_hugging_face(model)
@@ -70,11 +78,11 @@ def test_block_exposes_what_its_projections_see(sizes: llama.Sizes) -> None:
         np.testing.assert_allclose(seen[name], trace.inputs[group], rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_losses_and_gradients_are_hugging_face_s(sizes: llama.Sizes, tied: bool, loss: str) -> None:
-    model = random_llama(sizes, 3, tied, 4)
+def test_losses_and_gradients_are_hugging_face_s(sizes: llama.Sizes, kind: dict[str, Any], loss: str) -> None:
+    model = random_llama(sizes, 3, seed=4, **kind)
     ids = random_ids(sizes, (3, 6))
     labels = random_labels(ids)
     trace = llama.forward(model, ids)
