@@ -43,9 +43,7 @@ def random_labels(ids: np.ndarray, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("shape", "seed"), [((2, 7), 0), ((1, 1), 1), ((3, 2), 2)])
-def test_forward_is_hugging_face_s(
-    sizes: llama.Sizes, kind: dict[str, Any], shape: tuple[int, int], seed: int
-) -> None:
+def test_forward_is_hugging_face_s(sizes: llama.Sizes, kind: dict[str, Any], shape: tuple[int, int], seed: int) -> None:
     model = random_llama(sizes, 3, seed=seed, **kind)
     ids = random_ids(sizes, shape)
     trace = llama.forward(model, ids)
