@@ -470,6 +470,16 @@ def test_exploding_gradients_are_clipped_and_told(caplog: pytest.LogCaptureFixtu
     assert "train 1/2, optimizer step 3: gradient norm 5e+04, clipped to 1" in caplog.text
 
 
+def test_without_clipping_nothing_is_said_to_be_clipped(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3e4, 4e4])
+    training._clip([parameter], 1.0, TrainingConfig(max_grad_norm=0), "step 3")
+    assert parameter.grad.tolist() == [3e4, 4e4]
+    assert not caplog.text
+    with pytest.raises(FloatingPointError, match=r"lower learning_rate .*set max_grad_norm \(now 0, no clipping\)"):
+        training._clip([parameter], float("nan"), TrainingConfig(max_grad_norm=0), "step 3")
+
+
 def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with run_folder(target, False, False) as folder:

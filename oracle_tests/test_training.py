@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,17 +31,40 @@ def examples_for(model: nn.Module, lengths: list[int], seed: int = 0) -> list[tr
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-@pytest.mark.parametrize(("total", "ratio"), [(10, 0.3), (7, 0.0), (5, 1.0), (1, 0.3), (100, 0.03)])
-def test_lr_factor_is_the_field_s_schedule(total: int, ratio: float) -> None:
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([parameter], lr=1.0)
-    import math
-
-    scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(total * ratio), total)
+@pytest.mark.parametrize(("total", "ratio"), [(10, 0.3), (7, 0.0), (5, 1.0), (1, 0.3), (100, 0.03), (2500, 0.3)])
+def test_lr_factor_is_the_field_s_schedule_but_never_zero(total: int, ratio: float) -> None:
+    """Hugging Face's, at most one part of the warm-up higher while that lasts, and equal from then on."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = math.ceil(total * ratio)
+    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, total)
     for done in range(total):
-        assert training.lr_factor(done, total, ratio) == pytest.approx(scheduler.get_last_lr()[0])
+        [theirs] = scheduler.get_last_lr()
+        ours = training.lr_factor(done, total, ratio)
+        if done < warmup:
+            assert 0 < ours - theirs <= 1 / (warmup + 1) + 1e-12
+        else:
+            assert ours == pytest.approx(theirs)
         optimizer.step()
         scheduler.step()
+
+
+def test_the_shortest_training_moves_the_adapters() -> None:
+    """A LoSA step of one optimizer step, with the warm-up of the defaults."""
+    model = adapted_model()
+    config = TrainingConfig(learning_rate=1e-2)
+    training.train(model, model, examples_for(model, [8] * 4), config, (0, 1))
+    assert all(bool(layer.B.any()) for layer in layers.adapters(model))
+
+
+def test_without_clipping_a_step_is_that_of_a_bound_out_of_reach() -> None:
+    """max_grad_norm 0 is no bound at all; it used to zero every gradient."""
+    results = []
+    for bound in (0.0, 1e9):
+        model = adapted_model()
+        train(model, examples_for(model, [8] * 8), max_grad_norm=bound)
+        results.append([layer.merged() for layer in layers.adapters(model)])
+    for ours, unbounded in zip(*results, strict=True):
+        assert torch.equal(ours, unbounded)
 
 
 def train(

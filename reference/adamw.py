@@ -81,36 +81,46 @@ def adamw(
 def clip_by_global_norm(gradients: Sequence[Array], max_norm: float) -> tuple[list[Array], float]:
     """Scale all gradients by one factor, so that together they are no longer than max_norm.
 
-    Source: Pascanu et al. 2013. gradients: arrays of any shapes. max_norm: 0 or more.
+    Source: Pascanu et al. 2013. gradients: arrays of any shapes. max_norm: 0 or more; 0 means no clipping.
     Returns: (scaled gradients, their norm before). Ties and rounding: none.
     Errors: TypeError or ValueError naming max_norm.
-    *Deviation*: the factor is max_norm / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_.
+    *Deviation*: the factor is max_norm / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_; a bound of 0,
+    which taken literally would zero every gradient, leaves them alone, as in Hugging Face's trainer.
 
     >>> [clipped], norm = clip_by_global_norm([np.array([3.0, 4.0])], 0.5)
     >>> clipped.round(6), norm
     (array([0.3, 0.4]), 5.0)
+    >>> [same], norm = clip_by_global_norm([np.array([3.0, 4.0])], 0)
+    >>> same, norm
+    (array([3., 4.]), 5.0)
     """
     _checks.number("max_norm", max_norm, 0)
     norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
-    factor = min(1.0, max_norm / (norm + 1e-6))
+    factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
     return [factor * g for g in gradients], norm
 
 
 def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at an optimizer step: up linearly from 0, then down linearly to 0.
+    """Share of the peak learning rate at an optimizer step: up linearly, then down linearly, above 0 at every step.
 
-    Source: LoSA's settings (linear decay, warm-up 0.3); w = ceil(total · warmup_ratio) steps warm up.
-    done: optimizer steps already taken, 0 to total - 1. total: optimizer steps in all. warmup_ratio: 0 to 1.
-    Returns: 0 to 1. Ties and rounding: w is rounded up. Errors: TypeError or ValueError naming the argument.
-    *Deviation*: none; a warm-up's first step has rate 0, as in Hugging Face's schedule, which the published code uses.
+        (k + 1) / (w + 1)           while k < w = ceil(n · warmup_ratio)
+        (n − k) / (n − w)           from then on
+
+    Source: LoSA's settings (linear decay, warm-up 0.3). done: k, optimizer steps already taken, 0 to n - 1. total: n,
+    optimizer steps in all. warmup_ratio: 0 to 1. Returns: above 0, at most 1; 1 at k = w, if there is such a step.
+    Ties and rounding: w is rounded up. Errors: TypeError or ValueError naming the argument.
+    *Deviation*: Hugging Face's schedule, which the published code uses, warms up by k / w: its first step has rate 0 and
+    learns nothing, and a LoSA step of one optimizer step would be no training at all. The two are at most 1 / (w + 1) apart.
 
     >>> [lr_factor(done, 5, 0.3) for done in range(5)]  # w = ceil(1.5) = 2
-    [0.0, 0.5, 1.0, 0.6666666666666666, 0.3333333333333333]
+    [0.3333333333333333, 0.6666666666666666, 1.0, 0.6666666666666666, 0.3333333333333333]
+    >>> lr_factor(0, 1, 0.3)
+    0.5
     """
     _checks.integer("total", total, 1)
     _checks.integer("done", done, 0, total)
     _checks.number("warmup_ratio", warmup_ratio, 0, 1)
     warmup = math.ceil(total * warmup_ratio)
     if done < warmup:
-        return done / warmup
+        return (done + 1) / (warmup + 1)
     return (total - done) / max(1, total - warmup)

@@ -51,7 +51,7 @@ class TrainingConfig:
     weight_decay: float = 0.001
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 0.3
-    """Gradients are clipped to this global norm."""
+    """Gradients are clipped to this global norm; 0: no clipping."""
     per_device_train_batch_size: int = 4
     """Sequences of a micro-batch, in each process."""
     gradient_accumulation_steps: int = 2
@@ -102,10 +102,12 @@ class TrainingConfig:
 
 
 def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate for optimizer step number `done` (from 0) of `total`: up linearly, down linearly."""
+    """Share of the peak learning rate for optimizer step number `done` (from 0) of `total`: up linearly, down linearly,
+    never 0, so that the shortest schedule trains.
+    """
     warmup = math.ceil(total * warmup_ratio)
     if done < warmup:
-        return done / warmup
+        return (done + 1) / (warmup + 1)
     return (total - done) / max(1, total - warmup)
 
 
@@ -473,11 +475,13 @@ def train(
 
 def _clip(parameters: Sequence[nn.Parameter], loss: float, config: TrainingConfig, where: str) -> None:
     """Clip the gradients to their largest global norm. Errors: FloatingPointError if they or the loss are not finite."""
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    bound = config.max_grad_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
     if not math.isfinite(loss) or not math.isfinite(norm):
+        clipping = f"max_grad_norm (now {bound})" if bound < math.inf else "set max_grad_norm (now 0, no clipping)"
         raise FloatingPointError(
             f"{where}: loss {loss}, gradient norm {norm}; "
-            f"lower learning_rate (now {config.learning_rate}) or max_grad_norm (now {config.max_grad_norm})"
+            f"lower learning_rate (now {config.learning_rate}) or {clipping}"
         )
-    if norm > EXPLODING * config.max_grad_norm > 0:
-        logger.warning("%s: gradient norm %.3g, clipped to %g", where, norm, config.max_grad_norm)
+    if norm > EXPLODING * bound:
+        logger.warning("%s: gradient norm %.3g, clipped to %g", where, norm, bound)
