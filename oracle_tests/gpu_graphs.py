@@ -1,0 +1,293 @@
+"""On a GPU: work in captured graphs against the same work launch by launch, with freed memory poisoned between replays.
+
+    python -m oracle_tests.gpu_graphs [--model FOLDER --records FILE] [--device cuda] [--examples 320]
+
+A LLaMA of SmolLM2-135M's shapes with random weights, or the model in FOLDER, trains under LoSA on records of many lengths: with
+cross-entropy and with KL, merged weights held and rebuilt, blocks compiled or not, with graphs, without, and with graphs but
+stopped in the middle and resumed. After every optimizer step all memory that nobody owns is filled with 0xFF, which is NaN in
+every float. Losses are compared step by step. Then: a model with dynamic rotary angles, which cannot be captured; a device too
+small for the micro-batch; decoding token by token; Gram matrices of hidden states that are kept on the host. Exits with 1 if
+anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from oracle_tests.gpu_resume import Stop, Stopping
+from torch_impl import losa
+from torch_impl.engine import calibration, statistics, training
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.decoding import NextToken
+from torch_impl.engine.determinism import make_deterministic
+from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.journal import Journal
+from torch_impl.engine.points import Points
+from torch_impl.engine.settings import PruneConfig, Settings
+from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.experiment import text
+
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+SMALL = {
+    **SMOLLM2,
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+}
+STEPS = 2
+
+
+def poison(device: torch.device) -> int:
+    """Fill all memory of the allocator that belongs to nobody with 0xFF. Returns its bytes."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    filled = 0
+    for segment in torch.cuda.memory_snapshot():
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "inactive":
+                memory = torch._C._construct_storage_from_data_pointer(address, device, block["size"])
+                torch.empty(0, dtype=torch.uint8, device=device).set_(memory).fill_(255)
+                filled += block["size"]
+            address += block["size"]
+    torch.cuda.synchronize()
+    return filled
+
+
+def random_llama(device: torch.device, shape: dict[str, object], **more: object) -> LlamaForCausalLM:
+    """Random weights in bf16 (float32 on a CPU)."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **more})).to(device, dtype)
+
+
+def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor, list[Example]]:
+    """Calibration sequences, and examples of as many lengths as real records have."""
+    generator = torch.Generator().manual_seed(1)
+    length = 32 if options.small else 256
+    ids = torch.randint(vocabulary, (16, length), generator=generator)
+    if options.records is not None:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        documents = text.load_documents(str(options.records))
+        return ids, text.training_examples(documents, tokenizer, 1024, 0, limit=options.examples)
+    lengths = (torch.empty(options.examples).log_normal_(4.2, 0.6, generator=generator) * length / 256).long()
+    rows = [torch.randint(vocabulary, (int(n),), generator=generator) for n in lengths.clamp(4, 4 * length)]
+    examples = [{"input_ids": row, "labels": row.clone()} for row in rows]
+    for example in examples[::3]:
+        example["labels"][: len(example["labels"]) // 2] = training.IGNORED
+    return ids, examples
+
+
+class Job:
+    """One model and its tokens; `losses` of a run with other training options."""
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, examples: list[Example], device: torch.device) -> None:
+        self._model, self._ids, self._device = model, ids, device
+        half = len(examples) // STEPS
+        self._parts = [examples[:half], examples[half:]]
+        self.poisoned = 0
+
+    def losses(
+        self, config: TrainingConfig, journal: Journal | None = None, found: list[float] | None = None
+    ) -> list[float]:
+        """Of every optimizer step, behind those in `found`; freed memory is poisoned after each."""
+        heard = [] if found is None else found
+
+        def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
+            heard.append(loss)
+            self.poisoned = max(self.poisoned, poison(self._device))
+
+        settings = Settings(
+            prune=PruneConfig(steps=STEPS),
+            calibration=CalibrationConfig(nsamples=16, seqlen=self._ids.shape[1], rmi_samples=16),
+            training=config,
+        )
+        losa.run(copy.deepcopy(self._model), self._ids, self._parts, settings, on_loss=on_loss, journal=journal)
+        return heard
+
+    def resumed(self, config: TrainingConfig) -> list[float]:
+        """The same run stopped twice in the middle of training, and resumed in a fresh model each time."""
+        found: list[float] = []
+        blocks = len(decoder_blocks(self._model, find_family(self._model)))
+        with tempfile.TemporaryDirectory() as folder:
+            for stop in (blocks + 3, 4):
+                with suppress(Stop):
+                    self.losses(config, Stopping(Points(Path(folder)), stop), found)
+            return self.losses(config, Journal(Points(Path(folder)), save_every=2), found)
+
+
+def apart(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest relative difference; infinite if a loss is missing or not finite."""
+    if len(found) != len(expected):
+        return float("inf")
+    values = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+    return max(value if value == value else float("inf") for value in values)
+
+
+def check(name: str, difference: float, allowed: float, started: float, more: str = "") -> bool:
+    """Print a line. Whether it is right."""
+    right = difference <= allowed
+    seconds = time.perf_counter() - started
+    print(
+        f"{name:<52} {difference:.1e} of {allowed:.0e}  {seconds:5.1f} s  {more}{'' if right else '  WRONG'}",
+        flush=True,
+    )
+    return right
+
+
+def check_training(job: Job, compiles: bool) -> bool:
+    """All kinds of training, with graphs and resumed, against launch by launch."""
+    right = True
+    for loss, hold, compiled in itertools.product(("ce", "kl"), ("on", "off"), ("off", "on") if compiles else ("off",)):
+        config = TrainingConfig(learning_rate=1e-3, loss=loss, hold_merged=hold, compile_blocks=compiled)
+        name = (
+            f"{loss}, merged weights {'held' if hold == 'on' else 'rebuilt'}{', compiled' if compiled == 'on' else ''}"
+        )
+        started = time.perf_counter()
+        plain = job.losses(replace(config, cuda_graphs=False))
+        middle = time.perf_counter()
+        graphs = job.losses(config)
+        right &= check(
+            name, apart(graphs, plain), 1e-4, middle, f"launch by launch {middle - started:.1f} s, {plain[-1]:.3f}"
+        )
+        if compiled == "off" and hold == "on":
+            started = time.perf_counter()
+            right &= check(f"{name}, resumed", apart(job.resumed(config), graphs), 1e-4, started)
+    print(f"poisoned {job.poisoned / 2**20:,.0f} MiB at most")
+    return right
+
+
+def check_dynamic(device: torch.device, options: argparse.Namespace) -> bool:
+    """Rotary angles that depend on the length are computed with a look at the device, which no capture allows."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = random_llama(
+        device, {**SMOLLM2, "num_hidden_layers": 4} if not options.small else SMALL, rope_parameters=rope
+    )
+    job = Job(
+        model, *records(argparse.Namespace(**{**vars(options), "records": None}), model.config.vocab_size), device
+    )
+    started = time.perf_counter()
+    config = TrainingConfig(learning_rate=1e-3)
+    losses = [job.losses(replace(config, cuda_graphs=graphs)) for graphs in (True, False)]
+    return check("rotary angles by length", apart(*losses), 1e-4, started)
+
+
+def check_out_of_memory(device: torch.device, job: Job) -> bool:
+    """A device with room for less than the micro-batch: smaller ones, also where memory ends while a graph is captured."""
+    started = time.perf_counter()
+    config = TrainingConfig(learning_rate=1e-3, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    expected = job.losses(config)
+    if device.type != "cuda":
+        return True
+    peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(device).total_memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
+        found = job.losses(config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return check("out of memory: halved micro-batches", apart(found, expected), 0.05, started)
+
+
+@torch.no_grad()
+def check_decoding(model: nn.Module, device: torch.device, compiles: bool) -> bool:
+    """Logits of single tokens, in a graph and by compiled blocks, against the model called token by token."""
+    ids = torch.randint(model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2)).to(device)
+    results: list[torch.Tensor] = []
+    started = time.perf_counter()
+    right = True
+    for graph, fuse in ((False, False), (True, False), (True, True))[: 2 + compiles]:
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        following = NextToken(model, cache, graph=graph, fuse=fuse)
+        rows = []
+        for token in ids.split(1, 1):
+            rows.append(following(token).float().cpu())
+            poison(device)
+        results.append(torch.cat(rows))
+        if graph:
+            difference = float((results[-1] - results[0]).abs().max() / results[0].abs().max())
+            name = f"decoding{', compiled' if fuse else ''}"
+            right &= check(name, difference if difference == difference else float("inf"), 3e-2, started)
+    return right
+
+
+@torch.no_grad()
+def check_host_streams(model: nn.Module, ids: torch.Tensor) -> bool:
+    """Gram matrices of hidden states on the host, read as soon as a block is done, are those of the device."""
+    family = find_family(model)
+    started = time.perf_counter()
+    worst = 0.0
+    streams = [
+        calibration.start_stream(model, family, ids.repeat(4, 1), 4, on_host=on_host) for on_host in (False, True)
+    ]
+    for index, block in enumerate(decoder_blocks(model, family)):
+        grams = []
+        for stream in streams:
+            stream.advance(block, index)
+            grams.append(statistics.gram_of(stream.hidden, stream.device))
+        worst = max(worst, float((grams[0] - grams[1]).abs().max() / grams[0].abs().max()))
+    return check("hidden states on the host", worst, 1e-4, started)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line per check. Returns 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", type=Path, help="a trained model; default: SmolLM2's shapes, random weights")
+    parser.add_argument("--records", type=Path, help="records to train that model on")
+    parser.add_argument("--examples", type=int, default=320)
+    parser.add_argument("--small", action="store_true", help="a tiny model: a quick run of the script")
+    parser.add_argument("--no_compile", action="store_true", help="without compiled blocks")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        make_deterministic()
+    if options.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(options.model).to(device).eval()
+    else:
+        model = random_llama(device, SMALL if options.small else SMOLLM2).eval()
+    ids, examples = records(options, model.config.vocab_size)
+    lengths = [len(example["input_ids"]) for example in examples]
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{card}, torch {torch.__version__}; {len(examples)} records of {min(lengths)} to {max(lengths)} tokens")
+    job = Job(model, ids, examples, device)
+    checks: list[Callable[[], bool]] = [
+        functools.partial(check_training, job, not options.no_compile),
+        functools.partial(check_dynamic, device, options),
+        functools.partial(check_out_of_memory, device, job),
+        functools.partial(check_decoding, model, device, not options.no_compile),
+        functools.partial(check_host_streams, model, ids),
+    ]
+    return int(not all([check() for check in checks]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
