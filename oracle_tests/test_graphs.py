@@ -68,8 +68,8 @@ def test_training_in_graphs_is_training_launch_by_launch(
         losses = training.train(model, teacher, examples, config, (0, config.optimizer_steps(len(examples))))
         results.append((losses, [p.detach() for layer in layers.adapters(model) for p in (layer.A, layer.B)]))
         if captures:
-            assert len(graphs) >= 3
-            assert sum(graph.replays for graph in graphs) > 8
+            assert len(graphs) >= 2
+            assert sum(graph.replays for graph in graphs) >= 5
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for ours, plain in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
