@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,11 @@ from oracle_tests.test_families import parts_for, settings, token_ids
 from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
+from torch_impl.engine.journal import Journal
+from torch_impl.engine.layers import AdaptedLinear, adapters
+from torch_impl.engine.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
+from torch_impl.engine.training import lr_factor
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,68 @@ def test_observers_hear_every_step_as_it_was() -> None:
         assert [loss for step, _, loss, _ in heard if step == record.step] == record.losses
         assert [number for step, number, _, _ in heard if step == record.step] == list(range(len(record.losses)))
     assert all(0 < rate < 1 for _, number, _, rate in heard if number)
+
+
+class Stopping(Journal):
+    """A journal at whose point number `last` a run ends."""
+
+    def __init__(self, folder: Path, last: int) -> None:
+        super().__init__(Points(folder), save_every=1)
+        self._left = last
+
+    def _save(self) -> None:
+        super()._save()
+        self._left -= 1
+        if not self._left:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize(("pattern", "dtype"), [("1:2", torch.bfloat16), ("7:8", torch.float32)], ids=str)
+def test_where_nothing_is_pruned_yet_nothing_is_trained(
+    pattern: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = random_model("llama", dtype=dtype)
+    ids, parts = token_ids(dense, 6, 12), parts_for(dense, 5)
+    setup = settings(sparsity_type=pattern, steps=5, training={"loss": "kl", "warmup_ratio": 0.0})
+    model = copy.deepcopy(dense)
+    heard: list[tuple[int, int, float, float]] = []
+
+    def look(record: losa.StepRecord) -> None:
+        if record.step == 1:
+            for name, module in model.named_modules():
+                if isinstance(module, AdaptedLinear):
+                    assert torch.equal(module.merged(), dense.get_submodule(name).weight), name
+
+    records = losa.run(model, ids, parts, setup, look, lambda *what: heard.append(what))
+    assert [bool(record.losses) for record in records] == [False, True, True, True, True]
+    assert {step for step, *_ in heard} == {2, 3, 4, 5}
+    assert "step 1 of 5: nothing is pruned yet, so nothing is trained; its 8 examples are not used" in caplog.text
+    setup = settings(sparsity_type=pattern, steps=5, training={"warmup_ratio": 0.0})
+    assert all(record.losses for record in losa.run(copy.deepcopy(dense), ids, parts, setup))
+
+
+def test_a_run_goes_on_behind_a_step_without_training(tmp_path: Path) -> None:
+    """Interrupted at its last block, after it, and in the step behind it: the same bits, the same learning rates."""
+    setup = settings(sparsity_type="1:2", training={"loss": "kl", "lr_schedule": "whole_run"}, steps=5)
+    results = []
+    for last in (None, 3, 4, 8):
+        model = random_model("llama")
+        ids, parts = token_ids(model, 6, 12), parts_for(model, 5)
+        heard: list[tuple[int, int, float, float]] = []
+        listen = lambda *what, heard=heard: heard.append(what)  # noqa: E731
+        if last is not None:
+            with pytest.raises(InterruptedError):
+                losa.run(model, ids, parts, setup, on_loss=listen, journal=Stopping(tmp_path / str(last), last))
+            model = random_model("llama")
+        journal = None if last is None else Journal(Points(tmp_path / str(last)))
+        records = losa.run(model, ids, parts, setup, on_loss=listen, journal=journal)
+        assert [len(record.losses) for record in records] == [0, 2, 2, 2, 2]
+        results.append((heard, [layer.merged() for layer in adapters(model)]))
+    # The schedule of ten optimizer steps goes on behind the two that are left out.
+    assert [rate for *_, rate in results[0][0]] == [1e-2 * lr_factor(done, 10, 0.3) for done in range(2, 10)]
+    for told, weights in results[1:]:
+        assert told == results[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(weights, results[0][1], strict=True))
 
 
 def test_silent_channels_count_one_if_they_differ_at_all() -> None:

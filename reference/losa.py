@@ -5,7 +5,7 @@
         sparsity of each block, from its importance and this step's target                    schedule.py, sparsity.py
         prune block by block, each fed by pruned blocks; error of each block's output         masks/, rank.py
         rank of each block, from its error; resize its adapters                               rank.py
-        train the adapters on the t-th part of the examples                                   llama.py, adamw.py
+        train the adapters on the t-th part of the examples, if there is anything to heal     llama.py, adamw.py
     merge                                                                                     adapter.py
 
 `run` is that box; the functions above it are its lines, in the order and under the names of torch_impl/losa.py, so that
@@ -138,7 +138,10 @@ Layers = dict[str, AdaptedLinear]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step decided, measured and left behind; lists have one entry per block."""
+    """What one step decided, measured and left behind; lists have one entry per block, but losses one per optimizer step.
+
+    losses: none if nothing is trained, at all or at this step (see `_nothing_to_heal`).
+    """
 
     step: int
     target: float
@@ -297,6 +300,22 @@ def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> lis
     return [(sum(counts[:t]), sum(counts)) for t in range(len(counts))]
 
 
+def _nothing_to_heal(model: Llama, layers: Sequence[Layers], settings: Settings) -> bool:
+    """Whether there is nothing to train on but rounding: the loss is the distance from the dense model's predictions, and no
+    step has pruned anything yet (1:2 at step 1 of 5, say), so that the model still is the dense one.
+
+    Its gradient is 0 then, rounding makes 1e-17 of it, and Adam, which divides by the gradient's size, full steps of that.
+    So such a step leaves the adapters as they are; its part of the examples is not used, and the learning-rate schedule
+    goes on behind it. With labels (loss ce) a gradient is more than rounding, and training goes on.
+    """
+    unchanged = all(
+        np.array_equal(layer.weight, block.weights[name])
+        for block, of_block in zip(model.blocks, layers, strict=True)
+        for name, layer in of_block.items()
+    )
+    return settings.loss == "kl" and unchanged
+
+
 def _parameters(layers: Sequence[Layers]) -> list[Array]:
     """What is trained: A and B of every projection, in order."""
     return [P for of_block in layers for layer in of_block.values() for P in (layer.A, layer.B)]
@@ -408,7 +427,7 @@ def run(
     Errors: see `check_model`; ValueError for parts that do not fit the steps or a model sparser than asked;
     FloatingPointError if training diverges.
     *Deviation*: that of its parts; the published code trains the last step on six times as many examples, some of them
-    step 4's.
+    step 4's, and trains where nothing is pruned yet (`_nothing_to_heal`; its loss is ce, where ours does so too).
 
     Three blocks whose weights are (1, 2; 3, 4) lose the smaller half, 1 and 2, and nothing is trained:
 
@@ -443,7 +462,8 @@ def run(
         if settings.finetune:
             ranks = _allocate_ranks(settings, step, errors)
             layers = _resize(layers, ranks, step, settings)
-            layers, losses = _train(model, layers, parts[step - 1], settings, positions[step - 1])
+            if not _nothing_to_heal(model, layers, settings):
+                layers, losses = _train(model, layers, parts[step - 1], settings, positions[step - 1])
         records.append(
             StepRecord(
                 step=step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,6 +23,8 @@ from torch_impl.engine.settings import PruneConfig, Settings, StepRecord
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
+
+logger = logging.getLogger(__name__)
 
 Observer = Callable[[StepRecord], None]
 
@@ -232,12 +235,32 @@ def _resize(model: nn.Module, family: Family, ranks: Sequence[int], step: int, s
                 layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
 
 
+def _give_ranks(
+    model: nn.Module, family: Family, errors: Sequence[float], step: int, settings: Settings, journal: Journal
+) -> None:
+    """Allocate the ranks of a step and resize the adapters, unless the run goes on from behind that."""
+    if journal.progress.ranks:
+        return
+    journal.progress.ranks = _allocate_ranks(settings, step, errors)
+    _resize(model, family, journal.progress.ranks, step, settings)
+    journal.resized(base_moved=settings.adapter.rank_shrink == "fold")
+
+
 def _lr_positions(parts: Sequence[Sequence[Example]], config: TrainingConfig) -> list[tuple[int, int]]:
     """(optimizer steps done, optimizer steps in all) of the learning-rate schedule at the start of every step."""
     counts = [config.optimizer_steps(len(part)) for part in parts]
     if config.lr_schedule == "per_step":
         return [(0, count) for count in counts]
     return [(sum(counts[:t]), sum(counts)) for t in range(len(counts))]
+
+
+def _nothing_to_heal(model: nn.Module, family: Family, start: torch.Tensor, config: TrainingConfig) -> bool:
+    """Whether there is nothing to train on but rounding: the loss is kl, and the model, with no zeros but those it started
+    from (shares of each block (L,)), still is the dense one.
+
+    Such a step's examples are not used, and the learning-rate schedule goes on behind it. See reference/losa.py.
+    """
+    return config.loss == "kl" and torch.equal(_zero_shares(model, family), start)
 
 
 def check_structure(model: nn.Module, settings: Settings) -> Family:
@@ -315,7 +338,8 @@ def run(
     torch.manual_seed(settings.seed)
 
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
-    initial, rates = initial_rates(_zero_shares(model, family), weights, config)
+    start = _zero_shares(model, family)
+    initial, rates = initial_rates(start, weights, config)
     positions = _lr_positions(parts, settings.training)
     journal = journal or Journal()
     progress = journal.begin(model, dense, family, Progress(sparsity=rates.tolist()))
@@ -337,20 +361,23 @@ def run(
             )
             clock.lap("prune")
             if settings.training.finetune:
-                if not progress.ranks:
-                    progress.ranks = _allocate_ranks(settings, step, errors)
-                    _resize(model, family, progress.ranks, step, settings)
-                    journal.resized(base_moved=settings.adapter.rank_shrink == "fold")
-                training.train(
-                    model,
-                    dense,
-                    parts[step - 1],
-                    settings.training,
-                    positions[step - 1],
-                    f"train {step}/{config.steps}",
-                    None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
-                    journal,
-                )
+                _give_ranks(model, family, errors, step, settings, journal)
+                if _nothing_to_heal(model, family, start, settings.training):
+                    logger.warning(
+                        "step %d of %d: nothing is pruned yet, so nothing is trained; its %d examples are not used",
+                        *(step, config.steps, len(parts[step - 1])),
+                    )
+                else:
+                    training.train(
+                        model,
+                        dense,
+                        parts[step - 1],
+                        settings.training,
+                        positions[step - 1],
+                        f"train {step}/{config.steps}",
+                        None if on_loss is None else lambda k, loss, rate, t=step: on_loss(t, k, loss, rate),  # type: ignore[misc]
+                        journal,
+                    )
             clock.lap("train")
             record = StepRecord(
                 step=step,

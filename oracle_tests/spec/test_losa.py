@@ -181,6 +181,32 @@ def test_training_learns_and_starts_afresh_each_step() -> None:
     assert losa._lr_positions([part, part[:3]], replace(settings, lr_schedule="whole_run")) == [(0, 22), (20, 22)]
 
 
+@pytest.mark.parametrize(("pattern", "steps", "idle"), [("1:2", 5, 1), ("3:4", 5, 1), ("7:8", 5, 1), ("4:4", 3, 3)])
+def test_where_nothing_is_pruned_yet_nothing_is_trained(pattern: str, steps: int, idle: int) -> None:
+    """Against the dense model's own predictions; labels have more to say."""
+    settings = replace(QUICK, sparsity_type=pattern, steps=steps, layer_sparsity="uniform", warmup_ratio=0.0)
+    dense = random_llama(replace(SIZES, intermediate=16), 3, tied=False, seed=2)
+    _, records = losa.run(dense, ids(), parts(steps), replace(settings, loss="kl"))
+    assert [bool(record.losses) for record in records] == [step >= idle for step in range(steps)]
+    for record in records[:idle]:
+        assert sum(record.ranks) == 3 * (record.step + 1), "adapters grow as ever"
+        for block, layers in zip(dense.blocks, record.layers, strict=True):
+            for name, layer in layers.items():
+                np.testing.assert_array_equal(layer.merged(2.0), block.weights[name])
+    _, records = losa.run(dense, ids(), parts(steps), settings)
+    assert all(record.losses for record in records)
+
+
+def test_zeros_that_were_there_before_are_nothing_to_heal() -> None:
+    """The model that a run starts from is the one it is held against."""
+    settings = replace(QUICK, steps=2, sparsity_ratio=0.5, loss="kl", layer_sparsity="uniform", warmup_ratio=0.0)
+    sparse, _ = losa.run(model(), ids(), [], replace(settings, finetune=False))
+    _, records = losa.run(sparse, ids(), parts(2), settings)
+    assert [record.losses for record in records] == [[], []]
+    _, records = losa.run(sparse, ids(), parts(2), replace(settings, sparsity_ratio=0.7))
+    assert all(record.losses for record in records)
+
+
 def test_ranks_grow_and_shrink_without_moving_what_they_should_not() -> None:
     dense = model(3)
     generator = np.random.default_rng(8)

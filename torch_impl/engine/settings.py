@@ -127,7 +127,10 @@ class Settings:
 
 @dataclass
 class StepRecord:
-    """What one step decided and measured; lists have one entry per block."""
+    """What one step decided and measured; lists have one entry per block, but losses one per optimizer step.
+
+    losses: none if nothing is trained, at all or at this step, as with kl while nothing is pruned.
+    """
 
     step: int
     target: float
