@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model: a quick run of the script")
     parser.add_argument("--no_compile", action="store_true", help="without compiled blocks")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = torch.empty(0, device=options.device).device
     if device.type == "cuda":
         make_deterministic()
     if options.model is not None:
