@@ -30,6 +30,8 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dic
         receive, send = context.Pipe(duplex=False)
         variables = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
+        # The server was started for another test; what is recorded now is this one's.
+        variables |= {name: value for name, value in os.environ.items() if name.startswith("LOSA_REACH")}
         workers.append(context.Process(target=_start, args=(send, variables, work, arguments), daemon=True))
         workers[-1].start()
         send.close()
