@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -47,13 +48,14 @@ PARTS = {
 }
 # Run on a GPU alone, or are Triton's, whose interpreter looks at the source.
 ELSEWHERE = ("torch_impl/_kernels.py", "torch_impl/engine/cuda_decode.py")
-PRELOADED = ("torch", "transformers", "safetensors.torch", "scipy.linalg", "hypothesis", "datasets", "accelerate")
+OWN = ("oracle_tests", "reference", "tiny_models", "torch_impl")
+IMPORTS = "import sys, oracle_tests.conftest, oracle_tests.test_resume, torch_impl.generate; print(*sys.modules)"
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "mutants", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info"
 )
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--profile", "mutants"]
 # No GPU: a forked process could not use it, and a score is to be the same everywhere.
-QUIET = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def files_of(part: str) -> list[Path]:
@@ -62,6 +64,16 @@ def files_of(part: str) -> list[Path]:
     names = {file: file.relative_to(ROOT).as_posix() for file in found}
     commands = () if part == "commands" else PARTS["commands"]
     return [file for file, name in names.items() if name not in (*ELSEWHERE, *commands)]
+
+
+def import_libraries() -> None:
+    """Import all that production and tests import of others, so that a forked process has it."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in done.stdout.split():
+        if name.partition(".")[0] not in (*OWN, "__main__"):
+            # Some names are no modules of their own.
+            with suppress(Exception):
+                importlib.import_module(name)
 
 
 # --- which tests start which function ---
@@ -188,8 +200,17 @@ class Attempt:
             status = 3
             try:
                 status = self._run()
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(status)
+
+    @property
+    def log(self) -> Path:
+        """What the process printed."""
+        return self.place.with_name(self.place.name + ".log")
 
     @property
     def _said(self) -> Path:
@@ -197,12 +218,10 @@ class Attempt:
 
     def _run(self) -> int:
         os.setsid()
-        log = os.open(self.place.with_name(self.place.name + ".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(log, stream)
-        for name in [
-            n for n in sys.modules if n.partition(".")[0] in ("oracle_tests", "torch_impl", "reference", "tiny_models")
-        ]:
+        for name in [n for n in sys.modules if n.partition(".")[0] in OWN]:
             del sys.modules[name]
         os.chdir(self.place)
         os.environ["PYTHONPATH"] = str(self.place)
@@ -210,8 +229,8 @@ class Attempt:
         sys.dont_write_bytecode = True
         sys.path[:] = [str(self.place), *(p for p in sys.path if p not in ("", str(ROOT)))]
         files = list(dict.fromkeys(test.partition("::")[0] for test in self.tests))
-        kept = f"--basetemp={self.place}.tmp"
-        return int(pytest.main([*PYTEST, "-x", kept, *files], plugins=[Chosen(self.tests, self._said)]))
+        more = ["-x", f"--basetemp={self.place}.tmp", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        return int(pytest.main([*PYTEST, *more, *files], plugins=[Chosen(self.tests, self._said)]))
 
     def ended(self) -> Outcome | None:
         """None while it runs; what was left running of it is ended too."""
@@ -227,6 +246,20 @@ class Attempt:
         by = self._said.read_text() if self._said.exists() else ""
         (self.place / self.mutant.file).write_bytes((ROOT / self.mutant.file).read_bytes())
         return Outcome(self.mutant, result, by, len(self.tests), self.of, round(time.monotonic() - self.begun, 1))
+
+
+def check_control(reach: Reach, place: Path) -> None:
+    """Errors: RuntimeError if tests fail on an unchanged file here, where they passed when recorded."""
+    file = "torch_impl/schedule.py"
+    tests = sorted(reach.seconds, key=lambda test: reach.seconds[test])[:100]
+    control = Attempt(Mutant(file, "", 0, "", (ROOT / file).read_text(encoding="utf-8"), ""), place, tests, 0, 600)
+    control.start()
+    while (outcome := control.ended()) is None:
+        time.sleep(0.05)
+    if outcome.result != "survived":
+        raise RuntimeError(
+            f"{outcome.by or 'a test'} fails on code that was not changed: {control.log.read_text()[-2000:]}"
+        )
 
 
 def attempts(mutants: Sequence[Mutant], reach: Reach, budget: float, places: list[Path]) -> list[Outcome]:
@@ -247,7 +280,7 @@ def attempts(mutants: Sequence[Mutant], reach: Reach, budget: float, places: lis
                 if not chosen or taken + reach.seconds[test] <= budget:
                     chosen.append(test)
                     taken += reach.seconds[test]
-            running.append(Attempt(mutant, free.pop(), chosen, len(every), 120 + 5 * taken))
+            running.append(Attempt(mutant, free.pop(), chosen, len(every), 60 + 5 * taken))
             running[-1].start()
         time.sleep(0.05)
         for attempt in list(running):
@@ -329,8 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--least", type=float, default=0.0, help="fail if the score is below this share")
     options = parser.parse_args(arguments)
     os.environ |= QUIET
-    for name in PRELOADED:
-        importlib.import_module(name)
+    import_libraries()
     mutants, population = draw(options)
     print(
         f"part {options.part}, seed {options.seed}: {len(mutants)} of {population} mutants, {options.jobs} at a time",
@@ -341,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for place in places:
             shutil.copytree(ROOT, place, ignore=IGNORED)
         reach = record(places[0], options.jobs, options.record)
+        check_control(reach, places[0])
         outcomes = attempts(mutants, reach, options.budget, places)
     if not outcomes:
         print("nothing to try")
