@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from torch_impl.engine import checkpoint, decoding, packed_folder
+from torch_impl.experiment.command import Parser, command
 
 # New tokens from which compiling, some seconds, is soon made up for.
 WORTH_COMPILING = 256
@@ -36,7 +37,7 @@ class _TimedStreamer(TextStreamer):  # type: ignore[misc]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m torch_impl.generate", description=__doc__)
+    parser = Parser(prog="python -m torch_impl.generate", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of a packed model, or a plain folder or hub id")
     parser.add_argument("--prompt", required=True, help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most (default 128)")
@@ -139,25 +140,17 @@ def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Generate. Returns the exit status: 0, or 2 after one line on what was wrong."""
-    transformers.utils.logging.set_verbosity_error()
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Generate text to standard output, then figures to standard error."""
     options = _parser().parse_args(arguments)
-    try:
-        _check(options)
-        model, tokenizer = _load(options)
-        given = len(tokenizer(options.prompt)["input_ids"])
-        if not given:
-            raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
-        _, times = generate(model, tokenizer, options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nerror: interrupted", file=sys.stderr)
-        return 130
+    _check(options)
+    model, tokenizer = _load(options)
+    given = len(tokenizer(options.prompt)["input_ids"])
+    if not given:
+        raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
+    _, times = generate(model, tokenizer, options)
     print(f"\n{_summary(model, given, times)}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-
 from torch_impl.engine import checkpoint, packed_folder
 from torch_impl.engine.packed_folder import Saving
+from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.folder import run_folder
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m torch_impl.pack", description=__doc__)
+    parser = Parser(prog="python -m torch_impl.pack", description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a sparse model, as Hugging Face saves it")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it appears when all is done")
     parser.add_argument(
@@ -58,29 +57,21 @@ def table(savings: Sequence[Saving]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Pack or unpack. Returns the exit status: 0, or 2 after one line on what was wrong."""
-    transformers.utils.logging.set_verbosity_error()
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Pack or unpack."""
     options = _parser().parse_args(arguments)
-    try:
-        with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
-            if options.unpack:
-                packed_folder.unpack_folder(options.model, folder)
-                closing = f"{options.out}: a plain Hugging Face folder"
-            else:
-                savings = packed_folder.pack_folder(options.model, folder, checkpoint.choose_device(options.device))
-                closing = (
-                    f"{table(savings)}\n\n{options.out}: for python -m torch_impl.generate; "
-                    f"python -m torch_impl.pack --unpack gives back the plain folder"
-                )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(closing)
-    return 0
+    with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
+        if options.unpack:
+            packed_folder.unpack_folder(options.model, folder)
+            closing = f"{options.out}: a plain Hugging Face folder"
+        else:
+            savings = packed_folder.pack_folder(options.model, folder, checkpoint.choose_device(options.device))
+            closing = (
+                f"{table(savings)}\n\n{options.out}: for python -m torch_impl.generate; "
+                f"python -m torch_impl.pack --unpack gives back the plain folder"
+            )
+    say(closing)
 
 
 if __name__ == "__main__":

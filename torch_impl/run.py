@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
-import transformers
-
 from torch_impl.engine.determinism import make_deterministic
-from torch_impl.engine.journal import Interrupted
 from torch_impl.experiment import plan, report
+from torch_impl.experiment.command import command, process, say
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.job import run_in_memory, run_job
 from torch_impl.experiment.streamed_job import run_streamed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job that the arguments ask for. Returns the exit status: 0, or after one line on what was
-    wrong 2, or 130 (143) if Ctrl-C (SIGTERM) ended it.
-    """
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        if config.output.deterministic:
-            make_deterministic()
-        if config.output.dry_run:
-            if _whose():
-                return 0
-            print(plan.show_plan(plan.make_plan(config)))
-            return 0
-        result, folder = run_job(config, run_streamed if plan.streams(config) else run_in_memory)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"error: {_whose()}{_one_line(error)}", file=sys.stderr)
-        return 2
-    except Interrupted as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 128 + error.number
-    except KeyboardInterrupt as error:
-        what = "interrupted" if hasattr(error, "__notes__") else "interrupted; nothing was written"
-        print(f"error: {_one_line(error, what)}", file=sys.stderr)
-        return 130
-    if not _whose():
-        print(report.table(result))
-        print(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-        print(f"Smaller and faster without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
-    return 0
-
-
-def _whose() -> str:
-    """Which process speaks, if it is not the first of several."""
-    number = os.environ.get("RANK", "0")
-    return "" if number == "0" else f"process {number}: "
-
-
-def _one_line(error: BaseException, what: str = "") -> str:
-    """What went wrong, and how to go on if the exception has a note on that."""
-    words = "; ".join([what or str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
-    return " ".join(words.split())
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Run the job that the arguments ask for."""
+    config = parse(arguments)
+    if config.output.deterministic:
+        make_deterministic()
+    if config.output.dry_run:
+        if not process():
+            say(plan.show_plan(plan.make_plan(config)))
+        return
+    result, folder = run_job(config, run_streamed if plan.streams(config) else run_in_memory)
+    if process():
+        return
+    say(report.table(result))
+    say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
+    say(f"Smaller and faster without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
 
 
 if __name__ == "__main__":

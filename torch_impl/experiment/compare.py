@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from torch_impl import losa
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import merge_adapters
 from torch_impl.experiment import text
+from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.job import Material, load_material
@@ -114,15 +114,19 @@ def compare(config: Config, rates: Sequence[float], seeds: Sequence[int], names:
     return records
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> None:
     """Print a line per variant; --json keeps the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m torch_impl.experiment.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--json", type=Path)
-    own, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    transformers.utils.logging.set_verbosity_error()
+    own, rest = parser.parse_known_args(arguments)
     start = time.perf_counter()
     config = parse(rest)
     material = load_material(config)
@@ -134,7 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{time.perf_counter() - start:.0f} s")
     if own.json:
         own.json.write_text(json.dumps({"dense": dense, "variants": records}, indent=1))
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
+from torch_impl.experiment.command import Parser, closest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
@@ -192,11 +193,8 @@ Options come from the defaults, then --config, then flags. Ready-made files (the
 """
 
 
-class _Parser(HfArgumentParser):
-    """Bad options are one line and a ValueError, like every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
+class _Parser(Parser, HfArgumentParser):  # type: ignore[misc]
+    """Options are the fields of the sections."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -205,7 +203,7 @@ def parse(arguments: Sequence[str]) -> Config:
     Errors: ValueError naming option, value and what is allowed; FileNotFoundError for a missing TOML file.
     """
     parser = _make_parser()
-    early = parser.parse_known_args(list(arguments))[0]
+    early = parser.parse_args(list(arguments))
     from_file = _from_toml(Path(early.config)) if early.config is not None else []
     embedded = _from_toml(CONFIGS / "embedded.toml") if not _names_model([*from_file, *arguments]) else []
     parts = parser.parse_args_into_dataclasses([*embedded, *from_file, *arguments], look_for_args_file=False)
@@ -226,7 +224,6 @@ def _make_parser() -> _Parser:
         prog="python -m torch_impl.run",
         description=DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 
@@ -257,6 +254,6 @@ def _from_toml(path: Path) -> list[str]:
         entries = value.items() if isinstance(value, dict) else [(name, value)]
         for key, entry in entries:
             if key not in known or isinstance(entry, dict):
-                raise ValueError(f"config {path}: unknown option {key!r}; see --help for those allowed")
+                raise ValueError(f"config {path}: {key!r} is not an option{closest(key, sorted(known))}; see --help")
             words += [f"--{key}", *(map(str, entry) if isinstance(entry, list) else [str(entry)])]
     return words

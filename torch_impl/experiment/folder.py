@@ -67,6 +67,8 @@ def run_folder(
                 error.add_note(f"what is done is kept in {partial}; --resume goes on with it")
             else:
                 shutil.rmtree(partial, ignore_errors=True)
+                if isinstance(error, KeyboardInterrupt):
+                    error.add_note("nothing was written")
             raise
         _publish(partial, target)
 
