@@ -23,7 +23,7 @@ from torch import nn
 from oracle_tests.test_run import ROOT, arguments, make_place
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import calibration, points, state, training
+from torch_impl.engine import calibration, state, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.halving import halving
@@ -40,94 +40,6 @@ from torch_impl.run import main
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     return make_place(tmp_path)
-
-
-# --- points ---
-
-
-def some(value: float) -> dict[str, torch.Tensor]:
-    return {"x": torch.full((3,), value)}
-
-
-def test_a_point_gives_back_what_was_put(tmp_path: Path) -> None:
-    first = Points(tmp_path)
-    first.put("a", some(1))
-    first.put_bytes("notes.txt", b"some")
-    first.commit({"n": 0.1})
-    again = Points(tmp_path)
-    assert again.open_last() == {"n": 0.1}
-    assert torch.equal(again.get("a")["x"], some(1)["x"])
-    assert again.get_bytes("notes.txt") == b"some"
-    assert "a" in again
-    assert "b" not in again
-    assert Points(tmp_path / "empty").open_last() is None
-
-
-def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tmp_path: Path) -> None:
-    run = Points(tmp_path, keep=2)
-    for number in range(4):
-        run.put("same", some(1))
-        run.put("other", some(number))
-        run.commit({"n": number})
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == [
-        "000001-same.safetensors",
-        "000002-same.safetensors",
-        "000003-other.safetensors",
-        "000003.json",
-        "000004-other.safetensors",
-        "000004.json",
-    ]
-    run.drop("other")
-    assert run.commit({}) == 5
-    assert not (tmp_path / "000003-other.safetensors").exists()
-    assert Points(tmp_path).open_last() == {}
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-3])
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
-
-
-@pytest.mark.parametrize("name", ["000002-a.safetensors", "000002.json"])
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-def test_a_damaged_point_is_named_and_the_one_before_serves(
-    tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    run = Points(tmp_path)
-    for number in (1, 2):
-        run.put("a", some(number))
-        run.commit({"n": number})
-    damage(tmp_path / name)
-    again = Points(tmp_path)
-    assert again.open_last() == {"n": 1}
-    assert torch.equal(again.get("a")["x"], some(1)["x"])
-    if (tmp_path / "000002.json").exists() or name != "000002.json" or damage is not Path.unlink:
-        assert "point 2 cannot be used" in caplog.text
-    if damage is not cut or name.endswith("safetensors"):
-        assert name in caplog.text or damage is Path.unlink
-    again.put("a", some(3))
-    # No file of a number in use is written over.
-    assert again.commit({"n": 3}) == 3
-    assert Points(tmp_path).open_last() == {"n": 3}
-
-
-def test_a_write_that_fails_leaves_the_last_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Points(tmp_path)
-    run.put("a", some(1))
-    run.commit({"n": 1})
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        run.put("a", some(2))
-    monkeypatch.undo()
-    assert list(tmp_path.glob(f"*{points.UNFINISHED}"))
-    assert Points(tmp_path).open_last() == {"n": 1}
-    assert not list(tmp_path.glob(f"*{points.UNFINISHED}"))
 
 
 # --- state ---

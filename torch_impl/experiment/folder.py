@@ -62,6 +62,7 @@ def run_folder(
             _empty(partial)
         try:
             yield partial
+            _publish(partial, target)
         except BaseException as error:
             if has_points(partial / POINTS):
                 error.add_note(f"what is done is kept in {partial}; --resume goes on with it")
@@ -70,7 +71,6 @@ def run_folder(
                 if isinstance(error, KeyboardInterrupt):
                     error.add_note("nothing was written")
             raise
-        _publish(partial, target)
 
 
 @contextmanager
