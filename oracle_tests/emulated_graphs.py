@@ -77,9 +77,6 @@ class Graph(TorchDispatchMode):
             whole.copy_(before)
         self._before.clear()
 
-    def pool(self) -> None:
-        """There is none."""
-
     @torch.no_grad()
     def replay(self) -> None:
         """Every operation again. Errors: FreedMemoryError."""
@@ -113,4 +110,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
     monkeypatch.setattr(torch.cuda, "graph", _capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     return made

@@ -144,8 +144,13 @@ def test_out_of_memory_while_capturing_is_out_of_memory(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
     monkeypatch.setattr(torch.cuda, "graph", Broken)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    ended = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool), raising=False)
     with pytest.raises(torch.OutOfMemoryError):
-        Captured(work, None)
+        Captured(work, None, "pool")
+    assert ended == [(0, "pool")]
 
 
 def test_decoding_in_a_graph_owns_its_cache_and_tokens(graphs: list[emulated_graphs.Graph]) -> None:

@@ -7,6 +7,7 @@ there before the capture is freed as soon as nobody refers to it, and a replay t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,19 +28,20 @@ class Captured(Generic[Result]):
     def __init__(self, work: Callable[[], Result], owned: Any, pool: Any = None) -> None:
         self._owned = owned
         self._graph = torch.cuda.CUDAGraph()
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        """Its memory, for other graphs to share."""
         try:
-            with torch.cuda.graph(self._graph, pool=pool):
+            with torch.cuda.graph(self._graph, pool=self.pool):
                 self.result = work()
         except RuntimeError as error:
+            # Unless told that the capture is over, the allocator never again gives free memory back to the device. It refuses
+            # where the capture broke for a reason that has nothing to do with CUDA, and was ended.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
             # Ending a broken capture raises an error of its own, which hides the one that broke it.
             if isinstance(error.__context__, RuntimeError):
                 raise error.__context__ from None
             raise
-
-    @property
-    def pool(self) -> Any:
-        """Its memory, for other graphs to share."""
-        return self._graph.pool()
 
     def replay(self) -> Result:
         """Run the work on what the tensors hold now; waits for nothing."""
