@@ -91,6 +91,8 @@ class Settings:
         _checks.integer("rmi_samples", self.rmi_samples, 2)
         for name in ("steps", "lora_r", "batch_size"):
             _checks.integer(name, getattr(self, name), 1)
+        if _checks.number("lora_alpha", self.lora_alpha) <= 0:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0, or nothing would be learned")
         _checks.integer("initial_rank", self.initial_rank, max(1, self.min_rank), self.max_rank)
         if self.finetune:
             _checks.integer("steps", self.steps, 1, self.max_rank - self.initial_rank + 1)

@@ -6,9 +6,12 @@ Values are not read (that would wait for the GPU) except where a wrong one would
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+MOST = 10**9
 
 
 def tensor(name: str, value: Any, *axes: str, empty: bool = False) -> torch.Tensor:
@@ -66,6 +69,20 @@ def integer(name: str, value: int, low: int, high: int | None = None) -> int:
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} is {value}; allowed: {low} {'or more' if high is None else f'to {high}'}")
     return int(value)
+
+
+def count(name: str, value: int, low: int = 1, most: int = MOST) -> int:
+    """An integer from `low` to `most`: sizes that no machine has are refused before anything is made of them."""
+    if integer(name, value, low) > most:
+        raise ValueError(f"{name} is {value}; allowed: at most {most}")
+    return value
+
+
+def choice(name: str, value: str, allowed: Iterable[str]) -> str:
+    """One of some words."""
+    if value not in (words := tuple(allowed)):
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(words)}")
+    return value
 
 
 def square(name: str, value: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from torch_impl._checks import MOST
 from torch_impl.engine import checkpoint, decoding, packed_folder
 from torch_impl.experiment.command import Parser, command
 
@@ -58,10 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     for name, right, allowed in (
         ("prompt", bool(options.prompt), "some text"),
-        ("max_new_tokens", options.max_new_tokens >= 1, "1 or more"),
-        ("temperature", 0 <= options.temperature < float("inf"), "0 or more"),
+        ("max_new_tokens", 1 <= options.max_new_tokens <= MOST, f"1 to {MOST:,}"),
+        # Logits are divided by it, and must stay numbers.
+        ("temperature", options.temperature == 0 or 1e-5 <= options.temperature < math.inf, "0, or 0.00001 or more"),
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
-        ("seed", options.seed >= 0, "0 or more"),
+        ("seed", 0 <= options.seed < 2**63, "0 or more, below 2**63"),
         ("compile", options.compile in ("auto", "on", "off"), "auto, on, off"),
         ("dtype", options.dtype in ("auto", *checkpoint.DTYPES), ", ".join(("auto", *checkpoint.DTYPES))),
     ):

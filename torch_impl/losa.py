@@ -64,7 +64,7 @@ def _measure_importance(
     """`measure_importance` on the sequences asked for, in batches that fit into memory."""
     size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     importance, progress.calibration_batch_size = halving(
-        lambda size: measure_importance(model, family, ids[: settings.calibration.rmi_samples], size),
+        lambda size: measure_importance(model, family, ids[: settings.calibration.rmi_rows], size),
         size,
         "calibration_batch_size",
     )

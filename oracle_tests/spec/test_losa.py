@@ -267,6 +267,8 @@ def test_diverging_training_stops() -> None:
         ({"sparsity_type": "5:4"}, "sparsity_type is '5:4'; allowed: N from 1 to M"),
         ({"sparsity_ratio": 1.0}, "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
         ({"rmi_samples": 1}, "rmi_samples is 1; allowed: 2 or more"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; allowed: a finite number"),
+        ({"lora_alpha": 0.0}, "lora_alpha is 0.0; allowed: above 0, or nothing would be learned"),
         ({"steps": 0}, "steps is 0; allowed: 1 or more"),
         ({"steps": 9}, "steps is 9; allowed: 1 to 5"),
         ({"initial_rank": 7}, "initial_rank is 7; allowed: 1 to 6"),

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_impl import _checks
 from torch_impl.engine import distributed
 from torch_impl.engine.families import Family, decoder_blocks, prunable_weights
 from torch_impl.engine.layers import AdaptedLinear
 
 WORTH_COMPILING = 10**9
+RMI_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,24 @@ class CalibrationConfig:
     """Number of calibration sequences (paper: 128)."""
     seqlen: int = 2048
     """Tokens per calibration sequence (paper: 2048)."""
-    rmi_samples: int = 64
-    """How many of them the mutual information between blocks uses (paper: 64; 32 for 13B)."""
+    rmi_samples: int | None = None
+    """How many of them the mutual information between blocks uses (paper: 64, 32 for 13B); default: 64, or all if fewer."""
     calibration_batch_size: int = 16
     """Sequences that go through a block at once: memory against speed, the result is the same."""
 
     def __post_init__(self) -> None:
-        for name, least in (("nsamples", 2), ("seqlen", 1), ("rmi_samples", 2), ("calibration_batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
+        _checks.count("nsamples", self.nsamples, 2)
+        _checks.count("seqlen", self.seqlen)
+        _checks.count("calibration_batch_size", self.calibration_batch_size)
+        if self.rmi_samples is not None:
+            _checks.integer("rmi_samples", self.rmi_samples, 2)
+            if self.rmi_samples > self.nsamples:
+                raise ValueError(f"rmi_samples is {self.rmi_samples}; allowed: up to nsamples {self.nsamples}")
+
+    @property
+    def rmi_rows(self) -> int:
+        """Calibration sequences that the mutual information uses."""
+        return min(RMI_SAMPLES, self.nsamples) if self.rmi_samples is None else self.rmi_samples
 
 
 @dataclass

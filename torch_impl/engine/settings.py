@@ -6,11 +6,13 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
 
 MOST_STEPS = 1000
+MOST_ALPHA = 1e6
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,13 @@ class PruneConfig:
     """rmi: sparsity of each block by mutual information (LoSA); uniform: the same for all."""
 
     def __post_init__(self) -> None:
-        _check_choice("prune_method", self.prune_method, tuple(masks.METHODS))
-        _check_choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; allowed: 1 or more")
-        if self.steps > MOST_STEPS:
-            raise ValueError(f"steps is {self.steps}; allowed: at most {MOST_STEPS}")
-        if self.sparsity_ratio is not None and not 0 <= self.sparsity_ratio < 1:
-            raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
+        _checks.choice("prune_method", self.prune_method, masks.METHODS)
+        _checks.choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
+        _checks.count("steps", self.steps, most=MOST_STEPS)
+        ratio = self.sparsity_ratio
+        if ratio is not None and not 0 <= ratio < 1:
+            meant = f"; did you mean {ratio / 100:g}?" if 2 <= ratio < 100 else ""
+            raise ValueError(f"sparsity_ratio is {ratio}; allowed: 0 up to, not including, 1{meant}")
         match = re.fullmatch(r"(?:mixed-)?(\d+):(\d+)", self.sparsity_type)
         if match is None and self.sparsity_type != "unstructured":
             raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: unstructured, N:M, mixed-N:M")
@@ -85,10 +86,12 @@ class AdapterConfig:
     """truncate: dropped ranks are lost (paper); fold: they are added to the weight first."""
 
     def __post_init__(self) -> None:
-        _check_choice("rank_allocation", self.rank_allocation, ("error", "uniform"))
-        _check_choice("rank_shrink", self.rank_shrink, ("truncate", "fold"))
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r is {self.lora_r}; allowed: 1 or more")
+        _checks.choice("rank_allocation", self.rank_allocation, ("error", "uniform"))
+        _checks.choice("rank_shrink", self.rank_shrink, ("truncate", "fold"))
+        _checks.count("lora_r", self.lora_r)
+        _checks.count("max_rank", self.max_rank)
+        if not 0 < self.lora_alpha <= MOST_ALPHA:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0, up to {MOST_ALPHA:g}")
         if not 1 <= self.min_rank <= self.initial_rank <= self.max_rank:
             raise ValueError(
                 f"initial_rank is {self.initial_rank}; allowed: min_rank {self.min_rank} (1 or more) "
@@ -99,11 +102,6 @@ class AdapterConfig:
     def scale(self) -> float:
         """s = α / r₀."""
         return self.lora_alpha / self.lora_r
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from torch_impl import _checks
 from torch_impl.engine import distributed
 from torch_impl.engine.calibration import standing_in
 from torch_impl.engine.families import decoder_blocks, find_family
@@ -74,17 +75,12 @@ class TrainingConfig:
     """On CUDA, run a micro-batch whose shape keeps coming up as one captured graph."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("lr_schedule", ("per_step", "whole_run")),
-            ("loss", ("ce", "kl")),
-            ("hold_merged", ("auto", "on", "off")),
-            ("compile_blocks", ("auto", "on", "off")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        _checks.choice("lr_schedule", self.lr_schedule, ("per_step", "whole_run"))
+        _checks.choice("loss", self.loss, ("ce", "kl"))
+        _checks.choice("hold_merged", self.hold_merged, ("auto", "on", "off"))
+        _checks.choice("compile_blocks", self.compile_blocks, ("auto", "on", "off"))
+        _checks.count("per_device_train_batch_size", self.per_device_train_batch_size)
+        _checks.count("gradient_accumulation_steps", self.gradient_accumulation_steps)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: a finite number, 0 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import tomllib
@@ -15,7 +16,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.checkpoint import DTYPES
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.command import Parser, closest
@@ -23,6 +26,8 @@ from torch_impl.experiment.command import Parser, closest
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
 FIRST_SHARE = 0.1
+# What torch's generators take.
+MOST_SEED = 2**63 - 1
 # What a run may go on with changed, if told so: numbers that leave nothing of what is done without meaning.
 CHANGEABLE = ("learning_rate", "max_grad_norm", "weight_decay")
 
@@ -44,8 +49,8 @@ class ModelConfig:
     larger than the memory: on, off or auto (on, if it would not fit)."""
 
     def __post_init__(self) -> None:
-        if self.offload not in ("auto", "on", "off"):
-            raise ValueError(f"offload is {self.offload!r}; allowed: auto, on, off")
+        _checks.choice("offload", self.offload, ("auto", "on", "off"))
+        _checks.choice("dtype", self.dtype, ("auto", *DTYPES))
 
 
 @dataclass(frozen=True)
@@ -73,18 +78,20 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("train_examples", 1), ("train_seqlen", 2), ("eval_seqlen", 2), ("eval_batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} or more")
-        if self.eval_windows is not None and self.eval_windows < 1:
-            raise ValueError(f"eval_windows is {self.eval_windows}; allowed: 1 or more")
+            _checks.count(name, getattr(self, name), least)
+        if self.eval_windows is not None:
+            _checks.count("eval_windows", self.eval_windows)
 
     def shares(self, steps: int) -> list[float]:
         """Share of the fine-tuning sequences of every step."""
         if self.step_shares is None:
             first = min(FIRST_SHARE, 1 / steps)
             return [first] * (steps - 1) + [1 - first * (steps - 1)]
-        if len(self.step_shares) != steps or min(self.step_shares) <= 0 or abs(sum(self.step_shares) - 1) > 1e-6:
-            raise ValueError(f"step_shares is {self.step_shares}; allowed: {steps} numbers above 0 that sum to 1")
+        positive = all(share > 0 for share in self.step_shares)
+        if len(self.step_shares) != steps or not positive or not abs(sum(self.step_shares) - 1) <= 1e-6:
+            raise ValueError(
+                f"step_shares is {self.step_shares}; allowed with steps {steps}: {steps} numbers above 0 that sum to 1"
+            )
         return list(self.step_shares)
 
 
@@ -116,13 +123,15 @@ class OutputConfig:
     """TOML file with any of these options; flags win over it."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; allowed: 0 or more")
-        if self.devices is not None and (self.devices < 1 or not self.dry_run):
-            raise ValueError(f"devices is {self.devices}; allowed: 1 or more, with --dry_run")
-        for name in ("save_every", "keep_points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        _checks.count("seed", self.seed, 0, MOST_SEED)
+        _checks.count("save_every", self.save_every)
+        _checks.count("keep_points", self.keep_points)
+        if self.devices is not None:
+            _checks.count("devices", self.devices)
+            if not self.dry_run:
+                raise ValueError(
+                    f"devices is {self.devices}; add --dry_run, or start that many processes with torchrun"
+                )
         unknown = sorted(set(self.accept_changes or ()) - set(CHANGEABLE))
         if unknown:
             raise ValueError(f"accept_changes is {', '.join(unknown)}; allowed: {', '.join(CHANGEABLE)}")
@@ -204,18 +213,29 @@ def parse(arguments: Sequence[str]) -> Config:
     """
     parser = _make_parser()
     early = parser.parse_args(list(arguments))
-    from_file = _from_toml(Path(early.config)) if early.config is not None else []
-    embedded = _from_toml(CONFIGS / "embedded.toml") if not _names_model([*from_file, *arguments]) else []
-    parts = parser.parse_args_into_dataclasses([*embedded, *from_file, *arguments], look_for_args_file=False)
-    config = Config(*parts)
+    from_file = _from_toml(Path(early.config)) if early.config is not None else {}
+    if "model" not in from_file and not _names("model", arguments):
+        from_file = _from_toml(CONFIGS / "embedded.toml") | from_file
+    if "step_shares" in from_file and _names("steps", arguments) and not _names("step_shares", arguments):
+        from_file["step_shares"] = _shares_again(from_file["step_shares"], early.steps)
+    words = [word for name, values in from_file.items() for word in (f"--{name}", *values)]
+    config = Config(*parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False))
     _ = config.settings, config.text.shares(config.prune.steps)
     return config
 
 
-def _names_model(tokens: Sequence[str]) -> bool:
-    return any(token == "--model" or token.startswith("--model=") for token in tokens)
+def _names(option: str, arguments: Sequence[str]) -> bool:
+    spellings = (f"--{option}", f"--{option.replace('_', '-')}")
+    return any(word.partition("=")[0] in spellings for word in arguments)
 
 
+def _shares_again(shares: list[str], steps: int) -> list[str]:
+    """A file's shares for another number of steps than the file's: equal ones stay equal, a single step takes all."""
+    equal = len(set(shares)) == 1 or steps == 1
+    return [str(1 / steps)] * steps if equal and 1 <= steps != len(shares) else shares
+
+
+@functools.cache
 def _make_parser() -> _Parser:
     for section in SECTIONS.values():
         _document(section)
@@ -240,8 +260,8 @@ def _document(section: type) -> None:
         item.metadata = MappingProxyType({"help": texts[item.name].replace("%", "%%")})
 
 
-def _from_toml(path: Path) -> list[str]:
-    """A TOML file as command-line words: option = value, in sections or not."""
+def _from_toml(path: Path) -> dict[str, list[str]]:
+    """A TOML file, option = value in sections or not, as the words that follow each option on a command line."""
     if not path.is_file():
         raise FileNotFoundError(f"config {path} does not exist; allowed: a TOML file")
     try:
@@ -249,11 +269,11 @@ def _from_toml(path: Path) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
     known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config"}
-    words: list[str] = []
+    words: dict[str, list[str]] = {}
     for name, value in table.items():
         entries = value.items() if isinstance(value, dict) else [(name, value)]
         for key, entry in entries:
             if key not in known or isinstance(entry, dict):
                 raise ValueError(f"config {path}: {key!r} is not an option{closest(key, sorted(known))}; see --help")
-            words += [f"--{key}", *(map(str, entry) if isinstance(entry, list) else [str(entry)])]
+            words[key] = [str(value) for value in entry] if isinstance(entry, list) else [str(entry)]
     return words

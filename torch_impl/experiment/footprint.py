@@ -114,7 +114,7 @@ def _streamed(config: Config, sizes: Sizes, device: torch.device) -> Footprint:
     blocks = 2 * sizes.largest_block * sizes.itemsize
     working = sizes.working(config.prune.prune_method, at_once, (text.eval_batch_size, text.eval_seqlen))
     room = Room(device, working + outside)
-    rmi = min(found.rmi_samples, found.nsamples) * found.seqlen if config.prune.layer_sparsity == "rmi" else 0
+    rmi = found.rmi_rows * found.seqlen if config.prune.layer_sparsity == "rmi" else 0
     sweeps = {
         "dense sweep": [sizes.stream(rmi), sizes.stream(windows)],
         "pruning sweep": [2 * sizes.stream(found.nsamples * found.seqlen), sizes.stream(2 * text.eval_seqlen)],

@@ -57,7 +57,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     mean_ranks = [schedule.mean_rank(t, config.adapter.initial_rank) for t in steps]
     training, text, calibration = config.training, config.text, config.calibration
     calibration_tokens = calibration.nsamples * calibration.seqlen
-    rmi_tokens = min(calibration.rmi_samples, calibration.nsamples) * calibration.seqlen
+    rmi_tokens = calibration.rmi_rows * calibration.seqlen
     sweeps = 2 * prunable * (rmi_tokens + 3 * calibration_tokens) * config.prune.steps
     train = (8 if training.loss == "kl" else 6) * prunable * text.train_examples * text.train_seqlen
     plan = {

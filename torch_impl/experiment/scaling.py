@@ -154,7 +154,7 @@ def calibration_traffic(layout: Layout, config: Config, cards: int) -> dict[str,
     rmi = config.prune.layer_sparsity == "rmi"
     method, calibration = config.prune.prune_method, config.calibration
     per_block = {"magnitude": 0, "wanda": sum(layout.inputs), "sparsegpt": sum(width**2 for width in layout.inputs)}
-    samples = min(calibration.rmi_samples, calibration.nsamples)
+    samples = calibration.rmi_rows
     columns = math.ceil(calibration.seqlen * layout.hidden / cards)
     here = math.ceil(samples / cards)
     sums = WIDE * per_block[method] + 2 * 8 * layout.hidden + 8 * samples**2 * rmi

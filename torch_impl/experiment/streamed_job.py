@@ -94,7 +94,7 @@ class Sweeps:
     def dense(self) -> Dense:
         """Look at every block, measure perplexity and, if rates depend on it, mutual information."""
         start = time.perf_counter()
-        rows = self.config.calibration.rmi_samples if self.config.prune.layer_sparsity == "rmi" else 0
+        rows = self.config.calibration.rmi_rows if self.config.prune.layer_sparsity == "rmi" else 0
         rmi = self._stream(self.material.calibration[:rows], self._batch) if rows else None
         windows = self._stream(self.material.evaluation, self.config.text.eval_batch_size)
         shares, grams = [], []

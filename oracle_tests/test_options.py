@@ -1,0 +1,189 @@
+"""Every option of every command with values that make no sense: one line that names it, before any work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_impl import generate, pack, run
+from torch_impl.experiment import compare, config, plan
+
+NONSENSE = ("nan", "inf", "-inf", "-1", "0", "1000000000000", "1e300", "word")
+# What is no nonsense after all: nothing pruned, nothing learned, no bound on the gradients, any seed.
+ACCEPTED: dict[str, set[str]] = {
+    "sparsity_ratio": {"0"},
+    "learning_rate": {"0", "1e300"},
+    "weight_decay": {"0", "1e300", "1000000000000"},
+    "warmup_ratio": {"0"},
+    "max_grad_norm": {"0", "1e300", "1000000000000"},
+    "seed": {"0", "1000000000000"},
+    "temperature": {"0", "1000000000000", "1e300"},
+}
+ACCEPTED["learning_rate"] = ACCEPTED["weight_decay"]
+FREE = {
+    "help",
+    "device",
+    "model",
+    "out",
+    "prompt",
+    "calibration_data",
+    "finetune_data",
+    "eval_data",
+    "output_dir",
+    "config",
+    "json",
+}
+
+
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Options, each once."""
+    seen: set[str] = set()
+    for action in parser._actions:
+        if action.dest not in seen | FREE:
+            seen.add(action.dest)
+            yield action
+
+
+def numbers(parser: argparse.ArgumentParser) -> list[str]:
+    return [action.dest for action in actions(parser) if action.type in (int, float)]
+
+
+def words(parser: argparse.ArgumentParser) -> list[str]:
+    return [a.dest for a in actions(parser) if a.type not in (int, float) and not isinstance(a.const, bool)]
+
+
+def refuses(main: Callable[..., int], arguments: list[str], named: str, capsys: pytest.CaptureFixture) -> None:
+    """Status 2 and one line with the option's name."""
+    check_refusal(main(arguments), *capsys.readouterr(), named)
+
+
+def check_refusal(status: int, out: str, err: str, named: str) -> None:
+    assert (status, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert named in err, err
+
+
+class Work(BaseException):
+    """The options were accepted."""
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded, read or written."""
+
+    def work(*_: Any, **__: Any) -> None:
+        raise Work
+
+    for module, name in ((plan, "make_plan"), (run, "run_job"), (compare, "load_material"), (generate, "_load")):
+        monkeypatch.setattr(module, name, work)
+
+
+def accepts(main: Callable[..., int], name: str, values: Sequence[str], needed: list[str], capsys: Any) -> set[str]:
+    """Which of the values are accepted; the others are refused as they should be."""
+    accepted = set()
+    for value in values:
+        # An equals sign, since a dash looks like another option.
+        arguments = [*needed, f"--{name}={value}"]
+        status, said = main(arguments), capsys.readouterr()
+        if "Work" in said.err:
+            accepted.add(value)
+        else:
+            check_refusal(status, *said, name)
+    return accepted
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", numbers(config._make_parser()))
+def test_numbers_of_a_run(name: str, capsys: pytest.CaptureFixture) -> None:
+    needed = ["--model", "x", "--dry_run"]
+    assert accepts(run.main, name, NONSENSE, needed, capsys) == ACCEPTED.get(name, set())
+    assert not accepts(compare.main, name, ["word"], needed, capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", words(config._make_parser()))
+def test_words_of_a_run(name: str, capsys: pytest.CaptureFixture) -> None:
+    assert not accepts(run.main, name, ["word"], ["--model", "x", "--steps", "1", "--finetune", "false"], capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_switches_of_a_run(capsys: pytest.CaptureFixture) -> None:
+    switches = [a.dest for a in actions(config._make_parser()) if isinstance(a.const, bool)]
+    assert len(switches) >= 6
+    for name in switches:
+        refuses(run.main, [f"--{name}", "word"], name, capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", [*numbers(generate._parser()), *words(generate._parser())])
+def test_options_of_generate(name: str, capsys: pytest.CaptureFixture) -> None:
+    values = NONSENSE if name in numbers(generate._parser()) else ("word",)
+    assert accepts(generate.main, name, values, ["model", "--prompt", "x"], capsys) == ACCEPTED.get(name, set())
+
+
+def test_pack_has_no_numbers() -> None:
+    assert not numbers(pack._parser())
+    assert not words(pack._parser())
+
+
+def test_a_device_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    refuses(run.main, ["--device", "word", "--output_dir", str(tmp_path / "out")], "device is 'word'", capsys)
+    refuses(run.main, ["--device", "word", "--dry_run"], "device is 'word'", capsys)
+    refuses(compare.main, ["--device", "word"], "device is 'word'", capsys)
+    model = str(config.EMBEDDED_MODEL)
+    refuses(generate.main, [model, "--prompt", "x", "--device", "word"], "device is 'word'", capsys)
+    refuses(pack.main, [model, str(tmp_path / "out"), "--device", "word"], "device is 'word'", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--sparsity_ratio 70", "sparsity_ratio is 70.0; allowed: 0 up to, not including, 1; did you mean 0.7?"),
+        ("--sparsity_ratio 1", "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1\n"),
+        ("--nsamples 8 --rmi_samples 500", "rmi_samples is 500; allowed: up to nsamples 8"),
+        ("--step_shares nan", "step_shares is [nan]; allowed with steps 5: 5 numbers above 0 that sum to 1"),
+        ("--step_shares nan --steps 1", "step_shares is [nan]; allowed with steps 1"),
+        ("--step_shares 0.1 0.1 0.1 0.1 nan", "step_shares is"),
+        ("--step_shares 0.5 0.5 0.5 0.5 -1", "step_shares is"),
+        ("--devices 4", "devices is 4; add --dry_run"),
+        ("--config no.toml", "config no.toml does not exist"),
+    ],
+)
+def test_options_that_do_not_fit(words: str, named: str, capsys: pytest.CaptureFixture) -> None:
+    refuses(run.main, words.split(), named, capsys)
+    refuses(compare.main, words.split(), named, capsys)
+
+
+def test_few_calibration_sequences_need_no_second_option() -> None:
+    assert config.parse(["--model", "x"]).calibration.rmi_rows == 64
+    assert config.parse(["--model", "x", "--nsamples", "8"]).calibration.rmi_rows == 8
+    assert config.parse(["--model", "x", "--nsamples", "8", "--rmi_samples", "4"]).calibration.rmi_rows == 4
+
+
+@pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "llama_70b"])
+def test_a_ready_made_configuration_takes_another_number_of_steps(name: str) -> None:
+    arguments = ["--config", str(config.CONFIGS / f"{name}.toml"), "--model", "x"]
+    for steps in (1, 2, 3, 7):
+        found = config.parse([*arguments, "--steps", str(steps)])
+        assert found.text.shares(steps) == pytest.approx([1 / steps] * steps)
+    assert config.parse([*arguments, "--steps=2", "--step-shares", "0.3", "0.7"]).text.shares(2) == [0.3, 0.7]
+
+
+def test_unequal_shares_of_a_file_fit_its_own_steps_alone(tmp_path: Path) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text("steps = 2\nstep_shares = [0.25, 0.75]\n")
+    arguments = ["--config", str(file), "--model", "x"]
+    assert config.parse([*arguments, "--steps", "2"]).text.shares(2) == [0.25, 0.75]
+    assert config.parse([*arguments, "--steps", "1"]).text.shares(1) == [1.0]
+    with pytest.raises(ValueError, match=r"step_shares is \[0.25, 0.75\]; allowed with steps 3"):
+        config.parse([*arguments, "--steps", "3"])
+    file.write_text("stepz = 2\n")
+    with pytest.raises(ValueError, match=r"'stepz' is not an option; did you mean steps\?"):
+        config.parse(arguments)
