@@ -117,7 +117,7 @@ def test_the_plan_for_many_cards(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert "memory of each of 8 cards" in printed
     assert "received by each in an optimizer step" in printed
     assert main([*options, "--devices", "8"]) == 2
-    assert capsys.readouterr().err == "error: devices is 8; allowed: 1 or more, with --dry_run\n"
+    assert capsys.readouterr().err == "error: devices is 8; add --dry_run, or start that many processes with torchrun\n"
 
 
 def test_gram_matrices_are_of_all_sequences_in_their_order() -> None:
