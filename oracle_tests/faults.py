@@ -72,6 +72,8 @@ def start(arguments: Sequence[str], prepare: Callable[[], None], log: Path) -> i
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         torch.set_num_threads(1)
+        # A shell's background job ignores Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # Pictures take longer than all the rest.
         report.write = lambda *_: None
         prepare()

@@ -108,6 +108,22 @@ def run(case: Settings, folder: Path | None = None, points: Path | None = None, 
     return Outcome(records, {n: w.numpy() for n, w in weights.items()})
 
 
+def run_out_of_memory(case: Settings, process: int) -> None:
+    """A whole run whose memory is full in one process alone, for any micro-batch but the smallest."""
+    sum_loss = training._sum_loss
+
+    def limited(ours: Any, batch: Example, dense: Any) -> torch.Tensor:
+        if distributed.number() == process and len(batch["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sum_loss(ours, batch, dense)
+
+    training._sum_loss = limited
+    try:
+        run(case)
+    finally:
+        training._sum_loss = sum_loss
+
+
 def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """`statistics.gram_of` from this process's share of the sequences."""
     own = distributed.share(torch.tensor(features), "rows").to(dtype)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from oracle_tests.test_points import flip
 from oracle_tests.test_run import ROOT, arguments, make_place
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import calibration, state, training
+from torch_impl.engine import state, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Interrupted, Journal, Progress
 from torch_impl.engine.layers import adapters, attach_adapters, merge_adapters
 from torch_impl.engine.points import Points
@@ -90,8 +91,8 @@ class Stop(Exception):  # noqa: N818 - asked for
 class Counting(Journal):
     """Counts its points, and stops behind the one of a number."""
 
-    def __init__(self, folder: Path, after: int = 0) -> None:
-        super().__init__(Points(folder), save_every=1)
+    def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
+        super().__init__(Points(folder), save_every, attached)
         self.after, self.count = after, 0
 
     def _save(self) -> None:
@@ -172,6 +173,37 @@ def test_a_run_that_stops_at_every_point_ends_too(tmp_path: Path) -> None:
     pytest.fail("no progress")
 
 
+@pytest.mark.parametrize(("every", "of_training"), [(1, 2 + 3), (2, 1 + 2), (100, 1 + 1)])
+def test_every_so_many_optimizer_steps_and_the_last_of_a_step_are_saved(
+    tmp_path: Path, every: int, of_training: int
+) -> None:
+    counted = Counting(tmp_path, save_every=every)
+    records = outcome(settings(), counted)[0]
+    assert [len(record["losses"]) for record in records] == [2, 3]
+    blocks = len(records[0]["sparsity"])
+    assert counted.count == 2 * blocks + of_training + 2
+
+
+def test_damage_to_a_file_of_any_kind_goes_back_one_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same size, so that its SHA-256 alone tells; three blocks and two optimizer steps are saved."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("one event")
+    with pytest.raises(Stop):
+        outcome(settings(), Counting(tmp_path / "points", 5, attached=(metrics,)))
+    whole = Points(tmp_path / "points")
+    whole.open_last()
+    names = {"adapters", "block-000", "block-001", "block-002", "optimizer", "random"}
+    assert set(whole.parts) == {"metrics.jsonl", *(f"{name}.safetensors" for name in names)}
+    assert len(Journal(whole).progress.losses) == 2
+    for part, entry in whole.parts.items():
+        damaged = shutil.copytree(tmp_path / "points", tmp_path / f"damaged {part}")
+        flip(damaged / entry.file)
+        assert len(Journal(Points(damaged)).progress.losses) == 1, f"a damaged {part} is used"
+        assert f"{entry.file} does not match its SHA-256" in caplog.text
+
+
 def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -> None:
     dense, other = (tiny()[0] for _ in range(2))
     model, family = copy.deepcopy(dense), find_family(dense)
@@ -186,70 +218,6 @@ def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -
     Journal(Points(tmp_path)).begin(other, dense, family, Progress())
     for ours, theirs in zip(adapters(other), adapters(model), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
-
-
-# --- memory ---
-
-
-def test_training_goes_on_in_smaller_micro_batches(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """Memory runs out in the second micro-batch of an optimizer step, when the first has left its gradients."""
-    setup = settings(gradient_accumulation_steps=2, warmup_ratio=0.0)
-    model, ids, parts = tiny()
-    model.config.attention_dropout = 0.0
-    for block in decoder_blocks(model, find_family(model)):
-        block.self_attn.attention_dropout = 0.0
-    plain = losa.run(copy.deepcopy(model), ids, parts, setup)
-    sum_loss, calls = training._sum_loss, []
-
-    def limited(model: nn.Module, batch: training.Example, dense: nn.Module | None) -> torch.Tensor:
-        calls.append(len(batch["input_ids"]))
-        if len(calls) > 3 and calls[-1] > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return sum_loss(model, batch, dense)
-
-    monkeypatch.setattr(training, "_sum_loss", limited)
-    journal = Journal(Points(tmp_path))
-    smaller = losa.run(model, ids, parts, setup, journal=journal)
-    assert calls == [2, 1, 2, 2, 1, 1, 1, 1, 1]
-    assert "per_device_train_batch_size goes on with 1 instead of 2" in caplog.text
-    assert caplog.text.count("goes on") == 1, "once for the whole run"
-    assert journal.progress.micro_batch_size == 1
-    for record, expected in zip(smaller, plain, strict=True):
-        assert record.losses == pytest.approx(expected.losses, rel=1e-5)
-
-
-def test_calibration_goes_on_in_smaller_batches(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """Memory runs out in the middle of a sweep: in one batch of one block, once the streams are half-way."""
-    setup = settings(finetune=False)
-    plain = outcome(setup)
-    forward, calls = calibration.Stream.forward, []
-
-    def limited(self: calibration.Stream, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
-        calls.append(rows.stop - rows.start)
-        if len(calls) > 30 and rows.stop - rows.start > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, block, index, batch, rows)
-
-    monkeypatch.setattr(calibration.Stream, "forward", limited)
-    journal = Counting(tmp_path)
-    records, tensors = outcome(setup, journal)
-    assert "calibration_batch_size goes on with 2 instead of 4" in caplog.text
-    assert journal.progress.calibration_batch_size == 2
-    for record, expected in zip(records, plain[0], strict=True):
-        assert record["errors"] == pytest.approx(expected["errors"], rel=1e-4)
-    assert all(float((tensors[name] != tensor).float().mean()) < 0.01 for name, tensor in plain[1].items())
-
-
-def test_a_batch_of_one_that_is_too_much_is_an_error() -> None:
-    def never(size: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        halving(never, 4, "size")
 
 
 # --- the command line ---
@@ -284,6 +252,15 @@ def at_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable
     return plan
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C does what it does at a terminal, also where these tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     place: Path, at_clip: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,12 +283,6 @@ def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     assert main(arguments(place, resume="true", learning_rate=5e-3, prune_method="magnitude")) == 2
     said = capsys.readouterr().err
     assert "learning_rate is 0.005, the run began with 0.01; prune_method is 'magnitude', the run began" in said
-    with (place / "text.txt").open("a") as file:
-        file.write("one more")
-    assert main(arguments(place, resume="true")) == 2
-    assert "calibration_tokens_sha256 is" in capsys.readouterr().err
-    make_place(place)
-
     assert main(arguments(place, resume="true")) == 0
     assert all(torch.equal(tensor, weights(place)[name]) for name, tensor in weights(place, "whole").items())
     assert events(place) == events(place, "whole")
@@ -323,6 +294,7 @@ def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     assert "its run is finished" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(place: Path, at_clip: Callable, capsys: pytest.CaptureFixture) -> None:
     def twice(_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)

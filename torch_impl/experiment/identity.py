@@ -13,6 +13,12 @@ logger = logging.getLogger(__name__)
 # Options that say where and how often things are written, not what the run is.
 ELSEWHERE = ("output_dir", "overwrite", "dry_run", "config", "resume", "accept_changes", "save_every", "keep_points")
 VERSIONS = ("torch", "transformers", "device", "threads")
+CONTENTS = {
+    "model_sha256": "the model (its weights)",
+    "calibration_tokens_sha256": "the calibration text (calibration_data)",
+    "finetune_tokens_sha256": "the fine-tuning text (finetune_data)",
+    "evaluation_tokens_sha256": "the evaluation text (eval_data)",
+}
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -39,9 +45,10 @@ def check_material(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             logger.warning(
                 "%s is %s, the run began with %s: its bits may differ", name, now.get(name), before.get(name)
             )
-    for name in sorted({*before, *now}):
-        if name.endswith("sha256") and before.get(name) != now.get(name):
-            raise ValueError(
-                f"{name} is {str(now.get(name))[:12]}, the run began with {str(before.get(name))[:12]}; "
-                "allowed with --resume: the same model and text"
-            )
+    changed = [(name, what) for name, what in CONTENTS.items() if before.get(name) != now.get(name)]
+    if changed:
+        shown = "; ".join(
+            f"{what} has changed since the run began: {name} is {str(now.get(name))[:12]}, not {str(before.get(name))[:12]}"
+            for name, what in changed
+        )
+        raise ValueError(f"{shown}; resume with what the run began with, or start over with --overwrite")

@@ -296,7 +296,10 @@ def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, 
 
 def environment_of(config: Config, material: Material) -> dict[str, Any]:
     device = material.model.device
-    examples = torch.cat([e["input_ids"] for e in material.examples]) if material.examples else torch.empty(0)
+    # Where each sequence ends, and which of its tokens are learned, make a difference too.
+    examples = [
+        part for e in material.examples for part in (torch.tensor([len(e["labels"])]), e["input_ids"], e["labels"])
+    ]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -307,7 +310,7 @@ def environment_of(config: Config, material: Material) -> dict[str, Any]:
         "dtype": str(material.model.dtype),
         "model_sha256": checkpoint.weights_hash(config.model.model),
         "calibration_tokens_sha256": _hash(material.calibration),
-        "finetune_tokens_sha256": _hash(examples),
+        "finetune_tokens_sha256": _hash(torch.cat(examples) if examples else torch.empty(0)),
         "evaluation_tokens_sha256": _hash(material.evaluation),
     }
 

@@ -1,0 +1,130 @@
+"""What a run does when the device's memory is full: smaller batches, remembered when it resumes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from oracle_tests.processes import in_processes
+from oracle_tests.spread_runs import run_out_of_memory
+from oracle_tests.spread_runs import settings as spread_settings
+from oracle_tests.test_resume import Counting, Stop, outcome, same, settings, tiny
+from torch_impl import losa
+from torch_impl.engine import calibration, training
+from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.halving import halving
+from torch_impl.engine.journal import Journal
+from torch_impl.engine.points import Points
+
+
+def test_training_goes_on_in_smaller_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Memory runs out in the second micro-batch of an optimizer step, when the first has left its gradients."""
+    setup = settings(gradient_accumulation_steps=2, warmup_ratio=0.0)
+    model, ids, parts = tiny()
+    model.config.attention_dropout = 0.0
+    for block in decoder_blocks(model, find_family(model)):
+        block.self_attn.attention_dropout = 0.0
+    plain = losa.run(copy.deepcopy(model), ids, parts, setup)
+    sum_loss, calls = training._sum_loss, []
+
+    def limited(model: nn.Module, batch: training.Example, dense: nn.Module | None) -> torch.Tensor:
+        calls.append(len(batch["input_ids"]))
+        if len(calls) > 3 and calls[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sum_loss(model, batch, dense)
+
+    monkeypatch.setattr(training, "_sum_loss", limited)
+    journal = Journal(Points(tmp_path))
+    smaller = losa.run(model, ids, parts, setup, journal=journal)
+    assert calls == [2, 1, 2, 2, 1, 1, 1, 1, 1]
+    assert "per_device_train_batch_size goes on with 1 instead of 2" in caplog.text
+    assert caplog.text.count("goes on") == 1, "once for the whole run"
+    assert journal.progress.micro_batch_size == 1
+    for record, expected in zip(smaller, plain, strict=True):
+        assert record.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def test_calibration_goes_on_in_smaller_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Memory runs out in the middle of a sweep: in one batch of one block, once the streams are half-way."""
+    setup = settings(finetune=False)
+    plain = outcome(setup)
+    forward, calls = calibration.Stream.forward, []
+
+    def limited(self: calibration.Stream, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
+        calls.append(rows.stop - rows.start)
+        if len(calls) > 30 and rows.stop - rows.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, block, index, batch, rows)
+
+    monkeypatch.setattr(calibration.Stream, "forward", limited)
+    journal = Counting(tmp_path)
+    records, tensors = outcome(setup, journal)
+    assert "calibration_batch_size goes on with 2 instead of 4" in caplog.text
+    assert journal.progress.calibration_batch_size == 2
+    for record, expected in zip(records, plain[0], strict=True):
+        assert record["errors"] == pytest.approx(expected["errors"], rel=1e-4)
+    assert all(float((tensors[name] != tensor).float().mean()) < 0.01 for name, tensor in plain[1].items())
+
+
+def test_a_batch_of_one_that_is_too_much_is_an_error() -> None:
+    def never(size: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        halving(never, 4, "size")
+
+
+def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out once while calibrating and once while training; stopped and resumed, no batch is larger again."""
+    setup = settings()
+    sum_loss, forward = training._sum_loss, calibration.Stream.forward
+    full: set[str] = set()
+    sizes: dict[str, list[int]] = {}
+
+    def once(kind: str, size: int, fits: int) -> None:
+        if kind not in full and size > fits:
+            full.add(kind)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes[kind].append(size)
+
+    def limited_loss(model: nn.Module, batch: training.Example, dense: nn.Module | None) -> torch.Tensor:
+        once("training", len(batch["input_ids"]), 1)
+        return sum_loss(model, batch, dense)
+
+    def limited(self: calibration.Stream, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
+        once("calibration", rows.stop - rows.start, 2)
+        return forward(self, block, index, batch, rows)
+
+    def begin() -> None:
+        full.clear()
+        sizes.update(training=[], calibration=[])
+
+    monkeypatch.setattr(training, "_sum_loss", limited_loss)
+    monkeypatch.setattr(calibration.Stream, "forward", limited)
+    begin()
+    counted = Counting(tmp_path / "all")
+    plain = outcome(setup, counted)
+    assert full == {"training", "calibration"}
+    for stop in (1, 4, counted.count - 1):
+        begin()
+        with pytest.raises(Stop):
+            outcome(setup, Counting(tmp_path / str(stop), stop))
+        assert same(outcome(setup, Journal(Points(tmp_path / str(stop)))), plain), f"stopped at checkpoint {stop}"
+        assert full == {"training", "calibration"}
+        assert set(sizes["training"]) == {1}, f"stopped at checkpoint {stop}"
+        assert set(sizes["calibration"]) <= {1, 2}, f"stopped at checkpoint {stop}"
+
+
+def test_no_process_of_several_takes_smaller_batches_alone() -> None:
+    """They would not take part in the same number of sums: the one whose memory is full ends, and with it the others."""
+    with pytest.raises(RuntimeError, match=r"(?s)process 1: .*OutOfMemoryError") as caught:
+        in_processes(2, run_out_of_memory, spread_settings(), 1)
+    assert "silent" not in str(caught.value)
