@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny_models.random_models import save_random_model
 from torch_impl.engine import checkpoint
-from torch_impl.experiment import text
+from torch_impl.experiment.text.sources import load_documents
 from torch_impl.run import main
 
 # One folder serves all examples of a test: each writes the files it reads.
@@ -168,7 +168,7 @@ def read_text(file: Path) -> None:
     """Documents, or an error that names the file."""
     message, documents = "", []
     try:
-        documents = text.load_documents(str(file), "all")
+        documents = load_documents(str(file)).documents
     except (ValueError, FileNotFoundError) as error:
         message = str(error)
     assert documents or file.name in message
@@ -188,7 +188,19 @@ def test_a_broken_text_file(name: str, data: st.DataObject, model: Path) -> None
 
 
 @FEW
-@given(records=st.lists(values | st.fixed_dictionaries({"text": values}), max_size=3))
+@given(
+    records=st.lists(
+        values
+        | st.fixed_dictionaries({"text": values})
+        | st.fixed_dictionaries(
+            {"messages": values | st.lists(st.fixed_dictionaries({"role": values, "content": values}))}
+        )
+        | st.fixed_dictionaries(
+            {"instruction": st.just("a"), "output": st.just("b"), "history": values, "system": values}
+        ),
+        max_size=3,
+    )
+)
 @example(records=[{"text": "\ud800"}])
 @example(records=[{"instruction": "\udc00", "output": "x"}])
 def test_records_of_any_shape(records: list[Any], model: Path) -> None:

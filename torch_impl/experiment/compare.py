@@ -25,11 +25,11 @@ import torch
 from torch_impl import losa
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import merge_adapters
-from torch_impl.experiment import text
 from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.job import Material, load_material
+from torch_impl.experiment.text.windows import split_parts
 
 # Name of a variant: what it changes, by section of the configuration.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -74,7 +74,7 @@ def variant_config(config: Config, name: str, rate: float, seed: int) -> Config:
 def measure(config: Config, material: Material) -> tuple[float, float]:
     """Perplexity of the merged model on the first and on the second half of the evaluation windows."""
     model = copy.deepcopy(material.model)
-    parts = text.split_parts(material.examples, config.text.shares(config.prune.steps))
+    parts = split_parts(material.examples, config.text.shares(config.prune.steps))
     try:
         losa.run(model, material.calibration, parts, config.settings)
     except FloatingPointError:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -25,10 +25,11 @@ from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.points import Points
 from torch_impl.engine.training import Example
-from torch_impl.experiment import identity, needs, report, text
+from torch_impl.experiment import identity, needs, report
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.folder import POINTS, Metrics, run_folder, write_json
+from torch_impl.experiment.text import splitting, windows
 
 logger = logging.getLogger(__name__)
 
@@ -56,38 +57,27 @@ def load_material(config: Config) -> Material:
 def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
     """All that a run of this model reads. Errors: as for `load_material`."""
     options, calibration, seed = config.text, config.calibration, config.output.seed
-    calibration_ids = text.calibration_windows(
-        text.load_documents(options.calibration_data, "train"),
-        tokenizer,
-        calibration.nsamples,
-        calibration.seqlen,
-        seed,
+    finetune = options.finetune_data if config.training.finetune else None
+    texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
+    calibration_ids = windows.calibration_windows(
+        texts.calibration, tokenizer, calibration.nsamples, calibration.seqlen, seed
     )
     examples: list[Example] = []
-    if config.training.finetune:
-        documents = text.load_documents(options.finetune_data, "train")
-        examples = text.training_examples(
-            documents, tokenizer, options.train_seqlen, seed, limit=options.train_examples
+    if finetune is not None:
+        examples = windows.training_examples(
+            texts.finetune, tokenizer, options.train_seqlen, seed, limit=options.train_examples
         )
-    split = _evaluation_split(config)
-    held_out = text.load_documents(options.eval_data, split)
-    windows = text.evaluation_windows(held_out, tokenizer, options.eval_seqlen, limit=options.eval_windows)
+    limit = options.eval_windows
+    # One more than asked for shows whether the text goes on.
+    measured = windows.evaluation_windows(
+        texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
+    )
     facts = {
-        "split": "held out" if split == "heldout" else "all of it",
-        **text.describe_windows(options.eval_data, held_out, windows),
+        **texts.facts,
+        "first_windows_only": limit is not None and len(measured) > limit,
+        **windows.describe_windows(measured[:limit]),
     }
-    return Material(model, tokenizer, calibration_ids, examples, windows, facts)
-
-
-def _evaluation_split(config: Config) -> Literal["heldout", "all"]:
-    """All of a source that nothing else reads; else only what is held out of it."""
-    options = config.text
-    if options.eval_data == "stdlib" or not Path(options.eval_data).exists():
-        return "heldout"
-    place = Path(options.eval_data).resolve()
-    others = [Path(source).resolve() for source in (options.calibration_data, options.finetune_data)]
-    shared = any(place == other or place in other.parents or other in place.parents for other in others)
-    return "heldout" if shared else "all"
+    return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts)
 
 
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
@@ -167,7 +157,7 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
         metrics.log("perplexity", value=value, **labels)
         return value
 
-    parts = text.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
+    parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
     fresh = not notes
     if fresh:
         notes.update(_baselines(config, material, measure), after_step=[], seconds=0.0, environment=environment)

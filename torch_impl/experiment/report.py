@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_impl.engine.settings import StepRecord
+from torch_impl.experiment.text.sources import ALL
 
 ROWS = (("dense", "dense"), ("pruned_at_once", "pruned at once"), ("losa", "LoSA"))
 
@@ -45,8 +46,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     facts, checks = result["evaluation"], result["verification"]
     shares = ", ".join(f"{share:.0%}" for share in result["step_shares"])
     return [
-        f"Perplexity per token on {facts['source']} ({facts['split']}): {facts['windows']} windows of {facts['seqlen']} tokens, "
-        f"sha256 {facts['sha256'][:12]}.",
+        _measured_on(facts),
         f"Trained on {result['train_examples']} sequences in parts of {shares}; loss {result['loss']}, "
         f"learning rate {result['lr_schedule'].replace('_', ' ')}.",
         f"Reloaded {checks['reloaded']}: every pruned weight of {checks['projections']} projections is zero, logits "
@@ -54,6 +54,23 @@ def _notes(result: dict[str, Any]) -> list[str]:
         "Saved as a dense file with zeros in it, so as large as before and no faster; packed (python -m torch_impl.pack): a "
         "bitmap and the kept values.",
     ]
+
+
+def _measured_on(facts: dict[str, Any]) -> str:
+    """Which text the perplexities are of."""
+    part = facts["split"]
+    if facts["end_of_document"]:
+        part += ": the end of a document"
+    elif facts["documents"] < facts["documents_of_source"]:
+        part += f": {facts['documents']:,} of {facts['documents_of_source']:,} documents"
+    if facts["first_windows_only"]:
+        part = "the first windows of it" if part == ALL else f"{part}, the first windows"
+    removed = [f"{count:,} of {text}" for text, count in facts["documents_left_out"].items() if count]
+    return (
+        f"Perplexity per token on {facts['source']} ({part}): {facts['windows']} windows of {facts['seqlen']} tokens, "
+        f"sha256 {facts['sha256'][:12]}."
+        + (f" Documents left out of other texts because of it: {', '.join(removed)}." if removed else "")
+    )
 
 
 def model_card(result: dict[str, Any]) -> str:

@@ -1,0 +1,118 @@
+"""Where text comes from.
+
+A source is one string: `stdlib` (Python's own sources, on every machine), a local file or folder, one of the named data
+sets of the Hugging Face hub in HUB, or any other of its data sets as `hf:repo[:config][:split]`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tiny_models import corpus
+from torch_impl.experiment.text.documents import Document, unix_newlines
+from torch_impl.experiment.text.files import KINDS, one_line, read_path
+from torch_impl.experiment.text.records import from_records
+
+Purpose = Literal["train", "measure"]
+ALL = "all of it"
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where a data set lies on the hub, and which of its splits is measured, if it brings one for that."""
+
+    repo: str
+    config: str | None = None
+    train: str = "train"
+    heldout: str | None = None
+    data_files: dict[str, str] | None = None
+    rows_joined: bool = False
+    """Its rows are the lines of one text; as the papers do, they are joined by an empty line."""
+
+
+# One shard of C4's 1,024 is 356,317 documents, far more than calibration or fine-tuning takes.
+_C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+HUB = {
+    "c4": HubSource("allenai/c4", heldout="validation", data_files=_C4),
+    "wikitext2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", heldout="test", rows_joined=True),
+    "alpaca-gpt4": HubSource("vicgalle/alpaca-gpt4"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Documents of a source, and what part of it they are, in words."""
+
+    documents: list[Document]
+    part: str
+
+
+def load_documents(source: str, purpose: Purpose = "train") -> Found:
+    """The documents of a source to train on or to measure; different ones only where the source brings a split for it.
+
+    source: see the module's docstring. Files: .txt (documents split at lines `<|endoftext|>`, otherwise one document),
+    .raw (WikiText's raw form: one document, its rows joined by an empty line), .jsonl, .json and .parquet of records
+    (see records.py); .gz of the two JSON kinds. A folder stands for its files of these kinds in the order of their
+    names. Blank documents are left out.
+
+    Errors: FileNotFoundError if a path or a data set cannot be had; ValueError for an unknown source, unreadable text
+    (naming file and line), or no text.
+    """
+    if source == "stdlib":
+        found = Found(list(_stdlib(purpose)), ALL if purpose == "train" else HELD_OUT)
+    elif source and Path(source).exists():
+        found = Found(read_path(Path(source)), ALL)
+    elif source in HUB or source.startswith("hf:"):
+        found = _load_hub(source, purpose)
+    elif "/" in source or source.endswith(KINDS):
+        raise FileNotFoundError(f"source = {source!r} does not exist; allowed: an existing file or folder")
+    else:
+        raise ValueError(
+            f"source = {source!r}; allowed: stdlib, a file ({', '.join(KINDS)}), a folder of such files, "
+            f"{', '.join(HUB)}, hf:repo[:config][:split]"
+        )
+    if not found.documents:
+        raise ValueError(f"source = {source!r} holds no text; allowed: at least one document")
+    return found
+
+
+@functools.cache
+def _stdlib(purpose: Purpose) -> tuple[Document, ...]:
+    """The embedded model has read the training files, so that others are measured, whatever this run trains on."""
+    found = corpus.documents("train" if purpose == "train" else "heldout")
+    return tuple(Document(unix_newlines(text)) for _, text in found)
+
+
+def _load_hub(source: str, purpose: Purpose) -> Found:
+    place = HUB.get(source) or _parse_hub(source)
+    if purpose == "train" or place.heldout is None:
+        return Found(_read_hub(source, place, place.train), ALL)
+    return Found(_read_hub(source, place, place.heldout), f"{place.heldout} split")
+
+
+def _parse_hub(source: str) -> HubSource:
+    repo, config, split = (*source.removeprefix("hf:").split(":"), "", "")[:3]
+    if not repo or source.count(":") > 3:
+        raise ValueError(f"source = {source!r}; allowed: hf:repo[:config][:split]")
+    return HubSource(repo, config or None, split or "train")
+
+
+def _read_hub(source: str, place: HubSource, split: str) -> list[Document]:
+    import datasets
+
+    files = {split: place.data_files[split]} if place.data_files else None
+    try:
+        rows = datasets.load_dataset(place.repo, place.config, split=split, data_files=files)
+    except Exception as error:  # the hub's client raises its own classes, those of its transports, and plain ones
+        raise FileNotFoundError(
+            f"source = {source!r}: {place.repo}, split {split}, cannot be loaded ({one_line(error)}); "
+            f"allowed: a data set the hub holds and this machine can reach, or a local file ({', '.join(KINDS)})"
+        ) from error
+    if place.rows_joined:
+        text = unix_newlines("\n\n".join(rows["text"]))
+        return [Document(text)] if text.strip() else []
+    return list(from_records(((f"record {number}", row) for number, row in enumerate(rows, 1)), source))

@@ -1,0 +1,198 @@
+"""One split of all the text of a run: nothing that is measured is in the text that calibrates or trains."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch_impl.experiment.text.documents import Document
+from torch_impl.experiment.text.sources import HELD_OUT, load_documents
+
+HELDOUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents of a run. facts: which are measured, and what that took from the others."""
+
+    calibration: list[Document]
+    finetune: list[Document]
+    evaluation: list[Document]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Separated:
+    """Documents to train on by source, those to measure, and how many of each source went for these."""
+
+    training: dict[str, list[Document]]
+    evaluation: list[Document]
+    removed: dict[str, int]
+    cut: bool = False
+
+
+def load_texts(calibration: str, finetune: str | None, evaluation: str) -> Texts:
+    """The documents of the three sources, the last one's kept out of the others; see `separate`.
+
+    finetune: None without fine-tuning. Errors: as for `sources.load_documents` and `separate`.
+    """
+    names = dict.fromkeys(name for name in (calibration, finetune) if name is not None)
+    measured = load_documents(evaluation, "measure")
+    found = separate({name: load_documents(name, "train").documents for name in names}, measured.documents)
+    whole = found.evaluation == measured.documents
+    facts = {
+        "source": evaluation,
+        "split": measured.part if whole else HELD_OUT,
+        "documents": len(found.evaluation),
+        "documents_of_source": len(measured.documents),
+        "end_of_document": found.cut,
+        "documents_left_out": {
+            "calibration": found.removed[calibration],
+            "fine-tuning": 0 if finetune is None else found.removed[finetune],
+        },
+    }
+    return Texts(
+        found.training[calibration],
+        [] if finetune is None else found.training[finetune],
+        found.evaluation,
+        facts,
+    )
+
+
+def separate(training: Mapping[str, Sequence[Document]], evaluation: Sequence[Document]) -> Separated:
+    """Keep documents to measure out of those to train on, exact duplicates of which are dropped.
+
+    Two documents are the same if they agree in their prompt, in prompt and text together, or, one of them without a
+    prompt, in the text alone; white space does not count. What only the evaluation has is measured. Of what it shares, a
+    document is measured, and removed from the rest, as long as no source loses more than a tenth so; the order is that of
+    a hash of each. If that leaves nothing to measure, one document is, which must leave some to every source; and if
+    there is none, because a source is a single document, it is cut at the end of a line: nine tenths to train on.
+
+    Errors: ValueError if nothing is left to train on or to measure.
+    """
+    sources = {name: list(dict.fromkeys(documents)) for name, documents in training.items()}
+    units = _units(evaluation)
+    index = _index(units)
+    shared = {name: [_known(document, index) for document in documents] for name, documents in sources.items()}
+    holders = _holders(units, list(shared.values()))
+    alone = units.keys() - holders.keys()
+    held_out = _held_out(holders, [len(documents) for documents in sources.values()], bool(alone))
+    if not alone and not held_out:
+        return _cut(sources, shared, units)
+    kept = {
+        name: [document for document, keys in zip(documents, shared[name], strict=True) if keys.isdisjoint(held_out)]
+        for name, documents in sources.items()
+    }
+    measured = list(evaluation)
+    if len(held_out) < len(holders):
+        measured = [document for document in dict.fromkeys(evaluation) if _key(document) in alone | held_out]
+    return Separated(kept, measured, {name: len(sources[name]) - len(kept[name]) for name in sources})
+
+
+def _key(document: Document) -> str:
+    """What a document to measure goes by: all with the same prompt, or the same text without one, stay together."""
+    return _plain(document.prompt or document.text)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _units(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """Documents by their key, in the order of a hash, so that it does not depend on that of the documents."""
+    units: dict[str, list[Document]] = {}
+    for document in dict.fromkeys(documents):
+        units.setdefault(_key(document), []).append(document)
+
+    def order(unit: list[Document]) -> bytes:
+        return min(hashlib.sha256((document.prompt or document.text).encode()).digest() for document in unit)
+
+    return dict(sorted(units.items(), key=lambda item: order(item[1])))
+
+
+def _index(units: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], set[str]]:
+    """Keys of units by what a document to train on may have in common with them."""
+    index: dict[tuple[str, str], set[str]] = {}
+    for key, unit in units.items():
+        for document in unit:
+            text, whole = _plain(document.text), _plain(document.prompt + document.text)
+            found = [("whole", whole), ("plain", whole), ("plain", text)]
+            for place in [*found, ("prompt", key)] if document.prompt else [*found, ("text", text)]:
+                index.setdefault(place, set()).add(key)
+    return index
+
+
+def _known(document: Document, index: Mapping[tuple[str, str], set[str]]) -> set[str]:
+    """Keys of the units that share a document."""
+    text = _plain(document.text)
+    if not document.prompt:
+        return index.get(("plain", text), set())
+    places = [("prompt", _plain(document.prompt)), ("text", text), ("whole", _plain(document.prompt + document.text))]
+    return set().union(*(index.get(place, set()) for place in places))
+
+
+def _holders(units: Mapping[str, object], shared: Sequence[Sequence[set[str]]]) -> dict[str, list[set[int]]]:
+    """For every unit that is shared, in the order of the units, which documents of every source share it."""
+    holders: dict[str, list[set[int]]] = {}
+    for place, source in enumerate(shared):
+        for number, keys in enumerate(source):
+            for key in keys:
+                holders.setdefault(key, [set() for _ in shared])[place].add(number)
+    return {key: holders[key] for key in units if key in holders}
+
+
+def _held_out(holders: Mapping[str, Sequence[set[int]]], sizes: Sequence[int], alone: bool) -> set[str]:
+    """The shared units to measure; alone: whether there are others, so that it may be none of these."""
+    most = [min(round(HELDOUT_SHARE * size), size - 1) for size in sizes]
+    lost: list[set[int]] = [set() for _ in sizes]
+    held_out = set()
+    for key, of_source in holders.items():
+        more = [found - gone for found, gone in zip(of_source, lost, strict=True)]
+        if all(not new or len(gone) + len(new) <= m for new, gone, m in zip(more, lost, most, strict=True)):
+            held_out.add(key)
+            for gone, new in zip(lost, more, strict=True):
+                gone |= new
+    if not held_out and not alone:
+        leave_some = (
+            key
+            for key, of_source in holders.items()
+            if all(len(found) < size for found, size in zip(of_source, sizes, strict=True))
+        )
+        held_out.update(itertools.islice(leave_some, 1))
+    return held_out
+
+
+def _cut(
+    sources: Mapping[str, Sequence[Document]],
+    shared: Mapping[str, Sequence[set[str]]],
+    units: Mapping[str, Sequence[Document]],
+) -> Separated:
+    """Documents without a prompt in two: the end to measure, the beginning in its place in every source."""
+    pieces = {key: cut_document(unit[0]) for key, unit in units.items() if not unit[0].prompt}
+    kept: dict[str, list[Document]] = {name: [] for name in sources}
+    for name, documents in sources.items():
+        for document, keys in zip(documents, shared[name], strict=True):
+            kept[name] += [document] if keys.isdisjoint(pieces) else [pieces[key][0] for key in keys & pieces.keys()]
+    measured = [end for _, end in pieces.values() if end.text.strip()]
+    ends = _index(_units(measured))
+    kept = {
+        name: [document for document in documents if document.text.strip() and not _known(document, ends)]
+        for name, documents in kept.items()
+    }
+    if not measured or not all(kept.values()):
+        raise ValueError(
+            f"{', '.join(sources)}: too few documents to train on some and measure others; "
+            "allowed: more documents, or another text to measure"
+        )
+    return Separated(kept, measured, dict.fromkeys(sources, 0), cut=True)
+
+
+def cut_document(document: Document) -> tuple[Document, Document]:
+    """A document in two, at the last end of a line in its first nine tenths, or there if that has none."""
+    text = document.text
+    cut = int(len(text) * (1 - HELDOUT_SHARE))
+    cut = text.rfind("\n", 0, cut) + 1 or cut
+    return Document(text[:cut]), Document(text[cut:])
