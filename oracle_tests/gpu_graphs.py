@@ -40,7 +40,8 @@ from torch_impl.engine.journal import Journal
 from torch_impl.engine.points import Points
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import Example, TrainingConfig
-from torch_impl.experiment import text
+from torch_impl.experiment.text.sources import load_documents
+from torch_impl.experiment.text.windows import training_examples
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -95,8 +96,8 @@ def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor,
     ids = torch.randint(vocabulary, (16, length), generator=generator)
     if options.records is not None:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        documents = text.load_documents(str(options.records))
-        return ids, text.training_examples(documents, tokenizer, 1024, 0, limit=options.examples)
+        documents = load_documents(str(options.records)).documents
+        return ids, training_examples(documents, tokenizer, 1024, 0, limit=options.examples)
     lengths = (torch.empty(options.examples).log_normal_(4.2, 0.6, generator=generator) * length / 256).long()
     rows = [torch.randint(vocabulary, (int(n),), generator=generator) for n in lengths.clamp(4, 4 * length)]
     examples = [{"input_ids": row, "labels": row.clone()} for row in rows]
