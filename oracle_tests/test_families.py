@@ -186,9 +186,23 @@ def test_a_model_sparser_than_asked_is_refused() -> None:
 def test_unknown_structures_are_named() -> None:
     with pytest.raises(ValueError, match="match no known family"):
         families.find_family(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_every_block_is_looked_at(index: int) -> None:
+    """A mixture of experts whose first blocks are dense; experts are linears or one parameter of three dimensions."""
     model = random_model("llama")
-    model.model.layers[0].mlp.extra = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="match no known family"):
+    model.model.layers[index].mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=rf"match no known family: model\.layers\.{index} holds mlp\.extra;"):
+        families.find_family(model)
+    model = random_model("opt")
+    model.model.decoder.layers[index].experts = nn.ParameterList([nn.Parameter(torch.ones(2, 2, 2))])
+    with pytest.raises(ValueError, match=rf"model\.decoder\.layers\.{index} holds experts;"):
+        families.find_family(model)
+    model = random_model("llama")
+    model.model.layers[index].mlp = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcd"})
+    lacking = r"lacks mlp\.down_proj, mlp\.gate_proj, mlp\.up_proj"
+    with pytest.raises(ValueError, match=rf"{index} holds mlp\.a, mlp\.b, mlp\.c, 1 more and {lacking};"):
         families.find_family(model)
 
 

@@ -46,9 +46,10 @@ FAMILIES = (
 def find_family(model: nn.Module) -> Family:
     """The family whose structure `model` has.
 
-    Errors: ValueError if no entry fits, naming what was looked for, or if a block holds linears that the entry does not
-    list (a mixture of experts, say): pruning some of a block's weights in silence would be wrong.
+    Errors: ValueError if no entry fits, naming what was looked for, or if any block holds matrices that the entry does
+    not list (a mixture of experts, say): pruning some of a block's weights in silence would be wrong.
     """
+    differs = ""
     for family in FAMILIES:
         try:
             blocks = model.get_submodule(family.blocks)
@@ -56,15 +57,32 @@ def find_family(model: nn.Module) -> Family:
             continue
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             continue
-        # A plain linear or the adapted one that takes its place: both say how many inputs they have.
-        found = {name for name, module in blocks[0].named_modules() if hasattr(module, "in_features")}
-        if found == set(family.projections):
+        other = next((index for index, block in enumerate(blocks) if _matrices(block) != set(family.projections)), None)
+        if other is None:
             return family
-    looked_for = "; ".join(f"{f.name}: {f.blocks}[i].{{{', '.join(f.projections)}}}" for f in FAMILIES)
+        found = _matrices(blocks[other])
+        listed = [_few(found - set(family.projections), "holds"), _few(set(family.projections) - found, "lacks")]
+        differs = f"{family.blocks}.{other} {' and '.join(filter(None, listed))}"
+    known = "; ".join(f"{f.name}: {f.blocks}[i].{{{', '.join(f.projections)}}}" for f in FAMILIES)
     raise ValueError(
-        f"model {type(model).__name__}: its decoder blocks match no known family ({looked_for}); "
-        "add an entry to torch_impl/engine/families.py"
+        f"model {type(model).__name__}: its decoder blocks match no known family: {differs or known}; "
+        "to have such a model pruned, add an entry to torch_impl/engine/families.py"
     )
+
+
+def _matrices(block: nn.Module) -> set[str]:
+    """Names of a block's modules that multiply: plain linears, what takes their place, and whatever holds a matrix."""
+    return {
+        name
+        for name, module in block.named_modules()
+        # A plain linear, an adapted and a packed one: all say how many inputs they have.
+        if hasattr(module, "in_features") or any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }
+
+
+def _few(names: set[str], verb: str) -> str:
+    shown = sorted(names)[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
+    return f"{verb} {', '.join(shown)}" if names else ""
 
 
 def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
