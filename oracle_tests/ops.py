@@ -103,7 +103,12 @@ OPS = (
         Kind.EXACT,
         ({"step": 0}, "step"),
     ),
-    Op("schedule.sparsity_spread", _cases(target=s.SPARSITIES), Kind.EXACT, ({"target": 1.5}, "target")),
+    Op(
+        "schedule.sparsity_spread",
+        _cases(target=s.SPARSITIES | st.integers(0, 10).map(lambda tenths: tenths / 10)),
+        Kind.EXACT,
+        ({"target": 1.5}, "target"),
+    ),
     Op(
         "hsic.linear_gram",
         _cases(features=s.matrices()),

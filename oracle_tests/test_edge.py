@@ -18,12 +18,13 @@ from reference import adapter as spec_adapter
 from reference import hsic as spec_hsic
 from reference import rank as spec_rank
 from reference import rmi as spec_rmi
+from reference import schedule as spec_schedule
 from reference import sparsity as spec_sparsity
 from reference.masks import nm as spec_nm
 from reference.masks import prune as spec_prune
 from reference.masks import sparsegpt as spec_sparsegpt
 from reference.masks import wanda as spec_wanda
-from torch_impl import adapter, hsic, rank, rmi, sparsity
+from torch_impl import adapter, hsic, rank, rmi, schedule, sparsity
 from torch_impl.masks import nm, prune, sparsegpt, wanda
 
 HALF = [torch.float16, torch.bfloat16]
@@ -109,6 +110,24 @@ def test_half_precision_weights_are_rounded_once(dtype: torch.dtype, size: float
     mask = (weight != 0) & torch.from_numpy(rng.random((9, 12)) < 0.7)
     expected = spec_adapter.rebase(exact(weight), exact(merged), exact(updated), mask.numpy())
     assert_rounded_once("rebase", expected, adapter.rebase(weight, merged, updated, mask), terms + size)
+
+
+@pytest.mark.parametrize("huge", [1.0, 1e3])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_adapter_gradients_of_half_precision_weights_are_summed_in_float32(dtype: torch.dtype, huge: float) -> None:
+    """G = dyᵀx comes in the weight's dtype, A and B are float32 as they are trained: every entry within float32's bound."""
+    rng = np.random.default_rng(17)
+    G, weight = (to_torch(rng.standard_normal((63, 40)), dtype) for _ in range(2))
+    weight *= torch.from_numpy(rng.random((63, 40)) < 0.5)
+    G[:, 7] *= huge
+    A, B = (to_torch(rng.standard_normal(shape), torch.float32) for shape in ((3, 40), (63, 3)))
+    masked = exact(G) * (exact(weight) != 0)
+    expected = 0.5 * exact(B).T @ masked, 0.5 * masked @ exact(A).T
+    terms = abs(exact(B)).T @ abs(masked), abs(masked) @ abs(exact(A)).T
+    found = adapter.contract_gradient(G.clone(), weight, A, B, 0.5)
+    for name, ours, theirs, size in zip(("dA", "dB"), found, expected, terms, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(name, theirs, ours, tolerances.bound(torch.float32), scale=size)
 
 
 # Activations from 1e-6 to 1e4 in one matrix.
@@ -339,6 +358,27 @@ def test_damping_is_raised_alike(off_diagonal: float, raised_to: float) -> None:
     assert_exact("weight at that damping", raised[0], new)
 
 
+# The spread steps up just above each tenth.
+
+
+@pytest.mark.parametrize("tenths", range(11))
+def test_the_spread_at_every_tenth_and_beside_it(tenths: int) -> None:
+    """δ = 0.01 up to a target of 0.5, and 0.01 more for each tenth begun above it; rounding begins no tenth."""
+    at, above = max(1, tenths - 4), max(1, tenths - 3)
+    targets = {
+        tenths / 10: at,
+        1 - (10 - tenths) / 10: at,
+        min(0.1 * tenths, 1.0): at,
+        np.nextafter(tenths / 10, 0): at,
+        min(tenths / 10 + 1e-12, 1.0): at,
+        max(tenths / 10 - 1e-6, 0.0): at,
+        min(tenths / 10 + 1e-6, 1.0): min(above, 6),
+    }
+    for target, hundredths in targets.items():
+        for spread in (spec_schedule.sparsity_spread, schedule.sparsity_spread):
+            assert spread(float(target)) == hundredths / 100, target
+
+
 # Importances and errors that tie.
 
 
@@ -512,7 +552,7 @@ def test_constant_representations_share_nothing(value: float, dtype: torch.dtype
     found = rmi.nhsic_matrix(torch.stack([hsic.linear_gram(constant), hsic.linear_gram(other)]))
     grams = np.stack([spec_hsic.linear_gram(exact(constant)), spec_hsic.linear_gram(exact(other))])
     assert_exact("nhsic", np.eye(2), spec_rmi.nhsic_matrix(grams))
-    assert_exact("nhsic", np.eye(2), found)
+    assert_exact("nhsic", np.eye(2), exact(found))
 
 
 @pytest.mark.parametrize(
@@ -645,6 +685,17 @@ def test_rates_end_at_one() -> None:
 @pytest.mark.parametrize("kept", [3.4999999997, 3.5, 3.5000000003])
 def test_a_half_is_a_half_after_rounding(kept: float) -> None:
     assert spec_nm.kept_per_group(kept / 8, 8) == nm.kept_per_group(kept / 8, 8) == 4
+
+
+def test_a_huge_column_hides_no_other() -> None:
+    """Of the comparison itself: an entry is held to its own terms, and to its own width."""
+    reference, found = np.array([[1e4, 1.0], [1e4, 2.0]]), np.array([[1e4 + 1, 1.0], [1e4, 2.02]])
+    assert_close("of the largest", reference, found, 1e-4)
+    with pytest.raises(AssertionError, match=r"off by 2\.000e-02 at \(1, 1\)"):
+        assert_close("of its own", reference, found, 1e-4, scale=np.abs(reference))
+    assert_close("of its own", reference[:1], found[:1], 1e-4, scale=np.abs(reference[:1]))
+    with pytest.raises(AssertionError, match="dtype float32, the spec's is float64"):
+        assert_exact("width", reference, torch.tensor(reference).float())
 
 
 def test_results_have_the_dtype_of_what_they_replace() -> None:

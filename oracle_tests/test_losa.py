@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,39 @@ def test_large_blocks_weigh_more() -> None:
     rates, groups = losa.block_targets(PruneConfig(), 0.5, importance, weights, torch.zeros(3).double())
     assert float(weights @ rates / weights.sum()) == pytest.approx(0.5, abs=1e-12)
     assert groups == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("shares", "sizes", "target", "initial", "rates"),
+    [
+        # (1 · 0.5 + 3 · 0.25 + 12 · 0) / 16; the plain mean would be 0.25.
+        ([0.5, 0.25, 0.0], [1.0, 3.0, 12.0], 0.7, 0.078125, [0.5, 0.25, 0.0]),
+        ([0.5, 0.25, 0.0], [1.0, 3.0, 12.0], 0.0777, 0.0777, [0.5, 0.25, 0.0]),
+        # A few zeros of a dense model, all in a small block.
+        ([0.009, 0.0, 0.0], [1.0, 3.0, 12.0], 0.7, 0.0, [0.0, 0.0, 0.0]),
+        ([0.0, 0.0, 0.002], [1.0, 3.0, 12.0], 0.7, 0.0015, [0.0, 0.0, 0.002]),
+        # More than is asked.
+        ([0.0, 0.0, 0.5], [1.0, 3.0, 12.0], 0.3, None, None),
+    ],
+)
+def test_a_run_starts_from_the_sparsity_of_all_weights_together(
+    shares: list[float], sizes: list[float], target: float, initial: float | None, rates: list[float] | None
+) -> None:
+    """By block sizes, in both packages."""
+    ours = lambda: losa.initial_rates(  # noqa: E731
+        *(torch.tensor(v, dtype=torch.float64) for v in (shares, sizes)), PruneConfig(sparsity_ratio=target)
+    )
+    rows = [np.r_[np.zeros(round(2000 * share)), np.ones(2000 - round(2000 * share))] for share in shares]
+    layers = [{"q": spec.AdaptedLinear(row[None], np.zeros((0, 2000)), np.zeros((1, 0)))} for row in rows]
+    theirs = lambda: spec._initial_sparsity(layers, np.array(sizes), spec.Settings(sparsity_ratio=target))  # noqa: E731
+    for side in (ours, theirs):
+        if initial is None:
+            with pytest.raises(ValueError, match=r"sparsity_ratio is 0\.3.*0\.3750"):
+                side()
+        else:
+            found, of_blocks = side()
+            assert found == pytest.approx(initial, abs=1e-15)
+            assert list(map(float, of_blocks)) == rates
 
 
 def test_ranks_keep_to_the_settings_bounds() -> None:

@@ -187,7 +187,7 @@ def test_the_layer_takes_any_number_of_rows(lead: tuple[int, ...], dtype: torch.
     layer = PackedLinear.of(linear)
     assert torch.equal(layer.unpacked(), linear.weight)
     x = torch.randn(*lead, 48).to(dtype)
-    assert_close("layer", linear(x), layer(x), tolerances.bound(dtype) / 8, floor=1e-30)
+    assert_close("layer", linear(x), layer(x), tolerances.same_product(dtype), floor=1e-30)
 
 
 def test_compiled_code_finds_the_layer_by_its_handle() -> None:
@@ -272,7 +272,7 @@ def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtyp
         # On the CPU the stand-in for `matvec` unpacks too.
         assert as_on_a_gpu[0] == expected
         assert "pack_rows" not in as_on_a_gpu
-        assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.bound(dtype) / 8, floor=1e-30)
+        assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.same_product(dtype), floor=1e-30)
     assert layer(x[:0]).shape == (0, 9, 41)
 
 
@@ -326,7 +326,7 @@ def test_a_group_is_one_product_of_few_rows(as_on_a_gpu: list[str], dtype: torch
         for linear, layer in zip(linears, layers, strict=True):
             y = layer(x)
             assert y.shape == (*lead, layer.out_features)
-            assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.bound(dtype) / 8, floor=1e-30)
+            assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.same_product(dtype), floor=1e-30)
         assert as_on_a_gpu.count("matvec") == products
         # With more rows each layer works alone. On the CPU the stand-in for `matvec` unpacks too.
         assert as_on_a_gpu.count("unpack") == (3 if not products else DEVICE == "cpu")
@@ -342,7 +342,7 @@ def test_a_share_is_of_the_numbers_that_were_given(as_on_a_gpu: list[str]) -> No
     def right(layer: int, x: torch.Tensor, products: int) -> None:
         as_on_a_gpu.clear()
         expected, y = linears[layer](x).detach(), layers[layer](x)
-        assert_close("layer", expected.cpu(), y.cpu(), tolerances.bound(x.dtype) / 8, floor=1e-30)
+        assert_close("layer", expected.cpu(), y.cpu(), tolerances.same_product(x.dtype), floor=1e-30)
         # Nobody else may see that.
         y.zero_()
         assert as_on_a_gpu.count("matvec") == products
@@ -390,7 +390,7 @@ def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: l
     x = torch.randn(2, 70, device=DEVICE)
     # A copy that is cast works alone, with kernels and without.
     other = copy.deepcopy(model)
-    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, tolerances.bound(torch.float16) / 8)):
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, tolerances.same_product(torch.float16))):
         other.to(dtype)
         for linear, layer in zip(linears, other, strict=True):
             assert layer.group is None
@@ -408,7 +408,7 @@ def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: l
         linears[1].weight.neg_()
     for linear, layer in zip(linears, layers, strict=True):
         y = linear.bfloat16()(x.bfloat16()).detach()
-        assert_close("loaded", y.cpu(), layer(x.bfloat16()).cpu(), tolerances.bound(y.dtype) / 8, floor=1e-30)
+        assert_close("loaded", y.cpu(), layer(x.bfloat16()).cpu(), tolerances.same_product(y.dtype), floor=1e-30)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -466,7 +466,7 @@ def test_a_group_in_a_graph() -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     for linear, y in zip(reversed(linears), captured, strict=True):
-        assert_close("graph", linear(x).detach().cpu(), y.cpu(), tolerances.bound(y.dtype) / 8, floor=1e-30)
+        assert_close("graph", linear(x).detach().cpu(), y.cpu(), tolerances.same_product(y.dtype), floor=1e-30)
 
 
 @pytest.mark.skipif(not cpu_decode.paths(), reason="no compiler")

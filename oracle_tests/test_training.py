@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
+from oracle_tests import tolerances
+from oracle_tests.assertions import assert_close
+from reference import llama as spec
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl.engine import families, layers, loss, training
 from torch_impl.engine.training import TrainingConfig
@@ -165,6 +171,37 @@ def test_cross_entropy_in_parts_is_torch_s(dtype: torch.dtype, at_once: int, mon
         [gradient] = torch.autograd.grad(found, logits)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(gradient, wide.grad.to(dtype))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_divergence_is_the_spec_s_whatever_the_logits_dtype(dtype: torch.dtype) -> None:
+    """Summed in float32 at least from the logits as they are, and so its gradient, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (3 * torch.randn(2, 6, 11, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    logits.requires_grad_()
+    labels = torch.randint(11, (2, 6), generator=generator)
+    labels[0, :3] = labels[1, 4] = training.IGNORED
+
+    def model(values: torch.Tensor) -> Any:
+        return lambda input_ids, use_cache: SimpleNamespace(logits=values)
+
+    batch = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "labels": labels}
+    found = training._sum_loss(model(logits), batch, model(teacher))
+    [gradient] = torch.autograd.grad(found, logits)
+    expected, expected_gradient = spec.kl_divergence(
+        *(values.detach().double().numpy() for values in (logits, teacher)), labels.numpy()
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    assert (found.dtype, gradient.dtype) == (wide, dtype)
+    assert_close("divergence", expected, found, tolerances.bound(wide))
+    assert_close(
+        "gradient",
+        expected_gradient,
+        gradient,
+        tolerances.bound(dtype) / 2,
+        scale=np.abs(expected_gradient),
+        floor=1e-7,
+    )
 
 
 def test_rows_are_filled_up_on_the_right_without_labels() -> None:

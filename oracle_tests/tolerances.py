@@ -19,9 +19,11 @@ def ill_conditioned(condition: float) -> float:
     return max(SAME_ALGORITHM, UNIT[torch.float64] * condition)
 
 
-# Layer 2: unit roundoff of the inputs' dtype times the number of roundings in a row that a result can see: at most
-# 16-term sums of products (accumulated in float32) plus a handful of elementwise operations.
+# Layer 2: unit roundoff of the inputs' dtype times the number of roundings in a row that a result can see. In float32: sums
+# of at most 16 terms and a handful of elementwise operations. In half precision sums are accumulated in float32, and a weight,
+# a product made of it and a result are rounded.
 ROUNDINGS = 32
+FEW_ROUNDINGS = 4
 UNIT = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,
@@ -31,8 +33,15 @@ UNIT = {
 
 
 def bound(dtype: torch.dtype) -> float:
-    """Largest error of a result relative to the largest entry of the reference."""
-    return SAME_ALGORITHM if dtype == torch.float64 else ROUNDINGS * UNIT[dtype]
+    """Largest error of an entry of a result, relative to the sum of the sizes of the terms that it is made of."""
+    if dtype == torch.float64:
+        return SAME_ALGORITHM
+    return (ROUNDINGS if dtype == torch.float32 else FEW_ROUNDINGS) * UNIT[dtype]
+
+
+def same_product(dtype: torch.dtype) -> float:
+    """A product computed in two ways from the same numbers, relative to the largest."""
+    return FEW_ROUNDINGS * UNIT[dtype]
 
 
 def long_sum(terms: int) -> float:
@@ -90,3 +99,28 @@ GPU_STEP = {
 # spec (test_whole_run.BOUND), rounding leaves 1e-17 in a clipped gradient, Adam makes at most lr · 1e-17 / 1e-8 of it, 1e-11
 # at lr = 1e-2; five optimizer steps of it, stretched ten times through the model, stay under 1e-9.
 OTHER_ORDER = 1e-9
+
+# One LoSA step of a tiny model in float32 or bf16 against the spec's, in float64 from the same state (test_stepwise.py).
+STEPWISE = {
+    torch.float32: {
+        # Some hundred hidden states average their roundings; I is the exponential of a share of about 1/4.
+        "importance": 1e-7,
+        "mask entries that differ (share)": 0.0,
+        "pruned weights": 16 * UNIT[torch.float32],
+        "reconstruction error": 32 * UNIT[torch.float32],
+        # A divergence is small beside the logits whose differences it is made of.
+        "loss": 1e-5,
+        # Adam divides by a gradient's size: the smallest entries, whose roundings are not small beside them, move as far
+        # as the largest.
+        "what training moved": 1e-3,
+    },
+    torch.bfloat16: {
+        "importance": 5e-4,
+        # Scores are off by up to 2⁻⁸, so that up to two entries in 2⁸ are close enough to their threshold.
+        "mask entries that differ (share)": 2.0**-7,
+        "pruned weights": 4 * UNIT[torch.bfloat16],
+        "reconstruction error": 8 * UNIT[torch.bfloat16],
+        "loss": 0.1,
+        "what training moved": 0.4,
+    },
+}

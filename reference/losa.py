@@ -306,9 +306,10 @@ def _nothing_to_heal(model: Llama, layers: Sequence[Layers], settings: Settings)
     """Whether there is nothing to train on but rounding: the loss is the distance from the dense model's predictions, and no
     step has pruned anything yet (1:2 at step 1 of 5, say), so that the model still is the dense one.
 
-    Its gradient is 0 then, rounding makes 1e-17 of it, and Adam, which divides by the gradient's size, full steps of that.
-    So such a step leaves the adapters as they are; its part of the examples is not used, and the learning-rate schedule
-    goes on behind it. With labels (loss ce) a gradient is more than rounding, and training goes on.
+    Its gradient is 0 then. Rounding makes noise of it, in float32 larger than Adam's ε, and Adam, which divides by the
+    gradient's size, full steps of that. So such a step leaves the adapters as they are; its part of the examples is not
+    used, and the learning-rate schedule goes on behind it. With labels (loss ce) a gradient is more than rounding, and
+    training goes on.
     """
     unchanged = all(
         np.array_equal(layer.weight, block.weights[name])
