@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test faults lint spec mutants clean help
+.PHONY: demo test deep faults lint spec mutants clean help
 
 help:
 	@echo "make demo      install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
 	@echo "make test      install into $(VENV) and run the oracle tests (about 5 minutes on 2 cores)"
+	@echo "make deep      the oracle tests on ten times as many examples, drawn anew (about an hour on 2 cores); SEED=n draws those of n"
 	@echo "make faults    break fifty runs in every way a long run can break, and compare what comes of them (5 minutes on 2 cores)"
 	@echo "make spec      render the spec as one page, build/spec.html, equations typeset beside the code"
 	@echo "make lint      ruff and mypy"
@@ -26,6 +27,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest oracle_tests reference torch_impl
+
+# A new seed every time, printed before and behind the tests; with a given one, the same examples again.
+deep: SEED := $(if $(filter command environment,$(firstword $(origin SEED))),$(SEED),$(shell date +%s))
+deep: $(STAMP)
+	@echo "make deep SEED=$(SEED)"
+	@$(BIN)/python -m pytest oracle_tests --profile deep --hypothesis-seed $(SEED) || (echo "make deep SEED=$(SEED)"; false)
 
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m oracle_tests.faults --faults 50 --seed 0

@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, Phase, settings
 from torch_impl.engine import cuda_decode, packed_linear
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+# The same examples every time: a change fails for what it changes.
 settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
-settings.register_profile("deep", max_examples=1000, **_QUIET)
+# Others every time, or those of `--hypothesis-seed`: `make deep`.
+settings.register_profile("deep", max_examples=400, database=None, print_blob=True, **_QUIET)
 # For mutation testing: whether anything fails is all that matters, not how small the failure can be made.
 settings.register_profile(
     "mutants", max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate], **_QUIET

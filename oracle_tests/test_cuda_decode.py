@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
+from oracle_tests.strategies import examples
 from torch_impl import packed
 from torch_impl.engine import cuda_decode
 
@@ -79,7 +80,7 @@ def walk(layout: cuda_decode.Layout) -> np.ndarray:
     return dense
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(weight=sparse_weights(33, 260))
 def test_lanes_find_their_numbers(weight: torch.Tensor) -> None:
     layout = cuda_decode.pack_rows(weight)
@@ -93,7 +94,6 @@ def test_lanes_find_their_numbers(weight: torch.Tensor) -> None:
     assert_exact("bits of the weight", expected, found)
 
 
-@settings(max_examples=40)
 @given(weight=sparse_weights())
 def test_unpacked_it_is_the_weight(weight: torch.Tensor) -> None:
     found = cuda_decode.unpack(cuda_decode.pack_rows(weight.to(DEVICE)))
@@ -102,7 +102,7 @@ def test_unpacked_it_is_the_weight(weight: torch.Tensor) -> None:
     assert_exact("weight", weight, found.cpu())
 
 
-@settings(max_examples=60 if DEVICE == "cuda" else 15)
+@settings(max_examples=examples(60 if DEVICE == "cuda" else 15))
 @given(
     weight=sparse_weights(70, 2000),
     batch=st.integers(1, 8),

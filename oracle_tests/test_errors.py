@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests.ops import OPS, Op, to_torch
+from oracle_tests.strategies import examples
 from torch_impl import hsic, packed
 
 
@@ -52,7 +53,7 @@ def outcome(function: Callable[..., Any], case: dict[str, Any]) -> str | None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(data=st.data())
 def test_same_mistake_same_message(op: Op, data: st.DataObject) -> None:
     case = data.draw(op.cases)

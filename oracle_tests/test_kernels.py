@@ -18,6 +18,7 @@ import math
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close, assert_exact
+from oracle_tests.strategies import examples
 from reference import adapter as spec
 from reference.masks import select as spec_select
 from reference.masks import sparsegpt as spec_sparsegpt
@@ -48,7 +49,7 @@ def wide(*tensors: torch.Tensor) -> list[np.ndarray]:
     return [tensor.double().cpu().numpy() for tensor in tensors]
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(case=adapted())
 def test_merge(case: tuple[torch.Tensor, ...]) -> None:
     _, weight, A, B = case
@@ -61,7 +62,7 @@ def test_merge(case: tuple[torch.Tensor, ...]) -> None:
     assert_close("merge", expected, found.cpu(), tolerances.bound(weight.dtype), scale=terms)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(case=adapted())
 def test_contract(case: tuple[torch.Tensor, ...]) -> None:
     check_contract(*case)
@@ -91,7 +92,7 @@ def check_contract(G: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: to
         assert_exact("again", first.cpu(), second.cpu())
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     rows=st.sampled_from([1, 15, 16, 33]),
     width=st.sampled_from([1, 4, 12, 16]),
@@ -159,7 +160,7 @@ def test_the_adapter_through_the_kernels(monkeypatch: pytest.MonkeyPatch, adapte
         assert_close(name, theirs, ours.cpu(), bound)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     rows=st.integers(1, 3),
     columns=st.sampled_from([1, 7, 64, 100, 129]),

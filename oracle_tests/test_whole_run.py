@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import HF_NAMES, float64_llama, random_llama, to_hugging_face
+from oracle_tests.strategies import examples
 from reference import llama
 from reference import losa as reference_losa
 from torch_impl import losa as torch_losa
@@ -318,7 +319,7 @@ def assert_same_run(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-@settings(deadline=None, max_examples=max(5, settings.default.max_examples // 4))
+@settings(deadline=None, max_examples=max(5, examples(10)))
 @given(data=st.data())
 def test_same_trajectory(method: str, kind: str, data: st.DataObject) -> None:
     assert_same_run(data.draw(cases(method, kind)))

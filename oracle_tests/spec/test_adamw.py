@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from oracle_tests.strategies import examples
 from reference import adamw
 from torch_impl.engine import training
 
@@ -21,7 +22,7 @@ def arrays(seed: int, scale: float, count: int = 3) -> list[np.ndarray]:
     return [scale * generator.normal(size=(2 + number, 3)) for number in range(count)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(seeds, st.sampled_from([1e-9, 1e-4, 1.0, 1e6]), st.sampled_from([0.0, 0.001, 0.5]), st.integers(1, 6))
 def test_steps_are_torch_s(seed: int, scale: float, weight_decay: float, steps: int) -> None:
     ours = arrays(seed, 1.0)
@@ -53,7 +54,7 @@ def test_arguments_stay_as_they_are() -> None:
     assert not any(m.any() for m in (*moments.first, *moments.second))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(seeds, st.sampled_from([1e-8, 1e-3, 1.0, 1e5]), st.sampled_from([0.3, 1.0, 10.0]))
 def test_clipping_is_torch_s(seed: int, scale: float, max_norm: float) -> None:
     gradients = arrays(seed, scale)

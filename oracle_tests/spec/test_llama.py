@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import HF_NAMES, float64_llama, random_llama, to_hugging_face
+from oracle_tests.strategies import examples
 from reference import adapter, llama
 
 MHA = llama.Sizes(vocabulary=11, hidden=8, intermediate=12, heads=2, kv_heads=2)
@@ -178,7 +179,7 @@ def test_gradient_of_an_adapter_by_finite_differences(loss: str) -> None:
     assert (grad_A * direction_A).sum() + (grad_B * direction_B).sum() == pytest.approx(slope, rel=1e-5, abs=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(2, 5))
 def test_small_derivatives(seed: int, rows: int, width: int) -> None:
     generator = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import random_llama
+from oracle_tests.strategies import examples
 from reference import adapter, llama, losa
 from reference.losa import Settings
 
@@ -46,7 +47,7 @@ def zeros_per_group(mask: np.ndarray, m: int) -> np.ndarray:
     return (~mask).reshape(len(mask), -1, m).sum(axis=-1)
 
 
-@hypothesis_settings(deadline=None, max_examples=12)
+@hypothesis_settings(deadline=None, max_examples=examples(12))
 @given(
     method=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
     pattern=st.sampled_from(["unstructured", "2:4", "mixed-2:4"]),

@@ -81,7 +81,7 @@ def in_floats(case: dict[str, Any]) -> dict[str, Any]:
     return {**case, "errors": np.array([float(e) for e in case["errors"]]), "mean_rank": float(case["mean_rank"])}
 
 
-@settings(max_examples=400)
+@settings(max_examples=strategies.examples(400))
 @given(exact_rank_cases())
 @example(
     {
@@ -97,7 +97,7 @@ def test_ranks_are_those_of_a_literal_simulation(case: dict[str, Any]) -> None:
     np.testing.assert_array_equal(allocate_ranks(**in_floats(case)), simulated(**case))
 
 
-@settings(max_examples=150)
+@settings(max_examples=strategies.examples(150))
 @given(exact_rank_cases(blocks=4, top=7))
 def test_ranks_are_the_most_even_repair(case: dict[str, Any]) -> None:
     """Of all rank vectors within bounds and with the right sum, the one whose changes to the clipped shares are as even as

@@ -86,7 +86,7 @@ def kept_solutions(
     return [kept for kept in itertools.product(*choices) if sum(kept) == kept_total]
 
 
-@settings(max_examples=600)
+@settings(max_examples=strategies.examples(600))
 @given(small_kept_cases())
 # N̄ = 7/3 with spread 1: 2 or 3 each.
 @example({"importance": np.array([3.0, 1, 2]), "kept_total": 7, "m": 4, "spread": 1, "ceiling": None})

@@ -13,7 +13,7 @@ from oracle_tests import strategies
 from reference.tiles import pack_tiles, unpack_tiles
 
 
-@settings(max_examples=25)
+@settings(max_examples=strategies.examples(25))
 @given(strategies.weights_to_tile())
 def test_there_and_back(weight: np.ndarray) -> None:
     bitmaps, values = pack_tiles(weight)
@@ -101,7 +101,7 @@ def test_tiles_are_fragments_of_the_product() -> None:
     assert np.array_equal(y, weight @ x.T)
 
 
-@settings(max_examples=25)
+@settings(max_examples=strategies.examples(25))
 @given(strategies.tiled_weights(), st.data())
 def test_any_bit_turned_is_refused(case: dict[str, Any], data: st.DataObject) -> None:
     unpack_tiles(**case)
