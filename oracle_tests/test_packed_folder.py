@@ -225,9 +225,9 @@ def zero_a_value(tensors: dict[str, torch.Tensor]) -> None:
         (drop_a_value, r"values has \d+ entries; allowed: \d+"),
         (move_an_offset, "offsets is 1099511627776 at 5"),
         (cut_the_bitmap, r"offsets has shape \(49,\); allowed: \(48,\)"),
-        (cut_all, r"(shape is \(47, 32\)|bitmap has 47 rows); allowed: .*48"),
-        (other_dtype, "dtype is bfloat16; allowed: float32"),
-        (remove, "is missing; allowed: all that packed.json lists"),
+        (cut_all, r"(shape is \(47, 32\)|bitmap has 47 rows) and packed.json lists .*48"),
+        (other_dtype, "dtype is bfloat16 and packed.json lists float32"),
+        (remove, f"lacks {KEY}.offsets, by packed.json"),
         (zero_a_value, "values is 0 at 7"),
     ],
 )
@@ -257,7 +257,7 @@ def test_a_truncated_file_is_named(packed_model: Path, tmp_path: Path, share: fl
     shutil.copytree(packed_model, broken)
     content = (broken / FILE).read_bytes()
     (broken / FILE).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(.*\); allowed: a whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(.*\): it is truncated or corrupt"):
         packed_folder.load(broken, CPU)
 
 
@@ -267,7 +267,7 @@ def test_a_truncated_file_is_named(packed_model: Path, tmp_path: Path, share: fl
         (lambda text: text[:-40], "is not the list of a packed model"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "version 2; allowed: losa-packed, version 1"),
         (lambda text: text.replace(f'"{FILE}": {{', '"../other.safetensors": {'), "names files that are not"),
-        (lambda text: text.replace(f'"{KEY}"', '"model.layers.7.mlp.up_proj.weight"'), "is missing"),
+        (lambda text: text.replace(f'"{KEY}"', '"model.layers.7.mlp.up_proj.weight"'), r"layers\.7.* no place"),
     ],
 )
 def test_a_damaged_list_is_named(
@@ -288,7 +288,7 @@ def test_a_tensor_that_no_file_has_is_named(packed_model: Path, tmp_path: Path) 
     manifest = json.loads((broken / "packed.json").read_text())
     del manifest["tensors"]["model.norm.weight"]
     (broken / "packed.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is in no file"):
+    with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
         packed_folder.load(broken, CPU)
 
 
@@ -298,7 +298,7 @@ def test_bad_arguments_get_one_line(
     out = str(tmp_path / "out")
     (tmp_path / "full").mkdir()
     for arguments, message in (
-        ([str(tmp_path / "none"), out], "no config.json with"),
+        ([str(tmp_path / "none"), out], "no such folder"),
         ([str(packed_model), out], "is packed already"),
         ([str(plain), out, "--unpack"], "no packed.json in this folder"),
         ([str(plain), str(packed_model)], "exists; allowed: a new folder, or --overwrite"),

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
+    checkpoint.add_trust_remote_code(parser)
     parser.add_argument(
         "--compile",
         default="auto",
@@ -76,11 +77,9 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     device = checkpoint.choose_device(options.device)
     folder = Path(options.model)
     if packed_folder.is_packed(folder):
-        return packed_folder.load(folder, device, checkpoint.DTYPES.get(options.dtype))
-    if options.dtype != "auto" or device.type != "cpu" or not (folder / "config.json").is_file():
-        return checkpoint.load(options.model, device, options.dtype)
-    stored = transformers.AutoConfig.from_pretrained(folder).dtype or torch.float32
-    return checkpoint.load(options.model, device, str(stored).removeprefix("torch."))
+        return packed_folder.load(folder, device, checkpoint.DTYPES.get(options.dtype), options.trust_remote_code)
+    dtype = "stored" if options.dtype == "auto" else options.dtype
+    return checkpoint.load(options.model, device, dtype, options.trust_remote_code)
 
 
 # Not inference_mode, whose tensors do not tell whether they were written to: `PackedGroup.share` asks them.

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from torch_impl import adapter, rank, rmi, schedule, sparsity
 from torch_impl.engine import calibration, distributed, sharded, statistics, training
+from torch_impl.engine.checkpoint_files import check_finite
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal, Progress
@@ -287,10 +288,9 @@ def check_structure(model: nn.Module, settings: Settings) -> Family:
 
 
 def check_weights(block: nn.Module, index: int, family: Family) -> None:
-    """Errors: ValueError if a projection of block number `index` holds NaN or infinity."""
-    for name in family.projections:
-        if not bool(torch.isfinite(distributed.local(weight_of(block, name))).all()):
-            raise ValueError(f"{family.blocks}.{index}.{name}: weights hold NaN or infinity; allowed: finite weights")
+    """Errors: ValueError naming a tensor of block number `index` that holds NaN or infinity."""
+    named = ((name, distributed.local(tensor)) for name, tensor in block.state_dict().items())
+    check_finite(((f"{family.blocks}.{index}.{name}", tensor) for name, tensor in named))
 
 
 def check_model(model: nn.Module, settings: Settings) -> Family:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch_impl.engine import checkpoint, packed_folder
+from torch_impl.engine.checkpoint_files import INDEX, PACKED, SINGLE, few
 from torch_impl.engine.packed_folder import Saving
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.folder import run_folder
+
+# Files of which a model's folder consists: a folder with any other is never replaced.
+OF_A_MODEL = (
+    "config.json", "generation_config.json", "model*.safetensors", "packed-*.safetensors", INDEX, PACKED,
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
+    "modeling_*.py", "configuration_*.py", "tokenization_*.py", "README.md", "LICENSE*", "NOTICE*", ".gitattributes",
+)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,10 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unpack", action="store_true", help="MODEL is packed: write the plain folder again, bit for bit"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is the folder of a model and nothing else"
+    )
     parser.add_argument(
         "--device", default="auto", help="where to pack: auto (a GPU if there is one), cpu, cuda, cuda:N"
     )
+    checkpoint.add_trust_remote_code(parser)
     return parser
 
 
@@ -57,16 +69,42 @@ def table(savings: Sequence[Saving]) -> str:
     return "\n".join(lines)
 
 
+def check_target(source: Path, target: Path) -> None:
+    """Errors: ValueError if `target` is there and is not the folder of a model and nothing else, or has `source` in it."""
+    if not target.exists():
+        return
+    place = target.resolve()
+    if place == source.resolve() or place in source.resolve().parents:
+        raise ValueError(
+            f"OUT {target} is or holds MODEL {source}, which --overwrite would remove; name another folder"
+        )
+    names = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else [target.name]
+    whole = "config.json" in names and any(name in names for name in (PACKED, SINGLE, INDEX))
+    others = [name for name in names if not whole or not _of_a_model(target / name)]
+    if others:
+        raise ValueError(
+            f"OUT {target} is not the folder of a model and nothing else, which --overwrite may replace "
+            f"({few(others)}); name another folder"
+        )
+
+
+def _of_a_model(path: Path) -> bool:
+    return path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in OF_A_MODEL)
+
+
 @command
 def main(arguments: Sequence[str]) -> None:
     """Pack or unpack."""
     options = _parser().parse_args(arguments)
+    if options.overwrite:
+        check_target(options.model, options.out)
     with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
         if options.unpack:
             packed_folder.unpack_folder(options.model, folder)
             closing = f"{options.out}: a plain Hugging Face folder"
         else:
-            savings = packed_folder.pack_folder(options.model, folder, checkpoint.choose_device(options.device))
+            device = checkpoint.choose_device(options.device)
+            savings = packed_folder.pack_folder(options.model, folder, device, options.trust_remote_code)
             closing = (
                 f"{table(savings)}\n\n{options.out}: for python -m torch_impl.generate; "
                 f"python -m torch_impl.pack --unpack gives back the plain folder"

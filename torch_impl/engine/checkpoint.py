@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import string_to_bool
 
 from torch_impl.engine import distributed, sharded
+from torch_impl.engine.checkpoint_files import check_finite, few, find_files, local_folder, read_config
+from torch_impl.engine.shards import follow_umask
+from torch_impl.engine.skeleton import as_one_line, describe, note_ties, skeleton
 from torch_impl.engine.streaming import open_streamed
 
-# What of a hub's repository a streamed or sharded model needs.
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
 LOGIT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# Sizes in a configuration that a model needs a weight, and so a byte, each for.
-SIZES = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "ffn_dim", "word_embed_proj_dim",
-)  # fmt: skip
-
+# Packages that read a SentencePiece file, and the modules that they bring.
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -58,24 +55,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_sizes(folder: Path) -> None:
-    """Errors: ValueError if config.json is no JSON object or speaks of sizes that its weights cannot have.
-
-    transformers would build such a model, if only as a skeleton, before it looks.
-    """
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"model {folder}: config.json is not JSON ({error}); allowed: a model's configuration"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"model {folder}: config.json is a {type(content).__name__}; allowed: a JSON object")
-    most = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    for name in SIZES if most else ():
-        value = content.get(name)
-        if isinstance(value, int | float) and value > most:
-            raise ValueError(f"model {folder}: {name} is {value} and its weights have {most} bytes; allowed: fewer")
+def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option that `run` has."""
+    text = "run code that comes with the model; only for sources you trust"
+    parser.add_argument(
+        "--trust_remote_code", type=string_to_bool, nargs="?", const=True, default=False, metavar="BOOL", help=text
+    )
 
 
 def load(
@@ -83,36 +68,33 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id; sharded if there are several processes.
 
+    dtype: a key of DTYPES; auto: as stored, on the CPU float32; stored: as stored.
+
     Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
     """
-    wanted = _wanted(name, device, dtype)
+    wanted, folder = _wanted(device, dtype), local_folder(name)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     if distributed.processes() > 1:
-        return _load_sharded(name, device, wanted, trust_remote_code)
-    with _as_one_line(name):
-        pair: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=wanted or "auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    model, found = pair
-    if found["missing_keys"]:
-        # transformers fills them with random numbers and a warning.
-        raise ValueError(f"model {name} lacks {', '.join(sorted(found['missing_keys']))}; allowed: a whole model")
-    module: torch.nn.Module = model
-    module.to(device).eval()
+        return sharded.load(folder, device, wanted, trust_remote_code), tokenizer
+    found = describe(folder, trust_remote_code, wanted)
+    model = _from_pretrained(folder, found.model.dtype, trust_remote_code).to(device)  # type: ignore[arg-type]
+    check_finite(model.state_dict().items(), folder)
+    note_ties(model)
     return model, tokenizer
 
 
-def _load_sharded(
-    name: str, device: torch.device, wanted: torch.dtype | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _as_one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=DOWNLOADED))
-        return sharded.load(folder, device, wanted, trust_remote_code), tokenizer
+def _from_pretrained(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model by transformers alone, in eval mode, on the CPU."""
+    with as_one_line(folder, "a causal language model"):
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    model: PreTrainedModel = pair[0]
+    missing = {name for names in (pair[1]["missing_keys"], pair[1]["mismatched_keys"]) for name in map(str, names)}
+    if missing:
+        # transformers fills them with random numbers and a warning.
+        raise ValueError(f"model {folder} lacks {few(sorted(missing))}, as transformers reads it; download it again")
+    return model.eval()
 
 
 def load_streamed(
@@ -122,50 +104,79 @@ def load_streamed(
 
     Errors: as for `load`.
     """
-    wanted = _wanted(name, device, dtype)
-    with _as_one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+    wanted, folder = _wanted(device, dtype), local_folder(name)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     return open_streamed(folder, device, wanted, trust_remote_code), tokenizer
 
 
-def _wanted(name: str, device: torch.device, dtype: str) -> torch.dtype | None:
-    """The dtype asked for, None for the checkpoint's own, after checking that there may be such a model."""
-    if dtype != "auto" and dtype not in DTYPES:
+def outline(name: str, device: torch.device, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same without any weights. Those of a hub id are not downloaded, and so not looked at.
+
+    Errors: as for `load`, as far as configuration and headers show them.
+    """
+    wanted, folder = _wanted(device, dtype), local_folder(name, weights=False)
+    if Path(name).is_dir():
+        return describe(folder, trust_remote_code, wanted).model
+    read_config(folder)
+    return skeleton(folder, trust_remote_code, wanted)
+
+
+def _wanted(device: torch.device, dtype: str) -> torch.dtype | None:
+    """The dtype asked for, None for the checkpoint's own."""
+    if dtype not in ("auto", "stored", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model {name}: no config.json in this folder; allowed: a Hugging Face model folder")
-    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(".")):
-        raise FileNotFoundError(f"model {name}: no such folder; allowed: a Hugging Face model folder or a hub id")
-    if folder.is_dir():
-        check_sizes(folder)
-        if not any(folder.glob("*.safetensors")):
-            raise ValueError(f"model {folder} has no weights in safetensors files; allowed: these alone, no pickles")
-    return DTYPES[dtype] if dtype != "auto" else (torch.float32 if device.type == "cpu" else None)
+    return torch.float32 if dtype == "auto" and device.type == "cpu" else DTYPES.get(dtype)
 
 
-@contextmanager
-def _as_one_line(name: str) -> Iterator[None]:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder. Errors: ValueError naming the folder and what is wrong or not installed."""
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # transformers raises a dozen kinds, tokenizers panics; each ends here as one line
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"model {name} does not load as a causal language model with its tokenizer: {reason}"
-        ) from error
+        with as_one_line(folder, "a tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+            return tokenizer
+    except ValueError as error:
+        pieces = [path.name for path in sorted(folder.glob("*.model"))]
+        if not pieces or (folder / "tokenizer.json").exists():
+            raise
+        # transformers would have another package installed, tiktoken, which does not read it.
+        lacking = [package for package, module in SENTENCEPIECE.items() if not _importable(module)]
+        advice = f"install {' and '.join(lacking)} to read it" if lacking else "it is corrupt; download it again"
+        raise ValueError(f"model {folder}: its tokenizer is a SentencePiece file, {pieces[0]}; {advice}") from error
 
 
-def weights_hash(name: str) -> str | None:
-    """SHA-256 over the safetensors files of a local folder, in the order of their names; None for a hub id."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    if not files:
-        return None
+def _importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def folder_of(model: PreTrainedModel) -> Path:
+    """Where a model was loaded from."""
+    assert model.name_or_path is not None
+    return Path(model.name_or_path)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` with the modes that the umask says."""
+    model.save_pretrained(folder)
+    follow_umask(folder.glob("*.safetensors"))
+
+
+def keep_beside(source: Path, folder: Path) -> None:
+    """Copy into a saved model's folder what `save_pretrained` may leave behind: code and SentencePiece files."""
+    for path in sorted([*source.glob("*.py"), *source.glob("*.model")]):
+        shutil.copyfile(path, folder / path.name)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a model's folder that count, in the order of their names."""
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
+    for file in find_files(folder).metadata:
+        with (folder / file).open("rb") as stream:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -187,7 +198,12 @@ class Verification:
 
 
 def verify(
-    folder: Path, masks: dict[str, torch.Tensor], ids: torch.Tensor, unmerged: torch.Tensor, device: torch.device
+    folder: Path,
+    masks: dict[str, torch.Tensor],
+    ids: torch.Tensor,
+    unmerged: torch.Tensor,
+    device: torch.device,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Verification]:
     """Reload a saved model with transformers alone and hold it against the unmerged one. Returns it with the figures.
 
@@ -195,9 +211,7 @@ def verify(
 
     Errors: RuntimeError naming the projection whose zeros are not where its mask says, or the difference of the logits.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    module: torch.nn.Module = model
-    module.to(device).eval()
+    model = _from_pretrained(folder, "auto", trust_remote_code).to(device)  # type: ignore[arg-type]
     zeros = {}
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
@@ -211,10 +225,15 @@ def verify(
 
 
 def verify_sharded(
-    folder: Path, masks: dict[str, torch.Tensor], ids: torch.Tensor, unmerged: torch.Tensor, device: torch.device
+    folder: Path,
+    masks: dict[str, torch.Tensor],
+    ids: torch.Tensor,
+    unmerged: torch.Tensor,
+    device: torch.device,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Verification]:
     """`verify` where no process can hold the model: it is loaded in shards, and masks are those of the rows here."""
-    model = sharded.load(folder, device, None)
+    model = sharded.load(folder, device, None, trust_remote_code)
     zeros = sharded.check_zeros(model, masks)
     return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
 

@@ -18,27 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import packed
+from torch_impl.engine import checkpoint
+from torch_impl.engine.checkpoint_files import CODES, INDEX, PACKED, Entry, check_finite, few, find, read_config
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.packed_linear import PARTS, PackedLinear, group_projections
+from torch_impl.engine.shards import save_tensors
+from torch_impl.engine.skeleton import Checkpoint, lay_out
 
-MANIFEST = "packed.json"
 FORMAT, VERSION = "losa-packed", 1
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass
@@ -69,35 +62,35 @@ class Saving:
 
 def is_packed(folder: Path) -> bool:
     """Whether this is the folder of a packed model."""
-    return (folder / MANIFEST).is_file()
+    return (folder / PACKED).is_file()
 
 
-def pack_folder(source: Path, target: Path, device: torch.device) -> list[Saving]:
+def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_code: bool = False) -> list[Saving]:
     """Write the packed form of the model in `source` into the folder `target`, file by file. Returns what it saves.
 
     Packed is every projection of a decoder block that becomes smaller by it; `device` does the packing.
 
-    Errors: ValueError or FileNotFoundError naming what is not a Hugging Face folder, or the file that cannot be read.
+    Errors: ValueError or FileNotFoundError naming the folder and what is wrong with it, as `skeleton.describe` and
+    `check_finite` do.
     """
     if is_packed(source):
-        raise ValueError(f"model {source} is packed already; allowed: a plain Hugging Face folder, or --unpack")
-    shards = sorted(source.glob("*.safetensors"))
-    if not (source / "config.json").is_file() or not shards:
-        raise FileNotFoundError(
-            f"model {source}: no config.json with *.safetensors; allowed: a Hugging Face model folder with safetensors"
-        )
-    model = _empty_model(source, None)
-    kinds = _projections(model)
+        raise ValueError(f"model {source} is packed already; name a plain Hugging Face folder, or use --unpack")
+    if not source.is_dir():
+        raise FileNotFoundError(f"model {source}: no such folder; name a Hugging Face model folder")
+    files = find(source)
+    found = lay_out(source, files.entries, trust_remote_code)
+    kinds = _projections(found)
     savings: dict[str, Saving] = {}
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "files": {}, "tensors": {}}
-    for number, shard in enumerate(shards, 1):
-        name = f"packed-{number:05d}-of-{len(shards):05d}.safetensors"
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "index": files.index, "files": {}, "tensors": {}}
+    for number, (shard, metadata) in enumerate(files.metadata.items(), 1):
+        name = f"packed-{number:05d}-of-{len(files.metadata):05d}.safetensors"
         tensors: dict[str, torch.Tensor] = {}
-        with _opened(shard) as file:
-            metadata = file.metadata()
-            for key in tqdm(file.keys(), desc=f"packing {shard.name}", unit=" tensors", leave=False, disable=None):
+        with _opened(source / shard) as file:
+            for key in tqdm(file.keys(), desc=f"packing {shard}", unit=" tensors", leave=False, disable=None):
                 tensor = file.get_tensor(key)
-                kind = kinds.get(_module_name(model, key), "other")
+                if key not in found.left_over:
+                    check_finite([(key, tensor)], source)
+                kind = kinds.get(key, "other")
                 stored = _smallest(key, tensor, kind != "other", device)
                 manifest["tensors"][key] = {
                     "file": name,
@@ -107,9 +100,9 @@ def pack_folder(source: Path, target: Path, device: torch.device) -> list[Saving
                 }
                 savings.setdefault(kind, Saving(kind)).add(tensor, stored, key not in stored)
                 tensors |= stored
-        manifest["files"][name] = {"source": shard.name, "metadata": metadata}
-        save_file(tensors, target / name, metadata={"format": "pt"})
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest["files"][name] = {"source": shard, "metadata": metadata}
+        save_tensors(tensors, target / name)
+    (target / PACKED).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _copy_others(source, target)
     return sorted(savings.values(), key=lambda saving: saving.kind == "other")
 
@@ -120,7 +113,6 @@ def unpack_folder(source: Path, target: Path) -> None:
     Errors: as `load`; ValueError if `source` is not packed.
     """
     manifest = _manifest(source)
-    weight_map, total = {}, 0
     for name, facts in tqdm(manifest["files"].items(), desc="unpacking", unit=" files", leave=False, disable=None):
         tensors = {}
         for key, parts in _tensors(source, manifest, name):
@@ -130,78 +122,58 @@ def unpack_folder(source: Path, target: Path) -> None:
                     bitmap, values, offsets = parts
                     tensors[key] = packed.unpack(bitmap, values, offsets, manifest["tensors"][key]["shape"][-1])
                 _fits(tensors[key], manifest["tensors"][key])
-            weight_map[key] = facts["source"]
-            total += tensors[key].numel() * tensors[key].element_size()
-        save_file(tensors, target / facts["source"], metadata=facts["metadata"])
-    if len(manifest["files"]) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        save_tensors(tensors, target / facts["source"], facts["metadata"])
+    if manifest["index"] is not None:
+        (target / INDEX).write_text(json.dumps(manifest["index"], indent=2) + "\n", encoding="utf-8")
     _copy_others(source, target)
 
 
 def load(
-    folder: Path, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Packed model, in eval mode, and its tokenizer; nothing is unpacked. dtype: default the configuration's.
+    """Packed model, in eval mode, and its tokenizer; nothing is unpacked. dtype: default as stored.
 
     Errors: ValueError naming file and tensor where anything is missing, cut short or contradicts itself.
     """
     manifest = _manifest(folder)
-    model = _empty_model(folder, dtype)
+    read_config(folder)
+    tokenizer = checkpoint.load_tokenizer(folder, trust_remote_code)
+    found = lay_out(folder, _entries(manifest), trust_remote_code, dtype)
+    model = found.model
+    places = {key: name for name, key in found.names.items() if name not in found.tied}
     for file in manifest["files"]:
         for key, parts in _tensors(folder, manifest, file):
-            name = _module_name(model, key)
-            if name is not None:
+            if key in places:
+                parts = [part.to(model.dtype) if part.is_floating_point() else part for part in parts]
+                check_finite(((key, part) for part in parts), folder)
                 with _naming(folder / file, key):
-                    _place(model, name, [part.to(device) for part in parts])
-    model.tie_weights()
-    # All that is left without contents is what no file had.
-    missing = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
-    if missing:
-        raise ValueError(f"{folder}: {missing[0]} is in no file; allowed: every tensor of the model")
+                    _place(model, places[key], [part.to(device) for part in parts])
+    found.tie(model)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     group_projections(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
 
 
-def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of a folder's config.json, its parameters without contents."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32
-            )
-    except Exception as error:  # transformers raises a dozen kinds; each ends here as one line
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"model {folder} is no causal language model that transformers knows: {reason}") from error
-    return model
-
-
-def _projections(model: PreTrainedModel) -> dict[str | None, str]:
-    """Kind of each projection of a decoder block by the full name of its weight."""
-    family = find_family(model)
+def _projections(found: Checkpoint) -> dict[str, str]:
+    """Kind of each projection of a decoder block by the name that its weight is stored by."""
+    family = find_family(found.model)
     return {
-        f"{family.blocks}.{index}.{projection}.weight": projection.rpartition(".")[2]
-        for index in range(len(decoder_blocks(model, family)))
+        found.names[f"{family.blocks}.{index}.{projection}.weight"]: projection.rpartition(".")[2]
+        for index in range(len(decoder_blocks(found.model, family)))
         for projection in family.projections
     }
 
 
-def _module_name(model: PreTrainedModel, key: str) -> str | None:
-    """What the model calls a stored tensor: checkpoints of a bare decoder lack the model's prefix. None: it has no such."""
-    prefix = model.base_model_prefix
-    for name in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")):
-        path, _, leaf = name.rpartition(".")
-        try:
-            if isinstance(getattr(model.get_submodule(path), leaf), torch.Tensor):
-                return name
-        except AttributeError:
-            continue
-    return None
+def _entries(manifest: dict[str, Any]) -> dict[str, Entry]:
+    """The tensors of a packed model as they were."""
+    codes = {str(dtype).removeprefix("torch."): code for code, dtype in CODES.items()}
+    return {
+        key: Entry(facts["file"], tuple(facts["shape"]), codes.get(facts["dtype"], facts["dtype"]))
+        for key, facts in manifest["tensors"].items()
+    }
 
 
 def _smallest(key: str, tensor: torch.Tensor, projection: bool, device: torch.device) -> dict[str, torch.Tensor]:
@@ -222,20 +194,20 @@ def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor]) -> None
         bitmap, values, offsets = parts
         layer = PackedLinear(bitmap, values, offsets, room.shape[1], getattr(module, "bias", None))
         if layer.out_features != len(room):
-            raise ValueError(f"bitmap has {layer.out_features} rows; allowed: {len(room)}")
-        model.set_submodule(path, layer.to(model.dtype))
+            raise ValueError(f"bitmap has {layer.out_features} rows and {PACKED} lists {len(room)}")
+        model.set_submodule(path, layer)
         return
-    if parts[0].shape != room.shape:
-        raise ValueError(f"shape is {tuple(parts[0].shape)}; allowed: {tuple(room.shape)}")
     value = parts[0].to(room.dtype)
     setattr(module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(room, nn.Parameter) else value)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """packed.json, as far as the files rely on it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model {folder}: no such folder; name the folder of a packed model")
     if not is_packed(folder):
-        raise ValueError(f"model {folder}: no {MANIFEST} in this folder; allowed: the folder of a packed model")
-    path = folder / MANIFEST
+        raise ValueError(f"model {folder}: no {PACKED} in this folder; name the folder of a packed model")
+    path = folder / PACKED
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"], manifest["version"]
@@ -244,7 +216,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
             (facts["file"], facts["shape"], facts["dtype"], facts["packed"]) for facts in manifest["tensors"].values()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the list of a packed model ({error!r}); allowed: as it was written") from error
+        raise ValueError(
+            f"{path} is not the list of a packed model ({error!r}): it is corrupt; pack the model again"
+        ) from error
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} is of format {found[0]}, version {found[1]}; allowed: {FORMAT}, version {VERSION}")
     if (
@@ -252,22 +226,24 @@ def _manifest(folder: Path) -> dict[str, Any]:
         or any(Path(name).name != name for name in files)
         or {e[0] for e in entries} - set(files)
     ):
-        raise ValueError(f"{path} names files that are not in its list or this folder; allowed: as it was written")
+        raise ValueError(f"{path} names files that are not in its list or this folder: pack the model again")
+    # Earlier versions did not keep the index.
+    sources = {key: manifest["files"][facts["file"]]["source"] for key, facts in manifest["tensors"].items()}
+    manifest.setdefault("index", {"metadata": {}, "weight_map": sources} if len(files) > 1 else None)
     return manifest
 
 
 def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Every tensor of one file by its plain name: itself, or its bitmap, values and offsets, of the shape and dtype listed."""
+    listed = {key: facts for key, facts in manifest["tensors"].items() if facts["file"] == name}
+    names = {key: [f"{key}.{part}" for part in PARTS] if facts["packed"] else [key] for key, facts in listed.items()}
     with _opened(folder / name) as file:
-        stored = set(file.keys())
-        for key, facts in manifest["tensors"].items():
-            if facts["file"] != name:
-                continue
-            names = [f"{key}.{part}" for part in PARTS] if facts["packed"] else [key]
-            for part in names:
-                if part not in stored:
-                    raise ValueError(f"{folder / name}: {part} is missing; allowed: all that {MANIFEST} lists")
-            parts = [file.get_tensor(part) for part in names]
+        every, stored = {part for parts in names.values() for part in parts}, set(file.keys())
+        for wrong, what in ((every - stored, "lacks"), (stored - every, "holds beside what it should")):
+            if wrong:
+                raise ValueError(f"{folder / name} {what} {few(sorted(wrong))}, by {PACKED}; pack the model again")
+        for key, facts in listed.items():
+            parts = [file.get_tensor(part) for part in names[key]]
             with _naming(folder / name, key):
                 _fits(parts[1] if facts["packed"] else parts[0], facts)
             yield key, parts
@@ -276,9 +252,9 @@ def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tupl
 def _fits(value: torch.Tensor, facts: dict[str, Any]) -> None:
     """The dtype listed, and unless it is a list of kept values, the shape."""
     if _dtype_name(value) != facts["dtype"]:
-        raise ValueError(f"dtype is {_dtype_name(value)}; allowed: {facts['dtype']}, as in {MANIFEST}")
+        raise ValueError(f"dtype is {_dtype_name(value)} and {PACKED} lists {facts['dtype']}")
     if list(value.shape) != facts["shape"] and not (facts["packed"] and value.dim() == 1):
-        raise ValueError(f"shape is {tuple(value.shape)}; allowed: {tuple(facts['shape'])}, as in {MANIFEST}")
+        raise ValueError(f"shape is {tuple(value.shape)} and {PACKED} lists {tuple(facts['shape'])}")
 
 
 @contextmanager
@@ -289,7 +265,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); allowed: a whole safetensors file"
+            f"{path} cannot be read ({' '.join(str(error).split())}): it is truncated or corrupt; pack the model again"
         ) from error
 
 
@@ -314,5 +290,5 @@ def _copy_others(source: Path, target: Path) -> None:
     """Configuration, tokenizer, model card: every file that holds no weights."""
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != MANIFEST:
+        if path.is_file() and not weights and path.name != PACKED:
             shutil.copyfile(path, target / path.name)

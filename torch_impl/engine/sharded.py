@@ -13,47 +13,51 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
 
 from torch_impl.engine import distributed
+from torch_impl.engine.checkpoint_files import INDEX, check_finite, find
 from torch_impl.engine.families import Family, decoder_blocks, find_family
 from torch_impl.engine.layers import AdaptedLinear, attach_adapters, block_adapters, merge_adapters
-from torch_impl.engine.shards import INDEX, Shards
-from torch_impl.engine.streaming import skeleton, stored_name
+from torch_impl.engine.shards import Shards, save_tensors
+from torch_impl.engine.skeleton import lay_out
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
     """Causal-LM model of a local folder with adapters of rank 0, sharded over the processes as it is read.
 
-    dtype: of the parameters; None: the checkpoint's own. Errors: ValueError naming the folder, and the tensor that its
-    files lack or that has another shape.
+    dtype: of the parameters; None: the checkpoint's own. Errors: as for `skeleton.describe`; ValueError naming a tensor
+    that holds NaN or infinity.
     """
-    shards = Shards(folder)
-    own = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or shards.dtype
-    model: Any = _adapted(skeleton(str(folder), trust_remote_code, dtype or own))
+    files = find(folder)
+    shards = Shards(files)
+    found = lay_out(folder, files.entries, trust_remote_code, dtype)
+    model: Any = found.model
+    found.tie(model)
+    for name, buffer in model.named_buffers():
+        if name in found.names:
+            buffer.copy_(shards.read(found.names[name]))
 
     def fetch(name: str) -> torch.Tensor:
-        return shards.read(stored_name(shards, model, name, model.get_parameter(name)))
+        value = shards.read(found.names[name])
+        check_finite([(name, value)], folder)
+        return value
 
+    attach_adapters(model, find_family(model), 1.0)
     distributed.shard(model, find_family(model), device, fetch)
     return model
-
-
-def _adapted(model: PreTrainedModel) -> PreTrainedModel:
-    """A model on the meta device with its head tied, if it is to be, and adapters of rank 0."""
-    model.tie_weights()
-    attach_adapters(model, find_family(model), 1.0)
-    return model.eval()
 
 
 def twin(model: Any, family: Family) -> Any:
     """An independent copy of a model; sharded as the model is, copied block by block."""
     if not distributed.is_sharded(model):
         return copy.deepcopy(model)
+    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     with init_empty_weights(include_buffers=False):
-        other: Any = _adapted(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype))
+        other: Any = plain._from_config(model.config, dtype=model.dtype)
+    other.eval().tie_weights()
+    attach_adapters(other, family, 1.0)
 
     def fetch(name: str) -> torch.Tensor:
         return distributed.full(model.get_parameter(name).detach())
@@ -91,7 +95,7 @@ def save(model: Any, family: Family, folder: Path) -> None:
             place |= dict.fromkeys(tensors, file)
             if distributed.leads():
                 on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(on_host, folder / file, metadata={"format": "pt"})
+                save_tensors(on_host, folder / file)
     if distributed.leads():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -10,69 +10,28 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from torch_impl.engine.checkpoint_files import CODES, INDEX, CheckpointFiles, Entry
+
 READERS = 4
-_CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: code for code, dtype in _CODES.items()}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint. dtype: None if it is not one of the floating-point kinds that a run computes in."""
-
-    file: str
-    shape: tuple[int, ...]
-    code: str
-    dtype: torch.dtype | None
+# What transformers says of its files, and wants said.
+FORMAT = {"format": "pt"}
+_NAMES = {dtype: code for code, dtype in CODES.items()}
 
 
 class Shards:
-    """What the safetensors files of a folder hold.
+    """Reads what the files of a checkpoint hold."""
 
-    Errors: ValueError naming the folder or file if there are none, or they cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.sharded = (folder / INDEX).is_file()
-        self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, dict[str, str]] = {}
-        for file in self._files():
-            self._scan(file)
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.files = files
+        self.folder, self.entries = files.folder, files.entries
         # Several tensors are read at once: the page faults and casts of one overlap those of the others.
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
-
-    def _files(self) -> list[str]:
-        if self.sharded:
-            return sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
-        raise ValueError(f"model {self.folder}: no {SINGLE} and no {INDEX} in it; allowed: weights as safetensors")
-
-    def _scan(self, file: str) -> None:
-        try:
-            with safe_open(self.folder / file, "pt") as opened:
-                self.metadata[file] = opened.metadata() or {}
-                for name in opened.offset_keys():
-                    piece = opened.get_slice(name)
-                    code = piece.get_dtype()
-                    self.entries[name] = Entry(file, tuple(piece.get_shape()), code, _CODES.get(code))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"model {self.folder}: {file} cannot be read ({error}); allowed: whole files") from None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor."""
-        found = [entry.dtype for entry in self.entries.values() if entry.dtype is not None]
-        if not found:
-            raise ValueError(f"model {self.folder} has no floating-point weights; allowed: {', '.join(_CODES)}")
-        return found[0]
 
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Fill tensors on the CPU, by their names in the checkpoint, cast to the dtype that each has."""
@@ -102,17 +61,17 @@ class ShardWriter:
         self._folder, self._like, self._dtype = folder, like, dtype
         self._places: dict[str, tuple[Path, int]] = {}
         self._missing = set(like.entries)
-        self.bytes = sum(self._lay_out(file) for file in like.metadata)
-        if like.sharded:
+        self.bytes = sum(self._lay_out(file, metadata) for file, metadata in like.files.metadata.items())
+        if like.files.index is not None:
             index = {
                 "metadata": {"total_size": self.bytes},
                 "weight_map": {name: entry.file for name, entry in like.entries.items()},
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _lay_out(self, file: str) -> int:
+    def _lay_out(self, file: str, metadata: dict[str, str] | None) -> int:
         """Write the header of a file and give it its size. Returns the bytes of its tensors."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt", **self._like.metadata[file]}}
+        header: dict[str, object] = {"__metadata__": {**FORMAT, **(metadata or {})}}
         position = 0
         for name, entry in self._like.entries.items():
             if entry.file == file:
@@ -164,3 +123,17 @@ def _bytes(entry: Entry, dtype: torch.dtype) -> int:
         return torch.Size(entry.shape).numel() * dtype.itemsize
     sizes = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
     return torch.Size(entry.shape).numel() * sizes[entry.code]
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = FORMAT) -> None:
+    """Write a safetensors file, readable by whom the umask says."""
+    save_file(tensors, path, metadata=metadata)
+    follow_umask([path])
+
+
+def follow_umask(paths: Iterable[Path]) -> None:
+    """Give files the mode of any file made here: safetensors leaves its own to their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from torch_impl.engine.checkpoint_files import check_finite, find
 from torch_impl.engine.families import Family, decoder_blocks, find_family
 from torch_impl.engine.shards import Shards
+from torch_impl.engine.skeleton import Checkpoint, lay_out
 
 Names = dict[str, str]
 
@@ -111,7 +112,8 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
         current.wait_event(loaded.ready)
         for tensor in loaded.tensors.values():
             tensor.record_stream(current)
-    block.load_state_dict(loaded.tensors, assign=True)
+    # Buffers that no file holds are computed, and in the skeleton.
+    block.load_state_dict(loaded.tensors, assign=True, strict=False)
     if skeleton._compiled_call_impl is not None:
         block.compile()
     return block.to(device).requires_grad_(False).eval()
@@ -136,84 +138,39 @@ def reader_of(model: nn.Module, family: Family) -> BlockReader:
     return blocks.reader
 
 
-def skeleton(name: str, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that a folder's or hub id's configuration describes, parameters on the meta device.
-
-    Buffers that are in no checkpoint, such as rotary frequencies, are computed. Errors: ValueError, one line.
-    """
-    try:
-        configuration = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                configuration, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
-            )
-    except Exception as error:  # as in checkpoint.load: any of transformers' kinds, one line
-        raise ValueError(
-            f"model {name}: no causal language model here: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return model.eval()
-
-
 def open_streamed(
     folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model of a folder with its blocks left on disk; dtype None is the checkpoint's own.
 
-    Errors: ValueError naming the folder, and the tensor that its files lack or that has another shape.
+    Errors: as for `skeleton.describe`; ValueError if what lies outside the blocks holds NaN or infinity.
     """
-    shards = Shards(folder)
-    if dtype is None:
-        dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or shards.dtype
-    model = skeleton(str(folder), trust_remote_code, dtype)
-    model.requires_grad_(False)
+    files = find(folder)
+    found = lay_out(folder, files.entries, trust_remote_code, dtype)
+    model = found.model.requires_grad_(False)
     family = find_family(model)
     blocks = decoder_blocks(model, family)
-    names: list[Names] = [
-        {
-            name: stored_name(shards, model, f"{family.blocks}.{index}.{name}", tensor)
-            for name, tensor in block.state_dict().items()
-        }
-        for index, block in enumerate(blocks)
-    ]
-    reader = BlockReader(shards, names, device, dtype)
+    names: list[Names] = []
+    for index, block in enumerate(blocks):
+        inside = ((name, f"{family.blocks}.{index}.{name}") for name in block.state_dict())
+        names.append({name: found.names[full] for name, full in inside if full in found.names})
+    reader = BlockReader(Shards(files), names, device, model.dtype)
     parent, _, last = family.blocks.rpartition(".")
     setattr(model.get_submodule(parent), last, StreamedBlocks(list(blocks), reader))
-    _fill_outside(model, family, reader)
+    _fill_outside(found, family, reader)
     return model
 
 
-def stored_name(shards: Shards, model: PreTrainedModel, name: str, like: torch.Tensor) -> str:
-    """The name under which a checkpoint holds a parameter; those of a bare decoder lack the first part of it."""
-    for stored in (name, name.removeprefix(f"{model.base_model_prefix}.")):
-        if stored in shards.entries:
-            found = shards.entries[stored].shape
-            if found != tuple(like.shape):
-                raise ValueError(
-                    f"model {shards.folder}: {stored} has shape {found}; allowed: {tuple(like.shape)}, by its config.json"
-                )
-            return stored
-    raise ValueError(
-        f"model {shards.folder}: its files hold no {name}; allowed: all weights that its config.json implies"
-    )
-
-
-def _fill_outside(model: PreTrainedModel, family: Family, reader: BlockReader) -> None:
+def _fill_outside(found: Checkpoint, family: Family, reader: BlockReader) -> None:
     """Load what lies outside the blocks; tie what the checkpoint holds once."""
-    missing = set()
-    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    model = found.model
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        if name.startswith(f"{family.blocks}."):
+        if name.startswith(f"{family.blocks}.") or name in found.tied:
             continue
         value = tensor
-        if tensor.is_meta:
-            try:
-                stored = stored_name(reader.shards, model, name, tensor)
-            except ValueError:
-                if name not in tied:
-                    raise
-                missing.add(name)
-                continue
-            value = reader.shards.read(stored, reader.dtype)
+        if name in found.names:
+            value = reader.shards.read(found.names[name], reader.dtype)
+            check_finite([(name, value)], found.folder)
         set_module_tensor_to_device(model, name, reader.device, value=value, dtype=value.dtype)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    found.tie(model)
     model.requires_grad_(False)

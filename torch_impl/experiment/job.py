@@ -200,12 +200,16 @@ def _finish(
         shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "model").mkdir()
         material.tokenizer.save_pretrained(folder / "model")
+        checkpoint.keep_beside(checkpoint.folder_of(model), folder / "model")
     if distributed.is_sharded(model):
         sharded.save(model, family, folder / "model")
-        merged, verification = checkpoint.verify_sharded(folder / "model", masks, probe, unmerged, model.device)
+        verify = checkpoint.verify_sharded
     else:
-        model.save_pretrained(folder / "model")
-        merged, verification = checkpoint.verify(folder / "model", masks, probe, unmerged, model.device)
+        checkpoint.save(model, folder / "model")
+        verify = checkpoint.verify
+    merged, verification = verify(
+        folder / "model", masks, probe, unmerged, model.device, config.model.trust_remote_code
+    )
     healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}
     sizes = _sizes(merged, masks)
     rows = {"dense": notes["dense"], "pruned_at_once": notes["pruned_at_once"], "losa": healed}
@@ -298,7 +302,7 @@ def environment_of(config: Config, material: Material) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": distributed.processes(),
         "dtype": str(material.model.dtype),
-        "model_sha256": checkpoint.weights_hash(config.model.model),
+        "model_sha256": checkpoint.weights_hash(checkpoint.folder_of(material.model)),
         "calibration_tokens_sha256": _hash(material.calibration),
         "finetune_tokens_sha256": _hash(torch.cat(examples) if examples else torch.empty(0)),
         "evaluation_tokens_sha256": _hash(material.evaluation),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +9,9 @@ from transformers import PreTrainedModel
 
 from torch_impl import schedule
 from torch_impl.engine import distributed
-from torch_impl.engine.checkpoint import DTYPES, check_sizes, choose_device
+from torch_impl.engine.checkpoint import choose_device, outline
 from torch_impl.engine.families import find_family
 from torch_impl.engine.memory import Sizes
-from torch_impl.engine.streaming import skeleton
 from torch_impl.experiment import needs, scaling
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.footprint import footprint
@@ -22,15 +20,10 @@ GIB = 2**30
 
 
 def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
-    """The model without weights, where it will be, and its sizes in the dtype of the run."""
-    if not Path(config.model.model).is_dir() and config.model.model.count("/") != 1:
-        raise FileNotFoundError(f"model {config.model.model}: no such folder; allowed: a model folder or a hub id")
-    device = choose_device(config.model.device)
-    if (Path(config.model.model) / "config.json").is_file():
-        check_sizes(Path(config.model.model))
-    model = skeleton(config.model.model, config.model.trust_remote_code)
-    dtype = DTYPES.get(config.model.dtype, torch.float32 if device.type == "cpu" else model.dtype)
-    return model, device, Sizes.of(model, find_family(model), dtype)
+    """The model without weights in the dtype of the run, where it will be, and its sizes."""
+    device, options = choose_device(config.model.device), config.model
+    model = outline(options.model, device, options.dtype, options.trust_remote_code)
+    return model, device, Sizes.of(model, find_family(model), model.dtype)
 
 
 def streams(config: Config) -> bool:
@@ -50,7 +43,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     model, device, sizes = _described(config)
     family = find_family(model)
     prunable = sum(sizes.prunable_of_blocks)
-    dtype = DTYPES.get(config.model.dtype, torch.float32 if device.type == "cpu" else model.dtype)
+    dtype = model.dtype
     taken = footprint(config, sizes, device)
     steps = range(1, config.prune.steps + 1)
     targets = [schedule.cubic_sparsity(t, config.prune.steps, config.prune.final_sparsity) for t in steps]

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine import calibration, checkpoint, memory, statistics
+from torch_impl.engine.checkpoint_files import find_files
 from torch_impl.engine.families import Family, prunable_weights, weight_of
 from torch_impl.engine.layers import adapt_block, block_adapters
 from torch_impl.engine.shards import Shards, ShardWriter
@@ -182,7 +183,7 @@ class Output:
     ) -> None:
         self._family, self._reader, self._noted = family, reader_of(model, family), noted
         self._writer = ShardWriter(folder, self._reader.shards, self._reader.dtype)
-        self._files = Shards(folder)
+        self._files = Shards(find_files(folder))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write behind")
         self._pending: Future[dict[str, str]] | None = None
         self._masks: dict[str, tuple[str, float]] = {}
@@ -333,7 +334,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
 
 def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, checkpoint.Verification]:
     """`Sweeps.verify` of a model opened from this folder, of which nothing is left on the device afterwards."""
-    model = open_streamed(folder, sweeps.device, None)
+    model = open_streamed(folder, sweeps.device, None, sweeps.config.model.trust_remote_code)
     material = dataclasses.replace(sweeps.material, model=model)
     return Sweeps(model, sweeps.family, sweeps.config, material).verify(folder, pruned)
 
@@ -355,11 +356,11 @@ def _save_rest(folder: Path, material: Material) -> None:
     """What is no weight: configuration, generation settings if there are any, tokenizer."""
     model = material.model
     model.config.save_pretrained(folder)
+    source = checkpoint.folder_of(model)
     with suppress(OSError):
-        GenerationConfig.from_pretrained(reader_of(model, losa.find_family(model)).shards.folder).save_pretrained(
-            folder
-        )
+        GenerationConfig.from_pretrained(source).save_pretrained(folder)
     material.tokenizer.save_pretrained(folder)
+    checkpoint.keep_beside(source, folder)
 
 
 def _mean(shares: Sequence[float], weights: torch.Tensor) -> float:

@@ -1,0 +1,211 @@
+"""The model that config.json describes, without weights, and which stored tensor belongs where in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from torch_impl.engine.checkpoint_files import Entries, dtype_of, few, find
+
+# What old checkpoints hold and models compute today.
+LEFT_OVER = (
+    r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(attn|attention)\.masked_bias$", r"(^|\.)decoder\.version$",
+)  # fmt: skip
+# Beside quantised weights: their scales, zero points and orders, as FP8, GPTQ, AWQ, bitsandbytes and compressed-tensors call them.
+_OF_QUANTISED = re.compile(
+    r"(_scale|_scale_inv|_zero_point|_packed|\.(qweight|qzeros|scales|g_idx|SCB|absmax|nested_absmax|quant_map|"
+    r"nested_quant_map|quant_state\.\w+|weight_format))$"
+)
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "base_model.model.": "peft"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model without weights (parameters on the meta device, buffers computed) and where its weights are stored.
+
+    names: the stored name of every parameter and persistent buffer by the model's name; tied: those of the model's names
+    that no file holds, for another name of the same tensor stands in `names` for them; left_over: stored names that the
+    model has no use for.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    entries: Entries
+    names: dict[str, str]
+    tied: frozenset[str]
+    left_over: frozenset[str]
+
+    def tie(self, model: PreTrainedModel) -> None:
+        """Make one of what no file holds apart, in `model`, which has all that the files hold; its configuration says so."""
+        model.tie_weights(missing_keys=set(self.tied), recompute_mapping=False)
+        note_ties(model)
+
+
+def describe(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Checkpoint:
+    """The checkpoint in a folder. dtype: of the model's parameters; None: as stored.
+
+    Errors: FileNotFoundError or ValueError naming the folder, and some of the tensors if it is for them.
+    """
+    return lay_out(folder, find(folder).entries, trust_remote_code, dtype)
+
+
+def lay_out(
+    folder: Path, entries: Entries, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """`describe` where it is known what the folder's files hold."""
+    stored = dtype_of(folder, entries)
+    model = skeleton(folder, trust_remote_code, dtype, stored)
+    names, unplaced = _names(folder, model, entries)
+    left_over = frozenset(key for key in unplaced if _known_left_over(model, key))
+    _refuse_quantised(folder, model, entries, names, unplaced - left_over)
+    _refuse_unplaced(folder, unplaced - left_over)
+    _refuse_other_shapes(folder, model, entries, names)
+    tied = _stand_ins(model, names)
+    missing = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name not in names and (tensor.is_meta or not _may_be_missing(model, name))
+    ]
+    if missing:
+        raise ValueError(
+            f"model {folder} lacks {few(missing)}: {len(missing):,} of the tensors that its config.json implies; "
+            "download it again, or with the configuration that belongs to it"
+        )
+    return Checkpoint(folder, model, entries, names, tied, left_over)
+
+
+def skeleton(
+    folder: Path,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    stored: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The model that a folder's config.json describes, in `dtype`, else in the one that it names, else as `stored`.
+
+    Parameters are on the meta device; buffers, such as rotary frequencies, are computed. Errors: ValueError, one line.
+    """
+    with as_one_line(folder, "a causal language model that transformers knows"), init_empty_weights(False):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype or stored
+        )
+    return model.eval()
+
+
+@contextmanager
+def as_one_line(folder: Path, what: str) -> Iterator[None]:
+    """Whatever the body raises as a ValueError of one line: there is no `what` in the folder, and why."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # transformers raises a dozen kinds, tokenizers panics
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            advice = "--trust_remote_code true runs it, only for sources that you trust"
+            raise ValueError(f"model {folder} needs the code that comes with it; {advice}") from error
+        raise ValueError(f"model {folder} does not load as {what}: {said[:300] or type(error).__name__}") from error
+
+
+def note_ties(model: PreTrainedModel) -> None:
+    """Have the configuration say so if head and embedding are two tensors: what is saved of the model is read by it."""
+    head: nn.Module | None = model.get_output_embeddings()
+    embedding: nn.Module | None = model.get_input_embeddings()
+    if head is None or embedding is None or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    model.config.tie_word_embeddings = head.weight is embedding.weight
+
+
+def _names(folder: Path, model: PreTrainedModel, entries: Entries) -> tuple[dict[str, str], set[str]]:
+    """(stored name by the model's name, stored names without a place): those of a bare decoder lack the model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    places = set(model.state_dict())
+    names: dict[str, str] = {}
+    unplaced, twice = set(), []
+    for key in entries:
+        name = next((n for n in (key, f"{prefix}{key}", key.removeprefix(prefix)) if n in places), None)
+        if name is None:
+            unplaced.add(key)
+        elif name in names:
+            twice.append(f"{names[name]} and {key}")
+        else:
+            names[name] = key
+    if twice:
+        raise ValueError(
+            f"model {folder}: its files hold {len(twice):,} tensors twice, by two names ({few(twice)}); save the model again"
+        )
+    return names, unplaced
+
+
+def _known_left_over(model: PreTrainedModel, key: str) -> bool:
+    return any(re.search(pattern, key) for pattern in (*LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())))
+
+
+def _may_be_missing(model: PreTrainedModel, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+
+
+def _refuse_quantised(
+    folder: Path, model: PreTrainedModel, entries: Entries, names: dict[str, str], unplaced: Iterable[str]
+) -> None:
+    places = model.state_dict()
+    found = [key for name, key in names.items() if places[name].is_floating_point() and entries[key].dtype is None]
+    found += sorted(key for key in unplaced if _OF_QUANTISED.search(key))
+    if found:
+        raise ValueError(
+            f"model {folder}: its weights are quantised, by {len(found):,} of its tensors ({few(found)}); "
+            "use a checkpoint in float32, float16 or bfloat16"
+        )
+
+
+def _refuse_unplaced(folder: Path, unplaced: Iterable[str]) -> None:
+    keys = sorted(unplaced)
+    if not keys:
+        return
+    advice = "it is the configuration of another model, or the files hold more than a model"
+    adapters = [key for key in keys if ".lora_" in key]
+    wrappers = [(prefix, by) for prefix, by in _WRAPPERS.items() if keys[0].startswith(prefix)]
+    if adapters:
+        advice = f"{len(adapters):,} are of an adapter that is not merged: merge it first"
+        keys = adapters + [key for key in keys if key not in adapters]
+    elif wrappers:
+        advice = f"{wrappers[0][0]} was put before the names by {wrappers[0][1]}: save the model that it wraps"
+    raise ValueError(
+        f"model {folder}: {len(keys):,} of its tensors have no place in the model that config.json describes "
+        f"({few(keys)}); {advice}"
+    )
+
+
+def _refuse_other_shapes(folder: Path, model: PreTrainedModel, entries: Entries, names: dict[str, str]) -> None:
+    places = model.state_dict()
+    wrong = [
+        f"{key} has {entries[key].shape} for {tuple(places[name].shape)}"
+        for name, key in names.items()
+        if entries[key].shape != tuple(places[name].shape)
+    ]
+    if wrong:
+        raise ValueError(
+            f"model {folder}: {len(wrong):,} of its tensors have other shapes than its config.json implies ({few(wrong)}); "
+            "use the configuration that belongs to it"
+        )
+
+
+def _stand_ins(model: PreTrainedModel, names: dict[str, str]) -> frozenset[str]:
+    """Put into `names` those of the model's names that no file holds but that are tied to one that is held. Returns them."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    stood_for: dict[str, str] = {}
+    for group in groups.values():
+        held = sorted(name for name in group if name in names)
+        stood_for |= {name: names[held[0]] for name in group if held and name not in names}
+    names |= stood_for
+    return frozenset(stood_for)
