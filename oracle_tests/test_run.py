@@ -160,8 +160,8 @@ def test_ready_made_configurations_parse(name: str) -> None:
 
 
 BAD = [
-    ({"model": "no/such/folder"}, ["no/such/folder", "allowed"]),
-    ({"model": "/nowhere"}, ["/nowhere", "allowed"]),
+    ({"model": "no/such/folder"}, ["no/such/folder", "name a Hugging Face model folder"]),
+    ({"model": "/nowhere"}, ["/nowhere", "no such folder"]),
     ({"prune_method": "best"}, ["prune_method", "best", "magnitude, wanda, sparsegpt"]),
     ({"sparsity_ratio": "1.0"}, ["sparsity_ratio", "1.0", "allowed"]),
     ({"sparsity_ratio": "-0.1"}, ["sparsity_ratio", "-0.1", "allowed"]),

@@ -305,7 +305,7 @@ FAULTS = {
     ),
     "a shape is wrong": (
         lambda t: t.update({"model.norm.weight": torch.ones(3)}),
-        ["1 of its tensors", "model.norm.weight has (3,) for (32,)"],
+        ["shapes for 1 of its tensors", "model.norm.weight has (3,) for (32,)"],
     ),
     "NaN": (lambda t: t["model.layers.2.mlp.down_proj.weight"].fill_(torch.nan), ["layers.2.mlp.down_proj", "NaN"]),
 }

@@ -73,10 +73,10 @@ def load(
     Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
     """
     wanted, folder = _wanted(device, dtype), local_folder(name)
+    found = describe(folder, trust_remote_code, wanted)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if distributed.processes() > 1:
         return sharded.load(folder, device, wanted, trust_remote_code), tokenizer
-    found = describe(folder, trust_remote_code, wanted)
     model = _from_pretrained(folder, found.model.dtype, trust_remote_code).to(device)  # type: ignore[arg-type]
     check_finite(model.state_dict().items(), folder)
     note_ties(model)
@@ -105,8 +105,8 @@ def load_streamed(
     Errors: as for `load`.
     """
     wanted, folder = _wanted(device, dtype), local_folder(name)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    return open_streamed(folder, device, wanted, trust_remote_code), tokenizer
+    model = open_streamed(folder, device, wanted, trust_remote_code)
+    return model, load_tokenizer(folder, trust_remote_code)
 
 
 def outline(name: str, device: torch.device, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -198,7 +198,7 @@ def _headers(folder: Path, files: Iterable[str]) -> tuple[dict[str, dict[str, st
             ) from None
     if twice:
         raise ValueError(
-            f"model {folder}: its files hold {len(twice):,} tensors twice ({few(twice)}); save the model again"
+            f"model {folder}: its files hold the same tensor twice, {len(twice):,} times ({few(twice)}); save the model again"
         )
     return metadata, entries
 

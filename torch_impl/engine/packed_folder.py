@@ -137,8 +137,8 @@ def load(
     """
     manifest = _manifest(folder)
     read_config(folder)
-    tokenizer = checkpoint.load_tokenizer(folder, trust_remote_code)
     found = lay_out(folder, _entries(manifest), trust_remote_code, dtype)
+    tokenizer = checkpoint.load_tokenizer(folder, trust_remote_code)
     model = found.model
     places = {key: name for name, key in found.names.items() if name not in found.tied}
     for file in manifest["files"]:

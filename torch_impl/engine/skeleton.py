@@ -140,7 +140,8 @@ def _names(folder: Path, model: PreTrainedModel, entries: Entries) -> tuple[dict
             names[name] = key
     if twice:
         raise ValueError(
-            f"model {folder}: its files hold {len(twice):,} tensors twice, by two names ({few(twice)}); save the model again"
+            f"model {folder}: its files hold the same tensor by two names, {len(twice):,} times ({few(twice)}); "
+            "save the model again"
         )
     return names, unplaced
 
@@ -179,8 +180,7 @@ def _refuse_unplaced(folder: Path, unplaced: Iterable[str]) -> None:
     elif wrappers:
         advice = f"{wrappers[0][0]} was put before the names by {wrappers[0][1]}: save the model that it wraps"
     raise ValueError(
-        f"model {folder}: {len(keys):,} of its tensors have no place in the model that config.json describes "
-        f"({few(keys)}); {advice}"
+        f"model {folder}: config.json describes a model with no place for {len(keys):,} of its tensors ({few(keys)}); {advice}"
     )
 
 
@@ -193,7 +193,7 @@ def _refuse_other_shapes(folder: Path, model: PreTrainedModel, entries: Entries,
     ]
     if wrong:
         raise ValueError(
-            f"model {folder}: {len(wrong):,} of its tensors have other shapes than its config.json implies ({few(wrong)}); "
+            f"model {folder}: config.json implies other shapes for {len(wrong):,} of its tensors ({few(wrong)}); "
             "use the configuration that belongs to it"
         )
 
