@@ -311,8 +311,8 @@ def test_bad_arguments_get_one_line(
         assert said.count("error: ") == 1
     assert not (tmp_path / "out").exists()
     for option, value, message in (
-        ("--max_new_tokens", "0", "max_new_tokens is 0; allowed: 1 or more"),
-        ("--temperature", "-1", "temperature is -1.0; allowed: 0 or more"),
+        ("--max_new_tokens", "0", "max_new_tokens is 0; allowed: 1 to"),
+        ("--temperature", "-1", "temperature is -1.0; allowed: 0, or 0.00001 or more"),
         ("--top_p", "0", "top_p is 0.0; allowed: above 0, up to 1"),
         ("--seed", "-1", "seed is -1; allowed: 0 or more"),
         ("--dtype", "int8", "dtype is 'int8'; allowed: auto, float32"),
