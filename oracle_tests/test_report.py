@@ -1,0 +1,253 @@
+"""Every figure that a user reads, against a computation of its own from hand-made results or from the model saved on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from oracle_tests.test_resume import events
+from oracle_tests.test_run import arguments, make_place
+from torch_impl.engine.settings import StepRecord
+from torch_impl.experiment import job, report
+from torch_impl.run import main
+
+RESULT: dict[str, Any] = {
+    "model": "some/where/tiny <model>",
+    "family": "llama",
+    "method": "wanda",
+    "sparsity_type": "unstructured",
+    "target_sparsity": 0.7,
+    "dense": {"perplexity": 5.123, "sparsity": 0.0, "seconds": 0.0, "bytes": 1_234_567, "packed_bytes": 1_234_567},
+    "pruned_at_once": {
+        "perplexity": 1234.5, "sparsity": 0.69996, "seconds": 12.34, "bytes": 1_234_567, "packed_bytes": 999_999
+    },
+    "losa": {
+        "perplexity": 10.876, "sparsity": 0.7012, "seconds": 99.96, "bytes": 1_234_567, "packed_bytes": 2_345_678_901
+    },
+    "perplexity_after_step": [7.25, 10.9],
+    "evaluation": {
+        "source": "some.txt", "split": "held out", "windows": 17, "seqlen": 32, "sha256": "0123456789abcdef" * 4,
+        "end_of_document": False, "documents": 3, "documents_of_source": 3, "first_windows_only": False,
+        "documents_left_out": {},
+    },
+    "train_examples": 24,
+    "lr_schedule": "whole_run",
+    "loss": "kl",
+    "step_shares": [0.25, 0.75],
+    "verification": {"reloaded": "with transformers alone", "largest_logit_difference": 1.24e-6, "projections": 21},
+}  # fmt: skip
+CELLS = [
+    ["", "perplexity", "sparsity", "on disk", "if packed", "time"],
+    ["dense", "5.12", "0.00%", "1.23 MB", "1.23 MB", ""],
+    ["pruned at once", "1,234.50", "70.00%", "1.23 MB", "1.00 MB", "12.3 s"],
+    ["LoSA", "10.88", "70.12%", "1.23 MB", "2.35 GB", "100.0 s"],
+]
+RECORDS = [
+    StepRecord(
+        1, 0.5, [1.0, 2.0], [0.41, 0.59], [0.4, 0.6], [0.011, 0.0222], [6, 7], [3.0, 2.0], {"prune": 1.25, "train": 2}
+    ),
+    StepRecord(2, 0.7, [1.0, 2.0], [0.65, 0.75], [0.66, 0.76], [0.033, 0.0444], [5, 9], [1.5], {"prune": 0.5}),
+]
+
+
+def said(text: str) -> None:
+    """What the notes have to say of `RESULT`."""
+    for words in (
+        "17 windows of 32 tokens", "some.txt", "held out", "sha256 0123456789ab.",
+        "Trained on 24 sequences in parts of 25%, 75%; loss kl, learning rate whole run.",
+        "Reloaded with transformers alone: every pruned weight of 21 projections is zero, logits within 1.2e-06 of",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_the_table_holds_each_figure_in_its_row() -> None:
+    lines = report.table(RESULT).splitlines()[1:5]
+    assert [re.split(r"  +", line.strip()) for line in lines] == [[c for c in row if c] for row in CELLS]
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    said(report.table(RESULT))
+    assert report.table({**RESULT, "dense": {**RESULT["dense"], "bytes": 10**9}}).count("1.00 GB") == 1
+
+
+def test_the_model_card_holds_the_same_table() -> None:
+    card = report.model_card(RESULT)
+    assert card.startswith(
+        "---\nlibrary_name: transformers\ntags: [sparse, losa]\n---\n# tiny <model>, pruned to 70.1% by LoSA\n"
+    )
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in card.splitlines() if line.startswith("|")]
+    assert rows == [CELLS[0], ["---"] * 6, *CELLS[1:]]
+    assert "Method wanda, pattern unstructured. " in card
+    said(card)
+
+
+def test_the_page_holds_the_table_and_every_step(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.write(tmp_path, RESULT, RECORDS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>tiny &lt;model&gt;: 70.1% zeros, wanda, unstructured</h1>" in page
+    assert "<title>LoSA: tiny &lt;model&gt;</title>" in page
+    tables = re.findall("<table>(.*?)</table>", page, re.DOTALL)
+    closing, steps = (
+        [
+            [html.unescape(cell) for cell in re.findall("<t[hd]>(.*?)</t[hd]>", row)]
+            for row in table.split("</tr>")
+            if "<t" in row
+        ]
+        for table in tables
+    )
+    assert closing == CELLS
+    assert steps == [
+        ["step", "sparsity", "of blocks", "ranks", "largest error", "perplexity", "seconds"],
+        ["1", "50.00%", "41.00% – 59.00%", "6 – 7", "0.0222", "7.25", "3.2"],
+        ["2", "70.00%", "65.00% – 75.00%", "5 – 9", "0.0444", "10.90", "0.5"],
+    ]
+    said(html.unescape(page))
+    pictures = re.findall('<img src="(.*?)" alt="(.+?)"><figcaption>(.+?)</figcaption>', page)
+    assert [name for name, *_ in pictures] == ["sparsity.png", "ranks.png", "errors.png", "loss.png", "perplexity.png"]
+    assert all((tmp_path / name).stat().st_size > 1000 and alt == caption for name, alt, caption in pictures)
+    report.write(tmp_path, RESULT, [replace(record, ranks=[], losses=[]) for record in RECORDS])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall('<img src="(.*?)"', page) == ["sparsity.png", "errors.png", "perplexity.png"]
+    assert "<td>41.00% – 59.00%</td><td></td><td>0.0222</td>" in page
+
+
+def test_the_pictures_show_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: drawn.update({path.stem: self.axes[0]}))
+    losses = [float(k) for k in range(100, 0, -1)]
+    report.write(tmp_path, RESULT, [replace(RECORDS[0], losses=losses[:60]), replace(RECORDS[1], losses=losses[60:])])
+
+    def curves(name: str) -> dict[str, tuple[list[float], list[float]]]:
+        return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[name].lines}
+
+    for name in ("sparsity", "ranks", "errors"):
+        assert curves(name) == {f"step {record.step}": ([0, 1], getattr(record, name)) for record in RECORDS}
+        assert drawn[name].get_xlabel() == "block"
+    assert drawn["sparsity"].get_ylabel() == "share of zeros"
+    assert drawn["errors"].get_ylabel() == "reconstruction error"
+    [(every, (_, shown)), (mean, (places, smooth)), (_, (step, _))] = curves("loss").items()
+    assert (every, shown, mean) == ("every optimizer step", losses, "mean of 2")
+    assert (places, smooth) == (list(range(1, 100)), [loss - 0.5 for loss in losses[:-1]])
+    assert step == [60, 60], "where the model is pruned further"
+    assert drawn["loss"].get_ylabel() == "training loss (kl), per token"
+    perplexity = curves("perplexity")
+    assert perplexity["LoSA"] == ([1, 2], [7.25, 10.9])
+    assert perplexity["dense: 5.12"][1] == [5.123, 5.123]
+    assert perplexity["pruned at once: 1,234.50"][1] == [1234.5, 1234.5]
+    assert drawn["perplexity"].get_yscale() == "log"
+    assert [(text.get_text(), text.xy) for text in drawn["perplexity"].texts] == [
+        ("7.25\n50%", (1, 7.25)), ("10.90\n70%", (2, 10.9))
+    ]  # fmt: skip
+
+
+def test_without_matplotlib_the_page_says_how_to_get_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report.write(tmp_path, RESULT, RECORDS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<code>pip install "losa-oracle[report]"</code>' in page
+    assert "<img" not in page
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+# --- a whole run, against its model on disk ---
+
+
+@torch.no_grad()
+def naive_perplexity(folder: Path, windows: torch.Tensor) -> float:
+    """exp of the mean of −log p(token | all before it), a token at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").double()
+    losses = []
+    for row in windows:
+        probabilities = torch.softmax(model(row[None]).logits[0], -1)
+        losses += [-math.log(probabilities[k - 1, row[k]]) for k in range(1, len(row))]
+    return math.exp(sum(losses) / len(losses))
+
+
+def by_block(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All prunable weights of each block, in one vector."""
+    names = [name for name in tensors if name.endswith("_proj.weight")]
+    blocks = sorted({int(name.split(".")[2]) for name in names})
+    return [torch.cat([tensors[n].flatten() for n in names if n.startswith(f"model.layers.{b}.")]) for b in blocks]
+
+
+def zeros(weights: torch.Tensor) -> float:
+    return float((weights == 0).double().mean())
+
+
+def test_a_run_s_figures_are_those_of_the_model_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, measured = make_place(tmp_path), []
+    perplexity = job.perplexity
+
+    def noted(model: Any, windows: torch.Tensor, batch_size: int) -> float:
+        measured.append(windows)
+        return perplexity(model, windows, batch_size)
+
+    monkeypatch.setattr(job, "perplexity", noted)
+    # Windows of 24 in batches of 2: the last batch is a single one.
+    options = {"eval_seqlen": 24, "eval_batch_size": 2, "eval_windows": 5, "loss": "kl", "lr_schedule": "whole_run"}
+    assert main(arguments(place, **options)) == 0
+    plain = {"layer_sparsity": "uniform", "steps": 1, "finetune": "false"}
+    assert main(arguments(place, **options, **plain, output_dir=place / "at_once")) == 0
+    out = place / "out"
+    result, steps = (json.loads((out / name).read_text()) for name in ("losa_result.json", "steps.json"))
+    tensors = load_file(out / "model" / "model.safetensors")
+    blocks, windows = by_block(tensors), measured[0]
+
+    assert windows.shape == (5, 24)
+    assert result["evaluation"]["windows"] == 5
+    assert result["evaluation"]["sha256"] == hashlib.sha256(windows.long().numpy().tobytes()).hexdigest()
+    for row, folder in (
+        ("dense", place / "model"),
+        ("losa", out / "model"),
+        ("pruned_at_once", place / "at_once" / "model"),
+    ):
+        found = load_file(folder / "model.safetensors")
+        assert result[row]["perplexity"] == pytest.approx(naive_perplexity(folder, windows), rel=1e-4), row
+        assert result[row]["sparsity"] == pytest.approx(zeros(torch.cat(by_block(found))), abs=1e-9), row
+        assert result[row]["bytes"] == sum(tensor.nbytes for tensor in found.values()), row
+    assert result["perplexity_after_step"][-1] == pytest.approx(result["losa"]["perplexity"], rel=1e-4)
+
+    kept = sum(int((block != 0).sum()) for block in blocks)
+    prunable = sum(len(block) for block in blocks)
+    assert result["dense"]["packed_bytes"] == result["dense"]["bytes"]
+    assert result["losa"]["packed_bytes"] == result["losa"]["bytes"] - 4 * (prunable - kept) + prunable // 8
+    assert result["pruned_at_once"]["packed_bytes"] == pytest.approx(result["losa"]["packed_bytes"], rel=0.02)
+
+    assert steps[-1]["realised"] == pytest.approx([zeros(block) for block in blocks], abs=1e-9)
+    assert steps[-1]["sparsity"] == pytest.approx(steps[-1]["realised"], abs=0.03), "short rows round down"
+    for number, (step, mean_rank, target) in enumerate(zip(steps, (6, 7), (0.6125, 0.7), strict=True), 1):
+        assert (step["step"], step["target"]) == (number, pytest.approx(target))
+        assert sum(step["sparsity"]) / 3 == pytest.approx(target)
+        assert sum(step["ranks"]) == 3 * mean_rank
+    assert all(before <= after for before, after in zip(*(step["realised"] for step in steps), strict=True))
+
+    trained = [event for event in events(place) if event["event"] == "train"]
+    assert [event["loss"] for event in trained] == [loss for step in steps for loss in step["losses"]]
+    # 24 sequences, of them 2 at the first step: one optimizer step and three; the first of four warms up.
+    warmup = [(k + 1) / 3 for k in range(2)]
+    assert [event["learning_rate"] for event in trained] == pytest.approx([1e-2 * f for f in (*warmup, 1.0, 0.5)])
+    assert (result["train_examples"], result["step_shares"]) == (24, [0.1, 0.9])
+
+    checks = result["verification"]["sparsity_pruned_and_saved"]
+    assert result["verification"]["projections"] == len(checks) == 3 * 7
+    for name, (pruned, saved) in checks.items():
+        assert pruned == saved == pytest.approx(zeros(tensors[f"{name}.weight"]), abs=1e-6)
+    assert 0 <= result["verification"]["largest_logit_difference"] < 1e-4
+
+    parts = [step["seconds"] for step in steps]
+    assert all(set(laps) == {"importance", "prune", "train"} and min(laps.values()) >= 0 for laps in parts)
+    assert result["losa"]["seconds"] == pytest.approx(sum(sum(laps.values()) for laps in parts))
+    assert result["dense"]["seconds"] == 0
+    assert 0 < result["pruned_at_once"]["seconds"] < result["seconds_in_all"] - result["losa"]["seconds"]
