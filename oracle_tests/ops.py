@@ -184,6 +184,12 @@ OPS = (
         ({"score": np.full((2, 3), np.nan), "sparsity": 0.5}, "score"),
     ),
     Op(
+        "masks.select.rest_sparsity",
+        s.sparse_groups(),
+        Kind.EXACT,
+        ({"zeros": np.array([2.0, 5.0]), "sizes": np.array([4.0, 4.0]), "sparsity": 0.5}, "zeros"),
+    ),
+    Op(
         "masks.select.demote_pruned",
         s.matrices().flatmap(lambda w: _cases(score=st.just(w), kept=s.kept_masks(w.shape))),
         Kind.EXACT,

@@ -119,6 +119,18 @@ def sparsegpt_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
 
 
 @st.composite
+def sparse_groups(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of rest_sparsity: groups of one size or several, none of them full, some, or all."""
+    count = draw(st.integers(1, 8))
+    sizes = (
+        [draw(st.integers(1, 30))] * count if draw(st.booleans()) else draw(st.lists(st.integers(1, 30), min_size=1))
+    )
+    most = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    zeros = [draw(st.integers(0, round(most * size))) for size in sizes]
+    return {"zeros": np.array(zeros, float), "sizes": np.array(sizes, float), "sparsity": draw(SPARSITIES)}
+
+
+@st.composite
 def prune_cases(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of prune, every method and pattern."""
     method = draw(st.sampled_from(["magnitude", "wanda", "sparsegpt"]))

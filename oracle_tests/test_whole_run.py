@@ -59,6 +59,8 @@ class Case:
     """Of the blocks' MLPs, in turn; default, as `sizes` says."""
     start: tuple[float, ...] = ()
     """Shares of zeros that the blocks come with, in turn; default, none."""
+    silent: float = 0.0
+    """Share of the rows of every projection that are zero, as a structured pruner leaves them."""
     unlabelled: bool = False
     """The second example of every part has no label at all."""
 
@@ -66,9 +68,14 @@ class Case:
         dense = random_llama(self.sizes, self.blocks, self.tied, self.seed, self.biased, self.widths)
         generator = np.random.default_rng([self.seed, 3])
         shares = islice(cycle(self.start or [0.0]), self.blocks)
+
+        def sparse(weight: np.ndarray, share: float) -> np.ndarray:
+            loud = np.arange(len(weight)) >= round(self.silent * len(weight))
+            return weight * (generator.random(weight.shape) >= share) * loud[:, None]
+
         return dense.with_weights(
             [
-                {name: weight * (generator.random(weight.shape) >= share) for name, weight in block.weights.items()}
+                {name: sparse(weight, share) for name, weight in block.weights.items()}
                 for share, block in zip(shares, dense.blocks, strict=True)
             ]
         )
@@ -370,6 +377,10 @@ SPECIAL = {
     "nine blocks of three widths": special(blocks=9, widths=(5, 13, 9), start=(0.3, 0.0, 0.1), loss="kl"),
     "almost all pruned": special(sparsity_ratio=0.9, lora_r=3, prune_method="magnitude"),
     "one key, biased": special(sizes=SIZES["mqa"], biased=True, unlabelled=True, loss="kl"),
+    "half of the rows silent": special(silent=0.5),
+    "half of the rows silent, uniform": special(
+        silent=0.5, start=(0.0, 0.6), layer_sparsity="uniform", prune_method="sparsegpt", loss="kl"
+    ),
     "an example without any label": special(unlabelled=True, batch_size=1, micro_batch=1, accumulation=1),
 }
 

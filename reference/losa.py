@@ -28,6 +28,7 @@ from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
 from reference.masks.nm import kept_per_group
 from reference.masks.prune import METHODS, prune
+from reference.masks.select import rest_sparsity
 from reference.masks.sparsegpt import hessian
 from reference.masks.wanda import input_norm
 
@@ -198,7 +199,9 @@ def _block_targets(
     blocks = len(weights)
     if settings.group is None:
         if importance is None:
-            return np.full(blocks, target), [None] * blocks
+            # The same for all blocks but those that are sparser already.
+            rate = rest_sparsity(np.rint(previous * weights), weights, target)
+            return np.maximum(rate, previous), [None] * blocks
         spread = schedule.sparsity_spread(target)
         return sparsity.allocate_sparsity(importance, target, spread, weights, previous), [None] * blocks
     m = settings.group[1]
@@ -230,6 +233,9 @@ def _prune_block(
 ) -> Layers:
     """Prune the projections of one block further; all of them see the block as it was, fed by already pruned blocks."""
     trace = llama.block_forward(block, stream, model.sizes)
+    # A projection that is sparser already leaves less to the others.
+    masks = [layer.mask for layer in layers.values()]
+    rate = rest_sparsity(np.array([(~mask).sum() for mask in masks]), np.array([mask.size for mask in masks]), rate)
     pruned = {}
     for name, layer in layers.items():
         merged = block.weights[name]

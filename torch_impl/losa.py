@@ -24,6 +24,7 @@ from torch_impl.engine.settings import PruneConfig, Settings, StepRecord
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
+from torch_impl.masks.select import rest_sparsity
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,9 @@ def block_targets(
     blocks = len(weights)
     if config.group is None:
         if importance is None:
-            return torch.full((blocks,), target, dtype=torch.float64), [None] * blocks
+            # The same for all blocks but those that are sparser already.
+            rate = rest_sparsity((previous * weights).round(), weights, target)
+            return previous.clamp(min=rate), [None] * blocks
         spread = schedule.sparsity_spread(target)
         return sparsity.allocate_sparsity(importance, target, spread, weights, previous), [None] * blocks
     m = config.group[1]
@@ -142,6 +145,10 @@ def _prune_block(
 ) -> None:
     """Prune the projections of one block further, on inputs that come from already pruned blocks."""
     layers = block_adapters(block, family)
+    # A projection that is sparser already leaves less to the others.
+    sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.float64)
+    kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
+    rate = rest_sparsity(sizes - kept, sizes, rate)
     with holding(list(layers.values())):
         gathered = look(lambda stream: _gather(config.prune_method, block, index, family, stream))
     for number, (name, layer) in enumerate(layers.items()):

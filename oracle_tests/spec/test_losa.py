@@ -241,6 +241,24 @@ def test_an_already_sparse_model_goes_on_from_where_it_is() -> None:
     assert record.sparsity == [0.0] * 4
 
 
+@pytest.mark.parametrize("layer_sparsity", ["rmi", "uniform"])
+def test_silent_rows_count_as_pruned(layer_sparsity: str) -> None:
+    """Half of the rows, all of one block's q, or most of one block are zero: the total is what was asked for."""
+    rows, projection, block = model(), model(), model()
+    for weight in (weight for of_block in rows.blocks for weight in of_block.weights.values()):
+        weight[: len(weight) // 2] = 0
+    projection.blocks[1].weights["q"][:] = 0
+    for weight in block.blocks[2].weights.values():
+        weight[:, 1:] = 0
+    for sparse in (rows, projection, block):
+        settings = replace(QUICK, layer_sparsity=layer_sparsity, finetune=False)
+        _, records = losa.run(sparse, ids(), [], settings)
+        sizes = [sum(weight.size for weight in block.weights.values()) for block in sparse.blocks]
+        share = np.average(records[-1].realised, weights=sizes)
+        # Whole weights of rows of eight inputs or more.
+        assert settings.sparsity_ratio - 1 / 8 < share <= settings.sparsity_ratio
+
+
 def test_same_seed_same_run_and_another_seed_another() -> None:
     first, second, other = (
         losa.run(model(), ids(), parts(3), replace(QUICK, seed=seed))[0].blocks[0].weights["q"] for seed in (1, 1, 2)

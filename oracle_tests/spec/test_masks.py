@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle_tests import strategies, tolerances
 from reference.masks.nm import kept_per_group, nm_mask
 from reference.masks.prune import prune
-from reference.masks.select import matrix_mask, row_mask
+from reference.masks.select import matrix_mask, rest_sparsity, row_mask
 from reference.masks.sparsegpt import sparsegpt, sparsegpt_nm
 
 
@@ -171,6 +171,45 @@ def test_damping_is_raised_before_giving_up() -> None:
     assert mask.sum() == 1
     with pytest.raises(ValueError, match=r"hessian .* damping 0\.01, 0\.1, 1"):
         sparsegpt(np.ones((1, 2)), np.zeros((2, 2)), 0.5)
+
+
+@given(strategies.sparse_groups())
+def test_the_rest_takes_as_much_as_it_may(case: dict[str, Any]) -> None:
+    """Against all that could be asked: for groups of one size, every whole number of zeros; else every thousandth."""
+    zeros, sizes, sparsity = case["zeros"], case["sizes"], case["sparsity"]
+    asked = np.floor(sparsity * sizes + 1e-9).sum()
+    rest = rest_sparsity(**case)
+
+    def total(rate: float) -> float:
+        return float(np.maximum(np.floor(rate * sizes + 1e-9), zeros).sum())
+
+    assert total(rest) <= max(asked, zeros.sum())
+    if (zeros <= np.floor(sparsity * sizes + 1e-9)).all():
+        assert rest == sparsity
+    size = int(sizes[0])
+    candidates = np.arange(size + 1) / size if (sizes == size).all() else np.linspace(0, 1, 1001)
+    best = max((total(rate) for rate in candidates if rate <= sparsity and total(rate) <= asked), default=zeros.sum())
+    # Sizes that differ are filled by floors of one rate, which may leave less than one entry of each group.
+    assert total(rest) >= best - (0 if (sizes == size).all() else len(sizes))
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.7, 0.9])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_what_is_zero_already_counts(method: str, sparsity: float) -> None:
+    """Half of the rows, a tenth of the rest, and all of the first 128 inputs: the total is what was asked, or what was there."""
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((12, 320))
+    kept = rng.random(W.shape) < 0.9
+    kept[: 6 if method != "sparsegpt" else 0] = False
+    kept[:, : 128 if method == "sparsegpt" else 0] = False
+    statistic = {"magnitude": None, "wanda": np.ones(320), "sparsegpt": np.eye(320)}[method]
+    _, mask = prune(method, W * kept, statistic, kept, sparsity=sparsity)
+    # Up to one of each row or block less.
+    slack = {"magnitude": 1, "wanda": len(W), "sparsegpt": 3}[method]
+    expected = max(sparsity * W.size, (~kept).sum())
+    assert expected - slack <= (~mask).sum() <= expected
+    if method == "wanda" and sparsity > 0.6:
+        assert len({int(count) for count in (~mask[6:]).sum(1)}) == 1, "the live rows share alike"
 
 
 @given(strategies.prune_cases())

@@ -7,8 +7,8 @@ import numpy as np
 from reference import _checks
 from reference._checks import Array, Mask
 from reference.masks.nm import nm_mask
-from reference.masks.select import demote_pruned, matrix_mask, row_mask
-from reference.masks.sparsegpt import sparsegpt, sparsegpt_nm
+from reference.masks.select import demote_pruned, matrix_mask, rest_sparsity, row_mask
+from reference.masks.sparsegpt import BLOCK_SIZE, sparsegpt, sparsegpt_nm
 from reference.masks.wanda import wanda_score
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -35,10 +35,15 @@ def prune(
 
     Errors: ValueError or TypeError naming the argument.
 
-    *Deviation*: see `select.demote_pruned`.
+    *Deviation*: see `select.demote_pruned`. The groups of a method (rows for wanda, blocks of columns for sparsegpt) get the
+    share that `select.rest_sparsity` leaves them, so that the projection as a whole gets the one that is asked.
 
     >>> prune("magnitude", [[0.0, 1.0, 2.0, 3.0]], None, np.array([[False, True, True, True]]), sparsity=0.5)
     (array([[0., 0., 2., 3.]]), array([[False, False,  True,  True]]))
+    >>> W = np.array([[0, 0, 0, 0], [1.0, 2, 3, 4]])
+    >>> prune("wanda", W, np.ones(4), W != 0, sparsity=0.75)[1]  # six zeros are asked, four are there
+    array([[False, False, False, False],
+           [False, False,  True,  True]])
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
@@ -50,10 +55,12 @@ def prune(
         _checks.integer("m", nm[1], 1)
     W = _checks.array("weight", weight, "out", "in")
     kept = _checks.mask("kept", kept, W, "weight")
+    if sparsity is not None:
+        sparsity = rest_sparsity(*_groups(method, kept), sparsity)
 
     if statistic is not None and method == "sparsegpt":
         if nm is not None:
-            return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, 128 // nm[1]), kept=kept)
+            return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, BLOCK_SIZE // nm[1]), kept=kept)
         assert sparsity is not None
         return sparsegpt(W, statistic, sparsity, kept=kept)
     score = demote_pruned(np.abs(W) if statistic is None else wanda_score(W, statistic), kept)
@@ -64,3 +71,14 @@ def prune(
         mask = matrix_mask(score, sparsity) if method == "magnitude" else row_mask(score, sparsity)
     mask &= kept
     return np.where(mask, W, 0.0), mask
+
+
+def _groups(method: str, kept: Mask) -> tuple[Array, Array]:
+    """(zeros, sizes), each (groups,), of what a method compares among itself: rows, blocks of columns, or the matrix."""
+    if method == "wanda":
+        parts = list(kept)
+    elif method == "sparsegpt":
+        parts = [kept[:, start : start + BLOCK_SIZE] for start in range(0, kept.shape[1], BLOCK_SIZE)]
+    else:
+        parts = [kept]
+    return np.array([(~part).sum() for part in parts], dtype=np.float64), np.array([float(part.size) for part in parts])

@@ -15,6 +15,8 @@ from reference._checks import Array, Mask
 from reference.masks.nm import nm_mask
 from reference.masks.select import demote_pruned, matrix_mask
 
+# Columns whose mask is chosen together, unless said otherwise.
+BLOCK_SIZE = 128
 # A Hessian that will not factor is tried again with ten and a hundred times the damping.
 DAMPING_RETRIES = (1.0, 10.0, 100.0)
 
@@ -46,7 +48,7 @@ def sparsegpt(
     weight: Array,
     hessian: Array,
     sparsity: float,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     damping: float = 0.01,
     kept: Mask | None = None,
 ) -> tuple[Array, Mask]:
@@ -94,7 +96,7 @@ def sparsegpt_nm(
     hessian: Array,
     n: int,
     m: int,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     damping: float = 0.01,
     kept: Mask | None = None,
 ) -> tuple[Array, Mask]:

@@ -31,6 +31,24 @@ def matrix_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     return row_mask(_scores(score).reshape(1, -1), sparsity).view(score.shape)
 
 
+def rest_sparsity(zeros: torch.Tensor, sizes: torch.Tensor, sparsity: float) -> float:
+    """ρ' ≤ ρ to ask of every group so that together they get the share ρ, though some (zeros of sizes, both (groups,),
+    whole numbers in float64) have more already: these keep it and the others lose less."""
+    zeros = _checks.tensor("zeros", zeros, "groups")
+    sizes = _checks.tensor("sizes", sizes, "groups")
+    _checks.same_shape("zeros", zeros, sizes, "sizes")
+    if bool(((zeros < 0) | (zeros > sizes)).any()):
+        raise ValueError("zeros are fewer than 0 or more than sizes; allowed: 0 to the group's size")
+    rest = sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
+    asked = float((sparsity * sizes + 1e-9).floor().sum())
+    many = 0
+    while int((full := zeros > (rest * sizes + 1e-9).floor()).sum()) > many:
+        many = int(full.sum())
+        left = float(sizes[~full].sum())
+        rest = max(0.0, (asked - float(zeros[full].sum())) / left) if left else 0.0
+    return rest
+
+
 def demote_pruned(score: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The score (out, in), −inf where not kept, so that pruned weights go first and masks nest."""
     score = _scores(score)

@@ -10,6 +10,8 @@ from torch_impl import _checks, _kernels
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask
 
+# Columns whose mask is chosen together, unless said otherwise.
+BLOCK_SIZE = 128
 # A Hessian that will not factor is tried again with ten and a hundred times the damping.
 DAMPING_RETRIES = (1.0, 10.0, 100.0)
 
@@ -27,7 +29,7 @@ def sparsegpt(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     sparsity: float,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     damping: float = 0.01,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +51,7 @@ def sparsegpt_nm(
     hessian: torch.Tensor,
     n: int,
     m: int,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
     damping: float = 0.01,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
