@@ -3,7 +3,7 @@
     for t = 1 .. T:
         importance of each block: how little its output shares with the other blocks'         hsic.py, rmi.py
         sparsity of each block, from its importance and this step's target                    schedule.py, sparsity.py
-        prune block by block, each fed by pruned blocks; error of each block's output         masks/, rank.py
+        block by block, each fed by pruned blocks: prune, reconstruct; error of its output    masks/, reconstruct.py, rank.py
         rank of each block, from its error; resize its adapters                               rank.py
         train the adapters on the t-th part of the examples, if there is anything to heal     llama.py, adamw.py
     merge                                                                                     adapter.py
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reference import _checks, adamw, adapter, hsic, llama, rank, rmi, schedule, sparsity
+from reference import _checks, adamw, adapter, hsic, llama, rank, reconstruct, rmi, schedule, sparsity
 from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
 from reference.masks.nm import kept_per_group
@@ -47,6 +47,8 @@ class Settings:
     rmi_samples: how many calibration sequences the mutual information uses. finetune: train at all.
     learning_rate: the peak. warmup_ratio, weight_decay, max_grad_norm: see adamw.py. batch_size: sequences of one
     optimizer step. lr_schedule: per_step (paper) or whole_run. loss: ce (paper) or kl. seed: of the adapters' new rows.
+    reconstruct_epochs: over the calibration sequences, for each block after it is pruned; 0 (paper): not at all.
+    reconstruct_learning_rate, reconstruct_batch_size: see reconstruct.py.
     """
 
     prune_method: str = "wanda"
@@ -70,6 +72,9 @@ class Settings:
     batch_size: int = 8
     lr_schedule: str = "per_step"
     loss: str = "ce"
+    reconstruct_epochs: int = 0
+    reconstruct_learning_rate: float = 1e-3
+    reconstruct_batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,7 +95,8 @@ class Settings:
         if not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         _checks.integer("rmi_samples", self.rmi_samples, 2)
-        for name in ("steps", "lora_r", "batch_size"):
+        _checks.integer("reconstruct_epochs", self.reconstruct_epochs, 0)
+        for name in ("steps", "lora_r", "batch_size", "reconstruct_batch_size"):
             _checks.integer(name, getattr(self, name), 1)
         if _checks.number("lora_alpha", self.lora_alpha) <= 0:
             raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0, or nothing would be learned")
@@ -258,14 +264,42 @@ def _prune_model(
     stream = dense_stream = dense.embedding[ids]
     hidden = dense.sizes.hidden
     pruned, errors = [], []
+    damaged = False
     for index, dense_block in enumerate(dense.blocks):
         block = _merged_block(dense_block, layers[index], settings)
-        pruned.append(_prune_block(block, layers[index], stream, dense, settings, rates[index], groups[index]))
-        block = _merged_block(dense_block, pruned[index], settings)
+        done = _prune_block(block, layers[index], stream, dense, settings, rates[index], groups[index])
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
-        stream = llama.block_forward(block, stream, dense.sizes).output
+        # Before the first block that has lost a weight the two streams are the same, and there is only rounding to train on.
+        damaged = damaged or any((layer.mask != (dense_block.weights[name] != 0)).any() for name, layer in done.items())
+        if settings.reconstruct_epochs and damaged:
+            done = _reconstruct_block(dense_block, done, stream, dense_stream, dense, settings)
+        pruned.append(done)
+        stream = llama.block_forward(_merged_block(dense_block, done, settings), stream, dense.sizes).output
         errors.append(rank.reconstruction_error(dense_stream.reshape(-1, hidden), stream.reshape(-1, hidden)))
     return pruned, errors
+
+
+def _reconstruct_block(
+    block: Block, layers: Layers, stream: Array, targets: Array, model: Llama, settings: Settings
+) -> Layers:
+    """Train the kept merged weights of one pruned block towards the dense block's output; the base takes over the change."""
+    merged = _merged_block(block, layers, settings)
+    better = reconstruct.reconstruct_block(
+        merged,
+        {name: layer.mask for name, layer in layers.items()},
+        stream,
+        targets,
+        settings.reconstruct_epochs,
+        settings.reconstruct_learning_rate,
+        settings.reconstruct_batch_size,
+        model.sizes,
+    )
+    return {
+        name: replace(
+            layer, weight=adapter.rebase(layer.weight, merged.weights[name], better.weights[name], layer.mask)
+        )
+        for name, layer in layers.items()
+    }
 
 
 def _merged_block(block: Block, layers: Layers, settings: Settings) -> Block:
