@@ -19,7 +19,8 @@ from torch_impl.engine.families import Family, decoder_blocks, find_family, prun
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal, Progress
 from torch_impl.engine.layers import attach_adapters, block_adapters, holding
-from torch_impl.engine.lockstep import Lockstep, reconstruction_error
+from torch_impl.engine.lockstep import Lockstep, Reconstruct, reconstruction_error
+from torch_impl.engine.reconstruction import ReconstructionConfig, reconstruct_block
 from torch_impl.engine.settings import PruneConfig, Settings, StepRecord
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
@@ -177,8 +178,10 @@ def _prune_model(
     rates: Sequence[float] | torch.Tensor,
     groups: Sequence[tuple[int, int] | None],
     journal: Journal | None = None,
+    start: torch.Tensor | None = None,
 ) -> list[float]:
-    """Prune block by block, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every block.
+    """Prune block by block, and reconstruct if asked, dense and pruned streams in lockstep. Returns e of LoSA, Eq. 6, for every
+    block. start: share of zeros of each block (L,) at the start of the run; default 0.
 
     Goes on behind the blocks that the journal says are done; every block is a point of it.
     """
@@ -187,14 +190,44 @@ def _prune_model(
     size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     streams = Lockstep(model, dense, family, distributed.share(ids, "nsamples"), size, progress.block)
     blocks = decoder_blocks(model, family)
+    healing = Healing(family, start, settings.reconstruction, blocks[: progress.block])
     for index in _blocks_shown(range(progress.block, len(blocks)), "prune"):
         block = blocks[index]
         with distributed.keeping(block, family):
             _prune_block(block, index, family, streams.pruned_input, settings.prune, float(rates[index]), groups[index])
-            progress.errors.append(streams.advance())
+            progress.errors.append(streams.advance(healing.of(block, index)))
         progress.calibration_batch_size = streams.batch_size
         journal.pruned(index)
     return progress.errors
+
+
+class Healing:
+    """Decides which blocks are reconstructed at a step: those from the first on that has lost a weight. Before it both streams
+    are the same, and there is only rounding to train on.
+
+    start: share of zeros of each block (L,) at the start of the run. done: blocks that this step has pruned already.
+    """
+
+    def __init__(
+        self, family: Family, start: torch.Tensor | None, config: ReconstructionConfig, done: Iterable[nn.Module] = ()
+    ) -> None:
+        self._family, self._start, self._config = family, start, config
+        self._damaged = any(self._lost(block, index) for index, block in enumerate(done))
+
+    def _lost(self, block: nn.Module, index: int) -> bool:
+        return bool(self._config.reconstruct_epochs) and zero_share(block, self._family) > self._start_of(index)
+
+    def _start_of(self, index: int) -> float:
+        return 0.0 if self._start is None else float(self._start[index])
+
+    def of(self, block: nn.Module, index: int) -> Reconstruct | None:
+        """What reconstructs this block, which is pruned; None if nothing is to be done."""
+        self._damaged = self._damaged or self._lost(block, index)
+        if not self._damaged:
+            return None
+        return lambda pruned, dense, arguments: reconstruct_block(
+            block, index, self._family, pruned, dense, arguments, self._config
+        )
 
 
 @torch.no_grad()
@@ -202,22 +235,32 @@ def prune_blocks(
     pairs: Iterable[tuple[nn.Module, nn.Module]],
     dense_stream: calibration.Stream,
     family: Family,
-    config: PruneConfig,
+    settings: Settings,
     rates: torch.Tensor,
     groups: Sequence[tuple[int, int] | None],
+    arguments: Sequence[dict[str, Any]],
     earlier: Callable[[int, nn.Module], bool] = lambda index, block: False,
+    start: torch.Tensor | None = None,
 ) -> Iterator[tuple[nn.Module, float]]:
-    """Each block as soon as it is pruned, with its e of LoSA, Eq. 6, for blocks that come and go.
+    """Each block as soon as it is pruned, and reconstructed if asked, with its e of LoSA, Eq. 6, for blocks that come and go.
 
     pairs: (dense block, adapted block to prune), which may be one and the same: the dense block is done with when the
     other is pruned. dense_stream: at the first block; it and a second stream, of the pruned model, go on in lockstep.
+    arguments: what the model calls each block with, for one sequence.
     earlier: gives a block the weights that an interrupted run has left of it; False if it is still to be pruned.
+    start: share of zeros of each block (L,) at the start of the run; default 0.
     """
     stream = dense_stream.clone()
+    healing = Healing(family, start, settings.reconstruction)
     for index, (dense_block, block) in enumerate(pairs):
         dense_stream.advance(dense_block, index)
-        if not earlier(index, block):
-            _prune_block(block, index, family, lambda work: work(stream), config, float(rates[index]), groups[index])
+        if earlier(index, block):
+            healing.of(block, index)
+        else:
+            rate = float(rates[index])
+            _prune_block(block, index, family, lambda work: work(stream), settings.prune, rate, groups[index])
+            if (heal := healing.of(block, index)) is not None:
+                heal(stream, dense_stream, arguments[index])
         with holding(list(block_adapters(block, family).values())):
             stream.advance(block, index)
         yield block, reconstruction_error(dense_stream, stream)
@@ -364,7 +407,7 @@ def run(
                 progress.sparsity, progress.groups = rates.tolist(), groups
                 clock.lap("importance")
             errors = _prune_model(
-                model, dense, family, calibration_ids, settings, progress.sparsity, progress.groups, journal
+                model, dense, family, calibration_ids, settings, progress.sparsity, progress.groups, journal, start
             )
             clock.lap("prune")
             if settings.training.finetune:

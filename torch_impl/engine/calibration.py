@@ -154,6 +154,22 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
 
 
 @torch.no_grad()
+def block_arguments(model: nn.Module, family: Family, ids: torch.Tensor) -> list[dict[str, Any]]:
+    """What the model calls each of its blocks with for token ids (n, t), besides the hidden states. Of one sequence, it serves
+    any number: no row is padded."""
+    found: list[dict[str, Any]] = []
+
+    def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        found.append(given)
+        return states
+
+    decoder = model.get_submodule(family.blocks.rpartition(".")[0])
+    with distributed.whole(model), standing_in(decoder_blocks(model, family), record):
+        decoder(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    return found
+
+
+@torch.no_grad()
 def finish(model: nn.Module, family: Family, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (n, t, vocabulary) of token ids (n, t) from what the last block puts out: the model's norm and head alone."""
     blocks = decoder_blocks(model, family)

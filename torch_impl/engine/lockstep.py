@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch_impl.engine.layers import block_adapters, holding
 from torch_impl.engine.streaming import sweep
 
 Result = TypeVar("Result")
+Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]], None]
 
 
 class Lockstep:
@@ -30,6 +31,7 @@ class Lockstep:
         self._dense, self._blocks = dense, decoder_blocks(model, family)
         self._family, self._ids = family, ids
         self._streams: tuple[calibration.Stream, ...] = ()
+        self._arguments: list[dict[str, Any]] = []
         self._dense_blocks: Iterator[nn.Module] = iter(())
         self._at = -1
         self._index = index
@@ -39,23 +41,33 @@ class Lockstep:
         """What `work` makes of the pruned stream, which it leaves as it is."""
         return self._attempt(lambda: work(self._streams[1]))
 
-    def advance(self) -> float:
-        """Take both streams through the next block. Returns e of LoSA, Eq. 6, of its outputs."""
-        error = self._attempt(self._advance)
+    def advance(self, reconstruct: Reconstruct | None = None) -> float:
+        """Take both streams through the next block. Returns e of LoSA, Eq. 6, of its outputs.
+
+        reconstruct: changes the block before its stream goes through; it hears the pruned stream before the block, the dense
+        one behind it, and what the model calls the block with for one sequence. It leaves the block as it is if it fails.
+        """
+        error = self._attempt(lambda: self._advance(reconstruct))
         self._index += 1
         return error
 
-    def _advance(self) -> float:
+    def _advance(self, reconstruct: Reconstruct | None) -> float:
         index, self._at = self._at, -1
-        self._through(index)
+        self._through(index, reconstruct)
         error = reconstruction_error(*self._streams)
         self._at = index + 1
         return error
 
-    def _through(self, index: int) -> None:
-        for stream, block in zip(self._streams, (next(self._dense_blocks), self._blocks[index]), strict=True):
-            with distributed.whole(block), holding(list(block_adapters(block, self._family).values())):
-                stream.advance(block, index)
+    def _through(self, index: int, reconstruct: Reconstruct | None = None) -> None:
+        dense, pruned = self._streams
+        self._stream_through(dense, next(self._dense_blocks), index)
+        if reconstruct is not None:
+            reconstruct(pruned, dense, self._arguments[index])
+        self._stream_through(pruned, self._blocks[index], index)
+
+    def _stream_through(self, stream: calibration.Stream, block: nn.Module, index: int) -> None:
+        with distributed.whole(block), holding(list(block_adapters(block, self._family).values())):
+            stream.advance(block, index)
 
     def _attempt(self, work: Callable[[], Result]) -> Result:
         def attempt(size: int) -> Result:
@@ -70,6 +82,7 @@ class Lockstep:
         self._at, self._streams = -1, ()
         dense = calibration.start_stream(self._dense, self._family, self._ids, batch_size)
         self._streams = (dense, dense.clone())
+        self._arguments = calibration.block_arguments(self._dense, self._family, self._ids[:1])
         self._dense_blocks = sweep(self._dense, self._family)
         for index in range(self._index):
             self._through(index)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
 
@@ -112,6 +113,7 @@ class Settings:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from torch_impl import _checks
 from torch_impl.engine import distributed
-from torch_impl.engine.calibration import standing_in
+from torch_impl.engine.calibration import block_arguments
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.graphs import Captured
 from torch_impl.engine.halving import halving
@@ -386,20 +386,14 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[di
     transformers, while a graph is captured, does not look whether a mask is needed and builds one, which rules out the
     fast attention kernels. Without padding masks the arguments depend on the shape alone.
     """
-    blocks = decoder_blocks(model, find_family(model))
-    recorded: list[dict[str, Any]] = []
-
-    def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        recorded.append(given)
-        return states
+    family = find_family(model)
+    blocks, recorded = decoder_blocks(model, family), block_arguments(model, family, batch["input_ids"])
 
     def repeat(
         given: dict[str, Any], block: nn.Module, arguments: tuple[Any, ...], _: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         return arguments, given
 
-    with torch.no_grad(), standing_in(blocks, record):
-        model(input_ids=batch["input_ids"], use_cache=False)
     handles = [
         block.register_forward_pre_hook(partial(repeat, given), with_kwargs=True)
         for block, given in zip(blocks, recorded, strict=True)

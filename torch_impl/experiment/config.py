@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoint import DTYPES
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.command import Parser, closest
@@ -146,6 +147,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -164,7 +166,9 @@ class Config:
     @property
     def settings(self) -> Settings:
         """The part that Algorithm 1 reads."""
-        return Settings(self.prune, self.adapter, self.calibration, self.training, self.output.seed)
+        return Settings(
+            self.prune, self.adapter, self.calibration, self.training, self.reconstruction, self.output.seed
+        )
 
     @property
     def output_dir(self) -> Path:
@@ -187,6 +191,7 @@ SECTIONS: dict[str, type] = {
     "adapter": AdapterConfig,
     "calibration": CalibrationConfig,
     "training": TrainingConfig,
+    "reconstruction": ReconstructionConfig,
     "text": TextConfig,
     "output": OutputConfig,
 }

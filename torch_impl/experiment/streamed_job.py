@@ -113,7 +113,9 @@ class Sweeps:
             seconds=time.perf_counter() - start,
         )
 
-    def prune(self, rates: torch.Tensor, groups: Groups, output: Output | None = None) -> Pruned:
+    def prune(
+        self, rates: torch.Tensor, groups: Groups, output: Output | None = None, start: torch.Tensor | None = None
+    ) -> Pruned:
         """Prune every block; with an output, write it there, else measure what perplexity it leaves."""
         found = Pruned()
         stream = self._stream(self.material.calibration, self._batch, copies=2)
@@ -121,7 +123,10 @@ class Sweeps:
         followed = self._stream(ids, batch) if output is None else self._stream(ids[:2], 2)
         pairs = self._adapted_pairs()
         earlier = (lambda index, block: False) if output is None else output.earlier
-        pruned = losa.prune_blocks(pairs, stream, self.family, self.config.prune, rates, groups, earlier)
+        arguments = calibration.block_arguments(self.model, self.family, self.material.calibration[:1])
+        pruned = losa.prune_blocks(
+            pairs, stream, self.family, self.config.settings, rates, groups, arguments, earlier, start
+        )
         for index, (block, error) in enumerate(pruned):
             followed.advance(block, index)
             found.errors.append(error)
@@ -297,7 +302,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
             journal.noted()
 
         (folder / "model").mkdir(exist_ok=True)
-        pruned = sweeps.prune(rates, groups, Output(folder / "model", model, family, notes["blocks"], noted))
+        pruned = sweeps.prune(rates, groups, Output(folder / "model", model, family, notes["blocks"], noted), shares)
     seconds = earlier[1] + time.perf_counter() - begin
     record = losa.StepRecord(
         step=1,

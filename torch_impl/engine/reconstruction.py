@@ -1,0 +1,100 @@
+"""Reconstruction inside a run: a block with adapters, its two streams, smaller batches when memory is full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torch_impl import _checks, adapter, reconstruct
+from torch_impl.engine import distributed
+from torch_impl.engine.calibration import Stream
+from torch_impl.engine.families import Family
+from torch_impl.engine.halving import halving
+from torch_impl.engine.layers import AdaptedLinear, block_adapters
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """Training the kept weights of every block after it is pruned, to compute what the dense block does."""
+
+    reconstruct_epochs: int = 0
+    """Passes over the calibration sequences, for every block at every step; 0: no reconstruction (paper)."""
+    reconstruct_learning_rate: float = 3e-3
+    """Adam's learning rate for it, which falls linearly to 0."""
+    reconstruct_batch_size: int = 8
+    """Sequences of one of its optimizer steps, over all processes together."""
+
+    def __post_init__(self) -> None:
+        _checks.count("reconstruct_epochs", self.reconstruct_epochs, 0)
+        _checks.number("reconstruct_learning_rate", self.reconstruct_learning_rate, 0)
+        _checks.count("reconstruct_batch_size", self.reconstruct_batch_size)
+
+
+def reconstruct_block(
+    block: nn.Module,
+    index: int,
+    family: Family,
+    inputs: Stream,
+    targets: Stream,
+    arguments: Mapping[str, Any],
+    config: ReconstructionConfig,
+) -> None:
+    """Train the merged weights of block number `index`, which is pruned and whole, on its two streams; the base weights take
+    over the change, the adapters stay.
+
+    inputs: the pruned stream before the block. targets: the dense one behind it. arguments: what the model calls the block
+    with, for one sequence. Errors: FloatingPointError naming the block; it is as before then.
+    """
+    batch = max(1, config.reconstruct_batch_size // distributed.processes())
+    layers = block_adapters(block, family)
+    masks = {name: layer.mask for name, layer in layers.items()}
+    with _plain(block, layers) as linears:
+        merged = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+
+        def attempt(rows: int) -> None:
+            reconstruct.reconstruct_block(
+                block,
+                masks,
+                inputs.hidden,
+                targets.hidden,
+                config.reconstruct_epochs,
+                config.reconstruct_learning_rate,
+                batch,
+                arguments,
+                rows,
+                distributed.total,
+            )
+
+        try:
+            halving(attempt, batch, "reconstruct_batch_size")
+        except FloatingPointError as error:
+            raise FloatingPointError(f"block {index}: {error} (now {config.reconstruct_learning_rate:g})") from error
+        better = {name: linear.weight.detach() for name, linear in linears.items()}
+    for name, layer in layers.items():
+        layer.set_base(adapter.rebase(layer.weight, merged[name], better[name], masks[name]))
+
+
+@contextmanager
+def _plain(block: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, nn.Linear]]:
+    """Let the block have plain linears with the merged weights, and be called as it is written: neither compiled nor by the
+    hooks of a sharded one, whose weights are whole here."""
+    linears = {}
+    for name, layer in layers.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.merged().clone(), requires_grad=False)
+        linear.bias = layer.bias
+        linears[name] = linear
+    compiled_call = block._compiled_call_impl
+    try:
+        for name, linear in linears.items():
+            block.set_submodule(name, linear)
+        block._compiled_call_impl = block.forward
+        yield linears
+    finally:
+        block._compiled_call_impl = compiled_call
+        for name, layer in layers.items():
+            block.set_submodule(name, layer)

@@ -1,0 +1,150 @@
+"""Train the kept weights of a pruned block until it computes what the dense block does. Spec: reference/reconstruct.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import _checks
+
+Total = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a tensor over all processes, each of which has a share of the sequences."""
+
+
+def channel_weights(targets: torch.Tensor) -> torch.Tensor:
+    """ω (d,) in float64 with e = Σ_tok Σ_c ω_c (S − D)² (LoSA, Eq. 6) for targets D (n, t, d); 0 for a silent channel."""
+    _checks.tensor("targets", targets, "n", "t", "d")
+    return _weights_of(_energy(targets))
+
+
+def _energy(targets: torch.Tensor) -> torch.Tensor:
+    """Σ_tok D² (d,) in float64; a sequence at a time is widened."""
+    wide = torch.promote_types(targets.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(targets, dim=1, dtype=wide)
+    return norms.double().square().sum(0)
+
+
+def _weights_of(energy: torch.Tensor) -> torch.Tensor:
+    return torch.where(energy > 0, 1 / (len(energy) * energy), 0.0)
+
+
+def reconstruct_block(
+    block: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    arguments: Mapping[str, Any] | None = None,
+    rows_at_once: int | None = None,
+    total: Total = lambda values: values,
+) -> nn.Module:
+    """The block, whose projections' kept weights are trained in place so that its output on `inputs` is closer to `targets`.
+
+    block: its projections are modules with a `weight` (out, in) and no adapter. masks: bool (out, in) by the projection's
+    name in the block, True = kept. inputs, targets (n, t, d): the pruned stream and the dense block's output, on any device;
+    a batch at a time comes to the block's. arguments: what the model calls the block with besides, for any number of
+    sequences. rows_at_once: sequences of a batch that go through the block together; default all. total: see `Total`; then
+    n and batch_size are shares of this process.
+
+    Weights in half precision are trained in float32 and rounded after every step for the products. Adam's numbers take 16
+    bytes a weight of this block. Errors: ValueError or TypeError naming the argument; FloatingPointError if a weight is not
+    finite at the end, before any is changed.
+    """
+    _checks.tensor("inputs", inputs, "n", "t", "d")
+    _checks.same_shape("targets", _checks.tensor("targets", targets, "n", "t", "d"), inputs, "inputs")
+    _checks.integer("epochs", epochs, 0)
+    _checks.number("learning_rate", learning_rate, 0)
+    _checks.integer("batch_size", batch_size, 1)
+    device = next(block.parameters()).device
+    omega = _weights_of(total(_energy(targets).to(device)))
+    sequences = float(total(torch.tensor(len(inputs), dtype=torch.float64, device=device)))
+    weights = _Weights(block, masks)
+    batches = math.ceil(len(inputs) / batch_size)
+    steps = epochs * batches
+    try:
+        for step in range(steps):
+            rows = torch.arange(step % batches, len(inputs), batches)
+            of_batch = float(total(torch.tensor(len(rows), dtype=torch.float64, device=device)))
+            scale = (2 * sequences / of_batch * omega).to(weights.dtype)
+            for part in rows.split(rows_at_once or len(rows)):
+                hidden, wanted = inputs[part].to(device), targets[part].to(device)
+                with torch.enable_grad():
+                    output = block(hidden, **arguments or {})
+                weights.add_gradients(output, wanted, scale)
+            weights.step(learning_rate * (steps - step) / steps, total)
+        weights.keep()
+    finally:
+        weights.put_back()
+    return block
+
+
+class _Weights:
+    """The weights in training, Z = M⊙Z: one Adam over all projections, in float32 at least."""
+
+    def __init__(self, block: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+        self._modules = {name: block.get_submodule(name) for name in masks}
+        self._before = {name: module.weight for name, module in self._modules.items()}
+        self._masks = list(masks.values())
+        for name, weight in self._before.items():
+            _checks.mask(f"masks[{name!r}]", masks[name], weight, f"weights[{name!r}]")
+        first = next(iter(self._before.values()))
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        with torch.no_grad():
+            self._wide = [
+                nn.Parameter(weight.detach().to(self.dtype, copy=True).masked_fill_(~mask, 0.0))
+                for weight, mask in zip(self._before.values(), self._masks, strict=True)
+            ]
+        # What the block multiplies with: the same tensors, or roundings of them.
+        self._used = [
+            wide if first.dtype == self.dtype else nn.Parameter(wide.detach().to(first.dtype)) for wide in self._wide
+        ]
+        for module, used in zip(self._modules.values(), self._used, strict=True):
+            module.weight = used
+        self._adam = torch.optim.Adam(self._wide, lr=0.0, fused=first.is_cuda)
+
+    def add_gradients(self, output: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
+        """Add ∂/∂Z of Σ scale/2 · (S − D)² over the tokens of a part of a batch."""
+        # transformers 5 gives a tensor; older blocks gave a tuple whose first entry it was.
+        output = output[0] if isinstance(output, tuple) else output
+        with torch.no_grad():
+            change = (output.to(self.dtype) - wanted).mul_(scale)
+            # Half precision with a short exponent would lose it: it is 1 at most on its way back.
+            size = change.abs().max().clamp_min(torch.finfo(self.dtype).tiny)
+            change = change.div_(size).to(output.dtype)
+        found = torch.autograd.grad(output, self._used, change)
+        for wide, gradient, mask in zip(self._wide, found, self._masks, strict=True):
+            masked = gradient.to(self.dtype).mul_(size).mul_(mask)
+            wide.grad = masked if wide.grad is None else wide.grad.add_(masked)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, total: Total) -> None:
+        """One step of Adam by the gradients of all processes, which are forgotten."""
+        for wide in self._wide:
+            wide.grad = total(wide.grad) if wide.grad is not None else None
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
+        self._adam.step()
+        self._adam.zero_grad()
+        for wide, used in zip(self._wide, self._used, strict=True):
+            if used is not wide:
+                used.copy_(wide)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Round the trained weights into the block's own. Errors: FloatingPointError if one is not finite."""
+        finite = torch.stack([torch.isfinite(wide).all() for wide in self._wide])
+        if not bool(finite.all()):
+            raise FloatingPointError("reconstruction: a weight is not finite any more; lower reconstruct_learning_rate")
+        for weight, wide in zip(self._before.values(), self._wide, strict=True):
+            weight.copy_(wide)
+
+    def put_back(self) -> None:
+        """Give the projections their own parameters again."""
+        for module, weight in zip(self._modules.values(), self._before.values(), strict=True):
+            module.weight = weight
