@@ -37,6 +37,7 @@ FILES = (
     "masks/prune",
     "adapter",
     "rank",
+    "reconstruct",
     "packed",
     "tiles",
     "llama",

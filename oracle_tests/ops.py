@@ -163,6 +163,12 @@ OPS = (
         Kind.CLOSE,
         ({"dense": W, "sparse": W.T.copy()}, "sparse"),
     ),
+    Op(
+        "reconstruct.channel_weights",
+        _cases(targets=s.outputs_of_sequences()),
+        Kind.CLOSE,
+        ({"targets": W}, "targets"),
+    ),
     Op("rank.allocate_ranks", s.rank_cases(), Kind.EXACT, ({"errors": ROW, "mean_rank": 17}, "mean_rank")),
     Op(
         "rank.resize_adapter",

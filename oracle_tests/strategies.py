@@ -261,6 +261,14 @@ def pairs_of_outputs(draw: st.DrawFn) -> dict[str, np.ndarray]:
 
 
 @st.composite
+def outputs_of_sequences(draw: st.DrawFn) -> np.ndarray:
+    """(n, t, d), some channels silent."""
+    rng = _rng(draw)
+    outputs = rng.standard_normal((draw(st.integers(1, 4)), draw(SIZES), draw(SIZES)))
+    return outputs * (rng.random(outputs.shape[2]) < draw(st.sampled_from([1.0, 0.7])))
+
+
+@st.composite
 def weights_to_pack(draw: st.DrawFn) -> np.ndarray:
     """(out, in) of any dtype that packs, 0 to 100 % zeros, up to three words a row; negative zeros, every pattern of bits."""
     rng, shape = _rng(draw), (draw(SIZES), draw(st.integers(1, 70)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch_impl import _checks
@@ -123,6 +123,10 @@ class Settings:
                 f"steps is {self.prune.steps}: the mean rank would end at {last}; allowed: up to max_rank "
                 f"{self.adapter.max_rank}, so take fewer steps or a lower initial_rank"
             )
+
+    def without_reconstruction(self) -> Settings:
+        """The same, but blocks are only pruned."""
+        return replace(self, reconstruction=ReconstructionConfig())
 
 
 @dataclass

@@ -83,7 +83,7 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
     """The same method at the same sparsity in one shot: uniform, without fine-tuning."""
     plain = dataclasses.replace(
-        config.settings,
+        config.settings.without_reconstruction(),
         prune=dataclasses.replace(config.prune, steps=1, layer_sparsity="uniform"),
         training=dataclasses.replace(config.training, finetune=False),
     )

@@ -35,7 +35,11 @@ def disk(model: nn.Module, family: Family, config: Config, size: int) -> dict[st
     """Bytes on the disk at the end, by what they are for; size: bytes of a weight."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = prunable_weights(model, family)
-    moved = config.prune.prune_method == "sparsegpt" or config.adapter.rank_shrink == "fold"
+    moved = (
+        config.prune.prune_method == "sparsegpt"
+        or config.adapter.rank_shrink == "fold"
+        or config.reconstruction.reconstruct_epochs > 0
+    )
     # A base weight is one bit where it is the dense one under a mask. A point being written adds to those kept; points
     # take turns with two files of each block, and change one of them, or all by folding, in between.
     block_bytes = max(prunable) * size if moved else max(prunable) // 8

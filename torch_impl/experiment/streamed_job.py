@@ -116,7 +116,10 @@ class Sweeps:
     def prune(
         self, rates: torch.Tensor, groups: Groups, output: Output | None = None, start: torch.Tensor | None = None
     ) -> Pruned:
-        """Prune every block; with an output, write it there, else measure what perplexity it leaves."""
+        """Prune and reconstruct every block and write it to the output; without one, only prune and measure the perplexity.
+
+        start: share of zeros of each block (L,) as it is stored.
+        """
         found = Pruned()
         stream = self._stream(self.material.calibration, self._batch, copies=2)
         ids, batch = self.material.evaluation, self.config.text.eval_batch_size
@@ -124,9 +127,8 @@ class Sweeps:
         pairs = self._adapted_pairs()
         earlier = (lambda index, block: False) if output is None else output.earlier
         arguments = calibration.block_arguments(self.model, self.family, self.material.calibration[:1])
-        pruned = losa.prune_blocks(
-            pairs, stream, self.family, self.config.settings, rates, groups, arguments, earlier, start
-        )
+        settings = self.config.settings if output is not None else self.config.settings.without_reconstruction()
+        pruned = losa.prune_blocks(pairs, stream, self.family, settings, rates, groups, arguments, earlier, start)
         for index, (block, error) in enumerate(pruned):
             followed.advance(block, index)
             found.errors.append(error)
@@ -322,7 +324,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
 
     healed = {"perplexity": perplexity, "sparsity": _mean(pruned.realised, weights), "seconds": seconds}
     at_once = healed
-    if dense.importance is not None:
+    if dense.importance is not None or config.reconstruction.reconstruct_epochs:
         at_once = _uniform(sweeps, weights, shares)
         metrics.log("perplexity", value=at_once["perplexity"], model="pruned at once")
     rows = {
@@ -345,7 +347,7 @@ def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, ch
 
 
 def _uniform(sweeps: Sweeps, weights: torch.Tensor, shares: torch.Tensor) -> dict[str, float]:
-    """The row of a run whose rates come from mutual information: the same at one rate for all blocks."""
+    """The row of a run whose rates come from mutual information, or which reconstructs: only pruned, at one rate for all."""
     start = time.perf_counter()
     config = sweeps.config.prune
     rates, groups = losa.block_targets(config, config.final_sparsity, None, weights, shares)
