@@ -89,7 +89,9 @@ class _Weights:
 
     def __init__(self, block: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         self._modules = {name: block.get_submodule(name) for name in masks}
-        self._before = {name: module.weight for name, module in self._modules.items()}
+        self._before: dict[str, nn.Parameter] = {
+            name: module.get_parameter("weight") for name, module in self._modules.items()
+        }
         self._masks = list(masks.values())
         for name, weight in self._before.items():
             _checks.mask(f"masks[{name!r}]", masks[name], weight, f"weights[{name!r}]")
