@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import transformers
 
 from torch_impl.bench import decode, geometry, large, parts
 from torch_impl.bench.measure import Row, ceilings, host_peak
+from torch_impl.engine import strict_json
 
 PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
 # Parts that make checkpoints on disk, and how many blocks these have by default.
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "whole_run_minutes": runs,
             **on_disk,
         }
-        options.json.write_text(json.dumps(figures, indent=1))
+        options.json.write_text(strict_json.dumps(figures, "figures", indent=1))
     return int(any(row.disagreement is not None and not row.agrees for row in rows))
 
 

@@ -12,7 +12,6 @@ where both sides give the same numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from torch.nn import functional
 
 from torch_impl.bench import decode_cpu, geometry, int4, whole
 from torch_impl.bench.measure import ceilings, graphed, relative
-from torch_impl.engine import cpu_decode, cuda_decode
+from torch_impl.engine import cpu_decode, cuda_decode, strict_json
 from torch_impl.masks.nm import nm_mask
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -268,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
             "kernels": [cell.as_dict() for cell in cells],
             "whole_model": [row.as_dict() for row in rows],
         }
-        options.json.write_text(json.dumps(figures, indent=1))
+        options.json.write_text(strict_json.dumps(figures, "figures", indent=1))
     return int(not (all(cell.agrees for cell in cells) and all(row.agrees for row in rows)))
 
 

@@ -102,7 +102,7 @@ def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_c
                 tensors |= stored
         manifest["files"][name] = {"source": shard, "metadata": metadata}
         save_tensors(tensors, target / name)
-    (target / PACKED).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (target / PACKED).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _copy_others(source, target)
     return sorted(savings.values(), key=lambda saving: saving.kind == "other")
 
@@ -124,7 +124,7 @@ def unpack_folder(source: Path, target: Path) -> None:
                 _fits(tensors[key], manifest["tensors"][key])
         save_tensors(tensors, target / facts["source"], facts["metadata"])
     if manifest["index"] is not None:
-        (target / INDEX).write_text(json.dumps(manifest["index"], indent=2) + "\n", encoding="utf-8")
+        (target / INDEX).write_text(json.dumps(manifest["index"], indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _copy_others(source, target)
 
 

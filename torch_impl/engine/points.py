@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from torch_impl.engine import strict_json
+
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".tmp"
@@ -75,9 +77,9 @@ class Points:
                 self._separate(part)
         self._number += 1
         body = {"number": self._number, "state": state, "parts": {name: asdict(e) for name, e in self.parts.items()}}
-        text = json.dumps(body)
+        text = strict_json.dumps(body, "state")
         manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
-        write_atomically(self._folder / f"{self._number:06}.json", json.dumps(manifest).encode())
+        write_atomically(self._folder / f"{self._number:06}.json", json.dumps(manifest, allow_nan=False).encode())
         self._forget()
         self._before, self._last = self._last, dict(self.parts)
         return self._number

@@ -98,7 +98,7 @@ def save(model: Any, family: Family, folder: Path) -> None:
                 save_tensors(on_host, folder / file)
     if distributed.leads():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
         config.dtype = model.dtype

@@ -67,7 +67,7 @@ class ShardWriter:
                 "metadata": {"total_size": self.bytes},
                 "weight_map": {name: entry.file for name, entry in like.entries.items()},
             }
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (folder / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def _lay_out(self, file: str, metadata: dict[str, str] | None) -> int:
         """Write the header of a file and give it its size. Returns the bytes of its tensors."""
@@ -80,7 +80,7 @@ class ShardWriter:
                 header[name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [position, end]}
                 self._places[name] = (self._folder / file, position)
                 position = end
-        text = json.dumps(header).encode()
+        text = json.dumps(header, allow_nan=False).encode()
         text += b" " * (-len(text) % 8)
         path = self._folder / file
         with path.open("r+b" if path.exists() else "wb") as opened:

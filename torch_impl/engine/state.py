@@ -89,7 +89,7 @@ def random_tensors() -> Tensors:
         "torch": torch.get_rng_state(),
         "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-        "python": torch.tensor(list(json.dumps(random.getstate()).encode()), dtype=torch.uint8),
+        "python": torch.tensor(list(json.dumps(random.getstate(), allow_nan=False).encode()), dtype=torch.uint8),
     }
     if torch.cuda.is_initialized():
         states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
+import logging
+import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,21 @@ import torch
 from torch_impl import losa
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import merge_adapters
-from torch_impl.experiment.command import Parser, command
+from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
+from torch_impl.experiment.folder import write_json
 from torch_impl.experiment.job import Material, load_material
 from torch_impl.experiment.text.windows import split_parts
+
+logger = logging.getLogger(__name__)
 
 # Name of a variant: what it changes, by section of the configuration.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "one shot": {
         "prune": {"steps": 1, "layer_sparsity": "uniform"},
         "adapter": {"rank_allocation": "uniform"},
-        "training": {},
+        "training": {"loss": "ce"},
     },
     "LoSA, paper's schedule and loss": {"training": {"lr_schedule": "per_step", "loss": "ce"}},
     "one shot, KL": {
@@ -53,6 +58,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "adapter": {"rank_allocation": "uniform"},
         "training": {"lr_schedule": "whole_run", "loss": "kl"},
     },
+}
+
+# Options of a run that this command sets itself, or does not read; and what to use for them.
+NOT_HERE = {
+    "learning_rate": "; use --learning_rates",
+    "seed": "; use --seeds",
+    **dict.fromkeys(
+        ("output_dir", "overwrite", "resume", "accept_changes", "save_every", "keep_points", "dry_run", "devices"),
+        ": nothing but the file of --json is written",
+    ),
 }
 
 
@@ -72,46 +87,103 @@ def variant_config(config: Config, name: str, rate: float, seed: int) -> Config:
 
 
 def measure(config: Config, material: Material) -> tuple[float, float]:
-    """Perplexity of the merged model on the first and on the second half of the evaluation windows."""
+    """Perplexity of the merged model on the first and on the second half of the evaluation windows; infinite if it diverged.
+
+    Options, model and text have been checked before, so what cannot be computed is due to the numbers; the log says why.
+    """
     model = copy.deepcopy(material.model)
     parts = split_parts(material.examples, config.text.shares(config.prune.steps))
     try:
         losa.run(model, material.calibration, parts, config.settings)
-    except FloatingPointError:
-        return float("inf"), float("inf")
+    except (FloatingPointError, ValueError) as error:
+        logger.warning("learning rate %g: %s", config.training.learning_rate, error)
+        return math.inf, math.inf
     merge_adapters(model, find_family(model))
     half = len(material.evaluation) // 2
-    batch = config.text.eval_batch_size
-    return perplexity(model, material.evaluation[:half], batch), perplexity(model, material.evaluation[half:], batch)
+    first, second = material.evaluation[:half], material.evaluation[half:]
+    return _measured(model, first, config), _measured(model, second, config)
 
 
-def compare(config: Config, rates: Sequence[float], seeds: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One record per variant: tuned learning rate, perplexity per seed, mean and spread."""
-    materials = {
-        seed: load_material(dataclasses.replace(config, output=dataclasses.replace(config.output, seed=seed)))
-        for seed in seeds
-    }
+def _measured(model: torch.nn.Module, windows: torch.Tensor, config: Config) -> float:
+    try:
+        return perplexity(model, windows, config.text.eval_batch_size)
+    except FloatingPointError as error:
+        logger.warning("learning rate %g: %s", config.training.learning_rate, error)
+        return math.inf
+
+
+def best_rate(tuning: Mapping[float, float]) -> float:
+    """The learning rate with the lowest perplexity; one that is not finite counts as infinite."""
+    return min(tuning, key=lambda rate: tuning[rate] if math.isfinite(tuning[rate]) else math.inf)
+
+
+def compare(
+    config: Config,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    names: Sequence[str],
+    materials: Mapping[int, Material],
+) -> list[dict[str, Any]]:
+    """One record per variant: tuned learning rate, perplexity per seed, mean and spread; None stands for diverged."""
     records = []
     for name in names:
-        tuning = {}
-        for rate in rates:
-            tuning[rate] = measure(variant_config(config, name, rate, seeds[0]), materials[seeds[0]])
-        best = min(rates, key=lambda rate: tuning[rate][0])
+        tuning = {rate: measure(variant_config(config, name, rate, seeds[0]), materials[seeds[0]]) for rate in rates}
+        best = best_rate({rate: first for rate, (first, _) in tuning.items()})
         values = [tuning[best][1]]
         values += [measure(variant_config(config, name, best, seed), materials[seed])[1] for seed in seeds[1:]]
-        record = {
-            "variant": name,
-            "learning_rate": best,
-            "perplexity": values,
-            "mean": statistics.fmean(values),
-            "stdev": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "tuning": {str(rate): pair[0] for rate, pair in tuning.items()},
-        }
-        records.append(record)
-        shown = " ".join(f"{value:.2f}" for value in values)
-        tried = ", ".join(f"{rate:g}: {pair[0]:.2f}" for rate, pair in tuning.items())
-        print(f"{name:<40}{record['mean']:>8.2f} ±{record['stdev']:.2f}  [{shown}]  at {best:g}  ({tried})", flush=True)
+        finite = all(map(math.isfinite, values))
+        mean = statistics.fmean(values)
+        spread = statistics.stdev(values) if finite and len(values) > 1 else 0.0
+        records.append(
+            {
+                "variant": name,
+                "learning_rate": best,
+                "perplexity": [_or_none(value) for value in values],
+                "mean": _or_none(mean),
+                "stdev": spread if finite else None,
+                "tuning": {str(rate): _or_none(first) for rate, (first, _) in tuning.items()},
+            }
+        )
+        shown = " ".join(map(_shown, values))
+        tried = ", ".join(f"{rate:g}: {_shown(first)}" for rate, (first, _) in tuning.items())
+        say(f"{name:<40}{_shown(mean):>8} ±{spread:.2f}  [{shown}]  at {best:g}  ({tried})")
     return records
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "diverged"
+
+
+def check_options(own: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Errors: ValueError naming what is wrong with the options of this command, or an option of a run that does nothing here."""
+    for rate in own.learning_rates:
+        if not 0 < rate < math.inf:
+            raise ValueError(f"learning_rates: {rate} is no learning rate; allowed: finite numbers above 0")
+    for seed in own.seeds:
+        if seed < 0:
+            raise ValueError(f"seeds: {seed} is no seed; allowed: 0 or more")
+    if own.json is not None and (own.json.is_dir() or not os.access(own.json.absolute().parent, os.W_OK)):
+        raise ValueError(f"json {own.json} cannot be written; allowed: a file in an existing folder")
+    for word in rest:
+        option = word.partition("=")[0].replace("-", "_").removeprefix("__")
+        if word.startswith("--") and option in NOT_HERE:
+            raise ValueError(f"--{option} is of no use here{NOT_HERE[option]}; see --help")
+
+
+def check_material(config: Config, names: Sequence[str], material: Material) -> None:
+    """Errors: ValueError naming what some variant cannot work with."""
+    if len(material.evaluation) < 2:
+        raise ValueError(
+            "evaluation text has 1 window; allowed: 2 or more, to tune on the first half and measure the other"
+        )
+    for name in names:
+        variant = variant_config(config, name, config.training.learning_rate, config.output.seed)
+        losa.check_structure(material.model, variant.settings)
+        split_parts(material.examples, variant.text.shares(variant.prune.steps))
 
 
 @command
@@ -125,19 +197,30 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the figures; null stands for a run that diverged")
     own, rest = parser.parse_known_args(arguments)
+    check_options(own, rest)
     start = time.perf_counter()
     config = parse(rest)
-    material = load_material(config)
-    dense = perplexity(
-        material.model, material.evaluation[len(material.evaluation) // 2 :], config.text.eval_batch_size
-    )
-    print(f"dense {dense:.2f}; {len(material.examples)} training sequences; torch {torch.__version__}", flush=True)
-    records = compare(config, own.learning_rates, own.seeds, own.variants)
-    print(f"{time.perf_counter() - start:.0f} s")
+    if not config.training.finetune:
+        raise ValueError("finetune is False; allowed: True, since learning rates are compared")
+    names = list(dict.fromkeys(own.variants))
+    seeds = list(dict.fromkeys(own.seeds))
+    for name in names:
+        _ = variant_config(config, name, own.learning_rates[0], seeds[0]).settings
+    materials = {
+        seed: load_material(dataclasses.replace(config, output=dataclasses.replace(config.output, seed=seed)))
+        for seed in seeds
+    }
+    material = materials[seeds[0]]
+    check_material(config, names, material)
+    half = len(material.evaluation) // 2
+    dense = perplexity(material.model, material.evaluation[half:], config.text.eval_batch_size, "dense")
+    say(f"dense {dense:.2f}; {len(material.examples)} training sequences; torch {torch.__version__}")
+    records = compare(config, list(dict.fromkeys(own.learning_rates)), seeds, names, materials)
     if own.json:
-        own.json.write_text(json.dumps({"dense": dense, "variants": records}, indent=1))
+        write_json(own.json, {"dense": dense, "variants": records})
+    say(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import nn
@@ -13,13 +14,18 @@ from torch_impl.engine import distributed
 from torch_impl.engine.calibration import Stream, finish
 from torch_impl.engine.families import Family
 
+# The largest mean loss whose exponential is a finite float64.
+LARGEST = math.log(sys.float_info.max)
+
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int) -> float:
+def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: str = "the model") -> float:
     """exp of the mean negative log-likelihood per predicted token, in float32 at least.
 
     windows: token ids (n, t). The first token of a window is not predicted, so n·(t − 1) are: the convention of the
-    pruning literature (GPTQ, SparseGPT, Wanda). Several processes take turns at the batches.
+    pruning literature (GPTQ, SparseGPT, Wanda). Several processes take turns at the batches. name: of what is measured.
+
+    Errors: FloatingPointError with that name if the perplexity is not a finite number.
     """
     device = next(model.parameters()).device
     total = 0.0
@@ -30,17 +36,17 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int) -> floa
         ids = batches[own if own < len(batches) else 0].to(device)
         loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
         total += loss if own < len(batches) else 0.0
-    return _perplexity(distributed.total_of(total), windows)
+    return _perplexity(distributed.total_of(total), windows, model, name)
 
 
 @torch.no_grad()
-def streamed_perplexity(model: nn.Module, family: Family, windows: torch.Tensor, stream: Stream) -> float:
+def streamed_perplexity(model: nn.Module, family: Family, windows: torch.Tensor, stream: Stream, name: str) -> float:
     """The same from a stream of the windows that has gone through all blocks."""
     total = 0.0
     for _, rows in stream.batches():
         logits = finish(model, family, windows[rows], stream.states(rows))
         total += _loss_sum(logits, windows[rows].to(stream.device))
-    return _perplexity(total, windows)
+    return _perplexity(total, windows, model, name)
 
 
 def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
@@ -53,5 +59,11 @@ def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return float(torch.stack(losses).sum())
 
 
-def _perplexity(total: float, windows: torch.Tensor) -> float:
-    return math.exp(min(total / (len(windows) * (windows.shape[1] - 1)), 700.0))
+def _perplexity(total: float, windows: torch.Tensor, model: nn.Module, name: str) -> float:
+    """From the loss summed over all predicted tokens."""
+    mean = total / (len(windows) * (windows.shape[1] - 1))
+    if not mean < LARGEST:
+        dtype = str(model.dtype).removeprefix("torch.")
+        advice = ", whose largest number is 65504: take --dtype bfloat16 or float32" if dtype == "float16" else ""
+        raise FloatingPointError(f"{name}: perplexity is not finite; mean loss {mean:.4g} per token in {dtype}{advice}")
+    return math.exp(mean)

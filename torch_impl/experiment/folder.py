@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from torch_impl.engine import distributed
+from torch_impl.engine import distributed, strict_json
 from torch_impl.engine.points import flush_folder, has_points, write_atomically
 
 POINTS = ".points"
@@ -137,8 +136,8 @@ def _publish(partial: Path, target: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Indented JSON. Errors: FloatingPointError if a figure is not finite."""
+    write_atomically(path, (strict_json.dumps(value, path.name, indent=1) + "\n").encode())
 
 
 class Metrics:
@@ -148,8 +147,9 @@ class Metrics:
         self._path = path
 
     def log(self, event: str, **values: Any) -> None:
-        """Append an event and its values."""
+        """Append an event and its values. Errors: FloatingPointError if a figure is not finite; nothing is written then."""
         if not distributed.leads():
             return
+        line = strict_json.dumps({"event": event, **values}, self._path.name)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+            file.write(line + "\n")

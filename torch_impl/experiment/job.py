@@ -151,8 +151,11 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     metrics = Metrics(folder / "metrics.jsonl")
 
     def measure(what: torch.nn.Module, **labels: Any) -> float:
+        name = f"{labels['model']} after step {labels['step']}" if "step" in labels else labels["model"]
         value, _ = halving(
-            lambda size: perplexity(what, material.evaluation, size), config.text.eval_batch_size, "eval_batch_size"
+            lambda size: perplexity(what, material.evaluation, size, name),
+            config.text.eval_batch_size,
+            "eval_batch_size",
         )
         metrics.log("perplexity", value=value, **labels)
         return value

@@ -107,7 +107,7 @@ class Sweeps:
                 rmi.advance(block, index)
                 grams.append(statistics.gram_of(rmi.hidden, rmi.device))
         return Dense(
-            perplexity=streamed_perplexity(self.model, self.family, self.material.evaluation, windows),
+            perplexity=streamed_perplexity(self.model, self.family, self.material.evaluation, windows, "dense"),
             shares=shares,
             importance=losa.importance_of(grams).tolist() if grams else None,
             seconds=time.perf_counter() - start,
@@ -136,7 +136,7 @@ class Sweeps:
             if output is not None:
                 output.write(index, block)
         if output is None:
-            found.perplexity = streamed_perplexity(self.model, self.family, ids, followed)
+            found.perplexity = streamed_perplexity(self.model, self.family, ids, followed, "pruned at once")
         else:
             found.masks = output.finish()
             # On the host: they wait there until the checkpoint is read again.
@@ -169,7 +169,7 @@ class Sweeps:
         assert pruned.logits is not None
         before = pruned.logits.to(logits.device)
         difference = checkpoint.logit_difference(folder, logits.float(), before.float(), logits.dtype)
-        perplexity = streamed_perplexity(self.model, self.family, ids, windows)
+        perplexity = streamed_perplexity(self.model, self.family, ids, windows, "pruned, written and read again")
         return perplexity, checkpoint.Verification(difference, zeros)
 
 
