@@ -61,6 +61,10 @@ LARGE = replace(SIZES, largest_projection=2**26)
         (lambda: SIZES.kept_for_backward(compiled=True), (2 * 8 + 2 * 8 + 2 * 4 + 2 * 12) * 2),
         (lambda: SIZES.kept_for_backward(compiled=True, recomputed=True), (2 * 8 + 2 * 8 + 2 * 4 + 12) * 2),
         (lambda: OPT.kept_for_backward(compiled=True), (2 * 8 + 2 * 8 + 2 * 4 + 12) * 2),
+        # Value, gradient and moments in float32; merged weights twice, rounded ones and their gradients; a mask. The output's
+        # error in float32 twice.
+        (lambda: SIZES.reconstruction(10), 280 * (16 + 4 + 4 + 1) + 10 * (240 + 2 * 4 * 8)),
+        (lambda: WIDE.reconstruction(10), 280 * (32 + 16 + 1) + 10 * (1088 + 2 * 8 * 8)),
         (lambda: SIZES.loss(10, distilled=True), 10 * 17 * 7 * 4),
         (lambda: SIZES.loss(10, distilled=False), 10 * 17 * (2 * 2 + 2 * 4)),
         (lambda: replace(SIZES, vocabulary=2**20).loss(1024, distilled=False), 2**30 * 2 * 2 + 2**22 * 2 * 4),

@@ -24,6 +24,12 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def bytes_in_training(itemsize: int) -> int:
+    """Bytes that reconstruction takes for one weight of `itemsize` bytes, beside it: see `Sizes.reconstruction`."""
+    rounded = 2 * itemsize if itemsize < 4 else 0
+    return 4 * max(4, itemsize) + 2 * itemsize + rounded + 1
+
+
 class Room:
     """Room on a device for hidden states beside what the work itself takes. working: bytes of that.
 
@@ -139,6 +145,13 @@ class Sizes:
         norms = 2 * self.hidden * max(4, self.itemsize)
         mlp = 4 * self.width if self.gated else 2 * self.width
         return norms + (2 * self.hidden + attention + mlp) * self.itemsize
+
+    def reconstruction(self, tokens: int) -> int:
+        """Bytes that training the weights of one block takes beside them, with so many tokens at once: values, gradients and two
+        moments in float32 at least, the masks, the merged weights twice, in half precision also a rounded copy and its
+        gradients, what the block keeps for its backward pass, and its output's error."""
+        per_token = self.kept_for_backward(compiled=False) + 2 * max(4, self.itemsize) * self.hidden
+        return max(self.prunable_of_blocks) * bytes_in_training(self.itemsize) + tokens * per_token
 
     def loss(self, tokens: int, distilled: bool) -> int:
         """Bytes of what the loss of a training micro-batch needs: logits, their gradient, and a part of them twice in float32

@@ -70,11 +70,19 @@ def _in_memory(config: Config, sizes: Sizes, device: torch.device) -> Footprint:
         "evaluation": {**both, **adapters, "logits or work on a block": evaluation},
         "verification": {**ending, **({} if device.type == "cuda" else {"masks": masks})},
     }
+    if config.reconstruction.reconstruct_epochs:
+        training = {"training of a block": _reconstruction(config, sizes)}
+        phases["reconstruction"] = {**both, **adapters, "streams of hidden states": streams, **training}
     if config.training.finetune:
         phases["training"] = {**both, **adapters, **_training(config, sizes, device)}
     phase, parts = _largest(phases)
     # A model is read and saved through the host's memory.
     return Footprint(False, phase, parts, {"weights": weights, "masks": masks} if device.type == "cuda" else parts)
+
+
+def _reconstruction(config: Config, sizes: Sizes) -> int:
+    sequences = min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples)
+    return sizes.reconstruction(sequences * config.calibration.seqlen)
 
 
 def _adapters(config: Config, sizes: Sizes) -> Parts:
@@ -113,6 +121,8 @@ def _streamed(config: Config, sizes: Sizes, device: torch.device) -> Footprint:
     outside = sizes.outside * sizes.itemsize
     blocks = 2 * sizes.largest_block * sizes.itemsize
     working = sizes.working(config.prune.prune_method, at_once, (text.eval_batch_size, text.eval_seqlen))
+    if config.reconstruction.reconstruct_epochs:
+        working = max(working, blocks + _reconstruction(config, sizes))
     room = Room(device, working + outside)
     rmi = found.rmi_rows * found.seqlen if config.prune.layer_sparsity == "rmi" else 0
     sweeps = {

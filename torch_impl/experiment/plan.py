@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -71,13 +72,22 @@ def make_plan(config: Config) -> dict[str, Any]:
             if training.finetune
             else "none"
         ),
+        **_reconstruction(config),
         "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
         "weights": "one block at a time from the model's files" if taken.streamed else "in memory",
         "most memory is taken in": taken.phase,
         "device memory": taken.device,
         "host memory": taken.host,
         "disk, bytes": needs.disk(model, family, config, dtype.itemsize),
-        "floating-point operations": {"sweeps": sweeps, "training": train if training.finetune else 0},
+        "floating-point operations": {
+            "sweeps": sweeps,
+            "reconstruction": 6
+            * prunable
+            * calibration_tokens
+            * config.reconstruction.reconstruct_epochs
+            * config.prune.steps,
+            "training": train if training.finetune else 0,
+        },
         "output": str(config.output_dir),
     }
     cards = config.output.devices or distributed.launched()
@@ -86,6 +96,18 @@ def make_plan(config: Config) -> dict[str, Any]:
             del plan[single]
         plan |= scaling.scale(scaling.layout_of(model, family, dtype.itemsize), config, cards)
     return plan
+
+
+def _reconstruction(config: Config) -> dict[str, str]:
+    """A line on it, if blocks are reconstructed."""
+    options = config.reconstruction
+    if not options.reconstruct_epochs:
+        return {}
+    batches = math.ceil(config.calibration.nsamples / options.reconstruct_batch_size)
+    return {
+        "reconstruction": f"{options.reconstruct_epochs} epochs of each block at each step, "
+        f"{options.reconstruct_epochs * batches} optimizer steps, learning rate {options.reconstruct_learning_rate:g}"
+    }
 
 
 def show_plan(plan: dict[str, Any]) -> str:

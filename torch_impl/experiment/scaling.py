@@ -15,6 +15,7 @@ from torch import nn
 from torch_impl import schedule
 from torch_impl.bench.geometry import GEOMETRIES
 from torch_impl.engine.families import Family, decoder_blocks, weight_of
+from torch_impl.engine.memory import bytes_in_training
 from torch_impl.experiment.config import CONFIGS, Config, parse
 
 GIB = 2**30
@@ -99,6 +100,8 @@ def memory(layout: Layout, config: Config, cards: int) -> dict[str, int]:
     }
     if config.prune.prune_method == "sparsegpt":
         taken["Hessians of a block"] = WIDE * sum(width**2 for width in layout.inputs)
+    if config.reconstruction.reconstruct_epochs:
+        taken["training of a block"] = _reconstruction(layout, config, cards)
     calibrating = sum(taken.values())
     if not training.finetune:
         return {**taken, "largest at once": calibrating}
@@ -120,6 +123,15 @@ def memory(layout: Layout, config: Config, cards: int) -> dict[str, int]:
     train = 2 * held + taken["whole blocks"] + taken["embeddings and head, whole"] + sum(trained.values())
     # Weights of adapters stay while calibrating; streams are gone while training.
     return {**taken, **trained, "largest at once": max(train, calibrating + trained["adapters and optimizer"])}
+
+
+def _reconstruction(layout: Layout, config: Config, cards: int) -> int:
+    """Bytes of training the weights of one block, which is whole on every card, on a card's share of a batch."""
+    entries = sum(out * into for out, into in layout.projections)
+    tokens = math.ceil(config.reconstruction.reconstruct_batch_size / cards) * config.calibration.seqlen
+    widest = max(out for out, _ in layout.projections)
+    kept = (8 + 4 * widest // layout.hidden) * layout.size + 2 * WIDE
+    return entries * bytes_in_training(layout.size) + tokens * kept * layout.hidden
 
 
 def micro_batches(config: Config, cards: int) -> int:

@@ -78,6 +78,10 @@ class Sweeps:
         self._sizes = memory.Sizes.of(model, family, reader_of(model, family).dtype)
         text, tokens = config.text, self._batch * config.calibration.seqlen
         working = self._sizes.working(config.prune.prune_method, tokens, (text.eval_batch_size, text.eval_seqlen))
+        if config.reconstruction.reconstruct_epochs:
+            sequences = min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples)
+            training = self._sizes.reconstruction(sequences * config.calibration.seqlen)
+            working = max(working, 2 * self._sizes.largest_block * self._sizes.itemsize + training)
         self._room = memory.Room(self.device, working, budget)
 
     def _stream(self, ids: torch.Tensor, batch: int, copies: int = 1) -> calibration.Stream:
