@@ -189,9 +189,12 @@ class Attempt:
     limit: float
     child: int = 0
     begun: float = 0.0
+    original: bytes = b""
 
     def start(self) -> None:
-        (self.place / self.mutant.file).write_text(self.mutant.source, encoding="utf-8")
+        file = self.place / self.mutant.file
+        self.original = file.read_bytes()
+        file.write_text(self.mutant.source, encoding="utf-8")
         self._said.unlink(missing_ok=True)
         self.begun = time.monotonic()
         sys.stdout.flush()
@@ -244,7 +247,9 @@ class Attempt:
             os.waitpid(self.child, 0)
         result = "timeout" if not child else "survived" if waited == 0 else "killed"
         by = self._said.read_text() if self._said.exists() else ""
-        (self.place / self.mutant.file).write_bytes((ROOT / self.mutant.file).read_bytes())
+        if result == "killed" and not by:
+            by = "".join(self.log.read_text(errors="replace").strip().splitlines()[-1:])
+        (self.place / self.mutant.file).write_bytes(self.original)
         return Outcome(self.mutant, result, by, len(self.tests), self.of, round(time.monotonic() - self.begun, 1))
 
 

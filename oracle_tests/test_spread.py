@@ -6,12 +6,14 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oracle_tests.processes import in_processes
@@ -60,9 +62,26 @@ def test_a_whole_run_is_that_of_one_process(count: int, changes: dict[str, Any],
         assert np.array_equal(parameter.detach().numpy(), outcomes[0].weights[name]), name
 
 
+def timeless(value: Any, number: Callable[[float], Any] = lambda x: x) -> Any:
+    """JSON without what takes a while; its floats through `number`."""
+    if isinstance(value, dict):
+        return {name: timeless(entry, number) for name, entry in value.items() if "seconds" not in name}
+    if isinstance(value, list):
+        return [timeless(entry, number) for entry in value]
+    return number(value) if isinstance(value, float) else value
+
+
+def near(value: float) -> Any:
+    """Up to the order of summation."""
+    return pytest.approx(value, rel=OTHER_ORDER, abs=OTHER_ORDER)
+
+
 def test_the_main_job_is_that_of_one_process(tmp_path: Path) -> None:
-    """Loaded in rows, evaluated in turns, saved block by block, reloaded and checked; process 0 writes."""
-    options = ["--model", str(save_random_model(tmp_path / "model", "llama-gqa")), "--dtype", "float64", "--steps", "2"]
+    """Loaded in rows, evaluated in turns, saved block by block, reloaded and checked; process 0 writes. Biases included."""
+    model = save_random_model(tmp_path / "model", "qwen2")
+    generation = {"bos_token_id": 256, "eos_token_id": [7, 9], "do_sample": True, "top_k": 3, "max_length": 77}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    options = ["--model", str(model), "--dtype", "float64", "--steps", "2"]
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     sources = {"calibration_data": text, "finetune_data": text, "eval_data": text, "loss": "kl", "nsamples": 4}
@@ -71,18 +90,46 @@ def test_the_main_job_is_that_of_one_process(tmp_path: Path) -> None:
     options += [word for name, value in {**sources, **sizes}.items() for word in (f"--{name}", str(value))]
     assert in_processes(2, main, [*options, "--output_dir", str(tmp_path / "two")]) == [0, 0]
     assert main([*options, "--output_dir", str(tmp_path / "one")]) == 0
-    one, two = ({file.name for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two
-    results = [json.loads((tmp_path / name / "losa_result.json").read_text()) for name in ("one", "two")]
-    assert results[1]["perplexity_after_step"] == pytest.approx(results[0]["perplexity_after_step"], rel=OTHER_ORDER)
-    assert results[1]["losa"]["packed_bytes"] == results[0]["losa"]["packed_bytes"]
-    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    assert len(lines[0]) == len(lines[1])
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "model", dtype="auto") for name in ("one", "two")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+    results = [json.loads((folder / "losa_result.json").read_text()) for folder in (one, two)]
+    reloaded = [result["verification"].pop("reloaded") for result in results]
+    assert reloaded == ["with transformers alone", "over 2 processes"]
+    shares = [result["verification"].pop("sparsity_pruned_and_saved") for result in results]
+    assert shares[1] == timeless(shares[0], lambda share: pytest.approx(share, abs=1e-6))
+    assert timeless(results[1]) == timeless(results[0], near)
+    steps = [json.loads((folder / "steps.json").read_text()) for folder in (one, two)]
+    assert timeless(steps[1]) == timeless(steps[0], near)
+    lines = [(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (one, two)]
+    events = [[json.loads(line) for line in of_run] for of_run in lines]
+    assert timeless(events[1]) == timeless(events[0], near)
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+    models = [AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto") for folder in (one, two)]
     for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.equal(weight == 0, other == 0), name
         torch.testing.assert_close(other, weight, rtol=0, atol=OTHER_ORDER)
+    assert_same_files(one / "model", two / "model")
+
+
+def assert_same_files(one: Path, several: Path) -> None:
+    """All files of a saved model but its weights, which are one file or a file a block."""
+    names = {file.name for file in one.iterdir()} - {"model.safetensors"}
+    parts = {f"model-0000{k}-of-00004.safetensors" for k in range(1, 5)} | {"model.safetensors.index.json"}
+    assert {file.name for file in several.iterdir()} == names | parts
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    for name in names - {"README.md"}:
+        ours, theirs = ((folder / name).read_text(encoding="utf-8") for folder in (one, several))
+        assert json.loads(ours) == json.loads(theirs), name
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    kept = [load_file(several / name) for name in sorted(parts) if name.endswith(".safetensors")]
+    whole = load_file(one / "model.safetensors")
+    assert {name for tensors in kept for name in tensors} == set(whole) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    for file, name in ((file, name) for name, file in index["weight_map"].items()):
+        assert name in load_file(several / file)
+    cards = [(folder / "README.md").read_text(encoding="utf-8").splitlines() for folder in (one, several)]
+    differing = [pair for pair in zip(*cards, strict=True) if pair[0] != pair[1]]
+    assert all("Reloaded" in ours or " s |" in ours for ours, _ in differing), differing
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

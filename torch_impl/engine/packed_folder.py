@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import packed
 from torch_impl.engine import checkpoint
@@ -152,8 +152,6 @@ def load(
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     group_projections(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from torch_impl.engine.checkpoint_files import Entries, dtype_of, few, find
 
@@ -88,7 +88,8 @@ def skeleton(
     dtype: torch.dtype | None = None,
     stored: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model that a folder's config.json describes, in `dtype`, else in the one that it names, else as `stored`.
+    """The model that a folder's config.json describes, in `dtype`, else in the one that it names, else as `stored`; with its
+    generation settings.
 
     Parameters are on the meta device; buffers, such as rotary frequencies, are computed. Errors: ValueError, one line.
     """
@@ -97,6 +98,9 @@ def skeleton(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype or stored
         )
+    if (folder / "generation_config.json").is_file():
+        with as_one_line(folder, "generation settings that transformers can read"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

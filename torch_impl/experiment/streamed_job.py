@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine import calibration, checkpoint, memory, statistics
@@ -364,12 +363,12 @@ def _uniform(sweeps: Sweeps, weights: torch.Tensor, shares: torch.Tensor) -> dic
 
 
 def _save_rest(folder: Path, material: Material) -> None:
-    """What is no weight: configuration, generation settings if there are any, tokenizer."""
+    """What is no weight: configuration, generation settings, tokenizer."""
     model = material.model
     model.config.save_pretrained(folder)
     source = checkpoint.folder_of(model)
-    with suppress(OSError):
-        GenerationConfig.from_pretrained(source).save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     material.tokenizer.save_pretrained(folder)
     checkpoint.keep_beside(source, folder)
 
