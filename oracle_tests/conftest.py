@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, Phase, settings
 
+from oracle_tests.poison import poisoned
 from torch_impl.engine import cuda_decode, packed_linear
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -46,18 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_memory() -> Iterator[None]:
     """What is read before it was written is NaN, so that it shows."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
-        result = empty(*args, **options)
-        if result.is_floating_point() and result.device.type != "meta":
-            with torch.no_grad():
-                result.fill_(float("nan"))
-        return result
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    with poisoned():
+        yield
 
 
 @pytest.fixture

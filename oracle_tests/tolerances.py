@@ -68,6 +68,24 @@ def packed_product(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> 
     return gap * (1 + 1e-3) + ROUNDINGS * UNIT[torch.float32] * terms + 1e-36
 
 
+def merged_by_kernel(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """What Triton's `merge` may be off: on a GPU its factors come in two halves, of bf16 to 2⁻¹⁷ or of TF32 to 2⁻²⁰, and the
+    product of the lower halves is left out; then one rounding."""
+    if dtype == torch.float32:
+        return bound(dtype) * terms
+    return one_rounding(dtype, value, terms) + (2.0**-15 if dtype == torch.bfloat16 else 2.0**-18) * terms
+
+
+def contracted_by_kernel(dtype: torch.dtype, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """What Triton's `contract` may be off in left @ right: on a GPU the factor that is float32 comes in two numbers of the
+    other's dtype, to 2⁻¹⁷ of it, in fp16 at least to half of what is above its smallest number, 2⁻²⁵."""
+    terms = np.abs(left) @ np.abs(right)
+    if dtype == torch.float32:
+        return bound(dtype) * terms
+    smallest = 2.0**-24 * (np.abs(left) @ np.ones(right.shape) + np.ones(left.shape) @ np.abs(right))
+    return 2.0**-16 * terms + (smallest if dtype == torch.float16 else 0.0)
+
+
 # Logits of a packed model against the plain one's, relative to the largest: sums in another order, then the same roundings.
 # In half precision a sum near the middle between two numbers goes to the other one, and three blocks pass that on.
 PACKED_LOGITS = {

@@ -1,0 +1,295 @@
+"""Every kernel on a GPU against the spec: Triton's of _kernels.py and the CUDA entries of engine/cuda_decode.cu.
+
+    python -m oracle_tests.gpu_kernels [--device cuda] [--small]
+
+Shapes that fit no tile, one row and eight, rows without a weight and without a zero, every dtype. What a kernel writes to is NaN
+before each launch, and so is the memory on both sides of what it reads. Prints a line for every kernel and dtype: of all cases the
+error that comes closest to its bound, beside that bound, which is the entry's own. Exits with 1 if an error is beyond its bound.
+On a CPU, Triton's kernels run in its interpreter and the CUDA entries in torch; `--small` is a quick run of the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports the kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from oracle_tests import tolerances
+from oracle_tests.poison import fill, poisoned
+from reference import adapter, tiles
+from reference.masks import select, sparsegpt
+from torch_impl import _kernels
+from torch_impl.engine import cuda_decode
+
+Case = tuple[str, torch.Tensor, np.ndarray, np.ndarray]
+"""Where, what was found, what the spec says, and how far apart the two may be, entry by entry."""
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+HALVES = [torch.bfloat16, torch.float16]
+FENCE = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried, each with each: shapes (rows, columns), and longer rows where a kernel takes them; ranks of adapters; shares
+    of weights that are kept."""
+
+    shapes: Sequence[tuple[int, int]]
+    long: Sequence[tuple[int, int]]
+    ranks: Sequence[int]
+    densities: Sequence[float] = (0.0, 0.4, 1.0)
+
+
+WHOLE = Grid(
+    shapes=[(1, 1), (1, 1000), (8, 63), (63, 1000), (1000, 63), (129, 130), (16, 128), (1100, 300), (3, 1500)],
+    long=[(33, 11008), (17, 28672)],
+    ranks=[1, 3, 8, 16, 17, 33],
+)
+SMALL = Grid(shapes=[(1, 7), (8, 63)], long=[(2, 300)], ranks=[1, 17], densities=[0.4])
+
+
+class Maker:
+    """Random tensors on the device, with NaN on both sides of each. Zeros are of either sign."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._generator = device, torch.Generator().manual_seed(0)
+        self.interpreted = device.type != "cuda"
+
+    def put(self, values: torch.Tensor, shift: int = 0) -> torch.Tensor:
+        """The values on the device, contiguous, `shift` numbers beyond a place that is a multiple of 64."""
+        buffer = torch.empty(values.numel() + 2 * FENCE + shift, dtype=values.dtype, device=self._device)
+        fill(buffer)
+        inside = buffer[FENCE + shift :][: values.numel()].view(values.shape)
+        inside.copy_(values)
+        return inside
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, shift: int = 0) -> torch.Tensor:
+        """Normal numbers."""
+        return self.put(torch.randn(shape, generator=self._generator).to(dtype), shift)
+
+    def mask(self, rows: int, columns: int, density: float) -> torch.Tensor:
+        """Bool, on the CPU: kept at random; the last row, of several, has nothing, and the one before it, of three, all."""
+        kept = torch.rand(rows, columns, generator=self._generator) < density
+        if rows > 1:
+            kept[-1] = False
+        if rows > 2:
+            kept[-2] = True
+        return kept
+
+    def sparse(self, rows: int, columns: int, density: float, dtype: torch.dtype) -> torch.Tensor:
+        """Normal numbers where `mask` says, zeros elsewhere."""
+        values = torch.randn(rows, columns, generator=self._generator) * self.mask(rows, columns, density)
+        return self.put(values.to(dtype))
+
+
+def wide(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """What tensors hold, in float64."""
+    return [tensor.double().cpu().numpy() for tensor in tensors]
+
+
+def merge(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """Into a new tensor and into one that is there."""
+    for (rows, columns), rank, density in itertools.product(grid.shapes, grid.ranks, grid.densities):
+        weight = make.sparse(rows, columns, density, dtype)
+        A, B = make.normal(rank, columns), make.normal(rows, rank)
+        W, a, b = wide(weight, A, B)
+        expected, terms = adapter.effective_weight(W, a, b, 0.5), abs(W) + 0.5 * abs(b) @ abs(a)
+        allowed = tolerances.merged_by_kernel(dtype, abs(expected), terms)
+        if make.interpreted:
+            # The interpreter cuts bf16 off.
+            allowed *= 2
+        there = make.put(torch.full_like(weight, float("nan")))
+        _kernels.merge(weight, A, B, 0.5, there)
+        for found in (_kernels.merge(weight, A, B, 0.5), there):
+            yield f"{rows} x {columns}, rank {rank}", found, expected, np.where(expected == 0, 0.0, allowed)
+
+
+def contract(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """Both gradients, and the same bits again."""
+    for (rows, columns), rank, density in itertools.product(grid.shapes, grid.ranks, grid.densities):
+        G, weight = make.normal(rows, columns, dtype=dtype), make.sparse(rows, columns, density, dtype)
+        if make.interpreted:
+            # To the interpreter, -0 in bf16 is not 0.
+            weight.add_(0)
+        A, B = make.normal(rank, columns), make.normal(rows, rank)
+        g, W, a, b = wide(G, weight, A, B)
+        masked = g * (W != 0)
+        found = _kernels.contract(G, weight, A, B, 0.5)
+        again = _kernels.contract(G, weight, A, B, 0.5)
+        for left, right, ours, same in ((b.T, masked, found[0], again[0]), (masked, a.T, found[1], again[1])):
+            where = f"{rows} x {columns}, rank {rank}"
+            allowed = tolerances.contracted_by_kernel(dtype, left, right)
+            yield where, ours, 0.5 * left @ right, allowed
+            yield f"{where}, again", same, *wide(ours), np.zeros(allowed.shape)
+
+
+def sweep(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """A block of columns inside a wider weight, in one call or in two; errors and the columns behind the block too."""
+    for (rows, width), density, cuts in itertools.product(grid.shapes, grid.densities, (1, 2)):
+        width = min(width, 128)
+        weight, factor = make.normal(rows, width + 5), make.normal(width, width).div_(width**0.5).triu_(1)
+        factor.diagonal().add_(1).add_(make.normal(width).abs_())
+        kept = make.mask(rows, width + 5, density).to(weight.device)
+        expected, [U] = wide(weight)[0], wide(factor)
+        expected_errors = np.zeros((rows, width))
+        size = np.abs(expected)
+        for j in range(width):
+            expected_errors[:, j] = np.where(kept[:, j].cpu(), 0.0, expected[:, j]) / U[j, j]
+            expected[:, j:width] -= expected_errors[:, j : j + 1] * U[j, j:]
+            size = np.maximum(size, np.abs(expected))
+        errors = make.put(torch.full((rows, width), float("nan")))
+        places = [0, width // 2, width] if cuts == 2 else [0, width]
+        for first, last in itertools.pairwise(places):
+            _kernels.sweep(weight[:, :width], factor, kept[:, :width], errors, first, last)
+        # A column is rounded once for each before it, relative to the largest number that its row came to, and a quotient is
+        # off by up to two numbers.
+        allowed = (2 * width + 8) * tolerances.UNIT[dtype] * size.max(1, keepdims=True) + 0 * expected
+        allowed[:, width:] = 0
+        where = f"{rows} x {width}, {cuts} calls"
+        yield where, weight, expected, allowed
+        yield f"{where}, errors", errors, expected_errors, allowed[:, :width]
+
+
+def lowest(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """Scores that differ, that tie, of both signs, and the ends of what a float can be."""
+    limits = torch.tensor([-torch.inf, -1e38, -1e-45, -0.0, 0.0, 1e-45, 1e38, torch.inf])
+    for (rows, columns), kind in itertools.product([*grid.shapes, (1, _kernels.WIDEST_ROW)], range(4)):
+        score = make.normal(rows, columns)
+        if kind == 1:
+            score = make.put(score.mul(2).round().cpu())
+        elif kind == 2:
+            score.abs_()
+        elif kind == 3:
+            score = make.put(limits[score.mul(3).int().abs().cpu() % len(limits)])
+        for count in sorted({0, 1, columns // 3, columns}):
+            expected = select.row_mask(wide(score)[0], count / columns)
+            found = _kernels.select(score, count)
+            yield f"{rows} x {columns}, {count} go", found, expected, np.zeros(expected.shape)
+
+
+def hessian(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """The product that is not widened."""
+    for tokens, columns in grid.shapes:
+        X = make.normal(tokens, columns, dtype=dtype)
+        [x] = wide(X)
+        allowed = max(1.0, tokens**0.5 / 4) * tolerances.bound(torch.float32) * (abs(x).T @ abs(x))
+        yield f"{tokens} x {columns}", _kernels.wide_product(X.T, X), sparsegpt.hessian(x, 2), allowed
+
+
+def expand(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """The layout is the spec's, and what comes out of it the weight."""
+    for (rows, columns), density in itertools.product(grid.shapes, grid.densities):
+        weight = make.sparse(rows, columns, density, dtype)
+        layout = cuda_decode.pack_rows(weight)
+        [W] = wide(weight)
+        yield f"{rows} x {columns}", cuda_decode.unpack(layout), W, np.zeros(W.shape)
+        bitmaps, values = tiles.pack_tiles(W)
+        starts = layout.starts.long()
+        maps = layout.data[cuda_decode._map_places(starts)]
+        counts = torch.from_numpy(np.unpackbits(bitmaps, axis=1).sum(1).astype(np.int64)).to(starts.device)
+        found = layout.data.view(dtype)[cuda_decode._value_places(starts, counts)]
+        yield f"{rows} x {columns}, bitmaps", maps, bitmaps.astype(float), np.zeros(bitmaps.shape)
+        yield f"{rows} x {columns}, values", found, values, np.zeros(values.shape)
+
+
+def matvec(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """Batches of one to eight rows, x and bias at even and odd places in memory."""
+    for (rows, columns), density in itertools.product([*grid.shapes, *grid.long], grid.densities):
+        weight = make.sparse(rows, columns, density, dtype)
+        layout = cuda_decode.pack_rows(weight)
+        for batch, shift in ((1, 0), (1, 1), (2, 0), (3, 1), (5, 0), (8, 0), (8, 1)):
+            x = make.normal(batch, columns, dtype=dtype, shift=shift)
+            bias = make.normal(rows, dtype=dtype, shift=shift) if batch % 2 else None
+            W, inputs, offset = *wide(weight, x), 0.0 if bias is None else wide(bias)[0]
+            expected, terms = inputs @ W.T + offset, abs(inputs) @ abs(W).T + abs(offset)
+            allowed = tolerances.one_rounding(dtype, abs(expected), terms)
+            yield f"{rows} x {columns}, batch {batch}", cuda_decode.matvec(layout, x, bias), expected, allowed
+
+
+Check = Callable[[Maker, torch.dtype, Grid], Iterator[Case]]
+CHECKS: dict[str, tuple[Check, list[torch.dtype]]] = {
+    "merge": (merge, FLOATS),
+    "contract": (contract, FLOATS),
+    "sweep": (sweep, [torch.float32]),
+    "select": (lowest, [torch.float32]),
+    "wide_product": (hessian, FLOATS),
+    "losa_expand": (expand, HALVES),
+    "losa_matvec": (matvec, HALVES),
+}
+
+
+@dataclass
+class Worst:
+    """The error of all cases so far that comes closest to its bound."""
+
+    cases: int = 0
+    share: float = -1.0
+    error: float = 0.0
+    bound: float = 0.0
+    where: str = ""
+
+    def add(self, case: Case) -> None:
+        """One more case. A number that is not finite, or another shape, is infinitely wrong."""
+        where, found, expected, allowed = case
+        self.cases += 1
+        [ours] = wide(found)
+        if ours.shape != expected.shape:
+            self.share, self.error, self.bound, self.where = np.inf, np.inf, 0.0, f"{where}: shape {ours.shape}"
+            return
+        if not ours.size:
+            return
+        error = np.where(np.isfinite(ours), np.abs(ours - expected), np.inf)
+        share = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+        place = np.unravel_index(share.argmax(), share.shape)
+        if share[place] > self.share:
+            self.share, self.error, self.bound = float(share[place]), float(error[place]), float(allowed[place])
+            self.where = f"{where}, entry {tuple(map(int, place))}"
+
+
+def run(name: str, dtype: torch.dtype, device: torch.device, small: bool) -> Worst:
+    """All cases of one kernel and dtype."""
+    check, worst = CHECKS[name][0], Worst()
+    with poisoned():
+        for case in check(Maker(device), dtype, SMALL if small else WHOLE):
+            worst.add(case)
+    return worst
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check every kernel; 1 if one is wrong or cannot be run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    built = device.type != "cuda" or cuda_decode.available()[0]
+    print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
+    if not built:
+        print(f"losa_expand, losa_matvec: {cuda_decode.available()[1]}")
+    print(f"{'kernel':<14}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound")
+    right = built
+    for name, (_, dtypes) in CHECKS.items():
+        for dtype in dtypes:
+            worst = run(name, dtype, device, options.small)
+            right &= worst.share <= 1
+            said = "" if worst.share <= 1 else "  OUTSIDE"
+            kind = str(dtype).removeprefix("torch.")
+            print(
+                f"{name:<14}{kind:<10}{worst.cases:>6}{worst.error:>11.2e}{worst.bound:>11.2e}  {worst.where}{said}",
+                flush=True,
+            )
+    return int(not right)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
