@@ -222,5 +222,5 @@ def test_weights_that_are_not_finite_are_named() -> None:
     model = random_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: weights hold NaN"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         losa.run(model, token_ids(model, 6, 12), parts_for(model, 2), settings())

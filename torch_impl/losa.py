@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torch_impl import adapter, rank, rmi, schedule, sparsity
-from torch_impl.engine import calibration, distributed, sharded, statistics, training
+from torch_impl.engine import calibration, distributed, finite, sharded, statistics, training
 from torch_impl.engine.checkpoint_files import check_finite
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.halving import halving
@@ -131,6 +131,11 @@ def _gather(
             for batch, rows in stream.batches():
                 stream.show(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
+    for name, result in results.items():
+        # Sums of squares, in a Hessian on its diagonal; all processes have the same.
+        squares = result if result.dim() == 1 else result.diagonal()
+        if not bool(torch.isfinite(squares).all()):
+            raise finite.NotFiniteError(f"input of {family.blocks}.{index}.{name}", stream.hidden.dtype)
     return {name: results.get(group[0]) for group in family.inputs for name in group}
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_impl import _checks
-from torch_impl.engine import distributed
+from torch_impl.engine import distributed, finite
 from torch_impl.engine.families import Family, decoder_blocks, prunable_weights
 from torch_impl.engine.layers import AdaptedLinear
 
@@ -64,11 +64,13 @@ class Stream:
     arguments: list[list[dict[str, Any]]]
     batch_size: int
     device: torch.device
+    blocks: str
+    """Path of the list of blocks, for messages."""
 
     def clone(self) -> Stream:
         """A second stream that starts from the same hidden states."""
         hidden = torch.empty_like(self.hidden, pin_memory=self.hidden.is_pinned()).copy_(self.hidden)
-        return Stream(hidden, self.arguments, self.batch_size, self.device)
+        return replace(self, hidden=hidden)
 
     def batches(self) -> Iterator[tuple[int, slice]]:
         """(index of the batch, its sequences)."""
@@ -92,10 +94,14 @@ class Stream:
             self.forward(block, index, batch, rows)
 
     def advance(self, block: nn.Module, index: int) -> None:
-        """Replace the hidden states by what the block makes of them."""
+        """Replace the hidden states by what the block makes of them. Errors: finite.NotFiniteError if that is not finite."""
+        found = torch.zeros((), device=self.device)
         for batch, rows in self.batches():
+            output = self.forward(block, index, batch, rows)
+            found = found + finite.total(output)
             # Copies to the host and back are queued on one stream of the device, so they keep their order.
-            self.hidden[rows].copy_(self.forward(block, index, batch, rows), non_blocking=True)
+            self.hidden[rows].copy_(output, non_blocking=True)
+        finite.check(found, f"output of {self.blocks}.{index}", self.hidden.dtype)
         if self.hidden.is_pinned():
             # Whoever reads the host's memory itself must not come before the last copies.
             torch.cuda.current_stream(self.device).synchronize()
@@ -150,7 +156,7 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
     with distributed.whole(model), standing_in(blocks, record):
         for rows in ids.split(batch_size):
             decoder(input_ids=rows.to(device), use_cache=False)
-    return Stream(hidden[0], arguments, batch_size, device)
+    return Stream(hidden[0], arguments, batch_size, device, family.blocks)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from torch_impl.engine import finite
 from torch_impl.engine.fused_blocks import FusedBlocks
 from torch_impl.engine.graphs import Captured
 
@@ -115,12 +116,17 @@ def decode(
     """The loop of `model.generate(..., custom_generate=decode)` for prompts (b, n) without padding: prompt and new ids.
 
     Draws what `generate` itself would draw from the same logits. fuse: by compiled blocks, whose sums may round differently.
+
+    Errors: finite.NotFiniteError, before anything is drawn from logits that are not finite.
     """
     streamer.put(input_ids.cpu())
     following = NextToken(model, past_key_values, len(input_ids), fuse=fuse)
     ids = input_ids
     logits = model(input_ids=ids, past_key_values=past_key_values, use_cache=True, logits_to_keep=1).logits[:, -1]
     while True:
+        # NaN and infinity reach the largest; a model may rule tokens out by minus infinity.
+        if not bool(torch.isfinite(logits.amax(-1)).all()):
+            raise finite.blame(model, ids)
         scores = logits_processor(ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
         draws = generation_config.do_sample
         token = torch.multinomial(scores.softmax(-1), 1) if draws else scores.argmax(-1, keepdim=True)

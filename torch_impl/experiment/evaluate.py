@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from torch_impl.engine import distributed
+from torch_impl.engine import distributed, finite
 from torch_impl.engine.calibration import Stream, finish
 from torch_impl.engine.families import Family
 
@@ -25,7 +26,8 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
     windows: token ids (n, t). The first token of a window is not predicted, so n·(t − 1) are: the convention of the
     pruning literature (GPTQ, SparseGPT, Wanda). Several processes take turns at the batches. name: of what is measured.
 
-    Errors: FloatingPointError with that name if the perplexity is not a finite number.
+    Errors: FloatingPointError with that name if the perplexity is not a finite number, and where the model's output stops
+    being finite.
     """
     device = next(model.parameters()).device
     total = 0.0
@@ -35,8 +37,10 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
         # A sharded model runs in all processes or in none: who has no batch left sees the first again.
         ids = batches[own if own < len(batches) else 0].to(device)
         loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
+        if not math.isfinite(loss) and distributed.processes() == 1:
+            raise finite.blame(model, ids, name)
         total += loss if own < len(batches) else 0.0
-    return _perplexity(distributed.total_of(total), windows, model, name)
+    return _perplexity(distributed.total_of(total), windows, model, name, "output of the model")
 
 
 @torch.no_grad()
@@ -46,7 +50,7 @@ def streamed_perplexity(model: nn.Module, family: Family, windows: torch.Tensor,
     for _, rows in stream.batches():
         logits = finish(model, family, windows[rows], stream.states(rows))
         total += _loss_sum(logits, windows[rows].to(stream.device))
-    return _perplexity(total, windows, model, name)
+    return _perplexity(total, windows, model, name, "output of the model's head")
 
 
 def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
@@ -59,11 +63,13 @@ def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return float(torch.stack(losses).sum())
 
 
-def _perplexity(total: float, windows: torch.Tensor, model: nn.Module, name: str) -> float:
-    """From the loss summed over all predicted tokens."""
+def _perplexity(total: float, windows: torch.Tensor, model: nn.Module, name: str, where: str) -> float:
+    """From the loss summed over all predicted tokens; where: what is to blame if that is not finite."""
+    dtype: Any = model.dtype
+    if not math.isfinite(total):
+        raise finite.NotFiniteError(where, dtype, name)
     mean = total / (len(windows) * (windows.shape[1] - 1))
-    if not mean < LARGEST:
-        dtype = str(model.dtype).removeprefix("torch.")
-        advice = ", whose largest number is 65504: take --dtype bfloat16 or float32" if dtype == "float16" else ""
-        raise FloatingPointError(f"{name}: perplexity is not finite; mean loss {mean:.4g} per token in {dtype}{advice}")
+    if mean >= LARGEST:
+        named = str(dtype).removeprefix("torch.")
+        raise FloatingPointError(f"{name}: perplexity is not finite; mean loss {mean:.4g} per token in {named}")
     return math.exp(mean)

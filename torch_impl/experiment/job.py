@@ -19,7 +19,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
-from torch_impl.engine import checkpoint, distributed, sharded
+from torch_impl.engine import checkpoint, distributed, finite, sharded
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal
@@ -106,16 +106,10 @@ def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> t
 
 @contextmanager
 def _folder(config: Config) -> Iterator[Path]:
-    """The folder to write into, made by process 0 and known to all.
-
-    Errors: ValueError as for `run_folder`, or if overwriting it would remove the model that is read.
-    """
+    """The folder to write into, made by process 0 and known to all."""
     if not distributed.leads():
         yield Path(distributed.agreed_text(""))
         return
-    model = Path(config.model.model).resolve()
-    if config.output.overwrite and model.exists() and config.output_dir.resolve() in (model, *model.parents):
-        raise ValueError(f"output_dir {config.output_dir} holds model {config.model.model}; name another folder")
     with run_folder(config.output_dir, config.output.overwrite, config.output.resume) as folder:
         distributed.agreed_text(str(folder))
         yield folder
@@ -187,7 +181,11 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
         try:
             records = losa.run(model, material.calibration, parts, config.settings, on_step, on_loss, journal=journal)
         except FloatingPointError as error:
-            error.add_note("a lower rate or norm goes on from there with --accept_changes learning_rate max_grad_norm")
+            trained = journal.progress.losses or journal.progress.records
+            if trained or not isinstance(error, finite.NotFiniteError):
+                error.add_note(
+                    "a lower rate or norm goes on from there with --accept_changes learning_rate max_grad_norm"
+                )
             raise
     result = _finish(config, material, folder, measure, notes)
     result["losa"]["seconds"] = sum(sum(record.seconds.values()) for record in records)
@@ -276,7 +274,7 @@ def write_results(
     write_json(folder / "config.json", config.as_dict())
     write_json(folder / "environment.json", environment)
     report.write(folder, result, records)
-    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8", errors="backslashreplace")
+    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8")
 
 
 @torch.no_grad()

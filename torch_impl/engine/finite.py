@@ -1,0 +1,73 @@
+"""Numbers that stop being finite: the first place where they do, its dtype, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl.engine import distributed
+
+ADVICE = {
+    torch.float16: "float16 ends at 65,504: use --dtype bfloat16, or float32",
+    torch.bfloat16: "the weights may be corrupt: download the model again, or try --dtype float32",
+}
+OTHERWISE = "the weights may be corrupt: download the model again"
+
+
+class NotFiniteError(FloatingPointError):
+    """The output of a part of a model holds NaN or infinity."""
+
+    def __init__(self, where: str, dtype: torch.dtype, name: str = "") -> None:
+        """where: "output of ..." or "input of ..."; name: of the model, if there are several."""
+        prefix, named = f"{name}: " if name else "", str(dtype).removeprefix("torch.")
+        super().__init__(f"{prefix}the {where} holds NaN or infinity in {named}; {ADVICE.get(dtype, OTHERWISE)}")
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """A number, in float32 at least, that is finite if and only if all values are: their sum, one pass over them."""
+    return values.detach().sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def check(found: torch.Tensor | float, where: str, dtype: torch.dtype) -> None:
+    """Errors: NotFiniteError in all processes if what `total` found in one of them is not finite."""
+    if not math.isfinite(distributed.total_of(float(found))):
+        raise NotFiniteError(where, dtype)
+
+
+@torch.no_grad()
+def blame(model: nn.Module, ids: torch.Tensor, model_name: str = "") -> NotFiniteError:
+    """What to raise where the model's output for token ids (n, t) is not finite: it runs once more, each module watched."""
+    first: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not first and not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(output)):
+                first.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return NotFiniteError(f"output of {first[0]}" if first else "output of the model", dtype, model_name)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of what a module returns."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, Iterable) and not isinstance(output, str):
+        for part in output:
+            yield from _tensors(part)
