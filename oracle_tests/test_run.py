@@ -238,6 +238,7 @@ def test_bad_toml(place: Path, text: str, capsys: pytest.CaptureFixture) -> None
 
 def test_output_folders_that_cannot_be(place: Path, capsys: pytest.CaptureFixture) -> None:
     (place / "taken").mkdir()
+    (place / "taken" / "thesis.tex").write_text("")
     fails(capsys, place, arguments(place, output_dir=place / "taken"), ["taken", "--overwrite"])
     fails(capsys, place, [*arguments(place, output_dir=place / "taken"), "--overwrite"], ["not the folder of a run"])
     (place / "file").write_text("")

@@ -75,6 +75,48 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(seed: int, block_size: int) -> N
         assert (~block).sum() >= math.floor(0.5 * block.size + 1e-9)
 
 
+def published(W: np.ndarray, H: np.ndarray, sparsity: float, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rule of the published SparseGPT: in a block of columns all weights go whose score is at most the one that stands at
+    place k = ⌊ρ · entries⌋ of the sorted scores, counted from 0."""
+    W, rest = W.copy(), H + 0.01 * np.diag(H).mean() * np.eye(len(H))
+    mask = np.ones(W.shape, dtype=bool)
+    for start in range(0, W.shape[1], block_size):
+        block = range(start, min(start + block_size, W.shape[1]))
+        # What is left of the problem at each column, inverted: its first entry is U_jj².
+        inverses = [np.linalg.inv(rest[j:, j:]) for j in block]
+        scores = np.stack([W[:, j] ** 2 / inverse[0, 0] for j, inverse in zip(block, inverses, strict=True)], axis=1)
+        mask[:, block.start : block.stop] = scores > np.sort(scores, axis=None)[int(sparsity * scores.size)]
+        for j, inverse in zip(block, inverses, strict=True):
+            lost = np.where(mask[:, j], 0.0, W[:, j])
+            W[:, j:] -= np.outer(lost / inverse[0, 0], inverse[0])
+    return W * mask, mask
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_published_sparsegpt_prunes_one_more_of_every_block(seed: int) -> None:
+    """Ours with one more is theirs, over two steps: where all columns are one block, what is 0 goes first at the second, too."""
+    W, H, _ = surgical_case(seed, 1.0, columns=12)
+    for block_size in (4, 12):
+        entries = 5 * block_size
+        _, fewer = sparsegpt(W, H, 0.5, block_size=block_size)
+        theirs, their_mask = published(W, H, 0.5, block_size)
+        assert (~fewer).sum() == 30
+        assert (~their_mask).sum() == 30 + 12 // block_size
+        new, mask = sparsegpt(W, H, (entries // 2 + 1) / entries, block_size=block_size)
+        np.testing.assert_array_equal(mask, their_mask)
+        np.testing.assert_allclose(new, theirs, rtol=tolerances.SPARSEGPT_FLOAT64, atol=tolerances.SPARSEGPT_FLOAT64)
+    new, mask = sparsegpt(new, H, (42 + 1) / 60, block_size=12, kept=mask)
+    theirs, their_mask = published(theirs, H, 0.7, 12)
+    np.testing.assert_array_equal(mask, their_mask)
+    np.testing.assert_allclose(new, theirs, rtol=tolerances.SPARSEGPT_FLOAT64, atol=tolerances.SPARSEGPT_FLOAT64)
+
+
+def test_the_published_sparsegpt_prunes_all_that_tie() -> None:
+    W, H = np.ones((2, 3)), np.eye(3)
+    assert (~published(W, H, 0.5, 3)[1]).sum() == 6
+    assert (~sparsegpt(W, H, 0.5)[1]).sum() == 3
+
+
 def surgery(
     W: np.ndarray, H: np.ndarray, span: int, share: Callable[[int, int], int], kept: np.ndarray, by_row: bool
 ) -> tuple[np.ndarray, np.ndarray]:

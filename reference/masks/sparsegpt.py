@@ -75,7 +75,8 @@ def sparsegpt(
     Errors: ValueError naming the dampings tried if none of them makes H factor; ValueError or TypeError naming the argument.
 
     *Deviation*: the published code zeroes the weights of dead inputs beforehand; here the damping alone makes them cheap.
-    It knows no earlier mask, so a weight pruned at one step may come back at the next.
+    It knows no earlier mask, so a weight pruned at one step may come back at the next. And it prunes all scores up to the
+    one that has k below it, so k + 1 of a block of columns, more where scores tie; here k go.
 
     >>> W, mask = sparsegpt([[1.0, 2.0]], [[2.0, 2.0], [2.0, 4.0]], 0.5, damping=0.0)
     >>> mask  # U = [[1, −½], [0, ½]]: scores 1/1 and 4/¼

@@ -50,8 +50,16 @@ def leads() -> bool:
 
 
 def launched() -> int:
-    """Number of processes that torchrun or accelerate has started for this run; 1 if neither has."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that torchrun or accelerate has started for this run; 1 if neither has.
+
+    Errors: ValueError if the environment's WORLD_SIZE is no such number.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(
+            f"WORLD_SIZE is {size!r} in the environment; torchrun sets it, so unset it for a single process"
+        )
+    return int(size)
 
 
 def own_device(name: str) -> str:

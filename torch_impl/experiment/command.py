@@ -133,6 +133,6 @@ def _judge(error: BaseException) -> tuple[int, str]:
 
 def process() -> str:
     """Which process speaks, if it is not the first of several, which alone prints results."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    several = os.environ.get("WORLD_SIZE", "") not in ("", "1")
     number = os.environ.get("RANK", "0") if several else "0"
     return "" if number == "0" else f"process {number}: "

@@ -270,7 +270,7 @@ def _from_toml(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"config {path} does not exist; allowed: a TOML file")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
     known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config"}

@@ -29,16 +29,18 @@ def run_folder(
     """A folder to write into, which becomes `target` if the body ends well.
 
     If it ends badly, the folder is kept where it holds points to go on from, and a note on the exception says how;
-    otherwise it is removed. The lock on it ends with the process, however that ends. Replaced is only a folder of the
-    same kind, which holds the file `marker`. option: what messages call `target`.
+    otherwise it is removed. The lock on it ends with the process, however that ends. Replaced is only an empty folder, or
+    one of the same kind, which holds the file `marker`. A symbolic link stands for what it points to. option: what
+    messages call `target`.
 
     Errors: ValueError if `target` exists and may not be replaced, cannot be written, is being written by another
     process, or has an unfinished run that neither `resume` nor `overwrite` speaks of.
     """
     named = f"{option} {target}"
+    target = _place_of(target, named)
 
     def check_target() -> None:
-        if not target.exists():
+        if not target.exists() or _is_empty_folder(target):
             return
         if not overwrite:
             finished = " and its run is finished" if resume and (target / marker).is_file() else ""
@@ -47,7 +49,7 @@ def run_folder(
             raise ValueError(f"{named} is not the folder of {kind}; allowed: a new folder, or that of {kind}")
 
     check_target()
-    partial = target.absolute().parent / f".{target.name}.partial"
+    partial = target.parent / f".{target.name}.partial"
     with _locked(partial, named):
         # Another process may have finished meanwhile.
         check_target()
@@ -70,6 +72,26 @@ def run_folder(
                 if isinstance(error, KeyboardInterrupt):
                     error.add_note("nothing was written")
             raise
+
+
+def _place_of(target: Path, named: str) -> Path:
+    """The place itself, links followed. Errors: ValueError if no folder can be moved there."""
+    try:
+        place = target.resolve()
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{named} is no name in UTF-8, which the files' writers need; name another folder") from None
+    except (OSError, RuntimeError):
+        place = target
+    if place.is_symlink():
+        raise ValueError(f"{named} is a symbolic link that leads nowhere but to itself; name another folder")
+    if os.path.ismount(place):
+        raise ValueError(f"{named} is a mount point, which cannot be replaced; name a folder inside it")
+    return place
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
 
 
 @contextmanager
@@ -130,7 +152,7 @@ def _publish(partial: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
-    flush_folder(target.absolute().parent)
+    flush_folder(target.parent)
     shutil.rmtree(target / POINTS, ignore_errors=True)
     (target / LOCK).unlink(missing_ok=True)
 

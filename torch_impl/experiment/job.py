@@ -106,10 +106,16 @@ def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> t
 
 @contextmanager
 def _folder(config: Config) -> Iterator[Path]:
-    """The folder to write into, made by process 0 and known to all."""
+    """The folder to write into, made by process 0 and known to all.
+
+    Errors: ValueError as for `run_folder`, or if overwriting it would remove the model that is read.
+    """
     if not distributed.leads():
         yield Path(distributed.agreed_text(""))
         return
+    model = Path(config.model.model).resolve()
+    if config.output.overwrite and model.exists() and config.output_dir.resolve() in (model, *model.parents):
+        raise ValueError(f"output_dir {config.output_dir} holds model {config.model.model}; name another folder")
     with run_folder(config.output_dir, config.output.overwrite, config.output.resume) as folder:
         distributed.agreed_text(str(folder))
         yield folder
@@ -274,7 +280,7 @@ def write_results(
     write_json(folder / "config.json", config.as_dict())
     write_json(folder / "environment.json", environment)
     report.write(folder, result, records)
-    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8")
+    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8", errors="backslashreplace")
 
 
 @torch.no_grad()

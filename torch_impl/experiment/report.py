@@ -132,7 +132,7 @@ td:first-child {{ text-align: left }} figure {{ margin: 1.5rem 0 }} img {{ max-w
 <th>perplexity</th><th>seconds</th></tr>
 {steps}</table>{images}{missing}</html>
 """
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _draw(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -> list[tuple[str, str]]:

@@ -1,0 +1,200 @@
+"""Where a run's folder may be: links, empty folders, names and places that cannot be; what stays when writing fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from safetensors import SafetensorError
+
+from oracle_tests.test_run import WORDS, arguments, fails, make_place
+from torch_impl.engine import checkpoint, distributed, points
+from torch_impl.experiment import config, folder
+from torch_impl.experiment.folder import run_folder
+from torch_impl.run import main
+
+PLAIN: dict[str, object] = {"steps": 1, "finetune": "false", "offload": "off"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+def fill(target: Path, **options: Any) -> None:
+    with run_folder(target, options.pop("overwrite", False), **options) as partial:
+        (partial / "losa_result.json").write_text("{}")
+
+
+def names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
+
+
+# --- places ---
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty folder", "dangling"])
+def test_a_symbolic_link_stands_for_what_it_points_to(there: bool, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if there:
+        (disk / "out").mkdir()
+    (tmp_path / "link").symlink_to(disk / "out")
+    fill(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert names(disk) == {"out"}
+    assert names(disk / "out") == {"losa_result.json"}
+    with pytest.raises(ValueError, match=r"link exists; allowed: a new folder, or --overwrite"):
+        fill(tmp_path / "link")
+    (disk / "out" / "old").write_text("")
+    fill(tmp_path / "link", overwrite=True)
+    assert names(disk / "out") == {"losa_result.json"}
+    assert names(tmp_path) == {"disk", "link"}
+
+
+def test_a_run_behind_a_link_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+
+    def stop(partial: Path) -> None:
+        points.Points(partial / folder.POINTS).commit({})
+        raise KeyError
+
+    with pytest.raises(KeyError) as caught, run_folder(tmp_path / "link", False) as partial:
+        stop(partial)
+    assert any("--resume" in note for note in caught.value.__notes__)
+    with run_folder(tmp_path / "disk" / "out", False, resume=True) as partial:
+        assert points.has_points(partial / folder.POINTS)
+    assert names(tmp_path / "disk") == {"out"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_can_be_used_and_stays_if_nothing_comes_of_it(overwrite: bool, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    with pytest.raises(KeyError), run_folder(target, overwrite):
+        raise KeyError
+    assert names(tmp_path) == {"out"}
+    assert not names(target)
+    fill(target, overwrite=overwrite)
+    assert names(target) == {"losa_result.json"}
+
+
+def test_the_current_folder_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fill(Path("."))
+    assert names(tmp_path / "here") == {"losa_result.json"}
+
+
+def test_places_that_cannot_be_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"output_dir .*a is a symbolic link that leads nowhere"):
+        fill(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"no name in UTF-8.*name another folder"):
+        fill(tmp_path / os.fsdecode(b"caf\xe9"))
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(ValueError, match=r"disk is a mount point, which cannot be replaced; name a folder inside it"):
+        fill(tmp_path / "disk")
+    fill(tmp_path / "disk" / "out")
+    assert names(tmp_path) == {"a", "b", "disk"}
+
+
+def test_overwriting_never_removes_the_model_that_is_read(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "losa_result.json").write_text("{}")
+    (place / "model").rename(place / "run" / "model")
+    options = arguments(place, model=place / "run" / "model", output_dir=place / "run", **PLAIN)
+    fails(capsys, place, [*options, "--overwrite"], ["output_dir", "holds model", "another folder"])
+    assert (place / "run" / "model" / "config.json").is_file()
+
+
+# --- writing that fails ---
+
+
+def test_a_disk_full_in_the_writer_of_tensors_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real writer, not allowed as many bytes as the model has. What is done is kept, and can be gone on with."""
+    save, limits = checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*given: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+        try:
+            save(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(checkpoint, "save", limited)
+    assert main(arguments(place, **PLAIN)) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "File too large" in line
+    assert "--resume" in line
+    assert not (place / "out").exists()
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert main(arguments(place, resume="true", **PLAIN)) == 0
+
+
+def test_packing_on_a_full_disk_leaves_nothing(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch_impl import pack
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "serialize_file", full)
+    assert pack.main([str(place / "model"), str(place / "packed")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert names(place) == {"model", "text.txt"}
+
+
+# --- names and terminals ---
+
+
+def test_names_that_no_terminal_and_no_page_can_hold(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text file whose name is not UTF-8, an output folder beyond ASCII, a terminal of ASCII alone."""
+    text = place / os.fsdecode(b"caf\xe9.txt")
+    text.write_text(WORDS * 40)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(arguments(place, eval_data=text, output_dir=place / "αusgabe", **PLAIN)) == 0
+    assert b"caf\\udce9.txt" in raw.getvalue()
+    assert b"\\u03b1usgabe" in raw.getvalue()
+    out = place / "αusgabe"
+    assert "caf\\udce9.txt" in (out / "report.html").read_text()
+    assert "caf\\udce9.txt" in (out / "model" / "README.md").read_text()
+    assert json.loads((out / "losa_result.json").read_text())["evaluation"]["source"] == str(text)
+
+
+@pytest.mark.parametrize(("name", "value", "line"), [("RANK", "1", ""), ("WORLD_SIZE", "two", "WORLD_SIZE is 'two'")])
+def test_leftovers_of_a_launcher_in_the_environment(
+    name: str, value: str, line: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number without a count means nothing: the table is printed; a count that is none is named."""
+    monkeypatch.setenv(name, value)
+    if line:
+        fails(capsys, place, arguments(place, **PLAIN), [line, "unset it"])
+        return
+    assert main(arguments(place, **PLAIN)) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_an_empty_count_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert distributed.launched() == 1
+
+
+def test_a_byte_order_mark_in_a_configuration(place: Path) -> None:
+    file = place / "some.toml"
+    file.write_bytes(b"\xef\xbb\xbfsteps = 3\n")
+    assert config.parse(["--config", str(file), "--model", "x"]).prune.steps == 3
