@@ -42,8 +42,8 @@ KEPT = ROOT / "build" / "mutants"
 COMMANDS = ("run.py", "pack.py", "generate.py")
 PARTS = {
     "core": ["torch_impl/*.py", "torch_impl/masks/*.py"],
-    "engine": ["torch_impl/engine/*.py"],
-    "experiment": ["torch_impl/experiment/*.py"],
+    "engine": ["torch_impl/engine/**/*.py"],
+    "experiment": ["torch_impl/experiment/**/*.py"],
     "commands": [f"torch_impl/{name}" for name in COMMANDS],
 }
 # Run on a GPU alone, or are Triton's, whose interpreter looks at the source.
@@ -312,6 +312,17 @@ def interval(killed: int, tried: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def _folder(file: str) -> str:
+    name = file.removeprefix("torch_impl/")
+    return (
+        f"torch_impl/{name.partition('/')[0]}/"
+        if "/" in name
+        else "commands"
+        if name in COMMANDS
+        else "torch_impl/*.py"
+    )
+
+
 def report(outcomes: Sequence[Outcome], population: int) -> str:
     """Survivors as diffs, then what became of how many in each folder."""
     lines = []
@@ -320,7 +331,7 @@ def report(outcomes: Sequence[Outcome], population: int) -> str:
             of = f"{outcome.tests} of {outcome.of} tests"
             lines += [f"{outcome.result}: {outcome.mutant.file}:{outcome.mutant.line} {outcome.mutant.kind}, {of}"]
             lines += [f"  {line}" for line in outcome.mutant.diff.splitlines()]
-    folders = Counter((Path(o.mutant.file).parent.as_posix(), o.result) for o in outcomes)
+    folders = Counter((_folder(o.mutant.file), o.result) for o in outcomes)
     lines += [
         "",
         f"{'folder':<28}{'tried':>7}{'killed':>8}{'timeout':>9}{'survived':>10}{'unreached':>11}{'score':>8}  95 %",
