@@ -116,9 +116,13 @@ def outline(name: str, device: torch.device, dtype: str, trust_remote_code: bool
     """
     wanted, folder = _wanted(device, dtype), local_folder(name, weights=False)
     if Path(name).is_dir():
-        return describe(folder, trust_remote_code, wanted).model
+        found = describe(folder, trust_remote_code, wanted)
+        found.tie(found.model)
+        return found.model
     read_config(folder)
-    return skeleton(folder, trust_remote_code, wanted)
+    model = skeleton(folder, trust_remote_code, wanted)
+    model.tie_weights()
+    return model
 
 
 def _wanted(device: torch.device, dtype: str) -> torch.dtype | None:
