@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiny_models.random_models import random_model
 from torch_impl import adapter
 from torch_impl.engine import calibration, layers, memory, training
 from torch_impl.engine.families import decoder_blocks, find_family
@@ -27,18 +27,19 @@ HIDDEN, INTERMEDIATE, VOCABULARY = 16, 40, 50
 
 
 def adapted_llama(ranks: Sequence[int]) -> nn.Module:
-    """A LLaMA with a block for each rank, B not zero."""
+    """A LLaMA with a block for each rank, B not zero, and biases."""
+    model = random_model(
+        "llama",
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=len(ranks),
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            vocab_size=VOCABULARY,
-            num_hidden_layers=len(ranks),
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).eval()
     layers.attach_adapters(model, find_family(model), 2.0)
     set_ranks(model, ranks)
     return model
