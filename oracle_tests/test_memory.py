@@ -65,7 +65,7 @@ LARGE = replace(SIZES, largest_projection=2**26)
         # error in float32 twice.
         (lambda: SIZES.reconstruction(10), 280 * (16 + 4 + 4 + 1) + 10 * (240 + 2 * 4 * 8)),
         (lambda: WIDE.reconstruction(10), 280 * (32 + 16 + 1) + 10 * (1088 + 2 * 8 * 8)),
-        (lambda: SIZES.loss(10, distilled=True), 10 * 17 * 7 * 4),
+        (lambda: SIZES.loss(10, distilled=True), 10 * 17 * (3 * 2 + 4 * 4)),
         (lambda: SIZES.loss(10, distilled=False), 10 * 17 * (2 * 2 + 2 * 4)),
         (lambda: replace(SIZES, vocabulary=2**20).loss(1024, distilled=False), 2**30 * 2 * 2 + 2**22 * 2 * 4),
         # Two blocks, and the largest piece of work: pruning, a window's forward pass, or its logits.

@@ -204,6 +204,26 @@ def test_divergence_is_the_spec_s_whatever_the_logits_dtype(dtype: torch.dtype) 
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 15, 1000])
+def test_divergence_in_parts_is_torch_s(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of rows at once, the last part shorter; some rows or all of them not counted."""
+    monkeypatch.setattr(loss, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(10, 7, generator=generator)).to(dtype).requires_grad_()
+    teacher = (3 * torch.randn(10, 7, generator=generator)).to(dtype)
+    for counts in (torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool), torch.zeros(10, dtype=torch.bool)):
+        wide = logits.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        both = wide.log_softmax(-1), teacher.to(wide).log_softmax(-1)
+        each = functional.kl_div(*both, reduction="none", log_target=True).sum(-1)
+        expected = each.masked_fill(~counts, 0.0).sum() * 0.25
+        expected.backward()
+        found = loss.summed_divergence(logits, teacher, counts) * 0.25
+        [gradient] = torch.autograd.grad(found, logits)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient, wide.grad.to(dtype))  # type: ignore[union-attr]
+
+
 def test_rows_are_filled_up_on_the_right_without_labels() -> None:
     short, long = examples_for(adapted_model(), [5, 9])
     batch = training.collate([short, long], torch.device("cpu"), 4)

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, a few rows at a time: never all logits in float32."""
+"""Losses over a large vocabulary, a few rows at a time: never all logits in float32."""
 
 from __future__ import annotations
 
@@ -45,6 +45,40 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignored: i
     """
     loss: torch.Tensor = _SummedCrossEntropy.apply(logits, targets, ignored)
     return loss
+
+
+class _SummedDivergence(torch.autograd.Function):
+    """Keeps both models' logits as they are and widens them again in backward; the gradient is rounded once, to their dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, teacher, counts)
+        ctx.wide = torch.promote_types(logits.dtype, torch.float32)
+        parts = []
+        for rows, goal, counted in zip(*_split(logits, teacher, counts), strict=True):
+            wanted = goal.log_softmax(-1, ctx.wide)
+            apart = wanted - rows.log_softmax(-1, ctx.wide)
+            parts.append(apart.mul_(wanted.exp_()).sum(-1).masked_fill(~counted, 0.0).sum())
+        return torch.stack(parts).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, teacher, counts = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows, goal, counted, to in zip(*_split(logits, teacher, counts, result), strict=True):
+            # softmax(logits) less the teacher's, where the row counts.
+            change = rows.softmax(-1, ctx.wide).sub_(goal.softmax(-1, ctx.wide))
+            to.copy_(change.mul_(grads[0] * counted[:, None]))
+        return result, None, None
+
+
+def summed_divergence(logits: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Σ over the rows that count of KL(softmax(teacher) ‖ softmax(logits)), () in float32 at least.
+
+    logits, teacher (n, vocabulary) in any dtype; counts (n,) bool. The gradient goes to logits alone.
+    """
+    divergence: torch.Tensor = _SummedDivergence.apply(logits, teacher, counts)
+    return divergence
 
 
 def _split(logits: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -154,12 +154,11 @@ class Sizes:
         return max(self.prunable_of_blocks) * bytes_in_training(self.itemsize) + tokens * per_token
 
     def loss(self, tokens: int, distilled: bool) -> int:
-        """Bytes of what the loss of a training micro-batch needs: logits, their gradient, and a part of them twice in float32
-        at least; with the dense model's predictions all of them, seven times."""
+        """Bytes of what the loss of a training micro-batch needs: logits, their gradient, the dense model's logits if it learns
+        from them, and a part of each twice in float32 at least."""
         wide, logits = max(4, self.itemsize), tokens * self.vocabulary
-        if distilled:
-            return logits * 7 * wide
-        return logits * 2 * self.itemsize + min(logits, AT_ONCE) * 2 * wide
+        models = 2 if distilled else 1
+        return logits * (1 + models) * self.itemsize + min(logits, AT_ONCE) * 2 * models * wide
 
     def working(self, method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
         """Bytes of the device that streamed pruning takes beside what lies outside the blocks and the hidden states:

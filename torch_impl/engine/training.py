@@ -25,7 +25,7 @@ from torch_impl.engine.graphs import Captured
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.layers import adapters
-from torch_impl.engine.loss import summed_cross_entropy
+from torch_impl.engine.loss import summed_cross_entropy, summed_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +142,9 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     if dense is None:
         return summed_cross_entropy(logits.flatten(0, 1), targets.flatten(), IGNORED)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
-        teacher = dense(input_ids=batch["input_ids"], use_cache=False).logits.to(logits)
-    divergence = functional.kl_div(
-        functional.log_softmax(logits, -1), functional.log_softmax(teacher, -1), reduction="none", log_target=True
-    )
-    return divergence.sum(-1).masked_fill(targets == IGNORED, 0.0).sum()
+        teacher = dense(input_ids=batch["input_ids"], use_cache=False).logits
+    return summed_divergence(logits.flatten(0, 1), teacher.flatten(0, 1), (targets != IGNORED).flatten())
 
 
 def _add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
