@@ -88,7 +88,8 @@ def separate(training: Mapping[str, Sequence[Document]], evaluation: Sequence[Do
     }
     measured = list(evaluation)
     if len(held_out) < len(holders):
-        measured = [document for document in dict.fromkeys(evaluation) if _key(document) in alone | held_out]
+        wanted = alone | held_out
+        measured = [document for document in dict.fromkeys(evaluation) if _key(document) in wanted]
     return Separated(kept, measured, {name: len(sources[name]) - len(kept[name]) for name in sources})
 
 
@@ -118,7 +119,8 @@ def _index(units: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], set
     index: dict[tuple[str, str], set[str]] = {}
     for key, unit in units.items():
         for document in unit:
-            text, whole = _plain(document.text), _plain(document.prompt + document.text)
+            text = _plain(document.text)
+            whole = _plain(document.prompt + document.text) if document.prompt else text
             found = [("whole", whole), ("plain", whole), ("plain", text)]
             for place in [*found, ("prompt", key)] if document.prompt else [*found, ("text", text)]:
                 index.setdefault(place, set()).add(key)
