@@ -188,3 +188,33 @@ def test_unequal_shares_of_a_file_fit_its_own_steps_alone(tmp_path: Path) -> Non
     file.write_text("stepz = 2\n")
     with pytest.raises(ValueError, match=r"'stepz' is not an option; did you mean steps\?"):
         config.parse(arguments)
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_presets_are_recipes_that_files_and_flags_win_over(name: str, tmp_path: Path) -> None:
+    """Each by what it is, also on the embedded model, whose own settings it wins over."""
+    recipe = {
+        "paper": ("ce", "per_step", "error", 5, True, 0),
+        "best": ("kl", "whole_run", "uniform", 5, True, 8),
+        "quick": ("kl", "whole_run", "error", 1, False, 32),
+    }[name]
+
+    def of(found: config.Config) -> tuple[object, ...]:
+        training = found.training
+        return (
+            training.loss,
+            training.lr_schedule,
+            found.adapter.rank_allocation,
+            found.prune.steps,
+            training.finetune,
+            found.reconstruction.reconstruct_epochs,
+        )
+
+    assert of(config.parse(["--preset", name])) == recipe
+    file = tmp_path / "file.toml"
+    file.write_text("reconstruct_epochs = 3\n")
+    assert of(config.parse(["--preset", name, "--config", str(file)])) == (*recipe[:-1], 3)
+    assert of(config.parse(["--preset", name, "--config", str(file), "--reconstruct_epochs", "5"]))[-1] == 5
+    other = config.parse(["--preset", name, "--model", "somewhere"])
+    assert other.calibration.nsamples == 128
+    assert of(other)[3:] == recipe[3:]

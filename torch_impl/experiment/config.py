@@ -27,6 +27,7 @@ from torch_impl.experiment.command import Parser, closest
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
 FIRST_SHARE = 0.1
+PRESETS = ("paper", "best", "quick")
 # What torch's generators take.
 MOST_SEED = 2**63 - 1
 # What a run may go on with changed, if told so: numbers that leave nothing of what is done without meaning.
@@ -120,6 +121,9 @@ class OutputConfig:
     """Print the plan, its memory and work, and stop."""
     devices: int | None = None
     """With dry_run: plan for so many GPUs, one process each; default: as many as torchrun has started."""
+    preset: str | None = None
+    """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: pruning and reconstruction in one shot, no
+    fine-tuning. --config and flags win over it."""
     config: str | None = None
     """TOML file with any of these options; flags win over it."""
 
@@ -200,10 +204,12 @@ DESCRIPTION = """Prune a language model and heal it with LoSA: sparse weights, m
 
   python -m torch_impl.run                                      the embedded model, Wanda, 70 %, five steps
   python -m torch_impl.run --model DIR --sparsity_type 2:4      your model, two of every four weights kept
+  python -m torch_impl.run --model DIR --preset best            the recipe with the lowest perplexity
   python -m torch_impl.run --model DIR --steps 1 --finetune false   plain pruning
   python -m torch_impl.run --config llama_7b.toml --model DIR --dry_run   what it would take
 
-Options come from the defaults, then --config, then flags. Ready-made files (the paper's settings): torch_impl/configs/.
+Options come from the defaults, then --preset, then --config, then flags. Ready-made files (the paper's settings) are in
+torch_impl/configs/.
 """
 
 
@@ -219,6 +225,9 @@ def parse(arguments: Sequence[str]) -> Config:
     parser = _make_parser()
     early = parser.parse_args(list(arguments))
     from_file = _from_toml(Path(early.config)) if early.config is not None else {}
+    if early.preset is not None:
+        _checks.choice("preset", early.preset, PRESETS)
+        from_file = _from_toml(CONFIGS / f"preset_{early.preset}.toml") | from_file
     if "model" not in from_file and not _names("model", arguments):
         from_file = _from_toml(CONFIGS / "embedded.toml") | from_file
     if "step_shares" in from_file and _names("steps", arguments) and not _names("step_shares", arguments):
@@ -273,7 +282,7 @@ def _from_toml(path: Path) -> dict[str, list[str]]:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
-    known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config"}
+    known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config", "preset"}
     words: dict[str, list[str]] = {}
     for name, value in table.items():
         entries = value.items() if isinstance(value, dict) else [(name, value)]

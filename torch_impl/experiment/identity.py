@@ -11,7 +11,17 @@ from torch_impl.experiment.config import Config
 logger = logging.getLogger(__name__)
 
 # Options that say where and how often things are written, not what the run is.
-ELSEWHERE = ("output_dir", "overwrite", "dry_run", "config", "resume", "accept_changes", "save_every", "keep_points")
+ELSEWHERE = (
+    "output_dir",
+    "overwrite",
+    "dry_run",
+    "config",
+    "preset",
+    "resume",
+    "accept_changes",
+    "save_every",
+    "keep_points",
+)
 VERSIONS = ("torch", "transformers", "device", "threads")
 CONTENTS = {
     "model_sha256": "the model (its weights)",
