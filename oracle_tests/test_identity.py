@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ def material(rows: list[list[int]], labels: list[list[int]]) -> dict[str, object
     """What a run with such examples remembers of its material."""
     examples = [{"input_ids": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(rows, labels, strict=True)]
     some, tokenizer = torch.arange(4).view(2, 2), PreTrainedTokenizerFast
-    return environment_of(Config(), Material(random_model("llama"), tokenizer, some, examples, some + 1, {}))  # type: ignore[arg-type]
+    found = Material(random_model("llama"), tokenizer, some, examples, some + 1, {})  # type: ignore[arg-type]
+    # The model was never saved, so it has no files.
+    with mock.patch("torch_impl.engine.checkpoint.weights_hash", return_value=""):
+        return environment_of(Config(), found)
 
 
 def test_what_is_learned_and_where_sequences_end_is_part_of_a_fine_tuning_text() -> None:
