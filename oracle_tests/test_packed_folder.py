@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -136,17 +137,63 @@ def test_on_a_gpu_projections_of_one_input_are_loaded_as_one(
     assert resident(model) < 1.01 * resident(alone)
 
 
-def test_shards_and_their_metadata_come_back(tmp_path: Path) -> None:
+def metadata(folder: Path) -> dict[str, dict[str, str] | None]:
+    """What each file says of itself."""
+    found = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found[path.name] = file.metadata()
+    return found
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("size", ["30KB", "1GB"])
+def test_shards_and_their_metadata_come_back(tmp_path: Path, size: str) -> None:
+    """Also one shard alone; what a file and the index say of themselves, if anything."""
     source = save_sparse(tmp_path / "plain", "llama-gqa", max_shard_size="30KB")
-    assert len(list(source.glob("*.safetensors"))) > 2
+    files = sorted(source.glob("*.safetensors"))
+    assert len(files) > 2
+    if size == "1GB":
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        for file in files[1:]:
+            file.unlink()
+        save_file(tensors, files[0])
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(reversed(tensors), files[0].name)}
+        (source / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        save_file(load_file(files[1]), files[1], {"format": "pt", "made by": "hand"})
     assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == len(list(source.glob("*.safetensors")))
     assert pack.main([str(tmp_path / "packed"), str(tmp_path / "back"), "--unpack"]) == 0
     assert_same_bits(source, tmp_path / "back")
-    index = "model.safetensors.index.json"
-    before, after = (json.loads((folder / index).read_text()) for folder in (source, tmp_path / "back"))
+    assert metadata(source) == metadata(tmp_path / "back")
+    assert (source / INDEX).read_text() == (tmp_path / "back" / INDEX).read_text()
+    if size == "30KB":
+        AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_a_folder_that_an_earlier_version_packed_comes_back(tmp_path: Path) -> None:
+    """It kept no index."""
+    source = save_sparse(tmp_path / "plain", "llama-gqa", max_shard_size="30KB")
+    assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
+    manifest = json.loads((tmp_path / "packed" / "packed.json").read_text())
+    del manifest["index"]
+    (tmp_path / "packed" / "packed.json").write_text(json.dumps(manifest))
+    assert pack.main([str(tmp_path / "packed"), str(tmp_path / "back"), "--unpack"]) == 0
+    assert_same_bits(source, tmp_path / "back")
+    before, after = (json.loads((folder / INDEX).read_text()) for folder in (source, tmp_path / "back"))
     assert before["weight_map"] == after["weight_map"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_a_tensor_that_the_list_does_not_name_is_refused(packed_model: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(packed_model, tmp_path / "broken"))
+    tensors = load_file(broken / FILE)
+    save_file({**tensors, "more": torch.ones(1)}, broken / FILE)
+    with pytest.raises(ValueError, match=rf"{FILE} holds beside what it should more, by packed\.json"):
+        packed_folder.load(broken, CPU)
 
 
 def test_a_checkpoint_without_the_model_s_prefix_packs_too(plain: Path, tmp_path: Path) -> None:
@@ -164,15 +211,71 @@ def test_a_checkpoint_without_the_model_s_prefix_packs_too(plain: Path, tmp_path
     assert any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-def test_the_table_adds_up(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pack.main([str(plain), str(tmp_path / "packed"), "--device", "cpu"]) == 0
-    shown = capsys.readouterr().out
-    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
-    assert set(rows) >= {"q_proj", "down_proj", "other", "in"}
+def eight_columns(folder: Path) -> Path:
+    """A LLaMA whose projections keep their first eight columns, two of the zeros negative."""
+    model = random_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter[:, 8:] = 0
+        model.model.layers[0].self_attn.v_proj.weight[0, 10:12] = -0.0
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# By hand, in float32: bitmap of whole words, kept values, an offset of eight bytes a row and one more; three blocks. Of the
+# others 32 are zero: the embedding of the token that pads.
+SQUARE = 3 * (32 * 4 + 32 * 8 * 4 + 33 * 8)
+WIDE = 3 * (48 * 4 + 48 * 8 * 4 + 49 * 8)
+NARROW = 3 * (32 * 8 + 32 * 8 * 4 + 33 * 8)
+OTHER = 4 * (2 * 257 * 32 + 7 * 32)
+BYTES = {
+    "q_proj": (4 * 3 * 32 * 32, SQUARE),
+    "k_proj": (4 * 3 * 32 * 32, SQUARE),
+    "v_proj": (4 * 3 * 32 * 32, SQUARE + 2 * 4),
+    "o_proj": (4 * 3 * 32 * 32, SQUARE),
+    "gate_proj": (4 * 3 * 48 * 32, WIDE),
+    "up_proj": (4 * 3 * 48 * 32, WIDE),
+    "down_proj": (4 * 3 * 32 * 48, NARROW),
+    "other": (OTHER, OTHER),
+}
+TABLE = """
+           tensors  packed   zeros   before    after  of before  bits/weight
+   q_proj        3       3  75.00%  0.01 MB  0.00 MB      0.346        11.06
+   k_proj        3       3  75.00%  0.01 MB  0.00 MB      0.346        11.06
+   v_proj        3       3  75.00%  0.01 MB  0.00 MB      0.346        11.08
+   o_proj        3       3  75.00%  0.01 MB  0.00 MB      0.346        11.06
+gate_proj        3       3  75.00%  0.02 MB  0.01 MB      0.345        11.04
+  up_proj        3       3  75.00%  0.02 MB  0.01 MB      0.345        11.04
+down_proj        3       3  83.33%  0.02 MB  0.00 MB      0.251         8.04
+    other        9       0   0.19%  0.07 MB  0.07 MB      1.000        32.00
+   in all       30      21  46.75%  0.17 MB  0.10 MB      0.590        18.89
+"""
+
+
+def test_the_table_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every column, against numbers worked out by hand."""
+    source = eight_columns(tmp_path / "plain")
+    (tmp_path / "twin").mkdir()
+    savings = packed_folder.pack_folder(source, tmp_path / "twin", CPU)
+    assert {saving.kind: (saving.before, saving.after) for saving in savings} == BYTES
+    assert savings[-1].kind == "other"
+    assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
+    rows, note = capsys.readouterr().out.split("\n\n")[:2]
+    expected = {line.split()[0]: line.split() for line in TABLE.strip("\n").splitlines()}
+    found = {line.split()[0]: line.split() for line in rows.splitlines()}
+    assert list(found)[-2:] == ["other", "in"]
+    assert found == expected
+    assert note == "2 of the zeros are negative and stored, since unpacking gives back every bit."
     size = (tmp_path / "packed" / FILE).stat().st_size
-    assert float(rows["in"][7]) * 1e6 == pytest.approx(size, rel=0.12)  # the rest is the file's header
-    assert rows["other"][2] == "0"
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    with (tmp_path / "packed" / FILE).open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert size - header == sum(after for _, after in BYTES.values())
+
+
+def test_what_is_no_weight_is_copied_as_it_is(plain: Path, packed_model: Path) -> None:
+    config = json.loads((packed_model / "config.json").read_text())
     assert "sparsity_config" not in config
     assert config == json.loads((plain / "config.json").read_text())
 
@@ -325,13 +428,89 @@ def test_bad_arguments_get_one_line(
     assert "no such folder" in capsys.readouterr().err
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_overwrite_replaces_a_model(plain: Path, packed_model: Path, tmp_path: Path) -> None:
-    target = tmp_path / "packed"
-    shutil.copytree(packed_model, target)
-    (target / "README.md").write_text("left over")
-    assert pack.main([str(plain), str(target), "--overwrite", "--device", "cpu"]) == 0
-    assert not (target / "README.md").exists()
-    packed_folder.load(target, CPU)
+    for before in (packed_model, plain):
+        target = tmp_path / before.name
+        shutil.copytree(before, target)
+        for name in ("README.md", "LICENSE.txt", "modeling_ours.py", "tokenizer.model", ".gitattributes"):
+            (target / name).write_text("left over")
+        assert pack.main([str(plain), str(target), "--overwrite", "--device", "cpu"]) == 0
+        assert contents(target) == contents(packed_model)
+    assert pack.main([str(packed_model), str(target), "--overwrite", "--unpack"]) == 0
+    assert_same_bits(plain, target)
+
+
+def beside(*names: str) -> Callable[[Path], Path]:
+    """A model with something beside it."""
+
+    def make(place: Path) -> Path:
+        for name in names:
+            (place / "out" / name).parent.mkdir(exist_ok=True)
+            (place / "out" / name).write_text("{}")
+        return place / "out"
+
+    return make
+
+
+def a_run(place: Path) -> Path:
+    """Its model, and what else it leaves."""
+    (place / "out").rename(place / "model")
+    (place / "out").mkdir()
+    (place / "model").rename(place / "out" / "model")
+    for name in ("config.json", "losa_result.json", "report.html"):
+        (place / "out" / name).write_text("{}")
+    return place / "out"
+
+
+def without(name: str) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        (place / "out" / name).unlink()
+        return place / "out"
+
+    return make
+
+
+def a_link(place: Path) -> Path:
+    (place / "link").symlink_to(place / "source")
+    return place / "link"
+
+
+@pytest.mark.parametrize("unpack", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (a_run, "not the folder of a model and nothing else, which --overwrite may replace (config.json, losa_result"),
+        (beside("losa_result.json"), "(losa_result.json)"),
+        (beside("thesis.tex", "train.py", "data/a.txt", "notes.md"), "(data, notes.md, thesis.tex and 1 more)"),
+        (without("config.json"), "not the folder of a model and nothing else"),
+        (lambda place: place / "source", "is or holds MODEL"),
+        (lambda place: place, "is or holds MODEL"),
+        (a_link, "is or holds MODEL"),
+    ],
+)
+def test_overwrite_replaces_nothing_else(
+    plain: Path,
+    packed_model: Path,
+    tmp_path: Path,
+    unpack: bool,
+    make: Callable[[Path], Path],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(packed_model, place / "out")
+    shutil.copytree(packed_model if unpack else plain, place / "source")
+    target = make(place)
+    before = contents(place)
+    more = ["--unpack"] if unpack else ["--device", "cpu"]
+    assert pack.main([str(place / "source"), str(target), "--overwrite", *more]) == 2
+    assert message in capsys.readouterr().err
+    assert contents(place) == before
+    assert not list(tmp_path.rglob(".*partial"))
 
 
 def test_generate_prints_the_same_text_for_packed_and_plain(

@@ -43,7 +43,7 @@ def split_into_shards(folder: Path, parts: int) -> None:
     place_of = {name: f"model-{k % parts + 1:05}-of-{parts:05}.safetensors" for k, name in enumerate(sorted(tensors))}
     for file in set(place_of.values()):
         chosen = {name: tensor for name, tensor in tensors.items() if place_of[name] == file}
-        save_file(chosen, folder / file, metadata={"format": "pt"})
+        save_file(chosen, folder / file, metadata={"format": "pt", "made by": "hand"})
     index = {"metadata": {"total_size": 0}, "weight_map": place_of}
     (folder / INDEX).write_text(json.dumps(index))
 
@@ -103,6 +103,12 @@ def test_every_method_and_pattern_gets_the_same_bits(place: Path, changes: dict)
     same(one, other)
     mirrored = {path.name for path in (place / "model").glob("model*")}
     assert {path.name for path in (other / "model").glob("model*")} == mirrored
+    index = json.loads((other / "model" / INDEX).read_text())
+    assert index["weight_map"] == json.loads((place / "model" / INDEX).read_text())["weight_map"]
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in weights_in(other / "model").values())}
+    for file in sorted(mirrored - {INDEX}):
+        with safe_open(other / "model" / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt", "made by": "hand"}
 
 
 def test_a_bare_decoder_s_names_are_understood(place: Path) -> None:
