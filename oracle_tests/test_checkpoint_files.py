@@ -224,12 +224,12 @@ def left_over(model: Path) -> None:
 
 
 def no_dtype(model: Path) -> None:
-    """Most of the weights are in bfloat16; the first are not."""
+    """Most of the weights are in bfloat16, though most of the tensors are not."""
     configure(model, dtype=None)
 
     def halve(tensors: Tensors) -> None:
         for name, tensor in tensors.items():
-            tensors[name] = tensor if "norm" in name else tensor.bfloat16()
+            tensors[name] = tensor if tensor.dim() == 1 else tensor.bfloat16()
 
     edit(model, halve)
 

@@ -486,6 +486,7 @@ def a_link(place: Path) -> Path:
         (a_run, "not the folder of a model and nothing else, which --overwrite may replace (config.json, losa_result"),
         (beside("losa_result.json"), "(losa_result.json)"),
         (beside("thesis.tex", "train.py", "data/a.txt", "notes.md"), "(data, notes.md, thesis.tex and 1 more)"),
+        (beside("tokenizer/notes.txt"), "(tokenizer)"),
         (without("config.json"), "not the folder of a model and nothing else"),
         (lambda place: place / "source", "is or holds MODEL"),
         (lambda place: place, "is or holds MODEL"),
