@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_u
 
 from oracle_tests.test_run import arguments, make_place
 from tiny_models.random_models import byte_tokenizer, random_model
-from torch_impl import generate, pack, run
+from torch_impl import generate, losa, pack, run
 from torch_impl.engine import checkpoint, checkpoint_files, packed_folder, sharded, skeleton, streaming
 from torch_impl.engine.checkpoint_files import INDEX, SINGLE
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import AdaptedLinear
 from torch_impl.engine.packed_linear import PackedLinear
+from torch_impl.engine.settings import Settings
 from torch_impl.experiment import compare
 
 CPU = torch.device("cpu")
@@ -499,7 +500,7 @@ def test_every_command_refuses_in_the_same_words(place: Path, fault: str, capsys
     lines.append(said(capsys, run.main([*options, "--dry_run"])))
     lines.append(said(capsys, pack.main([str(model), str(place / "packed"), "--device", "cpu"])))
     lines.append(said(capsys, generate.main([str(model), "--prompt", "x", "--device", "cpu"])))
-    lines.append(said(capsys, compare.main([*options, "--steps", "2", "--finetune", "true"])))
+    lines.append(said(capsys, compare.main(arguments(place, learning_rate=None, output_dir=None))))
     assert len(set(lines)) == 1, lines
     assert lines[0].startswith(f"error: model {model}")
     assert words in lines[0]
@@ -558,6 +559,17 @@ def test_nothing_but_numbers_is_read(place: Path, name: str, value: float, capsy
     for line in lines:
         assert f"{name} holds NaN or infinity (1 of " in line
         assert "learning_rate" not in line
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_algorithm_1_takes_nothing_but_numbers(name: str) -> None:
+    """Whoever calls it."""
+    model = random_model("llama", attention_bias=True)
+    losa.check_model(model, Settings())
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = torch.inf
+    with pytest.raises(ValueError, match=f"^{name} holds NaN or infinity"):
+        losa.check_model(model, Settings())
 
 
 def test_what_float16_cannot_hold_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -400,6 +400,7 @@ def test_bad_arguments_get_one_line(
 ) -> None:
     out = str(tmp_path / "out")
     (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
     for arguments, message in (
         ([str(tmp_path / "none"), out], "no such folder"),
         ([str(packed_model), out], "is packed already"),

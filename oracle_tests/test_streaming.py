@@ -446,4 +446,4 @@ def test_a_run_from_files_goes_on_as_it_began_or_not_at_all(
 def test_a_model_sparser_than_asked_is_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(arguments(place, **PLAIN, sparsity_ratio=0.6, offload="on")) == 0
     again = arguments(place, **PLAIN, model=place / "out" / "model", sparsity_ratio=0.4, offload="on")
-    fails(capsys, place, [*again, "--overwrite"], ["sparsity_ratio is 0.4", "already"])
+    fails(capsys, place, [*again, "--output_dir", str(place / "again")], ["sparsity_ratio is 0.4", "already"])

@@ -431,12 +431,18 @@ def _adapter_gradients(
 def check_model(model: Llama, settings: Settings) -> None:
     """Refuse a model on which these settings cannot be carried out.
 
-    Errors: ValueError for weights that are not finite, for fewer than three blocks with layer_sparsity rmi (with two,
-    importances are always equal), or for projections whose inputs M does not divide.
+    Errors: ValueError for anything in it that is not finite, for fewer than three blocks with layer_sparsity rmi (with
+    two, importances are always equal), or for projections whose inputs M does not divide.
     """
+    _checks.array("embedding", model.embedding, "v", "d")
+    _checks.array("norm", model.norm, "d")
+    _checks.array("head", model.head, "v", "d")
     if settings.layer_sparsity == "rmi" and len(model.blocks) < 3:
         raise ValueError(f"layer_sparsity is 'rmi' and the model has {len(model.blocks)} blocks; allowed: 3 or more")
     for index, block in enumerate(model.blocks):
+        norms = {"attention_norm": block.attention_norm, "mlp_norm": block.mlp_norm}
+        for name, gains in (norms | {f"bias of {name}": bias for name, bias in block.biases.items()}).items():
+            _checks.array(f"block {index}, {name}", gains, "out")
         for name, weight in block.weights.items():
             _checks.array(f"block {index}, {name}", weight, "out", "in")
             if settings.group is not None and weight.shape[1] % settings.group[1]:

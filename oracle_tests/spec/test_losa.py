@@ -307,7 +307,17 @@ def test_bad_models_and_parts() -> None:
         losa.run(model(), ids(), parts(3), replace(QUICK, sparsity_type="2:5"))
     with pytest.raises(ValueError, match=r"parts has 2 parts of \[4, 4\] examples; allowed: 3, none empty"):
         losa.run(model(), ids(), parts(2), QUICK)
-    broken = model()
-    broken.blocks[1].weights["up"][0, 0] = np.nan
-    with pytest.raises(ValueError, match=r"block 1, up holds NaN"):
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["embedding", "norm", "head", "block 1, attention_norm", "block 1, mlp_norm", "block 1, up", "block 1, bias of q"],
+)
+def test_what_is_not_finite_is_refused_wherever_it_is(name: str) -> None:
+    broken = random_llama(SIZES, 4, tied=False, seed=0, biased=True)
+    block = broken.blocks[1]
+    parts_of_it = {f"block 1, {key}": value for key, value in (vars(block) | block.weights).items()}
+    parts_of_it |= {"block 1, bias of q": block.biases["q"]} | vars(broken)
+    parts_of_it[name].flat[-1] = -np.inf
+    with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinity"):
         losa.run(broken, ids(), parts(3), QUICK)

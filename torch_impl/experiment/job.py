@@ -50,7 +50,7 @@ def load_material(config: Config) -> Material:
     """Model, tokenizer and all text. Errors: ValueError or FileNotFoundError naming what is wrong."""
     device = checkpoint.choose_device(config.model.device)
     model, tokenizer = checkpoint.load(config.model.model, device, config.model.dtype, config.model.trust_remote_code)
-    losa.check_model(model, config.settings)
+    losa.check_structure(model, config.settings)
     return with_text(config, model, tokenizer)
 
 
