@@ -190,9 +190,9 @@ def test_a_run_s_figures_are_those_of_the_model_on_disk(tmp_path: Path, monkeypa
     place, measured = make_place(tmp_path), []
     perplexity = job.perplexity
 
-    def noted(model: Any, windows: torch.Tensor, batch_size: int) -> float:
+    def noted(model: Any, windows: torch.Tensor, *rest: Any, **named: Any) -> float:
         measured.append(windows)
-        return perplexity(model, windows, batch_size)
+        return perplexity(model, windows, *rest, **named)
 
     monkeypatch.setattr(job, "perplexity", noted)
     # Windows of 24 in batches of 2: the last batch is a single one.

@@ -62,6 +62,8 @@ class Lockstep:
         dense, pruned = self._streams
         self._stream_through(dense, next(self._dense_blocks), index)
         if reconstruct is not None:
+            # Asked for only here: of a sharded model that brings what lies outside its blocks to every process.
+            self._arguments = self._arguments or calibration.block_arguments(self._dense, self._family, self._ids[:1])
             reconstruct(pruned, dense, self._arguments[index])
         self._stream_through(pruned, self._blocks[index], index)
 
@@ -82,7 +84,6 @@ class Lockstep:
         self._at, self._streams = -1, ()
         dense = calibration.start_stream(self._dense, self._family, self._ids, batch_size)
         self._streams = (dense, dense.clone())
-        self._arguments = calibration.block_arguments(self._dense, self._family, self._ids[:1])
         self._dense_blocks = sweep(self._dense, self._family)
         for index in range(self._index):
             self._through(index)
