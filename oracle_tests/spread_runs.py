@@ -23,6 +23,7 @@ from torch_impl.engine import distributed, families, layers, sharded, statistics
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.journal import Journal
 from torch_impl.engine.points import Points
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import IGNORED, Example, TrainingConfig
 from torch_impl.experiment.config import Config
@@ -36,12 +37,15 @@ def settings(**changes: Any) -> Settings:
         name: changes.pop(name) for name in ("loss", "gradient_checkpointing", "hold_merged") if name in changes
     }
     shrink = changes.pop("rank_shrink", "truncate")
+    epochs = changes.pop("reconstruct_epochs", 0)
     return Settings(
         prune=PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
         adapter=AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
         # Seven sequences: no number of processes but one divides them.
         calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=5, calibration_batch_size=2),
         training=TrainingConfig(gradient_accumulation_steps=2, **training),
+        # Three batches of the seven sequences, which no number of processes shares evenly.
+        reconstruction=ReconstructionConfig(epochs, reconstruct_learning_rate=1e-2, reconstruct_batch_size=3),
     )
 
 
@@ -153,16 +157,18 @@ class Received(TorchDispatchMode):
     """Bytes of the features of all sequences, which `alltoall_base_` spreads."""
 
 
-def received(method: str) -> tuple[dict[str, int], dict[str, int], int]:
+def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], int]:
     """Bytes received in one calibration and in one optimizer step of a float32 model, and bytes of frozen rows held."""
     ours = random_model("llama")
     family = families.find_family(ours)
-    calibration, training_config = spread_config(method).calibration, spread_config(method).training
+    config = spread_config(method, epochs)
+    calibration, training_config = config.calibration, config.training
     ids = torch.randint(257, (8, 16), generator=torch.Generator().manual_seed(0))
     case = Settings(
         prune=PruneConfig(prune_method=method, steps=1),
         calibration=calibration,
         training=dataclasses.replace(training_config, finetune=False),
+        reconstruction=config.reconstruction,
     )
     with Received() as calibrating:
         calibrating.exchanged = len(ids) * 16 * 32 * 4
@@ -180,10 +186,11 @@ def received(method: str) -> tuple[dict[str, int], dict[str, int], int]:
     return dict(calibrating.bytes), dict(stepping.bytes), held
 
 
-def spread_config(method: str) -> Config:
+def spread_config(method: str, epochs: int = 0) -> Config:
     """Options whose scaling is measured."""
     return Config(
         prune=PruneConfig(prune_method=method, steps=1),
         calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8, calibration_batch_size=4),
         training=TrainingConfig(loss="kl", per_device_train_batch_size=2, gradient_accumulation_steps=4),
+        reconstruction=ReconstructionConfig(reconstruct_epochs=epochs, reconstruct_batch_size=3),
     )

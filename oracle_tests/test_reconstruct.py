@@ -72,29 +72,6 @@ def test_no_epoch_leaves_the_pruned_weights() -> None:
         np.testing.assert_array_equal(weight, np.where(masks[name], model.blocks[0].weights[name], 0))
 
 
-def test_shares_of_two_processes_are_the_whole() -> None:
-    """Each process has half of the sequences and half of the batch; sums of both meet in `total`."""
-    model, masks, inputs, targets = problem(8)
-    whole = ours(model, masks, inputs, targets)
-    heard: list[torch.Tensor] = []
-    halves = [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])]
-
-    # Both halves take turns: the first run notes its sums of step k, the second adds them; so only one step is compared.
-    def note(values: torch.Tensor) -> torch.Tensor:
-        heard.append(values.clone())
-        return values
-
-    ours(model, masks, *halves[0], epochs=1, batch_size=2, total=note)
-    first = list(heard)
-    heard.clear()
-    ours(model, masks, *halves[1], epochs=1, batch_size=2, total=note)
-    energy = first[0] + heard[0]
-    np.testing.assert_allclose(energy, (targets**2).sum((0, 1)), rtol=1e-12)
-    assert float(first[1] + heard[1]) == 8
-    assert float(first[2] + heard[2]) == 4
-    assert whole.keys() == set(HF_NAMES)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_trained_in_float32(dtype: torch.dtype) -> None:
     """The error falls by about as much as in float64, though a step is far below the rounding of a weight."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,16 @@ from torch import nn
 
 from torch_impl import _checks
 
-Total = Callable[[torch.Tensor], torch.Tensor]
-"""Sums a tensor over all processes, each of which has a share of the sequences."""
+
+@dataclass(frozen=True)
+class Share:
+    """Which of all sequences this process has, and how processes add up: by default there is one, which has all.
+
+    first: number of its first sequence. total: the sum of a tensor over all processes, in place where it can be.
+    """
+
+    first: int = 0
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
 
 
 def channel_weights(targets: torch.Tensor) -> torch.Tensor:
@@ -42,15 +51,15 @@ def reconstruct_block(
     batch_size: int,
     arguments: Mapping[str, Any] | None = None,
     rows_at_once: int | None = None,
-    total: Total = lambda values: values,
+    share: Share = Share(),
 ) -> nn.Module:
     """The block, whose projections' kept weights are trained in place so that its output on `inputs` is closer to `targets`.
 
     block: its projections are modules with a `weight` (out, in) and no adapter. masks: bool (out, in) by the projection's
     name in the block, True = kept. inputs, targets (n, t, d): the pruned stream and the dense block's output, on any device;
     a batch at a time comes to the block's. arguments: what the model calls the block with besides, for any number of
-    sequences. rows_at_once: sequences of a batch that go through the block together; default all. total: see `Total`; then
-    n and batch_size are shares of this process.
+    sequences. rows_at_once: sequences of a batch that go through the block together; default all. share: of several processes,
+    each of which gives its own n sequences; batch_size is that of all.
 
     Weights in half precision are trained in float32 and rounded after every step for the products. Adam's numbers take 16
     bytes a weight of this block. Errors: ValueError or TypeError naming the argument; FloatingPointError if a weight is not
@@ -62,22 +71,24 @@ def reconstruct_block(
     _checks.number("learning_rate", learning_rate, 0)
     _checks.integer("batch_size", batch_size, 1)
     device = next(block.parameters()).device
-    omega = _weights_of(total(_energy(targets).to(device)))
-    sequences = float(total(torch.tensor(len(inputs), dtype=torch.float64, device=device)))
+    omega = _weights_of(share.total(_energy(targets).to(device)))
+    sequences = int(share.total(torch.tensor(len(inputs), dtype=torch.float64, device=device)))
     weights = _Weights(block, masks)
-    batches = math.ceil(len(inputs) / batch_size)
+    batches = math.ceil(sequences / batch_size)
     steps = epochs * batches
     try:
         for step in range(steps):
-            rows = torch.arange(step % batches, len(inputs), batches)
-            of_batch = float(total(torch.tensor(len(rows), dtype=torch.float64, device=device)))
+            batch = step % batches
+            of_batch = len(range(batch, sequences, batches))
+            # Those of the batch's sequences that are here, by their number here.
+            rows = torch.tensor(range((batch - share.first) % batches, len(inputs), batches), dtype=torch.int64)
             scale = (2 * sequences / of_batch * omega).to(weights.dtype)
-            for part in rows.split(rows_at_once or len(rows)):
+            for part in rows.split(rows_at_once or max(1, len(rows))) if len(rows) else ():
                 hidden, wanted = inputs[part].to(device), targets[part].to(device)
                 with torch.enable_grad():
                     output = block(hidden, **arguments or {})
                 weights.add_gradients(output, wanted, scale)
-            weights.step(learning_rate * (steps - step) / steps, total)
+            weights.step(learning_rate * (steps - step) / steps, share)
         weights.keep()
     finally:
         weights.put_back()
@@ -125,10 +136,10 @@ class _Weights:
             wide.grad = masked if wide.grad is None else wide.grad.add_(masked)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, total: Total) -> None:
+    def step(self, learning_rate: float, share: Share) -> None:
         """One step of Adam by the gradients of all processes, which are forgotten."""
         for wide in self._wide:
-            wide.grad = total(wide.grad) if wide.grad is not None else None
+            wide.grad = share.total(torch.zeros_like(wide) if wide.grad is None else wide.grad)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()

@@ -105,6 +105,13 @@ def share(ids: torch.Tensor, name: str) -> torch.Tensor:
     return ids.tensor_split(processes())[number()]
 
 
+def first_here(count: int) -> int:
+    """Number of this process's first sequence, where it has `count` of those that `share` has spread."""
+    counts = torch.zeros(processes(), dtype=torch.float64)
+    counts[number()] = count
+    return int(total(counts)[: number()].sum())
+
+
 def deal(items: Sequence[T], filler: Callable[[T], T]) -> list[T]:
     """Every N-th item, from this process's number on; all processes get equally many, made up with filler(first item).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ def reconstruct_block(
     inputs: the pruned stream before the block. targets: the dense one behind it. arguments: what the model calls the block
     with, for one sequence. Errors: FloatingPointError naming the block; it is as before then.
     """
-    batch = max(1, config.reconstruct_batch_size // distributed.processes())
+    share = reconstruct.Share(distributed.first_here(len(inputs.hidden)), distributed.total)
+    here = math.ceil(config.reconstruct_batch_size / distributed.processes())
     layers = block_adapters(block, family)
     masks = {name: layer.mask for name, layer in layers.items()}
     with _plain(block, layers) as linears:
@@ -63,14 +65,14 @@ def reconstruct_block(
                 targets.hidden,
                 config.reconstruct_epochs,
                 config.reconstruct_learning_rate,
-                batch,
+                config.reconstruct_batch_size,
                 arguments,
                 rows,
-                distributed.total,
+                share,
             )
 
         try:
-            halving(attempt, batch, "reconstruct_batch_size")
+            halving(attempt, here, "reconstruct_batch_size")
         except FloatingPointError as error:
             raise FloatingPointError(f"block {index}: {error} (now {config.reconstruct_learning_rate:g})") from error
         better = {name: linear.weight.detach() for name, linear in linears.items()}

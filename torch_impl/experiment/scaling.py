@@ -159,7 +159,7 @@ def training_traffic(layout: Layout, config: Config, cards: int, mean_rank: int)
 def calibration_traffic(layout: Layout, config: Config, cards: int) -> dict[str, int]:
     """Bytes that a card receives while one LoSA step measures importance, prunes and measures errors."""
     if cards == 1:
-        return {"weights": 0, "pruned weights": 0, "statistics": 0, "features": 0}
+        return {"weights": 0, "pruned weights": 0, "statistics": 0, "gradients of reconstruction": 0, "features": 0}
     others = cards - 1
     block = sharded_bytes(layout.block, layout.size, cards)
     outside = sharded_bytes(layout.outside, layout.size, cards)
@@ -170,11 +170,18 @@ def calibration_traffic(layout: Layout, config: Config, cards: int) -> dict[str,
     columns = math.ceil(calibration.seqlen * layout.hidden / cards)
     here = math.ceil(samples / cards)
     sums = WIDE * per_block[method] + 2 * 8 * layout.hidden + 8 * samples**2 * rmi
+    options = config.reconstruction
+    reconstructs = options.reconstruct_epochs > 0
+    steps = options.reconstruct_epochs * math.ceil(calibration.nsamples / options.reconstruct_batch_size)
+    entries = sum(out * into for out, into in layout.projections)
+    # Of each block: every step's gradients, and the energy of its channels in float64.
+    trained = layout.blocks * (steps * WIDE * entries + 8 * layout.hidden * reconstructs)
     return {
         # Importance, dense stream, pruned stream; the last two start from one embedding.
-        "weights": ((2 + rmi) * layout.blocks * block + (1 + rmi) * outside) * others,
+        "weights": ((2 + rmi) * layout.blocks * block + (1 + rmi + reconstructs) * outside) * others,
         "pruned weights": layout.blocks * sum(out * into for out, into in layout.projections) * layout.size,
         "statistics": 2 * layout.blocks * sums * others // cards,
+        "gradients of reconstruction": 2 * trained * others // cards,
         "features": layout.blocks * (samples - here) * columns * layout.size * rmi,
     }
 
