@@ -2,114 +2,49 @@
 
 from __future__ import annotations
 
-import ast
-import builtins
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from oracle_tests.test_run import arguments, make_place
-from tiny_models.random_models import byte_tokenizer, random_model
-from torch_impl import generate, losa, pack, run
+from oracle_tests.model_folders import (
+    PLAIN,
+    Tensors,
+    a_head_of_its_own,
+    configure,
+    edit,
+    other,
+    packed,
+    place,
+    read_json,
+    said,
+    save_sparse,
+    single_and_index,
+    sound,
+    split,
+    stale_shards,
+    stored,
+    tied,
+    write,
+)  # fmt: skip
+from oracle_tests.test_run import arguments
+from torch_impl import generate, pack, run
 from torch_impl.engine import checkpoint, checkpoint_files, packed_folder, sharded, skeleton, streaming
 from torch_impl.engine.checkpoint_files import INDEX, SINGLE
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import AdaptedLinear
 from torch_impl.engine.packed_linear import PackedLinear
-from torch_impl.engine.settings import Settings
 from torch_impl.experiment import compare
 
+__all__ = ["place", "sound"]  # fixtures
 CPU = torch.device("cpu")
-Tensors = dict[str, torch.Tensor]
-PLAIN = {
-    "steps": 1,
-    "layer_sparsity": "uniform",
-    "finetune": "false",
-    "eval_windows": 2,
-    "nsamples": 2,
-    "rmi_samples": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text and a model as it should be: biases everywhere, half of the projections sparse."""
-    place = make_place(tmp_path_factory.mktemp("sound"))
-    shutil.rmtree(place / "model")
-    save_sparse(place / "model", attention_bias=True, mlp_bias=True)
-    return place
-
-
-@pytest.fixture
-def place(sound: Path, tmp_path: Path) -> Path:
-    """A copy to be broken."""
-    shutil.copytree(sound, tmp_path / "place")
-    return tmp_path / "place"
-
-
-def save_sparse(folder: Path, family: str = "llama", **options: Any) -> None:
-    model = random_model(family, **options)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("proj.weight") and "v_proj" not in name:
-                parameter[torch.rand(parameter.shape, generator=generator) < 0.7] = 0
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-
-
-def stored(folder: Path) -> Tensors:
-    """What the files that count hold."""
-    files = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).exists() else [SINGLE]
-    files = [SINGLE] if (folder / SINGLE).exists() else files
-    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def write(tensors: Tensors, file: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def edit(model: Path, change: Callable[[Tensors], Any]) -> None:
-    """Change what the one file of a model holds, in place."""
-    tensors = load_file(model / SINGLE)
-    change(tensors)
-    write(tensors, model / SINGLE)
-
-
-def configure(model: Path, **changes: Any) -> None:
-    """Change its config.json; None removes an entry."""
-    content = {**read_json(model / "config.json"), **changes}
-    (model / "config.json").write_text(
-        json.dumps({name: value for name, value in content.items() if value is not None})
-    )
-
-
-def split(model: Path, parts: int = 3) -> None:
-    """The same tensors in several files with an index."""
-    tensors = load_file(model / SINGLE)
-    (model / SINGLE).unlink()
-    of = {name: f"model-{k % parts + 1:05}-of-{parts:05}.safetensors" for k, name in enumerate(sorted(tensors))}
-    for file in set(of.values()):
-        write({name: tensor for name, tensor in tensors.items() if of[name] == file}, model / file)
-    index = {"metadata": {"total_size": 7, "made by": "hand"}, "weight_map": of}
-    (model / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def other(tensors: Tensors) -> Tensors:
-    """Tensors of the same names and shapes that are never the right ones."""
-    return {name: torch.full_like(tensor, 3) for name, tensor in tensors.items()}
 
 
 # --- the same tensors in every reader ---
@@ -155,30 +90,7 @@ def packed_and_unpacked(folder: Path) -> Tensors:
     return in_memory(target)
 
 
-def packed(folder: Path) -> Path:
-    target = folder.parent / "packed"
-    if not target.exists():
-        assert pack.main([str(folder), str(target), "--device", "cpu"]) == 0
-        assert any(entry["packed"] for entry in read_json(target / "packed.json")["tensors"].values())
-    return target
-
-
 READERS = (in_memory, from_files, in_shards, packed_and_loaded, packed_and_unpacked)
-
-
-def stale_shards(model: Path) -> None:
-    """Of an earlier save, which no index names."""
-    split(model)
-    write(other(stored(model)), model / "model-00001-of-00009.safetensors")
-
-
-def single_and_index(model: Path) -> None:
-    """transformers takes the single file."""
-    tensors = load_file(model / SINGLE)
-    split(model)
-    for file in model.glob("model-*"):
-        write(other(load_file(file)), file)
-    write(tensors, model / SINGLE)
 
 
 def one_file_of_an_index(model: Path) -> None:
@@ -191,15 +103,6 @@ def another_file_than_the_index_says(model: Path) -> None:
     index = read_json(model / INDEX)
     index["weight_map"]["model.norm.weight"] = index["weight_map"]["lm_head.weight"]
     (model / INDEX).write_text(json.dumps(index))
-
-
-def a_head_of_its_own(model: Path) -> None:
-    configure(model, tie_word_embeddings=True)
-
-
-def tied(model: Path) -> None:
-    configure(model, tie_word_embeddings=True)
-    edit(model, lambda tensors: tensors.pop("lm_head.weight"))
 
 
 def tied_by_its_head(model: Path) -> None:
@@ -256,56 +159,6 @@ def test_every_reader_finds_what_transformers_finds(place: Path, situation: Call
         for name, tensor in expected.items():
             assert found[name].dtype == dtype, (reader.__name__, name)
             assert torch.equal(found[name], tensor), (reader.__name__, name)
-
-
-MASK = 0o027
-SENTENCEPIECE = b"\x0a\x05<unk>"
-
-
-@pytest.fixture(scope="module")
-def written(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that is ever written of a model, whose head is its own though its configuration ties it."""
-    place = tmp_path_factory.mktemp("written") / "place"
-    shutil.copytree(sound, place)
-    a_head_of_its_own(place / "model")
-    (place / "model" / "tokenizer.model").write_bytes(SENTENCEPIECE)
-    before = os.umask(MASK)
-    try:
-        for offload in ("on", "off"):
-            assert run.main(arguments(place, **PLAIN, offload=offload, output_dir=place / offload)) == 0
-        packed(place / "model")
-        assert pack.main([str(place / "packed"), str(place / "back"), "--unpack"]) == 0
-        model: Any = sharded.load(place / "model", CPU, None)
-        (place / "saved").mkdir()
-        sharded.save(model, find_family(model), place / "saved")
-    finally:
-        assert os.umask(before) == MASK
-    return place
-
-
-def test_what_is_written_says_whether_the_head_is_tied(written: Path, place: Path) -> None:
-    """Others tie what the configuration says, without a look at the files."""
-    for folder in ("on/model", "off/model", "saved"):
-        assert read_json(written / folder / "config.json")["tie_word_embeddings"] is False
-    model: Any = sharded.load(written / "model", CPU, None)
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    tied(place / "model")
-    for loaded in (sharded.load(place / "model", CPU, None), checkpoint.load(str(place / "model"), CPU, "auto")[0]):
-        assert loaded.config.tie_word_embeddings is True
-        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
-def test_files_have_the_mode_that_the_umask_says(written: Path) -> None:
-    files = [path for name in ("on", "off", "packed", "back", "saved") for path in (written / name).rglob("*")]
-    assert len([path for path in files if path.suffix == ".safetensors"]) == 4 + 4
-    for path in files:
-        if path.is_file():
-            assert path.stat().st_mode & 0o777 == 0o666 & ~MASK, path
-
-
-def test_the_sentencepiece_file_is_kept(written: Path) -> None:
-    for folder in ("on/model", "off/model", "packed", "back"):
-        assert (written / folder / "tokenizer.model").read_bytes() == SENTENCEPIECE
 
 
 @pytest.mark.parametrize("family", ["qwen2", "opt"])
@@ -480,15 +333,6 @@ REFUSED: dict[str, tuple[Breaks, str]] = {
 }
 
 
-def said(capsys: pytest.CaptureFixture[str], status: int) -> str:
-    """The one line of a refusal."""
-    shown = capsys.readouterr()
-    [line] = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert status == 2, line
-    assert "perplexity" not in shown.out
-    return line
-
-
 @pytest.mark.parametrize("fault", REFUSED)
 def test_every_command_refuses_in_the_same_words(place: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     breaks, words = REFUSED[fault]
@@ -526,269 +370,8 @@ def test_names_are_shortened_and_counted() -> None:
     assert few(["x" * 500]) == "x" * 100 + "…"
 
 
-# --- numbers that are none ---
-
-KINDS = (
-    "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight",
-    "model.layers.2.self_attn.q_proj.bias", "model.layers.2.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf], ids=str)
-@pytest.mark.parametrize("name", KINDS)
-def test_nothing_but_numbers_is_read(place: Path, name: str, value: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wherever it is: before pruning, by every command."""
-    packed(place / "model")
-    capsys.readouterr()
-
-    def breaks(tensors: Tensors) -> None:
-        tensors[name].view(-1)[-1] = value
-
-    edit(place / "model", breaks)
-    options = arguments(place, **PLAIN)
-    lines = [said(capsys, run.main([*options, "--offload", offload])) for offload in ("on", "off")]
-    lines.append(said(capsys, pack.main([str(place / "model"), str(place / "new"), "--device", "cpu"])))
-    lines.append(said(capsys, generate.main([str(place / "model"), "--prompt", "x", "--device", "cpu"])))
-    with pytest.raises(ValueError, match=name):
-        sharded.load(place / "model", CPU, None)
-    file = place / "packed" / "packed-00001-of-00001.safetensors"
-    tensors = load_file(file)
-    tensors[f"{name}.values" if f"{name}.values" in tensors else name].view(-1)[-1] = value
-    write(tensors, file)
-    lines.append(said(capsys, generate.main([str(place / "packed"), "--prompt", "x", "--device", "cpu"])))
-    for line in lines:
-        assert f"{name} holds NaN or infinity (1 of " in line
-        assert "learning_rate" not in line
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_algorithm_1_takes_nothing_but_numbers(name: str) -> None:
-    """Whoever calls it."""
-    model = random_model("llama", attention_bias=True)
-    losa.check_model(model, Settings())
-    with torch.no_grad():
-        model.get_parameter(name).view(-1)[-1] = torch.inf
-    with pytest.raises(ValueError, match=f"^{name} holds NaN or infinity"):
-        losa.check_model(model, Settings())
-
-
-def test_what_float16_cannot_hold_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit(place / "model", lambda tensors: tensors[KEY].view(-1)[:2].copy_(torch.tensor([65504.0, -65504.0])))
-    checkpoint.load(str(place / "model"), CPU, "float16")
-    edit(place / "model", lambda tensors: tensors[KEY].view(-1)[:1].fill_(1e6))
-    packed(place / "model")
-    for folder in ("model", "packed"):
-        found = generate.main([str(place / folder), "--prompt", "x", "--device", "cpu", "--dtype", "float16"])
-        line = said(capsys, found)
-        assert f"{KEY} holds NaN or infinity (1 of " in line
-        assert "; try --dtype bfloat16, or another checkpoint" in line
-
-
-# --- as stored ---
-
-
-@pytest.mark.parametrize("named", [None, "float64"])
-def test_as_stored_is_what_the_weights_are(place: Path, named: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where config.json names no dtype; plain and packed, generated and planned."""
-    edit(place / "model", lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
-    configure(place / "model", dtype=named)
-    packed(place / "model")
-    expected = named or "bfloat16"
-    for folder in ("model", "packed"):
-        capsys.readouterr()
-        options = ["--prompt", "def", "--max_new_tokens", "2", "--device", "cpu"]
-        assert generate.main([str(place / folder), *options]) == 0
-        assert f" MB, {expected};" in capsys.readouterr().err
-    assert checkpoint.outline(str(place / "model"), torch.device("cuda"), "auto").dtype == getattr(torch, expected)
-    assert checkpoint.outline(str(place / "model"), CPU, "auto").dtype == torch.float32
-
-
-# --- code that comes with a model ---
-
-
-@pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where transformers keeps such code; and nobody is asked anything."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked on standard input"))
-    return folder
-
-
-def with_code(model: Path) -> None:
-    """The same LLaMA by another name, and a file of code that nothing but the other imports."""
-    (model / "configuration_ours.py").write_text(
-        "from transformers import LlamaConfig\n\n\nclass OursConfig(LlamaConfig):\n    model_type = 'ours'\n"
-    )
-    (model / "modeling_ours.py").write_text(
-        "from transformers import LlamaForCausalLM\n\nfrom .configuration_ours import OursConfig\n\n\n"
-        "class OursForCausalLM(LlamaForCausalLM):\n    config_class = OursConfig\n"
-    )
-    configure(
-        model,
-        model_type="ours",
-        architectures=["OursForCausalLM"],
-        auto_map={
-            "AutoConfig": "configuration_ours.OursConfig",
-            "AutoModelForCausalLM": "modeling_ours.OursForCausalLM",
-        },
-    )
-
-
-def test_a_model_with_code_of_its_own(place: Path, modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_code(place / "model")
-    code = {path.name: path.read_bytes() for path in (place / "model").glob("*.py")}
-    trust = {"trust_remote_code": "true"}
-    assert run.main([*arguments(place, **PLAIN, **trust), "--dry_run"]) == 0
-    for offload in ("on", "off"):
-        assert run.main(arguments(place, **PLAIN, **trust, offload=offload, output_dir=place / offload)) == 0
-        assert {path.name: path.read_bytes() for path in (place / offload / "model").glob("*.py")} == code
-        assert read_json(place / offload / "model" / "config.json")["auto_map"]["AutoConfig"].startswith("conf")
-    pairs = (load_file(place / offload / "model" / SINGLE) for offload in ("on", "off"))
-    one, two = pairs
-    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
-    assert pack.main([str(place / "on" / "model"), str(place / "packed"), "--trust_remote_code"]) == 0
-    assert {path.name: path.read_bytes() for path in (place / "packed").glob("*.py")} == code
-    assert pack.main([str(place / "packed"), str(place / "back"), "--unpack"]) == 0
-    texts = set()
-    for folder in (place / "off" / "model", place / "packed", place / "back"):
-        capsys.readouterr()
-        options = ["--prompt", "def", "--max_new_tokens", "4", "--device", "cpu", "--trust_remote_code", "true"]
-        assert generate.main([str(folder), *options]) == 0
-        texts.add(capsys.readouterr().out)
-    assert len(texts) == 1
-    model: Any = sharded.load(place / "model", CPU, None, trust_remote_code=True)
-    assert type(model).__name__ == "OursForCausalLM"
-
-
-def test_code_is_run_only_if_told_so(place: Path, modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_code(place / "model")
-    target = place / "packed"
-    assert pack.main([str(place / "model"), str(target), "--device", "cpu", "--trust_remote_code"]) == 0
-    capsys.readouterr()
-    options = arguments(place, **PLAIN)
-    lines = [said(capsys, run.main([*options, "--offload", offload])) for offload in ("on", "off")]
-    lines.append(said(capsys, run.main([*options, "--dry_run"])))
-    lines.append(said(capsys, pack.main([str(place / "model"), str(place / "new"), "--device", "cpu"])))
-    lines += [said(capsys, generate.main([str(place / f), "--prompt", "x"])) for f in ("model", "packed")]
-    for line in lines:
-        assert "needs the code that comes with it; --trust_remote_code true runs it" in line
-    assert not (place / "new").exists()
-
-
-def calls(path: Path) -> Iterator[ast.Call]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            yield node
-
-
-def test_every_place_that_loads_says_whether_code_is_trusted() -> None:
-    """Else transformers asks on standard input."""
-    found = 0
-    for path in Path(run.__file__).parent.rglob("*.py"):
-        for call in calls(path):
-            assert isinstance(call.func, ast.Attribute)
-            what = getattr(call.func.value, "id", "")
-            if call.func.attr in ("from_pretrained", "from_config") and what.startswith("Auto"):
-                assert "trust_remote_code" in {word.arg for word in call.keywords}, f"{path}, line {call.lineno}"
-                found += 1
-    assert found >= 4
-
-
-# --- tokenizers ---
-
-
-@pytest.mark.parametrize(
-    ("installed", "advice"),
-    [
-        ((), "install sentencepiece and protobuf to read it"),
-        (("sentencepiece",), "install protobuf to read it"),
-        (("sentencepiece", "google.protobuf"), "it is corrupt; download it again"),
-    ],
-)
-def test_a_sentencepiece_file_takes_its_packages(
-    place: Path,
-    installed: tuple[str, ...],
-    advice: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = place / "model"
-    packed(model)
-    for folder in (model, place / "packed"):
-        (folder / "tokenizer.json").unlink()
-        (folder / "tokenizer.model").write_bytes(b"no protobuf message")
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}')
-    monkeypatch.setattr(checkpoint, "_importable", lambda module: module in installed)
-    capsys.readouterr()
-    options = arguments(place, **PLAIN)
-    lines = [said(capsys, run.main([*options, "--offload", offload])) for offload in ("on", "off")]
-    lines += [said(capsys, generate.main([str(place / f), "--prompt", "x"])) for f in ("model", "packed")]
-    for line in lines:
-        assert f"its tokenizer is a SentencePiece file, tokenizer.model; {advice}" in line
-        assert "tiktoken" not in line
-
-
-# --- hubs ---
-
-
-class Hub:
-    """Stands in for huggingface_hub: gives the files of a folder that match, and keeps their names."""
-
-    def __init__(self, source: Path, cache: Path) -> None:
-        self.source, self.cache = source, cache
-        self.given: set[str] = set()
-
-    def __call__(self, name: str, allow_patterns: list[str]) -> str:
-        assert name == "some/model"
-        self.cache.mkdir(exist_ok=True)
-        for path in self.source.iterdir():
-            if any(path.match(pattern) for pattern in allow_patterns):
-                shutil.copyfile(path, self.cache / path.name)
-                self.given.add(path.name)
-        return str(self.cache)
-
-
-@pytest.mark.parametrize("situation", [stale_shards, single_and_index])
-def test_of_a_hub_s_model_what_counts_is_downloaded(
-    place: Path, situation: Breaks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And used by its name all the way, from configuration to tokenizer.model."""
-    monkeypatch.chdir(place)
-    model = place / "model"
-    situation(model)
-    (model / "tokenizer.model").write_bytes(b"kept")
-    write({"a": torch.ones(1)}, model / "consolidated.safetensors")
-    hub = Hub(model, place / "cache")
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", hub)
-    assert run.main([*arguments(place, **PLAIN, model="some/model"), "--dry_run"]) == 0
-    assert not any(name.endswith(".safetensors") for name in hub.given)
-    offload = "on" if situation is stale_shards else "off"
-    assert run.main(arguments(place, **PLAIN, model="some/model", offload=offload)) == 0
-    assert (place / "out" / "model" / "tokenizer.model").exists()
-    assert read_json(place / "out" / "environment.json")["model_sha256"] == checkpoint.weights_hash(model)
-    shards = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
-    downloaded = {name for name in hub.given if name.endswith(".safetensors")}
-    assert downloaded == ({SINGLE} if situation is single_and_index else shards)
-
-
-def test_a_hub_that_does_not_answer_is_one_line(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def silent(*_: Any, **__: Any) -> str:
-        raise ConnectionError("no\nnetwork")
-
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", silent)
-    line = said(capsys, run.main(arguments(place, **PLAIN, model="some/model")))
-    assert line == "error: model some/model cannot be downloaded: no network"
-
-
 def test_a_parameter_that_may_be_missing_is_not_made_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would draw it at random where its class lets it be missing."""
-    from transformers import LlamaForCausalLM
-
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"model\.norm"])
     edit(place / "model", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
@@ -796,8 +379,6 @@ def test_a_parameter_that_may_be_missing_is_not_made_up(place: Path, monkeypatch
 
 
 def test_what_a_class_ignores_may_lie_beside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaForCausalLM
-
     edit(place / "model", lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(3)}))
     with pytest.raises(ValueError, match=r"no place for 1 of its tensors \(mtp\.norm\.weight\)"):
         skeleton.describe(place / "model")

@@ -176,6 +176,8 @@ def test_training_writes_a_folder_that_loads(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["train", *options.split()])
     train.main()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "the weights are as readable as the rest"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer(lines("é"))["input_ids"]) == lines("é")
     assert model.num_parameters() == 1_738_880

@@ -82,6 +82,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """Write a Hugging Face folder that older releases of transformers read too."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # safetensors leaves its file to its owner alone.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     settings = folder / "tokenizer_config.json"
     renamed = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.write_text(json.dumps(renamed, indent=2) + "\n")
