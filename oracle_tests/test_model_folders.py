@@ -346,6 +346,18 @@ def test_of_a_hub_s_model_what_counts_is_downloaded(
     assert downloaded == ({SINGLE} if situation is single_and_index else shards)
 
 
+def test_what_a_hub_s_configuration_shows_is_refused_without_its_weights(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    configure(place / "model", quantization_config={"quant_method": "gptq"})
+    hub = Hub(place / "model", place / "cache")
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", hub)
+    line = said(capsys, run.main([*arguments(place, **PLAIN, model="some/model"), "--dry_run"]))
+    assert "quantised (quantization_config in config.json: gptq)" in line
+    assert SINGLE not in hub.given
+
+
 def test_a_hub_that_does_not_answer_is_one_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
