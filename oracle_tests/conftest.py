@@ -12,6 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, so that each of them, and what it starts, computes in one thread; before torch is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# Errors are one line here, whatever whoever runs the tests is after.
+os.environ.pop("LOSA_TRACEBACK", None)
+
 import torch
 
 if not torch.cuda.is_available():

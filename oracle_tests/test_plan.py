@@ -280,7 +280,7 @@ def test_a_plan(tmp_path: Path, free: dict[str, int], monkeypatch: pytest.Monkey
     options = {
         **SMALL,
         "rmi_samples": 3,
-        "calibration_data": "some.txt",
+        "calibration_data": "alpaca-gpt4",
         "finetune_data": "c4",
         "eval_data": "wikitext2",
     }
@@ -298,7 +298,7 @@ def test_a_plan(tmp_path: Path, free: dict[str, int], monkeypatch: pytest.Monkey
         # 0.7 (1 − (1 − t/2)³)
         "sparsity after each step": [0.6125, 0.7],
         "mean rank of each step": [6, 7],
-        "calibration": "4 × 2 tokens of some.txt",
+        "calibration": "4 × 2 tokens of alpaca-gpt4",
         "fine-tuning": "8 × 2 tokens of c4, shares [0.1, 0.9], 2 optimizer steps",
         "evaluation": "windows of 2 tokens of wikitext2",
         "weights": "in memory",

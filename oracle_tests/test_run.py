@@ -173,7 +173,7 @@ BAD = [
     ({"steps": 30}, ["steps", "max_rank"]),
     ({"seqlen": 100000}, ["100000", "token"]),
     ({"eval_seqlen": 100000}, ["100000", "token"]),
-    ({"calibration_data": "nothing.txt"}, ["nothing.txt", "allowed"]),
+    ({"calibration_data": "nothing.txt"}, ["calibration_data", "nothing.txt", "does not exist"]),
     ({"device": "cuda:7"}, ["cuda:7", "allowed"]),
     ({"device": "abacus"}, ["abacus", "allowed"]),
     ({"dtype": "int8"}, ["int8", "allowed"]),

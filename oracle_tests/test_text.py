@@ -268,10 +268,11 @@ def test_bad_files_are_named_in_one_line(name: str, content: str | bytes, messag
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("nowhere/a.txt", FileNotFoundError, "source = 'nowhere/a.txt' does not exist; allowed: an existing"),
+        ("nowhere/a.txt", FileNotFoundError, "source is 'nowhere/a.txt', which does not exist; name an existing"),
         ("missing.jsonl", FileNotFoundError, "does not exist"),
-        ("wikitext", ValueError, "source = 'wikitext'; allowed: stdlib, a file .*c4, wikitext2, alpaca-gpt4, hf:"),
-        ("", ValueError, "source = ''; allowed"),
+        ("wikitext", ValueError, "source is 'wikitext'; allowed: stdlib, a file .*c4, wikitext2, alpaca-gpt4, hf:"),
+        ("wikitext", ValueError, r"; did you mean wikitext2\?$"),
+        ("", ValueError, "source is ''; allowed"),
         ("hf:", ValueError, r"allowed: hf:repo\[:config\]\[:split\]"),
         ("hf:a/b:c:d:e", ValueError, r"allowed: hf:repo\[:config\]\[:split\]"),
     ],

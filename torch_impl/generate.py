@@ -14,14 +14,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 
 from torch_impl._checks import MOST
 from torch_impl.engine import checkpoint, decoding, packed_folder
+from torch_impl.engine.families import position_limit
+from torch_impl.experiment import needs
 from torch_impl.experiment.command import Parser, command
 
 # New tokens from which compiling, some seconds, is soon made up for.
 WORTH_COMPILING = 256
+# What a model's generation_config.json may ask for beside what this command has options for.
+NOT_USED = (
+    "num_beams", "num_beam_groups", "penalty_alpha", "repetition_penalty", "encoder_repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "min_length", "min_new_tokens", "guidance_scale",
+    "num_return_sequences", "constraints", "prompt_lookup_num_tokens", "watermarking_config", "dola_layers",
+)  # fmt: skip
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
@@ -81,6 +97,63 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     return checkpoint.load(options.model, device, dtype, options.trust_remote_code)
 
 
+def _prompt_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> torch.Tensor:
+    """Token ids (1, n) of the prompt.
+
+    Errors: ValueError if there are none, the model does not know one, or with the new ones they are more than it can take.
+    """
+    ids: torch.Tensor = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
+    given = ids.shape[1]
+    if not given:
+        raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
+    needs.check_tokens(model, tokenizer, ids)
+    limit, whole = position_limit(model), given + options.max_new_tokens
+    if limit is not None and whole > limit:
+        room = f"take --max_new_tokens {limit - given} or fewer" if given < limit else "take a shorter prompt"
+        raise ValueError(
+            f"prompt is {given} tokens long and max_new_tokens is {options.max_new_tokens}; this model has {limit} learned "
+            f"positions, so {room}"
+        )
+    trained = getattr(model.config, "max_position_embeddings", None)
+    if trained and whole > trained:
+        print(f"note: this model was trained on up to {trained} tokens and may do worse beyond them", file=sys.stderr)
+    return ids.to(model.device)
+
+
+def _settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace, fixed: bool
+) -> tuple[GenerationConfig, StoppingCriteriaList]:
+    """What the command line says, and from the model's own settings what ends a text; fixed: a cache of one size.
+
+    Errors: ValueError naming the field of generation_config.json that cannot be used.
+    """
+    theirs: Any = model.generation_config or GenerationConfig()
+    ends, stops = theirs.eos_token_id, theirs.stop_strings
+    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]) if token is not None):
+        raise ValueError(f"model {options.model}: generation_config.json has eos_token_id {ends!r}; allowed: token ids")
+    stops = stops if isinstance(stops, list | None) else [stops]
+    if not all(isinstance(text, str) and text for text in stops or ()):
+        raise ValueError(f"model {options.model}: generation_config.json has stop_strings {stops!r}; allowed: texts")
+    unused = [f"{name} {value!r}" for name, value in sorted(theirs.to_diff_dict().items()) if name in NOT_USED]
+    if unused:
+        print(f"note: not used of generation_config.json: {', '.join(unused)}", file=sys.stderr)
+    draws = options.temperature > 0
+    settings = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=draws,
+        **({"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if draws else {}),
+        num_beams=1,
+        use_cache=True,
+        cache_implementation="static" if fixed else None,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    return settings, StoppingCriteriaList([StopStringCriteria(tokenizer, stops)] if stops else [])
+
+
 # Not inference_mode, whose tensors do not tell whether they were written to: `PackedGroup.share` asks them.
 @torch.no_grad()
 def generate(
@@ -88,26 +161,27 @@ def generate(
 ) -> tuple[torch.Tensor, list[float]]:
     """New token ids (n,) and when the prompt and each of them were there, seconds; text goes to standard output."""
     streamer = _TimedStreamer(tokenizer)
-    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
-    settings: dict[str, Any] = {"do_sample": options.temperature > 0}
-    if options.temperature > 0:
-        settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    inputs = _prompt_ids(model, tokenizer, options)
     worth = model.device.type == "cuda" and options.max_new_tokens >= WORTH_COMPILING
     fuse = options.compile == "on" or (options.compile == "auto" and worth)
-    if fuse or model.device.type == "cuda":
-        # Every token has the same shapes, so one graph or one compiled block serves them all.
-        settings |= {"cache_implementation": "static"}
+    # On a GPU every token has the same shapes, so one graph or one compiled block serves them all. Whatever is not set
+    # here, transformers would take from the model's own settings, so these are in their place.
+    fixed = fuse or model.device.type == "cuda"
+    model.generation_config, criteria = _settings(model, tokenizer, options, fixed)
     torch.manual_seed(options.seed)
-    given = inputs["input_ids"].shape[1]
-    ids: torch.Tensor = model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=options.max_new_tokens,
-        custom_generate=functools.partial(decoding.decode, streamer=streamer, fuse=fuse),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        **settings,
-    )
-    return ids[0, given:].cpu(), streamer.times
+    try:
+        ids: torch.Tensor = model.generate(  # type: ignore[operator]
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            custom_generate=functools.partial(decoding.decode, streamer=streamer, fuse=fuse),
+            stopping_criteria=criteria,
+        )
+    except BaseException:
+        if len(streamer.times) > 1:
+            # What went wrong stands on a line of its own.
+            print(file=sys.stderr)
+        raise
+    return ids[0, inputs.shape[1] :].cpu(), streamer.times
 
 
 def _rate(times: Sequence[float]) -> str:
@@ -147,10 +221,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     _check(options)
     model, tokenizer = _load(options)
-    given = len(tokenizer(options.prompt)["input_ids"])
-    if not given:
-        raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
     _, times = generate(model, tokenizer, options)
+    given = len(tokenizer(options.prompt)["input_ids"])
     print(f"\n{_summary(model, given, times)}", file=sys.stderr)
 
 

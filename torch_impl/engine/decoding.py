@@ -115,6 +115,7 @@ def decode(
 ) -> torch.Tensor:
     """The loop of `model.generate(..., custom_generate=decode)` for prompts (b, n) without padding: prompt and new ids.
 
+    A row that has ended is padded until all have.
     Draws what `generate` itself would draw from the same logits. fuse: by compiled blocks, whose sums may round differently.
 
     Errors: finite.NotFiniteError, before anything is drawn from logits that are not finite.
@@ -122,6 +123,7 @@ def decode(
     streamer.put(input_ids.cpu())
     following = NextToken(model, past_key_values, len(input_ids), fuse=fuse)
     ids = input_ids
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     logits = model(input_ids=ids, past_key_values=past_key_values, use_cache=True, logits_to_keep=1).logits[:, -1]
     while True:
         # NaN and infinity reach the largest; a model may rule tokens out by minus infinity.
@@ -130,9 +132,14 @@ def decode(
         scores = logits_processor(ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
         draws = generation_config.do_sample
         token = torch.multinomial(scores.softmax(-1), 1) if draws else scores.argmax(-1, keepdim=True)
+        if len(ids) > 1:
+            padding: Any = generation_config._pad_token_tensor
+            token = torch.where(ended[:, None], padding, token)
         ids = torch.cat([ids, token], 1)
         streamer.put(token.flatten().cpu())
-        if bool(stopping_criteria(ids, scores).all()):
+        # A criterion looks at the last token alone.
+        ended |= stopping_criteria(ids, scores)  # type: ignore[arg-type]
+        if bool(ended.all()):
             streamer.end()
             return ids
         logits = following(token)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,15 @@ def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that a sequence may have at most where positions are learned; None where they are computed, as rotary ones."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    # An embedding with a row for each position, and for a few that stand before the first, as OPT has two.
+    learned = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return positions if positions and any(positions <= rows <= positions + 8 for rows in learned) else None
 
 
 def prunable_weights(model: nn.Module, family: Family) -> list[int]:

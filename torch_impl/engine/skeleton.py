@@ -12,6 +12,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from torch_impl.engine.checkpoint_files import Entries, dtype_of, few, find
 
@@ -64,6 +66,8 @@ def lay_out(
     stored = dtype_of(folder, entries)
     model = skeleton(folder, trust_remote_code, dtype, stored)
     names, unplaced = _names(folder, model, entries)
+    stored_apart, merged = _merged_on_loading(model)
+    unplaced = {key for key in unplaced if not stored_apart.search(key)}
     left_over = frozenset(key for key in unplaced if _known_left_over(model, key))
     _refuse_quantised(folder, model, entries, names, unplaced - left_over)
     _refuse_unplaced(folder, unplaced - left_over)
@@ -72,7 +76,7 @@ def lay_out(
     missing = [
         name
         for name, tensor in model.state_dict().items()
-        if name not in names and (tensor.is_meta or not _may_be_missing(model, name))
+        if name not in names and (tensor.is_meta or not _may_be_missing(model, name)) and not merged.search(name)
     ]
     if missing:
         raise ValueError(
@@ -93,13 +97,13 @@ def skeleton(
 
     Parameters are on the meta device; buffers, such as rotary frequencies, are computed. Errors: ValueError, one line.
     """
-    with as_one_line(folder, "a causal language model that transformers knows"), init_empty_weights(False):
+    with as_one_line(folder, "the causal language model that its config.json describes"), init_empty_weights(False):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=dtype or config.dtype or stored
         )
     if (folder / "generation_config.json").is_file():
-        with as_one_line(folder, "generation settings that transformers can read"):
+        with as_one_line(folder, "a model with its generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
@@ -113,6 +117,8 @@ def as_one_line(folder: Path, what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # transformers raises a dozen kinds, tokenizers panics
         said = " ".join(str(error).split())
+        if isinstance(error, KeyError):
+            said = f"it knows no {said}"
         if "trust_remote_code" in said:
             advice = "--trust_remote_code true runs it, only for sources that you trust"
             raise ValueError(f"model {folder} needs the code that comes with it; {advice}") from error
@@ -152,6 +158,18 @@ def _names(folder: Path, model: PreTrainedModel, entries: Entries) -> tuple[dict
 
 def _known_left_over(model: PreTrainedModel, key: str) -> bool:
     return any(re.search(pattern, key) for pattern in (*LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())))
+
+
+def _merged_on_loading(model: PreTrainedModel) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the stored names that transformers makes one tensor of, as those of experts, and of that tensor's names."""
+    found = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+
+    def ends(patterns: Iterable[str]) -> re.Pattern[str]:
+        return re.compile(
+            "|".join(rf"(^|\.){re.escape(p).replace(re.escape('*'), '[0-9]+')}$" for p in patterns) or "(?!)"
+        )
+
+    return ends(p for e in found for p in e.source_patterns), ends(p for e in found for p in e.target_patterns)
 
 
 def _may_be_missing(model: PreTrainedModel, name: str) -> bool:

@@ -27,6 +27,7 @@ import torch
 from torch_impl import losa
 from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import merge_adapters
+from torch_impl.experiment import plan
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     names = list(dict.fromkeys(own.variants))
     seeds = list(dict.fromkeys(own.seeds))
     for name in names:
-        _ = variant_config(config, name, own.learning_rates[0], seeds[0]).settings
+        plan.check(variant_config(config, name, own.learning_rates[0], seeds[0]))
     materials = {
         seed: load_material(dataclasses.replace(config, output=dataclasses.replace(config.output, seed=seed)))
         for seed in seeds

@@ -56,6 +56,8 @@ def load_material(config: Config) -> Material:
 
 def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
     """All that a run of this model reads. Errors: as for `load_material`."""
+    needs.check_lengths(model, config)
+    needs.warn_of_lengths(model, config)
     options, calibration, seed = config.text, config.calibration, config.output.seed
     finetune = options.finetune_data if config.training.finetune else None
     texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
@@ -72,6 +74,7 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
     measured = windows.evaluation_windows(
         texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
     )
+    needs.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
     facts = {
         **texts.facts,
         "first_windows_only": limit is not None and len(measured) > limit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl.engine import distributed
-from torch_impl.engine.families import Family, decoder_blocks, prunable_weights, weight_of
+from torch_impl.engine.families import Family, decoder_blocks, position_limit, prunable_weights, weight_of
 from torch_impl.experiment.config import Config
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 REPORT_BYTES = 2**20
@@ -65,6 +69,39 @@ def memory(model: nn.Module, family: Family, config: Config, size: int) -> dict[
         "streams of hidden states and copies": 2 * tokens * int(hidden) * size,
         "adapters and optimizer": adapters,
     }
+
+
+def check_lengths(model: PreTrainedModel, config: Config) -> None:
+    """Errors: ValueError naming the options that ask for longer sequences than the model has positions for."""
+    limit = position_limit(model)
+    if limit is not None and (beyond := _beyond(config, limit)):
+        raise ValueError(f"{beyond}; this model has {limit} learned positions, so take {limit} tokens or fewer")
+
+
+def warn_of_lengths(model: PreTrainedModel, config: Config) -> None:
+    """Log, once, which options ask for longer sequences than a model of computed positions was trained on."""
+    trained = getattr(model.config, "max_position_embeddings", None)
+    if trained and distributed.leads() and (beyond := _beyond(config, trained)):
+        logger.warning("%s; this model was trained on sequences of up to %d tokens and may do worse", beyond, trained)
+
+
+def _beyond(config: Config, limit: int) -> str:
+    """The options of lengths above `limit`, and their values."""
+    lengths = {"seqlen": config.calibration.seqlen, "eval_seqlen": config.text.eval_seqlen}
+    if config.training.finetune:
+        lengths["train_seqlen"] = config.text.train_seqlen
+    return ", ".join(f"{name} is {length}" for name, length in lengths.items() if length > limit)
+
+
+def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *ids: torch.Tensor) -> None:
+    """Errors: ValueError if the tokenizer has made a token that the model does not know."""
+    rows, largest = len(model.get_input_embeddings().weight), max(int(part.max()) for part in ids)  # type: ignore[arg-type]
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"the tokenizer makes token {largest}, {token!r}, of the text, and the model knows {rows}; "
+            "use the tokenizer that belongs to this model"
+        )
 
 
 def check(model: nn.Module, family: Family, config: Config, folder: Path) -> None:

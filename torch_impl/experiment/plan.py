@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from torch_impl import schedule
+from torch_impl import losa, schedule
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoint import choose_device, outline
 from torch_impl.engine.families import find_family
@@ -16,15 +16,30 @@ from torch_impl.engine.memory import Sizes
 from torch_impl.experiment import needs, scaling
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.footprint import footprint
+from torch_impl.experiment.text.sources import check_source
 
 GIB = 2**30
 
 
 def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
-    """The model without weights in the dtype of the run, where it will be, and its sizes."""
-    device, options = choose_device(config.model.device), config.model
+    """The model without weights in the dtype of the run, where it will be, and its sizes.
+
+    Errors: ValueError or FileNotFoundError for what can be seen without its weights: model, options, names of texts.
+    """
+    device, options, text = choose_device(config.model.device), config.model, config.text
     model = outline(options.model, device, options.dtype, options.trust_remote_code)
-    return model, device, Sizes.of(model, find_family(model), model.dtype)
+    family = losa.check_structure(model, config.settings)
+    needs.check_lengths(model, config)
+    check_source(text.calibration_data, "calibration_data")
+    check_source(text.eval_data, "eval_data")
+    if config.training.finetune:
+        check_source(text.finetune_data, "finetune_data")
+    return model, device, Sizes.of(model, family, model.dtype)
+
+
+def check(config: Config) -> None:
+    """Errors: what `streams` would raise, before any weight is loaded."""
+    _described(config)
 
 
 def streams(config: Config) -> bool:
@@ -33,9 +48,9 @@ def streams(config: Config) -> bool:
         raise ValueError(
             "offload is 'on'; allowed with several processes: auto or off, each holds its rows of the weights"
         )
+    _, device, sizes = _described(config)
     if distributed.launched() > 1 or not config.plain or config.model.offload != "auto":
         return config.model.offload == "on"
-    _, device, sizes = _described(config)
     return footprint(config, sizes, device).streamed
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from tiny_models import corpus
+from torch_impl.experiment.command import closest
 from torch_impl.experiment.text.documents import Document, unix_newlines
 from torch_impl.experiment.text.files import KINDS, one_line, read_path
 from torch_impl.experiment.text.records import from_records
@@ -51,32 +52,42 @@ class Found:
     part: str
 
 
-def load_documents(source: str, purpose: Purpose = "train") -> Found:
+def check_source(source: str, option: str = "source") -> None:
+    """Errors: FileNotFoundError or ValueError, naming the option, for a source that cannot be one; of the hub's, its form."""
+    if source == "stdlib" or source in HUB or (source and Path(source).exists()):
+        return
+    if source.startswith("hf:"):
+        if source.count(":") > 3 or not _parse_hub(source).repo:
+            raise ValueError(f"{option} is {source!r}; allowed: hf:repo[:config][:split]")
+    elif "/" in source or source.endswith(KINDS):
+        raise FileNotFoundError(f"{option} is {source!r}, which does not exist; name an existing file or folder")
+    else:
+        raise ValueError(
+            f"{option} is {source!r}; allowed: stdlib, a file ({', '.join(KINDS)}), a folder of such files, "
+            f"{', '.join(HUB)}, hf:repo[:config][:split]{closest(source, HUB)}"
+        )
+
+
+def load_documents(source: str, purpose: Purpose = "train", option: str = "source") -> Found:
     """The documents of a source to train on or to measure; different ones only where the source brings a split for it.
 
     source: see the module's docstring. Files: .txt (documents split at lines `<|endoftext|>`, otherwise one document),
     .raw (WikiText's raw form: one document, its rows joined by an empty line), .jsonl, .json and .parquet of records
     (see records.py); .gz of the two JSON kinds. A folder stands for its files of these kinds in the order of their
-    names. Blank documents are left out.
+    names. Blank documents are left out. option: what messages call the source.
 
     Errors: FileNotFoundError if a path or a data set cannot be had; ValueError for an unknown source, unreadable text
     (naming file and line), or no text.
     """
+    check_source(source, option)
     if source == "stdlib":
         found = Found(list(_stdlib(purpose)), ALL if purpose == "train" else HELD_OUT)
-    elif source and Path(source).exists():
+    elif Path(source).exists():
         found = Found(read_path(Path(source)), ALL)
-    elif source in HUB or source.startswith("hf:"):
-        found = _load_hub(source, purpose)
-    elif "/" in source or source.endswith(KINDS):
-        raise FileNotFoundError(f"source = {source!r} does not exist; allowed: an existing file or folder")
     else:
-        raise ValueError(
-            f"source = {source!r}; allowed: stdlib, a file ({', '.join(KINDS)}), a folder of such files, "
-            f"{', '.join(HUB)}, hf:repo[:config][:split]"
-        )
+        found = _load_hub(source, purpose, option)
     if not found.documents:
-        raise ValueError(f"source = {source!r} holds no text; allowed: at least one document")
+        raise ValueError(f"{option} is {source!r}, which holds no text; allowed: at least one document")
     return found
 
 
@@ -87,21 +98,19 @@ def _stdlib(purpose: Purpose) -> tuple[Document, ...]:
     return tuple(Document(unix_newlines(text)) for _, text in found)
 
 
-def _load_hub(source: str, purpose: Purpose) -> Found:
+def _load_hub(source: str, purpose: Purpose, option: str) -> Found:
     place = HUB.get(source) or _parse_hub(source)
     if purpose == "train" or place.heldout is None:
-        return Found(_read_hub(source, place, place.train), ALL)
-    return Found(_read_hub(source, place, place.heldout), f"{place.heldout} split")
+        return Found(_read_hub(source, place, place.train, option), ALL)
+    return Found(_read_hub(source, place, place.heldout, option), f"{place.heldout} split")
 
 
 def _parse_hub(source: str) -> HubSource:
     repo, config, split = (*source.removeprefix("hf:").split(":"), "", "")[:3]
-    if not repo or source.count(":") > 3:
-        raise ValueError(f"source = {source!r}; allowed: hf:repo[:config][:split]")
     return HubSource(repo, config or None, split or "train")
 
 
-def _read_hub(source: str, place: HubSource, split: str) -> list[Document]:
+def _read_hub(source: str, place: HubSource, split: str, option: str) -> list[Document]:
     import datasets
 
     files = {split: place.data_files[split]} if place.data_files else None
@@ -109,7 +118,7 @@ def _read_hub(source: str, place: HubSource, split: str) -> list[Document]:
         rows = datasets.load_dataset(place.repo, place.config, split=split, data_files=files)
     except Exception as error:  # the hub's client raises its own classes, those of its transports, and plain ones
         raise FileNotFoundError(
-            f"source = {source!r}: {place.repo}, split {split}, cannot be loaded ({one_line(error)}); "
+            f"{option} is {source!r}: {place.repo}, split {split}, cannot be loaded ({one_line(error)}); "
             f"allowed: a data set the hub holds and this machine can reach, or a local file ({', '.join(KINDS)})"
         ) from error
     if place.rows_joined:

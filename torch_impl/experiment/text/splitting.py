@@ -39,9 +39,12 @@ def load_texts(calibration: str, finetune: str | None, evaluation: str) -> Texts
 
     finetune: None without fine-tuning. Errors: as for `sources.load_documents` and `separate`.
     """
-    names = dict.fromkeys(name for name in (calibration, finetune) if name is not None)
-    measured = load_documents(evaluation, "measure")
-    found = separate({name: load_documents(name, "train").documents for name in names}, measured.documents)
+    options = {calibration: "calibration_data"}
+    if finetune is not None:
+        options.setdefault(finetune, "finetune_data")
+    measured = load_documents(evaluation, "measure", "eval_data")
+    training = {name: load_documents(name, "train", option).documents for name, option in options.items()}
+    found = separate(training, measured.documents)
     whole = found.evaluation == measured.documents
     facts = {
         "source": evaluation,
