@@ -156,13 +156,20 @@ def test_a_mixture_of_experts_behind_a_dense_block(place: Path, capsys: pytest.C
 
 BAD_CONFIGURATIONS = {
     "eos_token_id": "</s>",
-    "dtype": "bf16",
     "model_type": "none such",
     "num_attention_heads": 5,
     "num_hidden_layers": "three",
     "hidden_act": "none such",
     "vocab_size": -1,
 }
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "auto", "torch.fp16", "load"])
+def test_a_dtype_that_is_none(dtype: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+    file = place / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": dtype}))
+    line = one_line(generate.main([str(place / "model"), "--prompt", "x", "--device", "cpu"]), capsys)
+    assert line.endswith(f"config.json has dtype {dtype!r}; name one of torch's, such as bfloat16, or remove that line")
 
 
 @pytest.mark.parametrize("field", BAD_CONFIGURATIONS)
@@ -175,6 +182,7 @@ def test_a_configuration_that_cannot_be(field: str, place: Path, capsys: pytest.
     model = str(place / "model")
     said["pack"] = one_line(pack.main([model, str(place / "packed"), "--device", "cpu"]), capsys)
     said["generate"] = one_line(generate.main([model, "--prompt", "x", "--device", "cpu"]), capsys)
+    assert len(set(said.values())) == 1
     for name, line in said.items():
         assert model in line, name
         assert "config.json" in line, (name, line)

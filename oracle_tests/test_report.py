@@ -52,7 +52,7 @@ CELLS = [
     ["", "perplexity", "sparsity", "on disk", "if packed", "time"],
     ["dense", "5.12", "0.00%", "1.23 MB", "1.23 MB", ""],
     ["pruned at once", "1,234.50", "70.00%", "1.23 MB", "1.00 MB", "12.3 s"],
-    ["LoSA", "10.88", "70.12%", "1.23 MB", "2.35 GB", "100.0 s"],
+    ["LoSA", "10.88", "70.12% (asked: 70.00%)", "1.23 MB", "2.35 GB", "100.0 s"],
 ]
 RECORDS = [
     StepRecord(
@@ -78,6 +78,32 @@ def test_the_table_holds_each_figure_in_its_row() -> None:
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
     said(report.table(RESULT))
     assert report.table({**RESULT, "dense": {**RESULT["dense"], "bytes": 10**9}}).count("1.00 GB") == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "pattern", "why"),
+    [
+        (
+            0.6904,
+            "unstructured",
+            "Asked for 70.00% zeros, got 69.04%: what is pruned together, such as a row, loses whole",
+        ),
+        (0.7012, "unstructured", "Asked for 70.00% zeros, got 70.12%: parts of the model were sparser already."),
+        (
+            0.7012,
+            "mixed-3:10",
+            "Asked for 70.00% zeros, got 70.12%: the blocks differ in size, or the model had more zeros",
+        ),
+        (0.7004, "unstructured", ""),
+        (0.6996, "unstructured", ""),
+    ],
+)
+def test_a_share_of_zeros_that_is_not_the_one_asked_for(found: float, pattern: str, why: str) -> None:
+    result = {**RESULT, "sparsity_type": pattern, "losa": {**RESULT["losa"], "sparsity": found}}
+    for text in (report.table(result), report.model_card(result)):
+        assert (f"{found:.2%} (asked: 70.00%)" in text) == bool(why)
+        assert why in text
+        assert ("Asked for" in text) == bool(why)
 
 
 def test_the_model_card_holds_the_same_table() -> None:

@@ -115,6 +115,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"model {folder}: its weights are quantised (quantization_config in config.json: {str(method)[:40]}); "
             "use a checkpoint in float32, float16 or bfloat16"
         )
+    for name in ("dtype", "torch_dtype"):
+        dtype = config.get(name)
+        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+            raise ValueError(
+                f"model {folder}: config.json has {name} {dtype!r}; name one of torch's, such as bfloat16, or remove that line"
+            )
     if config.get("transformers_weights") is not None:
         raise ValueError(
             f"model {folder}: config.json names its weights by transformers_weights; "

@@ -10,6 +10,8 @@ from typing import Any
 from torch_impl.engine.settings import StepRecord
 from torch_impl.experiment.text.sources import ALL
 
+# Shares of zeros that differ by more are not the same to whoever reads them.
+VISIBLE = 5e-4
 ROWS = (("dense", "dense"), ("pruned_at_once", "pruned at once"), ("losa", "LoSA"))
 
 
@@ -21,13 +23,18 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
             [
                 title,
                 f"{row['perplexity']:,.2f}",
-                f"{row['sparsity']:.2%}",
+                _sparsity(row["sparsity"], result["target_sparsity"], pruned=key != "dense"),
                 _bytes(row["bytes"]),
                 _bytes(row["packed_bytes"]),
                 f"{row['seconds']:.1f} s" if row["seconds"] else "",
             ]
         )
     return cells
+
+
+def _sparsity(found: float, asked: float, pruned: bool) -> str:
+    """A share of zeros, and beside it the one that was asked for where they differ visibly."""
+    return f"{found:.2%}" + (f" (asked: {asked:.2%})" if pruned and abs(found - asked) > VISIBLE else "")
 
 
 def _bytes(count: int) -> str:
@@ -46,6 +53,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     facts, checks = result["evaluation"], result["verification"]
     shares = ", ".join(f"{share:.0%}" for share in result["step_shares"])
     return [
+        *_why_not_as_asked(result),
         _measured_on(facts),
         f"Trained on {result['train_examples']} sequences in parts of {shares}; loss {result['loss']}, "
         f"learning rate {result['lr_schedule'].replace('_', ' ')}.",
@@ -54,6 +62,20 @@ def _notes(result: dict[str, Any]) -> list[str]:
         "Saved as a dense file with zeros in it, so as large as before and no faster; packed (python -m torch_impl.pack): a "
         "bitmap and the kept values.",
     ]
+
+
+def _why_not_as_asked(result: dict[str, Any]) -> list[str]:
+    """Why the share of zeros is not the one that was asked for."""
+    found, asked = result["losa"]["sparsity"], result["target_sparsity"]
+    if abs(found - asked) <= VISIBLE:
+        return []
+    if result["sparsity_type"] != "unstructured":
+        why = "the blocks differ in size, or the model had more zeros than the pattern in places"
+    elif found > asked:
+        why = "parts of the model were sparser already"
+    else:
+        why = "what is pruned together, such as a row, loses whole weights and at most its share, which shows where it is short"
+    return [f"Asked for {asked:.2%} zeros, got {found:.2%}: {why}."]
 
 
 def _measured_on(facts: dict[str, Any]) -> str:
