@@ -126,6 +126,22 @@ def test_options_of_generate(name: str, capsys: pytest.CaptureFixture) -> None:
     assert accepts(generate.main, name, values, ["model", "--prompt", "x"], capsys) == ACCEPTED.get(name, set())
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("name", "values", "accepted"),
+    [
+        ("learning_rates", NONSENSE, {"1000000000000", "1e300"}),
+        ("seeds", (*NONSENSE, str(2**63)), {"0", "1000000000000"}),
+        ("variants", ("word",), set()),
+    ],
+)
+def test_options_of_compare(
+    name: str, values: Sequence[str], accepted: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(plan, "check", lambda config: None)
+    assert accepts(compare.main, name, values, ["--model", "x"], capsys) == accepted
+
+
 def test_pack_has_no_numbers() -> None:
     assert not numbers(pack._parser())
     assert not words(pack._parser())

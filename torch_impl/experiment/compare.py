@@ -29,7 +29,7 @@ from torch_impl.engine.families import find_family
 from torch_impl.engine.layers import merge_adapters
 from torch_impl.experiment import plan
 from torch_impl.experiment.command import Parser, command, say
-from torch_impl.experiment.config import Config, parse
+from torch_impl.experiment.config import MOST_SEED, Config, parse
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.folder import write_json
 from torch_impl.experiment.job import Material, load_material
@@ -165,8 +165,8 @@ def check_options(own: argparse.Namespace, rest: Sequence[str]) -> None:
         if not 0 < rate < math.inf:
             raise ValueError(f"learning_rates: {rate} is no learning rate; allowed: finite numbers above 0")
     for seed in own.seeds:
-        if seed < 0:
-            raise ValueError(f"seeds: {seed} is no seed; allowed: 0 or more")
+        if not 0 <= seed <= MOST_SEED:
+            raise ValueError(f"seeds: {seed} is no seed; allowed: 0 or more, up to {MOST_SEED}")
     if own.json is not None and (own.json.is_dir() or not os.access(own.json.absolute().parent, os.W_OK)):
         raise ValueError(f"json {own.json} cannot be written; allowed: a file in an existing folder")
     for word in rest:
