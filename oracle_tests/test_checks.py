@@ -131,6 +131,14 @@ def test_tokens_that_the_model_does_not_know(place: Path, capsys: pytest.Capture
         assert words in one_line(main(arguments(place, **kind)), capsys)
 
 
+def test_a_tokenizer_that_fails_at_its_first_word(place: Path, capsys: pytest.CaptureFixture) -> None:
+    file = place / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": {"a": 1}}))
+    commands = [(main, arguments(place)), (generate.main, [str(place / "model"), "--prompt", "x", "--device", "cpu"])]
+    for command, argv in commands:
+        assert f"model {place / 'model'} does not load as a tokenizer: " in one_line(command(argv), capsys)
+
+
 def mixture(folder: Path) -> Path:
     """Experts in every block but the first, which is dense; transformers saves them apart and loads them as one tensor."""
     torch.manual_seed(0)

@@ -207,6 +207,15 @@ def test_generation_settings_that_are_none(content: str, tmp_path: Path, capsys:
     refused(model, capsys, ["generation_config.json"])
 
 
+def test_a_token_that_begins_texts_is_not_asked_for(
+    tmp_path: Path, seen: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    """The tokenizer has put it before the prompt, if the model wants it."""
+    model = folder(tmp_path, bos_token_id=["x"])
+    assert run(model, capsys)[0] == 0
+    assert seen["new"] == greedy(model)
+
+
 def test_no_generation_settings_at_all(tmp_path: Path, seen: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     model = folder(tmp_path)
     (model / "generation_config.json").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -368,6 +369,11 @@ def test_a_truncated_file_is_named(packed_model: Path, tmp_path: Path, share: fl
     ("change", "message"),
     [
         (lambda text: text[:-40], "is not the list of a packed model"),
+        (
+            lambda text: re.sub(r'"metadata": (null|{[^}]*})', '"metadata": 2', text),
+            "is not the list of a packed model",
+        ),
+        (lambda text: text.replace(f'"file": "{FILE}"', '"file": [2]'), "is not the list of a packed model"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "version 2; allowed: losa-packed, version 1"),
         (lambda text: text.replace(f'"{FILE}": {{', '"../other.safetensors": {'), "names files that are not"),
         (lambda text: text.replace(f'"{KEY}"', '"model.layers.7.mlp.up_proj.weight"'), r"no place for .*layers\.7\."),

@@ -147,7 +147,6 @@ def _settings(
         num_beams=1,
         use_cache=True,
         cache_implementation="static" if fixed else None,
-        bos_token_id=theirs.bos_token_id,
         eos_token_id=ends,
         pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )

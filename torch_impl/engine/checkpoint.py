@@ -139,6 +139,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
+            tokenizer("Some files fail at the first word only.")
             return tokenizer
     except ValueError as error:
         pieces = [path.name for path in sorted(folder.glob("*.model"))]

@@ -210,20 +210,20 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"], manifest["version"]
         files = {name: Path(facts["source"]).name == facts["source"] for name, facts in manifest["files"].items()}
+        metadata = [pair for facts in manifest["files"].values() for pair in dict(facts["metadata"] or {}).items()]
+        if not all(isinstance(word, str) for pair in metadata for word in pair):
+            raise TypeError("metadata is no text")
         entries = [
             (facts["file"], facts["shape"], facts["dtype"], facts["packed"]) for facts in manifest["tensors"].values()
         ]
+        named = {entry[0] for entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not the list of a packed model ({error!r}): it is corrupt; pack the model again"
         ) from error
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} is of format {found[0]}, version {found[1]}; allowed: {FORMAT}, version {VERSION}")
-    if (
-        not all(files.values())
-        or any(Path(name).name != name for name in files)
-        or {e[0] for e in entries} - set(files)
-    ):
+    if not all(files.values()) or any(Path(name).name != name for name in files) or named - set(files):
         raise ValueError(f"{path} names files that are not in its list or this folder: pack the model again")
     # Earlier versions did not keep the index.
     sources = {key: manifest["files"][facts["file"]]["source"] for key, facts in manifest["tensors"].items()}
