@@ -89,7 +89,7 @@ CASES: list[tuple[str, dict[str, Any], torch.device, str, dict[str, int]]] = [
     ("training", {"train_seqlen": 50}, CPU, "training", {**BOTH, **ADAPTERS, **TRAINED}),
     (
         "training with the dense model's predictions", {"loss": "kl", "train_seqlen": 50}, CPU, "training",
-        {**BOTH, **ADAPTERS, **TRAINED, "loss or a block's backward": 150 * 17 * 28},
+        {**BOTH, **ADAPTERS, **TRAINED, "loss or a block's backward": 150 * 17 * (3 * 2 + 4 * 4)},
     ),
     (
         "training without held weights", {"hold_merged": "off", "train_seqlen": 50}, CPU, "training",
@@ -121,9 +121,9 @@ def test_the_phase_that_takes_most(
 
 
 def test_a_gradient_as_a_whole_matrix_may_be_more_than_the_loss(free: dict[str, int]) -> None:
-    """One token, whose loss takes 204 bytes, or 28 a logit; a gradient of 96 weights, and a merged weight that is not held."""
+    """One token, whose loss takes 204 bytes, or 22 a logit; a gradient of 96 weights, and a merged weight that is not held."""
     one = {"train_seqlen": 2, "per_device_train_batch_size": 1}
-    for changes, expected in (({}, 408), ({"hold_merged": "off"}, 408), ({"loss": "kl"}, 2 * 17 * 28)):
+    for changes, expected in (({}, 408), ({"hold_merged": "off"}, 408), ({"loss": "kl"}, 2 * 17 * 22)):
         assert footprint._training(config(**one, **changes), SIZES, CPU)["loss or a block's backward"] == expected
     large = replace(SIZES, largest_projection=300)
     for changes, expected in (({}, 600), ({"hold_merged": "off"}, 1200)):
@@ -440,7 +440,8 @@ def test_memory_of_a_single_card() -> None:
 
 
 def test_bytes_received_by_one_of_three_cards() -> None:
-    some = config(nsamples=10, seqlen=5, rmi_samples=7)
+    few = {"nsamples": 10, "seqlen": 5, "rmi_samples": 7}
+    some = config(**few)
     # Six sequences on three cards: two each, one micro-batch; the model twice. Gradients and a loss in float64.
     expected = {"weights": 2 * HELD * 2, "gradients": 2 * (4 * 7 * ENTRIES + 8) * 2 // 3}
     assert scaling.training_traffic(LAYOUT, some, 3, 7) == expected
@@ -455,9 +456,14 @@ def test_bytes_received_by_one_of_three_cards() -> None:
         "weights": (3 * 2 * block + 2 * outside) * 2,
         "pruned weights": 2 * 68 * 2,
         "statistics": 2 * 2 * sums * 2 // 3,
+        "gradients of reconstruction": 0,
         # Of seven samples three are here; of 20 columns seven.
         "features": 2 * 4 * 7 * 2,
     }
+    # Ten sequences in batches of three are four steps an epoch; each sums all gradients of a block, and once its channels' energy.
+    trains = scaling.calibration_traffic(LAYOUT, config(**few, reconstruct_epochs=2, reconstruct_batch_size=3), 3)
+    assert trains["gradients of reconstruction"] == 2 * 2 * (8 * 4 * 68 + 8 * 4) * 2 // 3
+    assert trains["weights"] == (3 * 2 * block + 3 * outside) * 2, "what calls a block is recorded once more"
     uniform = scaling.calibration_traffic(LAYOUT, config(layer_sparsity="uniform", prune_method="sparsegpt"), 3)
     assert uniform["weights"] == (2 * 2 * block + outside) * 2
     assert uniform["statistics"] == 2 * 2 * (4 * (16 + 36) + 2 * 8 * 4) * 2 // 3
