@@ -77,6 +77,14 @@ def test_learned_positions_bound_every_length(place: Path, capsys: pytest.Captur
     assert said["plain"] == said["from files"] == f"error: eval_seqlen is 65{words}", "nothing is trained"
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_more_calibration_than_any_memory_holds(place: Path, capsys: pytest.CaptureFixture) -> None:
+    for line in lines_of_runs(place, capsys, nsamples=10**9, seqlen=10**6, rmi_samples=2).values():
+        assert line.startswith(
+            "error: nsamples is 1000000000 and seqlen is 1000000: their token ids alone take 7,450,581 GiB"
+        )
+
+
 def test_as_many_tokens_as_positions_are_enough(place: Path) -> None:
     save_random_model(place / "model", "opt", max_position_embeddings=32)
     assert main(arguments(place, **PLAIN)) == 0
@@ -96,6 +104,9 @@ def test_computed_positions_go_on_with_one_warning(
     expected = (
         "seqlen is 32, eval_seqlen is 32; this model was trained on sequences of up to 16 tokens and may do worse"
     )
+    assert [record.message for record in caplog.records] == [expected]
+    caplog.clear()
+    assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
     assert [record.message for record in caplog.records] == [expected]
     caplog.clear()
     load(parse(arguments(place, **PLAIN, seqlen=16, eval_seqlen=16)))

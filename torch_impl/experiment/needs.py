@@ -72,7 +72,14 @@ def memory(model: nn.Module, family: Family, config: Config, size: int) -> dict[
 
 
 def check_lengths(model: PreTrainedModel, config: Config) -> None:
-    """Errors: ValueError naming the options that ask for longer sequences than the model has positions for."""
+    """Errors: ValueError naming the options that ask for longer sequences than the model has positions for, or for more
+    of them than the memory holds token ids of."""
+    nsamples, seqlen = config.calibration.nsamples, config.calibration.seqlen
+    if (taken := 8 * nsamples * seqlen) > (there := psutil.virtual_memory().available):
+        raise ValueError(
+            f"nsamples is {nsamples} and seqlen is {seqlen}: their token ids alone take {taken / GIB:,.0f} GiB of memory, and "
+            f"{there / GIB:,.0f} GiB are free; take fewer"
+        )
     limit = position_limit(model)
     if limit is not None and (beyond := _beyond(config, limit)):
         raise ValueError(f"{beyond}; this model has {limit} learned positions, so take {limit} tokens or fewer")

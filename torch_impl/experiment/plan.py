@@ -57,6 +57,7 @@ def streams(config: Config) -> bool:
 def make_plan(config: Config) -> dict[str, Any]:
     """Blocks, targets, tokens, memory in bytes and floating-point operations of a run."""
     model, device, sizes = _described(config)
+    needs.warn_of_lengths(model, config)
     family = find_family(model)
     prunable = sum(sizes.prunable_of_blocks)
     dtype = model.dtype

@@ -34,7 +34,7 @@ def calibration_windows(
     _checks.integer("nsamples", nsamples, 1)
     generator = np.random.default_rng(seed)
     shuffled = [documents[index] for index in generator.permutation(len(documents))]
-    stream = _stream(shuffled, tokenizer, seqlen, enough=CALIBRATION_POOL * nsamples * seqlen)
+    stream = _stream(shuffled, tokenizer, seqlen, CALIBRATION_POOL * nsamples * seqlen, "seqlen")
     starts = torch.from_numpy(generator.integers(0, len(stream) - seqlen + 1, (nsamples, 1)))
     return stream[starts + torch.arange(seqlen)]
 
@@ -55,13 +55,13 @@ def training_examples(
 
     Errors: ValueError if not one example comes of it.
     """
-    _checks.integer("seqlen", seqlen, 2)
+    _checks.integer("train_seqlen", seqlen, 2)
     if limit is not None:
         _checks.integer("limit", limit, 1)
     generator = np.random.default_rng(seed)
     shuffled = [documents[index] for index in generator.permutation(len(documents))]
     if not any(document.prompt for document in shuffled):
-        windows = _cut(_stream(shuffled, tokenizer, seqlen, limit and limit * seqlen), seqlen, limit)
+        windows = _cut(_stream(shuffled, tokenizer, seqlen, limit and limit * seqlen, "train_seqlen"), seqlen, limit)
         windows = windows[torch.from_numpy(generator.permutation(len(windows)))]
         return [{"input_ids": ids, "labels": ids} for ids in windows]
     examples: list[Example] = []
@@ -70,7 +70,9 @@ def training_examples(
         examples += _single_examples(shuffled[read : read + _BATCH], tokenizer, seqlen)
         read = min(read + _BATCH, len(shuffled))
     if not examples:
-        raise ValueError(f"seqlen = {seqlen} leaves no token to learn; allowed: more than the shortest prompt's tokens")
+        raise ValueError(
+            f"train_seqlen is {seqlen}, which leaves no token to learn; allowed: more than the shortest prompt's tokens"
+        )
     if len(examples) < read:
         logger.warning(
             "%d of %d documents leave no token to learn within %d: not used", read - len(examples), read, seqlen
@@ -107,7 +109,8 @@ def split_parts(examples: Sequence[Example], shares: Sequence[float]) -> list[li
     parts = [list(examples[start:end]) for start, end in itertools.pairwise(ends)]
     if not all(parts):
         raise ValueError(
-            f"examples has {len(examples)}, too few for shares = {list(shares)}; allowed: one a part or more"
+            f"the {len(examples)} training examples are too few for parts of {list(shares)}, one for each step; take "
+            "fewer steps, more text, a smaller train_seqlen or more train_examples"
         )
     return parts
 
@@ -123,7 +126,7 @@ def evaluation_windows(
     """
     if limit is not None:
         _checks.integer("limit", limit, 1)
-    return _cut(_stream(documents, tokenizer, seqlen, limit and limit * seqlen), seqlen, limit)
+    return _cut(_stream(documents, tokenizer, seqlen, limit and limit * seqlen, "eval_seqlen"), seqlen, limit)
 
 
 def describe_windows(windows: torch.Tensor) -> dict[str, str | int]:
@@ -142,10 +145,13 @@ def _cut(stream: torch.Tensor, seqlen: int, limit: int | None) -> torch.Tensor:
 
 
 def _stream(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int, enough: int | None
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int, enough: int | None, option: str
 ) -> torch.Tensor:
-    """The documents' tokens in one row, at least a window; no more documents are read than `enough` tokens take."""
-    _checks.integer("seqlen", seqlen, 1)
+    """The documents' tokens in one row, at least a window; no more documents are read than `enough` tokens take.
+
+    option: what messages call `seqlen`.
+    """
+    _checks.integer(option, seqlen, 1)
     ids: list[int] = []
     for start in range(0, len(documents), _BATCH):
         if enough is not None and len(ids) >= enough:
@@ -154,7 +160,7 @@ def _stream(
         for row in _encode(tokenizer, texts):
             ids += _bounded(row, tokenizer)
     if len(ids) < seqlen:
-        raise ValueError(f"seqlen = {seqlen} is longer than the text; allowed: at most its {len(ids)} tokens")
+        raise ValueError(f"{option} is {seqlen}, longer than the text; allowed: at most its {len(ids)} tokens")
     return torch.tensor(ids)
 
 
