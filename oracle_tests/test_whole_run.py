@@ -127,7 +127,9 @@ def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
     starts = [(), (), (), (0.3, 0.0, 0.1), (0.35, 0.35)] if kind == "unstructured" else [()]
     micro, accumulation = choose((1, 2), (2, 1), (2, 2), (3, 1))
     steps = draw(st.integers(1, 5))
-    # Scales of 1/2 to 2: with larger ones these learning rates diverge, and rounding with them.
+    # Scales of 1/2 to 2, and one high rate of two: beyond that training is so unstable that what rounding leaves grows a
+    # hundredfold a step in nine blocks.
+    rate, reconstruct_rate = choose((1e-3, 1e-3), (1e-3, 1e-2), (2e-2, 1e-3))
     alpha, r = choose((4.0, 8), (16.0, 8), (4.0, 3), (6.0, 4), (1.0, 1))
     # More ranks than min(in, out) among them, and enough for some block to lose ranks while the mean grows.
     initial_rank, max_rank = choose((1, 7), (3, 7), (6, 16), (9, 13))
@@ -146,7 +148,7 @@ def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
         rank_shrink=choose("truncate", "fold"),
         rmi_samples=choose(4, 5),
         finetune=choose(True, True, True, True, False),
-        learning_rate=choose(1e-3, 2e-2),
+        learning_rate=rate,
         warmup_ratio=choose(0.0, 0.3),
         weight_decay=choose(0.0, 0.1),
         max_grad_norm=choose(0.3, 1.0),
@@ -154,7 +156,7 @@ def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
         lr_schedule=choose("per_step", "whole_run"),
         loss=choose("ce", "kl"),
         reconstruct_epochs=choose(0, 0, 1, 2),
-        reconstruct_learning_rate=choose(1e-3, 1e-2),
+        reconstruct_learning_rate=reconstruct_rate,
         reconstruct_batch_size=choose(2, 3, 8),
         seed=draw(st.integers(0, 9)),
     )
