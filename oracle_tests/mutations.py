@@ -39,6 +39,8 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any", "ceil": "floor", "floor": "ceil"}
 # f(x) → x
 TRANSPARENT = {"abs", "bool", "float", "int", "reversed", "round", "set", "sorted", "str"}
+# f(x, y) is f(y, x)
+COMMUTATIVE = {"equal", "isclose", "max", "min", "promote_types"}
 QUIET_KEYWORDS = {"description", "encoding", "help", "metavar", "prog", "strict"}
 QUIET_CALLS = {"logger.debug", "logger.info", "cast", "TypeVar"}
 DATA = re.compile(r"[^\s]+")
@@ -296,7 +298,8 @@ class _Maker(ast.NodeVisitor):
                 continue
             start = self._end(spans[index - 1]) if index else self._start(keyword)
             self._edit(start, self._end(keyword), "", keyword, "argument left out")
-        for first, second in zip(node.args, node.args[1:], strict=False):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+        for first, second in zip(node.args, node.args[1:] if name not in COMMUTATIVE else [], strict=False):
             texts = self._text(first), self._text(second)
             if texts[0] != texts[1] and not any(isinstance(argument, ast.Starred) for argument in (first, second)):
                 between = self._data[self._end(first) : self._start(second)].decode()
