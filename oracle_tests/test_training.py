@@ -292,3 +292,23 @@ def test_divergence_stops_with_the_step_named() -> None:
         model.get_input_embeddings().weight.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="optimizer step 1"):
         train(model, examples_for(model, [8] * 2))
+
+
+@pytest.mark.parametrize("hold", ["on", "auto", "off"])
+def test_merged_weights_are_held_while_training_and_no_longer(hold: str) -> None:
+    model = adapted_model()
+    batch = examples_for(model, [5, 6, 7])
+    with training.Gradients(model, None, TrainingConfig(hold_merged=hold)) as gradients:
+        for step in range(2):
+            with torch.no_grad():
+                for layer in layers.adapters(model):
+                    layer.B.add_(step + 1)
+            gradients.of(batch)
+            held = [layer.held for layer in layers.adapters(model)]
+            if hold == "off":
+                assert held == [None] * len(held)
+            else:
+                assert all(torch.equal(layer.merged(), layer.held) for layer in layers.adapters(model)), (
+                    "as they are now"
+                )
+    assert [layer.held for layer in layers.adapters(model)] == [None] * len(held)
