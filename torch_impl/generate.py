@@ -144,8 +144,6 @@ def _settings(
         max_new_tokens=options.max_new_tokens,
         do_sample=draws,
         **({"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if draws else {}),
-        num_beams=1,
-        use_cache=True,
         cache_implementation="static" if fixed else None,
         eos_token_id=ends,
         pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
