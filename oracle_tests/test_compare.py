@@ -86,7 +86,7 @@ BAD: list[tuple[dict[str, object], list[str]]] = [
     ({"model": "no/such/model"}, ["no/such/model"]),
     ({"calibration_data": "nothing.txt"}, ["nothing.txt"]),
     ({"eval_windows": 1}, ["1 window", "2 or more"]),
-    ({"train_examples": 3, "steps": 4, "variants": "LoSA, one schedule, KL"}, ["examples has 3", "shares"]),
+    ({"train_examples": 3, "steps": 4, "variants": "LoSA, one schedule, KL"}, ["3 training examples", "too few"]),
 ]
 
 
