@@ -236,6 +236,15 @@ def test_rows_are_filled_up_on_the_right_without_labels() -> None:
     assert training.collate([short, long], torch.device("cpu"))["input_ids"].shape == (2, 9)
 
 
+def test_rows_are_not_filled_up_beyond_learned_positions() -> None:
+    """100 positions would be rounded up to 128: an index out of range, on a GPU a lost context."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for family, positions, expected in (("opt", 128, 64), ("opt", 100, 1), ("llama", 100, 64)):
+        model = random_model(family, max_position_embeddings=positions)
+        assert training.row_multiple(model, cuda) == expected
+        assert training.row_multiple(model, cpu) == 1
+
+
 def test_sequences_of_similar_length_share_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     collate = training.collate

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from torch_impl import _checks
 from torch_impl.engine import distributed
 from torch_impl.engine.calibration import block_arguments
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.families import decoder_blocks, find_family, position_limit
 from torch_impl.engine.graphs import Captured
 from torch_impl.engine.halving import halving
 from torch_impl.engine.journal import Journal
@@ -122,6 +122,12 @@ def collate(examples: Sequence[Example], device: torch.device, multiple: int = 1
     return {"input_ids": rows("input_ids", 0), "labels": rows("labels", IGNORED)}
 
 
+def row_multiple(model: PreTrainedModel, device: torch.device) -> int:
+    """What the length of rows is rounded up to: few shapes on CUDA, where that goes beyond no learned position."""
+    limit = position_limit(model)
+    return FEW_SHAPES if device.type == "cuda" and (limit or 0) % FEW_SHAPES == 0 else 1
+
+
 def label_count(examples: Sequence[Example]) -> int:
     """Tokens whose prediction counts: the first token of a sequence is never predicted."""
     return sum(int((example["labels"][1:] != IGNORED).sum()) for example in examples)
@@ -191,7 +197,7 @@ class Gradients:
         self._trained = _trainable(model)
         self._held = self._layers if self._holds() else []
         # Few shapes on CUDA, so that graphs and compiled kernels serve again.
-        self._multiple = FEW_SHAPES if self._device.type == "cuda" else 1
+        self._multiple = row_multiple(model, self._device)  # type: ignore[arg-type]
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, _Graph] = {}
         self._merges: Captured[None] | None = None
