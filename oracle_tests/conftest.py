@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, Phase, settings
 
 from oracle_tests.poison import poisoned
-from torch_impl.engine import cuda_decode, packed_linear
+from torch_impl.decode import cuda, packed_linear
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # The same examples every time: a change fails for what it changes.
@@ -63,16 +63,16 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls = []
 
     def noted(name: str) -> None:
-        function = getattr(cuda_decode, name)
+        function = getattr(cuda, name)
 
         def call(*arguments: Any) -> Any:
             calls.append(name)
             return function(*arguments)
 
-        monkeypatch.setattr(cuda_decode, name, call)
+        monkeypatch.setattr(cuda, name, call)
 
     for name in ("pack_rows", "matvec", "unpack"):
         noted(name)
     if not torch.cuda.is_available():
-        monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda_decode.DTYPES)
+        monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda.DTYPES)
     return calls

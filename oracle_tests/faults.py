@@ -34,9 +34,10 @@ from typing import Any
 import torch
 
 from tiny_models import corpus
-from torch_impl.engine import points, training
-from torch_impl.engine.points import sha256_of
-from torch_impl.experiment import folder as run_folder
+from torch_impl.engine import training
+from torch_impl.engine.files import UNFINISHED, sha256_of
+from torch_impl.engine.resume import points
+from torch_impl.engine.resume import run_folder as run_folder
 from torch_impl.experiment import report
 from torch_impl.run import main as run_main
 
@@ -135,7 +136,7 @@ def at_write(number: int, act: Callable[[Path, bytes], None]) -> Callable[[], No
 
 
 def _half(path: Path, data: bytes) -> None:
-    path.with_name(path.name + points.UNFINISHED).write_bytes(data[: len(data) // 2])
+    path.with_name(path.name + UNFINISHED).write_bytes(data[: len(data) // 2])
 
 
 def _killed(path: Path, data: bytes) -> None:

@@ -23,9 +23,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import byte_tokenizer
 from torch_impl import generate, pack
-from torch_impl.bench.geometry import GEOMETRIES
 from torch_impl.bench.measure import resident
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.experiment.planning.geometry import GEOMETRIES
 
 SPARSITY = 0.7
 PROMPT = "def main(arguments):"

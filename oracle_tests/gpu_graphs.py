@@ -31,13 +31,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from oracle_tests.gpu_resume import Stop, Stopping
 from torch_impl import losa
+from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import calibration, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.decoding import NextToken
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.points import Points
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.experiment.text.sources import load_documents

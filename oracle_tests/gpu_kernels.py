@@ -1,4 +1,4 @@
-"""Every kernel on a GPU against the spec: Triton's of _kernels.py and the CUDA entries of engine/cuda_decode.cu.
+"""Every kernel on a GPU against the spec: Triton's of _kernels.py and the CUDA entries of decode/cuda.cu.
 
     python -m oracle_tests.gpu_kernels [--device cuda] [--small]
 
@@ -29,7 +29,7 @@ from oracle_tests.poison import fill, poisoned
 from reference import adapter, tiles
 from reference.masks import select, sparsegpt
 from torch_impl import _kernels
-from torch_impl.engine import cuda_decode
+from torch_impl.decode import cuda
 
 Case = tuple[str, torch.Tensor, np.ndarray, np.ndarray]
 """Where, what was found, what the spec says, and how far apart the two may be, entry by entry."""
@@ -190,14 +190,14 @@ def expand(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
     """The layout is the spec's, and what comes out of it the weight."""
     for (rows, columns), density in itertools.product(grid.shapes, grid.densities):
         weight = make.sparse(rows, columns, density, dtype)
-        layout = cuda_decode.pack_rows(weight)
+        layout = cuda.pack_rows(weight)
         [W] = wide(weight)
-        yield f"{rows} x {columns}", cuda_decode.unpack(layout), W, np.zeros(W.shape)
+        yield f"{rows} x {columns}", cuda.unpack(layout), W, np.zeros(W.shape)
         bitmaps, values = tiles.pack_tiles(W)
         starts = layout.starts.long()
-        maps = layout.data[cuda_decode._map_places(starts)]
+        maps = layout.data[cuda._map_places(starts)]
         counts = torch.from_numpy(np.unpackbits(bitmaps, axis=1).sum(1).astype(np.int64)).to(starts.device)
-        found = layout.data.view(dtype)[cuda_decode._value_places(starts, counts)]
+        found = layout.data.view(dtype)[cuda._value_places(starts, counts)]
         yield f"{rows} x {columns}, bitmaps", maps, bitmaps.astype(float), np.zeros(bitmaps.shape)
         yield f"{rows} x {columns}, values", found, values, np.zeros(values.shape)
 
@@ -206,14 +206,14 @@ def matvec(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
     """Batches of one to eight rows, x and bias at even and odd places in memory."""
     for (rows, columns), density in itertools.product([*grid.shapes, *grid.long], grid.densities):
         weight = make.sparse(rows, columns, density, dtype)
-        layout = cuda_decode.pack_rows(weight)
+        layout = cuda.pack_rows(weight)
         for batch, shift in ((1, 0), (1, 1), (2, 0), (3, 1), (5, 0), (8, 0), (8, 1)):
             x = make.normal(batch, columns, dtype=dtype, shift=shift)
             bias = make.normal(rows, dtype=dtype, shift=shift) if batch % 2 else None
             W, inputs, offset = *wide(weight, x), 0.0 if bias is None else wide(bias)[0]
             expected, terms = inputs @ W.T + offset, abs(inputs) @ abs(W).T + abs(offset)
             allowed = tolerances.one_rounding(dtype, abs(expected), terms)
-            yield f"{rows} x {columns}, batch {batch}", cuda_decode.matvec(layout, x, bias), expected, allowed
+            yield f"{rows} x {columns}, batch {batch}", cuda.matvec(layout, x, bias), expected, allowed
 
 
 Check = Callable[[Maker, torch.dtype, Grid], Iterator[Case]]
@@ -272,10 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    built = device.type != "cuda" or cuda_decode.available()[0]
+    built = device.type != "cuda" or cuda.available()[0]
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     if not built:
-        print(f"losa_expand, losa_matvec: {cuda_decode.available()[1]}")
+        print(f"losa_expand, losa_matvec: {cuda.available()[1]}")
     print(f"{'kernel':<14}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound")
     right = built
     for name, (_, dtypes) in CHECKS.items():

@@ -24,12 +24,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_impl import losa
+from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.engine.families import find_family
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.layers import merge_adapters
-from torch_impl.engine.points import Points
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import Example, TrainingConfig
 

@@ -21,14 +21,15 @@ import torch
 
 from oracle_tests.tolerances import GPU_STEP
 from torch_impl import losa
-from torch_impl.bench.geometry import build
-from torch_impl.engine import checkpoint, distributed, sharded
+from torch_impl.engine import distributed
+from torch_impl.engine.adapted_linear import AdaptedLinear
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.families import Family, find_family
-from torch_impl.engine.layers import AdaptedLinear
 from torch_impl.engine.training import Example, TrainingConfig
-from torch_impl.experiment import scaling
 from torch_impl.experiment.config import Config, TextConfig
+from torch_impl.experiment.planning import scaling
+from torch_impl.experiment.planning.geometry import build
 
 
 def options(small: bool, method: str) -> Config:
@@ -95,7 +96,7 @@ def main() -> int:
     parser.add_argument("--method", default="wanda", help="magnitude, wanda or sparsegpt")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    device = checkpoint.choose_device(arguments.device)
+    device = pretrained.choose_device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = options(arguments.small, arguments.method)
     one: dict[str, Any] = {}
@@ -107,7 +108,7 @@ def main() -> int:
             one = work(start, find_family(start), config, device)
             del start
         with distributed.joined(device):
-            model = sharded.load(Path(distributed.agreed_text(own)), device, dtype)
+            model = fsdp.load(Path(distributed.agreed_text(own)), device, dtype)
             family = find_family(model)
             if device.type == "cuda":
                 torch.cuda.empty_cache()

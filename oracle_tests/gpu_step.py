@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from oracle_tests.tolerances import GPU_STEP
 from torch_impl import losa
 from torch_impl.engine import training
+from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import find_family
-from torch_impl.engine.layers import adapters, merge_adapters
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks

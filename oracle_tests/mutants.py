@@ -42,12 +42,12 @@ KEPT = ROOT / "build" / "mutants"
 COMMANDS = ("run.py", "pack.py", "generate.py")
 PARTS = {
     "core": ["torch_impl/*.py", "torch_impl/masks/*.py"],
-    "engine": ["torch_impl/engine/**/*.py"],
+    "engine": ["torch_impl/engine/**/*.py", "torch_impl/decode/*.py"],
     "experiment": ["torch_impl/experiment/**/*.py"],
     "commands": [f"torch_impl/{name}" for name in COMMANDS],
 }
 # Run on a GPU alone, or are Triton's, whose interpreter looks at the source.
-ELSEWHERE = ("torch_impl/_kernels.py", "torch_impl/engine/cuda_decode.py")
+ELSEWHERE = ("torch_impl/_kernels.py", "torch_impl/decode/cuda.py")
 OWN = ("oracle_tests", "reference", "tiny_models", "torch_impl")
 IMPORTS = "import sys, oracle_tests.conftest, oracle_tests.test_resume, torch_impl.generate; print(*sys.modules)"
 IGNORED = shutil.ignore_patterns(

@@ -19,11 +19,12 @@ from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import distributed, families, layers, sharded, statistics, training
+from torch_impl.engine import adapted_linear, distributed, families, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.points import Points
+from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.reconstruction import ReconstructionConfig
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import IGNORED, Example, TrainingConfig
 from torch_impl.experiment.config import Config
@@ -98,16 +99,16 @@ def run(case: Settings, folder: Path | None = None, points: Path | None = None, 
         journal = None if points is None else Fatal(points, fatal)
         records = losa.run(ours, ids, parts(), case, journal=journal)
     if not distributed.is_sharded(ours):
-        layers.merge_adapters(ours, family)
+        adapted_linear.merge_adapters(ours, family)
         return Outcome(records, {n: p.detach().numpy() for n, p in ours.named_parameters()})
-    masks = sharded.merge(ours, family)
+    masks = fsdp.merge(ours, family)
     for name, mask in masks.items():
         weight = ours.get_submodule(name).weight
         assert distributed.local(weight).shape == mask.shape
         assert len(mask) == len(weight) // distributed.processes()
-    sharded.check_zeros(ours, masks)
+    fsdp.check_zeros(ours, masks)
     if folder is not None:
-        sharded.save(ours, family, folder)
+        fsdp.save(ours, family, folder)
     weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
     return Outcome(records, {n: w.numpy() for n, w in weights.items()})
 
@@ -135,7 +136,7 @@ def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 class Received(TorchDispatchMode):
-    """Counts the bytes that this process receives in collectives, by kind; see experiment/scaling.py for the conventions."""
+    """Counts the bytes that this process receives in collectives, by kind; conventions: experiment/planning/scaling.py."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,8 +174,8 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
     with Received() as calibrating:
         calibrating.exchanged = len(ids) * 16 * 32 * 4
         losa.run(ours, ids, [], case)
-    dense = sharded.twin(ours, family)
-    for number, layer in enumerate(layers.adapters(ours)):
+    dense = fsdp.twin(ours, family)
+    for number, layer in enumerate(adapted_linear.adapters(ours)):
         layer.resize(6, (number,))
     held = sum(p.to_local().nbytes for p in ours.parameters() if isinstance(p, DTensor))
     batch = [{"input_ids": row, "labels": row} for row in ids]

@@ -25,7 +25,7 @@ from reference.masks import prune as reference_masks
 from reference.masks.sparsegpt import hessian
 from reference.masks.wanda import input_norm
 from torch_impl import adapter as torch_adapter
-from torch_impl.engine import layers
+from torch_impl.engine import adapted_linear
 from torch_impl.engine.families import Family
 from torch_impl.masks import prune as torch_masks
 
@@ -66,7 +66,7 @@ def draw_arrays(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 class AdapterMachine(RuleBasedStateMachine):
     """Each rule changes the layer and its mirror alike."""
 
-    layer: layers.AdaptedLinear
+    layer: adapted_linear.AdaptedLinear
     mirror: Mirror
     previous_mask: np.ndarray
 
@@ -87,8 +87,8 @@ class AdapterMachine(RuleBasedStateMachine):
 
     def adopt(self, linear: nn.Module) -> None:
         self.model = toy_model(linear)
-        layers.attach_adapters(self.model, TOY, SCALE)
-        self.layer = layers.block_adapters(self.model.blocks[0], TOY)["projection"]
+        adapted_linear.attach_adapters(self.model, TOY, SCALE)
+        self.layer = adapted_linear.block_adapters(self.model.blocks[0], TOY)["projection"]
 
     def output(self) -> np.ndarray:
         return self.layer(torch.tensor(self.x)).detach().numpy()
@@ -148,7 +148,7 @@ class AdapterMachine(RuleBasedStateMachine):
             x, grad_y = draw_arrays(seed + step, (2, 3, IN), (2, 3, OUT))
             inputs = torch.tensor(x, requires_grad=True)
             optimizer.zero_grad(set_to_none=True)
-            with layers.holding([self.layer] if held else []):
+            with adapted_linear.holding([self.layer] if held else []):
                 (self.layer(inputs) * torch.tensor(grad_y)).sum().backward()
             m = self.mirror
             dx, dA, dB = reference_adapter.masked_lora_grad(x, m.weight, m.A, m.B, SCALE, grad_y)
@@ -175,7 +175,7 @@ class AdapterMachine(RuleBasedStateMachine):
         """A plain linear with the merged weight; either a new adapter starts on it, or it is put aside: unmerged."""
         before = self.output()
         merged_model = copy.deepcopy(self.model)
-        masks = layers.merge_adapters(merged_model, TOY)
+        masks = adapted_linear.merge_adapters(merged_model, TOY)
         linear = merged_model.blocks[0].projection
         assert type(linear) is nn.Linear
         np.testing.assert_array_equal(masks["blocks.0.projection"].numpy(), self.layer.mask.numpy())

@@ -17,13 +17,14 @@ from transformers import StaticCache
 
 from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, geometry, int4, large, parts, whole
+from torch_impl.bench import decode, decode_cpu, int4, large, parts, whole
 from torch_impl.bench.measure import Row, relative
+from torch_impl.decode.next_token import NextToken
+from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine import training
-from torch_impl.engine.decoding import NextToken
 from torch_impl.engine.families import find_family
-from torch_impl.engine.packed_linear import PackedLinear
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning import geometry
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:

@@ -36,11 +36,12 @@ from oracle_tests.model_folders import (
 )  # fmt: skip
 from oracle_tests.test_run import arguments
 from torch_impl import generate, pack, run
-from torch_impl.engine import checkpoint, checkpoint_files, packed_folder, sharded, skeleton, streaming
-from torch_impl.engine.checkpoint_files import INDEX, SINGLE
+from torch_impl.decode import packed_folder
+from torch_impl.decode.packed_linear import PackedLinear
+from torch_impl.engine.adapted_linear import AdaptedLinear
+from torch_impl.engine.checkpoints import contents, fsdp, offload, pretrained, skeleton
+from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 from torch_impl.engine.families import find_family
-from torch_impl.engine.layers import AdaptedLinear
-from torch_impl.engine.packed_linear import PackedLinear
 from torch_impl.experiment import compare
 
 __all__ = ["place", "sound"]  # fixtures
@@ -51,20 +52,20 @@ CPU = torch.device("cpu")
 
 
 def in_memory(folder: Path) -> Tensors:
-    return dict(checkpoint.load(str(folder), CPU, "stored")[0].state_dict())
+    return dict(pretrained.load(str(folder), CPU, "stored")[0].state_dict())
 
 
 def from_files(folder: Path) -> Tensors:
-    model = streaming.open_streamed(folder, CPU, None)
+    model = offload.open_streamed(folder, CPU, None)
     family = find_family(model)
     found = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-    for index, block in enumerate(streaming.sweep(model, family)):
+    for index, block in enumerate(offload.sweep(model, family)):
         found |= {f"{family.blocks}.{index}.{name}": tensor.clone() for name, tensor in block.state_dict().items()}
     return found
 
 
 def in_shards(folder: Path) -> Tensors:
-    model = sharded.load(folder, CPU, None)
+    model = fsdp.load(folder, CPU, None)
     layers = {name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     state = model.state_dict()
     return {name: tensor for name, tensor in state.items() if not (name.endswith((".A", ".B")) and name[:-2] in layers)}
@@ -169,9 +170,9 @@ def test_no_bias_is_lost(family: str, tmp_path: Path) -> None:
     biases = [name for name in expected if name.endswith("bias")]
     assert len(biases) > 8
     assert all(bool(expected[name].any()) for name in biases)
-    model: Any = sharded.load(tmp_path / "model", CPU, None)
+    model: Any = fsdp.load(tmp_path / "model", CPU, None)
     (tmp_path / "saved").mkdir()
-    sharded.save(model, find_family(model), tmp_path / "saved")
+    fsdp.save(model, find_family(model), tmp_path / "saved")
     index = read_json(tmp_path / "saved" / INDEX)
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in stored(tmp_path / "saved").values())}
     assert set(index["weight_map"]) == set(stored(tmp_path / "model"))
@@ -183,12 +184,12 @@ def test_no_bias_is_lost(family: str, tmp_path: Path) -> None:
 
 def test_only_what_counts_is_hashed(place: Path) -> None:
     split(place / "model")
-    before = checkpoint.weights_hash(place / "model")
+    before = pretrained.weights_hash(place / "model")
     write(other(stored(place / "model")), place / "model" / "model-00001-of-00009.safetensors")
-    assert checkpoint.weights_hash(place / "model") == before
+    assert pretrained.weights_hash(place / "model") == before
     file = next(place.glob("model/model-00002-*"))
     write(other(load_file(file)), file)
-    assert checkpoint.weights_hash(place / "model") != before
+    assert pretrained.weights_hash(place / "model") != before
 
 
 @pytest.mark.skipif("LOSA_REALDATA" not in os.environ, reason="LOSA_REALDATA is unset: no trained model to read")
@@ -364,7 +365,7 @@ def test_an_adapter_beside_a_packed_model_is_refused(place: Path, capsys: pytest
 
 
 def test_names_are_shortened_and_counted() -> None:
-    few = checkpoint_files.few
+    few = contents.few
     assert few(["a", "b", "c"]) == "a, b, c"
     assert few(str(number) for number in range(1234)) == "0, 1, 2 and 1,231 more"
     assert few(["x" * 500]) == "x" * 100 + "…"

@@ -14,9 +14,9 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from oracle_tests.test_run import arguments, make_place
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
 from torch_impl import generate, pack
-from torch_impl.engine import checkpoint
+from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
-from torch_impl.experiment import compare, job, streamed_job
+from torch_impl.experiment import compare, job, offloaded_job
 from torch_impl.experiment.config import parse
 from torch_impl.run import main
 
@@ -43,7 +43,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were asked for")
 
     for name in ("load", "load_streamed"):
-        monkeypatch.setattr(checkpoint, name, load)
+        monkeypatch.setattr(pretrained, name, load)
 
 
 def one_line(status: int, capsys: pytest.CaptureFixture) -> str:
@@ -95,7 +95,7 @@ def test_whose_positions_are_learned(family: str) -> None:
     assert position_limit(random_model(family)) == (128 if family == "opt" else None)
 
 
-@pytest.mark.parametrize("load", [job.load_material, streamed_job.load_streamed_material])
+@pytest.mark.parametrize("load", [job.load_material, offloaded_job.load_streamed_material])
 def test_computed_positions_go_on_with_one_warning(
     place: Path, load: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,10 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tiny_models.random_models import random_model
 from torch_impl import adapter
-from torch_impl.engine import calibration, layers, memory, training
+from torch_impl.engine import adapted_linear, calibration, training
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.masked_linear import masked_linear
 from torch_impl.engine.training import TrainingConfig
+from torch_impl.experiment.planning.sizes import Sizes
 
 # The compiler imports what is deprecated, and looks at gradients where there are none.
 pytestmark = [
@@ -40,14 +41,14 @@ def adapted_llama(ranks: Sequence[int]) -> nn.Module:
         mlp_bias=True,
     )
     torch.manual_seed(0)
-    layers.attach_adapters(model, find_family(model), 2.0)
+    adapted_linear.attach_adapters(model, find_family(model), 2.0)
     set_ranks(model, ranks)
     return model
 
 
 def set_ranks(model: nn.Module, ranks: Sequence[int]) -> None:
     for block, rank in zip(decoder_blocks(model, find_family(model)), ranks, strict=True):
-        for layer in layers.adapters(block):
+        for layer in adapted_linear.adapters(block):
             layer.resize(rank, (rank,))
             nn.init.normal_(layer.B, std=0.1)
 
@@ -60,7 +61,7 @@ def gradients(model: nn.Module, sequences: int, length: int, held: str, compiled
     model.zero_grad()
     with calibration.compiled([model], find_family(model), compiled), training.Gradients(model, None, config) as found:
         loss = found.of(examples)
-    return [torch.tensor(loss)] + [p.grad for layer in layers.adapters(model) for p in (layer.A, layer.B)]  # type: ignore
+    return [torch.tensor(loss)] + [p.grad for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B)]  # type: ignore
 
 
 @pytest.fixture
@@ -124,10 +125,10 @@ def bytes_kept(blocks: int, held: bool) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    holding = layers.adapters(model) if held else []
+    holding = adapted_linear.adapters(model) if held else []
     with (
         calibration.compiled([model], find_family(model), "on"),
-        layers.holding(holding),
+        adapted_linear.holding(holding),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         model(input_ids=torch.zeros(3, 32, dtype=torch.int64), use_cache=False)
@@ -148,12 +149,12 @@ def test_no_more_is_kept_for_backward_than_products_and_attention_need(
     assert needed <= one_block <= needed + small
     # The dry run foretells it.
     model = adapted_llama([4])
-    sizes = memory.Sizes.of(model, find_family(model), torch.float32)
+    sizes = Sizes.of(model, find_family(model), torch.float32)
     foretold = 3 * 32 * sizes.kept_for_backward(True, recomputed=not held)
     assert foretold == needed < 3 * 32 * sizes.kept_for_backward(False)
     # Blocks that are computed again as a whole have nothing of it twice.
     training.checkpoint_activations(model)
-    assert not any(layer.recomputed for layer in layers.adapters(model))
+    assert not any(layer.recomputed for layer in adapted_linear.adapters(model))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -170,7 +171,7 @@ def test_watchers_hear_compiled_blocks(grad: bool, counter: CompileCounterWithBa
                 for name in ("self_attn.q_proj", "mlp.down_proj"):
                     block.get_submodule(name).watch = heard.append
                 model(input_ids=ids, use_cache=False)
-                for layer in layers.block_adapters(block, family).values():
+                for layer in adapted_linear.block_adapters(block, family).values():
                     layer.watch = None
                 model(input_ids=ids, use_cache=False)
     assert len(found["on"]) == len(found["off"]) == 4

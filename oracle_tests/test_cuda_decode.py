@@ -14,7 +14,7 @@ from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
 from oracle_tests.strategies import examples
 from torch_impl import packed
-from torch_impl.engine import cuda_decode
+from torch_impl.decode import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
@@ -57,7 +57,7 @@ def read_quad(halves: np.ndarray, middle: int, bits: int) -> list[int]:
     return [low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16]
 
 
-def walk(layout: cuda_decode.Layout) -> np.ndarray:
+def walk(layout: cuda.Layout) -> np.ndarray:
     """The dense weight's bits as the lanes of a warp find them, each for itself, panel after panel."""
     halves, starts = layout.data.numpy().view(np.uint16), layout.starts.numpy().astype(int)
     dense = np.zeros((-(-layout.rows // 16) * 16, layout.panels * 128), dtype=np.uint16)
@@ -83,7 +83,7 @@ def walk(layout: cuda_decode.Layout) -> np.ndarray:
 @settings(max_examples=examples(15))
 @given(weight=sparse_weights(33, 260))
 def test_lanes_find_their_numbers(weight: torch.Tensor) -> None:
-    layout = cuda_decode.pack_rows(weight)
+    layout = cuda.pack_rows(weight)
     # The kernels see memory, not strides.
     assert all(tensor.is_contiguous() for tensor in layout.tensors().values())
     rows, columns = weight.shape
@@ -96,7 +96,7 @@ def test_lanes_find_their_numbers(weight: torch.Tensor) -> None:
 
 @given(weight=sparse_weights())
 def test_unpacked_it_is_the_weight(weight: torch.Tensor) -> None:
-    found = cuda_decode.unpack(cuda_decode.pack_rows(weight.to(DEVICE)))
+    found = cuda.unpack(cuda.pack_rows(weight.to(DEVICE)))
     assert found.dtype == weight.dtype
     assert found.is_contiguous()
     assert_exact("weight", weight, found.cpu())
@@ -114,11 +114,11 @@ def test_the_product(weight: torch.Tensor, batch: int, seed: int, shift: int, bi
     """Against float64; x and bias may begin anywhere in memory."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = weight.shape
-    layout = cuda_decode.pack_rows(weight.to(DEVICE))
+    layout = cuda.pack_rows(weight.to(DEVICE))
     numbers = torch.randn(batch * columns + 1, generator=generator).to(weight.dtype).to(DEVICE)
     x = numbers[shift : shift + batch * columns].view(batch, columns)
     bias = torch.randn(rows, generator=generator).to(weight.dtype).to(DEVICE) if biased else None
-    found = cuda_decode.matvec(layout, x, bias)
+    found = cuda.matvec(layout, x, bias)
     wide, inputs = weight.double(), x.double().cpu()
     expected, terms = inputs @ wide.T, inputs.abs() @ wide.abs().T
     if bias is not None:
@@ -133,7 +133,7 @@ def test_the_product(weight: torch.Tensor, batch: int, seed: int, shift: int, bi
 
 
 def test_a_copy_points_at_its_own_memory() -> None:
-    layout = cuda_decode.pack_rows(torch.randn(40, 30).bfloat16())
+    layout = cuda.pack_rows(torch.randn(40, 30).bfloat16())
     assert layout.pointers[0].value == layout.data.data_ptr()
     other = copy.deepcopy(layout)
     assert other.pointers[0].value == other.data.data_ptr() != layout.data.data_ptr()
@@ -145,7 +145,7 @@ def test_what_packing_saves_is_what_the_formula_says() -> None:
     weight = torch.randn(256, 4096, generator=generator).bfloat16()
     for sparsity in (0.0, 0.5, 0.6, 0.7, 0.8):
         sparse = weight * (torch.rand(weight.shape, generator=generator) >= sparsity)
-        layout = cuda_decode.pack_rows(sparse)
+        layout = cuda.pack_rows(sparse)
         expected = packed.bits_per_weight(float((sparse == 0).double().mean()), 16, 4096)
         assert expected < 8 * layout.nbytes / weight.numel() < expected + 8 * 12 / 2048
 
@@ -155,7 +155,7 @@ def test_what_packing_saves_is_what_the_formula_says() -> None:
 @pytest.mark.parametrize("processors", [132, 46])
 def test_every_panel_is_some_warps(rows: int, columns: int, processors: int) -> None:
     panels = -(-columns // 128)
-    share = cuda_decode._choose_share(rows, panels, processors)
+    share = cuda._choose_share(rows, panels, processors)
     # A lane keeps where one panel begins, and one more where the last one ends; with two panels on their way, the kernel asks
     # for two behind that, which must find its end again.
     assert share >= 1
@@ -170,29 +170,29 @@ def test_every_panel_is_some_warps(rows: int, columns: int, processors: int) -> 
 
 
 def test_what_does_not_fit_is_named() -> None:
-    layout = cuda_decode.pack_rows(torch.ones(3, 8, dtype=torch.bfloat16, device=DEVICE))
+    layout = cuda.pack_rows(torch.ones(3, 8, dtype=torch.bfloat16, device=DEVICE))
     with pytest.raises(TypeError, match=r"^weight has dtype torch.float32; allowed: bfloat16 or float16$"):
-        cuda_decode.pack_rows(torch.ones(3, 8))
+        cuda.pack_rows(torch.ones(3, 8))
     with pytest.raises(ValueError, match=r"^x has shape \(1, 7\); allowed: \(b, 8\)$"):
-        cuda_decode.matvec(layout, torch.ones(1, 7, dtype=torch.bfloat16, device=DEVICE))
+        cuda.matvec(layout, torch.ones(1, 7, dtype=torch.bfloat16, device=DEVICE))
     with pytest.raises(TypeError, match=r"^x has dtype torch.float16; allowed: torch.bfloat16, the weight's$"):
-        cuda_decode.matvec(layout, torch.ones(1, 8, dtype=torch.float16, device=DEVICE))
+        cuda.matvec(layout, torch.ones(1, 8, dtype=torch.float16, device=DEVICE))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    assert cuda_decode.available() == (False, "no CUDA device")
+    assert cuda.available() == (False, "no CUDA device")
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_in_a_graph_it_gives_the_same() -> None:
     weight = torch.randn(4096, 4096, device="cuda").bfloat16() * (torch.rand(4096, 4096, device="cuda") < 0.3)
-    layout = cuda_decode.pack_rows(weight)
+    layout = cuda.pack_rows(weight)
     x = torch.randn(2, 4096, device="cuda").bfloat16()
-    eager = cuda_decode.matvec(layout, cuda_decode.matvec(layout, x))
+    eager = cuda.matvec(layout, cuda.matvec(layout, x))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda_decode.matvec(layout, cuda_decode.matvec(layout, x))
+        captured = cuda.matvec(layout, cuda.matvec(layout, x))
     graph.replay()
     assert_exact("y", eager.cpu(), captured.cpu())

@@ -16,9 +16,9 @@ from transformers.generation import BaseStreamer
 
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import cpu_decode, decoding, fused_blocks
+from torch_impl.decode import compiled_blocks, cpu, next_token
+from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.packed_linear import PackedLinear, group_projections
 
 FIXED = [family for family in FAMILIES if family != "mistral"]
 
@@ -52,7 +52,7 @@ def test_tokens_are_those_of_generate(family: str, cache: str) -> None:
         theirs = model.generate(prompt(), **options)
         torch.manual_seed(5)
         heard = Heard()
-        loop = partial(decoding.decode, streamer=heard)
+        loop = partial(next_token.decode, streamer=heard)
         ours = model.generate(prompt(), **options, custom_generate=loop, cache_implementation=cache)
         assert torch.equal(ours, theirs)
         assert (heard.ids, heard.ended) == (ours[0].tolist(), 1)
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_generate(family: str, cache: str) -> None:
 
 def test_the_model_says_when_to_stop_and_what_not_to_repeat() -> None:
     model = random_model("llama").eval()
-    loop = {"custom_generate": partial(decoding.decode, streamer=Heard())}
+    loop = {"custom_generate": partial(next_token.decode, streamer=Heard())}
     options: dict[str, Any] = {"max_new_tokens": 30, "pad_token_id": 0, "do_sample": False}
     plain = model.generate(prompt(), **options)
     model.generation_config.repetition_penalty = 1.8
@@ -74,7 +74,7 @@ def test_the_model_says_when_to_stop_and_what_not_to_repeat() -> None:
 def test_rows_of_a_batch_do_not_meet() -> None:
     model = random_model("llama-gqa").eval()
     options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
-    loop = {"custom_generate": partial(decoding.decode, streamer=Heard())}
+    loop = {"custom_generate": partial(next_token.decode, streamer=Heard())}
     both = model.generate(prompt(2), attention_mask=torch.ones(2, 7).long(), **options, **loop)
     for row, ids in enumerate(prompt(2)):
         assert torch.equal(both[row], model.generate(ids[None], **options)[0])
@@ -85,7 +85,7 @@ def test_every_token_has_the_same_shapes(family: str, monkeypatch: pytest.Monkey
     """What a graph needs of a static cache: a decoding step reads and writes the same tensors every time."""
     model = random_model(family).eval()
     cache = StaticCache(config=model.config, max_cache_len=16)
-    following = decoding.NextToken(model, cache)
+    following = next_token.NextToken(model, cache)
     logits = [following(ids[None]) for ids in prompt()[0, :, None]]
     places = {layer.keys.data_ptr() for layer in cache.layers}
     logits += [following(ids[None]) for ids in prompt()[0, :, None]]
@@ -107,7 +107,7 @@ def pack_some(model: PreTrainedModel) -> None:
             block.set_submodule(name, PackedLinear.of(linear))
 
 
-def next_tokens(model: PreTrainedModel, fuse: bool, batch: int = 1) -> tuple[torch.Tensor, decoding.NextToken]:
+def next_tokens(model: PreTrainedModel, fuse: bool, batch: int = 1) -> tuple[torch.Tensor, next_token.NextToken]:
     """Logits (tokens, b, vocabulary) of some tokens after a prompt, one at a time."""
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def next_tokens(model: PreTrainedModel, fuse: bool, batch: int = 1) -> tuple[tor
         # As transformers does, and as older versions of torch take it: an address is a constant of the code.
         for tensor in (layer.keys, layer.values, layer.cumulative_length):
             torch._dynamo.mark_static_address(tensor, guard=True)
-    following = decoding.NextToken(model, cache, batch, fuse=fuse)
+    following = next_token.NextToken(model, cache, batch, fuse=fuse)
     return torch.stack([following(ids).clone() for ids in prompt(batch)[:, 3:].split(1, dim=1)]), following
 
 
@@ -127,7 +127,7 @@ def assert_near(ours: torch.Tensor, plain: torch.Tensor) -> None:
 @pytest.fixture
 def untouched_compiler() -> None:
     """Counts from zero; without packed kernels being built while a graph is traced."""
-    cpu_decode.paths()
+    cpu.paths()
     counters.clear()
 
 
@@ -177,7 +177,7 @@ def test_projections_of_one_input_are_one_product(family: str, as_on_a_gpu: list
 def test_compiled_tokens_are_those_of_generate() -> None:
     model = random_model("llama-gqa").eval()
     options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
-    loop = partial(decoding.decode, streamer=Heard(), fuse=True)
+    loop = partial(next_token.decode, streamer=Heard(), fuse=True)
     given = {"attention_mask": torch.ones(2, 7).long()}
     with torch.inference_mode():
         theirs = model.generate(prompt(2), **given, **options)
@@ -203,7 +203,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(
 
         return call
 
-    monkeypatch.setattr(fused_blocks, "_compile", compiler)
+    monkeypatch.setattr(compiled_blocks, "_compile", compiler)
     ours, following = next_tokens(model, fuse=True)
     assert model.model.layers[0] in calls
     assert not following.fuses
@@ -216,4 +216,4 @@ def test_a_sliding_window_is_not_compiled() -> None:
     assert not next_tokens(model, fuse=True)[1].fuses
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(ValueError, match=r"^cache slides or is empty"):
-        fused_blocks.FusedBlocks(model, cache)
+        compiled_blocks.FusedBlocks(model, cache)

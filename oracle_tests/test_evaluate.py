@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from oracle_tests.test_run import arguments, fails, make_place
 from tiny_models.random_models import random_model
-from torch_impl.engine import calibration, distributed, families, points, streaming, strict_json
-from torch_impl.experiment import folder, job
+from torch_impl.engine import calibration, distributed, families, files
+from torch_impl.engine.checkpoints import offload
+from torch_impl.engine.resume import points
+from torch_impl.experiment import job, metrics
 from torch_impl.experiment.evaluate import perplexity, streamed_perplexity
 from torch_impl.run import main
 
@@ -60,10 +62,10 @@ def test_perplexity_of_a_stream_is_that_by_hand(offloaded: bool, tmp_path: Path)
     streamed: PreTrainedModel = model
     if offloaded:
         model.save_pretrained(tmp_path)
-        streamed = streaming.open_streamed(tmp_path, torch.device("cpu"), None)
+        streamed = offload.open_streamed(tmp_path, torch.device("cpu"), None)
     family = families.find_family(streamed)
     stream = calibration.start_stream(streamed, family, windows, 8)
-    blocks = streaming.sweep(streamed, family) if offloaded else families.decoder_blocks(streamed, family)
+    blocks = offload.sweep(streamed, family) if offloaded else families.decoder_blocks(streamed, family)
     with torch.no_grad():
         for index, block in enumerate(blocks):
             stream.advance(block, index)
@@ -180,10 +182,10 @@ def test_a_figure_that_is_not_finite_is_named_and_not_written(value: float, tmp_
     with pytest.raises(
         FloatingPointError, match=rf"^a\.json, rows\[1\], loss is {value}; allowed in JSON: finite numbers$"
     ):
-        folder.write_json(tmp_path / "a.json", {"rows": [{}, {"loss": value}]})
-    metrics = folder.Metrics(tmp_path / "metrics.jsonl")
+        metrics.write_json(tmp_path / "a.json", {"rows": [{}, {"loss": value}]})
+    lines = metrics.Metrics(tmp_path / "metrics.jsonl")
     with pytest.raises(FloatingPointError, match=r"^metrics\.jsonl, errors\[0\] is"):
-        metrics.log("step", errors=[value])
+        lines.log("step", errors=[value])
     with pytest.raises(FloatingPointError, match=r"^state, state, value is"):
         points.Points(tmp_path / "points").commit({"value": value})
     assert not list(tmp_path.rglob("*.json*"))
@@ -191,8 +193,8 @@ def test_a_figure_that_is_not_finite_is_named_and_not_written(value: float, tmp_
 
 def test_strict_json_is_json() -> None:
     value = {"a": [1, 2.5, None, True, "x"], "b": {}}
-    assert json.loads(strict_json.dumps(value, "it")) == value
-    assert strict_json.dumps({"a": 1}, "it", indent=1) == json.dumps({"a": 1}, indent=1)
+    assert json.loads(files.dumps(value, "it")) == value
+    assert files.dumps({"a": 1}, "it", indent=1) == json.dumps({"a": 1}, indent=1)
 
 
 def test_no_json_is_written_otherwise() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from reference.masks.select import matrix_mask, row_mask
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa
-from torch_impl.engine import calibration, families, layers
+from torch_impl.engine import adapted_linear, calibration, families
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
@@ -80,7 +80,7 @@ def test_losa_runs_and_merges_on_every_family(name: str, method: str) -> None:
     ids = token_ids(model, 2, 12, seed=9)
     with torch.no_grad():
         unmerged = model(input_ids=ids).logits
-        masks = layers.merge_adapters(model, family)
+        masks = adapted_linear.merge_adapters(model, family)
         merged = model(input_ids=ids).logits
     torch.testing.assert_close(merged, unmerged, rtol=1e-5, atol=1e-5)
     assert len(masks) == len(family.projections) * len(records[0].ranks)
@@ -103,7 +103,7 @@ def test_masks_nest_and_rates_follow_the_schedule() -> None:
         token_ids(model, 6, 12),
         parts_for(model, 4),
         setup,
-        on_step=lambda _: kept.append([layer.mask.clone() for layer in layers.adapters(model)]),
+        on_step=lambda _: kept.append([layer.mask.clone() for layer in adapted_linear.adapters(model)]),
     )
     for earlier, later in itertools.pairwise(kept):
         assert all(not (new & ~old).any() for old, new in zip(earlier, later, strict=True))
@@ -128,7 +128,7 @@ def test_patterns_hold_in_every_group(kind: str, method: str) -> None:
     for index, block in enumerate(families.decoder_blocks(model, family)):
         expected = round((1 - records[-1].sparsity[index]) * m)
         total += expected
-        for layer in layers.block_adapters(block, family).values():
+        for layer in adapted_linear.block_adapters(block, family).values():
             groups = layer.mask.unflatten(1, (-1, m)).sum(-1)
             assert (groups == expected).all()
         assert abs(expected - n) <= (1 if kind.startswith("mixed") else 0)
@@ -146,7 +146,7 @@ def test_ablations_are_what_they_say() -> None:
     plain_model = copy.deepcopy(model)
     plain = losa.run(plain_model, ids, [], settings(training={"finetune": False}))
     assert all(record.losses == [] and record.ranks == [] for record in plain)
-    assert all(layer.rank == 0 for layer in layers.adapters(plain_model))
+    assert all(layer.rank == 0 for layer in adapted_linear.adapters(plain_model))
     one = losa.run(copy.deepcopy(model), ids, parts[:1], settings(steps=1))
     assert len(one) == 1
     assert one[0].target == pytest.approx(0.7)
@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
         base = settings()
         setup = Settings(base.prune, base.adapter, base.calibration, base.training, seed=seed)
         losa.run(model, token_ids(model, 6, 12), parts_for(model, 2), setup)
-        return [layer.merged() for layer in layers.adapters(model)]
+        return [layer.merged() for layer in adapted_linear.adapters(model)]
 
     first, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -169,12 +169,12 @@ def test_a_pruned_checkpoint_is_taken_up_where_it_is() -> None:
     model = random_model("llama")
     ids = token_ids(model, 6, 12)
     losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.5, training={"finetune": False}))
-    masks = layers.merge_adapters(model, families.FAMILIES[0])
+    masks = adapted_linear.merge_adapters(model, families.FAMILIES[0])
     records = losa.run(model, ids, parts_for(model, 2), settings(sparsity_ratio=0.7))
     assert records[0].target > 0.5
     for name, mask in masks.items():
         layer = model.get_submodule(name)
-        assert isinstance(layer, layers.AdaptedLinear)
+        assert isinstance(layer, adapted_linear.AdaptedLinear)
         assert not (layer.mask & ~mask).any()
 
 
@@ -182,7 +182,7 @@ def test_a_model_sparser_than_asked_is_refused() -> None:
     model = random_model("llama")
     ids = token_ids(model, 6, 12)
     losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.6, training={"finetune": False}))
-    layers.merge_adapters(model, families.FAMILIES[0])
+    adapted_linear.merge_adapters(model, families.FAMILIES[0])
     with pytest.raises(ValueError, match=r"sparsity_ratio is 0\.4 .* already"):
         losa.run(model, ids, [], settings(sparsity_ratio=0.4, training={"finetune": False}))
 

@@ -16,7 +16,8 @@ from oracle_tests.test_families import settings, token_ids
 from oracle_tests.test_run import arguments, make_place
 from tiny_models.random_models import random_model
 from torch_impl import generate, losa
-from torch_impl.engine import calibration, decoding, finite
+from torch_impl.decode import next_token
+from torch_impl.engine import calibration, finite
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.experiment.evaluate import perplexity, streamed_perplexity
 from torch_impl.run import main
@@ -123,7 +124,7 @@ def test_the_first_module_is_named(name: str, bad: float) -> None:
         perplexity(model, ids, 2)
     heard = Heard()
     with pytest.raises(finite.NotFiniteError, match=message):
-        model.generate(prompt(), max_new_tokens=4, custom_generate=partial(decoding.decode, streamer=heard))
+        model.generate(prompt(), max_new_tokens=4, custom_generate=partial(next_token.decode, streamer=heard))
     assert heard.ids == prompt()[0].tolist()
     assert not any(hook for module in model.modules() for hook in module._forward_hooks.values() if hook is not spoil)
 
@@ -149,7 +150,7 @@ def test_tokens_that_a_model_rules_out_are_no_overflow() -> None:
         return output.index_fill(-1, torch.arange(share), -float("inf"))
 
     model.lm_head.register_forward_hook(mask)
-    loop = partial(decoding.decode, streamer=Heard())
+    loop = partial(next_token.decode, streamer=Heard())
     ids = model.generate(prompt(), max_new_tokens=4, custom_generate=loop)
     assert (ids[0, 7:] >= 100).all()
     rules_out.clear()

@@ -15,9 +15,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from oracle_tests.test_run import WORDS, arguments, fails, make_place
-from torch_impl.engine import checkpoint, distributed, points
-from torch_impl.experiment import config, folder
-from torch_impl.experiment.folder import run_folder
+from torch_impl.engine import distributed
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.resume import points
+from torch_impl.engine.resume import run_folder as folder
+from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.experiment import config
 from torch_impl.run import main
 
 PLAIN: dict[str, object] = {"steps": 1, "finetune": "false", "offload": "off"}
@@ -125,7 +128,7 @@ def test_a_disk_full_in_the_writer_of_tensors_is_one_line(
     place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real writer, not allowed as many bytes as the model has. What is done is kept, and can be gone on with."""
-    save, limits = checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = pretrained.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*given: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
@@ -134,13 +137,13 @@ def test_a_disk_full_in_the_writer_of_tensors_is_one_line(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(checkpoint, "save", limited)
+    monkeypatch.setattr(pretrained, "save", limited)
     assert main(arguments(place, **PLAIN)) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "File too large" in line
     assert "--resume" in line
     assert not (place / "out").exists()
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(pretrained, "save", save)
     assert main(arguments(place, resume="true", **PLAIN)) == 0
 
 

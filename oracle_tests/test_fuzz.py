@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tiny_models.random_models import save_random_model
-from torch_impl.engine import checkpoint
+from torch_impl.engine.checkpoints import pretrained
 from torch_impl.experiment.text.sources import load_documents
 from torch_impl.run import main
 
@@ -172,7 +172,7 @@ def read_text(file: Path) -> None:
     except (ValueError, FileNotFoundError) as error:
         message = str(error)
     assert documents or file.name in message
-    tokenizer = checkpoint.AutoTokenizer.from_pretrained(file.parent / "model")
+    tokenizer = pretrained.AutoTokenizer.from_pretrained(file.parent / "model")
     for document in documents:
         tokenizer(document.prompt + document.text)
 
@@ -223,7 +223,7 @@ def load(model: Path) -> None:
     """A model, or an error that names the folder; never anything else, nor anything written."""
     before, message = contents(model.parent), None
     try:
-        checkpoint.load(str(model), torch.device("cpu"), "auto")
+        pretrained.load(str(model), torch.device("cpu"), "auto")
     except (ValueError, FileNotFoundError) as error:
         message = str(error)
     assert message is None or str(model) in message
@@ -253,7 +253,7 @@ def test_a_model_of_absurd_size_is_refused(name: str, sound: Path, model: Path) 
     configuration = json.loads((sound / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**configuration, name: 10**9}))
     with pytest.raises(ValueError, match=name):
-        checkpoint.load(str(model), torch.device("cpu"), "auto")
+        pretrained.load(str(model), torch.device("cpu"), "auto")
 
 
 @FEW
@@ -272,7 +272,7 @@ def test_a_model_that_lacks_a_tensor_is_refused(model: Path) -> None:
     del tensors[name]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"lacks {name}"):
-        checkpoint.load(str(model), torch.device("cpu"), "auto")
+        pretrained.load(str(model), torch.device("cpu"), "auto")
 
 
 class Bomb:
@@ -296,7 +296,7 @@ def test_pickles_are_not_opened(name: str, model: Path, trace: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / name).write_bytes(pickle.dumps([Bomb(trace), bytes(100000)]))
     with pytest.raises(ValueError, match=r"safetensors|header"):
-        checkpoint.load(str(model), torch.device("cpu"), "auto")
+        pretrained.load(str(model), torch.device("cpu"), "auto")
 
 
 def test_code_that_comes_with_a_model_is_not_run(sound: Path, model: Path, trace: Path) -> None:
@@ -310,5 +310,5 @@ def test_code_that_comes_with_a_model_is_not_run(sound: Path, model: Path, trace
         if name == "config.json":
             (model / name).write_text(json.dumps({**content, "auto_map": classes, "model_type": "some"}))
             with pytest.raises(ValueError, match="model"):
-                checkpoint.load(str(model), torch.device("cpu"), "auto")
+                pretrained.load(str(model), torch.device("cpu"), "auto")
             shutil.copy(sound / name, model / name)

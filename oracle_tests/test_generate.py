@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
 from torch_impl import generate
-from torch_impl.engine import decoding
+from torch_impl.decode import next_token
 
 PROMPT = "some text"
 
@@ -54,14 +54,14 @@ def greedy(model: Path, prompt: str = PROMPT, new: int = 8) -> list[int]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the loop is called with, and the tokens that come of it."""
     found: dict[str, Any] = {}
-    plain = decoding.decode
+    plain = next_token.decode
 
     def decode(model: Any, input_ids: torch.Tensor, **given: Any) -> torch.Tensor:
         ids = plain(model, input_ids, **given)
         found.update(given, new=ids[0, input_ids.shape[1] :].tolist())
         return ids
 
-    monkeypatch.setattr(decoding, "decode", decode)
+    monkeypatch.setattr(next_token, "decode", decode)
     return found
 
 
@@ -157,7 +157,7 @@ def test_rows_of_a_batch_end_on_their_own() -> None:
         def end(self) -> None: ...
 
     def loop(*given: Any, **named: Any) -> torch.Tensor:
-        return decoding.decode(*given, **{**named, "streamer": Silent()})
+        return next_token.decode(*given, **{**named, "streamer": Silent()})
 
     ours = model.generate(prompts, attention_mask=mask, custom_generate=loop, **options)
     assert torch.equal(ours, theirs)
@@ -271,15 +271,15 @@ def test_a_tokenizer_without_a_mask(tmp_path: Path, seen: dict[str, Any], capsys
 def test_ctrl_c_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The line stands apart from the text so far."""
     model = folder(tmp_path)
-    call = decoding.NextToken.__call__
+    call = next_token.NextToken.__call__
 
-    def interrupted(self: decoding.NextToken, ids: torch.Tensor) -> torch.Tensor:
-        monkeypatch.setattr(decoding.NextToken, "__call__", stop)
+    def interrupted(self: next_token.NextToken, ids: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(next_token.NextToken, "__call__", stop)
         return call(self, ids)
 
-    def stop(self: decoding.NextToken, ids: torch.Tensor) -> torch.Tensor:
+    def stop(self: next_token.NextToken, ids: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decoding.NextToken, "__call__", interrupted)
+    monkeypatch.setattr(next_token.NextToken, "__call__", interrupted)
     assert generate.main([str(model), "--prompt", PROMPT, "--device", "cpu"]) == 130
     assert capsys.readouterr().err.endswith("\nerror: interrupted\n")

@@ -13,8 +13,8 @@ from oracle_tests import emulated_graphs, gpu_graphs
 from oracle_tests.emulated_graphs import FreedMemoryError
 from oracle_tests.test_training import adapted_model, examples_for
 from tiny_models.random_models import random_model
-from torch_impl.engine import layers, training
-from torch_impl.engine.decoding import NextToken
+from torch_impl.decode.next_token import NextToken
+from torch_impl.engine import adapted_linear, training
 from torch_impl.engine.graphs import Captured
 from torch_impl.engine.training import Gradients, TrainingConfig
 
@@ -66,7 +66,7 @@ def test_training_in_graphs_is_training_launch_by_launch(
         )
         examples = examples_for(model, LENGTHS)
         losses = training.train(model, teacher, examples, config, (0, config.optimizer_steps(len(examples))))
-        results.append((losses, [p.detach() for layer in layers.adapters(model) for p in (layer.A, layer.B)]))
+        results.append((losses, [p.detach() for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B)]))
         if captures:
             assert len(graphs) >= 2
             assert sum(graph.replays for graph in graphs) >= 5
@@ -82,7 +82,7 @@ def test_graphs_are_given_up_where_what_they_write_to_is_replaced(
     """Gradients set to None between steps, or merged weights released, as an evaluation in between may do."""
     model = adapted_model()
     with torch.no_grad():
-        for layer in layers.adapters(model):
+        for layer in adapted_linear.adapters(model):
             layer.B.normal_(0, 0.1)
     config = TrainingConfig(hold_merged="on", per_device_train_batch_size=2, gradient_accumulation_steps=1)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +94,7 @@ def test_graphs_are_given_up_where_what_they_write_to_is_replaced(
                     if what == "gradients":
                         model.zero_grad(set_to_none=True)
                     else:
-                        for layer in layers.adapters(model):
+                        for layer in adapted_linear.adapters(model):
                             layer.release()
                 gradients.of(examples_for(model, [6, 6], seed=step))
                 results.append([p.grad.clone() for p in parameters])

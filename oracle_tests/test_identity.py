@@ -122,7 +122,7 @@ def material(rows: list[list[int]], labels: list[list[int]]) -> dict[str, object
     some, tokenizer = torch.arange(4).view(2, 2), PreTrainedTokenizerFast
     found = Material(random_model("llama"), tokenizer, some, examples, some + 1, {})  # type: ignore[arg-type]
     # The model was never saved, so it has no files.
-    with mock.patch("torch_impl.engine.checkpoint.weights_hash", return_value=""):
+    with mock.patch("torch_impl.engine.checkpoints.pretrained.weights_hash", return_value=""):
         return environment_of(Config(), found)
 
 

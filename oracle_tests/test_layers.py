@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torch_impl.engine import masked_linear as operation
-from torch_impl.engine.layers import AdaptedLinear
+from torch_impl.engine.adapted_linear import AdaptedLinear
 
 
 def masked_linear(out: int, inputs: int, bias: bool, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Linear:

@@ -16,9 +16,9 @@ from oracle_tests.test_families import parts_for, settings, token_ids
 from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.layers import AdaptedLinear, adapters
-from torch_impl.engine.points import Points
+from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import lr_factor
 

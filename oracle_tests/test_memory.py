@@ -10,7 +10,7 @@ import torch
 
 from tiny_models.random_models import random_model
 from torch_impl.engine import families
-from torch_impl.engine.memory import Sizes
+from torch_impl.experiment.planning.sizes import Sizes
 
 SIZES = Sizes(
     itemsize=2,

@@ -34,8 +34,8 @@ from oracle_tests.model_folders import (
 from oracle_tests.test_run import arguments
 from tiny_models.random_models import random_model
 from torch_impl import generate, losa, pack, run
-from torch_impl.engine import checkpoint, checkpoint_files, sharded
-from torch_impl.engine.checkpoint_files import SINGLE
+from torch_impl.engine.checkpoints import contents, fsdp, pretrained
+from torch_impl.engine.checkpoints.contents import SINGLE
 from torch_impl.engine.families import find_family
 from torch_impl.engine.settings import Settings
 
@@ -62,9 +62,9 @@ def written(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert run.main(arguments(place, **PLAIN, offload=offload, output_dir=place / offload)) == 0
         packed(place / "model")
         assert pack.main([str(place / "packed"), str(place / "back"), "--unpack"]) == 0
-        model: Any = sharded.load(place / "model", CPU, None)
+        model: Any = fsdp.load(place / "model", CPU, None)
         (place / "saved").mkdir()
-        sharded.save(model, find_family(model), place / "saved")
+        fsdp.save(model, find_family(model), place / "saved")
     finally:
         assert os.umask(before) == MASK
     return place
@@ -74,10 +74,10 @@ def test_what_is_written_says_whether_the_head_is_tied(written: Path, place: Pat
     """Others tie what the configuration says, without a look at the files."""
     for folder in ("on/model", "off/model", "saved"):
         assert read_json(written / folder / "config.json")["tie_word_embeddings"] is False
-    model: Any = sharded.load(written / "model", CPU, None)
+    model: Any = fsdp.load(written / "model", CPU, None)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     tied(place / "model")
-    for loaded in (sharded.load(place / "model", CPU, None), checkpoint.load(str(place / "model"), CPU, "auto")[0]):
+    for loaded in (fsdp.load(place / "model", CPU, None), pretrained.load(str(place / "model"), CPU, "auto")[0]):
         assert loaded.config.tie_word_embeddings is True
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
@@ -119,7 +119,7 @@ def test_nothing_but_numbers_is_read(place: Path, name: str, value: float, capsy
     lines.append(said(capsys, pack.main([str(place / "model"), str(place / "new"), "--device", "cpu"])))
     lines.append(said(capsys, generate.main([str(place / "model"), "--prompt", "x", "--device", "cpu"])))
     with pytest.raises(ValueError, match=name):
-        sharded.load(place / "model", CPU, None)
+        fsdp.load(place / "model", CPU, None)
     file = place / "packed" / "packed-00001-of-00001.safetensors"
     tensors = load_file(file)
     tensors[f"{name}.values" if f"{name}.values" in tensors else name].view(-1)[-1] = value
@@ -146,7 +146,7 @@ KEY = "model.layers.0.self_attn.q_proj.weight"
 
 def test_what_float16_cannot_hold_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(place / "model", lambda tensors: tensors[KEY].view(-1)[:2].copy_(torch.tensor([65504.0, -65504.0])))
-    checkpoint.load(str(place / "model"), CPU, "float16")
+    pretrained.load(str(place / "model"), CPU, "float16")
     edit(place / "model", lambda tensors: tensors[KEY].view(-1)[:1].fill_(1e6))
     packed(place / "model")
     for folder in ("model", "packed"):
@@ -171,8 +171,8 @@ def test_as_stored_is_what_the_weights_are(place: Path, named: str | None, capsy
         options = ["--prompt", "def", "--max_new_tokens", "2", "--device", "cpu"]
         assert generate.main([str(place / folder), *options]) == 0
         assert f" MB, {expected};" in capsys.readouterr().err
-    assert checkpoint.outline(str(place / "model"), torch.device("cuda"), "auto").dtype == getattr(torch, expected)
-    assert checkpoint.outline(str(place / "model"), CPU, "auto").dtype == torch.float32
+    assert pretrained.outline(str(place / "model"), torch.device("cuda"), "auto").dtype == getattr(torch, expected)
+    assert pretrained.outline(str(place / "model"), CPU, "auto").dtype == torch.float32
 
 
 # --- code that comes with a model ---
@@ -231,7 +231,7 @@ def test_a_model_with_code_of_its_own(place: Path, modules: Path, capsys: pytest
         assert generate.main([str(folder), *options]) == 0
         texts.add(capsys.readouterr().out)
     assert len(texts) == 1
-    model: Any = sharded.load(place / "model", CPU, None, trust_remote_code=True)
+    model: Any = fsdp.load(place / "model", CPU, None, trust_remote_code=True)
     assert type(model).__name__ == "OursForCausalLM"
 
 
@@ -293,7 +293,7 @@ def test_a_sentencepiece_file_takes_its_packages(
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer.model").write_bytes(b"no protobuf message")
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}')
-    monkeypatch.setattr(checkpoint, "_importable", lambda module: module in installed)
+    monkeypatch.setattr(pretrained, "_importable", lambda module: module in installed)
     capsys.readouterr()
     options = arguments(place, **PLAIN)
     lines = [said(capsys, run.main([*options, "--offload", offload])) for offload in ("on", "off")]
@@ -334,13 +334,13 @@ def test_of_a_hub_s_model_what_counts_is_downloaded(
     (model / "tokenizer.model").write_bytes(b"kept")
     write({"a": torch.ones(1)}, model / "consolidated.safetensors")
     hub = Hub(model, place / "cache")
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", hub)
+    monkeypatch.setattr(contents, "snapshot_download", hub)
     assert run.main([*arguments(place, **PLAIN, model="some/model"), "--dry_run"]) == 0
     assert not any(name.endswith(".safetensors") for name in hub.given)
     offload = "on" if situation is stale_shards else "off"
     assert run.main(arguments(place, **PLAIN, model="some/model", offload=offload)) == 0
     assert (place / "out" / "model" / "tokenizer.model").exists()
-    assert read_json(place / "out" / "environment.json")["model_sha256"] == checkpoint.weights_hash(model)
+    assert read_json(place / "out" / "environment.json")["model_sha256"] == pretrained.weights_hash(model)
     shards = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
     downloaded = {name for name in hub.given if name.endswith(".safetensors")}
     assert downloaded == ({SINGLE} if situation is single_and_index else shards)
@@ -352,7 +352,7 @@ def test_what_a_hub_s_configuration_shows_is_refused_without_its_weights(
     monkeypatch.chdir(place)
     configure(place / "model", quantization_config={"quant_method": "gptq"})
     hub = Hub(place / "model", place / "cache")
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", hub)
+    monkeypatch.setattr(contents, "snapshot_download", hub)
     line = said(capsys, run.main([*arguments(place, **PLAIN, model="some/model"), "--dry_run"]))
     assert "quantised (quantization_config in config.json: gptq)" in line
     assert SINGLE not in hub.given
@@ -364,6 +364,6 @@ def test_a_hub_that_does_not_answer_is_one_line(
     def silent(*_: Any, **__: Any) -> str:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", silent)
+    monkeypatch.setattr(contents, "snapshot_download", silent)
     line = said(capsys, run.main(arguments(place, **PLAIN, model="some/model")))
     assert line == "error: model some/model cannot be downloaded: no network"

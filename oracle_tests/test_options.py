@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from torch_impl import generate, pack, run
-from torch_impl.experiment import compare, config, plan
+from torch_impl.experiment import compare, config
+from torch_impl.experiment.planning import dry_run
 
 NONSENSE = ("nan", "inf", "-inf", "-1", "0", "1000000000000", "1e300", "word")
 # What is no nonsense after all: nothing pruned, nothing learned, no bound on the gradients, any seed.
@@ -80,7 +81,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise Work
 
-    for module, name in ((plan, "make_plan"), (run, "run_job"), (compare, "load_material"), (generate, "_load")):
+    for module, name in ((dry_run, "make_plan"), (run, "run_job"), (compare, "load_material"), (generate, "_load")):
         monkeypatch.setattr(module, name, work)
 
 
@@ -138,7 +139,7 @@ def test_options_of_generate(name: str, capsys: pytest.CaptureFixture) -> None:
 def test_options_of_compare(
     name: str, values: Sequence[str], accepted: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(plan, "check", lambda config: None)
+    monkeypatch.setattr(dry_run, "check", lambda config: None)
     assert accepts(compare.main, name, values, ["--model", "x"], capsys) == accepted
 
 

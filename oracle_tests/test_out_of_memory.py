@@ -16,9 +16,9 @@ from oracle_tests.test_resume import Counting, Stop, outcome, same, settings, ti
 from torch_impl import losa
 from torch_impl.engine import calibration, training
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.halving import halving
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.points import Points
+from torch_impl.engine.memory import halving
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
 
 
 def test_training_goes_on_in_smaller_micro_batches(

@@ -19,8 +19,8 @@ from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close
 from reference import packed as spec
 from torch_impl import packed
-from torch_impl.engine import cpu_decode, cuda_decode, packed_linear
-from torch_impl.engine.packed_linear import DECODE_ROWS, PackedGroup, PackedLinear
+from torch_impl.decode import cpu, cuda, packed_linear
+from torch_impl.decode.packed_linear import DECODE_ROWS, PackedGroup, PackedLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,7 +61,7 @@ def assert_product(
 @pytest.fixture(scope="session")
 def paths() -> tuple[str, ...]:
     """The paths of this CPU; the kernels are built once."""
-    found = cpu_decode.paths()
+    found = cpu.paths()
     assert found, "the kernels did not build"
     return found
 
@@ -76,7 +76,7 @@ def test_every_path_is_the_dense_product(paths: tuple[str, ...], sparsity: float
         for batch in range(1, 10):
             x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
             for path in paths:
-                y = cpu_decode.linear(x, *parts, bias, path)
+                y = cpu.linear(x, *parts, bias, path)
                 assert_product(f"{path}, {(rows, columns)}, batch {batch}", y, x, weight, bias)
 
 
@@ -89,7 +89,7 @@ def test_threads_share_the_rows(paths: tuple[str, ...], dtype: torch.dtype) -> N
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([cpu_decode.linear(x, *packed.pack(weight), None, path) for path in paths])
+            results.append([cpu.linear(x, *packed.pack(weight), None, path) for path in paths])
     finally:
         torch.set_num_threads(before)
     assert_product("threads", results[0][0], x, weight)
@@ -104,7 +104,7 @@ def test_large_and_tiny_values(paths: tuple[str, ...], size: float) -> None:
         weight = (sparse(9, 100, 0.5, torch.float32) * size).to(dtype)
         x = torch.randn(3, 100).to(dtype)
         for path in paths:
-            assert_product(f"{path} at {size}", cpu_decode.linear(x, *packed.pack(weight), None, path), x, weight)
+            assert_product(f"{path} at {size}", cpu.linear(x, *packed.pack(weight), None, path), x, weight)
 
 
 def test_infinite_and_nan_weights_reach_their_row_alone(paths: tuple[str, ...]) -> None:
@@ -112,7 +112,7 @@ def test_infinite_and_nan_weights_reach_their_row_alone(paths: tuple[str, ...]) 
         weight = sparse(4, 40, 0.5, dtype)
         weight[0, 3], weight[1, 39] = float("inf"), float("nan")
         for path in paths:
-            y = cpu_decode.linear(torch.ones(1, 40, dtype=dtype), *packed.pack(weight), None, path)[0]
+            y = cpu.linear(torch.ones(1, 40, dtype=dtype), *packed.pack(weight), None, path)[0]
             assert y[0] == float("inf")
             assert y[1].isnan()
             assert y[2:].isfinite().all()
@@ -138,7 +138,7 @@ def test_nothing_is_read_behind_the_end_of_what_is_there(paths: tuple[str, ...],
                 there = torch.frombuffer(memory, dtype=value.dtype, count=count, offset=begin)[: value.numel()]
                 placed.append(there.copy_(value.flatten()).view(value.shape))
             for path in paths:
-                y = cpu_decode.linear(placed[3], placed[0], placed[1], placed[2], None, path)
+                y = cpu.linear(placed[3], placed[0], placed[1], placed[2], None, path)
                 assert_product(path, y, x, weight)
     finally:
         libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(12 * page), 3)
@@ -157,7 +157,7 @@ def test_storage_may_begin_anywhere(paths: tuple[str, ...], shift: int, dtype: t
 
     parts = [shifted(part) for part in packed.pack(weight)]
     for path in paths:
-        assert_product(path, cpu_decode.linear(shifted(x), *parts, None, path), x, weight)
+        assert_product(path, cpu.linear(shifted(x), *parts, None, path), x, weight)
 
 
 def test_kernels_refuse_what_does_not_fit(paths: tuple[str, ...]) -> None:
@@ -171,7 +171,7 @@ def test_kernels_refuse_what_does_not_fit(paths: tuple[str, ...]) -> None:
         ((x, bitmap, values, offsets), "neon", "path is neon; allowed: "),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
-            cpu_decode.linear(*arguments, None, path)
+            cpu.linear(*arguments, None, path)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -213,8 +213,8 @@ def test_the_layer_refuses_what_contradicts_itself() -> None:
 @pytest.fixture
 def fresh_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forgets what was built, for one test; built again, torch would load a second library of the same operations, and abort."""
-    cpu_decode.paths()
-    monkeypatch.setattr(cpu_decode, "paths", functools.cache(cpu_decode.paths.__wrapped__))
+    cpu.paths()
+    monkeypatch.setattr(cpu, "paths", functools.cache(cpu.paths.__wrapped__))
 
 
 @pytest.mark.usefixtures("fresh_paths")
@@ -228,8 +228,8 @@ def test_without_a_compiler_a_slower_path_says_so_once(
     x = torch.randn(3, 70)
     monkeypatch.setattr(cpp_extension, "load", broken)
     for _ in range(2):
-        assert_product("no compiler", cpu_decode.linear(x, *packed.pack(weight)), x, weight)
-    assert cpu_decode.paths() == ()
+        assert_product("no compiler", cpu.linear(x, *packed.pack(weight)), x, weight)
+    assert cpu.paths() == ()
     said = capsys.readouterr().err
     assert said == "packed weights: no kernels for this CPU, a slower path instead (no compiler here)\n"
 
@@ -240,7 +240,7 @@ def test_a_compiler_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert cpu_decode.paths() == ()
+    assert cpu.paths() == ()
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -428,9 +428,9 @@ def test_a_gpu_without_kernels_says_so_once(
 ) -> None:
     packed_linear._say.cache_clear()
     values = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    monkeypatch.setattr(cuda_decode, "available", lambda: (False, "no nvcc"))
+    monkeypatch.setattr(cuda, "available", lambda: (False, "no nvcc"))
     assert not any(packed_linear._has_kernels(values) for _ in range(3))
-    monkeypatch.setattr(cuda_decode, "available", lambda: (True, ""))
+    monkeypatch.setattr(cuda, "available", lambda: (True, ""))
     assert packed_linear._has_kernels(values)
     values.dtype = torch.float32
     assert not any(packed_linear._has_kernels(values) for _ in range(3))
@@ -469,7 +469,7 @@ def test_a_group_in_a_graph() -> None:
         assert_close("graph", linear(x).detach().cpu(), y.cpu(), tolerances.same_product(y.dtype), floor=1e-30)
 
 
-@pytest.mark.skipif(not cpu_decode.paths(), reason="no compiler")
+@pytest.mark.skipif(not cpu.paths(), reason="no compiler")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_kernels_use_the_threads_that_torch_does(count: int) -> None:
     before = torch.get_num_threads()

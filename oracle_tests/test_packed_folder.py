@@ -19,9 +19,9 @@ from oracle_tests import tolerances
 from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model
 from torch_impl import generate, pack
 from torch_impl.bench.measure import resident
-from torch_impl.engine import cpu_decode, packed_folder
+from torch_impl.decode import cpu, packed_folder
+from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
-from torch_impl.engine.packed_linear import PackedLinear
 
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,7 +105,7 @@ def test_packed_and_plain_are_one_model(
 
 
 def test_decoding_never_unpacks(packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu_decode.paths()
+    assert cpu.paths()
     model, _ = packed_folder.load(packed_model, CPU)
     monkeypatch.setattr(PackedLinear, "unpacked", None)
     model.generate(torch.ones(3, 5, dtype=torch.long), max_new_tokens=3, pad_token_id=0, do_sample=False)

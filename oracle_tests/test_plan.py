@@ -12,10 +12,12 @@ import torch
 from oracle_tests.test_memory import SIZES
 from oracle_tests.test_run import arguments, make_place
 from tiny_models.random_models import random_model, save_random_model
-from torch_impl.engine import checkpoint, memory
+from torch_impl.engine import memory
+from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import find_family
-from torch_impl.experiment import footprint, needs, plan, scaling
 from torch_impl.experiment.config import Config, parse
+from torch_impl.experiment.planning import checks, dry_run, footprint, scaling
+from torch_impl.experiment.planning.sizes import Sizes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # What is held besides, in the phases of `SIZES`: two bytes for each of 1000 weights; at step 2, seven ranks.
@@ -227,7 +229,7 @@ RANK = 3 * (2 * 64 + 2 * 48 + 3 * 80)
 )
 def test_disk(changes: dict[str, Any], block: int, files: int, written: int, ranks: int) -> None:
     model = random_model("llama-gqa")
-    assert needs.disk(model, find_family(model), config(**changes), 4) == {
+    assert checks.disk(model, find_family(model), config(**changes), 4) == {
         "merged model": PARAMETERS * 4,
         # Value and two moments in float32.
         "points": block * (3 * files + written) + written * 12 * ranks * RANK,
@@ -237,7 +239,7 @@ def test_disk(changes: dict[str, Any], block: int, files: int, written: int, ran
 
 def test_least_memory() -> None:
     model = random_model("llama-gqa")
-    assert needs.memory(model, find_family(model), config(), 4) == {
+    assert checks.memory(model, find_family(model), config(), 4) == {
         "dense copy": PARAMETERS * 4,
         "streams of hidden states and copies": 2 * 4 * 2 * 32 * 4,
         "adapters and optimizer": 7 * RANK * 16,
@@ -249,27 +251,27 @@ def test_too_little_of_either_is_refused_to_the_byte(tmp_path: Path, monkeypatch
     family, some = find_family(model), config(nsamples=100, seqlen=10)
     (tmp_path / "left over").write_bytes(b"x" * 5000)
     there = 512 * (tmp_path / "left over").stat().st_blocks
-    disk = sum(needs.disk(model, family, some, 4).values())
+    disk = sum(checks.disk(model, family, some, 4).values())
     # Streams and adapters are not there at once: the larger of the two counts.
     least = PARAMETERS * 4 + max(2 * 1000 * 32 * 4, 7 * RANK * 16)
     free = {"disk": disk - there, "memory": least}
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["disk"]}))
-    monkeypatch.setattr(needs, "_free_memory", lambda _: free["memory"])
-    needs.check(model, family, some, tmp_path)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free["disk"]}))
+    monkeypatch.setattr(checks, "_free_memory", lambda _: free["memory"])
+    checks.check(model, family, some, tmp_path)
     free["memory"] -= 1
     with pytest.raises(ValueError, match=r"device cpu: 0\.00 GiB of memory are free"):
-        needs.check(model, family, some, tmp_path)
+        checks.check(model, family, some, tmp_path)
     free["disk"] -= 1
     with pytest.raises(ValueError, match=r"output_dir losa-b-wanda-0\.7: 0\.00\d GiB of disk are free"):
-        needs.check(model, family, some, tmp_path)
+        checks.check(model, family, some, tmp_path)
     free.update(disk=3 * 2**30, memory=5 * 2**30)
     monkeypatch.setattr(
-        needs, "memory", lambda *_: {"streams of hidden states and copies": 0, "adapters and optimizer": 6 * 2**30}
+        checks, "memory", lambda *_: {"streams of hidden states and copies": 0, "adapters and optimizer": 6 * 2**30}
     )
     with pytest.raises(ValueError, match=r"5\.00 GiB of memory are free; allowed: 6\.00 GiB"):
-        needs.check(model, family, some, tmp_path)
+        checks.check(model, family, some, tmp_path)
     with pytest.raises(ValueError, match=r"3\.000 GiB of disk are free; allowed: about 7\.500 GiB \(so\)"):
-        needs.check_disk(15 * 2**29, "so", some, tmp_path / "nothing here")
+        checks.check_disk(15 * 2**29, "so", some, tmp_path / "nothing here")
 
 
 # --- the plan ---
@@ -285,8 +287,8 @@ def test_a_plan(tmp_path: Path, free: dict[str, int], monkeypatch: pytest.Monkey
         "eval_data": "wikitext2",
     }
     some = parse(arguments(place, **options))
-    found = plan.make_plan(some)
-    taken = footprint.footprint(some, memory.Sizes.of(*_model_and_family(), torch.float32), CPU)
+    found = dry_run.make_plan(some)
+    taken = footprint.footprint(some, Sizes.of(*_model_and_family(), torch.float32), CPU)
     assert found == {
         "model": str(place / "model"),
         "family": "gated",
@@ -305,7 +307,7 @@ def test_a_plan(tmp_path: Path, free: dict[str, int], monkeypatch: pytest.Monkey
         "most memory is taken in": taken.phase,
         "device memory": taken.device,
         "host memory": taken.host,
-        "disk, bytes": needs.disk(*_model_and_family(), some, 4),
+        "disk, bytes": checks.disk(*_model_and_family(), some, 4),
         "floating-point operations": {
             # A multiplication and an addition for each weight: once to measure importance, three times to prune.
             "sweeps": 2 * 2 * 3 * PROJECTIONS * (3 * 2 + 3 * 4 * 2),
@@ -316,18 +318,20 @@ def test_a_plan(tmp_path: Path, free: dict[str, int], monkeypatch: pytest.Monkey
         "output": str(place / "out"),
     }  # fmt: skip
     more = parse(arguments(place, **options, loss="kl", reconstruct_epochs=5, reconstruct_batch_size=3))
-    assert plan.make_plan(more)["floating-point operations"] == {
+    assert dry_run.make_plan(more)["floating-point operations"] == {
         "sweeps": found["floating-point operations"]["sweeps"],
         "reconstruction": 2 * 6 * 3 * PROJECTIONS * 4 * 2 * 5,
         "training": 8 * 3 * PROJECTIONS * 8 * 2,
     }
-    assert plan.make_plan(more)["reconstruction"].startswith("5 epochs of each block at each step, 10 optimizer steps")
-    less = plan.make_plan(parse(arguments(place, **{**options, **PLAIN}, offload="on", dtype="bfloat16")))
+    assert dry_run.make_plan(more)["reconstruction"].startswith(
+        "5 epochs of each block at each step, 10 optimizer steps"
+    )
+    less = dry_run.make_plan(parse(arguments(place, **{**options, **PLAIN}, offload="on", dtype="bfloat16")))
     assert less["weights"] == "one block at a time from the model's files"
     assert (less["mean rank of each step"], less["fine-tuning"]) == ([], "none")
     assert less["floating-point operations"]["training"] == 0
     assert (less["dtype"], less["disk, bytes"]["merged model"]) == ("bfloat16", PARAMETERS * 2)
-    many = plan.make_plan(parse([*arguments(place, **options), "--dry_run", "--devices", "2"]))
+    many = dry_run.make_plan(parse([*arguments(place, **options), "--dry_run", "--devices", "2"]))
     layout = scaling.layout_of(*_model_and_family(), 4)
     assert many["memory of each of 2 cards"] == scaling.memory(layout, some, 2)
     # The last step has the most ranks.
@@ -339,9 +343,9 @@ def test_a_plan(tmp_path: Path, free: dict[str, int], monkeypatch: pytest.Monkey
 def test_a_tied_head_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where config.json alone is known, as of a hub id."""
     folder = save_random_model(tmp_path / "model", "llama-gqa")
-    assert plan.make_plan(config(model=folder))["parameters"] == PARAMETERS
-    monkeypatch.setattr(checkpoint, "local_folder", lambda name, weights: folder)
-    assert plan.make_plan(config(model="some/where"))["parameters"] == PARAMETERS
+    assert dry_run.make_plan(config(model=folder))["parameters"] == PARAMETERS
+    monkeypatch.setattr(pretrained, "local_folder", lambda name, weights: folder)
+    assert dry_run.make_plan(config(model="some/where"))["parameters"] == PARAMETERS
 
 
 def _model_and_family() -> tuple[Any, Any]:
@@ -351,7 +355,7 @@ def _model_and_family() -> tuple[Any, Any]:
 
 def test_a_plan_as_text() -> None:
     gib = 2**30
-    shown = plan.show_plan(
+    shown = dry_run.show_plan(
         {
             "model": "a/b",
             "parameters": 1_234_567,

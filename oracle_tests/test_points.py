@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from torch_impl.engine import points
-from torch_impl.engine.points import Points, write_atomically
-from torch_impl.experiment.folder import POINTS, run_folder
+from torch_impl.engine.files import UNFINISHED, write_atomically
+from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_folder import POINTS, run_folder
 
 
 def some(value: float) -> dict[str, torch.Tensor]:
@@ -97,9 +97,9 @@ def test_a_write_that_fails_leaves_the_last_point(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space"):
         run.put("a", some(2))
     monkeypatch.undo()
-    assert list(tmp_path.glob(f"*{points.UNFINISHED}"))
+    assert list(tmp_path.glob(f"*{UNFINISHED}"))
     assert Points(tmp_path).open_last() == {"n": 1}
-    assert not list(tmp_path.glob(f"*{points.UNFINISHED}"))
+    assert not list(tmp_path.glob(f"*{UNFINISHED}"))
 
 
 # --- the disk ---
@@ -146,7 +146,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_
     monkeypatch.setattr(os, "fsync", measured)
     write_atomically(file, b"data")
     assert sizes[0] == 4, "all of it, nothing is left in a buffer"
-    assert disk == [("fsync", f"{file}{points.UNFINISHED}"), ("rename", str(file)), ("fsync", str(tmp_path))]
+    assert disk == [("fsync", f"{file}{UNFINISHED}"), ("rename", str(file)), ("fsync", str(tmp_path))]
     assert file.read_bytes() == b"data"
 
 

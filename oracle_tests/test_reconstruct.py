@@ -17,7 +17,7 @@ from reference.llama import Sizes
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa, rank, reconstruct
 from torch_impl.engine import calibration, families
-from torch_impl.engine.layers import attach_adapters, block_adapters
+from torch_impl.engine.adapted_linear import attach_adapters, block_adapters
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import PruneConfig, Settings
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from oracle_tests.test_resume import events
 from oracle_tests.test_run import arguments, make_place
-from torch_impl.engine.settings import StepRecord
+from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import job, report
 from torch_impl.run import main
 

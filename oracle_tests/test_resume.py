@@ -25,16 +25,17 @@ from oracle_tests.test_points import flip
 from oracle_tests.test_run import ROOT, arguments, make_place
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import state, training
+from torch_impl.engine import training
+from torch_impl.engine.adapted_linear import adapters, attach_adapters, merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.journal import Interrupted, Journal, Progress
-from torch_impl.engine.layers import adapters, attach_adapters, merge_adapters
-from torch_impl.engine.points import Points
+from torch_impl.engine.resume import state
+from torch_impl.engine.resume.journal import Interrupted, Journal, Progress
+from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
-from torch_impl.experiment import needs
-from torch_impl.experiment.folder import run_folder
+from torch_impl.experiment.planning import checks
 from torch_impl.run import main
 
 
@@ -369,7 +370,7 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
     with run_folder(target, False, False) as folder:
         (folder / "file").write_text("x")
         command = (
-            "import sys; from pathlib import Path; from torch_impl.experiment.folder import run_folder\n"
+            "import sys; from pathlib import Path; from torch_impl.engine.resume.run_folder import run_folder\n"
             "try:\n    with run_folder(Path(sys.argv[1]), False, True): pass\n"
             "except ValueError as error: print(error)"
         )
@@ -385,10 +386,10 @@ def test_too_little_disk_or_memory_is_told_first(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr(needs.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(checks.shutil, "disk_usage", lambda _: usage)
         assert main(arguments(place)) == 2
     assert re.search(r"output_dir .*GiB of disk are free; allowed: about", capsys.readouterr().err)
-    monkeypatch.setattr(needs, "_free_memory", lambda _: 1000)
+    monkeypatch.setattr(checks, "_free_memory", lambda _: 1000)
     assert main(arguments(place)) == 2
     assert re.search(r"device cpu: .*GiB of memory are free; allowed", capsys.readouterr().err)
     assert {entry.name for entry in place.iterdir()} == {"model", "text.txt"}
@@ -411,7 +412,7 @@ def test_the_disk_estimate_covers_what_is_written(place: Path, monkeypatch: pyte
     from torch_impl.experiment.config import parse
 
     model = random_model("llama-gqa")
-    estimate = needs.disk(model, find_family(model), parse(options), 4)
+    estimate = checks.disk(model, find_family(model), parse(options), 4)
     assert largest <= estimate["points"] + estimate["report"] <= 20 * largest
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tiny_models.random_models import save_random_model
-from torch_impl.engine import checkpoint, points
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.resume import points
 from torch_impl.experiment import config, job
 from torch_impl.run import main
 
@@ -94,7 +95,7 @@ def test_a_run_leaves_a_whole_folder(place: Path, changes: dict, capsys: pytest.
 
     # The saved model, in a fresh look: zeros as reported. Its perplexity: `test_a_pruned_model_can_be_pruned_further`.
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
-    assert model.dtype == checkpoint.DTYPES[str(changes.get("dtype", "float32"))]
+    assert model.dtype == pretrained.DTYPES[str(changes.get("dtype", "float32"))]
     zeros: dict[str, torch.Tensor] = {}
     for name, (pruned, saved) in result["verification"]["sparsity_pruned_and_saved"].items():
         zeros[name] = (model.get_submodule(name).weight == 0).double()
@@ -258,7 +259,7 @@ def test_a_disk_that_fills_before_the_first_point_leaves_nothing(
 def test_a_model_that_lost_a_zero_is_caught(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    merge = job.sharded.merge
+    merge = job.fsdp.merge
 
     def broken(model: torch.nn.Module, family: object) -> dict[str, torch.Tensor]:
         masks = merge(model, family)  # type: ignore[arg-type]
@@ -268,7 +269,7 @@ def test_a_model_that_lost_a_zero_is_caught(
             weight[~masks[name]] = 1e-3
         return masks
 
-    monkeypatch.setattr(job.sharded, "merge", broken)
+    monkeypatch.setattr(job.fsdp, "merge", broken)
     assert main(arguments(place)) == 2
     assert "pruned weights are not zero" in capsys.readouterr().err
     assert not (place / "out").exists()

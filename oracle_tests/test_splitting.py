@@ -286,7 +286,7 @@ def test_the_seed_draws_calibration_and_examples_and_leaves_the_measured_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The model has no files.
-    monkeypatch.setattr(job.checkpoint, "weights_hash", lambda _: "")
+    monkeypatch.setattr(job.pretrained, "weights_hash", lambda _: "")
     source = text_file(tmp_path / "a.txt", stories(*range(100)))
     first, again, other = (job.with_text(settings(source, source, source, None, seed), *MODEL) for seed in (0, 0, 1))
     for name in ("calibration_tokens_sha256", "finetune_tokens_sha256", "evaluation_tokens_sha256"):

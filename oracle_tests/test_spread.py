@@ -20,11 +20,12 @@ from oracle_tests.processes import in_processes
 from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spread_config
 from oracle_tests.tolerances import OTHER_ORDER, UNIT
 from tiny_models.random_models import random_model, save_random_model
-from torch_impl.bench.geometry import GEOMETRIES, build
-from torch_impl.engine import distributed, families, layers, sharded
+from torch_impl.engine import adapted_linear, distributed, families
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.experiment import scaling
+from torch_impl.engine.checkpoints import fsdp
 from torch_impl.experiment.config import CONFIGS, parse
+from torch_impl.experiment.planning import scaling
+from torch_impl.experiment.planning.geometry import GEOMETRIES, build
 from torch_impl.run import main
 
 
@@ -245,12 +246,12 @@ def test_a_layout_from_shapes_is_that_of_the_model() -> None:
 
 def test_a_saved_model_that_lost_a_zero_is_caught() -> None:
     ours = random_model("llama")
-    layers.attach_adapters(ours, families.find_family(ours), 2.0)
-    [name, layer] = next((n, m) for n, m in ours.named_modules() if isinstance(m, layers.AdaptedLinear))
+    adapted_linear.attach_adapters(ours, families.find_family(ours), 2.0)
+    [name, layer] = next((n, m) for n, m in ours.named_modules() if isinstance(m, adapted_linear.AdaptedLinear))
     mask = torch.rand(layer.weight.shape) < 0.5
     with torch.no_grad():
         layer.weight.mul_(mask)
-        assert sharded.check_zeros(ours, {name: mask})[name][0] == float((~mask).double().mean())
+        assert fsdp.check_zeros(ours, {name: mask})[name][0] == float((~mask).double().mean())
         layer.weight.fill_(1.0)
     with pytest.raises(RuntimeError, match=f"{name}: {int((~mask).sum())} pruned weights are not zero"):
-        sharded.check_zeros(ours, {name: mask})
+        fsdp.check_zeros(ours, {name: mask})

@@ -20,12 +20,15 @@ from oracle_tests.test_run import arguments, fails, place  # noqa: F401 - a fixt
 from tiny_models.random_models import FAMILIES, save_random_model
 from torch_impl import losa
 from torch_impl.bench import large
-from torch_impl.engine import families, layers, memory, shards, statistics, streaming
-from torch_impl.engine.checkpoint_files import INDEX, SINGLE
-from torch_impl.engine.journal import Journal
+from torch_impl.engine import adapted_linear, families, memory, statistics
+from torch_impl.engine.checkpoints import offload, safetensors_files
+from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
+from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.settings import PruneConfig, Settings
-from torch_impl.experiment import footprint, needs, plan, streamed_job
+from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
+from torch_impl.experiment.planning import checks, dry_run, footprint
+from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.masks import select
 from torch_impl.run import main
 
@@ -50,8 +53,8 @@ def split_into_shards(folder: Path, parts: int) -> None:
 
 def both(place: Path, **changes: object) -> tuple[Path, Path]:
     """Folders of the same run, in memory and block by block."""
-    for offload in ("off", "on"):
-        options = arguments(place, **PLAIN, **changes, offload=offload, output_dir=place / offload)
+    for choice in ("off", "on"):
+        options = arguments(place, **PLAIN, **changes, offload=choice, output_dir=place / choice)
         assert main(options) == 0
     return place / "off", place / "on"
 
@@ -141,9 +144,11 @@ def test_the_dense_side_of_a_whole_run_may_come_from_files(place: Path) -> None:
     results = []
     for from_files in (False, True):
         model = AutoModelForCausalLM.from_pretrained(place / "model")
-        dense = streaming.open_streamed(place / "model", torch.device("cpu"), None) if from_files else None
+        dense = offload.open_streamed(place / "model", torch.device("cpu"), None) if from_files else None
         records = losa.run(model, ids, [examples[:3], examples[3:]], setup, dense=dense)
-        results.append(([record.errors for record in records], [layer.merged() for layer in layers.adapters(model)]))
+        results.append(
+            ([record.errors for record in records], [layer.merged() for layer in adapted_linear.adapters(model)])
+        )
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
@@ -172,8 +177,8 @@ def test_room_is_given_while_there_is_some() -> None:
 
 
 def test_a_block_has_weights_until_the_next_is_asked_for(place: Path) -> None:
-    model = streaming.open_streamed(place / "model", torch.device("cpu"), None)
-    blocks = streaming.sweep(model, families.find_family(model))
+    model = offload.open_streamed(place / "model", torch.device("cpu"), None)
+    blocks = offload.sweep(model, families.find_family(model))
     first = next(blocks)
     assert all(parameter.numel() for parameter in first.parameters())
     second = next(blocks)
@@ -196,7 +201,7 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
     device, blocks = torch.device("cpu"), 12
     before = bytes_alive()
     peak = 0
-    filled = streaming._filled
+    filled = offload._filled
 
     def counted(*given: Any) -> torch.nn.Module:
         nonlocal peak
@@ -204,15 +209,15 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
         peak = max(peak, bytes_alive() - before)
         return block
 
-    monkeypatch.setattr(streaming, "_filled", counted)
+    monkeypatch.setattr(offload, "_filled", counted)
     with large.checkpoint("medium", blocks, device, torch.float32) as folder:
         config = large._options(folder, device, torch.float32, 2, 8, "--offload", "on", "--layer_sparsity", "uniform")
         material = large._random_text(config, folder, device)
         family = families.find_family(material.model)
-        sizes = memory.Sizes.of(material.model, family, torch.float32)
-        sweeps = streamed_job.Sweeps(material.model, family, config, material)
+        sizes = Sizes.of(material.model, family, torch.float32)
+        sweeps = offloaded_job.Sweeps(material.model, family, config, material)
         sweeps.dense()
-        output = streamed_job.Output(tmp_path, material.model, family)
+        output = offloaded_job.Output(tmp_path, material.model, family)
         sweeps.prune(torch.full((blocks,), 0.5), [None] * blocks, output)
     # With the one being written come the mask and the bytes of one of its projections.
     assert peak < sizes.outside * 4 + 3.8 * sizes.largest_block * 4
@@ -221,7 +226,7 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
 def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would lie beside the one that is pruned at one rate afterwards."""
     opened, left = [], []
-    open_streamed, uniform = streamed_job.open_streamed, streamed_job._uniform
+    open_streamed, uniform = offloaded_job.open_streamed, offloaded_job._uniform
 
     def noted(*given: Any) -> Any:
         model = open_streamed(*given)
@@ -233,8 +238,8 @@ def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: py
         left.append(sum(model() is not None for model in opened))
         return uniform(*given)
 
-    monkeypatch.setattr(streamed_job, "open_streamed", noted)
-    monkeypatch.setattr(streamed_job, "_uniform", counted)
+    monkeypatch.setattr(offloaded_job, "open_streamed", noted)
+    monkeypatch.setattr(offloaded_job, "_uniform", counted)
     assert main(arguments(place, **PLAIN, layer_sparsity="rmi", offload="on")) == 0
     assert (len(opened), left) == (1, [0])
 
@@ -245,11 +250,11 @@ def test_auto_leaves_on_disk_what_does_not_fit(
     capsys: pytest.CaptureFixture,
 ) -> None:
     config = parse(arguments(place, **PLAIN))
-    assert not plan.streams(config)
+    assert not dry_run.streams(config)
     monkeypatch.setattr(footprint, "free_bytes", lambda device: 10**5)
-    assert plan.streams(config)
-    assert not plan.streams(parse(arguments(place, **PLAIN, offload="off")))
-    assert not plan.streams(parse(arguments(place))), "training needs the whole model"
+    assert dry_run.streams(config)
+    assert not dry_run.streams(parse(arguments(place, **PLAIN, offload="off")))
+    assert not dry_run.streams(parse(arguments(place))), "training needs the whole model"
     assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
     assert "one block at a time" in capsys.readouterr().out
     called = []
@@ -265,7 +270,7 @@ def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
 
     def foretold(**changes: object) -> int:
         options = {"finetune": "true", "steps": 1, "hold_merged": "off", "train_seqlen": 512, **changes}
-        return int(sum(plan.make_plan(parse(arguments(place, **options)))["device memory"].values()))
+        return int(sum(dry_run.make_plan(parse(arguments(place, **options)))["device memory"].values()))
 
     least = foretold()
     for more in ({"loss": "kl"}, {"hold_merged": "on"}, {"train_seqlen": 1024}, {"per_device_train_batch_size": 8}):
@@ -275,8 +280,8 @@ def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
 def test_two_models_are_foretold_while_one_is_read_again(place: Path) -> None:
     """Their embeddings and heads; what lies between comes block by block."""
     config = parse(arguments(place, **PLAIN, offload="on"))
-    model = streaming.open_streamed(place / "model", torch.device("cpu"), torch.float32)
-    sizes = memory.Sizes.of(model, families.find_family(model), torch.float32)
+    model = offload.open_streamed(place / "model", torch.device("cpu"), torch.float32)
+    sizes = Sizes.of(model, families.find_family(model), torch.float32)
     foretold = footprint.footprint(config, replace(sizes, outside=10**9), torch.device("cpu"))
     assert foretold.phase == "verifying sweep"
     assert foretold.device["outside the blocks"] == 2 * 4 * 10**9
@@ -290,7 +295,7 @@ def test_what_compiled_blocks_make_again_is_foretold(place: Path, checkpointing:
     def foretold(held: str) -> dict[str, int]:
         options = {"finetune": "true", "steps": 1, "hold_merged": held, "compile_blocks": "on", "train_seqlen": 512}
         options["gradient_checkpointing"] = str(checkpointing).lower()
-        return plan.make_plan(parse(arguments(place, **options)))["device memory"]
+        return dry_run.make_plan(parse(arguments(place, **options)))["device memory"]
 
     held, rebuilt = foretold("on"), foretold("off")
     config = parse(arguments(place))
@@ -343,22 +348,22 @@ def test_what_the_disk_made_of_it_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    write = shards.ShardWriter.write
+    write = safetensors_files.ShardWriter.write
 
-    def broken(self: shards.ShardWriter, name: str, tensor: torch.Tensor) -> None:
+    def broken(self: safetensors_files.ShardWriter, name: str, tensor: torch.Tensor) -> None:
         if breaks == "zeros" and name.endswith("up_proj.weight"):
             tensor = tensor + 1
         elif breaks == "others" and name.endswith("norm.weight"):
             tensor = tensor * 2
         write(self, name, tensor)
 
-    monkeypatch.setattr(shards.ShardWriter, "write", broken)
+    monkeypatch.setattr(safetensors_files.ShardWriter, "write", broken)
     assert main(arguments(place, **PLAIN, offload="on")) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert all(word in error for word in [*words, "--resume goes on"]), error
     assert not (place / "out").exists()
     # What was written is not what was pruned: it is pruned again.
-    monkeypatch.setattr(shards.ShardWriter, "write", write)
+    monkeypatch.setattr(safetensors_files.ShardWriter, "write", write)
     assert main(arguments(place, **PLAIN, offload="on", resume="true")) == 0
     assert main(arguments(place, **PLAIN, offload="on", output_dir=place / "whole")) == 0
     same(place / "out", place / "whole")
@@ -438,7 +443,7 @@ def test_a_run_from_files_goes_on_as_it_began_or_not_at_all(
     ):
         assert main(arguments(place, **PLAIN, offload="on", **changes)) == 2
         assert words in capsys.readouterr().err
-    monkeypatch.setattr(needs, "REPORT_BYTES", 10**18)
+    monkeypatch.setattr(checks, "REPORT_BYTES", 10**18)
     assert main(arguments(place, **PLAIN, offload="on", resume="true")) == 2
     assert "of disk are free" in capsys.readouterr().err
 

@@ -18,15 +18,15 @@ from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close
 from reference import llama as spec
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import families, layers, loss, training
+from torch_impl.engine import adapted_linear, families, loss, training
 from torch_impl.engine.training import TrainingConfig
 
 
 def adapted_model(name: str = "llama-gqa") -> nn.Module:
     model = random_model(name).double().eval()
     family = families.find_family(model)
-    layers.attach_adapters(model, family, 2.0)
-    for number, layer in enumerate(layers.adapters(model)):
+    adapted_linear.attach_adapters(model, family, 2.0)
+    for number, layer in enumerate(adapted_linear.adapters(model)):
         layer.resize(2, (number,))
     return model
 
@@ -59,7 +59,7 @@ def test_the_shortest_training_moves_the_adapters() -> None:
     model = adapted_model()
     config = TrainingConfig(learning_rate=1e-2)
     training.train(model, model, examples_for(model, [8] * 4), config, (0, 1))
-    assert all(bool(layer.B.any()) for layer in layers.adapters(model))
+    assert all(bool(layer.B.any()) for layer in adapted_linear.adapters(model))
 
 
 def test_without_clipping_a_step_is_that_of_a_bound_out_of_reach() -> None:
@@ -68,7 +68,7 @@ def test_without_clipping_a_step_is_that_of_a_bound_out_of_reach() -> None:
     for bound in (0.0, 1e9):
         model = adapted_model()
         train(model, examples_for(model, [8] * 8), max_grad_norm=bound)
-        results.append([layer.merged() for layer in layers.adapters(model)])
+        results.append([layer.merged() for layer in adapted_linear.adapters(model)])
     for ours, unbounded in zip(*results, strict=True):
         assert torch.equal(ours, unbounded)
 
@@ -93,7 +93,7 @@ def test_accumulation_changes_nothing_but_memory(lengths: list[int]) -> None:
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
         )
-        results.append((losses, [layer.merged() for layer in layers.adapters(model)]))
+        results.append((losses, [layer.merged() for layer in adapted_linear.adapters(model)]))
     for losses, weights in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-6)
         for ours, first in zip(weights, results[0][1], strict=True):
@@ -104,14 +104,14 @@ def test_accumulation_changes_nothing_but_memory(lengths: list[int]) -> None:
 def test_gradients_are_backward_s() -> None:
     """To the bit, over two micro-batches; a projection without ranks has none."""
     model = adapted_model()
-    layers.adapters(model)[0].resize(0, (0,))
+    adapted_linear.adapters(model)[0].resize(0, (0,))
     examples = examples_for(model, [6, 6, 6, 6])
     micro = [training.collate(part, torch.device("cpu")) for part in (examples[:2], examples[2:])]
     share = 1 / training.label_count(examples)
     for batch in micro:
         (training._sum_loss(model, batch, None) * share).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert sum(gradient is not None for gradient in expected.values()) == 2 * (len(layers.adapters(model)) - 1)
+    assert sum(gradient is not None for gradient in expected.values()) == 2 * (len(adapted_linear.adapters(model)) - 1)
     model.zero_grad()
     config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     with training.Gradients(model, None, config) as gradients:
@@ -139,7 +139,7 @@ def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
     """Loss and gradients of sequences of several lengths are the sum of each one's alone."""
     model = adapted_model(name)
     with torch.no_grad():
-        for layer in layers.adapters(model):
+        for layer in adapted_linear.adapters(model):
             layer.B.normal_(0, 0.1)
     examples = examples_for(model, [5, 1, 9, 2])
     examples[2]["labels"][:4] = training.IGNORED
@@ -150,7 +150,9 @@ def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
             training._sum_loss(model, training.collate(micro, torch.device("cpu"), 4), None) for micro in micro_batches
         )
         loss.backward()  # type: ignore[union-attr]
-        results.append([loss.detach(), *(p.grad for layer in layers.adapters(model) for p in (layer.A, layer.B))])
+        results.append(
+            [loss.detach(), *(p.grad for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B))]
+        )
     assert float(results[0][0]) > 1
     for together, alone in zip(*results, strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -271,14 +273,14 @@ def test_kl_is_zero_against_itself_and_pulls_to_the_dense_model() -> None:
 def test_only_adapters_move_and_pruned_weights_stay_zero() -> None:
     model = adapted_model()
     with torch.no_grad():
-        for layer in layers.adapters(model):
+        for layer in adapted_linear.adapters(model):
             layer.weight.mul_(torch.rand_like(layer.weight) < 0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, examples_for(model, [8] * 8))
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter, before[name])
         assert moved == name.endswith((".A", ".B")), name
-    for layer in layers.adapters(model):
+    for layer in adapted_linear.adapters(model):
         assert not (layer.merged() * ~layer.mask).any()
 
 
@@ -289,7 +291,7 @@ def test_memory_options_do_not_change_the_result(changes: dict[str, bool]) -> No
         if options.get("gradient_checkpointing"):
             training.checkpoint_activations(model)
         train(model, examples_for(model, [8] * 8), **options)
-        return [layer.merged() for layer in layers.adapters(model)]
+        return [layer.merged() for layer in adapted_linear.adapters(model)]
 
     for ours, plain in zip(trained(**changes), trained(), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
@@ -310,14 +312,14 @@ def test_merged_weights_are_held_while_training_and_no_longer(hold: str) -> None
     with training.Gradients(model, None, TrainingConfig(hold_merged=hold)) as gradients:
         for step in range(2):
             with torch.no_grad():
-                for layer in layers.adapters(model):
+                for layer in adapted_linear.adapters(model):
                     layer.B.add_(step + 1)
             gradients.of(batch)
-            held = [layer.held for layer in layers.adapters(model)]
+            held = [layer.held for layer in adapted_linear.adapters(model)]
             if hold == "off":
                 assert held == [None] * len(held)
             else:
-                assert all(torch.equal(layer.merged(), layer.held) for layer in layers.adapters(model)), (
+                assert all(torch.equal(layer.merged(), layer.held) for layer in adapted_linear.adapters(model)), (
                     "as they are now"
                 )
-    assert [layer.held for layer in layers.adapters(model)] == [None] * len(held)
+    assert [layer.held for layer in adapted_linear.adapters(model)] == [None] * len(held)

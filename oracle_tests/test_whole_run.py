@@ -24,7 +24,7 @@ from oracle_tests.strategies import examples
 from reference import llama
 from reference import losa as reference_losa
 from torch_impl import losa as torch_losa
-from torch_impl.engine import families, layers
+from torch_impl.engine import adapted_linear, families
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
@@ -242,7 +242,7 @@ def run_production(case: Case, dtype: torch.dtype = torch.float64) -> Production
     parts = [[{k: torch.tensor(v) for k, v in example.items()} for example in part] for part in case.parts()]
     with float64_llama() if dtype == torch.float64 else nullcontext():
         torch_losa.run(model, torch.tensor(case.calibration()), parts, production_settings(case), snapshot)
-    layers.merge_adapters(model, family)
+    adapted_linear.merge_adapters(model, family)
     merged = [
         {name: block.get_submodule(hf).weight.double().detach().numpy() for name, hf in HF_NAMES.items()}
         for block in families.decoder_blocks(model, family)

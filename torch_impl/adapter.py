@@ -1,4 +1,4 @@
-"""The masked low-rank adapter as pure functions. Spec: reference/adapter.py; the layer that trains: engine/layers.py."""
+"""The masked low-rank adapter as pure functions. Spec: reference/adapter.py; the layer that trains: engine/adapted_linear.py."""
 
 from __future__ import annotations
 

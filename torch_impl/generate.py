@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from torch_impl._checks import MOST
-from torch_impl.engine import checkpoint, decoding, packed_folder
+from torch_impl.decode import next_token, packed_folder
+from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
-from torch_impl.experiment import needs
 from torch_impl.experiment.command import Parser, command
+from torch_impl.experiment.planning import checks
 
 # New tokens from which compiling, some seconds, is soon made up for.
 WORTH_COMPILING = 256
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
-    checkpoint.add_trust_remote_code(parser)
+    pretrained.add_trust_remote_code(parser)
     parser.add_argument(
         "--compile",
         default="auto",
@@ -82,19 +83,19 @@ def _check(options: argparse.Namespace) -> None:
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
         ("seed", 0 <= options.seed < 2**63, "0 or more, below 2**63"),
         ("compile", options.compile in ("auto", "on", "off"), "auto, on, off"),
-        ("dtype", options.dtype in ("auto", *checkpoint.DTYPES), ", ".join(("auto", *checkpoint.DTYPES))),
+        ("dtype", options.dtype in ("auto", *pretrained.DTYPES), ", ".join(("auto", *pretrained.DTYPES))),
     ):
         if not right:
             raise ValueError(f"{name} is {getattr(options, name)!r}; allowed: {allowed}")
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    device = checkpoint.choose_device(options.device)
+    device = pretrained.choose_device(options.device)
     folder = Path(options.model)
     if packed_folder.is_packed(folder):
-        return packed_folder.load(folder, device, checkpoint.DTYPES.get(options.dtype), options.trust_remote_code)
+        return packed_folder.load(folder, device, pretrained.DTYPES.get(options.dtype), options.trust_remote_code)
     dtype = "stored" if options.dtype == "auto" else options.dtype
-    return checkpoint.load(options.model, device, dtype, options.trust_remote_code)
+    return pretrained.load(options.model, device, dtype, options.trust_remote_code)
 
 
 def _prompt_ids(
@@ -108,7 +109,7 @@ def _prompt_ids(
     given = ids.shape[1]
     if not given:
         raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
-    needs.check_tokens(model, tokenizer, ids)
+    checks.check_tokens(model, tokenizer, ids)
     limit, whole = position_limit(model), given + options.max_new_tokens
     if limit is not None and whole > limit:
         room = f"take --max_new_tokens {limit - given} or fewer" if given < limit else "take a shorter prompt"
@@ -170,7 +171,7 @@ def generate(
         ids: torch.Tensor = model.generate(  # type: ignore[operator]
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
-            custom_generate=functools.partial(decoding.decode, streamer=streamer, fuse=fuse),
+            custom_generate=functools.partial(next_token.decode, streamer=streamer, fuse=fuse),
             stopping_criteria=criteria,
         )
     except BaseException:
@@ -184,7 +185,7 @@ def generate(
 def _rate(times: Sequence[float]) -> str:
     """Tokens a second from the first on; apart from those that compile and capture for the others, if that takes long."""
     whole = (len(times) - 2) / (times[-1] - times[1])
-    ready = 1 + decoding.WARM_UP + 1
+    ready = 1 + next_token.WARM_UP + 1
     if len(times) <= 2 * ready:
         return f"{whole:.2f} tokens/s"
     settled = (len(times) - 1 - ready) / (times[-1] - times[ready])

@@ -13,15 +13,17 @@ from torch import nn
 from tqdm import tqdm
 
 from torch_impl import adapter, rank, rmi, schedule, sparsity
-from torch_impl.engine import calibration, distributed, finite, sharded, statistics, training
-from torch_impl.engine.checkpoint_files import check_finite
+from torch_impl.engine import calibration, distributed, finite, statistics, training
+from torch_impl.engine.adapted_linear import attach_adapters, block_adapters, holding
+from torch_impl.engine.checkpoints import fsdp
+from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
-from torch_impl.engine.halving import halving
-from torch_impl.engine.journal import Journal, Progress
-from torch_impl.engine.layers import attach_adapters, block_adapters, holding
 from torch_impl.engine.lockstep import Lockstep, Reconstruct, reconstruction_error
+from torch_impl.engine.memory import halving
 from torch_impl.engine.reconstruction import ReconstructionConfig, reconstruct_block
-from torch_impl.engine.settings import PruneConfig, Settings, StepRecord
+from torch_impl.engine.record import StepRecord
+from torch_impl.engine.resume.journal import Journal, Progress
+from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.nm import kept_per_group
@@ -383,7 +385,7 @@ def run(
         sizes = [len(part) for part in parts]
         raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {config.steps}, none empty")
     model.eval()
-    dense = sharded.twin(model, family).requires_grad_(False) if dense is None else dense
+    dense = fsdp.twin(model, family).requires_grad_(False) if dense is None else dense
     attach_adapters(model, family, settings.adapter.scale)
     for part in (model, dense):
         distributed.shard(part, family, next(model.parameters()).device)

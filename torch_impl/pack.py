@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_impl.engine import checkpoint, packed_folder
-from torch_impl.engine.checkpoint_files import INDEX, PACKED, SINGLE, few
-from torch_impl.engine.packed_folder import Saving
+from torch_impl.decode import packed_folder
+from torch_impl.decode.packed_folder import Saving
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.checkpoints.contents import INDEX, PACKED, SINGLE, few
+from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.experiment.command import Parser, command, say
-from torch_impl.experiment.folder import run_folder
 
 # Files of which a model's folder consists: a folder with any other is never replaced.
 OF_A_MODEL = (
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", default="auto", help="where to pack: auto (a GPU if there is one), cpu, cuda, cuda:N"
     )
-    checkpoint.add_trust_remote_code(parser)
+    pretrained.add_trust_remote_code(parser)
     return parser
 
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
             packed_folder.unpack_folder(options.model, folder)
             closing = f"{options.out}: a plain Hugging Face folder"
         else:
-            device = checkpoint.choose_device(options.device)
+            device = pretrained.choose_device(options.device)
             savings = packed_folder.pack_folder(options.model, folder, device, options.trust_remote_code)
             closing = (
                 f"{table(savings)}\n\n{options.out}: for python -m torch_impl.generate; "

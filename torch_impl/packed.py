@@ -1,4 +1,4 @@
-"""A sparse matrix as a bitmap and its kept values, on tensors. Spec: reference/packed.py; the layer: engine/packed_linear.py."""
+"""A sparse matrix as a bitmap and its kept values, on tensors. Spec: reference/packed.py; the layer: decode/packed_linear.py."""
 
 from __future__ import annotations
 

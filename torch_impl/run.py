@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from torch_impl.engine.determinism import make_deterministic
-from torch_impl.experiment import plan, report
+from torch_impl.experiment import report
 from torch_impl.experiment.command import command, process, say
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.job import run_in_memory, run_job
-from torch_impl.experiment.streamed_job import run_streamed
+from torch_impl.experiment.offloaded_job import run_streamed
+from torch_impl.experiment.planning import dry_run
 
 
 @command
@@ -21,9 +22,9 @@ def main(arguments: Sequence[str]) -> None:
         make_deterministic()
     if config.output.dry_run:
         if not process():
-            say(plan.show_plan(plan.make_plan(config)))
+            say(dry_run.show_plan(dry_run.make_plan(config)))
         return
-    result, folder = run_job(config, run_streamed if plan.streams(config) else run_in_memory)
+    result, folder = run_job(config, run_streamed if dry_run.streams(config) else run_in_memory)
     if process():
         return
     say(report.table(result))

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import decode, geometry, large, parts
+from torch_impl.bench import decode, large, parts
 from torch_impl.bench.measure import Row, ceilings, host_peak
-from torch_impl.engine import strict_json
+from torch_impl.engine import files
+from torch_impl.experiment.planning import geometry
 
 PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
 # Parts that make checkpoints on disk, and how many blocks these have by default.
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "whole_run_minutes": runs,
             **on_disk,
         }
-        options.json.write_text(strict_json.dumps(figures, "figures", indent=1))
+        options.json.write_text(files.dumps(figures, "figures", indent=1))
     return int(any(row.disagreement is not None and not row.agrees for row in rows))
 
 

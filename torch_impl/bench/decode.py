@@ -23,9 +23,11 @@ import torch
 import transformers
 from torch.nn import functional
 
-from torch_impl.bench import decode_cpu, geometry, int4, whole
+from torch_impl.bench import decode_cpu, int4, whole
 from torch_impl.bench.measure import ceilings, graphed, relative
-from torch_impl.engine import cpu_decode, cuda_decode, strict_json
+from torch_impl.decode import cpu, cuda
+from torch_impl.engine import files
+from torch_impl.experiment.planning import geometry
 from torch_impl.masks.nm import nm_mask
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -115,8 +117,8 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
     """(x ↦ y = x Wᵀ over the weight packed as its device reads it, its bytes)."""
     if not weight.is_cuda:
         return decode_cpu.pack(weight)
-    layout = cuda_decode.pack_rows(weight)
-    return partial(cuda_decode.matvec, layout), layout.nbytes
+    layout = cuda.pack_rows(weight)
+    return partial(cuda.matvec, layout), layout.nbytes
 
 
 def _copies(nbytes: int, device: torch.device) -> int:
@@ -243,12 +245,12 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(0)
     if device.type == "cuda":
         name, peak, how = torch.cuda.get_device_name(device), ceilings(device, dtype)[1], "copy"
-        usable, reason = cuda_decode.available()
+        usable, reason = cuda.available()
         if not usable:
             print(f"nothing to measure: {reason}", file=sys.stderr)
             return 1
     else:
-        path = next(iter(cpu_decode.paths()), "no kernels")
+        path = next(iter(cpu.paths()), "no kernels")
         name, peak, how = f"CPU, {torch.get_num_threads()} threads, {path}", decode_cpu.read_rate(), "read"
     print(f"{name}, torch {torch.__version__}, {options.dtype}; {how} {peak:.3g} TB/s, measured now")
     cells = []
@@ -267,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
             "kernels": [cell.as_dict() for cell in cells],
             "whole_model": [row.as_dict() for row in rows],
         }
-        options.json.write_text(strict_json.dumps(figures, "figures", indent=1))
+        options.json.write_text(files.dumps(figures, "figures", indent=1))
     return int(not (all(cell.agrees for cell in cells) and all(row.agrees for row in rows)))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from torch_impl import packed
-from torch_impl.engine import cpu_decode
+from torch_impl.decode import cpu
 
 # Bytes that one pass reads, at least: several times any last-level cache.
 STREAM = 256_000_000
@@ -32,7 +32,7 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
     bitmap, values, offsets = packed.pack(weight)
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        return cpu_decode.linear(x, bitmap, values, offsets)
+        return cpu.linear(x, bitmap, values, offsets)
 
     return product, bitmap.nbytes + values.nbytes + offsets.nbytes
 
@@ -40,9 +40,9 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
 @functools.cache
 def dense_loop() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """The hand-written dense bf16 loop, where this CPU and its compiler have one; columns a multiple of `LOOP_COLUMNS`."""
-    if "avx512bf16" not in cpu_decode.paths():
+    if "avx512bf16" not in cpu.paths():
         return None
-    cpu_decode.build(Path(__file__).with_name("dense_loop.cpp"))
+    cpu.build(Path(__file__).with_name("dense_loop.cpp"))
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.ops.losa_dense_loop.linear
     return function
 

@@ -1,4 +1,4 @@
-// A dense bf16 loop as well written as that of engine/cpu_decode.cpp, to measure it against: y = x Wᵀ.
+// A dense bf16 loop as well written as that of decode/cpu.cpp, to measure it against: y = x Wᵀ.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -20,15 +20,15 @@ import torch
 
 from tiny_models.random_models import byte_tokenizer
 from torch_impl import losa
-from torch_impl.bench import geometry
-from torch_impl.engine import memory
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.checkpoint import load_streamed
-from torch_impl.engine.streaming import open_streamed, reader_of
+from torch_impl.engine.checkpoints.offload import open_streamed, reader_of
+from torch_impl.engine.checkpoints.pretrained import load_streamed
 from torch_impl.experiment.config import Config, parse
-from torch_impl.experiment.footprint import footprint
 from torch_impl.experiment.job import Material, run_in_memory
-from torch_impl.experiment.streamed_job import Output, Sweeps, run_streamed
+from torch_impl.experiment.offloaded_job import Output, Sweeps, run_streamed
+from torch_impl.experiment.planning import geometry
+from torch_impl.experiment.planning.footprint import footprint
+from torch_impl.experiment.planning.sizes import Sizes
 
 CARD = 24 * 10**9
 TEXT = 1 << 17
@@ -207,7 +207,7 @@ def plan(
             config = _options(folder, device, dtype, rows, length, *short, *more)
             model = open_streamed(folder, torch.device("cpu"), dtype)
             family = losa.check_structure(model, config.settings)
-            sizes = memory.Sizes.of(model, family, dtype)
+            sizes = Sizes.of(model, family, dtype)
             foretold = footprint(config, sizes, device)
             work = run_streamed if foretold.streamed else run_in_memory
             with tempfile.TemporaryDirectory() as out:

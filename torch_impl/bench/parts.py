@@ -15,9 +15,9 @@ from torch_impl import adapter, losa, rmi
 from torch_impl.bench import plain
 from torch_impl.bench.measure import Row, alternate, once, relative, resident
 from torch_impl.engine import calibration, training
+from torch_impl.engine.adapted_linear import adapters, attach_adapters, block_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
-from torch_impl.engine.layers import adapters, attach_adapters, block_adapters
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
 
-from torch_impl.bench import geometry
 from torch_impl.bench.measure import relative, resident, synchronize
-from torch_impl.engine.decoding import WARM_UP, NextToken
+from torch_impl.decode.next_token import WARM_UP, NextToken
+from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.families import Family, decoder_blocks, find_family
-from torch_impl.engine.packed_linear import PackedLinear, group_projections
+from torch_impl.experiment.planning import geometry
 
 LONGEST = 256
 GIVEN = 4

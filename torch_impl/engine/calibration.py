@@ -16,8 +16,8 @@ from torch import nn
 
 from torch_impl import _checks
 from torch_impl.engine import distributed, finite
+from torch_impl.engine.adapted_linear import AdaptedLinear
 from torch_impl.engine.families import Family, decoder_blocks, prunable_weights
-from torch_impl.engine.layers import AdaptedLinear
 
 WORTH_COMPILING = 10**9
 RMI_SAMPLES = 64

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from torch_impl import adapter
+from torch_impl.engine.adapted_linear import AdaptedLinear, adapters, block_adapters
 from torch_impl.engine.families import Family, decoder_blocks
-from torch_impl.engine.layers import AdaptedLinear, adapters, block_adapters
 
 # How long a process waits for another that does not answer. The launcher ends all when one dies; this is for one that
 # hangs. The longest silence of a healthy run is process 0 writing the tensors of a block, or one that prunes its share.

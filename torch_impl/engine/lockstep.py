@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from torch_impl.engine import calibration, distributed, statistics
+from torch_impl.engine.adapted_linear import block_adapters, holding
+from torch_impl.engine.checkpoints.offload import sweep
 from torch_impl.engine.families import Family, decoder_blocks
-from torch_impl.engine.halving import halving
-from torch_impl.engine.layers import block_adapters, holding
-from torch_impl.engine.streaming import sweep
+from torch_impl.engine.memory import halving
 
 Result = TypeVar("Result")
 Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]], None]

@@ -12,10 +12,10 @@ from torch import nn
 
 from torch_impl import _checks, adapter, reconstruct
 from torch_impl.engine import distributed
+from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters
 from torch_impl.engine.calibration import Stream
 from torch_impl.engine.families import Family
-from torch_impl.engine.halving import halving
-from torch_impl.engine.layers import AdaptedLinear, block_adapters
+from torch_impl.engine.memory import halving
 
 
 @dataclass(frozen=True)

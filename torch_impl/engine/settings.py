@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
@@ -127,25 +126,3 @@ class Settings:
     def without_reconstruction(self) -> Settings:
         """The same, but blocks are only pruned."""
         return replace(self, reconstruction=ReconstructionConfig())
-
-
-@dataclass
-class StepRecord:
-    """What one step decided and measured; lists have one entry per block, but losses one per optimizer step.
-
-    losses: none if nothing is trained, at all or at this step, as with kl while nothing is pruned.
-    """
-
-    step: int
-    target: float
-    importance: list[float]
-    sparsity: list[float]
-    realised: list[float]
-    errors: list[float]
-    ranks: list[int]
-    losses: list[float]
-    seconds: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from torch_impl import _checks
 from torch_impl.engine import distributed
+from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.calibration import block_arguments
 from torch_impl.engine.families import decoder_blocks, find_family, position_limit
 from torch_impl.engine.graphs import Captured
-from torch_impl.engine.halving import halving
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.layers import adapters
 from torch_impl.engine.loss import summed_cross_entropy, summed_divergence
+from torch_impl.engine.memory import halving
+from torch_impl.engine.resume.journal import Journal
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from torch_impl import losa
+from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.families import find_family
-from torch_impl.engine.layers import merge_adapters
-from torch_impl.experiment import plan
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.config import MOST_SEED, Config, parse
 from torch_impl.experiment.evaluate import perplexity
-from torch_impl.experiment.folder import write_json
 from torch_impl.experiment.job import Material, load_material
+from torch_impl.experiment.metrics import write_json
+from torch_impl.experiment.planning import dry_run
 from torch_impl.experiment.text.windows import split_parts
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     names = list(dict.fromkeys(own.variants))
     seeds = list(dict.fromkeys(own.seeds))
     for name in names:
-        plan.check(variant_config(config, name, own.learning_rates[0], seeds[0]))
+        dry_run.check(variant_config(config, name, own.learning_rates[0], seeds[0]))
     materials = {
         seed: load_material(dataclasses.replace(config, output=dataclasses.replace(config.output, seed=seed)))
         for seed in seeds

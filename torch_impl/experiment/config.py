@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.checkpoint import DTYPES
+from torch_impl.engine.checkpoints.pretrained import DTYPES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig

@@ -19,16 +19,19 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
-from torch_impl.engine import checkpoint, distributed, finite, sharded
+from torch_impl.engine import distributed, finite
+from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
-from torch_impl.engine.halving import halving
-from torch_impl.engine.journal import Journal
-from torch_impl.engine.points import Points
+from torch_impl.engine.memory import halving
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_folder import POINTS, run_folder
 from torch_impl.engine.training import Example
-from torch_impl.experiment import identity, needs, report
+from torch_impl.experiment import identity, report
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
-from torch_impl.experiment.folder import POINTS, Metrics, run_folder, write_json
+from torch_impl.experiment.metrics import Metrics, write_json
+from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import splitting, windows
 
 logger = logging.getLogger(__name__)
@@ -48,16 +51,16 @@ class Material:
 
 def load_material(config: Config) -> Material:
     """Model, tokenizer and all text. Errors: ValueError or FileNotFoundError naming what is wrong."""
-    device = checkpoint.choose_device(config.model.device)
-    model, tokenizer = checkpoint.load(config.model.model, device, config.model.dtype, config.model.trust_remote_code)
+    device = pretrained.choose_device(config.model.device)
+    model, tokenizer = pretrained.load(config.model.model, device, config.model.dtype, config.model.trust_remote_code)
     losa.check_structure(model, config.settings)
     return with_text(config, model, tokenizer)
 
 
 def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
     """All that a run of this model reads. Errors: as for `load_material`."""
-    needs.check_lengths(model, config)
-    needs.warn_of_lengths(model, config)
+    checks.check_lengths(model, config)
+    checks.warn_of_lengths(model, config)
     options, calibration, seed = config.text, config.calibration, config.output.seed
     finetune = options.finetune_data if config.training.finetune else None
     texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
@@ -74,7 +77,7 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
     measured = windows.evaluation_windows(
         texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
     )
-    needs.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
+    checks.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
     facts = {
         **texts.facts,
         "first_windows_only": limit is not None and len(measured) > limit,
@@ -90,9 +93,9 @@ def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
         prune=dataclasses.replace(config.prune, steps=1, layer_sparsity="uniform"),
         training=dataclasses.replace(config.training, finetune=False),
     )
-    model: PreTrainedModel = sharded.twin(material.model, find_family(material.model))
+    model: PreTrainedModel = fsdp.twin(material.model, find_family(material.model))
     losa.run(model, material.calibration, [], plain, dense=material.model)
-    sharded.merge(model, find_family(model))
+    fsdp.merge(model, find_family(model))
     return model
 
 
@@ -102,7 +105,7 @@ def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> t
     Returns the result, as losa_result.json holds it, and the folder of the run.
     """
     target = config.output_dir
-    with distributed.joined(checkpoint.choose_device(config.model.device)), _folder(config) as folder:
+    with distributed.joined(pretrained.choose_device(config.model.device)), _folder(config) as folder:
         result = work(config, folder)
     return result, target
 
@@ -156,7 +159,7 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     environment = environment_of(config, material)
     if notes:
         identity.check_material(notes["environment"], environment)
-    needs.check(model, family, config, folder)
+    checks.check(model, family, config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
 
     def measure(what: torch.nn.Module, **labels: Any) -> float:
@@ -209,20 +212,20 @@ def _finish(
     """Merge, save, reload and verify. Returns the result but for the time it took in all."""
     model, family = material.model, find_family(material.model)
     probe = material.evaluation[:2]
-    unmerged = checkpoint.logits_of(model, probe)
-    masks = sharded.merge(model, family)
+    unmerged = pretrained.logits_of(model, probe)
+    masks = fsdp.merge(model, family)
     if distributed.leads():
         # An interrupted attempt may have left parts of it.
         shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "model").mkdir()
         material.tokenizer.save_pretrained(folder / "model")
-        checkpoint.keep_beside(checkpoint.folder_of(model), folder / "model")
+        pretrained.keep_beside(pretrained.folder_of(model), folder / "model")
     if distributed.is_sharded(model):
-        sharded.save(model, family, folder / "model")
-        verify = checkpoint.verify_sharded
+        fsdp.save(model, family, folder / "model")
+        verify = pretrained.verify_sharded
     else:
-        checkpoint.save(model, folder / "model")
-        verify = checkpoint.verify
+        pretrained.save(model, folder / "model")
+        verify = pretrained.verify
     merged, verification = verify(
         folder / "model", masks, probe, unmerged, model.device, config.model.trust_remote_code
     )
@@ -241,7 +244,7 @@ def summarise(
     sizes: dict[str, int],
     after_step: list[float],
     material: Material,
-    verification: checkpoint.Verification,
+    verification: pretrained.Verification,
     reloaded: str,
 ) -> dict[str, Any]:
     """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa; reloaded: how."""
@@ -318,7 +321,7 @@ def environment_of(config: Config, material: Material) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": distributed.processes(),
         "dtype": str(material.model.dtype),
-        "model_sha256": checkpoint.weights_hash(checkpoint.folder_of(material.model)),
+        "model_sha256": pretrained.weights_hash(pretrained.folder_of(material.model)),
         "calibration_tokens_sha256": _hash(material.calibration),
         "finetune_tokens_sha256": _hash(torch.cat(examples) if examples else torch.empty(0)),
         "evaluation_tokens_sha256": _hash(material.evaluation),

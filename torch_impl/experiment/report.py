@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch_impl.engine.settings import StepRecord
+from torch_impl.engine.record import StepRecord
 from torch_impl.experiment.text.sources import ALL
 
 # Shares of zeros that differ by more are not the same to whoever reads them.

@@ -17,11 +17,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torch_impl.engine import distributed
-from torch_impl.engine.checkpoint_files import INDEX, check_finite, find
+from torch_impl.engine.adapted_linear import AdaptedLinear, attach_adapters, block_adapters, merge_adapters
+from torch_impl.engine.checkpoints.contents import INDEX, check_finite, find
+from torch_impl.engine.checkpoints.safetensors_files import Shards, save_tensors
+from torch_impl.engine.checkpoints.skeleton import lay_out
 from torch_impl.engine.families import Family, decoder_blocks, find_family
-from torch_impl.engine.layers import AdaptedLinear, attach_adapters, block_adapters, merge_adapters
-from torch_impl.engine.shards import Shards, save_tensors
-from torch_impl.engine.skeleton import lay_out
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:

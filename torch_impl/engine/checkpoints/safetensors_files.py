@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from torch_impl.engine.checkpoint_files import CODES, INDEX, CheckpointFiles, Entry
+from torch_impl.engine.checkpoints.contents import CODES, INDEX, CheckpointFiles, Entry
 
 READERS = 4
 # What transformers says of its files, and wants said.

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
-from torch_impl.engine import distributed, sharded
-from torch_impl.engine.checkpoint_files import check_finite, few, find_files, local_folder, read_config
-from torch_impl.engine.shards import follow_umask
-from torch_impl.engine.skeleton import as_one_line, describe, note_ties, skeleton
-from torch_impl.engine.streaming import open_streamed
+from torch_impl.engine import distributed
+from torch_impl.engine.checkpoints import fsdp
+from torch_impl.engine.checkpoints.contents import check_finite, few, find_files, local_folder, read_config
+from torch_impl.engine.checkpoints.offload import open_streamed
+from torch_impl.engine.checkpoints.safetensors_files import follow_umask
+from torch_impl.engine.checkpoints.skeleton import as_one_line, describe, note_ties, skeleton
 
 # Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
 # logit. Both multiply by the same rounded weights, so only the order of summation may differ.
@@ -76,7 +77,7 @@ def load(
     found = describe(folder, trust_remote_code, wanted)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if distributed.processes() > 1:
-        return sharded.load(folder, device, wanted, trust_remote_code), tokenizer
+        return fsdp.load(folder, device, wanted, trust_remote_code), tokenizer
     model = _from_pretrained(folder, found.model.dtype, trust_remote_code).to(device)  # type: ignore[arg-type]
     check_finite(model.state_dict().items(), folder)
     note_ties(model)
@@ -238,8 +239,8 @@ def verify_sharded(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Verification]:
     """`verify` where no process can hold the model: it is loaded in shards, and masks are those of the rows here."""
-    model = sharded.load(folder, device, None, trust_remote_code)
-    zeros = sharded.check_zeros(model, masks)
+    model = fsdp.load(folder, device, None, trust_remote_code)
+    zeros = fsdp.check_zeros(model, masks)
     return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
 
 

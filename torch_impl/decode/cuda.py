@@ -1,6 +1,6 @@
 """Decoding with sparse weights on a GPU: a layout made on load, and y = W x by hand-written CUDA.
 
-It is compiled on first use (cuda_decode.cu), by torch's own builder into its cache. `available` says whether that works
+It is compiled on first use (cuda.cu), by torch's own builder into its cache. `available` says whether that works
 here; the layout itself is plain tensors, made and unpacked on any device.
 """
 
@@ -21,7 +21,7 @@ from torch_impl import tiles
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
 """Largest batch that the kernels take at once."""
-# As in cuda_decode.cu: what a warp takes of shared memory beside panels, and how many panels it has on their way.
+# As in cuda.cu: what a warp takes of shared memory beside panels, and how many panels it has on their way.
 SCRATCH, BARRIERS, SLOTS = 512, 16, 2
 # Panels begin at multiples of so many bytes, as the copy engine wants it.
 PIECE = 16
@@ -197,7 +197,7 @@ def available() -> tuple[bool, str]:
     except (OSError, RuntimeError, ImportError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line for line in lines if "error:" in line), lines[0])
-        return False, f"cuda_decode.cu cannot be built: {reason.strip()[:200]}"
+        return False, f"cuda.cu cannot be built: {reason.strip()[:200]}"
     return True, ""
 
 
@@ -206,7 +206,7 @@ def _library() -> Any:
     """The compiled kernels. Errors: OSError or RuntimeError if there is no compiler."""
     from torch.utils import cpp_extension
 
-    source = Path(__file__).with_name("cuda_decode.cu")
+    source = Path(__file__).with_name("cuda.cu")
     with warnings.catch_warnings():
         # Which cards to build for: those that are there.
         warnings.simplefilter("ignore")

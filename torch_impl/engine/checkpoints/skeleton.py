@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from torch_impl.engine.checkpoint_files import Entries, dtype_of, few, find
+from torch_impl.engine.checkpoints.contents import Entries, dtype_of, few, find
 
 # What old checkpoints hold and models compute today.
 LEFT_OVER = (

@@ -16,7 +16,7 @@ from torch.utils import cpp_extension
 
 from torch_impl import packed
 
-SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLAGS = ["-O3"]
 # Without it torch's parallel_for, a template, is compiled to a loop of one thread.

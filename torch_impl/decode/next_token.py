@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from torch_impl.decode.compiled_blocks import FusedBlocks
 from torch_impl.engine import finite
-from torch_impl.engine.fused_blocks import FusedBlocks
 from torch_impl.engine.graphs import Captured
 
 # Tokens launched kernel by kernel before one is captured: libraries and kernels are loaded by then.

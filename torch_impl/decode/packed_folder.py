@@ -24,12 +24,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import packed
-from torch_impl.engine import checkpoint
-from torch_impl.engine.checkpoint_files import CODES, INDEX, PACKED, Entry, check_finite, few, find, read_config
+from torch_impl.decode.packed_linear import PARTS, PackedLinear, group_projections
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.checkpoints.contents import CODES, INDEX, PACKED, Entry, check_finite, few, find, read_config
+from torch_impl.engine.checkpoints.safetensors_files import save_tensors
+from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
 from torch_impl.engine.families import decoder_blocks, find_family
-from torch_impl.engine.packed_linear import PARTS, PackedLinear, group_projections
-from torch_impl.engine.shards import save_tensors
-from torch_impl.engine.skeleton import Checkpoint, lay_out
 
 FORMAT, VERSION = "losa-packed", 1
 
@@ -138,7 +138,7 @@ def load(
     manifest = _manifest(folder)
     read_config(folder)
     found = lay_out(folder, _entries(manifest), trust_remote_code, dtype)
-    tokenizer = checkpoint.load_tokenizer(folder, trust_remote_code)
+    tokenizer = pretrained.load_tokenizer(folder, trust_remote_code)
     model = found.model
     places = {key: name for name, key in found.names.items() if name not in found.tied}
     for file in manifest["files"]:

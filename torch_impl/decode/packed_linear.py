@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torch_impl import packed
-from torch_impl.engine import cpu_decode, cuda_decode
+from torch_impl.decode import cpu, cuda
 from torch_impl.engine.families import decoder_blocks, find_family
 
 # Up to so many rows of input the CPU's kernels, which read the weight once for every eight, beat unpacking it first.
@@ -33,7 +33,7 @@ class _Packed(nn.Module):
     def __init__(self, out_features: int) -> None:
         super().__init__()
         self.out_features = out_features
-        self.layout: cuda_decode.Layout | None = None
+        self.layout: cuda.Layout | None = None
         self._enlist()
 
     def unpacked(self) -> torch.Tensor:
@@ -43,8 +43,8 @@ class _Packed(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out); compiled code calls it as one operation, through `handle`."""
         rows = x.reshape(-1, x.shape[-1])
-        if self.layout is not None and 1 <= len(rows) <= cuda_decode.MOST_ROWS:
-            y = cuda_decode.matvec(self.layout, rows, self.bias)
+        if self.layout is not None and 1 <= len(rows) <= cuda.MOST_ROWS:
+            y = cuda.matvec(self.layout, rows, self.bias)
         else:
             y = nn.functional.linear(rows, self.unpacked(), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -63,7 +63,7 @@ class _Packed(nn.Module):
         super().__setstate__(state)
         self._enlist()
 
-    def _hold(self, layout: cuda_decode.Layout) -> None:
+    def _hold(self, layout: cuda.Layout) -> None:
         self.layout = layout
         for name, value in layout.tensors().items():
             self.register_buffer(f"layout_{name}", value, persistent=False)
@@ -122,7 +122,7 @@ class PackedLinear(_Packed):
         if self.group is not None:
             return self.group.unpacked()[self.start : self.start + self.out_features]
         if self.layout is not None:
-            return cuda_decode.unpack(self.layout)
+            return cuda.unpack(self.layout)
         return packed.expand(self.bitmap, self.values, self.in_features)
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class PackedLinear(_Packed):
             # All layers of the group ask for this; `fused_blocks` sees to it that it is worked out once.
             y = torch.ops.losa.packed_linear(x, self.group.handle, self.group.out_features)
             return y[..., self.start : self.start + self.out_features]
-        if self.group is not None and x.numel() <= cuda_decode.MOST_ROWS * self.in_features:
+        if self.group is not None and x.numel() <= cuda.MOST_ROWS * self.in_features:
             return self.group.share(x, self.start)
         return self.product(x)
 
@@ -145,7 +145,7 @@ class PackedLinear(_Packed):
         rows = x.reshape(-1, self.in_features)
         if self._on_gpu is not None or x.device.type != "cpu" or len(rows) > DECODE_ROWS:
             return super().product(x)
-        y = cpu_decode.linear(rows, self.bitmap, self.values, self.offsets, self.bias)
+        y = cpu.linear(rows, self.bitmap, self.values, self.offsets, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -157,7 +157,7 @@ class PackedLinear(_Packed):
         """Take the GPU's form where it has kernels for it; all building and waiting is done here, none in `forward`."""
         if self._on_gpu is not None or not _has_kernels(self.values):
             return
-        self._hold(cuda_decode.pack_rows(self.unpacked()))
+        self._hold(cuda.pack_rows(self.unpacked()))
         for name in PARTS:
             self.register_buffer(name, None)
 
@@ -177,7 +177,7 @@ class PackedLinear(_Packed):
         self.group, self.start = group, start
 
     @property
-    def _on_gpu(self) -> cuda_decode.Layout | None:
+    def _on_gpu(self) -> cuda.Layout | None:
         """The layout that holds the weight, its own or the group's."""
         return self.layout if self.group is None else self.group.layout
 
@@ -212,14 +212,14 @@ class PackedGroup(_Packed):
     weights: (out, in) each; biases: (out,) or None each. No state_dict holds any of it: that is for the layers.
     """
 
-    layout: cuda_decode.Layout
+    layout: cuda.Layout
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
         # No in_features: what has that is a projection of a family.
         super().__init__(sum(len(weight) for weight in weights))
         self.sizes = [len(weight) for weight in weights]
         self.starts = list(itertools.accumulate(self.sizes[:-1], initial=0))
-        self._hold(cuda_decode.pack_rows(torch.cat(list(weights))))
+        self._hold(cuda.pack_rows(torch.cat(list(weights))))
         bias = None
         if any(given is not None for given in biases):
             pairs = zip(weights, biases, strict=True)
@@ -229,7 +229,7 @@ class PackedGroup(_Packed):
 
     def unpacked(self) -> torch.Tensor:
         """The weights (rows, in), made anew."""
-        return cuda_decode.unpack(self.layout)
+        return cuda.unpack(self.layout)
 
     def share(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """What the layer whose rows begin at `start` has of `product(x)`: the first layer to ask works it out for all.
@@ -303,8 +303,8 @@ def _has_kernels(values: torch.Tensor) -> bool:
     """Whether a GPU multiplies with these as they are; if it could not, that is said once."""
     if values.device.type != "cuda":
         return False
-    usable, reason = cuda_decode.available()
-    if usable and values.dtype not in cuda_decode.DTYPES:
+    usable, reason = cuda.available()
+    if usable and values.dtype not in cuda.DTYPES:
         usable, reason = False, f"they take bfloat16 and float16, not {str(values.dtype).removeprefix('torch.')}"
     if not usable:
         _say(f"packed weights: no kernels for this GPU, a slower path instead ({reason})")

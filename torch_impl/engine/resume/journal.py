@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_impl.engine import distributed, state
+from torch_impl.engine import distributed
 from torch_impl.engine.families import Family, decoder_blocks
-from torch_impl.engine.points import Points
+from torch_impl.engine.resume import state
+from torch_impl.engine.resume.points import Points
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from torch_impl.engine import strict_json
+from torch_impl.engine.files import UNFINISHED, dumps, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
-
-UNFINISHED = ".tmp"
-CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Points:
                 self._separate(part)
         self._number += 1
         body = {"number": self._number, "state": state, "parts": {name: asdict(e) for name, e in self.parts.items()}}
-        text = strict_json.dumps(body, "state")
+        text = dumps(body, "state")
         manifest = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}
         write_atomically(self._folder / f"{self._number:06}.json", json.dumps(manifest, allow_nan=False).encode())
         self._forget()
@@ -172,32 +168,3 @@ def _number(name: str) -> int:
 def has_points(folder: Path) -> bool:
     """Whether a folder of points holds any, good or not."""
     return any(file.stem.isdigit() for file in folder.glob("*.json"))
-
-
-def sha256_of(file: Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, whole and on the disk before it has its name."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from torch_impl.engine.adapted_linear import adapters, block_adapters
 from torch_impl.engine.families import Family, weight_of
-from torch_impl.engine.layers import adapters, block_adapters
 
 Tensors = dict[str, torch.Tensor]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from torch_impl import losa, schedule
 from torch_impl.engine import distributed
-from torch_impl.engine.checkpoint import choose_device, outline
+from torch_impl.engine.checkpoints.pretrained import choose_device, outline
 from torch_impl.engine.families import find_family
-from torch_impl.engine.memory import Sizes
-from torch_impl.experiment import needs, scaling
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.footprint import footprint
+from torch_impl.experiment.planning import checks, scaling
+from torch_impl.experiment.planning.footprint import footprint
+from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.text.sources import check_source
 
 GIB = 2**30
@@ -29,7 +29,7 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
     device, options, text = choose_device(config.model.device), config.model, config.text
     model = outline(options.model, device, options.dtype, options.trust_remote_code)
     family = losa.check_structure(model, config.settings)
-    needs.check_lengths(model, config)
+    checks.check_lengths(model, config)
     check_source(text.calibration_data, "calibration_data")
     check_source(text.eval_data, "eval_data")
     if config.training.finetune:
@@ -57,7 +57,7 @@ def streams(config: Config) -> bool:
 def make_plan(config: Config) -> dict[str, Any]:
     """Blocks, targets, tokens, memory in bytes and floating-point operations of a run."""
     model, device, sizes = _described(config)
-    needs.warn_of_lengths(model, config)
+    checks.warn_of_lengths(model, config)
     family = find_family(model)
     prunable = sum(sizes.prunable_of_blocks)
     dtype = model.dtype
@@ -94,7 +94,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         "most memory is taken in": taken.phase,
         "device memory": taken.device,
         "host memory": taken.host,
-        "disk, bytes": needs.disk(model, family, config, dtype.itemsize),
+        "disk, bytes": checks.disk(model, family, config, dtype.itemsize),
         "floating-point operations": {
             "sweeps": sweeps,
             "reconstruction": 6

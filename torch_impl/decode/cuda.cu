@@ -1,4 +1,4 @@
-// y = W x for a sparse W in panels (the layout of cuda_decode.py), one to eight rows of x, by the matrix units.
+// y = W x for a sparse W in panels (the layout of cuda.py), one to eight rows of x, by the matrix units.
 //
 // A warp takes panels of 16 x 128 one after the other. A lane's share of a product of 16 x 16 by 16 x 8 is four numbers of a
 // row, twice. Where they lie among the panel's values it counts in the bitmap, and four reads side by side bring them, with what

@@ -24,17 +24,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from torch_impl import losa
-from torch_impl.engine import calibration, checkpoint, memory, statistics
-from torch_impl.engine.checkpoint_files import find_files
+from torch_impl.engine import calibration, memory, statistics
+from torch_impl.engine.adapted_linear import adapt_block, block_adapters
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.checkpoints.contents import find_files
+from torch_impl.engine.checkpoints.offload import open_streamed, reader_of, sweep
+from torch_impl.engine.checkpoints.safetensors_files import Shards, ShardWriter
 from torch_impl.engine.families import Family, prunable_weights, weight_of
-from torch_impl.engine.layers import adapt_block, block_adapters
-from torch_impl.engine.shards import Shards, ShardWriter
-from torch_impl.engine.streaming import open_streamed, reader_of, sweep
-from torch_impl.experiment import identity, needs
+from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import streamed_perplexity
-from torch_impl.experiment.folder import Metrics
 from torch_impl.experiment.job import Material, environment_of, open_journal, summarise, with_text, write_results
+from torch_impl.experiment.metrics import Metrics
+from torch_impl.experiment.planning import checks
+from torch_impl.experiment.planning.sizes import Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class Sweeps:
         self.model, self.family, self.config, self.material = model, family, config, material
         self.device = reader_of(model, family).device
         self._batch = config.calibration.calibration_batch_size
-        self._sizes = memory.Sizes.of(model, family, reader_of(model, family).dtype)
+        self._sizes = Sizes.of(model, family, reader_of(model, family).dtype)
         text, tokens = config.text, self._batch * config.calibration.seqlen
         working = self._sizes.working(config.prune.prune_method, tokens, (text.eval_batch_size, text.eval_seqlen))
         if config.reconstruction.reconstruct_epochs:
@@ -151,7 +154,7 @@ class Sweeps:
             adapt_block(block, self.family, self.config.adapter.scale)
             yield block, block
 
-    def verify(self, folder: Path, pruned: Pruned) -> tuple[float, checkpoint.Verification]:
+    def verify(self, folder: Path, pruned: Pruned) -> tuple[float, pretrained.Verification]:
         """Perplexity of the checkpoint in this folder, after holding it against what was pruned.
 
         Errors: RuntimeError naming the projection whose zeros are not where its mask says, or what the logits differ by.
@@ -171,9 +174,9 @@ class Sweeps:
         logits = calibration.finish(self.model, self.family, ids[:2], probe.states(slice(None)))
         assert pruned.logits is not None
         before = pruned.logits.to(logits.device)
-        difference = checkpoint.logit_difference(folder, logits.float(), before.float(), logits.dtype)
+        difference = pretrained.logit_difference(folder, logits.float(), before.float(), logits.dtype)
         perplexity = streamed_perplexity(self.model, self.family, ids, windows, "pruned, written and read again")
-        return perplexity, checkpoint.Verification(difference, zeros)
+        return perplexity, pretrained.Verification(difference, zeros)
 
 
 class Output:
@@ -261,8 +264,8 @@ def fingerprint(mask: torch.Tensor) -> tuple[str, float]:
 def load_streamed_material(config: Config) -> Material:
     """As `job.load_material`, the weights of the blocks left on disk."""
     options = config.model
-    device = checkpoint.choose_device(options.device)
-    model, tokenizer = checkpoint.load_streamed(options.model, device, options.dtype, options.trust_remote_code)
+    device = pretrained.choose_device(options.device)
+    model, tokenizer = pretrained.load_streamed(options.model, device, options.dtype, options.trust_remote_code)
     losa.check_structure(model, config.settings)
     return with_text(config, model, tokenizer)
 
@@ -280,7 +283,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
     if notes:
         identity.check_material(notes["environment"], environment)
     of_weights = model.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    needs.check_disk(of_weights + needs.REPORT_BYTES, "pruned model", config, folder)
+    checks.check_disk(of_weights + checks.REPORT_BYTES, "pruned model", config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
     sweeps = Sweeps(model, family, config, material)
     weights = torch.tensor(prunable_weights(model, family), dtype=torch.float64)
@@ -342,7 +345,7 @@ def run_streamed(config: Config, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, checkpoint.Verification]:
+def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pretrained.Verification]:
     """`Sweeps.verify` of a model opened from this folder, of which nothing is left on the device afterwards."""
     model = open_streamed(folder, sweeps.device, None, sweeps.config.model.trust_remote_code)
     material = dataclasses.replace(sweeps.material, model=model)
@@ -366,11 +369,11 @@ def _save_rest(folder: Path, material: Material) -> None:
     """What is no weight: configuration, generation settings, tokenizer."""
     model = material.model
     model.config.save_pretrained(folder)
-    source = checkpoint.folder_of(model)
+    source = pretrained.folder_of(model)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     material.tokenizer.save_pretrained(folder)
-    checkpoint.keep_beside(source, folder)
+    pretrained.keep_beside(source, folder)
 
 
 def _mean(shares: Sequence[float], weights: torch.Tensor) -> float:

@@ -8,8 +8,9 @@ import torch
 
 from torch_impl import schedule
 from torch_impl.engine.calibration import compiles
-from torch_impl.engine.memory import SHARE, Room, Sizes, free_bytes
+from torch_impl.engine.memory import SHARE, Room, free_bytes
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning.sizes import Sizes
 
 Parts = dict[str, int]
 # Tokens of an evaluation text whose windows nobody has counted yet: WikiText-2's test set.

@@ -1,6 +1,6 @@
 """What a run takes on N cards: bytes of memory on each, bytes that each receives. From shapes and options alone.
 
-`python -m torch_impl.experiment.scaling` prints the table of docs/scaling.md. Counting what a card receives: gathering P
+`python -m torch_impl.experiment.planning.scaling` prints the table of docs/scaling.md. Counting what a card receives: gathering P
 bytes brings it P · (N − 1)/N; summing P bytes 2 P · (N − 1)/N (each gets its part of the sum, then the others' parts);
 what another card has decided on, P.
 """
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from torch_impl import schedule
-from torch_impl.bench.geometry import GEOMETRIES
 from torch_impl.engine.families import Family, decoder_blocks, weight_of
 from torch_impl.engine.memory import bytes_in_training
 from torch_impl.experiment.config import CONFIGS, Config, parse
+from torch_impl.experiment.planning.geometry import GEOMETRIES
 
 GIB = 2**30
 WIDE = 4  # bytes of float32: adapters, gradients, moments, statistics

@@ -19,10 +19,10 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
-from torch_impl.engine.checkpoint_files import check_finite, find
+from torch_impl.engine.checkpoints.contents import check_finite, find
+from torch_impl.engine.checkpoints.safetensors_files import Shards
+from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
 from torch_impl.engine.families import Family, decoder_blocks, find_family
-from torch_impl.engine.shards import Shards
-from torch_impl.engine.skeleton import Checkpoint, lay_out
 
 Names = dict[str, str]
 

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from torch_impl.engine import distributed, strict_json
-from torch_impl.engine.points import flush_folder, has_points, write_atomically
+from torch_impl.engine.files import flush_folder
+from torch_impl.engine.resume.points import has_points
 
 POINTS = ".points"
 LOCK = ".lock"
@@ -155,23 +155,3 @@ def _publish(partial: Path, target: Path) -> None:
     flush_folder(target.parent)
     shutil.rmtree(target / POINTS, ignore_errors=True)
     (target / LOCK).unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON. Errors: FloatingPointError if a figure is not finite."""
-    write_atomically(path, (strict_json.dumps(value, path.name, indent=1) + "\n").encode())
-
-
-class Metrics:
-    """metrics.jsonl: one line an event, written by process 0."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def log(self, event: str, **values: Any) -> None:
-        """Append an event and its values. Errors: FloatingPointError if a figure is not finite; nothing is written then."""
-        if not distributed.leads():
-            return
-        line = strict_json.dumps({"event": event, **values}, self._path.name)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")

@@ -1,0 +1,64 @@
+"""Files that are whole or not there, their hashes, and JSON that every reader takes: no NaN, no infinity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 24
+UNFINISHED = ".tmp"
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file by `data`, whole and on the disk before it has its name."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def dumps(value: Any, what: str, indent: int | None = None) -> str:
+    """The JSON text of plain values.
+
+    Errors: FloatingPointError naming the first figure of `what` that is not finite: JSON has no such number.
+    """
+    for place, number in _not_finite(value, what):
+        raise FloatingPointError(f"{place} is {number}; allowed in JSON: finite numbers")
+    return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{place}, {key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _not_finite(item, f"{place}[{number}]")

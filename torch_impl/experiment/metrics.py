@@ -1,0 +1,29 @@
+"""What a run writes down: metrics.jsonl while it lasts, JSON files at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch_impl.engine import distributed, files
+from torch_impl.engine.files import write_atomically
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON. Errors: FloatingPointError if a figure is not finite."""
+    write_atomically(path, (files.dumps(value, path.name, indent=1) + "\n").encode())
+
+
+class Metrics:
+    """metrics.jsonl: one line an event, written by process 0."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append an event and its values. Errors: FloatingPointError if a figure is not finite; nothing is written then."""
+        if not distributed.leads():
+            return
+        line = files.dumps({"event": event, **values}, self._path.name)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
