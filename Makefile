@@ -35,7 +35,7 @@ deep: $(STAMP)
 	@$(BIN)/python -m pytest oracle_tests --profile deep --hypothesis-seed $(SEED) || (echo "make deep SEED=$(SEED)"; false)
 
 faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m oracle_tests.faults --faults 50 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m oracle_tests.programs.faults --faults 50 --seed 0
 
 spec: $(STAMP)
 	$(BIN)/python docs/spec.py
@@ -45,7 +45,7 @@ SAMPLE ?= 150
 SEED   ?= 0
 
 mutants: $(STAMP)
-	$(BIN)/python -m oracle_tests.mutants --part $(PART) --sample $(SAMPLE) --seed $(SEED)
+	$(BIN)/python -m oracle_tests.programs.mutants --part $(PART) --sample $(SAMPLE) --seed $(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Captured graphs own what they read: on a CPU by emulated graphs; on a GPU by `python -m oracle_tests.gpu_graphs`."""
+"""Captured graphs own what they read: on a CPU by emulated graphs; on a GPU by programs/gpu_graphs.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from oracle_tests import emulated_graphs, gpu_graphs
+from oracle_tests import emulated_graphs
 from oracle_tests.emulated_graphs import FreedMemoryError
+from oracle_tests.programs import gpu_graphs
 from oracle_tests.test_training import adapted_model, examples_for
 from tiny_models.random_models import random_model
 from torch_impl.decode.next_token import NextToken

@@ -1,6 +1,6 @@
 """The Triton kernels against the spec, under Triton's interpreter: shapes that fit no tile, ranks that fit no power of two.
 
-On a GPU the whole suite runs through them; there `python -m oracle_tests.gpu_kernels` holds every one to the spec.
+On a GPU the whole suite runs through them; there `python -m oracle_tests.programs.gpu_kernels` holds every one to the spec.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from oracle_tests import gpu_kernels, tolerances
+from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close, assert_exact
+from oracle_tests.programs import gpu_kernels
 from oracle_tests.strategies import examples
 from reference import adapter as spec
 from reference.masks import select as spec_select

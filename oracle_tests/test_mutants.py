@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from oracle_tests import mutants
-from oracle_tests.mutations import Mutant, mutants_of
+from oracle_tests.programs import mutants
+from oracle_tests.programs.mutations import Mutant, mutants_of
 
 SOURCE = '''"""Words."""
 from __future__ import annotations

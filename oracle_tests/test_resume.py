@@ -423,7 +423,7 @@ def test_an_interruption_is_a_keyboard_interrupt() -> None:
 def test_a_handful_of_faults() -> None:
     """One of each kind that only another process can survive; `make faults` has more."""
     done = subprocess.run(
-        [sys.executable, "-m", "oracle_tests.faults", "--faults", "6", "--seed", "3"],
+        [sys.executable, "-m", "oracle_tests.programs.faults", "--faults", "6", "--seed", "3"],
         capture_output=True,
         text=True,
         cwd=ROOT,

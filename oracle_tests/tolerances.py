@@ -98,7 +98,7 @@ PACKED_LOGITS = {
 # A score of Wanda is one product of a rounded weight and a float32 norm: three roundings.
 SCORE_ROUNDINGS = 4
 
-# One LoSA step at LLaMA-2-7B's shapes, bf16 on the GPU against float32 on the CPU (oracle_tests/gpu_step.py). Hidden states
+# One LoSA step at LLaMA-2-7B's shapes, bf16 on the GPU against float32 on the CPU (programs/gpu_step.py). Hidden states
 # are rounded to bf16 (2⁻⁹ relative, at random) some ten times a block; norms over 2,048 tokens average that out.
 GPU_STEP = {
     # Scores near the threshold are dense: a relative score error of 2⁻⁸ moves about that share of the entries there.

@@ -1,6 +1,6 @@
 """One LoSA step of two blocks with LLaMA-2-7B's shapes: bf16 on the GPU against float32 on the CPU, timed by part.
 
-    python -m oracle_tests.gpu_step [--device cuda] [--small]
+    python -m oracle_tests.programs.gpu_step [--device cuda] [--small]
 
 Both start from the same bf16 weights and the same tokens. Compared, within `tolerances.GPU_STEP`: every mask (an entry
 may differ only where its score is within the bound of its row's threshold), reconstruction errors, losses, gradients of

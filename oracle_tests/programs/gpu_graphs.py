@@ -1,6 +1,6 @@
 """On a GPU: work in captured graphs against the same work launch by launch, with freed memory poisoned between replays.
 
-    python -m oracle_tests.gpu_graphs [--model FOLDER --records FILE] [--device cuda] [--examples 320]
+    python -m oracle_tests.programs.gpu_graphs [--model FOLDER --records FILE] [--device cuda] [--examples 320]
 
 A LLaMA of SmolLM2-135M's shapes with random weights, or the model in FOLDER, trains under LoSA on records of many lengths: with
 cross-entropy and with KL, merged weights held and rebuilt, blocks compiled or not, with graphs, without, and with graphs but
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from oracle_tests.gpu_resume import Stop, Stopping
+from oracle_tests.programs.gpu_resume import Stop, Stopping
 from torch_impl import losa
 from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import calibration, statistics, training

@@ -1,6 +1,6 @@
 """On a GPU with deterministic settings: a run that stops and goes on ends with the same bits; what these settings cost.
 
-    python -m oracle_tests.gpu_resume [--device cuda] [--hidden 1024] [--blocks 6]
+    python -m oracle_tests.programs.gpu_resume [--device cuda] [--hidden 1024] [--blocks 6]
 
 A random LLaMA in bf16 is pruned and healed in two steps by Wanda and by SparseGPT, whole, and stopped at points in the middle
 of pruning and of training; each is then taken up in a fresh copy of the model. Timed in a process of its own each: the whole
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(options)))
         return 0
     sizes = ["--device", options.device, "--hidden", str(options.hidden), "--blocks", str(options.blocks)]
-    command = [sys.executable, "-m", "oracle_tests.gpu_resume", "--measure", *sizes]
+    command = [sys.executable, "-m", "oracle_tests.programs.gpu_resume", "--measure", *sizes]
     results = []
     for extra in ([], ["--deterministic"]):
         done = subprocess.run([*command, *extra], stdout=subprocess.PIPE, text=True, check=True)

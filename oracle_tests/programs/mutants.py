@@ -1,13 +1,13 @@
 """Break production in a random sample of small ways, one at a time, and see whether a test fails: the mutation score.
 
-    python -m oracle_tests.mutants --part experiment [--sample 150] [--seed 0] [--jobs N]
+    python -m oracle_tests.programs.mutants --part experiment [--sample 150] [--seed 0] [--jobs N]
 
-Works on copies of this checkout, never on it. First every test is run once to record which functions it starts
-(`oracle_tests.reach`; kept in build/mutants/reach.json, and recorded again for the test files that have changed since; `--record`:
-for all). Then each mutant (`oracle_tests.mutations`) gets the tests that start its function, the quickest first, until one
-fails. They run in a process forked from this one, which has imported the libraries and computed nothing, under a time limit; a
-test that hangs has noticed too. Printed are the score, its 95 % interval and the survivors as diffs; all of it goes to
-build/mutants/PART-SEED.json. `--again FILE` tries the survivors of such a file, as far as they are still in the code.
+Works on copies of this checkout, never on it. First every test is run once to record which functions it starts (`reach`; kept
+in build/mutants/reach.json, and recorded again for the test files that have changed since; `--record`: for all). Then each
+mutant (`mutations`) gets the tests that start its function, the quickest first, until one fails. They run in a process forked
+from this one, which has imported the libraries and computed nothing, under a time limit; a test that hangs has noticed too.
+Printed are the score, its 95 % interval and the survivors as diffs; all of it goes to build/mutants/PART-SEED.json.
+`--again FILE` tries the survivors of such a file, as far as they are still in the code.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from typing import Any
 
 import pytest
 
-from oracle_tests.mutations import Mutant, mutants_of
+from oracle_tests.programs.mutations import Mutant, mutants_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "mutants"
 COMMANDS = ("run.py", "pack.py", "generate.py")
 PARTS = {
@@ -119,13 +119,14 @@ def _test_files() -> list[Path]:
 
 
 def _run_recorded(place: Path, jobs: int, files: list[str], known: Reach) -> None:
+    reach = "oracle_tests.programs.reach"
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "sitecustomize.py").write_text(
-            "import os\nif os.environ.get('LOSA_REACH_TEST'):\n    from oracle_tests import reach\n    reach.start()\n"
+            f"import os\nif os.environ.get('LOSA_REACH_TEST'):\n    from {reach} import start\n    start()\n"
         )
         paths = os.pathsep.join([name, str(place)])
         environment = {**os.environ, **QUIET, "PYTHONPATH": paths, "LOSA_REACH": name}
-        command = [sys.executable, "-m", "pytest", *PYTEST, "-p", "oracle_tests.reach", "-n", str(jobs), *files]
+        command = [sys.executable, "-m", "pytest", *PYTEST, "-p", reach, "-n", str(jobs), *files]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
         if done.returncode not in (0, 1):
             raise RuntimeError(f"the tests could not be run: {done.stdout[-2000:]}{done.stderr[-2000:]}")

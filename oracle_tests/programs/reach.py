@@ -1,6 +1,6 @@
 """Which functions of torch_impl each test starts, in its own process and in those it starts; a plugin of pytest.
 
-`oracle_tests.mutants` loads it with LOSA_REACH set to a folder. Every process appends its finds there, one a line: test, tab,
+`mutants` loads it with LOSA_REACH set to a folder. Every process appends its finds there, one a line: test, tab,
 function. What a fixture of a wider scope than one test starts counts for every test of the file.
 """
 
@@ -19,7 +19,7 @@ import pytest
 
 FOLDER = "LOSA_REACH"
 TEST = "LOSA_REACH_TEST"
-ROOT = str(Path(__file__).resolve().parents[1]) + os.sep
+ROOT = str(Path(__file__).resolve().parents[2]) + os.sep
 WATCHED = ROOT + "torch_impl" + os.sep
 
 _seen: set[CodeType] = set()

@@ -1,7 +1,7 @@
 """LoSA with LLaMA-2-7B's shapes on several GPUs, bf16, against one of them: the same run, its time, its bytes.
 
-    torchrun --nproc_per_node 2 -m oracle_tests.gpu_spread
-    torchrun --nproc_per_node 2 -m oracle_tests.gpu_spread --small --device cpu     float32 and gloo: runs anywhere
+    torchrun --nproc_per_node 2 -m oracle_tests.programs.gpu_spread
+    torchrun --nproc_per_node 2 -m oracle_tests.programs.gpu_spread --small --device cpu     float32 and gloo: runs anywhere
 
 Process 0 first does the run alone; then all do it together, from the same checkpoint, each with its own rows of it.
 """

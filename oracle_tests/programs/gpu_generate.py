@@ -1,6 +1,6 @@
 """Text from a packed model against the plain one, on a GPU: the same tokens and logits, tokens/s and memory of both.
 
-    python -m oracle_tests.gpu_generate [--device cuda] [--blocks 4] [--small]
+    python -m oracle_tests.programs.gpu_generate [--device cuda] [--blocks 4] [--small]
 
 A random LLaMA with blocks of LLaMA-2-7B's shapes over a small vocabulary, pruned to 70 %, is saved, packed by
 `torch_impl.pack` and run by `torch_impl.generate`. Held: greedy tokens of a tiny model in float32 are the same; logits in

@@ -1,6 +1,6 @@
 """Break runs of the main job in every way that a long run can break, go on with them, and compare the bits.
 
-    python -m oracle_tests.faults [--faults 50] [--seed 0]
+    python -m oracle_tests.programs.faults [--faults 50] [--seed 0]
 
 A small run of the embedded model is broken again and again at points drawn from the seed: killed, killed while it writes,
 a write that fails, a disk that is full (a small tmpfs where one can be mounted), a file of a point cut short, a byte of one

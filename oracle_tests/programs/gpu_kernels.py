@@ -1,6 +1,6 @@
 """Every kernel on a GPU against the spec: Triton's of _kernels.py and the CUDA entries of decode/cuda.cu.
 
-    python -m oracle_tests.gpu_kernels [--device cuda] [--small]
+    python -m oracle_tests.programs.gpu_kernels [--device cuda] [--small]
 
 Shapes that fit no tile, one row and eight, rows without a weight and without a zero, every dtype. What a kernel writes to is NaN
 before each launch, and so is the memory on both sides of what it reads. Prints a line for every kernel and dtype: of all cases the

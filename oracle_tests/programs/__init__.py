@@ -1,0 +1,1 @@
+"""What is run by hand: checks that need a GPU, faults, mutants, comparisons of whole versions."""
