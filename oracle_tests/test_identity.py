@@ -96,8 +96,17 @@ def test_every_option_counts_but_those_that_say_where_and_how_often_to_write() -
         with pytest.raises(ValueError, match=f"^{name} is 'another', the run began with {before[name]!r}; "):
             identity.check_options(before, {**before, name: "another"}, ())
         identity.check_options(before, {**before, name: "another"}, [name])
-    with pytest.raises(ValueError, match="added is 1, the run began with None"):
-        identity.check_options(before, {**before, "added": 1}, ())
+
+
+def test_an_option_that_an_older_version_did_not_know_had_its_default() -> None:
+    now = identity.options(Config())
+    for name in now:
+        before = {other: value for other, value in now.items() if other != name}
+        identity.check_options(before, now, ())
+        with pytest.raises(ValueError, match=f"^{name} is 'another', the run began with {now[name]!r}; "):
+            identity.check_options(before, {**now, name: "another"}, ())
+    with pytest.raises(ValueError, match="the run began with gone = 1, which this version does not know"):
+        identity.check_options({**now, "gone": 1}, now, ["gone"])
 
 
 def test_other_versions_are_said_and_other_contents_refused(caplog: pytest.LogCaptureFixture) -> None:

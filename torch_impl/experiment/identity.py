@@ -38,10 +38,21 @@ def options(config: Config) -> dict[str, Any]:
 
 
 def check_options(before: Mapping[str, Any], now: Mapping[str, Any], accepted: Sequence[str]) -> None:
-    """Errors: ValueError with every option that differs from what the run began with and is not accepted."""
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name) and name not in accepted]
+    """Compare with the options that the run began with; an option that an older version did not know has its default.
+
+    Errors: ValueError with every option that differs and is not accepted, or that this version does not know.
+    """
+    unknown = sorted(set(before) - set(now))
+    if unknown:
+        shown = ", ".join(f"{name} = {before[name]!r}" for name in unknown)
+        raise ValueError(
+            f"the run began with {shown}, which this version does not know; resume with the version that began the run, "
+            "or start over with --overwrite"
+        )
+    began = {**options(Config()), **before}
+    changed = [name for name in sorted(now) if began[name] != now[name] and name not in accepted]
     if changed:
-        shown = "; ".join(f"{name} is {now.get(name)!r}, the run began with {before.get(name)!r}" for name in changed)
+        shown = "; ".join(f"{name} is {now[name]!r}, the run began with {began[name]!r}" for name in changed)
         raise ValueError(f"{shown}; allowed with --resume: the same options, but for those named by --accept_changes")
 
 
