@@ -1,9 +1,9 @@
-"""The spec as one page: the guide, then every file with what it says beside what it does.
+"""Render the spec as one HTML page: the guide, then each file with its docstrings beside its code.
 
     python docs/spec.py [build/spec.html]
 
-The page needs no network: equations become MathML here, code is coloured here, styles are inside. The worked example is
-run first; a page whose numbers do not come out of the code is not written.
+The page loads nothing from the network: equations become MathML, code is highlighted, and styles are inline. The worked
+example is run first. If its numbers are wrong, no page is written.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ pre.formula { background: none; border-left: 3px solid var(--accent); border-rad
 .label { color: var(--soft); font-weight: 600; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .88em; }
 """
-# One letter, or one of a few words, with something below it: s_t, X²_{tok,j}, mask_j, but not kept_total.
+# A letter or one of a few words with a subscript: s_t, X²_{tok,j}, mask_j, but not kept_total.
 SUBSCRIPT = re.compile(
     r"((?<!\w)\w[\u0300-\u036f]*[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|mask|score|ceiling))_(\{[^}]*\}|\w+)"
 )
@@ -88,18 +88,18 @@ LABELS = re.compile(r"^(Source|Parameters|Returns|Ties[^:]*|Errors|\*Deviation\*
 
 
 def coloured(code: str, console: bool = False) -> str:
-    """Highlighted code, or an interpreter session with its output."""
+    """Highlight code, or an interpreter session with its output."""
     inside = highlight(code, PythonConsoleLexer() if console else PythonLexer(), HtmlFormatter(nowrap=True))
     return f'<pre class="highlight">{inside}</pre>'
 
 
 def colours(style: str) -> str:
-    """What the classes of `coloured` look like in one pygments style; the frame comes from the page."""
+    """Return the CSS for the classes of `coloured` in one pygments style."""
     return str(HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight"))
 
 
 def equation(source: str, options: dict[str, bool]) -> str:
-    """LaTeX to MathML; a \\tag becomes the number beside it."""
+    """Convert LaTeX to MathML; a \\tag becomes the number beside the equation."""
     tag = re.search(r"\\tag\{([^}]*)\}", source)
     source = (
         re.sub(r"\\tag\{[^}]*\}", "", source).replace("\\tfrac", "\\frac").replace("\\operatorname*", "\\operatorname")
@@ -109,29 +109,29 @@ def equation(source: str, options: dict[str, bool]) -> str:
 
 
 def guide() -> str:
-    """reference/README.md, its worked example run."""
+    """Render reference/README.md after running its worked example."""
     path = ROOT / "reference" / "README.md"
     failed = doctest.testfile(str(path), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE).failed
     if failed:
-        raise SystemExit(f"{path.name}: {failed} examples give other numbers than the page would show")
+        raise SystemExit(f"{path.name}: {failed} examples fail; correct the numbers in the worked example")
     markdown = MarkdownIt("commonmark", {"highlight": lambda code, _, __: coloured(code, console=">>>" in code)})
     markdown.enable("table").use(dollarmath_plugin, renderer=equation)
     return str(markdown.render(path.read_text(encoding="utf-8")))
 
 
 def typeset(text: str) -> str:
-    """A docstring's one-line notation (r_max, X²_{tok,j}, mask_j) with its subscripts set as such."""
+    """Turn the subscripts of a docstring's notation (r_max, X²_{tok,j}, mask_j) into HTML."""
     return SUBSCRIPT.sub(lambda m: f"{m[1]}<sub>{m[2].strip('{}')}</sub>", html.escape(text))
 
 
 def prose(docstring: str) -> str:
-    """A docstring: paragraphs, indented lines as formulas, examples as a session."""
+    """Render a docstring: paragraphs, indented lines as formulas, examples as an interpreter session."""
     parts = []
     for block in filter(None, re.split(r"\n\s*\n", docstring.strip("\n"))):
         if block.lstrip().startswith(">>>"):
             parts.append(coloured(block, console=True))
         elif all(line.startswith("    ") for line in block.splitlines()):
-            # A box of pseudo-code names files; everything else that is indented is a formula.
+            # Indented pseudo-code names files; other indented text is a formula.
             kind = "box" if ".py" in block else "formula"
             parts.append(f'<pre class="{kind}">{typeset(textwrap.dedent(block))}</pre>')
         else:
@@ -144,7 +144,7 @@ def prose(docstring: str) -> str:
 
 
 def without_docstring(source: str, node: ast.FunctionDef | ast.ClassDef) -> str:
-    """The source lines of a definition, its own docstring left out."""
+    """Return the source lines of a definition without its docstring."""
     lines = source.splitlines()
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     kept = lines[first - 1 : node.end_lineno]
@@ -155,7 +155,7 @@ def without_docstring(source: str, node: ast.FunctionDef | ast.ClassDef) -> str:
 
 
 def file_section(name: str) -> str:
-    """One file of the spec: every definition with its docstring on the left and its code on the right."""
+    """Render one file of the spec: each definition with its docstring on the left and its code on the right."""
     source = (ROOT / "reference" / f"{name}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     anchor = name.replace("/", ".")
@@ -171,7 +171,7 @@ def file_section(name: str) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Render the whole page."""
     links = " ".join(f'<a href="#{name.replace("/", ".")}">{name}</a>' for name in FILES)
     palette = f"{colours('default')}\n@media (prefers-color-scheme: dark) {{\n{colours('monokai')}\n}}"
     sections = "\n".join(file_section(name) for name in FILES)

@@ -1,4 +1,8 @@
-"""Argument checks of the spec: one line that names the argument, its value and what is allowed."""
+"""Argument checks of the spec. Each error is one line: the argument, its value and what is allowed.
+
+Every public function of the spec checks its arguments and raises TypeError or ValueError. So docstrings list only the
+errors that do not follow from their Parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ Mask = NDArray[np.bool_]
 
 
 def array(name: str, value: Any, *axes: str, empty: bool = False, finite: bool = True) -> Array:
-    """`value` as float64 with one named axis per dimension; a first axis "..." stands for any number of them.
+    """Convert `value` to float64, one named axis per dimension; a first axis "..." stands for any number of axes.
 
-    It may be `empty`, or hold what is not `finite`, only if so said.
+    empty: allow an array without entries. finite: refuse NaN and infinity.
     """
     try:
         result = np.asarray(value, dtype=np.float64)
@@ -32,13 +36,13 @@ def array(name: str, value: Any, *axes: str, empty: bool = False, finite: bool =
 
 
 def same_shape(name: str, value: Any, like: NDArray[Any], like_name: str) -> None:
-    """Two arrays of one shape."""
+    """Check that `value` has the shape of `like`."""
     if value.shape != like.shape:
         raise ValueError(f"{name} has shape {value.shape}; allowed: {like.shape}, the shape of {like_name}")
 
 
 def mask(name: str, value: Any, like: NDArray[Any], like_name: str) -> Mask:
-    """`value` as a bool array of the shape of `like`."""
+    """Check that `value` is a bool array of the shape of `like`."""
     result = np.asarray(value)
     if result.dtype != np.bool_:
         raise TypeError(f"{name} has dtype {result.dtype}; allowed: bool, True = kept")
@@ -47,7 +51,7 @@ def mask(name: str, value: Any, like: NDArray[Any], like_name: str) -> Mask:
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite real number from `low` to `high`."""
+    """Check that `value` is a finite real number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} is {value!r}; allowed: a number")
     if not math.isfinite(value):
@@ -58,7 +62,7 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def integer(name: str, value: int, low: int, high: int | None = None) -> int:
-    """An integer from `low` to `high`."""
+    """Check that `value` is an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} is {value!r}; allowed: an integer")
     if value < low or (high is not None and value > high):
@@ -67,7 +71,7 @@ def integer(name: str, value: int, low: int, high: int | None = None) -> int:
 
 
 def square(name: str, value: Any) -> Array:
-    """A square float64 matrix."""
+    """Convert `value` to a square float64 matrix."""
     result = array(name, value, "n", "n")
     if result.shape[0] != result.shape[1]:
         raise ValueError(f"{name} has shape {result.shape}; allowed: (n, n)")
@@ -75,7 +79,7 @@ def square(name: str, value: Any) -> Array:
 
 
 def scores(value: Any) -> Array:
-    """A float64 matrix (out, in) of scores without NaN; infinities are allowed."""
+    """Convert `value` to a float64 matrix (out, in) of scores without NaN; infinities are allowed."""
     result = array("score", value, "out", "in", finite=False)
     if np.isnan(result).any():
         raise ValueError("score holds NaN; allowed: numbers")

@@ -1,4 +1,4 @@
-"""The optimizer of a LoSA step: AdamW, clipping by global norm, warm-up and linear decay of the learning rate."""
+"""The optimizer of a LoSA step: AdamW, clipping by global norm, and a learning rate with warm-up and linear decay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reference import _checks
 from reference._checks import Array
 
 BETAS = (0.9, 0.999)
-"""How much of the first and second moment stays from one step to the next."""
+"""Decay rates of the first and second moment."""
 EPS = 1e-8
-"""Added to the root of the second moment."""
+"""Added to the square root of the second moment."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's memory: steps done, and for each parameter the running mean of its gradient and of its square."""
+    """The state of AdamW: steps done, and each parameter's running means of its gradient and squared gradient."""
 
     steps: int
     first: tuple[Array, ...]
@@ -27,10 +27,10 @@ class Moments:
 
 
 def start(parameters: Sequence[Array]) -> Moments:
-    """The memory before the first step: zeros.
+    """Return the state before the first step: zeros.
 
     Source: Kingma & Ba 2015, Algorithm 1. parameters: arrays of any shapes.
-    Returns: moments of the same shapes. Ties and rounding: none. Errors: none. *Deviation*: none.
+    Returns: moments of the same shapes. *Deviation*: none.
 
     >>> start([np.array([5.0])])
     Moments(steps=0, first=(array([0.]),), second=(array([0.]),))
@@ -45,13 +45,12 @@ def adamw(
     learning_rate: float,
     weight_decay: float,
 ) -> tuple[list[Array], Moments]:
-    """One step of AdamW: m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← (1-ηλ)p - η · m̂ / (√v̂ + ε).
+    """Take one step of AdamW: m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← (1-ηλ)p - η · m̂ / (√v̂ + ε).
 
     Source: Loshchilov & Hutter 2019, Algorithm 2; m̂ = m / (1-β₁ᵏ), v̂ = v / (1-β₂ᵏ) at step k = 1, 2, ...
     parameters, gradients: arrays of matching shapes. learning_rate: η. weight_decay: λ.
-    Returns: (new parameters, new moments); the arguments are left as they are.
-    Ties and rounding: none. Errors: TypeError or ValueError naming the argument.
-    *Deviation*: the decay is η·λ as in torch.optim.AdamW, where the paper multiplies λ by the schedule's factor alone.
+    Returns: (new parameters, new moments); the arguments are not changed.
+    *Deviation*: the decay is η·λ, as in torch.optim.AdamW; the paper multiplies λ by the schedule's factor alone.
 
     >>> [p], moments = adamw([np.array([1.0])], [np.array([4.0])], start([np.array([1.0])]), 0.1, 0.0)
     >>> p.round(6)  # the first step is η · g / |g|
@@ -79,13 +78,12 @@ def adamw(
 
 
 def clip_by_global_norm(gradients: Sequence[Array], max_norm: float) -> tuple[list[Array], float]:
-    """Scale all gradients by one factor, so that together they are no longer than max_norm.
+    """Scale all gradients by one factor, so that their global norm is at most max_norm.
 
     Source: Pascanu et al. 2013. gradients: arrays of any shapes. max_norm: 0 or more; 0 means no clipping.
-    Returns: (scaled gradients, their norm before). Ties and rounding: none.
-    Errors: TypeError or ValueError naming max_norm.
-    *Deviation*: the factor is max_norm / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_; a bound of 0,
-    which taken literally would zero every gradient, leaves them alone, as in Hugging Face's trainer.
+    Returns: (scaled gradients, norm before scaling).
+    *Deviation*: the factor is max_norm / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_. max_norm 0 turns
+    clipping off, as in Hugging Face's Trainer; taken literally it would zero every gradient.
 
     >>> [clipped], norm = clip_by_global_norm([np.array([3.0, 4.0])], 0.5)
     >>> clipped.round(6), norm
@@ -101,16 +99,16 @@ def clip_by_global_norm(gradients: Sequence[Array], max_norm: float) -> tuple[li
 
 
 def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate at an optimizer step: up linearly, then down linearly, above 0 at every step.
+    """Return the learning rate at an optimizer step as a share of its peak: linear warm-up, then linear decay.
 
         (k + 1) / (w + 1)           while k < w = ceil(n · warmup_ratio)
         (n − k) / (n − w)           from then on
 
     Source: LoSA's settings (linear decay, warm-up 0.3). done: k, optimizer steps already taken, 0 to n - 1. total: n,
-    optimizer steps in all. warmup_ratio: 0 to 1. Returns: above 0, at most 1; 1 at k = w, if there is such a step.
-    Ties and rounding: w is rounded up. Errors: TypeError or ValueError naming the argument.
-    *Deviation*: Hugging Face's schedule, which the published code uses, warms up by k / w: its first step has rate 0 and
-    learns nothing, and a LoSA step of one optimizer step would be no training at all. The two are at most 1 / (w + 1) apart.
+    number of optimizer steps. warmup_ratio: 0 to 1. Returns: above 0, at most 1; 1 at k = w, if there is such a step.
+    Ties and rounding: w is rounded up.
+    *Deviation*: the published code uses Hugging Face's schedule, which warms up by k / w. Its first step has rate 0, so a
+    LoSA step of one optimizer step would not train at all. The two schedules differ by at most 1 / (w + 1).
 
     >>> [lr_factor(done, 5, 0.3) for done in range(5)]  # w = ceil(1.5) = 2
     [0.3333333333333333, 0.6666666666666666, 1.0, 0.6666666666666666, 0.3333333333333333]

@@ -1,4 +1,4 @@
-"""A low-rank adapter that lives under the mask of its weight, so that it merges without filling a zero.
+"""A low-rank adapter under its weight's mask: merging it fills no zero.
 
 Legend: W (out × in) a projection's weight, zero where pruned, M = W ≠ 0 its mask, A (r × in) and B (out × r) the adapter,
 s = α / r₀ its scale, the same at every rank, x (... × in) the input, y (... × out) the output.
@@ -15,7 +15,7 @@ from reference._checks import Array, Mask
 
 
 def effective_weight(weight: Array, A: Array, B: Array, scale: float) -> Array:
-    """The one weight that base and adapter are together.
+    """Combine a base weight and its adapter into one weight.
 
     Source: LoSA, Eq. 1.
 
@@ -24,10 +24,8 @@ def effective_weight(weight: Array, A: Array, B: Array, scale: float) -> Array:
     Parameters: weight W (out, in); A (r, in), B (out, r), r may be 0; scale s. Returns: W̃ (out, in), exactly 0 wherever
     W is.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: the mask is read off the weight, so a kept weight that is exactly 0 counts as pruned, and a plain sparse
-    checkpoint carries its own mask.
+    *Deviation*: the mask is M = W ≠ 0. So a plain sparse checkpoint carries its own mask, and a kept weight that is
+    exactly 0 counts as pruned.
 
     >>> effective_weight([[1, 0], [2, 3]], [[1, 1]], [[1], [2]], scale=0.5)  # BA = [[1, 1], [2, 2]]
     array([[1.5, 0. ],
@@ -39,15 +37,13 @@ def effective_weight(weight: Array, A: Array, B: Array, scale: float) -> Array:
 
 
 def merge(weight: Array, A: Array, B: Array, scale: float) -> Array:
-    """The effective weight, rounded once to the weight's own precision: what is saved.
+    """Merge an adapter into its weight, rounding once to the weight's own precision. This weight is saved.
 
     Source: LoSA, Eq. 1.
 
-    Parameters: as `effective_weight`. Returns: (out, in) in the weight's floating dtype (float64 for integers).
+    Parameters: as for `effective_weight`. Returns: (out, in) in the weight's floating dtype (float64 for integers).
 
-    Errors: as `effective_weight`.
-
-    *Deviation*: the published code adds in half precision, so its merged and unmerged outputs part.
+    *Deviation*: the published code adds in half precision, so its merged and unmerged outputs differ.
 
     >>> merge(np.float32([[1, 0]]), [[1, 1]], [[1]], scale=0.5)
     array([[1.5, 0. ]], dtype=float32)
@@ -57,17 +53,16 @@ def merge(weight: Array, A: Array, B: Array, scale: float) -> Array:
 
 
 def masked_lora(x: Array, weight: Array, A: Array, B: Array, scale: float) -> Array:
-    """What a projection with its adapter puts out.
+    """Compute the output of a projection with its adapter.
 
     Source: LoSA, Eq. 1.
 
         y = x W̃ᵀ
 
-    Parameters: x (..., in); the others as `effective_weight`. Returns: y (..., out).
+    Parameters: x (..., in); the others as for `effective_weight`. Returns: y (..., out).
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: no dropout on the adapter's input (published code: 0.1); with it there is no one weight.
+    *Deviation*: no dropout on the adapter's input (published code: 0.1). With dropout, base and adapter cannot be one
+    weight.
 
     >>> masked_lora([[1, 1]], [[1, 0], [2, 3]], [[1, 1]], [[1], [2]], scale=0.5)
     array([[1.5, 7. ]])
@@ -79,16 +74,14 @@ def masked_lora(x: Array, weight: Array, A: Array, B: Array, scale: float) -> Ar
 def masked_lora_grad(
     x: Array, weight: Array, A: Array, B: Array, scale: float, grad_y: Array
 ) -> tuple[Array, Array, Array]:
-    """Gradients of a loss with respect to the input and the adapter, from that with respect to the output.
+    """Compute the gradients of a loss by the input and the adapter, given its gradient by the output.
 
     Source: LoSA, Eq. 1, differentiated.
 
         G = dyᵀ x,   dB = s (M⊙G) Aᵀ,   dA = s Bᵀ (M⊙G),   dx = dy W̃
 
-    Parameters: x (..., in); grad_y dy (..., out); the others as `effective_weight`. Returns: (dx (..., in), dA (r, in),
-    dB (out, r)).
-
-    Errors: ValueError or TypeError naming the argument.
+    Parameters: x (..., in); grad_y dy (..., out); the others as for `effective_weight`. Returns: (dx (..., in),
+    dA (r, in), dB (out, r)).
 
     *Deviation*: none.
 
@@ -110,16 +103,14 @@ def masked_lora_grad(
 
 
 def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> Array:
-    """Values of new rows of A, drawn afresh for a seed, so that any machine at any time draws the same.
+    """Sample the initial values of new rows of A; the same seed gives the same rows on every machine.
 
-    Source: LoRA (arXiv 2106.09685) as its library initialises it: Kaiming uniform with a = √5.
+    Source: LoRA (arXiv 2106.09685), initialised as in its library: Kaiming uniform with a = √5.
 
         U(−1/√in, 1/√in)
 
-    Parameters: count of rows; in_features; seed, integers ≥ 0, LoSA's being (run, step, block, projection).
+    Parameters: count of rows; in_features; seed, integers ≥ 0; LoSA uses (run, step, block, projection).
     Returns: (count, in).
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none in the distribution.
 
@@ -136,19 +127,17 @@ def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> Array:
 
 
 def rebase(weight: Array, merged: Array, updated: Array, mask: Mask) -> Array:
-    """The base weight after pruning, such that base and adapter together are what pruning made of the merged weight.
+    """Return the base weight after pruning: merged with the unchanged adapter, it gives the pruned weight.
 
-    Source: LoSA, Algorithm 1: pruning sees the merged weight, the adapter goes on.
+    Source: LoSA, Algorithm 1: pruning acts on the merged weight, and the adapter is kept.
 
         W' = M'⊙(W + (updated − merged))       so that W' + s·BA = updated under M'
 
-    Parameters: weight W (out, in), the old base; merged (out, in), what was pruned; updated (out, in), what pruning made
-    of it; mask M' bool (out, in), a subset of the old. Returns: W' (out, in). A kept weight that pruning did not update
-    keeps its bits.
+    Parameters: weight W (out, in), the old base; merged (out, in), the weight before pruning; updated (out, in), the
+    weight after it; mask M' bool (out, in), a subset of the old mask. Returns: W' (out, in). Kept weights that pruning
+    did not update keep their bits.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: the paper does not say; the published code prunes the base without its adapter.
+    *Deviation*: the paper does not say what is pruned; the published code prunes the base without its adapter.
 
     >>> rebase([[1, 2]], [[1.5, 2.5]], [[0, 3.5]], np.array([[False, True]]))
     array([[0., 3.]])

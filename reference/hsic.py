@@ -1,4 +1,4 @@
-"""Dependence between two representations of the same samples, from their Gram matrices.
+"""HSIC: the dependence between two representations of the same samples, from their Gram matrices.
 
 Legend: n samples, d features, X (n × d) features, K = X Xᵀ Gram matrix, H = I − 11ᵀ/n centering.
 """
@@ -10,20 +10,18 @@ import numpy as np
 from reference import _checks
 from reference._checks import Array
 
-# A centred Gram matrix this much smaller than the uncentred one is the rounding of a constant representation.
+# A representation is constant if centring shrinks its Gram matrix below this share: what is left is rounding.
 CONSTANT = 1e-13
 
 
 def linear_gram(features: Array) -> Array:
-    """Inner products of all pairs of samples: all that HSIC needs to know of the features.
+    """Compute the inner products of all pairs of samples; HSIC needs nothing else of the features.
 
     Source: LoSA, Section 3.1 (linear kernel).
 
         K = X Xᵀ
 
     Parameters: features X (n, d). Returns: K (n, n), symmetric.
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none.
 
@@ -36,15 +34,13 @@ def linear_gram(features: Array) -> Array:
 
 
 def center(gram: Array) -> Array:
-    """The Gram matrix of the same features with their mean over the samples taken off.
+    """Centre a Gram matrix: the result is the Gram matrix of the features minus their mean over the samples.
 
     Source: Gretton et al. 2005; LoSA, Eq. 4.
 
         K̃ = H K H,  H = I − 11ᵀ/n
 
     Parameters: gram K (n, n). Returns: K̃ (n, n); every row and column sums to 0.
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none.
 
@@ -59,16 +55,14 @@ def center(gram: Array) -> Array:
 
 
 def hsic(gram_x: Array, gram_y: Array) -> float:
-    """Hilbert-Schmidt independence criterion: 0 if neither representation says anything linear about the other.
+    """Compute the Hilbert-Schmidt independence criterion: 0 if the representations are linearly unrelated.
 
     Source: LoSA, Eq. 4 (Gretton et al. 2005).
 
         HSIC = tr(K̃_x K̃_y) / (n − 1)²
 
-    Parameters: gram_x, gram_y (n, n) with n ≥ 2, of the same samples. Returns: HSIC ≥ 0, in the units of the features
-    to the fourth power.
-
-    Errors: ValueError or TypeError naming the argument.
+    Parameters: gram_x, gram_y (n, n) of the same samples, n ≥ 2. Returns: HSIC ≥ 0. Its unit is the fourth power of the
+    features' unit.
 
     *Deviation*: none.
 
@@ -81,16 +75,14 @@ def hsic(gram_x: Array, gram_y: Array) -> float:
 
 
 def nhsic(gram_x: Array, gram_y: Array) -> float:
-    """HSIC scaled to [0, 1]: 1 if the representations agree up to rotation and scale.
+    """Compute HSIC normalised to [0, 1]: 1 if the representations agree up to rotation and scale.
 
     Source: LoSA, Eq. 4; with the linear kernel this is CKA (Kornblith et al. 2019).
 
         nHSIC = ⟨K̃_x, K̃_y⟩ / (‖K̃_x‖ ‖K̃_y‖)          (Frobenius)
 
-    Parameters: gram_x, gram_y (n, n) with n ≥ 2. Returns: nHSIC in [0, 1]. A constant representation (K̃ = 0 up to
-    rounding, 1e-13 of ‖K‖) shares nothing with any other: 0.
-
-    Errors: ValueError or TypeError naming the argument.
+    Parameters: gram_x, gram_y (n, n), n ≥ 2. Returns: nHSIC in [0, 1]; 0 if a representation is constant (K̃ = 0 up to
+    rounding: at most 1e-13 of ‖K‖).
 
     *Deviation*: the published code divides 0 by 0 for a constant representation.
 
@@ -104,7 +96,7 @@ def nhsic(gram_x: Array, gram_y: Array) -> float:
     norm_x, norm_y = np.linalg.norm(centred_x), np.linalg.norm(centred_y)
     if norm_x <= CONSTANT * np.linalg.norm(gram_x) or norm_y <= CONSTANT * np.linalg.norm(gram_y):
         return 0.0
-    # Dividing before multiplying keeps features of any magnitude away from overflow; rounding may leave [0, 1] by an ulp.
+    # Divide before multiplying, so that large features do not overflow. Clip, because rounding may leave [0, 1] by one ulp.
     return float(np.clip(np.sum((centred_x / norm_x) * (centred_y / norm_y)), 0.0, 1.0))
 
 

@@ -1,9 +1,9 @@
-"""A LLaMA small enough to read, with its gradients written out: the model that `losa.py` prunes and trains.
+"""A LLaMA short enough to read, with explicit gradients: the model that `losa.py` prunes and trains.
 
-Two functions say what the model is, `block_forward` and `forward`; `block_backward` and `backward` are their
-derivatives, line by line in reverse. Only projections are ever trained, so the gradients stop at them: for each
-projection y = x Wᵀ (+ b, frozen) the forward trace holds x and the backward pass returns ∂loss/∂y. Then
-∂loss/∂W = (∂loss/∂y)ᵀ x, and `adapter.masked_lora_grad` makes the adapter's gradients of the two.
+`block_forward` and `forward` define the model. `block_backward` and `backward` are their derivatives, line by line in
+reverse. Only projections are trained, so the gradients stop there. For each projection y = x Wᵀ (+ b, frozen) the forward
+trace holds x, and the backward pass returns ∂loss/∂y. Then ∂loss/∂W = (∂loss/∂y)ᵀ x, and `adapter.masked_lora_grad`
+computes the gradients of the adapter from x and ∂loss/∂y.
 
 Shapes: n sequences, t tokens, d hidden, h heads of e = d / h channels each, g ≤ h key/value heads, v vocabulary.
 """
@@ -21,15 +21,15 @@ from reference._checks import Array
 Ids = NDArray[np.int64]
 
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
-"""The projections of a block in order of use, and the input that each of them sees; those of one input share it."""
+"""The projections of a block in order of use, each with the name of its input; some share one input."""
 PROJECTIONS = tuple(INPUT_OF)
 IGNORED = -100
-"""The label of a token whose prediction does not count."""
+"""The label of a token that the loss ignores."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model; a projection's weight is (out, in), and o and down put out `hidden` channels."""
+    """The sizes of a model. A projection's weight is (out, in); o and down have `hidden` outputs."""
 
     vocabulary: int
     hidden: int
@@ -55,8 +55,8 @@ class Sizes:
 class Block:
     """One decoder block: the gains (d,) of its two norms and the weights (out, in) of its seven projections by name.
 
-    biases: (out,) of those projections that have one, as queries, keys and values do in Qwen2. The MLP may be of another
-    width in every block.
+    biases: (out,) of the projections that have one, such as queries, keys and values in Qwen2. The width of the MLP may
+    differ between blocks.
     """
 
     attention_norm: Array
@@ -65,13 +65,13 @@ class Block:
     biases: dict[str, Array] = field(default_factory=dict)
 
     def project(self, name: str, x: Array) -> Array:
-        """y (..., out) = x Wᵀ + b of one projection."""
+        """Compute y (..., out) = x Wᵀ + b of one projection."""
         return x @ self.weights[name].T + self.biases.get(name, 0.0)
 
 
 @dataclass(frozen=True)
 class Llama:
-    """A model: embedding (v, d), blocks, gain (d,) of the last norm, head (v, d), which is the embedding if tied."""
+    """A model: embedding (v, d), blocks, gain (d,) of the last norm, head (v, d). If tied, the head is the embedding."""
 
     sizes: Sizes
     embedding: Array
@@ -80,18 +80,18 @@ class Llama:
     head: Array
 
     def with_weights(self, weights: list[dict[str, Array]]) -> Llama:
-        """The same model with other projections."""
+        """Return the same model with other projections."""
         blocks = tuple(replace(block, weights=new) for block, new in zip(self.blocks, weights, strict=True))
         return replace(self, blocks=blocks)
 
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What a block computed on its way: its input and output (n, t, d) and what the gradient needs.
+    """The intermediate results of one block: its input and output (n, t, d) and all that the gradient needs.
 
-    inputs: the four inputs (n, t, in) that projections share, by the names of `INPUT_OF`; pruning reads them.
-    query, key, value: (n, h, t, e), rotated, keys and values repeated for each of their queries' heads.
-    attention: (n, h, t, t), rows sum to 1. middle: the hidden state between attention and MLP. gate, up: (n, t, m).
+    inputs: the four inputs (n, t, in) of the projections, by the names of `INPUT_OF`; pruning reads them.
+    query, key, value: (n, h, t, e). Queries and keys are rotated; keys and values are repeated for all heads that share
+    them. attention: (n, h, t, t), rows sum to 1. middle: the hidden state between attention and MLP. gate, up: (n, t, m).
     """
 
     hidden: Array
@@ -108,17 +108,17 @@ class BlockTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass: the traces of the blocks and the logits (n, t, v)."""
+    """The intermediate results of a forward pass: the traces of the blocks and the logits (n, t, v)."""
 
     blocks: tuple[BlockTrace, ...]
     logits: Array
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
-    """Scale each token's channels to root mean square 1, then by the gain.
+    """Scale each token's channels to root mean square 1, then multiply by the gain.
 
     Source: Zhang & Sennrich 2019. x: (..., d). gain: (d,). eps: added to the mean square.
-    Returns: (..., d). Ties and rounding: none. Errors: none. *Deviation*: none.
+    Returns: (..., d). *Deviation*: none.
 
     >>> rms_norm(np.array([3.0, 4.0]), np.array([1.0, 2.0]), eps=12.5)  # mean square (9 + 16) / 2, plus 12.5: root 5
     array([0.6, 1.6])
@@ -127,12 +127,12 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
 
 
 def rms_norm_grad(x: Array, gain: Array, eps: float, grad: Array) -> Array:
-    """∂loss/∂x of `rms_norm`, from grad = ∂loss/∂y.
+    """Compute ∂loss/∂x of `rms_norm`, from grad = ∂loss/∂y.
 
     Source: with r = (mean x² + ε)^(-1/2) and y = γ r x: ∂r/∂x_j = -r³ x_j / d. x, grad: (..., d). gain: (d,).
-    Returns: (..., d). Ties and rounding: none. Errors: none. *Deviation*: none.
+    Returns: (..., d). *Deviation*: none.
 
-    >>> rms_norm_grad(np.array([1.0, 1.0]), np.ones(2), 0.0, np.array([1.0, 1.0]))  # scale does not matter to the norm
+    >>> rms_norm_grad(np.array([1.0, 1.0]), np.ones(2), 0.0, np.array([1.0, 1.0]))  # the norm ignores the scale
     array([0., 0.])
     """
     inverse = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
@@ -141,10 +141,10 @@ def rms_norm_grad(x: Array, gain: Array, eps: float, grad: Array) -> Array:
 
 
 def rotary_angles(tokens: int, head_dim: int, theta: float) -> Array:
-    """The angle by which token p turns channel pair i: p · θ^(-2i/e).
+    """Compute the angle by which token p rotates channel pair i: p · θ^(-2i/e).
 
     Source: Su et al. 2021 (RoPE). tokens: t. head_dim: e, even. theta: base.
-    Returns: (t, e/2), radians. Ties and rounding: none. Errors: none. *Deviation*: none.
+    Returns: (t, e/2), radians. *Deviation*: none.
 
     >>> rotary_angles(3, 4, 100.0)  # frequencies 1 and 100^(-2/4) = 0.1
     array([[0. , 0. ],
@@ -156,11 +156,11 @@ def rotary_angles(tokens: int, head_dim: int, theta: float) -> Array:
 
 
 def rotate(x: Array, angles: Array) -> Array:
-    """Turn channel pairs (i, i + e/2) by their token's angles; by -angles it is its own inverse and its own gradient.
+    """Rotate channel pairs (i, i + e/2) by their token's angles. Rotating by -angles is the inverse, and the gradient.
 
     Source: RoPE, in the half-split pairing of Hugging Face's LLaMA. x: (..., t, e). angles: (t, e/2).
-    Returns: (..., t, e). Ties and rounding: none. Errors: none.
-    *Deviation*: the RoPE paper pairs channels (2i, 2i + 1); Hugging Face's LLaMA checkpoints are permuted to match.
+    Returns: (..., t, e).
+    *Deviation*: the RoPE paper pairs channels (2i, 2i + 1). Hugging Face's LLaMA checkpoints are permuted to match.
 
     >>> rotate(np.array([[1.0, 0.0]]), np.array([[np.pi / 2]])).round(12)  # a quarter turn
     array([[0., 1.]])
@@ -171,10 +171,10 @@ def rotate(x: Array, angles: Array) -> Array:
 
 
 def softmax(x: Array) -> Array:
-    """exp(x) / Σ exp(x) over the last axis.
+    """Compute exp(x) / Σ exp(x) over the last axis.
 
-    Source: definition; the row's maximum is taken off first, which cancels. x: (..., k); -inf gets exactly 0.
-    Returns: (..., k). Ties and rounding: none. Errors: none. *Deviation*: none.
+    Source: definition. Subtracting the row's maximum first does not change the result. x: (..., k); -inf gives exactly 0.
+    Returns: (..., k). *Deviation*: none.
 
     >>> softmax(np.log([1.0, 3.0]))
     array([0.25, 0.75])
@@ -184,9 +184,9 @@ def softmax(x: Array) -> Array:
 
 
 def log_softmax(x: Array) -> Array:
-    """log of `softmax`, without taking the logarithm of a rounded 0.
+    """Compute the logarithm of `softmax` without rounding a small probability to 0.
 
-    Source: definition. x: (..., k). Returns: (..., k). Ties and rounding: none. Errors: none. *Deviation*: none.
+    Source: definition. x: (..., k). Returns: (..., k). *Deviation*: none.
 
     >>> log_softmax(np.array([0.0, -1000.0]))  # softmax itself would round the second to 0
     array([    0., -1000.])
@@ -196,10 +196,10 @@ def log_softmax(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """x · σ(x), the gate of SwiGLU.
+    """Compute x · σ(x), the gate of SwiGLU.
 
     Source: Shazeer 2020. x: any shape. Returns: the same shape.
-    Ties and rounding: none. Errors: none. *Deviation*: none.
+    *Deviation*: none.
 
     >>> silu(np.array([0.0, np.log(3.0)])).round(12)  # σ(log 3) = 3/4
     array([0.        , 0.82395922])
@@ -208,10 +208,10 @@ def silu(x: Array) -> Array:
 
 
 def silu_grad(x: Array) -> Array:
-    """d silu / dx = σ(x) (1 + x (1 - σ(x))).
+    """Compute d silu / dx = σ(x) (1 + x (1 - σ(x))).
 
     Source: product rule. x: any shape. Returns: the same shape.
-    Ties and rounding: none. Errors: none. *Deviation*: none.
+    *Deviation*: none.
 
     >>> silu_grad(np.array([0.0]))
     array([0.5])
@@ -221,34 +221,33 @@ def silu_grad(x: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    # tanh saturates where exp(-x) would overflow.
+    # exp(-x) would overflow; tanh saturates.
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def _split_heads(x: Array, heads: int) -> Array:
-    """(n, t, heads · e) → (n, heads, t, e)."""
+    """Reshape (n, t, heads · e) → (n, heads, t, e)."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
 
 def _join_heads(x: Array) -> Array:
-    """(n, heads, t, e) → (n, t, heads · e)."""
+    """Reshape (n, heads, t, e) → (n, t, heads · e)."""
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
 def block_forward(block: Block, hidden: Array, sizes: Sizes) -> BlockTrace:
-    """One decoder block: causal attention with grouped keys and values, then SwiGLU, each added to what came in.
+    """Run one decoder block: causal attention with grouped keys and values, then SwiGLU, both with residuals.
 
     Source: LLaMA (Touvron et al. 2023); grouped queries (Ainslie et al. 2023). hidden: (n, t, d).
-    Returns: the trace, whose `inputs` pruning reads and whose `output` (n, t, d) is the next block's `hidden`.
-    Ties and rounding: none. Errors: none.
-    *Deviation*: none from LLaMA; norm and softmax are float64 here, float32 in Hugging Face's model whatever its dtype.
+    Returns: the trace; pruning reads its `inputs`, and its `output` (n, t, d) is the next block's `hidden`.
+    *Deviation*: none from LLaMA. Norm and softmax are float64 here; Hugging Face computes them in float32 for any dtype.
 
     >>> zero = {name: np.zeros((2, 2)) for name in PROJECTIONS}
     >>> sizes = Sizes(vocabulary=2, hidden=2, intermediate=2, heads=1, kv_heads=1)
     >>> trace = block_forward(Block(np.ones(2), np.ones(2), zero), np.ones((1, 2, 2)), sizes)
-    >>> trace.output[0, 0]  # projections of zeros add nothing to what came in
+    >>> trace.output[0, 0]  # all weights are 0, so only the residual is left
     array([1., 1.])
-    >>> trace.attention[0, 0]  # and make a token attend evenly to itself and those before it
+    >>> trace.attention[0, 0]  # and each token attends evenly to itself and all earlier tokens
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
@@ -276,18 +275,18 @@ def block_forward(block: Block, hidden: Array, sizes: Sizes) -> BlockTrace:
 
 
 def block_backward(block: Block, trace: BlockTrace, sizes: Sizes, grad: Array) -> tuple[Array, dict[str, Array]]:
-    """The derivative of `block_forward`, its lines in reverse.
+    """Differentiate `block_forward`, its lines in reverse.
 
     Source: chain rule. grad: ∂loss/∂output (n, t, d).
     Returns: ∂loss/∂hidden (n, t, d), and by projection ∂loss/∂y (n, t, out) of its output y = x Wᵀ + b, where x is
-    `trace.inputs[INPUT_OF[name]]`. Ties and rounding: none. Errors: none. *Deviation*: none.
+    `trace.inputs[INPUT_OF[name]]`. *Deviation*: none.
 
     >>> zero = {name: np.zeros((2, 2)) for name in PROJECTIONS}
     >>> sizes = Sizes(vocabulary=2, hidden=2, intermediate=2, heads=1, kv_heads=1)
     >>> block = Block(np.ones(2), np.ones(2), zero)
     >>> trace = block_forward(block, np.ones((1, 1, 2)), sizes)
     >>> grad_hidden, grads = block_backward(block, trace, sizes, np.ones((1, 1, 2)))
-    >>> grad_hidden[0, 0], grads["down"][0, 0], grads["up"][0, 0]  # only the residual path carries anything
+    >>> grad_hidden[0, 0], grads["down"][0, 0], grads["up"][0, 0]  # all weights are 0: only the residual has a gradient
     (array([1., 1.]), array([1., 1.]), array([0., 0.]))
     """
     w, eps = block.weights, sizes.norm_eps
@@ -318,21 +317,21 @@ def block_backward(block: Block, trace: BlockTrace, sizes: Sizes, grad: Array) -
 
 
 def _sum_shared(grad: Array, kv_heads: int) -> Array:
-    """A key or value head gets the gradients of all the heads that share it: (n, h, t, e) → (n, g, t, e)."""
+    """Sum the gradients of all heads that share a key or value head: (n, h, t, e) → (n, g, t, e)."""
     n, heads, tokens, channels = grad.shape
     return grad.reshape(n, kv_heads, heads // kv_heads, tokens, channels).sum(axis=2)
 
 
 def forward(model: Llama, ids: Ids) -> Trace:
-    """The whole model: embed, all blocks, norm, head.
+    """Run the whole model: embedding, blocks, norm, head.
 
     Source: LLaMA. ids: token ids (n, t), from 0 to v - 1.
-    Returns: the trace, with logits (n, t, v); the logits at token p are for token p + 1.
-    Ties and rounding: none. Errors: TypeError or ValueError if ids are none. *Deviation*: none, see `block_forward`.
+    Returns: the trace, with logits (n, t, v); the logits at token p predict token p + 1.
+    *Deviation*: none, see `block_forward`.
 
     >>> sizes = Sizes(vocabulary=2, hidden=2, intermediate=2, heads=1, kv_heads=1, norm_eps=0.0)
     >>> model = Llama(sizes, np.ones((2, 2)), (), np.ones(2), np.array([[1.0, 0.0], [1.0, 1.0]]))
-    >>> forward(model, np.array([[0]])).logits  # no blocks: the normed embedding (1, 1) against each row of the head
+    >>> forward(model, np.array([[0]])).logits  # no blocks: the embedding (1, 1), times each row of the head
     array([[[1., 2.]]])
     """
     hidden = model.embedding[_token_ids("ids", ids, model.sizes.vocabulary)]
@@ -344,16 +343,16 @@ def forward(model: Llama, ids: Ids) -> Trace:
 
 
 def backward(model: Llama, trace: Trace, grad_logits: Array) -> list[dict[str, Array]]:
-    """The derivative of `forward` as far as the first block's projections.
+    """Differentiate `forward` back to the first block's projections.
 
-    Source: chain rule. grad_logits: ∂loss/∂logits (n, t, v). The model has one block at least.
+    Source: chain rule. grad_logits: ∂loss/∂logits (n, t, v). The model needs at least one block.
     Returns: for each block ∂loss/∂y by projection, see `block_backward`. Embedding, norms and head are frozen.
-    Ties and rounding: none. Errors: none. *Deviation*: none.
+    *Deviation*: none.
 
     >>> zero = {name: np.zeros((2, 2)) for name in PROJECTIONS}
     >>> sizes = Sizes(vocabulary=2, hidden=2, intermediate=2, heads=1, kv_heads=1, norm_eps=0.0)
     >>> model = Llama(sizes, np.ones((2, 2)), (Block(np.ones(2), np.ones(2), zero),), np.ones(2), np.eye(2))
-    >>> trace = forward(model, np.array([[0]]))  # the block hands (1, 1) through
+    >>> trace = forward(model, np.array([[0]]))  # all weights are 0: the block returns its input (1, 1)
     >>> backward(model, trace, np.array([[[1.0, -1.0]]]))[0]["down"]
     array([[[ 1., -1.]]])
     """
@@ -379,7 +378,7 @@ def _token_ids(name: str, value: Ids, vocabulary: int, least: int = 0) -> Ids:
 def _labels(labels: Ids, logits: Array) -> Ids:
     if np.ndim(logits) != 3 or np.shape(labels) != np.shape(logits)[:2]:
         raise ValueError(
-            f"labels has shape {np.shape(labels)}; allowed: {np.shape(logits)[:2]}, that of logits without v"
+            f"labels has shape {np.shape(labels)}; allowed: {np.shape(logits)[:2]}, the first two axes of logits"
         )
     checked = np.where(np.equal(labels, IGNORED), 0, labels)
     _token_ids("labels", checked, np.shape(logits)[-1])
@@ -387,10 +386,10 @@ def _labels(labels: Ids, logits: Array) -> Ids:
 
 
 def label_count(labels: Ids) -> int:
-    """Number of tokens whose prediction counts; the first of a sequence is never predicted.
+    """Count the predicted tokens; the first token of a sequence is never predicted.
 
-    Source: next-token prediction. labels: (n, t), `IGNORED` where it does not count.
-    Returns: count. Ties and rounding: none. Errors: none. *Deviation*: none.
+    Source: next-token prediction. labels: (n, t), `IGNORED` for tokens not to predict.
+    Returns: count. *Deviation*: none.
 
     >>> label_count(np.array([[5, 7, IGNORED, 2]]))
     2
@@ -399,15 +398,14 @@ def label_count(labels: Ids) -> int:
 
 
 def cross_entropy(logits: Array, labels: Ids) -> tuple[float, Array]:
-    """-Σ log p(label) over the predicted tokens, and its gradient; divide both by `label_count` for the mean.
+    """Compute -Σ log p(label) over the predicted tokens, and its gradient; divide both by `label_count` for the mean.
 
-    Source: next-token prediction; gradient p - onehot(label). logits: (n, t, v). labels: (n, t), `IGNORED` is left out.
-    Returns: (sum, ∂sum/∂logits (n, t, v)). Ties and rounding: none.
-    Errors: TypeError or ValueError for labels that are not token ids or `IGNORED`, and for shapes that do not match.
-    *Deviation*: none; the published code averages per micro-batch, here the sum goes over an optimizer step (losa.py).
+    Source: next-token prediction; gradient p - onehot(label). logits: (n, t, v). labels: (n, t); `IGNORED` is skipped.
+    Returns: (sum, ∂sum/∂logits (n, t, v)).
+    *Deviation*: none; the published code averages each micro-batch, `losa.py` averages over an optimizer step.
 
     >>> total, grad = cross_entropy(np.log([[[1.0, 3.0], [1.0, 1.0]]]), np.array([[0, 1]]))
-    >>> float(np.exp(total).round(12))  # token 0 gave label 1 the probability 3/4; the last token predicts nothing
+    >>> float(np.exp(total).round(12))  # token 0 predicts label 1 with probability 3/4; the last token predicts nothing
     1.333333333333
     >>> grad
     array([[[ 0.25, -0.25],
@@ -422,12 +420,11 @@ def cross_entropy(logits: Array, labels: Ids) -> tuple[float, Array]:
 
 
 def kl_divergence(logits: Array, teacher: Array, labels: Ids) -> tuple[float, Array]:
-    """Σ KL(p of the teacher ‖ p) over the predicted tokens, and its gradient by the logits.
+    """Compute Σ KL(p of the teacher ‖ p) over the predicted tokens, and its gradient by the logits.
 
-    Source: Hinton et al. 2015, temperature 1; gradient p - p_teacher. logits, teacher: (n, t, v). labels: (n, t), only
-    for which tokens count. Returns: (sum, ∂sum/∂logits (n, t, v)). Ties and rounding: none.
-    Errors: TypeError or ValueError for labels that are not token ids or `IGNORED`, and for shapes that do not match.
-    *Deviation*: the paper trains on labels; this is this project's option for models without them.
+    Source: Hinton et al. 2015, temperature 1; gradient p - p_teacher. logits, teacher: (n, t, v). labels: (n, t), used
+    only to skip `IGNORED` tokens. Returns: (sum, ∂sum/∂logits (n, t, v)).
+    *Deviation*: the paper trains on labels; this loss is our option.
 
     >>> logits, teacher = np.log([[[1.0, 1.0], [1.0, 1.0]]]), np.log([[[1.0, 3.0], [1.0, 1.0]]])
     >>> total, grad = kl_divergence(logits, teacher, np.array([[0, 0]]))

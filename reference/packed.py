@@ -1,7 +1,7 @@
-"""A sparse matrix without its zeros: one bit for every position, the kept values, and where each row's values begin.
+"""A sparse matrix without its zeros: a bitmap of the kept positions, the kept values, and the offset of each row.
 
-Legend: a weight (out, in) is any matrix of 2-, 4- or 8-byte numbers; only their bits count, so bfloat16, which NumPy
-lacks, is given as uint16.
+Legend: a weight (out, in) is any matrix of 2-, 4- or 8-byte numbers. Only their bits matter. NumPy has no bfloat16: pass
+it as uint16.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ WORD = 32
 
 
 def pack(weight: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.int64]]:
-    """The packed form of a matrix.
+    """Pack a matrix.
 
     Source: ours; a bitmap with packed values is the input of AVX-512's VPEXPANDW.
 
-        bit j of row i = 1 where the bits of w_ij are not all 0
+        bit j of row i = 1 unless all bits of w_ij are 0
         values = w_ij where that bit is 1, row by row;   offsets_i = number of kept weights in rows 0 .. i − 1
 
     Parameters: weight (out, in), of float16, float32, float64, uint16, uint32 or uint64.
@@ -29,11 +29,9 @@ def pack(weight: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray
     Returns: bitmap (out, 4·⌈in/32⌉) uint8, the lowest bit of a byte first, 0 beyond the last column; values (kept,) of the
     weight's dtype; offsets (out + 1,) int64, from 0 to the number of kept weights.
 
-    Rounding: none. A negative zero has a bit set, so it is kept; NaN keeps its payload.
+    Rounding: none. A negative zero has its sign bit set, so it is kept. NaN keeps its payload.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: the paper names no format; its engines keep their own.
+    *Deviation*: the paper names no format.
 
     >>> pack(np.array([[0, 7, 0, 5], [0, 0, 0, 0], [9, 0, 0, 0]], dtype=np.uint16))
     (array([[10,  0,  0,  0], [ 0,  0,  0,  0], [ 1,  0,  0,  0]], dtype=uint8),
@@ -48,14 +46,14 @@ def pack(weight: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray
 
 
 def unpack(bitmap: NDArray[np.uint8], values: NDArray[Any], offsets: NDArray[np.int64], columns: int) -> NDArray[Any]:
-    """The matrix that was packed, bit for bit.
+    """Restore the packed matrix, bit for bit.
 
     Source: ours, the inverse of `pack`.
 
     Parameters: bitmap, values, offsets as `pack` returns them; columns, the number of inputs. Returns: weight (out, in) of
     the values' dtype.
 
-    Errors: those of `check`.
+    Errors: as `check`.
 
     *Deviation*: none.
 
@@ -71,59 +69,57 @@ def unpack(bitmap: NDArray[np.uint8], values: NDArray[Any], offsets: NDArray[np.
 
 
 def check(bitmap: NDArray[np.uint8], values: NDArray[Any], offsets: NDArray[np.int64], columns: int) -> None:
-    """Refuse what `pack` cannot have made; a matrix has exactly one packed form.
+    """Check that `pack` can have made these arrays. Each matrix has exactly one packed form.
 
     Source: ours.
 
     Parameters: bitmap, values, offsets as `pack` returns them; columns, the number of inputs. Returns: nothing.
 
-    Errors: ValueError or TypeError naming the argument: of the wrong shape or dtype; a bit beyond the last column; offsets
-    that are not the running count of bits; more or fewer values than bits; a value whose bits are all 0.
+    Errors: ValueError or TypeError for a wrong shape or dtype; a bit beyond the last column; offsets that are not the
+    running count of bits; a number of values other than the number of bits; a value whose bits are all 0.
 
     *Deviation*: none.
 
     >>> bitmap, values, offsets = pack(np.array([[0, 7, 0], [5, 0, 0]], dtype=np.uint16))
     >>> check(bitmap, values[:1], offsets, columns=3)
     Traceback (most recent call last):
-    ValueError: values has 1 entries; allowed: 2, one for every bit of bitmap
+    ValueError: values has 1 entries, but bitmap has 2 bits set
     """
     columns = _checks.integer("columns", columns, 1)
     bitmap, values = _typed("bitmap", bitmap, np.uint8), _numbers("values", values, "kept")
     offsets = _typed("offsets", offsets, np.int64)
     width = -(-columns // WORD) * WORD // 8
     if bitmap.ndim != 2 or len(bitmap) == 0 or bitmap.shape[1] != width:
-        raise ValueError(f"bitmap has shape {bitmap.shape}; allowed: (out, {width}) for {columns} columns, out not 0")
+        raise ValueError(f"bitmap has shape {bitmap.shape}; allowed: (out, {width}) for {columns} columns, out above 0")
     if offsets.shape != (len(bitmap) + 1,):
-        raise ValueError(f"offsets has shape {offsets.shape}; allowed: ({len(bitmap) + 1},), one more than rows")
+        raise ValueError(
+            f"offsets has shape {offsets.shape}; allowed: ({len(bitmap) + 1},), one more than bitmap's rows"
+        )
     bits = np.unpackbits(bitmap, axis=1, bitorder="little")
     beyond = np.flatnonzero(bits[:, columns:].any(axis=1))
     if len(beyond):
-        raise ValueError(f"bitmap has a bit beyond column {columns - 1} in row {beyond[0]}; allowed: none")
+        raise ValueError(f"bitmap has a bit set beyond column {columns - 1} in row {beyond[0]}")
     running = np.concatenate([[0], bits.sum(axis=1, dtype=np.int64).cumsum()])
     wrong = np.flatnonzero(offsets != running)
     if len(wrong):
         row = wrong[0]
-        raise ValueError(
-            f"offsets is {offsets[row]} at {row}; allowed: {running[row]}, the bits of bitmap before that row"
-        )
+        raise ValueError(f"offsets[{row}] is {offsets[row]}, but bitmap has {running[row]} bits set before row {row}")
     if len(values) != running[-1]:
-        raise ValueError(f"values has {len(values)} entries; allowed: {running[-1]}, one for every bit of bitmap")
+        raise ValueError(f"values has {len(values)} entries, but bitmap has {running[-1]} bits set")
     empty = np.flatnonzero(_bits(values) == 0)
     if len(empty):
-        raise ValueError(f"values is 0 at {empty[0]}; allowed: bits that are not all 0")
+        raise ValueError(f"values[{empty[0]}] is 0, but only nonzero values are packed")
 
 
 def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
-    """Size of the packed form, in bits for each position of the matrix.
+    """Compute the size of the packed form, in bits per position of the matrix.
 
     Source: ours.
 
-        (32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ)        one bit a position, 64 a row for its offset, the kept values
+        (32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ)        one bit a position, a 64-bit offset a row, the kept values
 
     Parameters: sparsity ρ, the share of zeros, in [0, 1]; value_bits of one value; columns, the number of inputs. Returns:
-    bits. The one offset more than rows is not in it.
-
-    Errors: ValueError or TypeError naming the argument.
+    bits, without the last offset.
 
     *Deviation*: none.
 
@@ -137,7 +133,7 @@ def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
 
 
 def _bits(value: NDArray[Any]) -> NDArray[Any]:
-    """The same bits as unsigned integers."""
+    """View the same bits as unsigned integers."""
     return np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
 
 
@@ -154,7 +150,7 @@ def _typed(name: str, value: Any, dtype: type) -> NDArray[Any]:
 
 
 def _numbers(name: str, value: Any, *axes: str) -> NDArray[Any]:
-    """An array of floating-point or unsigned numbers of 2, 4 or 8 bytes; only a matrix must have entries."""
+    """Check for an array of floating-point or unsigned numbers of 2, 4 or 8 bytes. Only a matrix must not be empty."""
     if _array(name, value).dtype.kind not in "fu" or value.dtype.itemsize not in (2, 4, 8):
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")
     if value.ndim != len(axes) or (len(axes) == 2 and value.size == 0):

@@ -1,4 +1,4 @@
-"""How badly pruning hurt each block, how many ranks it gets for that, and how an adapter changes its rank.
+"""Measure the error that pruning causes in each block, allocate ranks by it, and change an adapter's rank.
 
 Legend: L blocks, D and S (tokens × hidden) the output of one block in the dense and in the pruned model, A (r × in) and
 B (out × r) one adapter.
@@ -14,18 +14,16 @@ from reference._checks import Array
 
 
 def reconstruction_error(dense: Array, sparse: Array) -> float:
-    """How far a pruned block's output is from the dense one's, each fed by its own predecessors.
+    """Measure how far a pruned block's output is from the dense block's; each runs on its own model's hidden states.
 
     Source: LoSA, Eq. 6.
 
         e = mean over channels c of  Σ_tok (D − S)²_{tok,c} / Σ_tok D²_{tok,c}
 
-    Parameters: dense D, sparse S (tokens, hidden). Returns: e ≥ 0, without unit. A channel that is 0 in all of D counts
-    0 if S is 0 there too, and 1 if it is not.
+    Parameters: dense D, sparse S (tokens, hidden). Returns: e ≥ 0, without unit. A channel that is 0 for all tokens of D
+    counts 0 if it is 0 in S too, and 1 otherwise.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: the paper leaves the silent channel open.
+    *Deviation*: the paper does not define e for a channel that is always 0.
 
     >>> reconstruction_error([[1, 2], [1, 2]], [[1, 0], [0, 0]])  # channels: 1/2 and 8/8
     0.75
@@ -40,25 +38,25 @@ def reconstruction_error(dense: Array, sparse: Array) -> float:
 
 
 def allocate_ranks(errors: Array, mean_rank: float, min_rank: int = 1, max_rank: int = 16) -> NDArray[np.int64]:
-    """Ranks in proportion to the errors, within bounds, with exactly the wanted mean.
+    """Allocate ranks in proportion to the errors, within bounds and with exactly the given mean.
 
     Source: LoSA, Eq. 7.
 
         r_l = clip(rint(e_l / Σ e · L · r̄), r_min, r_max), then repaired until Σ r = rint(L · r̄):
         too many: −1 each in order of increasing error, where r > r_min;  too few: +1 each in order of decreasing error,
-        where r < r_max; pass after pass.
+        where r < r_max; repeat
 
     Parameters: errors e (L,) ≥ 0; mean_rank r̄; min_rank; max_rank. Returns: r (L,) int64.
 
-    Ties and rounding: rint rounds halves to even (slack 1e-9 for the rounding of the shares); blocks of equal error are
-    repaired lower index first; if all errors are 0 all shares are 1/L.
+    Ties and rounding: rint rounds a half to the even number (slack 1e-9 for the rounding of the shares). Among blocks of
+    equal error, the repair takes the lower index first. If all errors are 0, all shares are 1/L.
 
-    Errors: ValueError if r̄ is not within [r_min, r_max]; ValueError or TypeError naming the argument.
+    Errors: ValueError if r̄ is not within [r_min, r_max].
 
-    *Deviation*: the published code makes one repair pass and misses the sum in 20 % of random cases, and builds its
-    adapters with 8 ranks, so every rank above 8 is silently 8.
+    *Deviation*: the published code makes one repair pass and misses the sum in 20 % of random cases. It builds adapters
+    of 8 ranks, so every rank above 8 is silently 8.
 
-    >>> allocate_ranks([0.1, 0.2, 0.7], mean_rank=4)  # shares of 12: 1.2, 2.4, 8.4 -> 1, 2, 8, one too few
+    >>> allocate_ranks([0.1, 0.2, 0.7], mean_rank=4)  # shares of 12: 1.2, 2.4, 8.4 -> 1, 2, 8; one is missing
     array([1, 2, 9])
     """
     errors = _checks.array("errors", errors, "L")
@@ -70,7 +68,7 @@ def allocate_ranks(errors: Array, mean_rank: float, min_rank: int = 1, max_rank:
     L = len(errors)
     total = int(np.rint(L * mean_rank))
     peak = errors.max()
-    # Scaling by the largest first keeps the sum of huge errors finite.
+    # Divide by the largest error first, so that the sum of large errors does not overflow.
     shares = (errors / peak) / (errors / peak).sum() if peak > 0 else np.full(L, 1 / L)
     ranks = np.clip(np.rint(np.round(shares * L * mean_rank, 9)), min_rank, max_rank).astype(np.int64)
 
@@ -88,19 +86,18 @@ def allocate_ranks(errors: Array, mean_rank: float, min_rank: int = 1, max_rank:
 
 
 def resize_adapter(A: Array, B: Array, rank: int, new_rows: Array | None = None) -> tuple[Array, Array]:
-    """Give an adapter another rank: growing does not move its output, shrinking drops the last ranks.
+    """Change the rank of an adapter: growing leaves its output unchanged, shrinking drops the last ranks.
 
     Source: LoSA, Section 3.3.
 
         up:    A' = [A; new rows],  B' = [B, 0]        so B'A' = BA
         down:  A' = first rows of A,  B' = first columns of B
 
-    Parameters: A (r, in); B (out, r), r may be 0; rank, the new one, 0 or more; new_rows (at least rank − r, in), the
-    initial values of rows to add (`adapter.initial_rows`), only needed to grow. Returns: A' (rank, in), B' (out, rank).
+    Parameters: A (r, in); B (out, r), r may be 0; rank, the new rank, 0 or more; new_rows (at least rank − r, in), the
+    initial values of the rows to add (`adapter.initial_rows`), needed only to grow. Returns: A' (rank, in),
+    B' (out, rank).
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: none (see `fold_adapter` for a way down that loses nothing).
+    *Deviation*: none. `fold_adapter` shrinks without loss.
 
     >>> A, B = resize_adapter([[1, 2]], [[3]], 2, new_rows=[[5, 6]])
     >>> A, B
@@ -115,7 +112,7 @@ def resize_adapter(A: Array, B: Array, rank: int, new_rows: Array | None = None)
     if rank <= r:
         return A[:rank].copy(), B[:, :rank].copy()
     if new_rows is None:
-        raise ValueError(f"new_rows is None; allowed when growing from {r} to {rank}: ({rank - r}, in) or more rows")
+        raise ValueError(f"new_rows is None; growing from rank {r} to {rank} needs {rank - r} or more rows")
     rows = _checks.array("new_rows", new_rows, "rows", "in")
     if len(rows) < rank - r or rows.shape[1] != A.shape[1]:
         raise ValueError(f"new_rows has shape {rows.shape}; allowed: ({rank - r} or more, {A.shape[1]})")
@@ -123,26 +120,24 @@ def resize_adapter(A: Array, B: Array, rank: int, new_rows: Array | None = None)
 
 
 def fold_adapter(weight: Array, A: Array, B: Array, rank: int, scale: float) -> Array:
-    """The weight that takes over the ranks an adapter is about to lose, so that shrinking moves nothing.
+    """Fold the ranks an adapter is about to lose into its weight, so that shrinking leaves the output unchanged.
 
     Source: ours.
 
         W' = W + M⊙(s · B[:, rank:] A[rank:]),   M = W ≠ 0
 
-    Parameters: weight W (out, in); A (r, in); B (out, r); rank, the one to shrink to, at most r; scale s.
+    Parameters: weight W (out, in); A (r, in); B (out, r); rank, the rank to shrink to, at most r; scale s.
     Returns: W' (out, in), zero where W is.
 
-    Errors: ValueError or TypeError naming the argument.
+    *Deviation*: the paper drops the lost ranks.
 
-    *Deviation*: the paper drops them.
-
-    >>> fold_adapter([[1, 0]], [[1, 1], [2, 2]], [[1, 3]], 1, scale=0.5)  # 0.5 · 3 · 2 added where W is not 0
+    >>> fold_adapter([[1, 0]], [[1, 1], [2, 2]], [[1, 3]], 1, scale=0.5)  # adds 0.5 · 3 · 2 where W is not 0
     array([[4., 0.]])
     """
     weight = _checks.array("weight", weight, "out", "in")
     A, B = _adapter(A, B)
     if (len(B), A.shape[1]) != weight.shape:
-        raise ValueError(f"weight has shape {weight.shape}; allowed: ({len(B)}, {A.shape[1]}), the adapter's")
+        raise ValueError(f"weight has shape {weight.shape}; allowed: ({len(B)}, {A.shape[1]}), the shape of B A")
     _checks.integer("rank", rank, 0, len(A))
     _checks.number("scale", scale)
     mask = weight != 0
@@ -150,11 +145,11 @@ def fold_adapter(weight: Array, A: Array, B: Array, rank: int, scale: float) -> 
 
 
 def _adapter(A: Array, B: Array) -> tuple[Array, Array]:
-    """A and B as float64 matrices of one rank, which may be 0."""
+    """Check that A and B have the same rank, which may be 0; return them in float64."""
     A, B = (
         _checks.array("A", A, "r", "in", empty=True, finite=False),
         _checks.array("B", B, "out", "r", empty=True, finite=False),
     )
     if len(A) != B.shape[1]:
-        raise ValueError(f"B has shape {B.shape}; allowed: (out, r) with the r of A, which has shape {A.shape}")
+        raise ValueError(f"B has shape {B.shape}; allowed: (out, {len(A)}), the rank of A")
     return A, B

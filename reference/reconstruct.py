@@ -1,11 +1,12 @@
-"""Reconstruct a block after it is pruned: train its kept weights until it computes what the dense block does.
+"""Reconstruct a pruned block: train its kept weights to reproduce the output of the dense block.
 
-Pruning decides which weights go; what is left was trained for a block that had all of them. `reconstruct_block` trains
-the kept weights of one block on the calibration sequences, and minimises exactly what LoSA measures and hands out ranks
-by: e of Eq. 6 (rank.py). No label and no fine-tuning token is used, and one block at a time is in the optimizer.
+The kept weights were trained for a block that had all its weights. `reconstruct_block` trains them again, on the
+calibration sequences. It minimises e of Eq. 6 (rank.py), the error by which LoSA allocates ranks. It uses no labels and no
+fine-tuning tokens, and holds one block in the optimizer at a time.
 
-Legend: n calibration sequences of t tokens, d channels; D the dense block's output on the dense stream, S this block's
-output on the pruned stream; Z the weights in training, M their masks.
+Legend: n calibration sequences of t tokens, d channels. A stream is the hidden states of all calibration sequences between
+two blocks: the dense stream runs through the dense model, the pruned stream through the pruned one. D is the dense block's
+output on the dense stream, S this block's output on the pruned stream; Z the weights in training, M their masks.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from reference.llama import Block, Sizes
 
 
 def channel_weights(targets: Array) -> Array:
-    """What a squared difference of 1 in each channel adds to the reconstruction error.
+    """Compute the weight of each channel's squared differences in the reconstruction error.
 
     Source: LoSA, Eq. 6, as a sum over tokens.
 
         e = Σ_tok Σ_c ω_c (S − D)²_{tok,c},   ω_c = 1 / (d · Σ_tok D²_{tok,c})
 
-    Parameters: targets D (n, t, d). Returns: ω (d,), 0 for a channel that is 0 in all of D: it counts the same wherever S is
-    not 0 there, so no small change of a weight makes it better.
+    Parameters: targets D (n, t, d). Returns: ω (d,); 0 for a channel that is 0 for all tokens of D. Such a channel has no
+    gradient: it counts 1 for any S other than 0.
 
-    Ties and rounding: none. Errors: ValueError or TypeError naming targets. *Deviation*: none.
+    *Deviation*: none.
 
     >>> channel_weights([[[1, 2, 0], [1, 0, 0]]])  # energies 2, 4 and 0; three channels
     array([0.16666667, 0.08333333, 0.        ])
@@ -52,28 +53,26 @@ def reconstruct_block(
     batch_size: int,
     sizes: Sizes,
 ) -> Block:
-    """The block with kept weights that make its output on `inputs` closer to `targets`.
+    """Train the kept weights of a block so that its output on `inputs` comes closer to `targets`.
 
-    Source: this project; EBFT (arXiv 2402.12419) has the idea of training a pruned block against the dense one.
+    Source: ours; EBFT (arXiv 2402.12419) first trained a pruned block against the dense one.
 
-        min over Z = M⊙Z of  e(S(Z), D),  started at M⊙W, by Adam:
+        min over Z = M⊙Z of  e(S(Z), D),  starting at M⊙W, by Adam:
         K = ceil(n / batch_size) batches; batch k has the sequences k, k + K, k + 2K, ... of an epoch
         gradient of a batch of b sequences: ∂/∂Z of (n / b) Σ_{tok in batch} Σ_c ω_c (S − D)², times M
         learning rate at step j of J = epochs · K, from 0: learning_rate · (J − j) / J
 
-    Parameters: block, whose weights W are the pruned block's, merged; masks M by projection, bool (out, in), True = kept;
-    inputs (n, t, d), the pruned stream; targets D (n, t, d), the dense block's output on the dense stream; epochs, 0 leaves
-    M⊙W; learning_rate, the first step's; batch_size, sequences of a step; sizes of the model.
+    Parameters: block, the pruned block with merged weights W; masks M by projection, bool (out, in), True = kept; inputs
+    (n, t, d), the pruned stream; targets D (n, t, d), the dense block's output on the dense stream; epochs, 0 returns M⊙W;
+    learning_rate, that of the first step; batch_size, sequences per step; sizes of the model.
 
-    Returns: the block with new weights, exactly zero where M is False; its norms and biases as they were.
+    Returns: the block with new weights, exactly zero where M is False; norms and biases are unchanged.
 
-    Ties and rounding: none. Errors: ValueError or TypeError naming the argument.
+    *Deviation*: the paper only measures e. EBFT minimises the plain squared error, with its own stopping rule. Combining
+    reconstruction with LoSA's steps, masks and adapters is ours.
 
-    *Deviation*: the paper only measures e. EBFT minimises the plain squared error, with its own stopping rule; the
-    combination with LoSA's steps, masks and adapters is this project's.
-
-    An MLP one unit wide that puts out 1/2 · down: (3/2, 0), added to the input (1, 1), where the dense block has (3, 1). The
-    first step of Adam is one learning rate long, for gate, up and down alike, and what is pruned stays 0:
+    Example: an MLP one unit wide adds 1/2 · down = (3/2, 0) to the input (1, 1); the dense block's output is (3, 1). The
+    first step of Adam changes each kept weight by the learning rate; pruned weights stay 0:
 
     >>> gate = 1.2784645427610738  # silu of it is 1
     >>> mlp = {"gate": np.array([[gate, 0.0]]), "up": np.array([[0.5, 0.0]]), "down": np.array([[3.0], [0.0]])}
@@ -110,12 +109,12 @@ def reconstruct_block(
 
 
 def _gradients(block: Block, inputs: Array, targets: Array, omega: Array, sizes: Sizes) -> dict[str, Array]:
-    """∂/∂W of Σ_tok Σ_c ω_c (S − D)² for every projection."""
+    """Compute ∂/∂W of Σ_tok Σ_c ω_c (S − D)² for every projection."""
     trace = llama.block_forward(block, inputs, sizes)
     _, of_outputs = llama.block_backward(block, trace, sizes, 2 * omega * (trace.output - targets))
     found = {}
     for name, grad in of_outputs.items():
         x = trace.inputs[llama.INPUT_OF[name]]
-        # y = x Wᵀ: ∂/∂W = (∂/∂y)ᵀ x, summed over all tokens.
+        # y = x Wᵀ, so ∂/∂W = (∂/∂y)ᵀ x, summed over all tokens.
         found[name] = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return found

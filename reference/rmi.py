@@ -1,4 +1,9 @@
-"""Representation mutual information: how much every block has in common with the others, so how dispensable it is."""
+"""Representation mutual information (RMI): how much information each block shares with the others.
+
+A block that shares much is redundant, so it can be pruned more.
+
+Legend: L blocks, n calibration sequences.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,14 @@ from reference.hsic import nhsic
 
 
 def nhsic_matrix(grams: Array) -> Array:
-    """nHSIC of every pair of blocks.
+    """Compute nHSIC for every pair of blocks.
 
     Source: LoSA, Eq. 4.
 
-    Parameters: grams (L, n, n), the Gram matrix of every block's hidden states, n ≥ 2. Returns: (L, L), symmetric, in
-    [0, 1], its diagonal exactly 1, that of a constant representation included.
+    Parameters: grams (L, n, n), one Gram matrix of hidden states per block, n ≥ 2. Returns: (L, L), symmetric, in
+    [0, 1]; the diagonal is exactly 1, also for a constant representation.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: X_l is what block l puts out; the published code takes what it is given.
+    *Deviation*: X_l is the output of block l; the published code uses its input.
 
     >>> nhsic_matrix([[[1, 1], [1, 5]], [[2, 2], [2, 2]]])
     array([[1., 0.],
@@ -37,15 +40,13 @@ def nhsic_matrix(grams: Array) -> Array:
 
 
 def redundancy(nhsic: Array) -> Array:
-    """What a block shares with all others together.
+    """Sum what each block shares with all others.
 
     Source: LoSA, Eq. 4.
 
         R_l = Σ_{j≠l} nHSIC(l, j)
 
     Parameters: nhsic (L, L). Returns: R (L,).
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none.
 
@@ -58,18 +59,16 @@ def redundancy(nhsic: Array) -> Array:
 
 
 def importance(redundancy: Array, beta: float = 1.0) -> Array:
-    """The more a block shares with the others, the less important it is.
+    """Turn redundancy into importance: the more a block shares with the others, the less important it is.
 
     Source: LoSA, Eq. 4; its derivation from the information bottleneck, Eqs. 2-3, is ITPruner's (arXiv 2108.08532).
 
         R̂ = R / Σ R,   I_l = exp(−β R̂_l)
 
-    Parameters: redundancy R (L,), not negative; beta β > 0. Returns: I (L,), in (0, 1]. If no block shares anything
-    (Σ R = 0) all shares are 1/L.
+    Parameters: redundancy R (L,), 0 or more; beta β > 0. Returns: I (L,), in (0, 1]. If no block shares anything
+    (Σ R = 0), all shares are 1/L.
 
-    The order of I alone decides the rates (see `sparsity.allocate_sparsity`), so β drops out there.
-
-    Errors: ValueError or TypeError naming the argument.
+    β does not change the sparsities: they depend on the order of I alone (see `sparsity.allocate_sparsity`).
 
     *Deviation*: the published code uses β = 1 with Wanda and β = 100 with SparseGPT.
 
@@ -80,7 +79,7 @@ def importance(redundancy: Array, beta: float = 1.0) -> Array:
     if redundancy.min() < 0:
         raise ValueError(f"redundancy holds {redundancy.min()}; allowed: 0 or more")
     if not beta > 0:
-        raise ValueError(f"beta is {beta}; allowed: more than 0")
+        raise ValueError(f"beta is {beta}; allowed: above 0")
     total = redundancy.sum()
     shares = redundancy / total if total > 0 else np.full(len(redundancy), 1 / len(redundancy))
     return np.exp(-beta * shares)

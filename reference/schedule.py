@@ -1,4 +1,4 @@
-"""How sparsity and ranks grow over the T steps of LoSA."""
+"""The schedules of LoSA's T steps: sparsity, mean rank, and how far one block may differ from the mean sparsity."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from reference import _checks
 
 
 def cubic_sparsity(step: int, steps: int, final: float, initial: float = 0.0) -> float:
-    """Share of zeros the whole model has after one of T steps: fast at first, slow towards the end.
+    """Return the model's sparsity after step t of T: it rises fast at first and slowly at the end.
 
     Source: LoSA, Eq. 8 (Zhu & Gupta 2017).
 
         s_t = s_f + (s_0 − s_f)(1 − t/T)³
 
-    Parameters: step t, 1 to T; steps T; final s_f in [0, 1]; initial s_0 in [0, s_f], more than 0 only if the model is
-    sparse already. Returns: s_t in [s_0, s_f], exactly s_f at the last step.
-
-    Errors: ValueError or TypeError naming the argument.
+    Parameters: step t, 1 to T; steps T; final s_f in [0, 1]; initial s_0 in [0, s_f], above 0 only if the model is
+    already sparse. Returns: s_t in [s_0, s_f], exactly s_f at the last step.
 
     *Deviation*: none.
 
@@ -36,15 +34,13 @@ def cubic_sparsity(step: int, steps: int, final: float, initial: float = 0.0) ->
 
 
 def mean_rank(step: int, initial: int = 6) -> int:
-    """Mean rank of the adapters at a step: one more every step.
+    """Return the mean rank of the adapters at step t: it grows by one each step.
 
     Source: LoSA, Eq. 9.
 
         r̄_t = r̄_1 + (t − 1)
 
     Parameters: step t from 1; initial r̄_1 from 1. Returns: r̄_t.
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none.
 
@@ -57,15 +53,13 @@ def mean_rank(step: int, initial: int = 6) -> int:
 
 
 def sparsity_spread(target: float) -> float:
-    """δ: how far the sparsity of one block may be from the model's.
+    """Return δ, how far the sparsity of one block may be from the model's.
 
     Source: LoSA, Section 3.2 and its published code: 0.01 up to a target of 0.5, 0.02 up to 0.6, 0.03 up to 0.7.
 
-    Parameters: target s_t in [0, 1]. Returns: δ_t. The step is taken just above each tenth (slack 1e-9 for rounding).
+    Parameters: target s_t in [0, 1]. Returns: δ_t. It grows just above each tenth (slack 1e-9 for rounding).
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: the published code leaves targets above 0.7 undefined; here the steps of 0.01 per 0.1 go on.
+    *Deviation*: the published code leaves targets above 0.7 undefined; here δ keeps growing by 0.01 per 0.1.
 
     >>> [sparsity_spread(s) for s in (0.2, 0.5, 0.55, 0.6, 0.7, 0.75)]
     [0.01, 0.01, 0.02, 0.02, 0.03, 0.04]

@@ -1,4 +1,7 @@
-"""How a model's sparsity is shared out among its blocks: the more important a block, the less sparse."""
+"""Allocate a model's sparsity to its blocks: the more important a block, the less sparse it becomes.
+
+Legend: L blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from reference import _checks
 from reference._checks import Array
 
-# Budgets that differ by less than this, relative to the whole, are the same budget in other rounding.
+# Relative slack for rounding when two budgets are compared.
 SLACK = 1e-9
 
 
@@ -21,29 +24,29 @@ def allocate_sparsity(
     weights: Array | None = None,
     floor: Array | None = None,
 ) -> Array:
-    """Sparsity of every block that costs the least importance at a given sparsity of the whole model.
+    """Choose the sparsity of each block so that the model reaches its target and loses the least importance.
 
     Source: LoSA, Eq. 5.
 
         min_ρ Σ w_l I_l ρ_l   subject to   Σ w_l ρ_l / Σ w_l = s,   lo_l ≤ ρ_l ≤ hi_l
         lo = max(s − δ, floor, 0),   hi = max(lo, min(s + δ, 1))
 
-    A linear program with one equality is a fractional knapsack: start every block at lo and spend the rest of the budget
-    on the blocks in order of increasing importance. With weight w a unit of budget costs I whatever w is, so the order
-    of I alone decides (and the β of `rmi.importance` drops out).
+    This linear program has one equality, so it is a fractional knapsack. Start each block at lo. Spend the rest of the
+    budget on the blocks in order of increasing importance. A unit of budget costs I, whatever w is. So only the order of
+    I matters, and the β of `rmi.importance` has no effect.
 
-    Parameters: importance I (L,); target s in [0, 1]; spread δ ≥ 0; weights w (L,), prunable weights per block, more
-    than 0, default equal; floor (L,), sparsity that each block has already, default 0. If the lower bounds alone exceed
-    the budget, as they may in a model whose blocks came unevenly sparse, they fall back to the floor.
+    Parameters: importance I (L,); target s in [0, 1]; spread δ ≥ 0; weights w (L,), prunable weights per block, above 0,
+    default equal; floor (L,), the sparsity each block already has, default 0. If the lower bounds alone exceed the
+    budget, lo is the floor. This happens when the blocks of the given model are unevenly sparse.
 
     Returns: ρ (L,). Ties of I: the lower index is pruned first.
 
-    Errors: ValueError if the floor alone exceeds the target; ValueError or TypeError naming the argument.
+    Errors: ValueError if the floor alone exceeds the target.
 
-    *Deviation*: the published code calls SLSQP from an infeasible start and returns rates off the optimum, and has no
-    floor, so that its masks, which only grow, overshoot the target.
+    *Deviation*: the published code calls SLSQP from an infeasible start and returns rates off the optimum. It has no
+    floor, so it overshoots the target: zeros are never taken back.
 
-    >>> allocate_sparsity([0.9, 0.5, 0.7], target=0.5, spread=0.1)  # budget over lo = 0.4: 0.3; 0.2 to the second, 0.1 to the third
+    >>> allocate_sparsity([0.9, 0.5, 0.7], target=0.5, spread=0.1)  # budget above lo = 0.4: 0.3; second takes 0.2, third 0.1
     array([0.4, 0.6, 0.5])
     """
     importance = _checks.array("importance", importance, "L")
@@ -54,7 +57,7 @@ def allocate_sparsity(
     _checks.same_shape("weights", w, importance, "importance")
     _checks.same_shape("floor", floor, importance, "importance")
     if w.min() <= 0:
-        raise ValueError(f"weights holds {w.min()}; allowed: more than 0")
+        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
     if floor.min() < 0 or floor.max() > 1:
         raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
 
@@ -76,26 +79,25 @@ def allocate_sparsity(
 def allocate_kept(
     importance: Array, kept_total: int, m: int, spread: int = 1, ceiling: ArrayLike | None = None
 ) -> NDArray[np.int64]:
-    """N of N:M for every block: the integer form of `allocate_sparsity`, for mixed N:M patterns.
+    """Choose N of N:M for each block: the integer form of `allocate_sparsity`, for mixed N:M patterns.
 
     Source: LoSA, Section 4 (mixed 2:4), and Eq. 5 in integers.
 
         Σ N_l = kept_total,   |N_l − N̄| ≤ spread with N̄ = kept_total / L,   0 ≤ N_l ≤ min(m, ceiling_l)
 
-    In zeros Z = m − N it is the same knapsack: start every block at its fewest zeros and prune one more of each group,
-    up to its most, in order of increasing importance.
+    In zeros Z = m − N this is the same knapsack. Start each block at its fewest zeros. Then raise the blocks to their
+    most zeros, in order of increasing importance, until the budget is spent.
 
-    Parameters: importance I (L,); kept_total from 0 to L·m; m; spread; ceiling (L,) integers, what each block keeps
-    already, default m. A ceiling below N̄ − spread lowers that block's bound to it.
+    Parameters: importance I (L,); kept_total from 0 to L·m; m; spread; ceiling (L,) integers, the N each block has now,
+    default m. A ceiling below N̄ − spread is also that block's lower bound.
 
     Returns: N (L,) int64. Ties of I: the lower index is pruned first.
 
-    Errors: ValueError if the ceilings sum to less than kept_total or the bounds leave no way to reach it; ValueError or
-    TypeError naming the argument.
+    Errors: ValueError if ceiling and spread do not allow kept_total.
 
-    *Deviation*: the paper names mixed N:M without a rule; this one is ours.
+    *Deviation*: the paper uses mixed N:M but gives no rule; this rule is ours.
 
-    >>> allocate_kept([0.9, 0.5, 0.7], kept_total=6, m=4)  # at most 3 each, 9 − 6 = 3 to give up: 2 by the second, 1 by the third
+    >>> allocate_kept([0.9, 0.5, 0.7], kept_total=6, m=4)  # 3 each is 9, so 3 must go: second gives 2, third gives 1
     array([3, 1, 2])
     """
     importance = _checks.array("importance", importance, "L")
@@ -114,7 +116,7 @@ def allocate_kept(
     most = np.minimum(math.floor(mean + spread + SLACK), top)
     least = np.minimum(max(0, math.ceil(mean - spread - SLACK)), most)
     if most.sum() < kept_total:
-        raise ValueError(f"kept_total is {kept_total}; allowed with this spread and ceiling: at most {most.sum()}")
+        raise ValueError(f"kept_total is {kept_total}; allowed: at most {most.sum()} with this spread and ceiling")
 
     kept = most.astype(np.int64)
     for block in np.argsort(importance, kind="stable"):

@@ -1,4 +1,4 @@
-"""A sparse matrix as a bitmap and its kept values, in the order in which a GPU's matrix units take them."""
+"""A sparse matrix as a bitmap and its kept values, in the order in which a GPU's matrix units read them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MAP = ROWS * COLUMNS // 8
 """Bytes of a panel's bitmap."""
 TILES, LANES = 16, 32
 ORDER = (1, 0, 2, 3)
-"""Four neighbouring columns in the order in which their values follow each other."""
+"""The order in which the values of four neighbouring columns are stored."""
 
 
 def pack_tiles(weight: Array) -> tuple[NDArray[np.uint8], Array]:
     """Cut a matrix into panels of 16 x 128, and write each as a bitmap and its kept values.
 
-    Source: ours; a bitmap from which every lane takes its share of a matrix product is SpInfer's (Fan et al., EuroSys 2025).
+    Source: ours; SpInfer (Fan et al., EuroSys 2025) introduced bitmaps from which each lane reads its share of a product.
 
-    In the product m16n8k16 a lane of a warp holds four numbers of row l // 4 of the upper 8 rows, and four of the lower 8.
-    It counts the bits of all values before the middle of its four: two of them lie before that place, two behind it. In the
-    order 1, 0, 2, 3 columns 0 and 2 are next to it if they have a value, whether columns 1 and 3 have one or not.
-    A lane reads 8 neighbouring numbers of x at once, so 32 columns make two products: with columns 0-3 of every 8, then
-    with 4-7. Which columns a product adds up does not matter to it.
+    In the product m16n8k16, lane l of a warp holds four numbers of row l // 4 of the upper 8 rows, and four of the lower 8.
+    It counts the bits of all values stored before the middle of its four: two are stored before that place, two after it.
+    In the order 1, 0, 2, 3, the values of columns 0 and 2 are next to the middle, whether or not columns 1 and 3 have one.
+    A lane reads 8 neighbouring numbers of x at once. So 32 columns make two products: one with columns 0-3 of every 8, one
+    with columns 4-7. A product may sum its columns in any order.
 
         panels: 16 rows from left to right, then the next 16
         tile t = 4 (c // 32) + 2 (c // 4 mod 2) + r // 8           for row r and column c of a panel
@@ -38,10 +38,8 @@ def pack_tiles(weight: Array) -> tuple[NDArray[np.uint8], Array]:
         word 16 (t // 4) + 4 (l // 8) + t mod 4 of the bitmap, byte (j + 2) mod 4 of the word, bit l mod 8 of the byte
 
     Parameters: weight (out, in).
-    Returns: (bitmaps (panels, 256) uint8, the lowest byte of a word first; values (kept,), one panel's after the other's).
-    A weight of 0, of either sign, is left out; rows and columns beyond the last have no bit set.
-
-    Errors: ValueError or TypeError naming the argument.
+    Returns: (bitmaps (panels, 256) uint8, the lowest byte of a word first; values (kept,), panel by panel).
+    A weight of +0 or −0 is left out. No bit is set beyond the last row and column.
 
     *Deviation*: none.
 
@@ -61,15 +59,15 @@ def pack_tiles(weight: Array) -> tuple[NDArray[np.uint8], Array]:
 
 
 def unpack_tiles(bitmaps: NDArray[np.uint8], values: Array, rows: int, columns: int) -> Array:
-    """The weight that `pack_tiles` was given.
+    """Restore the weight from its tiles.
 
     Source: ours, the inverse of `pack_tiles`.
 
     Parameters: bitmaps, values as `pack_tiles` returns them; rows, columns: of the weight.
-    Returns: the weight (rows, columns); what was left out is +0.
+    Returns: the weight (rows, columns), with +0 where no value is stored.
 
-    Errors: ValueError or TypeError naming the argument: of the wrong shape or dtype; a bit beyond the last row or column;
-    more or fewer values than bits.
+    Errors: ValueError or TypeError for a wrong shape or dtype; a bit beyond the last row or column; a number of values
+    other than the number of bits.
 
     *Deviation*: none.
 
@@ -84,11 +82,11 @@ def unpack_tiles(bitmaps: NDArray[np.uint8], values: Array, rows: int, columns: 
         if bitmaps[panel, byte] >> bit & 1:
             if row >= rows or column >= columns:
                 raise ValueError(
-                    f"bitmaps has a bit beyond row {rows - 1} or column {columns - 1} in panel {panel}; allowed: none"
+                    f"bitmaps has a bit set beyond row {rows - 1} or column {columns - 1} in panel {panel}"
                 )
             kept.append((row, column))
     if len(values) != len(kept):
-        raise ValueError(f"values has {len(values)} entries; allowed: {len(kept)}, one for every bit of bitmaps")
+        raise ValueError(f"values has {len(values)} entries, but bitmaps has {len(kept)} bits set")
     weight = np.zeros((rows, columns))
     for (row, column), value in zip(kept, values, strict=True):
         weight[row, column] = value
@@ -96,12 +94,12 @@ def unpack_tiles(bitmaps: NDArray[np.uint8], values: Array, rows: int, columns: 
 
 
 def _panels(rows: int, columns: int) -> int:
-    """How many panels a weight has."""
+    """Count the panels of a weight."""
     return -(-rows // ROWS) * -(-columns // COLUMNS)
 
 
 def _places(rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """In the order of the values, for every number of every panel: its row and column, its panel, and its byte and bit there."""
+    """Yield (row, column, panel, byte, bit) of every number of every panel, in the order in which values are stored."""
     across = -(-columns // COLUMNS)
     for panel in range(_panels(rows, columns)):
         top, left = panel // across * ROWS, panel % across * COLUMNS
@@ -115,7 +113,7 @@ def _places(rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]
 
 
 def _check_bitmaps(bitmaps: Any, panels: int) -> None:
-    """Type and shape."""
+    """Check type and shape."""
     if not isinstance(bitmaps, np.ndarray):
         raise TypeError(f"bitmaps is {type(bitmaps).__name__}; allowed: an array of real numbers")
     if bitmaps.dtype != np.uint8:

@@ -46,25 +46,25 @@ def check(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, col
     width = -(-columns // WORD) * WORD // 8
     if bitmap.dim() != 2 or len(bitmap) == 0 or bitmap.shape[1] != width:
         raise ValueError(
-            f"bitmap has shape {tuple(bitmap.shape)}; allowed: (out, {width}) for {columns} columns, out not 0"
+            f"bitmap has shape {tuple(bitmap.shape)}; allowed: (out, {width}) for {columns} columns, out above 0"
         )
     if offsets.shape != (len(bitmap) + 1,):
-        raise ValueError(f"offsets has shape {tuple(offsets.shape)}; allowed: ({len(bitmap) + 1},), one more than rows")
+        allowed = f"({len(bitmap) + 1},), one more than bitmap's rows"
+        raise ValueError(f"offsets has shape {tuple(offsets.shape)}; allowed: {allowed}")
     last = columns // 8
     beyond = _first(_kept(bitmap[:, last:])[:, columns - 8 * last :].any(1))
     if beyond is not None:
-        raise ValueError(f"bitmap has a bit beyond column {columns - 1} in row {beyond}; allowed: none")
+        raise ValueError(f"bitmap has a bit set beyond column {columns - 1} in row {beyond}")
     running = _running(_popcount(bitmap).sum(1))
     row = _first(offsets != running)
     if row is not None:
-        raise ValueError(
-            f"offsets is {int(offsets[row])} at {row}; allowed: {int(running[row])}, the bits of bitmap before that row"
-        )
+        found, wanted = int(offsets[row]), int(running[row])
+        raise ValueError(f"offsets[{row}] is {found}, but bitmap has {wanted} bits set before row {row}")
     if len(values) != running[-1]:
-        raise ValueError(f"values has {len(values)} entries; allowed: {int(running[-1])}, one for every bit of bitmap")
+        raise ValueError(f"values has {len(values)} entries, but bitmap has {int(running[-1])} bits set")
     empty = _first(_bits(values) == 0)
     if empty is not None:
-        raise ValueError(f"values is 0 at {empty}; allowed: bits that are not all 0")
+        raise ValueError(f"values[{empty}] is 0, but only nonzero values are packed")
 
 
 def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:

@@ -52,7 +52,7 @@ def resize_adapter(
     if rank <= r:
         return A[:rank].clone(), B[:, :rank].clone()
     if new_rows is None:
-        raise ValueError(f"new_rows is None; allowed when growing from {r} to {rank}: ({rank - r}, in) or more rows")
+        raise ValueError(f"new_rows is None; growing from rank {r} to {rank} needs {rank - r} or more rows")
     _checks.tensor("new_rows", new_rows, "rows", "in")
     if len(new_rows) < rank - r or new_rows.shape[1] != A.shape[1]:
         raise ValueError(f"new_rows has shape {tuple(new_rows.shape)}; allowed: ({rank - r} or more, {A.shape[1]})")
@@ -64,7 +64,7 @@ def fold_adapter(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, rank: i
     weight = _checks.tensor("weight", weight, "out", "in")
     _adapter(A, B)
     if (len(B), A.shape[1]) != weight.shape:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed: ({len(B)}, {A.shape[1]}), the adapter's")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed: ({len(B)}, {A.shape[1]}), the shape of B A")
     _checks.integer("rank", rank, 0, len(A))
     _checks.number("scale", scale)
     wide = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
@@ -76,6 +76,4 @@ def _adapter(A: torch.Tensor, B: torch.Tensor) -> None:
     _checks.tensor("A", A, "r", "in", empty=True)
     _checks.tensor("B", B, "out", "r", empty=True)
     if len(A) != B.shape[1]:
-        raise ValueError(
-            f"B has shape {tuple(B.shape)}; allowed: (out, r) with the r of A, which has shape {tuple(A.shape)}"
-        )
+        raise ValueError(f"B has shape {tuple(B.shape)}; allowed: (out, {len(A)}), the rank of A")

@@ -29,7 +29,7 @@ def importance(redundancy: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
     if float(redundancy.min()) < 0:
         raise ValueError(f"redundancy holds {float(redundancy.min())}; allowed: 0 or more")
     if not beta > 0:
-        raise ValueError(f"beta is {beta}; allowed: more than 0")
+        raise ValueError(f"beta is {beta}; allowed: above 0")
     total = redundancy.sum()
     shares = redundancy / total if float(total) > 0 else torch.full_like(redundancy, 1 / len(redundancy))
     return torch.exp(-beta * shares)

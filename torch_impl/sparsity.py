@@ -31,7 +31,7 @@ def allocate_sparsity(
     _checks.same_shape("weights", w, importance, "importance")
     _checks.same_shape("floor", floor, importance, "importance")
     if float(w.min()) <= 0:
-        raise ValueError(f"weights holds {float(w.min())}; allowed: more than 0")
+        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
     if float(floor.min()) < 0 or float(floor.max()) > 1:
         raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
 
@@ -72,7 +72,7 @@ def allocate_kept(
     most = top.long().clamp(max=math.floor(mean + spread + SLACK))
     least = most.clamp(max=max(0, math.ceil(mean - spread - SLACK)))
     if int(most.sum()) < kept_total:
-        raise ValueError(f"kept_total is {kept_total}; allowed with this spread and ceiling: at most {int(most.sum())}")
+        raise ValueError(f"kept_total is {kept_total}; allowed: at most {int(most.sum())} with this spread and ceiling")
     order = torch.sort(importance, stable=True).indices
     room = (most - least)[order]
     before = torch.cumsum(room, 0) - room

@@ -38,12 +38,10 @@ def unpack_tiles(bitmaps: torch.Tensor, values: torch.Tensor, rows: int, columns
     beyond = kept & ~_tiled(torch.ones(rows, columns, dtype=torch.bool, device=kept.device))
     if bool(beyond.any()):
         panel = int(beyond.flatten(1).any(1).nonzero()[0])
-        raise ValueError(
-            f"bitmaps has a bit beyond row {rows - 1} or column {columns - 1} in panel {panel}; allowed: none"
-        )
+        raise ValueError(f"bitmaps has a bit set beyond row {rows - 1} or column {columns - 1} in panel {panel}")
     bits = int(kept.sum())
     if len(values) != bits:
-        raise ValueError(f"values has {len(values)} entries; allowed: {bits}, one for every bit of bitmaps")
+        raise ValueError(f"values has {len(values)} entries, but bitmaps has {bits} bits set")
     tiled = values.new_zeros(kept.shape)
     tiled[kept] = values
     return _untiled(tiled, rows, columns)

@@ -70,7 +70,7 @@ def test_any_bit_of_the_bitmap_turned_is_refused(case: dict[str, Any], data: st.
     bitmap = case["bitmap"].copy()
     row, byte = (data.draw(st.integers(0, size - 1)) for size in bitmap.shape)
     bitmap[row, byte] ^= 1 << data.draw(st.integers(0, 7))
-    with pytest.raises(ValueError, match=r"^(offsets is \d+ at \d+|bitmap has a bit beyond)"):
+    with pytest.raises(ValueError, match=r"^(offsets\[\d+\] is \d+, but|bitmap has a bit set beyond)"):
         packed.check(**{**case, "bitmap": bitmap})
 
 
@@ -79,7 +79,7 @@ def test_any_offset_moved_is_refused(case: dict[str, Any], data: st.DataObject) 
     offsets = case["offsets"].copy()
     row = data.draw(st.integers(0, len(offsets) - 1))
     offsets[row] += data.draw(st.sampled_from([-1, 1, 2**40]))
-    with pytest.raises(ValueError, match=f"^offsets is .* at {row}; allowed: {case['offsets'][row]}, "):
+    with pytest.raises(ValueError, match=rf"^offsets\[{row}\] is .*, but bitmap has {case['offsets'][row]} bits"):
         packed.check(**{**case, "offsets": offsets})
 
 
@@ -87,11 +87,11 @@ def test_what_else_is_refused() -> None:
     bitmap, values, offsets = packed.pack(np.array([[0, 7, 0], [5, 0, 0]], dtype=np.uint16))
     good = {"bitmap": bitmap, "values": values, "offsets": offsets, "columns": 3}
     for change, message in (
-        ({"values": values[:1]}, "values has 1 entries; allowed: 2"),
-        ({"values": np.append(values, values)}, "values has 4 entries; allowed: 2"),
-        ({"values": values * 0}, "values is 0 at 0"),
+        ({"values": values[:1]}, "values has 1 entries, but bitmap has 2 bits set"),
+        ({"values": np.append(values, values)}, "values has 4 entries, but bitmap has 2 bits set"),
+        ({"values": values * 0}, r"values\[0\] is 0"),
         ({"columns": 33}, r"bitmap has shape \(2, 4\); allowed: \(out, 8\) for 33 columns"),
-        ({"columns": 1}, "bitmap has a bit beyond column 0 in row 0"),
+        ({"columns": 1}, "bitmap has a bit set beyond column 0 in row 0"),
         ({"offsets": offsets[:2]}, r"offsets has shape \(2,\); allowed: \(3,\)"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -73,6 +73,6 @@ def test_a_wrong_number_in_the_worked_example_stops_it(
         guide.replace("(0.6552, 0.03)", "(0.6553, 0.03)"), encoding="utf-8"
     )
     monkeypatch.setattr(spec, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match="1 examples give other numbers"):
+    with pytest.raises(SystemExit, match="1 examples fail"):
         spec.guide()
     assert "0.6552" in capsys.readouterr().out

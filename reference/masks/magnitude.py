@@ -1,4 +1,4 @@
-"""Magnitude pruning: small weights go."""
+"""Magnitude pruning: remove the smallest weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reference.masks.select import matrix_mask
 
 
 def magnitude_mask(weight: Array, sparsity: float) -> Mask:
-    """Prune the weights of smallest size in the whole matrix.
+    """Prune the weights of smallest magnitude in the whole matrix.
 
     Source: the baseline of Wanda (arXiv 2306.11695).
 
@@ -18,7 +18,7 @@ def magnitude_mask(weight: Array, sparsity: float) -> Mask:
 
     Parameters: weight W (out, in); sparsity in [0, 1]. Returns: bool (out, in), True = kept.
 
-    Ties: row-major order, the first goes first. Errors: ValueError or TypeError naming the argument.
+    Ties: the first in row-major order is pruned first.
 
     *Deviation*: none.
 

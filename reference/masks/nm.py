@@ -1,4 +1,4 @@
-"""N:M patterns: in every M consecutive inputs of a row the N best stay."""
+"""N:M patterns: keep the N best of every M consecutive inputs of a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def nm_mask(score: Array, n: int, m: int) -> Mask:
     Parameters: score (out, in), in a multiple of m, −inf allowed; n from 0 to m; m. Returns: bool (out, in),
     True = kept; exactly n per group.
 
-    Ties: the lower column goes first. Errors: ValueError or TypeError naming the argument.
+    Ties: the lower column is pruned first.
 
     *Deviation*: none. 2:8 keeps 2 of 8: 75 % zeros.
 
@@ -36,16 +36,14 @@ def nm_mask(score: Array, n: int, m: int) -> Mask:
 
 
 def kept_per_group(sparsity: float, m: int) -> int:
-    """N of N:M at a step of the schedule.
+    """Return N of N:M at one step of the schedule.
 
-    Source: ours: the zeros of a group grow with s_t.
+    Source: ours; the zeros of a group grow with s_t.
 
         N_t = M − rint(s_t · M)
 
-    Parameters: sparsity s_t in [0, 1]; m. Returns: N_t, 0 to m. Halves round to even zeros (slack 1e-9 for the
-    rounding of s_t).
-
-    Errors: ValueError or TypeError naming the argument.
+    Parameters: sparsity s_t in [0, 1]; m. Returns: N_t, 0 to m. A half is rounded to an even number of zeros (slack
+    1e-9 for the rounding of s_t).
 
     *Deviation*: the paper does not say how an N:M pattern grows.
 

@@ -1,4 +1,4 @@
-"""Every pruning method behind one call: the registry. A new method is one file in masks/ and one line here."""
+"""The registry of pruning methods, behind one call. A new method is one file in masks/ and one line here."""
 
 from __future__ import annotations
 
@@ -22,35 +22,37 @@ def prune(
     sparsity: float | None = None,
     nm: tuple[int, int] | None = None,
 ) -> tuple[Array, Mask]:
-    """Prune one projection further: its mask only shrinks.
+    """Prune one projection further; its mask only shrinks.
 
     Source: LoSA, Algorithm 1, with the scores of magnitude, Wanda or SparseGPT.
 
     Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input: None for
-    magnitude, `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt; kept bool (out, in), the mask
-    so far; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where pruned and updated by SparseGPT; mask
-    bool (out, in), True = kept).
+    magnitude, `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt; kept bool (out, in), the
+    current mask; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where pruned and updated by SparseGPT;
+    mask bool (out, in), True = kept).
 
-    Ties: those of the method; weights that are pruned already go first.
+    Ties: as the method says; already pruned weights are pruned first.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: see `select.demote_pruned`. The groups of a method (rows for wanda, blocks of columns for sparsegpt) get the
-    share that `select.rest_sparsity` leaves them, so that the projection as a whole gets the one that is asked.
+    *Deviation*: see `select.demote_pruned`. Each group of a method (a row for wanda, a block of columns for sparsegpt) is
+    pruned at the sparsity of `select.rest_sparsity`, so that the projection as a whole reaches the sparsity asked for.
 
     >>> prune("magnitude", [[0.0, 1.0, 2.0, 3.0]], None, np.array([[False, True, True, True]]), sparsity=0.5)
     (array([[0., 0., 2., 3.]]), array([[False, False,  True,  True]]))
     >>> W = np.array([[0, 0, 0, 0], [1.0, 2, 3, 4]])
-    >>> prune("wanda", W, np.ones(4), W != 0, sparsity=0.75)[1]  # six zeros are asked, four are there
+    >>> prune("wanda", W, np.ones(4), W != 0, sparsity=0.75)[1]  # six zeros asked, four already there
     array([[False, False, False, False],
            [False, False,  True,  True]])
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if (sparsity is None) == (nm is None):
-        raise ValueError(f"sparsity is {sparsity} and nm is {nm}; allowed: one of the two")
+        raise ValueError(f"sparsity is {sparsity} and nm is {nm}; give one of the two")
     if (statistic is None) != (method == "magnitude"):
-        raise ValueError(f"statistic is {'missing' if statistic is None else 'given'}; not allowed with {method}")
+        raise ValueError(
+            f"statistic is missing; {method} needs one"
+            if statistic is None
+            else f"statistic is given; {method} takes none"
+        )
     if nm is not None:
         _checks.integer("m", nm[1], 1)
     W = _checks.array("weight", weight, "out", "in")
@@ -74,7 +76,7 @@ def prune(
 
 
 def _groups(method: str, kept: Mask) -> tuple[Array, Array]:
-    """(zeros, sizes), each (groups,), of what a method compares among itself: rows, blocks of columns, or the matrix."""
+    """Count (zeros, entries) of each group in which a method compares scores: rows, blocks of columns, or the matrix."""
     if method == "wanda":
         parts = list(kept)
     elif method == "sparsegpt":

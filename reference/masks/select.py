@@ -1,4 +1,4 @@
-"""Which entries of a score go: the lowest, and among equals those of lower index."""
+"""Choose which entries to prune: those of lowest score; among equal scores, the lower index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reference._checks import Array, Mask
 
 
 def row_mask(score: Array, sparsity: float) -> Mask:
-    """Prune the same number of the lowest scores in every row.
+    """Prune the k lowest scores of each row.
 
     Source: Wanda (arXiv 2306.11695), comparison per output.
 
@@ -19,9 +19,7 @@ def row_mask(score: Array, sparsity: float) -> Mask:
 
     Parameters: score (out, in), −inf allowed; sparsity ρ in [0, 1]. Returns: bool (out, in), True = kept.
 
-    Ties: the lower column goes first.
-
-    Errors: ValueError or TypeError naming the argument.
+    Ties: the lower column is pruned first.
 
     *Deviation*: the published code sorts without a tie rule.
 
@@ -47,9 +45,7 @@ def matrix_mask(score: Array, sparsity: float) -> Mask:
 
     Parameters: score (out, in), −inf allowed; sparsity ρ in [0, 1]. Returns: bool (out, in), True = kept.
 
-    Ties: the entry that comes first when the matrix is read row by row goes first.
-
-    Errors: ValueError or TypeError naming the argument.
+    Ties: the first in row-major order is pruned first.
 
     *Deviation*: none.
 
@@ -62,26 +58,24 @@ def matrix_mask(score: Array, sparsity: float) -> Mask:
 
 
 def rest_sparsity(zeros: Array, sizes: Array, sparsity: float) -> float:
-    """The sparsity to ask of every group so that all of them together get the share that is asked.
+    """Lower the sparsity asked of each group, so that all groups together reach ρ although some already exceed it.
 
-    A group (a row, a block of columns, a projection, a decoder block) that has more zeros than its share already keeps
-    them, and the others lose less for it.
+    A group is a row, a block of columns, a projection or a decoder block. A group that already has more zeros than its
+    share keeps them, and the other groups lose correspondingly fewer weights.
 
     Source: ours; decision 31.
 
         a_g = floor(ρ · n_g + 1e-9);   F = {g : z_g > floor(ρ' · n_g + 1e-9)};   ρ' = (Σ_g a_g − Σ_{g∈F} z_g) / Σ_{g∉F} n_g
 
-    starting from ρ' = ρ and an empty F, until F stays as it is: F only grows and ρ' only falls. With it the groups end
-    with max(floor(ρ' · n_g + 1e-9), z_g) zeros, together at most Σ a_g, or Σ z_g if that is more.
+    Start with ρ' = ρ and F empty. Repeat until F stops changing: F only grows and ρ' only falls. Pruned at ρ', group g
+    ends with max(floor(ρ' · n_g + 1e-9), z_g) zeros. Their sum is at most Σ a_g, or Σ z_g if that is more.
 
-    Parameters: zeros z (groups,), how many entries of each group are zero; sizes n (groups,), how many entries it has;
-    sparsity ρ in [0, 1]. Returns: ρ' in [0, ρ]; ρ itself if no group has more zeros than its share.
+    Parameters: zeros z (groups,), the number of zeros in each group; sizes n (groups,), the number of entries; sparsity ρ
+    in [0, 1]. Returns: ρ' in [0, ρ]; ρ itself if no group has more zeros than its share.
 
-    Ties: none. Errors: ValueError or TypeError naming the argument.
+    *Deviation*: the published code prunes every group at ρ, whatever is already zero, and overshoots the target.
 
-    *Deviation*: the published code prunes its share of every group, whatever is zero already, and ends above what was asked.
-
-    >>> rest_sparsity([4, 0], [4, 4], 0.75)  # 3 + 3 zeros are asked, 4 are there: 2 of the other row's 4 go
+    >>> rest_sparsity([4, 0], [4, 4], 0.75)  # 3 + 3 zeros asked, 4 already there: prune 2 of the other 4
     0.5
     >>> rest_sparsity([3, 1], [4, 4], 0.75)
     0.75
@@ -90,7 +84,7 @@ def rest_sparsity(zeros: Array, sizes: Array, sparsity: float) -> float:
     sizes = _checks.array("sizes", sizes, "groups")
     _checks.same_shape("zeros", zeros, sizes, "sizes")
     if (zeros < 0).any() or (zeros > sizes).any():
-        raise ValueError("zeros are fewer than 0 or more than sizes; allowed: 0 to the group's size")
+        raise ValueError("zeros holds a count outside its group; allowed: 0 to the group's entry in sizes")
     rest = sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
     asked = np.floor(sparsity * sizes + 1e-9).sum()
     full = np.zeros(len(zeros), dtype=bool)
@@ -101,16 +95,14 @@ def rest_sparsity(zeros: Array, sizes: Array, sparsity: float) -> float:
 
 
 def demote_pruned(score: Array, kept: Mask) -> Array:
-    """Put weights that are pruned already below every other score, so that they go first and masks nest.
+    """Set the score of already pruned weights to −inf, so that they are pruned first and masks nest.
 
     Source: ours.
 
     Parameters: score (out, in); kept bool (out, in). Returns: the score, −inf where not kept.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: without it, a pruned weight and a kept one on a dead input both score 0, and the tie could bring the
-    pruned one back.
+    *Deviation*: the published code does not do this. There a pruned weight can come back: it ties at score 0 with a kept
+    weight whose input is always 0.
 
     >>> demote_pruned([[0, 2]], np.array([[True, False]]))
     array([[  0., -inf]])

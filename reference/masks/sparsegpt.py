@@ -1,7 +1,7 @@
-"""SparseGPT: prune from left to right and let the weights not yet visited make up for each loss.
+"""SparseGPT: prune column by column from left to right; the columns not yet visited compensate for each error.
 
-Legend: W (out × in) one projection's weight, X (tokens × in) its calibration input, H (in × in) Hessian of the squared
-output error, U upper triangular with H⁻¹ = Uᵀ U.
+Legend: W (out × in) one projection's weight, X (tokens × in) its calibration input, H (in × in) the Hessian of the
+squared output error, U upper triangular with H⁻¹ = Uᵀ U.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from reference._checks import Array, Mask
 from reference.masks.nm import nm_mask
 from reference.masks.select import demote_pruned, matrix_mask
 
-# Columns whose mask is chosen together, unless said otherwise.
+# Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
-# A Hessian that will not factor is tried again with ten and a hundred times the damping.
+# If the Hessian cannot be factored, retry with 10 and 100 times the damping.
 DAMPING_RETRIES = (1.0, 10.0, 100.0)
 
 
 def hessian(inputs: Array, samples: int) -> Array:
-    """Hessian of the squared output error with respect to one row of the weight.
+    """Compute the Hessian of the squared output error with respect to one row of the weight.
 
     Source: SparseGPT (arXiv 2301.00774), Section 3.
 
         H = 2/N Σ x xᵀ
 
-    Parameters: inputs X (tokens, in), all calibration tokens; samples N, the number of sequences they came in.
+    Parameters: inputs X (tokens, in), all calibration tokens; samples N, the number of calibration sequences.
     Returns: H (in, in), symmetric.
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none.
 
@@ -52,31 +50,30 @@ def sparsegpt(
     damping: float = 0.01,
     kept: Mask | None = None,
 ) -> tuple[Array, Mask]:
-    """Prune a share of every block of columns and update what is left so that the output moves least.
+    """Prune a share of each block of columns; update the kept weights so that the output changes least.
 
     Source: SparseGPT (arXiv 2301.00774), Algorithm 1.
 
         U = chol(H⁻¹) upper;   for every block of columns:
-          mask: the k lowest of W²_ij / U²_jj over all its rows go, k = floor(ρ · rows · columns + 1e-9)
+          mask: prune the k lowest of W²_ij / U²_jj over all rows,  k = floor(ρ · rows · columns + 1e-9)
           for every column j, left to right, E_j = (W_j − mask_j ⊙ W_j) / U_jj,   W_{j:} −= E_j U_{j,j:}
 
-    Within a block the update reaches the block's columns at once and those behind it when the block is done; the two
-    together are the one line above.
+    The paper updates the columns of the block at once and the later ones when the block is done. The result is the same.
 
     Parameters: weight W (out, in); hessian H (in, in); sparsity ρ in [0, 1]; block_size, columns whose mask is chosen
-    together; damping, the share of mean(diag H) added to the diagonal; kept bool (out, in), the weights not pruned yet
-    (default all): the others are pruned first and stay pruned, even if they are more than k.
+    together; damping, the share of mean(diag H) added to the diagonal; kept bool (out, in), the weights not yet pruned,
+    default all. The others are pruned first and stay pruned, even if they are more than k.
 
     Returns: (W' (out, in), zero where pruned; mask bool (out, in), True = kept).
 
-    Ties: row-major order within a block of columns, the first goes first. A Hessian that will not factor is tried again
-    with damping × 10 and × 100.
+    Ties: within a block of columns, the first in row-major order is pruned first. If H cannot be factored, the damping is
+    raised to 10 and then 100 times its value.
 
-    Errors: ValueError naming the dampings tried if none of them makes H factor; ValueError or TypeError naming the argument.
+    Errors: ValueError with the damping values tried, if H cannot be factored with any of them.
 
-    *Deviation*: the published code zeroes the weights of dead inputs beforehand; here the damping alone makes them cheap.
-    It knows no earlier mask, so a weight pruned at one step may come back at the next. And it prunes all scores up to the
-    one that has k below it, so k + 1 of a block of columns, more where scores tie; here k go.
+    *Deviation*: the published code first zeroes the weights of inputs that are always 0; here damping makes them cheap to
+    prune. It ignores earlier masks, so a pruned weight can come back at the next step. It prunes k + 1 weights of each
+    block of columns, and more if scores tie; here exactly k are pruned.
 
     >>> W, mask = sparsegpt([[1.0, 2.0]], [[2.0, 2.0], [2.0, 4.0]], 0.5, damping=0.0)
     >>> mask  # U = [[1, −½], [0, ½]]: scores 1/1 and 4/¼
@@ -101,16 +98,18 @@ def sparsegpt_nm(
     damping: float = 0.01,
     kept: Mask | None = None,
 ) -> tuple[Array, Mask]:
-    """SparseGPT with n of every m consecutive inputs of a row kept.
+    """Prune with SparseGPT, keeping n of every m consecutive inputs of a row.
 
     Source: SparseGPT (arXiv 2301.00774), Section 3.4. The mask of a group is chosen when its first column is reached,
-    from the weights as they are updated by then.
+    from the weights updated so far.
 
-    Parameters: as `sparsegpt`; n from 0 to m; m, a divisor of block_size and of in. Returns: (W', mask) as there.
+    Parameters: as for `sparsegpt`; n from 0 to m; m, a divisor of block_size and of in. Returns: as `sparsegpt`.
 
-    Ties: the lower column of a group goes first. Errors: as there.
+    Ties: the lower column of a group is pruned first.
 
-    *Deviation*: as there.
+    Errors: as `sparsegpt`.
+
+    *Deviation*: as `sparsegpt`.
 
     >>> sparsegpt_nm([[1.0, 2.0]], [[2.0, 2.0], [2.0, 4.0]], 1, 2, damping=0.0)
     (array([[0. , 2.5]]), array([[False,  True]]))
@@ -137,7 +136,7 @@ def _prune(
     choose: Callable[[Array, Array, Mask], Mask],
     group: int | None,
 ) -> tuple[Array, Mask]:
-    """The column loop. `choose(weights, diagonal of U, kept)` gives the mask of the next `group` columns."""
+    """Run the column loop. `choose(weights, diagonal of U, kept)` returns the mask of the next `group` columns."""
     W = _checks.array("weight", weight, "out", "in").copy()
     H = _checks.square("hessian", hessian)
     if len(H) != W.shape[1]:
@@ -161,14 +160,14 @@ def _prune(
 
 
 def _inverse_factor(H: Array, damping: float) -> Array:
-    """U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
+    """Return U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
     _checks.number("damping", damping, 0.0)
     tried = []
     for factor in DAMPING_RETRIES:
         tried.append(damping * factor)
         damped = H + tried[-1] * np.diag(H).mean() * np.eye(len(H))
         try:
-            np.linalg.cholesky(damped)  # inv() alone would invert an indefinite matrix without complaint
+            np.linalg.cholesky(damped)  # inv() does not refuse an indefinite matrix
             inverse = np.linalg.inv(damped)
             U: Array = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float64)
         except np.linalg.LinAlgError:

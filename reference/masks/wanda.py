@@ -1,4 +1,4 @@
-"""Wanda: a weight counts for as much as the input it multiplies.
+"""Wanda: score each weight by its magnitude times the norm of the input it multiplies.
 
 Legend: W (out × in) one projection's weight, X (tokens × in) its calibration input.
 """
@@ -13,17 +13,16 @@ from reference.masks.select import row_mask
 
 
 def input_norm(inputs: Array) -> Array:
-    """Size of every input over all calibration tokens.
+    """Compute the norm of each input over all calibration tokens.
 
     Source: Wanda (arXiv 2306.11695), Eq. 1.
 
         ‖X_j‖₂ = √ Σ_tok X²_{tok,j}
 
-    Parameters: inputs X (tokens, in). Returns: (in,), in the units of the inputs; 0 for a dead input.
+    Parameters: inputs X (tokens, in). Returns: (in,), in the unit of the inputs; 0 for an input that is always 0.
 
-    Errors: ValueError or TypeError naming the argument.
-
-    *Deviation*: the published code divides by the number of samples, the same for all inputs; no mask depends on it.
+    *Deviation*: the published code also divides by the number of samples. The factor is the same for all inputs, so no
+    mask depends on it.
 
     >>> input_norm([[3, 0], [4, 0]])
     array([5., 0.])
@@ -33,15 +32,13 @@ def input_norm(inputs: Array) -> Array:
 
 
 def wanda_score(weight: Array, input_norm: Array) -> Array:
-    """How much each weight contributes to its output.
+    """Score each weight by how much it contributes to its output.
 
     Source: Wanda (arXiv 2306.11695), Eq. 1.
 
         score_ij = |W_ij| · ‖X_j‖₂
 
     Parameters: weight W (out, in); input_norm (in,) ≥ 0. Returns: (out, in).
-
-    Errors: ValueError or TypeError naming the argument.
 
     *Deviation*: none.
 
@@ -58,13 +55,13 @@ def wanda_score(weight: Array, input_norm: Array) -> Array:
 
 
 def wanda_mask(weight: Array, input_norm: Array, sparsity: float) -> Mask:
-    """Prune the weights of lowest Wanda score in every row.
+    """Prune the weights of lowest Wanda score in each row.
 
     Source: Wanda (arXiv 2306.11695), Algorithm 1.
 
     Parameters: weight (out, in); input_norm (in,); sparsity in [0, 1]. Returns: bool (out, in), True = kept.
 
-    Ties: the lower column goes first. Errors: ValueError or TypeError naming the argument.
+    Ties: the lower column is pruned first.
 
     *Deviation*: none.
 

@@ -32,9 +32,13 @@ def prune(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if (sparsity is None) == (nm is None):
-        raise ValueError(f"sparsity is {sparsity} and nm is {nm}; allowed: one of the two")
+        raise ValueError(f"sparsity is {sparsity} and nm is {nm}; give one of the two")
     if (statistic is None) != (method == "magnitude"):
-        raise ValueError(f"statistic is {'missing' if statistic is None else 'given'}; not allowed with {method}")
+        raise ValueError(
+            f"statistic is missing; {method} needs one"
+            if statistic is None
+            else f"statistic is given; {method} takes none"
+        )
     if nm is not None:
         _checks.integer("m", nm[1], 1)
     W = _checks.finite("weight", weight, "out", "in")

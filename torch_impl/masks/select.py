@@ -38,7 +38,7 @@ def rest_sparsity(zeros: torch.Tensor, sizes: torch.Tensor, sparsity: float) -> 
     sizes = _checks.tensor("sizes", sizes, "groups")
     _checks.same_shape("zeros", zeros, sizes, "sizes")
     if bool(((zeros < 0) | (zeros > sizes)).any()):
-        raise ValueError("zeros are fewer than 0 or more than sizes; allowed: 0 to the group's size")
+        raise ValueError("zeros holds a count outside its group; allowed: 0 to the group's entry in sizes")
     rest = sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
     asked = float((sparsity * sizes + 1e-9).floor().sum())
     many = 0
