@@ -1,6 +1,6 @@
-"""Argument checks of production: one line that names the argument, its value and what is allowed.
+"""Argument checks of production. Each error is one line: the argument, its value and what is allowed.
 
-Values are not read (that would wait for the GPU) except where a wrong one would go on unseen.
+Reading a value waits for the GPU. So values are checked only where a wrong one would otherwise go unnoticed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST = 10**9
 
 
 def tensor(name: str, value: Any, *axes: str, empty: bool = False) -> torch.Tensor:
-    """A floating-point tensor with one named axis per dimension; a first axis "..." stands for any number of them."""
+    """Check for a floating-point tensor, one named axis per dimension; a first axis "..." stands for any number of axes."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
     if not value.is_floating_point():
@@ -28,7 +28,7 @@ def tensor(name: str, value: Any, *axes: str, empty: bool = False) -> torch.Tens
 
 
 def finite(name: str, value: Any, *axes: str) -> torch.Tensor:
-    """A tensor without NaN or infinity: for small ones, or where the result would hide them."""
+    """Check for a tensor without NaN or infinity. Use it for small tensors, or where the result would hide them."""
     result = tensor(name, value, *axes)
     if not bool(torch.isfinite(result).all()):
         raise ValueError(f"{name} holds NaN or infinity; allowed: finite numbers")
@@ -36,7 +36,7 @@ def finite(name: str, value: Any, *axes: str) -> torch.Tensor:
 
 
 def same_shape(name: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
-    """Two tensors of one shape."""
+    """Check that `value` has the shape of `like`."""
     if value.shape != like.shape:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; allowed: {tuple(like.shape)}, the shape of {like_name}"
@@ -44,7 +44,7 @@ def same_shape(name: str, value: torch.Tensor, like: torch.Tensor, like_name: st
 
 
 def mask(name: str, value: Any, like: torch.Tensor, like_name: str) -> torch.Tensor:
-    """A bool tensor of the shape of `like`."""
+    """Check that `value` is a bool tensor of the shape of `like`."""
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name} is {getattr(value, 'dtype', type(value).__name__)}; allowed: bool, True = kept")
     same_shape(name, value, like, like_name)
@@ -52,7 +52,7 @@ def mask(name: str, value: Any, like: torch.Tensor, like_name: str) -> torch.Ten
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite real number from `low` to `high`."""
+    """Check that `value` is a finite real number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}; allowed: a number")
     if not math.isfinite(value):
@@ -63,7 +63,7 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def integer(name: str, value: int, low: int, high: int | None = None) -> int:
-    """An integer from `low` to `high`."""
+    """Check that `value` is an integer from `low` to `high`."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is {value!r}; allowed: an integer")
     if value < low or (high is not None and value > high):
@@ -72,21 +72,21 @@ def integer(name: str, value: int, low: int, high: int | None = None) -> int:
 
 
 def count(name: str, value: int, low: int = 1, most: int = MOST) -> int:
-    """An integer from `low` to `most`: sizes that no machine has are refused before anything is made of them."""
+    """Check that `value` is an integer from `low` to `most`, so that absurd sizes are refused before any allocation."""
     if integer(name, value, low) > most:
         raise ValueError(f"{name} is {value}; allowed: at most {most}")
     return value
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> str:
-    """One of some words."""
+    """Check that `value` is one of the `allowed` words."""
     if value not in (words := tuple(allowed)):
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(words)}")
     return value
 
 
 def square(name: str, value: Any) -> torch.Tensor:
-    """A square matrix."""
+    """Check that `value` is a square matrix."""
     result = tensor(name, value, "n", "n")
     if result.shape[0] != result.shape[1]:
         raise ValueError(f"{name} has shape {tuple(result.shape)}; allowed: (n, n)")
@@ -94,5 +94,5 @@ def square(name: str, value: Any) -> torch.Tensor:
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:
-    """The same numbers in float32 at least: float64 stays, half precision is widened."""
+    """Widen half precision to float32; float32 and float64 stay."""
     return value.to(torch.promote_types(value.dtype, torch.float32))

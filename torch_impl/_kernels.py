@@ -1,14 +1,14 @@
-"""Four fused kernels for CUDA, in Triton. Each does in one pass what the torch code beside its caller does in many.
+"""Four fused kernels for CUDA, in Triton. Each does in one pass what its caller's torch code does in many.
 
-They are bound by memory traffic: bytes read and written per weight, bf16 weights, against the torch formulation.
+Memory traffic limits them. Bytes read and written per bf16 weight, and those of the torch code:
 
     merge      W and W̃ once each                4 bytes     (torch: about 30)
-    contract   G and W once each                4 bytes     (torch: about 22); one small kernel more adds up its parts
+    contract   G and W once each                4 bytes     (torch: about 22); a second small kernel sums the parts
     sweep      one block of columns in registers, no launch per column
-    select     a row of scores in registers, read once; its threshold is found bit by bit, where torch sorts the row
+    select     a row of scores in registers, read once; finds the threshold bit by bit (torch sorts the row)
 
-A caller asks `usable` first: no Triton or no CUDA tensor, and the torch code runs. Under Triton's interpreter
-(TRITON_INTERPRET=1) the kernels run on CPU tensors, which is how the tests hold them to the spec without a GPU.
+Call `usable` first. Without Triton or CUDA tensors, run the torch code instead. Triton's interpreter (TRITON_INTERPRET=1)
+runs the kernels on CPU tensors, so the tests compare them with the spec without a GPU.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch for the CPU comes without it
+except ImportError:  # torch for the CPU does not install it
     triton = None
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-# Tile sizes measured on an H200 (rows, columns, warps of a program; for merge the latter in float32 and with bf16 factors, for
-# contract also about how many programs).
+# Tile sizes measured on an H200: rows, columns, and warps per program. merge: warps for float32, warps for bf16 factors.
+# contract: also the approximate number of programs.
 MERGE_TILE = (64, 128, 2, 4)
 CONTRACT_TILE = (128, 64, 4, 264)
-# Partial sums that are read at once, and sums of a program.
+# Partial sums read at once, and sums per program.
 TOTALS_TILE = (8, 128)
-# The longest row of scores that a program holds in registers, and columns of it for a warp.
+# The longest row of scores that a program holds in registers, and its columns per warp.
 WIDEST_ROW, COLUMNS_OF_WARP = 1 << 14, 1024
 
 
 def usable(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors: on CUDA and of a supported dtype."""
+    """Return whether the kernels support these tensors: on CUDA, with a supported dtype."""
     return triton is not None and all(t.is_cuda and t.dtype in FLOATS for t in tensors)
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in float32 at least. On CUDA, half-precision operands are not widened: products are exact anyway."""
+    """Multiply left @ right in float32 at least. Half-precision operands on CUDA are not widened: their products are exact."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(left, right, out_dtype=torch.float32)
     wide = torch.promote_types(left.dtype, torch.float32)
@@ -76,7 +76,7 @@ if triton is not None:
         a_fits = (r[:, None] < rank) & (column[None, :] < columns)
         a = tl.load(A + r[:, None] * columns + column[None, :], mask=a_fits, other=0.0)
         if SPLIT:
-            # Each factor is the sum of two bf16 numbers to 2⁻¹⁷; the product of the low ones is left out.
+            # Each factor is the sum of two bf16 numbers, up to 2⁻¹⁷. The product of the low parts is negligible.
             a_high, b_high = a.to(tl.bfloat16), b.to(tl.bfloat16)
             a_low, b_low = (a - a_high.to(tl.float32)).to(tl.bfloat16), (b - b_high.to(tl.float32)).to(tl.bfloat16)
             change = tl.dot(b_high, a_high, tl.dot(b_high, a_low, tl.dot(b_low, a_high)))
@@ -118,7 +118,7 @@ if triton is not None:
             a_fits = (r[:, None] < rank) & (column[None, :] < columns)
             a = tl.load(A + r[:, None] * columns + column[None, :], mask=a_fits, other=0.0)
             if HALF:
-                # g is exact in its own dtype; a and b are the sum of two numbers of that dtype to 2⁻¹⁷ (bf16).
+                # g is exact in its own dtype. a and b are each the sum of two numbers of that dtype, up to 2⁻¹⁷ (bf16).
                 a_high, b_high = a.to(g.dtype), b.to(g.dtype)
                 a_low, b_low = (a - a_high.to(tl.float32)).to(g.dtype), (b - b_high.to(tl.float32)).to(g.dtype)
                 sum_B += tl.dot(g, tl.trans(a_high)) + tl.dot(g, tl.trans(a_low))
@@ -201,32 +201,32 @@ if triton is not None:
         inside = column < columns
         place = tl.program_id(0).to(tl.int64) * columns + column
         value = tl.load(score + place, mask=inside, other=float("inf"))
-        # As integers, floats order as they do as numbers once the bits of negative ones are turned over; -0 equals 0.
+        # Map floats to integers of the same order: flip the bits of negative floats, and make -0 equal to 0.
         bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
         key = tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
-        # The largest threshold, from its highest bit to its lowest, that fewer than `count` keys lie below.
+        # Find the largest threshold with fewer than `count` keys below it, from the highest bit to the lowest.
         threshold, one = tl.full((), -0x80000000, tl.int32), tl.full((), 1, tl.int32)
         for step in range(32):
             higher = threshold ^ (one << (31 - step))
             below = tl.sum((key < higher).to(tl.int32), 0)
             threshold = tl.where(below < count, higher, threshold)
         lower, equal = (key < threshold).to(tl.int32), (key == threshold).to(tl.int32)
-        # As many of those that equal it go, from the left, as are still to go.
+        # Prune keys equal to the threshold from the left until `count` are pruned.
         pruned = (lower != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= count - tl.sum(lower, 0)))
         tl.store(mask + place, tl.where(pruned, 0, 1).to(tl.uint8), mask=inside)
 
 
 def _padded(rank: int) -> int:
-    """Matrix units take at least sixteen ranks; more come in powers of two."""
+    """Round the rank up to what matrix units take: 16 at least, and a power of two."""
     return max(16, int(triton.next_power_of_2(rank)))
 
 
 def merge(
     weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, merged: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """M⊙(W + s·BA) rounded once to the weight's dtype; weight (out, in), A (r, in), B (out, r) in float32.
+    """Compute M⊙(W + s·BA), rounded once to the weight's dtype; weight (out, in), A (r, in), B (out, r) in float32.
 
-    merged: where to put it, contiguous; a new tensor by default.
+    merged: contiguous tensor for the result; default a new one.
     """
     rows, columns = weight.shape
     weight = weight.contiguous()
@@ -256,7 +256,7 @@ def merge(
 def contract(
     gradient: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s Bᵀ(M⊙G), s (M⊙G)Aᵀ) = (dA (r, in), dB (out, r)) from G (out, in); sums in float32 and in a fixed order."""
+    """Compute (dA (r, in), dB (out, r)) = (s Bᵀ(M⊙G), s (M⊙G)Aᵀ) from G (out, in); float32 sums in a fixed order."""
     rows, columns = weight.shape
     gradient, weight = gradient.contiguous(), weight.contiguous()
     rank = len(A)
@@ -308,7 +308,7 @@ def contract(
 def sweep(
     weight: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, first: int, last: int
 ) -> None:
-    """Visit columns `first` to `last` of one block in place (SparseGPT, Algorithm 1, inner loop).
+    """Prune columns `first` to `last` of one block in place (SparseGPT, Algorithm 1, inner loop).
 
     weight, errors (out, width), float32; factor (width, width), the block of U on the diagonal; mask (out, width), bool.
     """
@@ -334,7 +334,10 @@ def sweep(
 
 
 def select(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool (out, in): False at the `count` lowest of every row of scores (out, in), float32 without NaN; ties by lower column."""
+    """Return a bool mask (out, in), False at the `count` lowest scores of each row; ties by lower column.
+
+    score: (out, in), float32, without NaN.
+    """
     rows, columns = score.shape
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     width = triton.next_power_of_2(columns)

@@ -11,14 +11,14 @@ from torch_impl import _checks, _kernels
 
 
 def effective_weight(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """M⊙(W + s·BA), M = W ≠ 0, (out, in), in float32 at least (LoSA, Eq. 1)."""
+    """Compute M⊙(W + s·BA), M = W ≠ 0, (out, in), in float32 at least (LoSA, Eq. 1)."""
     _operands(weight, A, B, scale)
     wide = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
     return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scale).masked_fill_(weight == 0, 0.0)
 
 
 def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """The effective weight, rounded once to the weight's dtype."""
+    """Compute the effective weight, rounded once to the weight's dtype."""
     _operands(weight, A, B, scale)
     if _kernels.usable(weight, A, B) and len(A) and A.dtype == torch.float32:
         return _kernels.merge(weight, A, B, scale)
@@ -26,7 +26,7 @@ def merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) 
 
 
 def merge_into(merged: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> None:
-    """`merge` into a tensor (out, in) that is there already: what holds its address sees the new weight."""
+    """Merge into an existing tensor (out, in), so that its address stays the same."""
     _operands(weight, A, B, scale)
     if _kernels.usable(weight, A, B) and len(A) and A.dtype == torch.float32:
         _kernels.merge(weight, A, B, scale, merged)
@@ -35,7 +35,7 @@ def merge_into(merged: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: t
 
 
 def masked_lora(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """y = x W̃ᵀ for x (..., in), in x's dtype; the merged weight is rounded to the weight's dtype (LoSA, Eq. 1)."""
+    """Compute y = x W̃ᵀ for x (..., in), in x's dtype; W̃ is rounded to the weight's dtype first (LoSA, Eq. 1)."""
     effective = merge(weight, A, B, scale)
     _input(x, weight)
     return x @ effective.T.to(x.dtype)
@@ -44,7 +44,7 @@ def masked_lora(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch
 def masked_lora_grad(
     x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, grad_y: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx (..., in), dA (r, in), dB (out, r)) from dy (..., out): LoSA, Eq. 1, differentiated, in three large products."""
+    """Compute (dx (..., in), dA (r, in), dB (out, r)) from dy (..., out): the derivative of LoSA, Eq. 1."""
     effective = merge(weight, A, B, scale)
     _input(x, weight)
     _checks.tensor("grad_y", grad_y, "...", "out", empty=True)
@@ -58,7 +58,7 @@ def masked_lora_grad(
 def contract_gradient(
     G: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dA (r, in), dB (out, r)) = (s Bᵀ(M⊙G), s (M⊙G)Aᵀ) from G = dyᵀx (out, in), which is overwritten."""
+    """Compute (dA (r, in), dB (out, r)) = (s Bᵀ(M⊙G), s (M⊙G)Aᵀ) from G = dyᵀx (out, in). G is overwritten."""
     if _kernels.usable(G, weight, A, B) and len(A) and A.dtype == torch.float32:
         return _kernels.contract(G, weight, A, B, scale)
     masked = G.mul_(weight != 0).to(A.dtype)
@@ -66,7 +66,7 @@ def contract_gradient(
 
 
 def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> torch.Tensor:
-    """New rows of A (count, in), float64 on the CPU: U(−1/√in, 1/√in), drawn by NumPy so that every machine draws the same."""
+    """Sample new rows of A (count, in) from U(−1/√in, 1/√in), float64 on the CPU, by NumPy: the same on every machine."""
     _checks.integer("count", count, 0)
     _checks.integer("in_features", in_features, 1)
     for part in seed:
@@ -76,7 +76,7 @@ def initial_rows(count: int, in_features: int, seed: Sequence[int]) -> torch.Ten
 
 
 def rebase(weight: torch.Tensor, merged: torch.Tensor, updated: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """M'⊙(W + (updated − merged)): the base under which base and adapter are `updated`; all (out, in), weight's dtype."""
+    """Compute M'⊙(W + (updated − merged)), the base weight after pruning; all (out, in), in the weight's dtype."""
     weight = _checks.tensor("weight", weight, "out", "in")
     for name, value in (("merged", merged), ("updated", updated)):
         _checks.same_shape(name, _checks.tensor(name, value, "out", "in"), weight, "weight")

@@ -1,4 +1,4 @@
-"""Dependence between two representations of the same samples, from their Gram matrices. Spec: reference/hsic.py."""
+"""HSIC: the dependence between two representations of the same samples. Spec: reference/hsic.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 from torch_impl import _checks
 
-# A centred Gram matrix this much smaller than the uncentred one is the rounding of a constant representation.
+# A representation is constant if centring shrinks its Gram matrix below this share: what is left is rounding.
 CONSTANT = {torch.float64: 1e-13, torch.float32: 1e-5}
-# Features are widened to float32 this many columns at a time, so that a whole half-precision matrix never is.
+# Columns of half-precision features that are widened to float32 at a time, to save memory.
 CHUNK = 1 << 16
 
 
 def linear_gram(features: torch.Tensor) -> torch.Tensor:
-    """K = X Xᵀ (n, n) of features X (n, d) of any float dtype, in float32 at least (LoSA, Section 3.1)."""
+    """Compute K = X Xᵀ (n, n) of features X (n, d), in float32 at least (LoSA, Section 3.1)."""
     features = _checks.tensor("features", features, "n", "d")
     first, *rest = features.split(CHUNK, dim=1)
     gram = _checks.wide(first) @ _checks.wide(first).T
@@ -24,27 +24,27 @@ def linear_gram(features: torch.Tensor) -> torch.Tensor:
 
 
 def center(gram: torch.Tensor) -> torch.Tensor:
-    """K̃ = H K H (n, n), H = I − 11ᵀ/n: row and column means are taken off (LoSA, Eq. 4)."""
+    """Compute K̃ = H K H (n, n), H = I − 11ᵀ/n, by subtracting row and column means (LoSA, Eq. 4)."""
     gram = _checks.wide(_checks.square("gram", gram))
     gram = gram - gram.mean(0, keepdim=True)
     return gram - gram.mean(1, keepdim=True)
 
 
 def hsic(gram_x: torch.Tensor, gram_y: torch.Tensor) -> float:
-    """tr(K̃_x K̃_y) / (n − 1)² of two Gram matrices (n, n), n ≥ 2 (LoSA, Eq. 4)."""
+    """Compute tr(K̃_x K̃_y) / (n − 1)² of two Gram matrices (n, n), n ≥ 2 (LoSA, Eq. 4)."""
     gram_x, gram_y = _pair(gram_x, gram_y)
     return float((center(gram_x) * center(gram_y).T).sum() / (len(gram_x) - 1) ** 2)
 
 
 def nhsic(gram_x: torch.Tensor, gram_y: torch.Tensor) -> float:
-    """HSIC scaled to [0, 1]; 0 if either representation is constant (LoSA, Eq. 4)."""
+    """Compute HSIC normalised to [0, 1]; 0 if either representation is constant (LoSA, Eq. 4)."""
     gram_x, gram_y = _pair(gram_x, gram_y)
     unit_x, unit_y = _unit(gram_x), _unit(gram_y)
     return float((unit_x * unit_y).sum().clamp(0.0, 1.0))
 
 
 def _unit(gram: torch.Tensor) -> torch.Tensor:
-    """The centred Gram matrices (..., n, n) over their norms; 0 for a constant representation."""
+    """Centre Gram matrices (..., n, n) and divide them by their norms; 0 for a constant representation."""
     gram = _checks.wide(gram)
     centred = gram - gram.mean(-2, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)

@@ -15,7 +15,7 @@ _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(bitmap (out, 4·⌈in/32⌉) uint8, values (kept,), offsets (out + 1,) int64) of a weight (out, in), on its device."""
+    """Pack a weight (out, in): (bitmap (out, 4·⌈in/32⌉) uint8, values (kept,), offsets (out + 1,) int64), on its device."""
     weight = _numbers("weight", weight, "out", "in")
     bits = _bits(weight)
     kept = bits != 0
@@ -26,20 +26,20 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def unpack(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, columns: int) -> torch.Tensor:
-    """The weight (out, in) that was packed, bit for bit; checked first."""
+    """Check the packed form and restore the weight (out, in), bit for bit."""
     check(bitmap, values, offsets, columns)
     return expand(bitmap, values, columns)
 
 
 def expand(bitmap: torch.Tensor, values: torch.Tensor, columns: int) -> torch.Tensor:
-    """`unpack` of what was checked before: reads nothing back from a GPU."""
+    """Unpack without checks, so nothing is read back from a GPU."""
     bits = torch.zeros(len(bitmap), columns, dtype=_SIGNED[values.element_size()], device=values.device)
     bits.masked_scatter_(_kept(bitmap)[:, :columns], _bits(values))
     return bits.view(values.dtype)
 
 
 def check(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, columns: int) -> None:
-    """Refuse what `pack` cannot have made: shapes, dtypes, bits beyond the columns, offsets, number of values, zeros."""
+    """Check that `pack` can have made these tensors: shapes, dtypes, bits beyond the columns, offsets, values."""
     columns = _checks.integer("columns", columns, 1)
     bitmap, values = _typed("bitmap", bitmap, torch.uint8), _numbers("values", values, "kept")
     offsets = _typed("offsets", offsets, torch.int64)
@@ -68,7 +68,7 @@ def check(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, col
 
 
 def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
-    """(32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ): bits of the packed form for each position of the matrix."""
+    """Compute (32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ), the bits of the packed form per position of the matrix."""
     _checks.number("sparsity", sparsity, 0.0, 1.0)
     _checks.integer("value_bits", value_bits, 1)
     _checks.integer("columns", columns, 1)
@@ -76,30 +76,30 @@ def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    """The same bits as signed integers, which every operation knows."""
+    """View the same bits as signed integers, which all torch operations support."""
     return value.contiguous().view(_SIGNED[value.element_size()])
 
 
 def _kept(bitmap: torch.Tensor) -> torch.Tensor:
-    """Bool (rows, 8 · bytes): the bits, lowest first."""
+    """Return the bits as bool (rows, 8 · bytes), lowest first."""
     places = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
     return (bitmap[:, :, None] >> places).bitwise_and_(1).view(torch.bool).flatten(1)
 
 
 def _popcount(bitmap: torch.Tensor) -> torch.Tensor:
-    """Set bits of every byte: sums of neighbouring bits, pairs, fours."""
+    """Count the set bits of every byte: add neighbouring bits, then pairs, then fours."""
     twos = bitmap - ((bitmap >> 1) & 0x55)
     fours = (twos & 0x33) + ((twos >> 2) & 0x33)
     return (fours + (fours >> 4)) & 0x0F
 
 
 def _running(counts: torch.Tensor) -> torch.Tensor:
-    """0 and the running sums."""
+    """Return 0, then the running sums."""
     return nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def _first(wrong: torch.Tensor) -> int | None:
-    """Index of the first True, or None."""
+    """Return the index of the first True, or None."""
     return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
 
@@ -116,7 +116,7 @@ def _typed(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _numbers(name: str, value: Any, *axes: str) -> torch.Tensor:
-    """A tensor of floating-point or unsigned numbers of 2, 4 or 8 bytes; only a matrix must have entries."""
+    """Check for floating-point or unsigned numbers of 2, 4 or 8 bytes. Only a matrix must not be empty."""
     tensor = _tensor(name, value)
     kind = tensor.is_floating_point() or tensor.dtype in _UNSIGNED
     if not kind or tensor.element_size() not in _SIGNED:

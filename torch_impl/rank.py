@@ -1,4 +1,4 @@
-"""Reconstruction error, rank allocation, and adapters that change their rank. Spec: reference/rank.py."""
+"""Measure reconstruction errors, allocate ranks, resize adapters. Spec: reference/rank.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch_impl import _checks
 
 
 def reconstruction_error(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-    """e of LoSA, Eq. 6, of a block's outputs (tokens, hidden) in the dense and in the pruned model."""
+    """Compute e of LoSA, Eq. 6, from a block's outputs (tokens, hidden) in the dense and in the pruned model."""
     D, S = _checks.tensor("dense", dense, "tokens", "hidden"), _checks.tensor("sparse", sparse, "tokens", "hidden")
     _checks.same_shape("sparse", S, D, "dense")
     D, S = _checks.wide(D), _checks.wide(S)
@@ -16,13 +16,13 @@ def reconstruction_error(dense: torch.Tensor, sparse: torch.Tensor) -> float:
 
 
 def error_of_sums(difference: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    """Mean over channels of Σ(D−S)² / ΣD² from the two sums (hidden,); a silent channel counts 0 if both are, else 1."""
+    """Average Σ(D−S)² / ΣD² over channels, given both sums (hidden,). A channel with ΣD² = 0 counts 0 or 1, as in the spec."""
     silent = energy == 0
     return torch.where(silent, (difference > 0).to(energy.dtype), difference / energy.masked_fill(silent, 1.0)).mean()
 
 
 def allocate_ranks(errors: torch.Tensor, mean_rank: float, min_rank: int = 1, max_rank: int = 16) -> torch.Tensor:
-    """Ranks (L,) int64 in proportion to errors (L,), within bounds, Σ = rint(L · mean_rank) (LoSA, Eq. 7, repaired)."""
+    """Allocate ranks (L,) int64 in proportion to errors (L,), within bounds, Σ = rint(L · mean_rank) (LoSA, Eq. 7)."""
     errors = _checks.finite("errors", errors, "L").double()
     if float(errors.min()) < 0:
         raise ValueError(f"errors holds {float(errors.min())}; allowed: 0 or more")
@@ -35,7 +35,7 @@ def allocate_ranks(errors: torch.Tensor, mean_rank: float, min_rank: int = 1, ma
     shares = (errors / peak) / (errors / peak).sum() if float(peak) > 0 else torch.full_like(errors, 1 / L)
     ranks = torch.round(shares * L * mean_rank, decimals=9).round().clamp(min_rank, max_rank).long()
     while (left := total - int(ranks.sum())) != 0:
-        # One pass: the `left` blocks next in order that have room take one each.
+        # One pass: each of the next `left` blocks with room changes by one.
         order = torch.sort(errors, stable=True, descending=left > 0).indices
         has_room = (ranks[order] < max_rank) if left > 0 else (ranks[order] > min_rank)
         ranks[order[has_room][: abs(left)]] += 1 if left > 0 else -1
@@ -45,7 +45,7 @@ def allocate_ranks(errors: torch.Tensor, mean_rank: float, min_rank: int = 1, ma
 def resize_adapter(
     A: torch.Tensor, B: torch.Tensor, rank: int, new_rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) at another rank: growing appends `new_rows` and zero columns, shrinking keeps the first."""
+    """Change the rank of A (r, in) and B (out, r): grow by `new_rows` and zero columns, or drop the last ranks."""
     _adapter(A, B)
     _checks.integer("rank", rank, 0)
     r = len(A)
@@ -60,7 +60,7 @@ def resize_adapter(
 
 
 def fold_adapter(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
-    """Weight (out, in) plus the masked product of the ranks from `rank` on, rounded to the weight's dtype."""
+    """Add the masked product of the ranks from `rank` on to the weight (out, in); round to the weight's dtype."""
     weight = _checks.tensor("weight", weight, "out", "in")
     _adapter(A, B)
     if (len(B), A.shape[1]) != weight.shape:

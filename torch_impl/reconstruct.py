@@ -1,4 +1,4 @@
-"""Train the kept weights of a pruned block until it computes what the dense block does. Spec: reference/reconstruct.py."""
+"""Train the kept weights of a pruned block to reproduce the dense block's output. Spec: reference/reconstruct.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch_impl import _checks
 
 @dataclass(frozen=True)
 class Share:
-    """Which of all sequences this process has, and how processes add up: by default there is one, which has all.
+    """The share of the sequences that this process has. By default there is one process with all sequences.
 
-    first: number of its first sequence. total: the sum of a tensor over all processes, in place where it can be.
+    first: number of its first sequence. total: sums a tensor over all processes, in place if possible.
     """
 
     first: int = 0
@@ -25,13 +25,13 @@ class Share:
 
 
 def channel_weights(targets: torch.Tensor) -> torch.Tensor:
-    """ω (d,) in float64 with e = Σ_tok Σ_c ω_c (S − D)² (LoSA, Eq. 6) for targets D (n, t, d); 0 for a silent channel."""
+    """Compute ω (d,) in float64 from targets D (n, t, d), with e = Σ_tok Σ_c ω_c (S − D)² (LoSA, Eq. 6)."""
     _checks.tensor("targets", targets, "n", "t", "d")
     return _weights_of(_energy(targets))
 
 
 def _energy(targets: torch.Tensor) -> torch.Tensor:
-    """Σ_tok D² (d,) in float64; a sequence at a time is widened."""
+    """Compute Σ_tok D² (d,) in float64, widening one sequence at a time."""
     wide = torch.promote_types(targets.dtype, torch.float32)
     norms = torch.linalg.vector_norm(targets, dim=1, dtype=wide)
     return norms.double().square().sum(0)
@@ -53,17 +53,16 @@ def reconstruct_block(
     rows_at_once: int | None = None,
     share: Share = Share(),
 ) -> nn.Module:
-    """The block, whose projections' kept weights are trained in place so that its output on `inputs` is closer to `targets`.
+    """Train the kept weights of a block in place so that its output on `inputs` comes closer to `targets`; return the block.
 
     block: its projections are modules with a `weight` (out, in) and no adapter. masks: bool (out, in) by the projection's
     name in the block, True = kept. inputs, targets (n, t, d): the pruned stream and the dense block's output, on any device;
-    a batch at a time comes to the block's. arguments: what the model calls the block with besides, for any number of
-    sequences. rows_at_once: sequences of a batch that go through the block together; default all. share: of several processes,
-    each of which gives its own n sequences; batch_size is that of all.
+    each batch is moved to the block's device. arguments: the other arguments of the block, valid for any number of sequences.
+    rows_at_once: sequences of a batch in one forward pass; default all. share: with several processes, the n sequences are
+    those of this process, and batch_size counts the sequences of all processes.
 
-    Weights in half precision are trained in float32 and rounded after every step for the products. Adam's numbers take 16
-    bytes a weight of this block. Errors: ValueError or TypeError naming the argument; FloatingPointError if a weight is not
-    finite at the end, before any is changed.
+    Half-precision weights are trained in float32 and rounded after each step for the forward pass. Training takes 16 bytes
+    per weight of this block. Errors: FloatingPointError if a trained weight is not finite; then no weight has changed.
     """
     _checks.tensor("inputs", inputs, "n", "t", "d")
     _checks.same_shape("targets", _checks.tensor("targets", targets, "n", "t", "d"), inputs, "inputs")
@@ -80,7 +79,7 @@ def reconstruct_block(
         for step in range(steps):
             batch = step % batches
             of_batch = len(range(batch, sequences, batches))
-            # Those of the batch's sequences that are here, by their number here.
+            # The batch's sequences that this process has, by their local number.
             rows = torch.tensor(range((batch - share.first) % batches, len(inputs), batches), dtype=torch.int64)
             scale = (2 * sequences / of_batch * omega).to(weights.dtype)
             for part in rows.split(rows_at_once or max(1, len(rows))) if len(rows) else ():
@@ -96,7 +95,7 @@ def reconstruct_block(
 
 
 class _Weights:
-    """The weights in training, Z = M⊙Z: one Adam over all projections, in float32 at least."""
+    """The weights in training, Z = M⊙Z, and one Adam over all projections, in float32 at least."""
 
     def __init__(self, block: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         self._modules = {name: block.get_submodule(name) for name in masks}
@@ -113,7 +112,7 @@ class _Weights:
                 nn.Parameter(weight.detach().to(self.dtype, copy=True).masked_fill_(~mask, 0.0))
                 for weight, mask in zip(self._before.values(), self._masks, strict=True)
             ]
-        # What the block multiplies with: the same tensors, or roundings of them.
+        # The weights the block multiplies with: the same tensors, or rounded copies.
         self._used = [
             wide if first.dtype == self.dtype else nn.Parameter(wide.detach().to(first.dtype)) for wide in self._wide
         ]
@@ -123,11 +122,11 @@ class _Weights:
 
     def add_gradients(self, output: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
         """Add ∂/∂Z of Σ scale/2 · (S − D)² over the tokens of a part of a batch."""
-        # transformers 5 gives a tensor; older blocks gave a tuple whose first entry it was.
+        # Blocks of transformers 5 return a tensor, older ones a tuple that starts with it.
         output = output[0] if isinstance(output, tuple) else output
         with torch.no_grad():
             change = (output.to(self.dtype) - wanted).mul_(scale)
-            # Half precision with a short exponent would lose it: it is 1 at most on its way back.
+            # Scale to at most 1 for the backward pass: float16 would lose small numbers.
             size = change.abs().max().clamp_min(torch.finfo(self.dtype).tiny)
             change = change.div_(size).to(output.dtype)
         found = torch.autograd.grad(output, self._used, change)
@@ -137,7 +136,7 @@ class _Weights:
 
     @torch.no_grad()
     def step(self, learning_rate: float, share: Share) -> None:
-        """One step of Adam by the gradients of all processes, which are forgotten."""
+        """Take one step of Adam with the gradients of all processes, then clear them."""
         for wide in self._wide:
             wide.grad = share.total(torch.zeros_like(wide) if wide.grad is None else wide.grad)
         for group in self._adam.param_groups:
@@ -150,14 +149,14 @@ class _Weights:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Round the trained weights into the block's own. Errors: FloatingPointError if one is not finite."""
+        """Copy the trained weights, rounded, into the block's own. Errors: FloatingPointError if one is not finite."""
         finite = torch.stack([torch.isfinite(wide).all() for wide in self._wide])
         if not bool(finite.all()):
-            raise FloatingPointError("reconstruction: a weight is not finite any more; lower reconstruct_learning_rate")
+            raise FloatingPointError("reconstruction diverged: a weight is not finite; lower reconstruct_learning_rate")
         for weight, wide in zip(self._before.values(), self._wide, strict=True):
             weight.copy_(wide)
 
     def put_back(self) -> None:
-        """Give the projections their own parameters again."""
+        """Restore the projections' own parameters."""
         for module, weight in zip(self._modules.values(), self._before.values(), strict=True):
             module.weight = weight

@@ -1,4 +1,4 @@
-"""Representation mutual information: how dispensable every block is. Spec: reference/rmi.py."""
+"""Representation mutual information: how redundant each block is. Spec: reference/rmi.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch_impl.hsic import _unit
 
 
 def nhsic_matrix(grams: torch.Tensor) -> torch.Tensor:
-    """nHSIC (L, L) of every pair of blocks from their Gram matrices (L, n, n): one matrix product (LoSA, Eq. 4)."""
+    """Compute nHSIC (L, L) of all pairs of blocks from their Gram matrices (L, n, n), in one product (LoSA, Eq. 4)."""
     grams = _checks.tensor("grams", grams, "L", "n", "n")
     if grams.shape[1] != grams.shape[2] or grams.shape[1] < 2:
         raise ValueError(f"grams has shape {tuple(grams.shape)}; allowed: (L, n, n) with n = 2 or more")
@@ -18,13 +18,13 @@ def nhsic_matrix(grams: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(nhsic: torch.Tensor) -> torch.Tensor:
-    """R_l = Σ_{j≠l} nHSIC(l, j), (L,) (LoSA, Eq. 4)."""
+    """Compute R_l = Σ_{j≠l} nHSIC(l, j), (L,) (LoSA, Eq. 4)."""
     nhsic = _checks.wide(_checks.square("nhsic", nhsic))
     return nhsic.clone().fill_diagonal_(0.0).sum(1)
 
 
 def importance(redundancy: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
-    """I_l = exp(−β R_l / Σ R), (L,) (LoSA, Eq. 4). The order of I alone decides the rates, so β drops out there."""
+    """Compute I_l = exp(−β R_l / Σ R), (L,) (LoSA, Eq. 4). Sparsities depend on the order of I alone, so not on β."""
     redundancy = _checks.wide(_checks.finite("redundancy", redundancy, "L"))
     if float(redundancy.min()) < 0:
         raise ValueError(f"redundancy holds {float(redundancy.min())}; allowed: 0 or more")

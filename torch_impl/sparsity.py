@@ -1,4 +1,4 @@
-"""How a model's sparsity is shared out among its blocks. Spec: reference/sparsity.py."""
+"""Allocate a model's sparsity to its blocks. Spec: reference/sparsity.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def allocate_sparsity(
     weights: torch.Tensor | None = None,
     floor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sparsity (L,) of every block at `target` of the whole, float64: the fractional knapsack of LoSA, Eq. 5.
+    """Choose the sparsity (L,) of each block at the model's `target`: the fractional knapsack of LoSA, Eq. 5.
 
-    importance, weights, floor: (L,). Equal importances: the lower index is pruned first. Errors: as the spec's.
+    importance, weights, floor: (L,). Returns float64. Ties: the lower index is pruned first. Errors: as in the spec.
     """
     importance = _checks.finite("importance", importance, "L")
     _checks.number("target", target, 0.0, 1.0)
@@ -43,7 +43,7 @@ def allocate_sparsity(
         raise ValueError(f"floor has a mean of {float(w @ floor)}; allowed: at most target, {target}")
     room = w * (torch.maximum(lo, torch.full_like(lo, min(target + spread, 1.0))) - lo)
 
-    # In order of importance, each block takes what the blocks before it have left of the budget, up to its room.
+    # In order of importance, each block takes what is left of the budget, up to its own room.
     order = torch.sort(importance, stable=True).indices
     before = torch.cumsum(room[order], 0) - room[order]
     taken = torch.minimum((target - float(w @ lo) - before).clamp(min=0.0), room[order])
@@ -55,7 +55,7 @@ def allocate_sparsity(
 def allocate_kept(
     importance: torch.Tensor, kept_total: int, m: int, spread: int = 1, ceiling: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """N (L,) int64 of every block's N:M, Σ N = kept_total: the knapsack of Eq. 5 in integers. Errors: as the spec's."""
+    """Choose N (L,) int64 of each block's N:M, Σ N = kept_total: the knapsack of Eq. 5 in integers."""
     importance = _checks.finite("importance", importance, "L")
     L = len(importance)
     _checks.integer("m", m, 1)

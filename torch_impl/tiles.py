@@ -15,22 +15,22 @@ MAP = ROWS * COLUMNS // 8
 """Bytes of a panel's bitmap."""
 TILES, LANES = 16, 32
 ORDER = (1, 0, 2, 3)
-"""Four neighbouring columns in the order of their values; the same order brings them back."""
+"""The order in which the values of four neighbouring columns are stored; applied twice, it restores the columns."""
 
 
 def pack_tiles(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bitmaps (panels, 256) uint8, values (kept,)) of weight (out, in), on its device."""
+    """Pack weight (out, in) into (bitmaps (panels, 256) uint8, values (kept,)), on its device."""
     weight = _checks.tensor("weight", weight, "out", "in")
     tiled = _tiled(weight)
     kept = tiled != 0
-    # 32 columns, tile of them, 8 lanes of a tile, lane, byte of a word: the columns' order, turned by two
+    # Axes: 32 columns, their tile, 8 lanes of a tile, lane, byte of a word (the columns' order, rotated by two).
     bits = kept[..., list(ORDER)].roll(2, -1).view(-1, 4, 4, 4, 8, 4).permute(0, 1, 3, 2, 5, 4)
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=weight.device)
     return (bits * powers).sum(-1, dtype=torch.uint8).view(-1, MAP), tiled[kept]
 
 
 def unpack_tiles(bitmaps: torch.Tensor, values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The weight (rows, columns) that `pack_tiles` was given; what it left out is +0."""
+    """Restore the weight (rows, columns) from its tiles, with +0 where no value is stored."""
     values = _checks.tensor("values", values, "kept", empty=True)
     rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
     _check_bitmaps(bitmaps, -(-rows // ROWS) * -(-columns // COLUMNS))
@@ -48,34 +48,34 @@ def unpack_tiles(bitmaps: torch.Tensor, values: torch.Tensor, rows: int, columns
 
 
 def count(bitmaps: torch.Tensor) -> torch.Tensor:
-    """(panels,) int64: how many values each panel has."""
+    """Count the values of each panel: (panels,) int64."""
     return _kept(bitmaps).sum((1, 2, 3))
 
 
 def _tiled(weight: torch.Tensor) -> torch.Tensor:
-    """A weight (rows, columns) in the order of the values: (panels, tiles, lanes, 4); zeros pad it."""
+    """Reorder a weight (rows, columns) to the order of its values, (panels, tiles, lanes, 4), padded with zeros."""
     rows, columns = weight.shape
     padded = nn.functional.pad(weight, (0, -columns % COLUMNS, 0, -rows % ROWS))
-    # 16 rows, 8 of them, row; panel, 32 columns, lane of a row, product, column of a lane
+    # Axes: 16 rows, 8 of them, row; panel, 32 columns, lane of a row, product, column of a lane.
     parts = padded.view(-1, 2, 8, padded.shape[1] // COLUMNS, 4, 4, 2, 4)
     return parts.permute(0, 3, 4, 6, 1, 2, 5, 7)[..., list(ORDER)].reshape(-1, TILES, LANES, 4)
 
 
 def _untiled(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """What `_tiled` was given."""
+    """Invert `_tiled`."""
     parts = tiled[..., list(ORDER)].view(-(-rows // ROWS), -1, 4, 2, 2, 8, 4, 4).permute(0, 4, 5, 1, 2, 6, 3, 7)
     return parts.reshape(-(-rows // ROWS) * ROWS, -1)[:rows, :columns].contiguous()
 
 
 def _kept(bitmaps: torch.Tensor) -> torch.Tensor:
-    """Bool (panels, tiles, lanes, 4) in the order of the values."""
+    """Return the bits as bool (panels, tiles, lanes, 4), in the order of the values."""
     places = torch.arange(8, dtype=torch.uint8, device=bitmaps.device)
     bits = (bitmaps[..., None] >> places).bitwise_and_(1).view(torch.bool).view(-1, 4, 4, 4, 4, 8)
     return bits.permute(0, 1, 3, 2, 5, 4).roll(2, -1)[..., list(ORDER)].reshape(-1, TILES, LANES, 4)
 
 
 def _check_bitmaps(bitmaps: Any, panels: int) -> None:
-    """Type and shape."""
+    """Check type and shape."""
     if not isinstance(bitmaps, torch.Tensor):
         raise TypeError(f"bitmaps is {type(bitmaps).__name__}; allowed: a tensor")
     if bitmaps.dtype != torch.uint8:

@@ -1,4 +1,4 @@
-"""Magnitude pruning: small weights go. Spec: reference/masks/magnitude.py."""
+"""Magnitude pruning: remove the smallest weights. Spec: reference/masks/magnitude.py."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from torch_impl.masks.select import matrix_mask
 
 
 def magnitude_mask(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Bool (out, in), True = kept: the smallest |W| of the whole matrix pruned."""
+    """Prune the smallest |W| of the whole matrix; return bool (out, in), True = kept."""
     return matrix_mask(_checks.finite("weight", weight, "out", "in").abs(), sparsity)

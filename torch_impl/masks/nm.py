@@ -1,4 +1,4 @@
-"""N:M patterns: in every M consecutive inputs of a row the N best stay. Spec: reference/masks/nm.py."""
+"""N:M patterns: keep the N best of every M consecutive inputs of a row. Spec: reference/masks/nm.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch_impl.masks.select import _scores
 
 
 def nm_mask(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Bool (out, in), True = kept: the n highest of every m consecutive inputs of a row; ties by lower column."""
+    """Keep the n highest of every m consecutive inputs of a row; return bool (out, in), True = kept. Ties by lower column."""
     score = _scores(score)
     _checks.integer("m", m, 1)
     _checks.integer("n", n, 0, m)
@@ -22,7 +22,7 @@ def nm_mask(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def kept_per_group(sparsity: float, m: int) -> int:
-    """N_t = M − rint(s_t · M), N of N:M at a step of the schedule."""
+    """Return N_t = M − rint(s_t · M), the N of N:M at one step of the schedule."""
     _checks.number("sparsity", sparsity, 0.0, 1.0)
     _checks.integer("m", m, 1)
     return m - round(round(sparsity * m, 9))

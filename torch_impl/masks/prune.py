@@ -1,4 +1,4 @@
-"""Every pruning method behind one call: the registry. A new method is one file in masks/ and one line in `METHODS`.
+"""The registry of pruning methods, behind one call. A new method is one file in masks/ and one line in `METHODS`.
 
 Spec: reference/masks/prune.py.
 """
@@ -24,10 +24,10 @@ def prune(
     sparsity: float | None = None,
     nm: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, zero where pruned and updated by SparseGPT; mask ⊆ kept), both (out, in).
+    """Prune one projection further; return (weight, mask ⊆ kept), both (out, in).
 
-    statistic: None for magnitude, `wanda.input_norm` for wanda, `sparsegpt.hessian` for sparsegpt. Either sparsity or
-    nm = (n, m) is given.
+    statistic: None for magnitude, `wanda.input_norm` for wanda, `sparsegpt.hessian` for sparsegpt. Give either sparsity or
+    nm = (n, m).
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
@@ -62,7 +62,7 @@ def prune(
 
 
 def _groups(method: str, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(zeros, sizes), each (groups,) on the CPU, of what a method compares among itself: rows, blocks of columns, the matrix."""
+    """Count (zeros, entries), each (groups,) on the CPU, of each group in which a method compares scores."""
     rows, columns = kept.shape
     if method == "wanda":
         full, size = kept.sum(1), torch.full((rows,), columns)

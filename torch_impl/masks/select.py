@@ -1,4 +1,4 @@
-"""Which entries of a score go: the lowest, and among equals those of lower index. Spec: reference/masks/select.py."""
+"""Choose which entries to prune: the lowest scores; ties by lower index. Spec: reference/masks/select.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from torch_impl import _checks, _kernels
 
-# A sort takes some thirty bytes an entry on the way, so rows of large matrices are sorted in parts.
+# A sort takes about 30 bytes per entry, so large matrices are sorted in parts of this many entries.
 SORTED_AT_ONCE = 1 << 25
 
 
 def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Bool (out, in), True = kept: floor(ρ·in + 1e-9) lowest of every row pruned; ties by lower column (stable sort)."""
+    """Prune the floor(ρ·in + 1e-9) lowest of each row; return bool (out, in), True = kept. Ties by lower column."""
     score = _scores(score)
     sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
     k = math.floor(sparsity * score.shape[1] + 1e-9)
@@ -27,13 +27,15 @@ def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def matrix_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Bool (out, in), True = kept: floor(ρ·out·in + 1e-9) lowest of the matrix pruned; ties by row-major order."""
+    """Prune the floor(ρ·out·in + 1e-9) lowest of the matrix; return bool (out, in), True = kept. Ties by row-major order."""
     return row_mask(_scores(score).reshape(1, -1), sparsity).view(score.shape)
 
 
 def rest_sparsity(zeros: torch.Tensor, sizes: torch.Tensor, sparsity: float) -> float:
-    """ρ' ≤ ρ to ask of every group so that together they get the share ρ, though some (zeros of sizes, both (groups,),
-    whole numbers in float64) have more already: these keep it and the others lose less."""
+    """Lower ρ to ρ' so that groups pruned at ρ' together reach ρ, although some groups already have more zeros than that.
+
+    zeros, sizes: (groups,), whole numbers in float64.
+    """
     zeros = _checks.tensor("zeros", zeros, "groups")
     sizes = _checks.tensor("sizes", sizes, "groups")
     _checks.same_shape("zeros", zeros, sizes, "sizes")
@@ -50,7 +52,7 @@ def rest_sparsity(zeros: torch.Tensor, sizes: torch.Tensor, sparsity: float) -> 
 
 
 def demote_pruned(score: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The score (out, in), −inf where not kept, so that pruned weights go first and masks nest."""
+    """Set the score (out, in) of pruned weights to −inf, so that they are pruned first and masks nest."""
     score = _scores(score)
     return score.masked_fill(~_checks.mask("kept", kept, score, "score"), -math.inf)
 

@@ -1,4 +1,4 @@
-"""SparseGPT: prune from left to right and let the weights not yet visited make up for it. Spec: reference/masks/sparsegpt.py."""
+"""SparseGPT: prune column by column; later columns compensate for each error. Spec: reference/masks/sparsegpt.py."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch_impl import _checks, _kernels
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask
 
-# Columns whose mask is chosen together, unless said otherwise.
+# Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
-# A Hessian that will not factor is tried again with ten and a hundred times the damping.
+# If the Hessian cannot be factored, retry with 10 and 100 times the damping.
 DAMPING_RETRIES = (1.0, 10.0, 100.0)
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def hessian(inputs: torch.Tensor, samples: int) -> torch.Tensor:
-    """H = 2/N Σ x xᵀ (in, in) of calibration inputs (tokens, in) that came in N sequences, in float32 at least."""
+    """Compute H = 2/N Σ x xᵀ (in, in) of calibration inputs (tokens, in) from N sequences, in float32 at least."""
     X = _checks.tensor("inputs", inputs, "tokens", "in")
     _checks.integer("samples", samples, 1)
     return _kernels.wide_product(X.T, X).mul_(2 / samples)
@@ -33,10 +33,10 @@ def sparsegpt(
     damping: float = 0.01,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(updated weight, zero where pruned; mask), both (out, in): SparseGPT, Algorithm 1, in float32 at least.
+    """Prune and update a weight (SparseGPT, Algorithm 1, in float32 at least); return (weight, mask), both (out, in).
 
-    hessian: (in, in). kept: weights not pruned yet; the others are pruned first and stay pruned.
-    Errors: ValueError naming the dampings tried if the Hessian will not factor.
+    hessian: (in, in). kept: weights not yet pruned; the others are pruned first and stay pruned.
+    Errors: ValueError with the damping values tried, if the Hessian cannot be factored.
     """
     sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
 
@@ -55,7 +55,7 @@ def sparsegpt_nm(
     damping: float = 0.01,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sparsegpt` with n of every m consecutive inputs of a row kept; m divides block_size and in."""
+    """Prune with SparseGPT, keeping n of every m consecutive inputs of a row; m divides block_size and in."""
     _checks.integer("m", m, 1)
     _checks.integer("n", n, 0, m)
     _checks.integer("block_size", block_size, 1)
@@ -78,7 +78,7 @@ def _prune(
     choose: Choose,
     group: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column loop: updates stay inside a block of columns until it is done, then reach all later ones in one product."""
+    """Run the column loop: update within a block of columns first, then all later columns in one product."""
     W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
     H = _checks.finite("hessian", _checks.square("hessian", hessian), "n", "n")
     if len(H) != W.shape[1]:
@@ -108,7 +108,7 @@ def _prune(
 def _visit(
     block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, first: int, last: int
 ) -> None:
-    """Prune columns `first` to `last` of a block (out, width) in place; the block's later columns make up for each."""
+    """Prune columns `first` to `last` of a block (out, width) in place; the block's later columns compensate."""
     if _kernels.usable(block, factor):
         _kernels.sweep(block, factor, mask, errors, first, last)
         return
@@ -118,19 +118,19 @@ def _visit(
 
 
 def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
+    """Return U, upper triangular, with (H + damping)⁻¹ = Uᵀ U."""
     _checks.number("damping", damping, 0.0)
     H = _checks.wide(H)
     tried = []
     for factor in DAMPING_RETRIES:
         tried.append(damping * factor)
-        # Read from the last row and column to the first, H = L Lᵀ gives H⁻¹ = UᵀU with U = L⁻¹ read backwards.
+        # Factor H with its rows and columns reversed: H = L Lᵀ. Then H⁻¹ = UᵀU, where U is L⁻¹ reversed again.
         damped = H.flip(0, 1) + torch.diag_embed((tried[-1] * H.diagonal().mean()).expand(len(H)))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             continue
         U = torch.linalg.solve_triangular(lower, torch.eye(len(H), dtype=H.dtype, device=H.device), upper=False)
-        # The inverse itself must be finite too: its diagonal is the sum of U's squares.
+        # The inverse must be finite too: its diagonal is the sum of the squares of U.
         if bool(torch.isfinite(U.square().sum(0)).all()):
             return U.flip(0, 1)
     raise ValueError(f"hessian is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}")

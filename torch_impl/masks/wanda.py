@@ -1,4 +1,4 @@
-"""Wanda: a weight counts for as much as the input it multiplies. Spec: reference/masks/wanda.py."""
+"""Wanda: score each weight by its magnitude times the norm of its input. Spec: reference/masks/wanda.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch_impl.masks.select import row_mask
 
 
 def input_norm(inputs: torch.Tensor) -> torch.Tensor:
-    """‖X_j‖₂ (in,) of calibration inputs X (tokens, in), in float32 at least (Wanda, Eq. 1)."""
+    """Compute ‖X_j‖₂ (in,) of calibration inputs X (tokens, in), in float32 at least (Wanda, Eq. 1)."""
     X = _checks.tensor("inputs", inputs, "tokens", "in")
     return torch.linalg.vector_norm(X, dim=0, dtype=torch.promote_types(X.dtype, torch.float32))
 
 
 def wanda_score(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
-    """|W_ij| · ‖X_j‖₂ (out, in), in float32 at least (Wanda, Eq. 1)."""
+    """Compute |W_ij| · ‖X_j‖₂ (out, in), in float32 at least (Wanda, Eq. 1)."""
     weight = _checks.finite("weight", weight, "out", "in")
     norm = _checks.wide(_checks.finite("input_norm", input_norm, "in"))
     if len(norm) != weight.shape[1] or float(norm.min()) < 0:
@@ -27,5 +27,5 @@ def wanda_score(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
 
 
 def wanda_mask(weight: torch.Tensor, input_norm: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Bool (out, in), True = kept: the lowest Wanda scores of every row pruned (Wanda, Algorithm 1)."""
+    """Prune the lowest Wanda scores of each row; return bool (out, in), True = kept (Wanda, Algorithm 1)."""
     return row_mask(wanda_score(weight, input_norm), sparsity)
