@@ -208,7 +208,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(
     assert model.model.layers[0] in calls
     assert not following.fuses
     assert torch.equal(ours, plain)
-    assert capsys.readouterr().err == "decoding: not compiled, so slower (no compiler here)\n"
+    assert capsys.readouterr().err == "decoding: compilation failed, so decoding is slower (no compiler here)\n"
 
 
 def test_a_sliding_window_is_not_compiled() -> None:

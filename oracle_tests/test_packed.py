@@ -231,7 +231,7 @@ def test_without_a_compiler_a_slower_path_says_so_once(
         assert_product("no compiler", cpu.linear(x, *packed.pack(weight)), x, weight)
     assert cpu.paths() == ()
     said = capsys.readouterr().err
-    assert said == "packed weights: no kernels for this CPU, a slower path instead (no compiler here)\n"
+    assert said == "packed weights: CPU kernels are not available, so decoding is slower (no compiler here)\n"
 
 
 @pytest.mark.usefixtures("fresh_paths")
@@ -434,8 +434,8 @@ def test_a_gpu_without_kernels_says_so_once(
     assert packed_linear._has_kernels(values)
     values.dtype = torch.float32
     assert not any(packed_linear._has_kernels(values) for _ in range(3))
-    said = "packed weights: no kernels for this GPU, a slower path instead ({})\n"
-    reasons = ("no nvcc", "they take bfloat16 and float16, not float32")
+    said = "packed weights: GPU kernels are not available, so decoding is slower ({})\n"
+    reasons = ("no nvcc", "they support bfloat16 and float16, not float32")
     assert capsys.readouterr().err == "".join(said.format(reason) for reason in reasons)
 
 

@@ -193,7 +193,7 @@ def test_a_tensor_that_the_list_does_not_name_is_refused(packed_model: Path, tmp
     broken = Path(shutil.copytree(packed_model, tmp_path / "broken"))
     tensors = load_file(broken / FILE)
     save_file({**tensors, "more": torch.ones(1)}, broken / FILE)
-    with pytest.raises(ValueError, match=rf"{FILE} holds beside what it should more, by packed\.json"):
+    with pytest.raises(ValueError, match=rf"{FILE} has, but packed\.json lacks, more; pack"):
         packed_folder.load(broken, CPU)
 
 
@@ -329,9 +329,9 @@ def zero_a_value(tensors: dict[str, torch.Tensor]) -> None:
         (drop_a_value, r"values has \d+ entries, but bitmap has \d+ bits set"),
         (move_an_offset, r"offsets\[5\] is 1099511627776"),
         (cut_the_bitmap, r"offsets has shape \(49,\); allowed: \(48,\)"),
-        (cut_all, r"(shape is \(47, 32\)|bitmap has 47 rows) and packed.json lists .*48"),
-        (other_dtype, "dtype is bfloat16 and packed.json lists float32"),
-        (remove, f"lacks {KEY}.offsets, by packed.json"),
+        (cut_all, r"(shape is \(47, 32\)|bitmap has 47 rows), but packed.json lists .*48"),
+        (other_dtype, "dtype is bfloat16, but packed.json lists float32"),
+        (remove, f"lacks, but packed.json lists, {KEY}.offsets; pack"),
         (zero_a_value, r"values\[7\] is 0"),
     ],
 )
@@ -361,20 +361,23 @@ def test_a_truncated_file_is_named(packed_model: Path, tmp_path: Path, share: fl
     shutil.copytree(packed_model, broken)
     content = (broken / FILE).read_bytes()
     (broken / FILE).write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=rf"{FILE} cannot be read \(.*\): it is truncated or corrupt"):
+    with pytest.raises(ValueError, match=rf"{FILE} is missing, truncated or corrupt \(.*\); pack"):
         packed_folder.load(broken, CPU)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[:-40], "is not the list of a packed model"),
+        (lambda text: text[:-40], "is corrupt"),
         (
             lambda text: re.sub(r'"metadata": (null|{[^}]*})', '"metadata": 2', text),
-            "is not the list of a packed model",
+            "is corrupt",
         ),
-        (lambda text: text.replace(f'"file": "{FILE}"', '"file": [2]'), "is not the list of a packed model"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2; allowed: losa-packed, version 1"),
+        (lambda text: text.replace(f'"file": "{FILE}"', '"file": [2]'), "is corrupt"),
+        (
+            lambda text: text.replace('"version": 1', '"version": 2'),
+            "version 2, but this version reads only losa-packed, version 1",
+        ),
         (lambda text: text.replace(f'"{FILE}": {{', '"../other.safetensors": {'), "names files that are not"),
         (lambda text: text.replace(f'"{KEY}"', '"model.layers.7.mlp.up_proj.weight"'), r"no place for .*layers\.7\."),
     ],
@@ -409,7 +412,7 @@ def test_bad_arguments_get_one_line(
     (tmp_path / "full" / "thesis.tex").write_text("")
     for arguments, message in (
         ([str(tmp_path / "none"), out], "no such folder"),
-        ([str(packed_model), out], "is packed already"),
+        ([str(packed_model), out], "is already packed"),
         ([str(plain), out, "--unpack"], "no packed.json in this folder"),
         ([str(plain), str(packed_model)], "exists; allowed: a new folder, or --overwrite"),
         ([str(plain), str(tmp_path / "full"), "--overwrite"], "is not the folder of a model"),
@@ -528,7 +531,7 @@ def test_generate_prints_the_same_text_for_packed_and_plain(
     for folder, *more in ((plain,), (packed_model,), (packed_model, "--compile", "on")):
         assert generate.main([str(folder), "--prompt", "def", "--max_new_tokens", "8", "--device", "cpu", *more]) == 0
         text = capsys.readouterr()
-        assert "not compiled" not in text.err
+        assert "compilation failed" not in text.err
         assert "tokens/s" in text.err
         assert "memory at its peak" in text.err
         shown.append(text.out)

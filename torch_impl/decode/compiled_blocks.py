@@ -1,7 +1,7 @@
-"""Decoder blocks compiled for one token at a time: what lies between the projections becomes a few kernels.
+"""Decoder blocks compiled for one token at a time: everything between the projections becomes a few kernels.
 
-All blocks are one compiled function, called with the block and its own layer of the cache, so that compiling takes as long
-as for one block. torch keeps what it compiled on disk.
+All blocks share one compiled function, called with the block and its layer of the cache. So compiling takes as long as for
+one block. torch caches the compiled code on disk.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch_impl.engine.families import decoder_blocks, find_family
 
 
 class _Once(CustomGraphPass):  # type: ignore[misc]
-    """Layers of a group ask for the same product: it is worked out once, which torch sees to only where it trains."""
+    """Compute the product that all layers of a group request only once; torch removes such duplicates only in training."""
 
     def __call__(self, graph: Graph) -> None:
-        """Change the graph, in which nothing is written to yet."""
+        """Remove duplicate products. In this pass the graph still has no in-place writes."""
         first: dict[Any, Node] = {}
         for node in list(graph.nodes):
             if getattr(node.target, "namespace", None) == "losa":
@@ -35,18 +35,18 @@ class _Once(CustomGraphPass):  # type: ignore[misc]
                     graph.erase_node(node)
 
     def uuid(self) -> bytes:
-        """What torch keeps on disk is of this version of the pass."""
+        """Identify this version of the pass in torch's cache on disk."""
         return get_hash_for_files((__file__,))
 
 
 class _OneLayer(Cache):
-    """A cache that is one layer of another, whatever number a block asks for: a number would be a constant of the code."""
+    """One layer of another cache, for any layer index: the compiled code would treat an index as a constant."""
 
     def __init__(self, layer: Any) -> None:
         own: Any = copy.copy(layer)
         for name, value in vars(layer).items():
             if isinstance(value, torch.Tensor):
-                # The same memory without the mark of a fixed address, which to older versions of torch is such a constant too.
+                # The same memory without the static-address mark, which older versions of torch also compile in.
                 setattr(own, name, value.detach())
         self._own = own
         super().__init__(layers=[own])
@@ -54,7 +54,7 @@ class _OneLayer(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write where the layer goes on; all its keys and values."""
+        """Append to the layer; return all its keys and values."""
         result: tuple[torch.Tensor, torch.Tensor] = self._own.update(key_states, value_states, *args, **kwargs)
         return result
 
@@ -64,22 +64,21 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _compile() -> Callable[..., Any]:
-    """`_call`, compiled for modules of one kind. Its code is its own, so that torch's limit on versions of one code counts
-    for each model and cache alone."""
+    """Compile a copy of `_call`. With a copy per model and cache, torch's recompilation limit applies to each separately."""
     own = FunctionType(_call.__code__.replace(), _call.__globals__)
     return torch.compile(own, fullgraph=True, dynamic=False, options={"post_grad_custom_pre_pass": _Once()})
 
 
 class FusedBlocks:
-    """The blocks of a model over a static cache that has been written to once; `in_place` puts them into the model.
+    """The compiled blocks of a model over a static cache that is already in use; `in_place` makes the model call them.
 
-    Errors: ValueError if the model's family is unknown or its layers slide; the first call may raise RuntimeError where
-    nothing can be compiled.
+    Errors: ValueError if the model's family is unknown or its layers slide. The first call raises RuntimeError if
+    compilation fails.
     """
 
     def __init__(self, model: PreTrainedModel, cache: StaticCache) -> None:
         if any(cache.is_sliding) or not cache.is_initialized:
-            raise ValueError("cache slides or is empty; allowed: a static cache that was written to")
+            raise ValueError("cache slides or is empty; give a static cache that is in use")
         family = find_family(model)
         blocks = decoder_blocks(model, family)
         decoder = model.get_submodule(family.blocks.rpartition(".")[0])
@@ -88,7 +87,7 @@ class FusedBlocks:
             block: self._over(block_call, block, _OneLayer(layer))
             for block, layer in zip(blocks, cache.layers, strict=True)
         }
-        # What a token passes before and after the blocks: rotary angles, the last norm.
+        # The modules before and after the blocks: rotary angles, the last norm.
         for module in decoder.children():
             if module is not blocks and not isinstance(module, (nn.Embedding, nn.Linear)):
                 self._calls[module] = self._plain(_compile(), module)
@@ -109,7 +108,7 @@ class FusedBlocks:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model calls these in the place of its blocks, for the duration."""
+        """Within this context, the model calls the compiled blocks."""
         before = {module: module._compiled_call_impl for module in self._calls}
         try:
             for module, call in self._calls.items():

@@ -1,9 +1,9 @@
 // y = x Wᵀ + b for a packed weight W (torch_impl/packed.py) and a few rows of x, without unpacking W in memory.
 //
-// One row of W at a time, 32 columns a word of its bitmap: the next values are loaded, spread to the columns whose bit is
-// set, and multiplied with that part of x; the number of set bits says where the next values begin. Sums are float32.
-// Paths, the best that this CPU has first: avx512bf16 (VPEXPANDW, VDPBF16PS), avx512 (VPEXPANDW, FMA), avx2 (a shuffle
-// from a table of all 256 masks), scalar (a loop over set bits).
+// For each row of W and each bitmap word (32 columns): load the next values, expand them to the columns whose bit is set,
+// and multiply them with that part of x. The number of set bits gives the start of the next values. Sums are float32.
+// Paths, fastest first: avx512bf16 (VPEXPANDW, VDPBF16PS), avx512 (VPEXPANDW, FMA), avx2 (a shuffle from a table of all
+// 256 masks), scalar (a loop over set bits).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -26,10 +26,10 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int kRows = 8;     // rows of x that one pass over W serves
-constexpr int kColumns = 32; // columns of a word of the bitmap; a vector load may read so many values too many
+constexpr int kRows = 8;     // rows of x per pass over W
+constexpr int kColumns = 32; // columns per bitmap word; a vector load may read up to this many values too many
 
-// Storage may begin at any byte.
+// Addresses may be unaligned.
 template <class T>
 inline T load(const void* from) {
   T value;
@@ -73,7 +73,7 @@ struct Scalar {
 #define AVX512BF16 \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
 
-// For every mask of 8 columns: which value each column takes; 0xff where none (a byte shuffle makes that 0).
+// For every mask of 8 columns: the value of each column; 0xff where there is none (a byte shuffle makes that 0).
 struct Spread {
   alignas(16) uint8_t halves[256][16]; // 2-byte values
   alignas(32) int32_t lanes[256][8];   // 4-byte values; negative where none
@@ -95,7 +95,7 @@ struct Avx2 {
   template <class T>
   using Input = float;
 
-  // The next values, spread to the 8 columns of `mask`, as float32.
+  // Expand the next values to the 8 columns of `mask`, as float32.
   template <class T>
   AVX2 static inline __m256 take(uint32_t mask, const T* values) {
     if constexpr (std::is_same_v<T, float>) {
@@ -144,8 +144,8 @@ struct Avx2 {
   }
 };
 
-// Zeros that the compiler does not know to be zeros: with them as the source of what is not kept, VPEXPAND takes the form
-// that merges. On Zen 4 that one and what follows take 1.0 ns a word, against 1.8 ns in the form that zeroes.
+// Zeros that the compiler cannot recognise as zeros, so that it uses the merging form of VPEXPAND. On Zen 4 the merging
+// form and the code after it take 1.0 ns per word, the zeroing form 1.8 ns.
 AVX512 inline __m512i hidden_zeros() {
   __m512i zeros = _mm512_setzero_si512();
   __asm__("" : "+v"(zeros));
@@ -156,7 +156,7 @@ struct Avx512 {
   template <class T>
   using Input = float;
 
-  // The next values, spread to the 16 columns of `mask`, as float32.
+  // Expand the next values to the 16 columns of `mask`, as float32.
   template <class T>
   AVX512 static inline __m512 take(uint32_t mask, const T* values, __m512i zeros) {
     const auto bits = static_cast<__mmask16>(mask);
@@ -228,7 +228,7 @@ struct Avx512Bf16 {
     const __m512i zeros = hidden_zeros();
     int64_t w = 0;
     for (; w + kSums <= in.words; w += kSums) {
-      // Far enough ahead to cross into the next rows; a prefetch beyond the end is ignored.
+      // Prefetch far enough ahead to reach the next rows; a prefetch beyond the end is ignored.
       _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(values) + 2112, _MM_HINT_T0);
 #pragma GCC unroll 4
@@ -244,14 +244,14 @@ struct Avx512Bf16 {
 
 #endif
 
-// This library has an OpenMP of its own: as many threads as torch's.
+// This library has its own OpenMP runtime: use as many threads as torch.
 void follow_torch_threads() {
 #ifdef _OPENMP
   omp_set_num_threads(at::get_num_threads());
 #endif
 }
 
-// In how many parts work is done at once.
+// The number of parts that run in parallel.
 int64_t threads() {
   follow_torch_threads();
   std::atomic<int64_t> parts{0};
@@ -289,13 +289,13 @@ void product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& va
       }
     }
     const RowFunction function = row_function<Path, T>(count);
-    // About 30,000 positions are worth waking a thread for.
+    // Waking a thread pays off from about 30,000 positions on.
     at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / stride), [&](int64_t begin, int64_t end) {
       std::vector<T> copy;
       float sums[kRows];
       for (int64_t r = begin; r < end; r++) {
         const T* row = kept + starts[r];
-        // The last rows have no values behind them to read into: those of a copy.
+        // Vector loads would read beyond the values of the last rows, so copy those rows with padding.
         if (starts[rows] - starts[r + 1] < kColumns) {
           copy.assign(starts[r + 1] - starts[r] + kColumns, T(0));
           std::memcpy(copy.data(), row, (starts[r + 1] - starts[r]) * sizeof(T));
@@ -344,10 +344,10 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tenso
   const auto known = paths();
   TORCH_CHECK_VALUE(std::find(known.begin(), known.end(), path) != known.end(), "path is ", path, "; allowed: ", known);
   TORCH_CHECK_VALUE(x.dim() == 2 && bitmap.dim() == 2 && bitmap.size(1) == (x.size(1) + 31) / 32 * 4, "x has shape ",
-                    x.sizes(), ", which does not fit bitmap's ", bitmap.sizes());
+                    x.sizes(), ", which does not match bitmap's ", bitmap.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == values.scalar_type() && bitmap.scalar_type() == at::kByte &&
                    offsets.scalar_type() == at::kLong && (!bias || bias->scalar_type() == x.scalar_type()),
-                   "x has dtype ", x.scalar_type(), "; allowed: that of values and bias, ", values.scalar_type());
+                   "x has dtype ", x.scalar_type(), "; allowed: the dtype of values and bias, ", values.scalar_type());
   for (const auto& each : {x, bitmap, values, offsets}) {
     TORCH_CHECK_VALUE(each.is_contiguous() && each.is_cpu(), "an argument is not contiguous or not on the CPU");
   }

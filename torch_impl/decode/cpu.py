@@ -1,4 +1,4 @@
-"""Products with a packed weight on the CPU: kernels in C++, built on first use; torch's own operations without a compiler."""
+"""Products with a packed weight on the CPU, by C++ kernels built on first use; without a compiler, by torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from torch_impl import packed
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLAGS = ["-O3"]
-# Without it torch's parallel_for, a template, is compiled to a loop of one thread.
+# Without this flag torch's parallel_for, a template, compiles to a single-threaded loop.
 THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def build(source: Path) -> None:
-    """Compile and load a C++ file of this package. Its place among torch's extensions is its own: another checkout or
-    version that builds at the same time must not replace a library in use.
+    """Compile and load a C++ file of this package.
 
-    Errors: RuntimeError, OSError, ImportError or SubprocessError where there is no compiler or no ninja.
+    The extension's name contains a hash, so that another checkout or version does not replace a library in use.
+
+    Errors: RuntimeError, OSError, ImportError or SubprocessError if there is no compiler or no ninja.
     """
     content = (
         source.read_bytes() + str(source.resolve()).encode() + " ".join([torch.__version__, *FLAGS, *THREADS]).encode()
@@ -35,7 +36,7 @@ def build(source: Path) -> None:
     name = f"losa_{source.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
     before = os.environ.get("PATH", "")
     try:
-        # An environment that is not activated still has its own ninja.
+        # Find ninja even if the virtual environment is not activated.
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
         cpp_extension.load(
             name, [str(source)], extra_cflags=[*FLAGS, *THREADS], extra_ldflags=THREADS, is_python_module=False
@@ -46,15 +47,16 @@ def build(source: Path) -> None:
 
 @functools.cache
 def paths() -> tuple[str, ...]:
-    """Instruction sets that the kernels have and this CPU too, the fastest first; none, said in one line, if they do not build.
+    """List the instruction sets that both the kernels and this CPU support, fastest first.
 
-    The first call compiles for about half a minute; torch keeps the result in its folder of extensions.
+    If the kernels do not build, print why in one line and return none. The first call compiles for about half a minute;
+    torch caches the result.
     """
     try:
         build(SOURCE)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:160]
-        print(f"packed weights: no kernels for this CPU, a slower path instead ({reason})", file=sys.stderr)
+        print(f"packed weights: CPU kernels are not available, so decoding is slower ({reason})", file=sys.stderr)
         return ()
     return tuple(torch.ops.losa_cpu_decode.paths())
 
@@ -67,7 +69,10 @@ def linear(
     bias: torch.Tensor | None = None,
     path: str | None = None,
 ) -> torch.Tensor:
-    """x Wᵀ + b (n, out) of x (n, in) and a checked packed W, summed in float32. path: one of `paths()`, default the first."""
+    """Compute x Wᵀ + b (n, out) of x (n, in) and a checked packed W, with float32 sums.
+
+    path: one of `paths()`, default the first.
+    """
     if x.dtype not in DTYPES or not paths():
         return nn.functional.linear(x, packed.expand(bitmap, values, x.shape[1]), bias)
     result: torch.Tensor = torch.ops.losa_cpu_decode.linear(

@@ -1,9 +1,9 @@
-// y = W x for a sparse W in panels (the layout of cuda.py), one to eight rows of x, by the matrix units.
+// y = W x for a sparse W in panels (the layout of cuda.py) and one to eight rows of x, on the tensor cores.
 //
-// A warp takes panels of 16 x 128 one after the other. A lane's share of a product of 16 x 16 by 16 x 8 is four numbers of a
-// row, twice. Where they lie among the panel's values it counts in the bitmap, and four reads side by side bring them, with what
-// is not theirs; two byte permutations put them and zeros in place. Lanes that follow each other read values that follow each
-// other, so that no two of a warp wait for the same bank. Sums are always taken in the same order.
+// A warp reads panels of 16 x 128 one after the other. In a product of 16 x 16 by 16 x 8, a lane holds four numbers of a row,
+// twice. It counts bits in the bitmap to find their values, and reads four neighbouring values, some of which belong to other
+// lanes. Two byte permutations put its own values and zeros in place. Neighbouring lanes read neighbouring values, so there are
+// no bank conflicts. The order of summation is fixed.
 
 #include <cstdint>
 #include <cuda_bf16.h>
@@ -17,19 +17,19 @@ constexpr int ROWS = 16, COLUMNS = 128;   // of a panel
 constexpr int MAP = ROWS * COLUMNS / 8;   // bytes of its bitmap
 constexpr int BATCH = 8;                  // rows of x
 constexpr int SCRATCH = ROWS * BATCH * 4; // bytes of shared memory for a warp's sums, and for the counts of a bitmap's bits
-constexpr int SLOTS = 2;                  // panels that a warp has on their way
+constexpr int SLOTS = 2;                  // panels that a warp loads ahead
 constexpr int BARRIERS = 8 * SLOTS;       // bytes of shared memory for their barriers
 constexpr unsigned ALL = 0xffffffffu;
 
 struct Layout {
     const uint8_t* data;   // panels: bitmap, values
-    const int* starts;     // (panels of all strips + 1) where each begins, in 16 bytes
-    int rows, columns, panels, slot;   // panels of a strip of 16 rows; bytes of the largest panel
+    const int* starts;     // (panels of all strips + 1) start of each, in units of 16 bytes
+    int rows, columns, panels, slot;   // panels: per strip of 16 rows; slot: bytes of the largest panel
 };
 
 extern __shared__ __align__(128) unsigned char memory[];
 
-// Shared memory by address, which stays in a register.
+// Access shared memory by an address in a register.
 __device__ __forceinline__ uint32_t load(uint32_t from) {
     uint32_t value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
@@ -58,7 +58,7 @@ __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t whi
     return result;
 }
 
-// How many bits the words of a panel's bitmap have, in bytes, a tile's four side by side.
+// Count the set bits of each word of a panel's bitmap, one byte per count, the four words of a tile side by side.
 __device__ __forceinline__ void count_bits(uint32_t panel, uint32_t counts, uint32_t lane) {
     const uint32_t to = counts + lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4;
     const uint32_t one = load(panel + 4 * lane), two = load(panel + 4 * lane + 4 * LANES);
@@ -67,18 +67,18 @@ __device__ __forceinline__ void count_bits(uint32_t panel, uint32_t counts, uint
     __syncwarp();
 }
 
-// What a lane looks at in a word of the bitmap: its first bit, and all bits of values before its third number; in a tile, how
-// often words before its own count, in bytes of values.
+// A lane's masks: `bit`, its first bit in a bitmap word; `before`, the bits of all values before its third number; `words`, per
+// word of a tile, the bytes per value of the words before its own.
 struct Share {
     uint32_t bit, before, words;
     __device__ __forceinline__ explicit Share(uint32_t lane)
         : bit(lane % 8), before(0x01010101u * ((1u << bit) - 1) | 0x01010000u << bit), words(0x02020202u & ((1u << lane / 8 * 8) - 1)) {
-        // Stay in registers.
+        // Keep them in registers.
         asm volatile("" : "+r"(bit), "+r"(before), "+r"(words));
     }
 };
 
-// base + two 16-bit numbers times two bytes, the lower or the upper ones.
+// Compute base + the dot product of two 16-bit numbers with the lower or upper two bytes.
 template <bool UPPER>
 __device__ __forceinline__ uint32_t choose(uint32_t numbers, uint32_t bytes, uint32_t base) {
     uint32_t result;
@@ -87,9 +87,9 @@ __device__ __forceinline__ uint32_t choose(uint32_t numbers, uint32_t bytes, uin
     return result;
 }
 
-// Four numbers of a row, in two pairs. Two are read on either side of the middle, the nearer first; a bit for the nearer and
-// one, eight places higher, for the farther make the choice of bytes: (none, none), (nearer, none), (none, its first), (both).
-// values: where the tile's values begin, then where the next one's do.
+// Read four numbers of a row, in two pairs. Two values are read on either side of the middle, the nearer one first. A bit for
+// the nearer number and a bit eight places higher for the farther one select the bytes: (none, none), (nearer, none), (none,
+// first value), (both). values: start of the tile's values; on return, of the next tile's.
 __device__ __forceinline__ void read_quad(uint32_t& low, uint32_t& high, uint32_t word, uint32_t counts, uint32_t& values, const Share& share) {
     constexpr uint32_t NONE = 0x2222, NEARER_FARTHER = 0xee0043ee;
     const uint32_t middle = __dp4a(counts, share.words, values) + 2 * __popc(word & share.before);
@@ -112,15 +112,15 @@ __device__ __forceinline__ void multiply<__half>(float (&sum)[4], const uint32_t
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 
-// A warp's panels on their way, into two places in shared memory by turns. On Hopper the copy engine brings a panel and a barrier
-// counts its bytes; before Hopper every lane copies, and waits for all that is on its way.
+// Loads a warp's panels ahead, alternating between two places in shared memory. On Hopper the copy engine copies a panel and a
+// barrier counts its bytes. Before Hopper all lanes copy, and wait for all pending copies.
 struct Feed {
     const uint8_t* data;
-    uint32_t at, barrier;       // the place of the panel that is next
-    uint32_t both;              // the sum of the places
+    uint32_t at, barrier;       // place of the next panel
+    uint32_t both;              // sum of the two places
     uint32_t round;
-    int starts;                 // where the panel begins that has the lane's number
-    int start;                  // of the one copied next
+    int starts;                 // start of the panel with this lane's number
+    int start;                  // start of the panel to copy next
     int next;                   // its number
 
     __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count)
@@ -147,7 +147,7 @@ struct Feed {
     }
 #endif
 
-    // Behind the last panel all lanes know its end, so that nothing is copied; there must be lanes for SLOTS further ones.
+    // Lanes after the last panel hold its end, so nothing more is copied. This needs SLOTS spare lanes.
     __device__ __forceinline__ void copy(uint32_t to, uint32_t counter, int lane) {
         const int end = __shfl_sync(ALL, starts, ++next), bytes = (end - start) * 16;
         const uint8_t* from = data + static_cast<size_t>(start) * 16;
@@ -164,7 +164,7 @@ struct Feed {
 #endif
     }
 
-    // To the other place, whose panel came after this one's, while another one comes here.
+    // Switch to the other place, which holds the following panel, and start loading another panel into this one.
     __device__ __forceinline__ void turn(int lane) {
         copy(at, barrier, lane);
         at = both - at;
@@ -184,7 +184,7 @@ struct Feed {
     }
 };
 
-// Eight numbers of one row of x; beyond its end, `left` numbers further, zeros.
+// Read eight numbers of one row of x; zeros after `left` numbers, the end of the row.
 template <typename T>
 __device__ __forceinline__ uint4 read_end(const T* from, int left) {
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
@@ -195,7 +195,7 @@ __device__ __forceinline__ uint4 read_end(const T* from, int left) {
     return uint4{words[0], words[1], words[2], words[3]};
 }
 
-// Conversions by name: torch builds with the operators switched off.
+// Conversion functions, because torch builds without the conversion operators.
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
@@ -212,12 +212,12 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     Feed feed(w, mine, lane, blockIdx.x * w.panels + first, count);
     const Share share(lane);
 #if __CUDA_ARCH__ >= 900
-    // Weights do not change, so they are on their way before the kernel that makes x has ended; the next one may do the same.
+    // Weights do not change, so they load before the previous kernel, which computes x, ends. Let the next kernel do the same.
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
     const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
-    // Numbers of x that may be read by eights.
+    // How many numbers of x can be read eight at a time.
     int whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 ? w.columns - first * COLUMNS : 0;
     const uint32_t words = lane / 8 * 16;
 
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
         feed.turn(lane);
     }
 
-    // The sum over the warps, always in the same order.
+    // Sum over the warps, in a fixed order.
     const uint32_t to = scratch + lane / 4 * 32 + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) store(to + i / 2 * (SCRATCH / 2) + i % 2 * 4, __float_as_uint(sums[i]));
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     }
 }
 
-// The dense weight (rows, columns); a warp writes a panel.
+// Write the dense weight (rows, columns), one panel per warp.
 __global__ void expand(Layout w, uint16_t* dense) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int panel = blockIdx.x * (blockDim.x / LANES) + warp;
@@ -319,7 +319,7 @@ cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, in
 
 }  // namespace
 
-// Both return a cudaError_t. half: fp16 numbers, else bf16. overlap: the device lets a kernel begin before the last one ends.
+// Both return a cudaError_t. half: fp16 numbers, otherwise bf16. overlap: the device can start a kernel before the previous one ends.
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                            int panels, int slot, int half, int batch, int share, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};

@@ -1,7 +1,7 @@
-"""Decoding with sparse weights on a GPU: a layout made on load, and y = W x by hand-written CUDA.
+"""Decoding with sparse weights on a GPU: a layout computed on load, and y = W x in CUDA.
 
-It is compiled on first use (cuda.cu), by torch's own builder into its cache. `available` says whether that works
-here; the layout itself is plain tensors, made and unpacked on any device.
+torch compiles cuda.cu on first use and caches it. `available` tells whether that works on this machine. The layout is
+plain tensors; it can be packed and unpacked on any device.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from torch_impl import tiles
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
-"""Largest batch that the kernels take at once."""
-# As in cuda.cu: what a warp takes of shared memory beside panels, and how many panels it has on their way.
+"""Largest batch of one kernel call."""
+# As in cuda.cu: a warp's shared memory besides panels, and the number of panels it loads ahead.
 SCRATCH, BARRIERS, SLOTS = 512, 16, 2
-# Panels begin at multiples of so many bytes, as the copy engine wants it.
+# Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
-# Warps of a block, where blocks are many, and where all are there at once.
+# Warps per block if there are many blocks, and if all blocks run at once.
 WARPS, MORE_WARPS = 8, 11
 MOST_WARPS = 32
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a launch depends on: by default an H100's or H200's."""
+    """The properties of a GPU that a launch depends on; the defaults are those of an H100 or H200."""
 
     processors: int = 132
     shared: int = 227 * 1024
-    """Bytes of shared memory that one block may have."""
+    """Shared memory per block, in bytes."""
     early: bool = True
-    """Whether a kernel may begin before the last one ends."""
+    """Whether a kernel may start before the previous one ends."""
 
     @staticmethod
     @functools.cache
     def of(device: torch.device) -> Card:
-        """That of a GPU; elsewhere the default."""
+        """Return the properties of a GPU; for other devices the defaults."""
         if device.type != "cuda":
             return Card()
         properties: Any = torch.cuda.get_device_properties(device)
-        # Older versions of torch do not tell; all but a kilobyte of a processor's is what a block may have.
+        # Older versions of torch do not report it: a block may use all but 1 KiB of a processor's shared memory.
         shared = getattr(
             properties, "shared_memory_per_block_optin", properties.shared_memory_per_multiprocessor - 1024
         )
@@ -56,12 +56,12 @@ class Card:
 
 @dataclass(frozen=True)
 class Layout:
-    """A sparse weight (rows, columns) as a GPU reads it: panels of 16 rows by 128 columns, a strip of 16 rows after the other.
+    """A sparse weight (rows, columns) as a GPU reads it: panels of 16 × 128, stored strip by strip of 16 rows.
 
-    A panel is its bitmap and its values as tiles.py makes them, filled up to a multiple of 16 bytes.
+    A panel is its bitmap and its values, as in tiles.py, padded to a multiple of 16 bytes.
 
-    data (bytes,) uint8: the panels; starts (panels + 1,) int32: where each begins, in pieces of 16 bytes; panels: of a strip;
-    slot: bytes of the largest panel; dtype: of the weight.
+    data (bytes,) uint8: the panels; starts (panels + 1,) int32: the start of each, in units of 16 bytes; panels: number per
+    strip; slot: bytes of the largest panel; dtype: of the weight.
     """
 
     rows: int
@@ -73,26 +73,26 @@ class Layout:
     starts: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
+        """Return the tensors by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the size of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @functools.cached_property
     def pointers(self) -> list[ctypes.c_void_p]:
-        """Where the tensors are, as the kernels are told: decoding makes thousands of calls a second."""
+        """Return the tensors' addresses for the kernels; cached, because decoding makes thousands of calls a second."""
         return [ctypes.c_void_p(tensor.data_ptr()) for tensor in self.tensors().values()]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has pointers of its own."""
+        """Leave out the cached pointers: a copy has other addresses."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def pack_rows(weight: torch.Tensor) -> Layout:
-    """The layout of a weight (out, in) in bf16 or fp16, on its device; zeros of either sign are left out.
+    """Pack a weight (out, in) in bf16 or fp16, on its device; zeros of either sign are left out.
 
     Errors: TypeError for another dtype.
     """
@@ -108,13 +108,13 @@ def pack_rows(weight: torch.Tensor) -> Layout:
     slot = int(starts.diff().max()) * PIECE
     layout = Layout(rows, columns, -(-columns // tiles.COLUMNS), slot, weight.dtype, data, starts.to(torch.int32))
     if weight.is_cuda:
-        # A kernel may read its weights before the one before it has ended, so they must be there.
+        # A kernel may read its weights before the previous kernel ends, so they must be complete.
         torch.cuda.current_stream(weight.device).synchronize()
     return layout
 
 
 def unpack(layout: Layout) -> torch.Tensor:
-    """The dense weight (rows, columns): by a kernel where there is one, else in torch."""
+    """Restore the dense weight (rows, columns), by a kernel if available, else by torch."""
     if layout.data.is_cuda and available()[0]:
         dense = torch.empty(layout.rows, layout.columns, dtype=layout.dtype, device=layout.data.device)
         _call("losa_expand", layout, dense, numbers=())
@@ -126,12 +126,12 @@ def unpack(layout: Layout) -> torch.Tensor:
 
 
 def _map_places(starts: torch.Tensor) -> torch.Tensor:
-    """(panels, 256) bytes of the data that are bitmaps; starts int64."""
+    """Return the positions (panels, 256) of the bitmap bytes in the data; starts int64."""
     return PIECE * starts[:-1, None] + torch.arange(tiles.MAP, device=starts.device)
 
 
 def _value_places(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """(kept,) 16-bit numbers of the data that are values, behind each panel's bitmap; starts and counts int64."""
+    """Return the positions (kept,) of the 16-bit values in the data, after each panel's bitmap; starts, counts int64."""
     first = (PIECE * starts[:-1] + tiles.MAP) // 2 - (counts.cumsum(0) - counts)
     places = torch.repeat_interleave(first, counts)
     places += torch.arange(len(places), device=places.device)
@@ -139,10 +139,10 @@ def _value_places(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y (b, out) = x (b, in) · Wᵀ (+ bias), sums in float32, rounded once; b from 1 to 8 on a GPU.
+    """Compute y (b, out) = x (b, in) · Wᵀ (+ bias) with float32 sums, rounded once; b from 1 to 8 on a GPU.
 
-    On a GPU it can be captured in a CUDA graph: it waits for nothing. On the CPU, and on a GPU without the kernels, the
-    weight is unpacked. x has the weight's dtype. Errors: ValueError or TypeError naming the argument.
+    x has the weight's dtype. On a GPU the call never synchronises, so a CUDA graph can capture it. On the CPU, or without
+    kernels, the weight is unpacked first.
     """
     if x.dim() != 2 or x.shape[1] != layout.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (b, {layout.columns})")
@@ -159,7 +159,7 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     share = _choose_share(layout.rows, layout.panels, card.processors)
     warps = -(-layout.panels // share)
     if warps > MOST_WARPS or warps * (SLOTS * layout.slot + BARRIERS + SCRATCH) > card.shared:
-        # Rows so long that a block's panels do not fit.
+        # The rows are too long: a block's panels do not fit in shared memory.
         return functional.linear(x, unpack(layout), bias)
     numbers = (int(x.dtype == torch.float16), len(x), share, int(card.early))
     _call("losa_matvec", layout, x, bias, y, numbers=numbers)
@@ -167,14 +167,16 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
 
 
 def _choose_share(rows: int, panels: int, processors: int) -> int:
-    """Panels of a strip that a warp takes, at most as many as it has lanes to keep where they begin, where the last one ends,
-    and what is asked for behind it."""
+    """Choose how many panels of a strip one warp reads.
+
+    Its lanes hold the panels' starts, the end of the last one, and SLOTS starts after it; that limits the number.
+    """
     few = rows <= tiles.ROWS * 2 * processors
     return min(-(-panels // (MORE_WARPS if few else WARPS)), tiles.LANES - 1 - SLOTS)
 
 
 def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
-    """Launch on the current stream of the layout's device."""
+    """Launch a kernel on the current CUDA stream of the layout's device."""
     others = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
     device = layout.data.device
     with torch.cuda.device(device):
@@ -187,7 +189,7 @@ def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tup
 
 @functools.cache
 def available() -> tuple[bool, str]:
-    """(whether the kernels run here, else why not in one line); builds them on the first call."""
+    """Return (whether the kernels run on this machine, otherwise why not in one line); build them on the first call."""
     if not torch.cuda.is_available():
         return False, "no CUDA device"
     if torch.cuda.get_device_capability()[0] < 8:
@@ -203,12 +205,12 @@ def available() -> tuple[bool, str]:
 
 @functools.cache
 def _library() -> Any:
-    """The compiled kernels. Errors: OSError or RuntimeError if there is no compiler."""
+    """Build and load the kernels. Errors: OSError or RuntimeError if there is no compiler."""
     from torch.utils import cpp_extension
 
     source = Path(__file__).with_name("cuda.cu")
     with warnings.catch_warnings():
-        # Which cards to build for: those that are there.
+        # torch warns that it builds only for the GPUs of this machine, which is intended.
         warnings.simplefilter("ignore")
         path = cpp_extension.load("losa_cuda_decode", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
     return ctypes.CDLL(str(path))

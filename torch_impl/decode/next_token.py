@@ -1,4 +1,4 @@
-"""Decoding token by token on Hugging Face's models, caches, samplers and stopping rules; on a GPU a token is one CUDA graph."""
+"""Decode token by token with Hugging Face's models, caches, samplers and stopping criteria; on a GPU with a CUDA graph."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from torch_impl.decode.compiled_blocks import FusedBlocks
 from torch_impl.engine import finite
 from torch_impl.engine.graphs import Captured
 
-# Tokens launched kernel by kernel before one is captured: libraries and kernels are loaded by then.
+# Tokens decoded before a graph is captured, so that all libraries and kernels are loaded.
 WARM_UP = 2
 
 
 class NextToken:
-    """Logits of the token after the one given, by a model and the cache of what it has seen.
+    """Compute the logits of the next token from a model and its cache.
 
-    With a static cache on a GPU the work is captured once and replayed for every token: it then takes as long as its
-    kernels, not as long as Python takes to launch them. `fuse` makes them few, by torch.compile, also without a graph;
-    where that fails, a line on standard error says so and the model runs as it is.
+    With a static cache on a GPU, the work is captured once in a CUDA graph and replayed for every token. Then a token takes
+    as long as its kernels, not as long as Python takes to launch them. `fuse` compiles the blocks to fewer kernels, with or
+    without a graph. If that fails, a line on standard error says so and the model runs uncompiled.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class NextToken:
         device = next(model.parameters()).device
         self._model, self._cache = model, cache
         self._ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        # A sliding window's cache decides in Python where to write, which a graph would not do again.
+        # A sliding window's cache computes in Python where to write, and a graph would not repeat that.
         fixed = isinstance(cache, StaticCache) and not any(cache.is_sliding)
         self.captures = graph and fixed and device.type == "cuda"
         self.fuses = fuse and fixed
@@ -50,7 +50,7 @@ class NextToken:
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (b, 1) → logits (b, vocabulary), which the next call may overwrite."""
+        """Map ids (b, 1) to logits (b, vocabulary). The next call may overwrite the logits."""
         self._ids.copy_(ids)
         if not self.captures or self._warm < WARM_UP:
             self._warm += 1
@@ -60,7 +60,7 @@ class NextToken:
         return self._forward() if self._graph is None else self._graph.replay()
 
     def _capture(self) -> Captured[torch.Tensor] | None:
-        """One token as a graph; None, and never again, for a model that does what a graph cannot hold."""
+        """Capture one token as a graph. If the model cannot be captured, return None and do not try again."""
         cached = [t for layer in self._cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
         owned = [self._ids, *cached, *self._model.parameters(), *self._model.buffers(), self._fused]  # type: ignore[operator]
         try:
@@ -68,24 +68,26 @@ class NextToken:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            print(f"decoding: no CUDA graph, so slower ({' '.join(str(error).split())[:160]})", file=sys.stderr)
+            reason = " ".join(str(error).split())[:160]
+            print(f"decoding: CUDA graph capture failed, so decoding is slower ({reason})", file=sys.stderr)
             self.captures = False
             return None
 
     def _fuse(self) -> torch.Tensor:
-        """The first call of the compiled blocks, or of the model as it is until its cache has been written to."""
+        """Compile the blocks and call them; while the cache is empty, call the model uncompiled."""
         if not self._cache.is_initialized:
             return self._forward()
-        # A block that cannot be compiled may come after some that have counted the token.
+        # Compilation may fail after some blocks have already counted the token in the cache.
         counted = [(tensor, tensor.clone()) for layer in self._cache.layers for tensor in _counters(layer)]
         try:
             with warnings.catch_warnings():
-                # What torch advises while it compiles concerns whoever wrote the model.
+                # torch's warnings while compiling concern the author of the model.
                 warnings.simplefilter("ignore")
                 self._fused = FusedBlocks(self._model, self._cache)  # type: ignore[arg-type]
                 return self._forward()
         except (RuntimeError, ValueError) as error:
-            print(f"decoding: not compiled, so slower ({' '.join(str(error).split())[:160]})", file=sys.stderr)
+            reason = " ".join(str(error).split())[:160]
+            print(f"decoding: compilation failed, so decoding is slower ({reason})", file=sys.stderr)
         self.fuses, self._fused = False, None
         for tensor, earlier in counted:
             tensor.copy_(earlier)
@@ -98,7 +100,7 @@ class NextToken:
 
 
 def _counters(layer: Any) -> list[torch.Tensor]:
-    """What a layer of a cache keeps besides keys and values: how many it has."""
+    """Return the tensors of a cache layer besides keys and values: its token counts."""
     return [t for name, t in vars(layer).items() if isinstance(t, torch.Tensor) and name not in ("keys", "values")]
 
 
@@ -113,12 +115,12 @@ def decode(
     fuse: bool = False,
     **_: Any,
 ) -> torch.Tensor:
-    """The loop of `model.generate(..., custom_generate=decode)` for prompts (b, n) without padding: prompt and new ids.
+    """Run the loop of `model.generate(..., custom_generate=decode)` for prompts (b, n) without padding.
 
-    A row that has ended is padded until all have.
-    Draws what `generate` itself would draw from the same logits. fuse: by compiled blocks, whose sums may round differently.
+    Returns prompt and new ids. Rows that end early are padded. From the same logits, it samples the same tokens as
+    `generate`. fuse: use compiled blocks, whose sums may round differently.
 
-    Errors: finite.NotFiniteError, before anything is drawn from logits that are not finite.
+    Errors: finite.NotFiniteError if logits are not finite, before sampling from them.
     """
     streamer.put(input_ids.cpu())
     following = NextToken(model, past_key_values, len(input_ids), fuse=fuse)
@@ -126,7 +128,7 @@ def decode(
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     logits = model(input_ids=ids, past_key_values=past_key_values, use_cache=True, logits_to_keep=1).logits[:, -1]
     while True:
-        # NaN and infinity reach the largest; a model may rule tokens out by minus infinity.
+        # The maximum is not finite if any logit is NaN or infinity. Minus infinity is valid: it rules a token out.
         if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise finite.blame(model, ids)
         scores = logits_processor(ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
@@ -137,7 +139,7 @@ def decode(
             token = torch.where(ended[:, None], padding, token)
         ids = torch.cat([ids, token], 1)
         streamer.put(token.flatten().cpu())
-        # A criterion looks at the last token alone.
+        # A criterion checks the last token only.
         ended |= stopping_criteria(ids, scores)  # type: ignore[arg-type]
         if bool(ended.all()):
             streamer.end()

@@ -1,10 +1,10 @@
-"""Folders of packed models: a Hugging Face folder whose sparse projections are stored as bitmap, values and offsets.
+"""Folders of packed models: Hugging Face folders whose sparse projections are stored as bitmap, values and offsets.
 
-    packed-00001-of-00002.safetensors   as the file it was made of, a packed NAME as NAME.bitmap, NAME.values, NAME.offsets
-    packed.json                         which file was which, and dtype and shape of every tensor as it was
+    packed-00001-of-00002.safetensors   one per original file; a packed NAME is NAME.bitmap, NAME.values, NAME.offsets
+    packed.json                         the original name of each file, and the original dtype and shape of each tensor
     config.json, tokenizer, ...         unchanged
 
-No file bears a name that transformers would load weights from: it would fill in what it misses at random.
+The file names are not those of transformers' weights: it would load them and fill missing tensors with random numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT, VERSION = "losa-packed", 1
 
 @dataclass
 class Saving:
-    """What one kind of tensor takes, plain and packed. kind: a projection's name, or `other`."""
+    """The size of one kind of tensor, plain and packed. kind: a projection's name, or `other`."""
 
     kind: str
     tensors: int = 0
@@ -49,7 +49,7 @@ class Saving:
     """Bytes."""
 
     def add(self, tensor: torch.Tensor, stored: dict[str, torch.Tensor], is_packed: bool) -> None:
-        """Count one tensor and what is stored of it."""
+        """Count one tensor and its stored form."""
         self.tensors += 1
         self.packed += is_packed
         self.positions += tensor.numel()
@@ -61,22 +61,21 @@ class Saving:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether this is the folder of a packed model."""
+    """Return whether this is the folder of a packed model."""
     return (folder / PACKED).is_file()
 
 
 def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_code: bool = False) -> list[Saving]:
-    """Write the packed form of the model in `source` into the folder `target`, file by file. Returns what it saves.
+    """Pack the model in `source` into the folder `target`, file by file, on `device`. Return the sizes per kind of tensor.
 
-    Packed is every projection of a decoder block that becomes smaller by it; `device` does the packing.
+    Each projection of a decoder block is packed if that makes it smaller.
 
-    Errors: ValueError or FileNotFoundError naming the folder and what is wrong with it, as `skeleton.describe` and
-    `check_finite` do.
+    Errors: ValueError or FileNotFoundError naming the folder and the problem, as `skeleton.describe` and `check_finite`.
     """
     if is_packed(source):
-        raise ValueError(f"model {source} is packed already; name a plain Hugging Face folder, or use --unpack")
+        raise ValueError(f"model {source} is already packed; give a plain Hugging Face folder, or use --unpack")
     if not source.is_dir():
-        raise FileNotFoundError(f"model {source}: no such folder; name a Hugging Face model folder")
+        raise FileNotFoundError(f"model {source}: no such folder; give a Hugging Face model folder")
     files = find(source)
     found = lay_out(source, files.entries, trust_remote_code)
     kinds = _projections(found)
@@ -108,7 +107,7 @@ def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_c
 
 
 def unpack_folder(source: Path, target: Path) -> None:
-    """Write the plain Hugging Face folder that was packed: the same tensors, bit for bit, in files of the same names.
+    """Restore the plain Hugging Face folder: the same tensors, bit for bit, in files of the same names.
 
     Errors: as `load`; ValueError if `source` is not packed.
     """
@@ -131,9 +130,9 @@ def unpack_folder(source: Path, target: Path) -> None:
 def load(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Packed model, in eval mode, and its tokenizer; nothing is unpacked. dtype: default as stored.
+    """Load a packed model, in eval mode, and its tokenizer, without unpacking. dtype: default as stored.
 
-    Errors: ValueError naming file and tensor where anything is missing, cut short or contradicts itself.
+    Errors: ValueError naming file and tensor if anything is missing, truncated or inconsistent.
     """
     manifest = _manifest(folder)
     read_config(folder)
@@ -156,7 +155,7 @@ def load(
 
 
 def _projections(found: Checkpoint) -> dict[str, str]:
-    """Kind of each projection of a decoder block by the name that its weight is stored by."""
+    """Map the stored name of each decoder projection's weight to the projection's kind."""
     family = find_family(found.model)
     return {
         found.names[f"{family.blocks}.{index}.{projection}.weight"]: projection.rpartition(".")[2]
@@ -166,7 +165,7 @@ def _projections(found: Checkpoint) -> dict[str, str]:
 
 
 def _entries(manifest: dict[str, Any]) -> dict[str, Entry]:
-    """The tensors of a packed model as they were."""
+    """Return the entries of the original tensors of a packed model."""
     codes = {str(dtype).removeprefix("torch."): code for code, dtype in CODES.items()}
     return {
         key: Entry(facts["file"], tuple(facts["shape"]), codes.get(facts["dtype"], facts["dtype"]))
@@ -175,7 +174,7 @@ def _entries(manifest: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _smallest(key: str, tensor: torch.Tensor, projection: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """A projection's packed parts by name if they are smaller, else the tensor as it is."""
+    """Return a projection's packed parts by name if they are smaller, otherwise the tensor."""
     if not projection or tensor.dim() != 2 or tensor.element_size() < 2:
         return {key: tensor}
     parts = dict(zip(PARTS, (part.cpu() for part in packed.pack(tensor.to(device))), strict=True))
@@ -184,7 +183,7 @@ def _smallest(key: str, tensor: torch.Tensor, projection: bool, device: torch.de
 
 
 def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor]) -> None:
-    """Put a tensor, or a packed one's parts, where the empty model has room for it, in the model's dtype."""
+    """Put a tensor, or the parts of a packed one, into the empty model, in the model's dtype."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     room = getattr(module, leaf)
@@ -192,7 +191,7 @@ def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor]) -> None
         bitmap, values, offsets = parts
         layer = PackedLinear(bitmap, values, offsets, room.shape[1], getattr(module, "bias", None))
         if layer.out_features != len(room):
-            raise ValueError(f"bitmap has {layer.out_features} rows and {PACKED} lists {len(room)}")
+            raise ValueError(f"bitmap has {layer.out_features} rows, but {PACKED} lists {len(room)}")
         model.set_submodule(path, layer)
         return
     value = parts[0].to(room.dtype)
@@ -200,11 +199,11 @@ def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor]) -> None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """packed.json, as far as the files rely on it."""
+    """Read packed.json and check the fields that loading needs."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"model {folder}: no such folder; name the folder of a packed model")
+        raise FileNotFoundError(f"model {folder}: no such folder; give the folder of a packed model")
     if not is_packed(folder):
-        raise ValueError(f"model {folder}: no {PACKED} in this folder; name the folder of a packed model")
+        raise ValueError(f"model {folder}: no {PACKED} in this folder; give the folder of a packed model")
     path = folder / PACKED
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -212,34 +211,40 @@ def _manifest(folder: Path) -> dict[str, Any]:
         files = {name: Path(facts["source"]).name == facts["source"] for name, facts in manifest["files"].items()}
         metadata = [pair for facts in manifest["files"].values() for pair in dict(facts["metadata"] or {}).items()]
         if not all(isinstance(word, str) for pair in metadata for word in pair):
-            raise TypeError("metadata is no text")
+            raise TypeError("metadata is not text")
         entries = [
             (facts["file"], facts["shape"], facts["dtype"], facts["packed"]) for facts in manifest["tensors"].values()
         ]
         named = {entry[0] for entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not the list of a packed model ({error!r}): it is corrupt; pack the model again"
-        ) from error
+        raise ValueError(f"{path} is corrupt ({error!r}); pack the model again") from error
     if found != (FORMAT, VERSION):
-        raise ValueError(f"{path} is of format {found[0]}, version {found[1]}; allowed: {FORMAT}, version {VERSION}")
+        raise ValueError(
+            f"{path} has format {found[0]}, version {found[1]}, but this version reads only {FORMAT}, version {VERSION}"
+        )
     if not all(files.values()) or any(Path(name).name != name for name in files) or named - set(files):
-        raise ValueError(f"{path} names files that are not in its list or this folder: pack the model again")
-    # Earlier versions did not keep the index.
+        raise ValueError(f"{path} names files that are not in its list or not in this folder; pack the model again")
+    # Earlier versions did not store the index.
     sources = {key: manifest["files"][facts["file"]]["source"] for key, facts in manifest["tensors"].items()}
     manifest.setdefault("index", {"metadata": {}, "weight_map": sources} if len(files) > 1 else None)
     return manifest
 
 
 def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Every tensor of one file by its plain name: itself, or its bitmap, values and offsets, of the shape and dtype listed."""
+    """Yield each tensor of one file by its original name: itself, or its bitmap, values and offsets.
+
+    Errors: ValueError if its names, shapes or dtypes differ from packed.json.
+    """
     listed = {key: facts for key, facts in manifest["tensors"].items() if facts["file"] == name}
     names = {key: [f"{key}.{part}" for part in PARTS] if facts["packed"] else [key] for key, facts in listed.items()}
     with _opened(folder / name) as file:
         every, stored = {part for parts in names.values() for part in parts}, set(file.keys())
-        for wrong, what in ((every - stored, "lacks"), (stored - every, "holds beside what it should")):
+        for wrong, what in (
+            (every - stored, f"lacks, but {PACKED} lists"),
+            (stored - every, f"has, but {PACKED} lacks"),
+        ):
             if wrong:
-                raise ValueError(f"{folder / name} {what} {few(sorted(wrong))}, by {PACKED}; pack the model again")
+                raise ValueError(f"{folder / name} {what}, {few(sorted(wrong))}; pack the model again")
         for key, facts in listed.items():
             parts = [file.get_tensor(part) for part in names[key]]
             with _naming(folder / name, key):
@@ -248,28 +253,28 @@ def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tupl
 
 
 def _fits(value: torch.Tensor, facts: dict[str, Any]) -> None:
-    """The dtype listed, and unless it is a list of kept values, the shape."""
+    """Check the dtype against packed.json; also the shape, unless the tensor is the kept values."""
     if _dtype_name(value) != facts["dtype"]:
-        raise ValueError(f"dtype is {_dtype_name(value)} and {PACKED} lists {facts['dtype']}")
+        raise ValueError(f"dtype is {_dtype_name(value)}, but {PACKED} lists {facts['dtype']}")
     if list(value.shape) != facts["shape"] and not (facts["packed"] and value.dim() == 1):
-        raise ValueError(f"shape is {tuple(value.shape)} and {PACKED} lists {tuple(facts['shape'])}")
+        raise ValueError(f"shape is {tuple(value.shape)}, but {PACKED} lists {tuple(facts['shape'])}")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; cut short, damaged or missing, it is named."""
+    """Open a safetensors file; errors name the file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(
-            f"{path} cannot be read ({' '.join(str(error).split())}): it is truncated or corrupt; pack the model again"
+            f"{path} is missing, truncated or corrupt ({' '.join(str(error).split())}); pack the model again"
         ) from error
 
 
 @contextmanager
 def _naming(path: Path, key: str) -> Iterator[None]:
-    """What is wrong with a tensor, with its file and name in front."""
+    """Prefix errors with the file and the name of the tensor."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -285,7 +290,7 @@ def _bytes(*values: torch.Tensor) -> int:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, model card: every file that holds no weights."""
+    """Copy every file without weights: configuration, tokenizer, model card."""
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != PACKED:

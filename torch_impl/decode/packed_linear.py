@@ -1,4 +1,4 @@
-"""A linear layer over a packed weight: decoding multiplies with it as it is, a prompt unpacks one projection at a time."""
+"""A linear layer over a packed weight: decoding multiplies with the packed form, a prompt unpacks one weight at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_impl import packed
 from torch_impl.decode import cpu, cuda
 from torch_impl.engine.families import decoder_blocks, find_family
 
-# Up to so many rows of input the CPU's kernels, which read the weight once for every eight, beat unpacking it first.
+# Up to this many rows of input, the CPU kernels are faster than unpacking. They read the weight once per eight rows.
 DECODE_ROWS = 32
 PARTS = ("bitmap", "values", "offsets")
 
@@ -26,7 +26,7 @@ _numbered: weakref.WeakValueDictionary[int, _Packed] = weakref.WeakValueDictiona
 
 
 class _Packed(nn.Module):
-    """A packed weight (out, in), perhaps as a GPU's layout, which is held as buffers, and its product."""
+    """A packed weight (out, in) and its product. On a GPU, buffers hold the weight's layout."""
 
     bias: torch.Tensor | None
 
@@ -37,11 +37,11 @@ class _Packed(nn.Module):
         self._enlist()
 
     def unpacked(self) -> torch.Tensor:
-        """The weight (out, in), made anew."""
+        """Unpack the weight (out, in)."""
         raise NotImplementedError
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) → (..., out); compiled code calls it as one operation, through `handle`."""
+        """Map x (..., in) to (..., out). Compiled code calls this as one operation, through `handle`."""
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and 1 <= len(rows) <= cuda.MOST_ROWS:
             y = cuda.matvec(self.layout, rows, self.bias)
@@ -50,16 +50,16 @@ class _Packed(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _enlist(self) -> None:
-        """Take a number of its own, by which compiled code finds this weight.
+        """Register this weight under a number by which compiled code finds it.
 
-        A tensor, since a plain number would be a constant of the code, which is the same for all blocks.
+        The number is a tensor: all blocks share the compiled code, and a Python number would be compiled in.
         """
         number = next(_numbers)
         self.handle = torch.tensor(number)
         _numbered[number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is another weight."""
+        """Register a copy as a weight of its own."""
         super().__setstate__(state)
         self._enlist()
 
@@ -75,19 +75,19 @@ class _Packed(nn.Module):
         self.layout = None
 
     def _follow(self) -> None:
-        """Take the layout's tensors as the buffers now are."""
+        """Update the layout's tensors from the buffers."""
         if self.layout is not None:
             self.layout = replace(self.layout, **{n: getattr(self, f"layout_{n}") for n in self.layout.tensors()})
 
 
 class PackedLinear(_Packed):
-    """y = x Wᵀ + b, W (out, in) as a bitmap and its kept values, on whatever device they are.
+    """y = x Wᵀ + b, where W (out, in) is a bitmap and its kept values, on any device. Nothing is trainable.
 
-    bitmap, values, offsets: what `packed.pack` returns, checked here; bias: (out,) or None. Nothing is trained.
-    On a GPU with kernels for the dtype, `layout` takes their place, or that of a `group` of layers whose rows from `start` on
-    are the weight; a state_dict holds them all the same, without kept zeros.
+    bitmap, values, offsets: as `packed.pack` returns them; bias: (out,) or None. On a GPU with kernels for the dtype,
+    `layout` replaces them, or the layout of a `group` of layers, in which this weight's rows begin at `start`. A state_dict
+    always holds bitmap, values and offsets, without kept zeros.
 
-    Errors: ValueError or TypeError naming what does not fit.
+    Errors: as `packed.check`.
     """
 
     bitmap: torch.Tensor
@@ -113,12 +113,12 @@ class PackedLinear(_Packed):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> PackedLinear:
-        """The same layer, packed."""
+        """Pack a linear layer."""
         bitmap, values, offsets = packed.pack(linear.weight.detach())
         return cls(bitmap, values, offsets, linear.in_features, linear.bias)
 
     def unpacked(self) -> torch.Tensor:
-        """The weight (out, in), made anew."""
+        """Unpack the weight (out, in)."""
         if self.group is not None:
             return self.group.unpacked()[self.start : self.start + self.out_features]
         if self.layout is not None:
@@ -127,13 +127,13 @@ class PackedLinear(_Packed):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) → (..., out), in x's dtype, which is the weight's. On a GPU it can be captured in a CUDA graph."""
+        """Map x (..., in) to (..., out), in the weight's dtype. On a GPU, a CUDA graph can capture it."""
         y: torch.Tensor
         if torch.compiler.is_compiling():
             if self.group is None:
                 y = torch.ops.losa.packed_linear(x, self.handle, self.out_features)
                 return y
-            # All layers of the group ask for this; `fused_blocks` sees to it that it is worked out once.
+            # All layers of the group request this product; `compiled_blocks` computes it once.
             y = torch.ops.losa.packed_linear(x, self.group.handle, self.group.out_features)
             return y[..., self.start : self.start + self.out_features]
         if self.group is not None and x.numel() <= cuda.MOST_ROWS * self.in_features:
@@ -141,7 +141,7 @@ class PackedLinear(_Packed):
         return self.product(x)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives, by this layer alone."""
+        """Compute the output of this layer alone, without its group."""
         rows = x.reshape(-1, self.in_features)
         if self._on_gpu is not None or x.device.type != "cpu" or len(rows) > DECODE_ROWS:
             return super().product(x)
@@ -149,12 +149,12 @@ class PackedLinear(_Packed):
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Describe the layer for `print`."""
         sparsity = 1 - self.kept / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={sparsity:.4f}"
 
     def _settle(self) -> None:
-        """Take the GPU's form where it has kernels for it; all building and waiting is done here, none in `forward`."""
+        """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`."""
         if self._on_gpu is not None or not _has_kernels(self.values):
             return
         self._hold(cuda.pack_rows(self.unpacked()))
@@ -162,7 +162,7 @@ class PackedLinear(_Packed):
             self.register_buffer(name, None)
 
     def _restore(self) -> None:
-        """Back to bitmap, values and offsets, out of any group."""
+        """Convert back to bitmap, values and offsets, and leave the group."""
         if self._on_gpu is None:
             return
         for name, value in zip(PARTS, packed.pack(self.unpacked()), strict=True):
@@ -172,17 +172,17 @@ class PackedLinear(_Packed):
         self.group, self.start = None, 0
 
     def _join(self, group: PackedGroup, start: int) -> None:
-        """Be rows of a group instead of a layout of its own."""
+        """Use rows of a group's layout instead of an own layout."""
         self._drop()
         self.group, self.start = group, start
 
     @property
     def _on_gpu(self) -> cuda.Layout | None:
-        """The layout that holds the weight, its own or the group's."""
+        """Return the layout that holds the weight: its own or the group's."""
         return self.layout if self.group is None else self.group.layout
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        """What `to`, `cuda`, `half` and the like do: another device or dtype may want the other form."""
+        """Implement `to`, `cuda`, `half` and the like: another device or dtype may need the other form."""
         layout = self._on_gpu
         if layout is not None:
             old = torch.empty(0, dtype=layout.dtype, device=layout.data.device)
@@ -207,15 +207,15 @@ class PackedLinear(_Packed):
 
 
 class PackedGroup(_Packed):
-    """Packed layers with the same input, their rows one below the other in one layout on a GPU: one product for all.
+    """Packed layers with the same input, stacked in one GPU layout: one product for all.
 
-    weights: (out, in) each; biases: (out,) or None each. No state_dict holds any of it: that is for the layers.
+    weights: (out, in) each; biases: (out,) or None each. A state_dict holds the layers, not the group.
     """
 
     layout: cuda.Layout
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
-        # No in_features: what has that is a projection of a family.
+        # Without in_features: a module that has it counts as a projection.
         super().__init__(sum(len(weight) for weight in weights))
         self.sizes = [len(weight) for weight in weights]
         self.starts = list(itertools.accumulate(self.sizes[:-1], initial=0))
@@ -228,14 +228,14 @@ class PackedGroup(_Packed):
         self._shares: tuple[weakref.ref[torch.Tensor], Any, dict[int, torch.Tensor]] | None = None
 
     def unpacked(self) -> torch.Tensor:
-        """The weights (rows, in), made anew."""
+        """Unpack the weights (rows, in)."""
         return cuda.unpack(self.layout)
 
     def share(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """What the layer whose rows begin at `start` has of `product(x)`: the first layer to ask works it out for all.
+        """Return the rows from `start` on of `product(x)`. The first layer that calls this computes the product for all.
 
-        Each fetches its share once, of the same tensor and while it is as it was. A tensor of `torch.inference_mode` does
-        not tell whether it was written to, so there every layer works it out for itself.
+        Each layer takes its rows once, as long as x is the same tensor and unmodified. A tensor of `torch.inference_mode` does
+        not record modifications, so each layer computes the product itself.
         """
         known = self._shares
         if known is not None and known[0]() is x and known[1] == _moment(x):
@@ -248,11 +248,11 @@ class PackedGroup(_Packed):
         return own
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no shares waiting."""
+        """Leave out the cached rows."""
         return {**self.__dict__, "_shares": None}
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
+        """Describe the layer for `print`."""
         return f"rows={' + '.join(map(str, self.sizes))}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedGroup:
@@ -262,14 +262,14 @@ class PackedGroup(_Packed):
 
 
 def _moment(x: torch.Tensor) -> tuple[int, bool]:
-    """What changes if a tensor is written to, or if a CUDA graph is to hold what is done with it."""
+    """Return a value that changes when the tensor is modified, or when a CUDA graph capture begins or ends."""
     return x._version, x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def group_projections(model: nn.Module) -> None:
-    """Make the packed projections of a block that have the same input one product on a GPU: q, k and v; gate and up.
+    """Group the packed projections of a block that share an input into one product on a GPU: q, k and v; gate and up.
 
-    A layer that is moved, cast or loaded afterwards works alone again. Errors: ValueError if the model's family is unknown.
+    A layer leaves its group when it is moved, cast or loaded. Errors: ValueError if the model's family is unknown.
     """
     family = find_family(model)
     for block in decoder_blocks(model, family):
@@ -278,7 +278,7 @@ def group_projections(model: nn.Module) -> None:
 
 
 def join(modules: Sequence[nn.Module]) -> None:
-    """Make a group of those that are packed on a GPU, if they are two or more of one dtype. They must have the same input."""
+    """Group the modules that are packed on a GPU, if they are two or more of one dtype. They must share one input."""
     layers = [module for module in modules if isinstance(module, PackedLinear) and module.layout is not None]
     if len(layers) < 2:
         return
@@ -300,14 +300,14 @@ def _shape(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Te
 
 
 def _has_kernels(values: torch.Tensor) -> bool:
-    """Whether a GPU multiplies with these as they are; if it could not, that is said once."""
+    """Return whether there are GPU kernels for these values; if a GPU has none, print why once."""
     if values.device.type != "cuda":
         return False
     usable, reason = cuda.available()
     if usable and values.dtype not in cuda.DTYPES:
-        usable, reason = False, f"they take bfloat16 and float16, not {str(values.dtype).removeprefix('torch.')}"
+        usable, reason = False, f"they support bfloat16 and float16, not {str(values.dtype).removeprefix('torch.')}"
     if not usable:
-        _say(f"packed weights: no kernels for this GPU, a slower path instead ({reason})")
+        _say(f"packed weights: GPU kernels are not available, so decoding is slower ({reason})")
     return usable
 
 
