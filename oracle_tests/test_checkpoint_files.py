@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[Breaks, str]] = {
     ),
     "a truncated file": (
         lambda model: (model / SINGLE).write_bytes((model / SINGLE).read_bytes()[:-1]),
-        f"{SINGLE} cannot be read",
+        f"{SINGLE} is truncated or corrupt",
     ),
     "an index that is no JSON": (after_split(lambda model: (model / INDEX).write_text("{")), f"{INDEX} is not JSON"),
     "an index of nothing": (mapped(lambda index: index.pop("weight_map")), f"weight_map in {INDEX}"),
@@ -268,16 +268,16 @@ REFUSED: dict[str, tuple[Breaks, str]] = {
     ),
     "an index of what is not held": (
         mapped(lambda index: index["weight_map"].update({"lm_head.bias": index["weight_map"][KEY]})),
-        f"{INDEX} names 1 tensors that its files do not hold (lm_head.bias)",
+        f"{INDEX} names 1 tensors that its files lack (lm_head.bias)",
     ),
-    "a tensor in two files": (twice, "the same tensor twice, "),
+    "a tensor in two files": (twice, " tensors twice ("),
     "a tensor by two names": (
         lambda model: edit(model, lambda t: t.update({"norm.weight": t["model.norm.weight"] * 2})),
-        "by two names, 1 times (model.norm.weight and norm.weight)",
+        "store 1 tensors under two names (model.norm.weight and norm.weight)",
     ),
     "a block too many": (
         lambda model: configure(model, num_hidden_layers=2),
-        "no place for 16 of its tensors (model.layers.2.input_layernorm.weight",
+        "without 16 of the stored tensors (model.layers.2.input_layernorm.weight",
     ),
     "a block too few": (
         lambda model: configure(model, num_hidden_layers=4),
@@ -285,11 +285,11 @@ REFUSED: dict[str, tuple[Breaks, str]] = {
     ),
     "adapters in the file": (
         edited(**{f"{ATTENTION}.q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}),
-        f"no place for 2 of its tensors ({ATTENTION}.q_proj.lora_A.weight",
+        f"without 2 of the stored tensors ({ATTENTION}.q_proj.lora_A.weight",
     ),
-    "names of a compiled model": (renamed("_orig_mod."), "put before the names by torch.compile"),
-    "names of a replicated model": (renamed("module."), "put before the names by DistributedDataParallel"),
-    "a score head": (edited(**{"score.weight": torch.ones(2, 32)}), "no place for 1 of its tensors (score.weight)"),
+    "names of a compiled model": (renamed("_orig_mod."), "torch.compile added the prefix _orig_mod."),
+    "names of a replicated model": (renamed("module."), "DistributedDataParallel added the prefix module."),
+    "a score head": (edited(**{"score.weight": torch.ones(2, 32)}), "without 1 of the stored tensors (score.weight)"),
     "another shape": (
         edited(**{"model.norm.weight": torch.ones(3)}),
         "other shapes for 1 of its tensors (model.norm.weight has (3,) for (32,))",
@@ -300,36 +300,39 @@ REFUSED: dict[str, tuple[Breaks, str]] = {
     ),
     "scales of fp8": (
         edited(**{f"{KEY}_scale_inv": torch.ones(1, 1)}),
-        f"quantised, by 1 of its tensors ({KEY}_scale_inv)",
+        f"quantised (1 tensors: {KEY}_scale_inv)",
     ),
-    "weights in fp8": (as_float8, f"quantised, by 1 of its tensors ({KEY})"),
-    "weights as bytes": (as_bytes, f"quantised, by 1 of its tensors ({KEY})"),
+    "weights in fp8": (as_float8, f"quantised (1 tensors: {KEY})"),
+    "weights as bytes": (as_bytes, f"quantised (1 tensors: {KEY})"),
     "codes of gptq": (
         edited(**{f"{ATTENTION}.q_proj.{x}": torch.ones(4, 4, dtype=torch.int32) for x in ("qweight", "qzeros")}),
-        "quantised, by 2 of its tensors",
+        "quantised (2 tensors",
     ),
-    "scales of bitsandbytes": (edited(**{f"{KEY}.absmax": torch.ones(4)}), f"quantised, by 1 of its tensors ({KEY}"),
+    "scales of bitsandbytes": (edited(**{f"{KEY}.absmax": torch.ones(4)}), f"quantised (1 tensors: {KEY}"),
     "an adapter's configuration": (
         lambda model: (model / "adapter_config.json").write_text("{}"),
-        "adapter_config.json is an adapter that is not merged",
+        "adapter_config.json is an unmerged adapter",
     ),
     "an adapter": (
         lambda model: write({"a": torch.ones(1)}, model / "adapter_model.safetensors"),
-        "adapter_model.safetensors is an adapter that is not merged",
+        "adapter_model.safetensors is an unmerged adapter",
     ),
     "weights by another name": (
         lambda model: configure(model, transformers_weights="other.safetensors"),
-        "names its weights by transformers_weights",
+        "names its weight file in transformers_weights",
     ),
     "pieces that transformers would prefer": (
         lambda model: write({"a": torch.ones(1)}, model / "shard-00001-model-00001-of-00001.safetensors"),
-        "piece of a distributed checkpoint",
+        "part of a distributed checkpoint",
     ),
     "pickles": (
         lambda model: (model / SINGLE).rename(model / "pytorch_model.bin"),
-        "has no weights in safetensors files",
+        "has neither model.safetensors nor",
     ),
-    "sizes that do not fit": (lambda model: configure(model, vocab_size=10**9), "vocab_size is 1000000000"),
+    "sizes that do not fit": (
+        lambda model: configure(model, vocab_size=10**9),
+        "vocab_size is implausibly large, 1000000000",
+    ),
     "no configuration": (lambda model: (model / "config.json").unlink(), "no config.json in this folder"),
 }
 
@@ -361,7 +364,9 @@ def test_a_packed_model_is_not_pruned(place: Path, capsys: pytest.CaptureFixture
 
 def test_an_adapter_beside_a_packed_model_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (packed(place / "model") / "adapter_config.json").write_text("{}")
-    assert "not merged" in said(capsys, generate.main([str(place / "packed"), "--prompt", "x", "--device", "cpu"]))
+    assert "unmerged adapter" in said(
+        capsys, generate.main([str(place / "packed"), "--prompt", "x", "--device", "cpu"])
+    )
 
 
 def test_names_are_shortened_and_counted() -> None:
@@ -381,7 +386,7 @@ def test_a_parameter_that_may_be_missing_is_not_made_up(place: Path, monkeypatch
 
 def test_what_a_class_ignores_may_lie_beside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(place / "model", lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(3)}))
-    with pytest.raises(ValueError, match=r"no place for 1 of its tensors \(mtp\.norm\.weight\)"):
+    with pytest.raises(ValueError, match=r"without 1 of the stored tensors \(mtp\.norm\.weight\)"):
         skeleton.describe(place / "model")
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
     assert skeleton.describe(place / "model").left_over == {"mtp.norm.weight"}

@@ -188,7 +188,7 @@ def test_a_dtype_that_is_none(dtype: str, place: Path, capsys: pytest.CaptureFix
     file = place / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": dtype}))
     line = one_line(generate.main([str(place / "model"), "--prompt", "x", "--device", "cpu"]), capsys)
-    assert line.endswith(f"config.json has dtype {dtype!r}; name one of torch's, such as bfloat16, or remove that line")
+    assert line.endswith(f"config.json has dtype {dtype!r}, not a torch dtype; use bfloat16, say, or remove that line")
 
 
 @pytest.mark.parametrize("field", BAD_CONFIGURATIONS)

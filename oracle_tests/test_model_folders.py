@@ -246,7 +246,7 @@ def test_code_is_run_only_if_told_so(place: Path, modules: Path, capsys: pytest.
     lines.append(said(capsys, pack.main([str(place / "model"), str(place / "new"), "--device", "cpu"])))
     lines += [said(capsys, generate.main([str(place / f), "--prompt", "x"])) for f in ("model", "packed")]
     for line in lines:
-        assert "needs the code that comes with it; --trust_remote_code true runs it" in line
+        assert "needs the code that comes with it; if you trust its source, run with --trust_remote_code true" in line
     assert not (place / "new").exists()
 
 

@@ -161,7 +161,7 @@ def test_ready_made_configurations_parse(name: str) -> None:
 
 
 BAD = [
-    ({"model": "no/such/folder"}, ["no/such/folder", "name a Hugging Face model folder"]),
+    ({"model": "no/such/folder"}, ["no/such/folder", "give a Hugging Face model folder"]),
     ({"model": "/nowhere"}, ["/nowhere", "no such folder"]),
     ({"prune_method": "best"}, ["prune_method", "best", "magnitude, wanda, sparsegpt"]),
     ({"sparsity_ratio": "1.0"}, ["sparsity_ratio", "1.0", "allowed"]),

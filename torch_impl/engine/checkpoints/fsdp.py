@@ -1,6 +1,6 @@
-"""Sharded models in and out: loaded block by block, copied, merged row by row, saved block by block, held against the file.
+"""Sharded models: load and save block by block, copy, merge, and check the saved zeros.
 
-No process ever holds more than a block of a model whole, on its device or in host memory.
+No process holds more than one whole block of a model, on its device or in host memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch_impl.engine.families import Family, decoder_blocks, find_family
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
-    """Causal-LM model of a local folder with adapters of rank 0, sharded over the processes as it is read.
+    """Load a causal language model from a local folder, sharded over the processes, with adapters of rank 0.
 
-    dtype: of the parameters; None: the checkpoint's own. Errors: as for `skeleton.describe`; ValueError naming a tensor
+    dtype: of the parameters; None for the checkpoint's own. Errors: as `skeleton.describe`; ValueError naming a tensor
     that holds NaN or infinity.
     """
     files = find(folder)
@@ -50,7 +50,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_re
 
 
 def twin(model: Any, family: Family) -> Any:
-    """An independent copy of a model; sharded as the model is, copied block by block."""
+    """Copy a model. A sharded model is copied block by block and sharded in the same way."""
     if not distributed.is_sharded(model):
         return copy.deepcopy(model)
     plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
@@ -68,7 +68,7 @@ def twin(model: Any, family: Family) -> Any:
 
 @torch.no_grad()
 def merge(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
-    """Merge all adapters of a model in place. Returns the masks (bool, on the CPU), of the rows here if it is sharded."""
+    """Merge all adapters of a model in place. Return the masks (bool, on the CPU); if sharded, of this process's rows."""
     if not distributed.is_sharded(model):
         return merge_adapters(model, family)
     return {
@@ -80,9 +80,9 @@ def merge(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def save(model: Any, family: Family, folder: Path) -> None:
-    """Write a merged, sharded model as a plain Hugging Face folder, a file a block; process 0 writes.
+    """Write a merged, sharded model as a plain Hugging Face folder with one file per block; process 0 writes.
 
-    Errors: ValueError if an adapter is not merged yet.
+    Errors: ValueError if an adapter is not merged.
     """
     blocks = [(f"{family.blocks}.{index}.", block) for index, block in enumerate(decoder_blocks(model, family))]
     place: dict[str, str] = {}
@@ -105,28 +105,28 @@ def save(model: Any, family: Family, folder: Path) -> None:
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-    distributed.total_of(0.0)  # nobody reads before all is written
+    distributed.total_of(0.0)  # a barrier: no process reads before everything is written
 
 
 def _plain_tensors(unit: nn.Module, prefix: str, inside: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters of a unit, and buffers that belong into a checkpoint, by full name; not those `inside` other units.
+    """Yield the parameters of a unit by full name, except those `inside` other units.
 
-    A tied head is left out: the embedding is the same tensor.
+    A tied head is left out: it is the same tensor as the embedding.
     """
     for name, parameter in unit.named_parameters(prefix=prefix.rstrip(".")):
         if inside is not None and name.startswith(inside):
             continue
         if name.endswith((".A", ".B")) and isinstance(unit.get_submodule(name[len(prefix) : -2]), AdaptedLinear):
             if parameter.numel():
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; allowed: merged adapters, of rank 0")
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; merge the adapters before saving")
             continue
         yield name, parameter.detach()
 
 
 def check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Share of zeros of every projection, as pruned and as found in a sharded model; masks as `merge` returns them.
+    """Return the sparsity of every projection, as pruned and as saved; masks as `merge` returns them.
 
-    Errors: RuntimeError naming the projection whose zeros are not where its mask says.
+    Errors: RuntimeError naming a projection in which a pruned weight is not zero.
     """
     shares = {}
     for name, mask in masks.items():

@@ -1,8 +1,8 @@
-"""Decoder blocks that come one at a time from the files of a checkpoint: for models larger than the memory.
+"""Load decoder blocks from disk one at a time, for models larger than memory.
 
-The model is a skeleton: what lies outside its blocks (embeddings, norm, head) is there, its blocks have no weights. A
-sweep hands out each block with its weights; meanwhile a thread reads the next one, through page-locked memory and a
-stream of its own on CUDA, so that reading and copying overlap the computation.
+Only the weights outside the blocks (embeddings, norm, head) are in memory; the blocks are empty. A sweep yields each block
+with its weights. Meanwhile a thread reads the next block. On CUDA it copies through pinned memory on its own CUDA stream,
+so that reading and copying overlap with the computation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Names = dict[str, str]
 
 @dataclass
 class _Loaded:
-    """The tensors of a block on the device; ready: the event that says so, on CUDA."""
+    """The tensors of a block on the device; ready: the CUDA event that marks the end of the copy."""
 
     tensors: dict[str, torch.Tensor]
     ready: torch.cuda.Event | None = None
@@ -47,12 +47,12 @@ class BlockReader:
     _side: torch.cuda.Stream | None = field(default=None, init=False)
 
     def bytes_of(self, index: int) -> int:
-        """Bytes of a block in the dtype of the run."""
+        """Return the size of a block in bytes, in the dtype of the run."""
         shapes = [self.shards.entries[name].shape for name in self.names[index].values()]
         return sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
 
     def load(self, index: int) -> _Loaded:
-        """The tensors of block `index`; on CUDA the copy may still be under way."""
+        """Load the tensors of block `index`; on CUDA the copy may still be running."""
         names = self.names[index]
         shapes = {name: self.shards.entries[full].shape for name, full in names.items()}
         if self.device.type != "cuda":
@@ -67,7 +67,7 @@ class BlockReader:
             self._staging = torch.empty(largest // self.dtype.itemsize, dtype=self.dtype, pin_memory=True)
             self._side = torch.cuda.Stream(self.device)
         assert self._side is not None
-        # The last block's copy out of the staging memory must be over before it is filled again.
+        # Wait until the previous block is copied out of the staging memory before filling it again.
         self._side.synchronize()
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         pieces = self._staging[: sum(sizes)].split(sizes)
@@ -81,14 +81,14 @@ class BlockReader:
 
 
 class StreamedBlocks(nn.ModuleList):
-    """Decoder blocks without weights, and where their weights are."""
+    """Decoder blocks without weights, and the reader of their weights."""
 
     def __init__(self, blocks: Sequence[nn.Module], reader: BlockReader | None = None) -> None:
         super().__init__(blocks)
         self.reader = reader
 
     def sweep(self) -> Iterator[nn.Module]:
-        """Each block in turn, as a module of its own with weights on the device; the next one is read meanwhile."""
+        """Yield each block with its weights on the device, and read the next one meanwhile."""
         assert self.reader is not None
         with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as ahead:
             coming: Future[_Loaded] | None = ahead.submit(self.reader.load, 0)
@@ -99,20 +99,20 @@ class StreamedBlocks(nn.ModuleList):
                 block = _filled(skeleton, loaded, self.reader.device)
                 del loaded
                 yield block
-                # Whoever still holds the block when the next one comes holds no weights.
+                # Free the weights even if the caller still holds the block.
                 for parameter in block.parameters():
                     parameter.data = parameter.data.new_empty(0)
 
 
 def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Module:
-    """A copy of a block without weights, with weights."""
+    """Copy an empty block and fill it with weights."""
     block = copy.deepcopy(skeleton)
     if loaded.ready is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(loaded.ready)
         for tensor in loaded.tensors.values():
             tensor.record_stream(current)
-    # Buffers that no file holds are computed, and in the skeleton.
+    # strict=False: computed buffers are in the empty block, not in the files.
     block.load_state_dict(loaded.tensors, assign=True, strict=False)
     if skeleton._compiled_call_impl is not None:
         block.compile()
@@ -120,18 +120,18 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
 
 
 def sweep(model: nn.Module, family: Family) -> Iterator[nn.Module]:
-    """The decoder blocks in order, each with its weights until the next is asked for, wherever they are kept."""
+    """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested."""
     blocks = decoder_blocks(model, family)
     if not isinstance(blocks, StreamedBlocks):
         yield from blocks
         return
-    # Closed here, so that a sweep given up half-way leaves no reader behind.
+    # Close the sweep here, so that stopping early also stops the reader thread.
     with closing(blocks.sweep()) as found:  # type: ignore[type-var]
         yield from found
 
 
 def reader_of(model: nn.Module, family: Family) -> BlockReader:
-    """Where the blocks of a streamed model come from."""
+    """Return the reader of an offloaded model's blocks."""
     blocks = decoder_blocks(model, family)
     assert isinstance(blocks, StreamedBlocks)
     assert blocks.reader is not None
@@ -141,9 +141,9 @@ def reader_of(model: nn.Module, family: Family) -> BlockReader:
 def open_streamed(
     folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a folder with its blocks left on disk; dtype None is the checkpoint's own.
+    """Open the model of a folder and leave its blocks on disk. dtype: None for the checkpoint's own.
 
-    Errors: as for `skeleton.describe`; ValueError if what lies outside the blocks holds NaN or infinity.
+    Errors: as `skeleton.describe`; ValueError if a weight outside the blocks is NaN or infinite.
     """
     files = find(folder)
     found = lay_out(folder, files.entries, trust_remote_code, dtype)
@@ -162,7 +162,7 @@ def open_streamed(
 
 
 def _fill_outside(found: Checkpoint, family: Family, reader: BlockReader) -> None:
-    """Load what lies outside the blocks; tie what the checkpoint holds once."""
+    """Load the weights outside the blocks and tie weights that the checkpoint stores once."""
     model = found.model
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if name.startswith(f"{family.blocks}.") or name in found.tied:

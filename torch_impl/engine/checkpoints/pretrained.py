@@ -1,4 +1,4 @@
-"""Models in and out: Hugging Face folders, safetensors only, checked after writing."""
+"""Load, save and verify models in Hugging Face folders, as safetensors only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from torch_impl.engine.checkpoints.offload import open_streamed
 from torch_impl.engine.checkpoints.safetensors_files import follow_umask
 from torch_impl.engine.checkpoints.skeleton import as_one_line, describe, note_ties, skeleton
 
-# Largest difference of logits allowed between the unmerged model and the reloaded merged one, relative to the largest
-# logit. Both multiply by the same rounded weights, so only the order of summation may differ.
+# Largest allowed difference of logits between the unmerged model and the reloaded merged one, relative to the largest
+# logit. Both use the same rounded weights, so they differ only in the order of summation.
 LOGIT_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# Packages that read a SentencePiece file, and the modules that they bring.
+# Packages that are needed to read a SentencePiece file, and their modules.
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 DTYPES = {
     "float32": torch.float32,
@@ -37,7 +37,7 @@ DTYPES = {
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N as a device that is there. Errors: ValueError naming what is."""
+    """Resolve auto, cpu, cuda or cuda:N to a device of this machine. Errors: ValueError listing the devices."""
     name = distributed.own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +48,7 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
-            f"device is {name!r} and this machine has {count} CUDA devices; allowed: auto, cpu"
+            f"device is {name!r}, but this machine has {count} CUDA devices; allowed: auto, cpu"
             + (f", cuda:0 to cuda:{count - 1}" if count else "")
         )
     if device.type not in ("cpu", "cuda"):
@@ -57,8 +57,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
-    """Give a command the option that `run` has."""
-    text = "run code that comes with the model; only for sources you trust"
+    """Add the option --trust_remote_code to a command."""
+    text = "Run Python code that comes with the model. Only for sources you trust."
     parser.add_argument(
         "--trust_remote_code", type=string_to_bool, nargs="?", const=True, default=False, metavar="BOOL", help=text
     )
@@ -67,11 +67,11 @@ def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
 def load(
     name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Causal-LM model, in eval mode, and tokenizer of a local folder or hub id; sharded if there are several processes.
+    """Load a causal language model, in eval mode, and its tokenizer; several processes shard the model.
 
-    dtype: a key of DTYPES; auto: as stored, on the CPU float32; stored: as stored.
+    name: a local folder or hub id. dtype: a key of DTYPES; auto: as stored, but float32 on the CPU; stored: as stored.
 
-    Errors: ValueError or FileNotFoundError naming the folder or id and what is wrong with it.
+    Errors: ValueError or FileNotFoundError naming the folder or id and the problem.
     """
     wanted, folder = _wanted(device, dtype), local_folder(name)
     found = describe(folder, trust_remote_code, wanted)
@@ -85,7 +85,7 @@ def load(
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
-    """A model by transformers alone, in eval mode, on the CPU."""
+    """Load a model with transformers alone, in eval mode, on the CPU."""
     with as_one_line(folder, "a causal language model"):
         pair: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -93,17 +93,17 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | str, trust_remote_code: 
     model: PreTrainedModel = pair[0]
     missing = {name for names in (pair[1]["missing_keys"], pair[1]["mismatched_keys"]) for name in map(str, names)}
     if missing:
-        # transformers fills them with random numbers and a warning.
-        raise ValueError(f"model {folder} lacks {few(sorted(missing))}, as transformers reads it; download it again")
+        # transformers only warns and fills them with random numbers.
+        raise ValueError(f"model {folder} lacks {few(sorted(missing))}, by transformers; download it again")
     return model.eval()
 
 
 def load_streamed(
     name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The same without the weights of the decoder blocks: `streaming.sweep` brings them one block at a time.
+    """Load a model and leave the weights of its decoder blocks on disk; `offload.sweep` loads them one block at a time.
 
-    Errors: as for `load`.
+    Errors: as `load`.
     """
     wanted, folder = _wanted(device, dtype), local_folder(name)
     model = open_streamed(folder, device, wanted, trust_remote_code)
@@ -111,9 +111,9 @@ def load_streamed(
 
 
 def outline(name: str, device: torch.device, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The same without any weights. Those of a hub id are not downloaded, and so not looked at.
+    """Build a model without weights. For a hub id, the weights are neither downloaded nor checked.
 
-    Errors: as for `load`, as far as configuration and headers show them.
+    Errors: as `load`, as far as configuration and headers show them.
     """
     wanted, folder = _wanted(device, dtype), local_folder(name, weights=False)
     if Path(name).is_dir():
@@ -127,26 +127,26 @@ def outline(name: str, device: torch.device, dtype: str, trust_remote_code: bool
 
 
 def _wanted(device: torch.device, dtype: str) -> torch.dtype | None:
-    """The dtype asked for, None for the checkpoint's own."""
+    """Return the requested dtype, None for the checkpoint's own."""
     if dtype not in ("auto", "stored", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     return torch.float32 if dtype == "auto" and device.type == "cpu" else DTYPES.get(dtype)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder. Errors: ValueError naming the folder and what is wrong or not installed."""
+    """Load the tokenizer in a model's folder. Errors: ValueError naming the folder and the problem."""
     try:
         with as_one_line(folder, "a tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-            tokenizer("Some files fail at the first word only.")
+            tokenizer("Some files load but fail on the first word.")
             return tokenizer
     except ValueError as error:
         pieces = [path.name for path in sorted(folder.glob("*.model"))]
         if not pieces or (folder / "tokenizer.json").exists():
             raise
-        # transformers would have another package installed, tiktoken, which does not read it.
+        # transformers' own message asks for tiktoken, which does not read this file.
         lacking = [package for package, module in SENTENCEPIECE.items() if not _importable(module)]
         advice = f"install {' and '.join(lacking)} to read it" if lacking else "it is corrupt; download it again"
         raise ValueError(f"model {folder}: its tokenizer is a SentencePiece file, {pieces[0]}; {advice}") from error
@@ -161,25 +161,25 @@ def _importable(module: str) -> bool:
 
 
 def folder_of(model: PreTrainedModel) -> Path:
-    """Where a model was loaded from."""
+    """Return the folder that a model was loaded from."""
     assert model.name_or_path is not None
     return Path(model.name_or_path)
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained` with the modes that the umask says."""
+    """Save a model with `save_pretrained`, with file modes that follow the umask."""
     model.save_pretrained(folder)
     follow_umask(folder.glob("*.safetensors"))
 
 
 def keep_beside(source: Path, folder: Path) -> None:
-    """Copy into a saved model's folder what `save_pretrained` may leave behind: code and SentencePiece files."""
+    """Copy the files that `save_pretrained` may omit, code and SentencePiece files, into a saved model's folder."""
     for path in sorted([*source.glob("*.py"), *source.glob("*.model")]):
         shutil.copyfile(path, folder / path.name)
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a model's folder that count, in the order of their names."""
+    """Compute the SHA-256 of the weight files in a model's folder, in the order of their names."""
     digest = hashlib.sha256()
     for file in find_files(folder).metadata:
         with (folder / file).open("rb") as stream:
@@ -190,14 +190,14 @@ def weights_hash(folder: Path) -> str:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (n, t, vocabulary) on the CPU."""
+    """Compute logits (n, t, vocabulary), on the CPU."""
     logits: torch.Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
     return logits.float().cpu()
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What reloading the saved model has shown. zeros: share per projection, as pruned and as saved."""
+    """The result of reloading a saved model. zeros: sparsity of each projection, as pruned and as saved."""
 
     logit_difference: float
     zeros: dict[str, tuple[float, float]]
@@ -211,11 +211,11 @@ def verify(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Verification]:
-    """Reload a saved model with transformers alone and hold it against the unmerged one. Returns it with the figures.
+    """Reload a saved model with transformers alone and compare it with the unmerged one; return it with the figures.
 
-    masks: bool by the full name of each projection; ids (n, t) and unmerged (n, t, vocabulary): logits before merging.
+    masks: bool by the full name of each projection; ids (n, t); unmerged (n, t, vocabulary): logits before merging.
 
-    Errors: RuntimeError naming the projection whose zeros are not where its mask says, or the difference of the logits.
+    Errors: RuntimeError naming a projection in which a pruned weight is not zero, or the difference of the logits.
     """
     model = _from_pretrained(folder, "auto", trust_remote_code).to(device)  # type: ignore[arg-type]
     zeros = {}
@@ -238,21 +238,21 @@ def verify_sharded(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Verification]:
-    """`verify` where no process can hold the model: it is loaded in shards, and masks are those of the rows here."""
+    """Verify a saved model in shards, for models that no process can hold; masks are those of this process's rows."""
     model = fsdp.load(folder, device, None, trust_remote_code)
     zeros = fsdp.check_zeros(model, masks)
     return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
 
 
 def logit_difference(folder: Path, reloaded: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> float:
-    """Largest difference of the logits of a model and of what was saved of it, relative to the largest logit.
+    """Return the largest difference between the logits before and after saving, relative to the largest logit.
 
-    Errors: RuntimeError if it is more than rounding explains.
+    Errors: RuntimeError if it is larger than rounding explains.
     """
     difference = float((reloaded - before).abs().max() / before.abs().max())
     if not difference <= LOGIT_BOUND[dtype]:
         raise RuntimeError(
-            f"{folder}: logits of the reloaded model differ from the unmerged one's by {difference:.2e} of the largest; "
+            f"{folder}: logits of the reloaded model differ from the unmerged model's by {difference:.2e} of the largest; "
             f"allowed: {LOGIT_BOUND[dtype]:.0e}"
         )
     return difference

@@ -1,6 +1,6 @@
-"""The safetensors files of a Hugging Face folder, tensor by tensor: read through a memory map, written in place.
+"""Read and write the safetensors files of a Hugging Face folder tensor by tensor.
 
-Nothing here ever holds more than the tensors asked for: a checkpoint may be larger than the machine.
+Only the requested tensors are in memory, so a checkpoint may be larger than memory.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from safetensors.torch import save_file
 from torch_impl.engine.checkpoints.contents import CODES, INDEX, CheckpointFiles, Entry
 
 READERS = 4
-# What transformers says of its files, and wants said.
+# The header metadata that transformers writes and requires.
 FORMAT = {"format": "pt"}
 _NAMES = {dtype: code for code, dtype in CODES.items()}
 
 
 class Shards:
-    """Reads what the files of a checkpoint hold."""
+    """Reads tensors from the files of a checkpoint."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         self.files = files
         self.folder, self.entries = files.folder, files.entries
-        # Several tensors are read at once: the page faults and casts of one overlap those of the others.
+        # Read several tensors at once, so that page faults and casts overlap.
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
 
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors on the CPU, by their names in the checkpoint, cast to the dtype that each has."""
+        """Fill CPU tensors, given by their names in the checkpoint; cast to each tensor's dtype."""
         list(self._pool.map(self._read, targets, targets.values()))
 
     def _read(self, name: str, target: torch.Tensor) -> None:
-        # A map of one tensor's pages lives no longer than this call: reading leaves no memory behind.
+        # The file is mapped only during this call, so its pages do not stay in memory.
         with safe_open(self.folder / self.entries[name].file, "pt") as opened:
             target.copy_(opened.get_tensor(name))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor, on the CPU, in a floating-point dtype if one is given and it has one itself."""
+        """Read one tensor to the CPU. dtype: cast to it, if the tensor is floating-point."""
         entry = self.entries[name]
         with safe_open(self.folder / entry.file, "pt") as opened:
             found: torch.Tensor = opened.get_tensor(name)
@@ -51,10 +51,10 @@ class Shards:
 
 
 class ShardWriter:
-    """A second checkpoint with the files, names and shapes of a first, filled tensor by tensor in any order.
+    """Writes a checkpoint with the files, names and shapes of another one, tensor by tensor in any order.
 
-    dtype: of all floating-point tensors. The safetensors layout (length of the header, header, data) is written first,
-    so that every tensor has its place and goes there as soon as it is known. What is in the files already stays.
+    dtype: of all floating-point tensors. The headers are written first, so each tensor can be written to its place at once.
+    Data already in the files stays.
     """
 
     def __init__(self, folder: Path, like: Shards, dtype: torch.dtype) -> None:
@@ -70,7 +70,7 @@ class ShardWriter:
             (folder / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def _lay_out(self, file: str, metadata: dict[str, str] | None) -> int:
-        """Write the header of a file and give it its size. Returns the bytes of its tensors."""
+        """Write the header of a file and set the file's size. Return the size of its tensors in bytes."""
         header: dict[str, object] = {"__metadata__": {**FORMAT, **(metadata or {})}}
         position = 0
         for name, entry in self._like.entries.items():
@@ -92,7 +92,7 @@ class ShardWriter:
         return position
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor, on the CPU, in its place."""
+        """Write one CPU tensor to its place."""
         entry = self._like.entries[name]
         assert tuple(tensor.shape) == entry.shape, name
         assert entry.dtype is None or tensor.dtype == self._dtype, name
@@ -103,18 +103,18 @@ class ShardWriter:
         self._missing.discard(name)
 
     def flush(self, names: Iterable[str]) -> None:
-        """Have these tensors on the disk, not only on their way there."""
+        """Flush the files of these tensors to disk."""
         for path in {self._places[name][0] for name in names}:
             with path.open("rb") as opened:
                 os.fsync(opened.fileno())
 
     def copy(self, names: Iterable[str]) -> None:
-        """Take tensors over from the first checkpoint as they are, but for the dtype."""
+        """Copy tensors from the other checkpoint, cast to the dtype."""
         for name in names:
             self.write(name, self._like.read(name, self._dtype))
 
     def finish(self, there: Set[str] = frozenset()) -> None:
-        """Take over every tensor that nobody has written, but for those said to be there."""
+        """Copy all tensors that were not written, except those already `there`."""
         self.copy(sorted(self._missing - there))
 
 
@@ -126,13 +126,13 @@ def _bytes(entry: Entry, dtype: torch.dtype) -> int:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = FORMAT) -> None:
-    """Write a safetensors file, readable by whom the umask says."""
+    """Write a safetensors file with a mode that follows the umask."""
     save_file(tensors, path, metadata=metadata)
     follow_umask([path])
 
 
 def follow_umask(paths: Iterable[Path]) -> None:
-    """Give files the mode of any file made here: safetensors leaves its own to their owner alone."""
+    """Set the modes of files by the umask; safetensors makes them readable by their owner only."""
     mask = os.umask(0o077)
     os.umask(mask)
     for path in paths:

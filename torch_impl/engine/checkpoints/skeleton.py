@@ -1,4 +1,4 @@
-"""The model that config.json describes, without weights, and which stored tensor belongs where in it."""
+"""Build the model that config.json describes, without weights, and match the stored tensors to its parameters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from transformers.core_model_loading import WeightConverter
 
 from torch_impl.engine.checkpoints.contents import Entries, dtype_of, few, find
 
-# What old checkpoints hold and models compute today.
+# Tensors that old checkpoints store and models now compute.
 LEFT_OVER = (
     r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(attn|attention)\.masked_bias$", r"(^|\.)decoder\.version$",
 )  # fmt: skip
-# Beside quantised weights: their scales, zero points and orders, as FP8, GPTQ, AWQ, bitsandbytes and compressed-tensors call them.
+# Tensors beside quantised weights: scales, zero points, orders of FP8, GPTQ, AWQ, bitsandbytes and compressed-tensors.
 _OF_QUANTISED = re.compile(
     r"(_scale|_scale_inv|_zero_point|_packed|\.(qweight|qzeros|scales|g_idx|SCB|absmax|nested_absmax|quant_map|"
     r"nested_quant_map|quant_state\.\w+|weight_format))$"
@@ -31,11 +31,10 @@ _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model without weights (parameters on the meta device, buffers computed) and where its weights are stored.
+    """A model without weights (parameters on the meta device, buffers computed) and the stored names of its weights.
 
-    names: the stored name of every parameter and persistent buffer by the model's name; tied: those of the model's names
-    that no file holds, for another name of the same tensor stands in `names` for them; left_over: stored names that the
-    model has no use for.
+    names: maps each parameter and persistent buffer to its stored name. tied: parameters that no file stores; `names` gives
+    the stored name of the parameter that they are tied to. left_over: stored names that the model does not use.
     """
 
     folder: Path
@@ -46,15 +45,15 @@ class Checkpoint:
     left_over: frozenset[str]
 
     def tie(self, model: PreTrainedModel) -> None:
-        """Make one of what no file holds apart, in `model`, which has all that the files hold; its configuration says so."""
+        """Tie the parameters of `model` that no file stores, and update its configuration. The others must be loaded."""
         model.tie_weights(missing_keys=set(self.tied), recompute_mapping=False)
         note_ties(model)
 
 
 def describe(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Checkpoint:
-    """The checkpoint in a folder. dtype: of the model's parameters; None: as stored.
+    """Describe the checkpoint in a folder. dtype: of the model's parameters; None: as stored.
 
-    Errors: FileNotFoundError or ValueError naming the folder, and some of the tensors if it is for them.
+    Errors: FileNotFoundError or ValueError naming the folder, and some of the tensors concerned.
     """
     return lay_out(folder, find(folder).entries, trust_remote_code, dtype)
 
@@ -62,7 +61,7 @@ def describe(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype |
 def lay_out(
     folder: Path, entries: Entries, trust_remote_code: bool = False, dtype: torch.dtype | None = None
 ) -> Checkpoint:
-    """`describe` where it is known what the folder's files hold."""
+    """Describe the checkpoint in a folder, given the tensors that its files hold."""
     stored = dtype_of(folder, entries)
     model = skeleton(folder, trust_remote_code, dtype, stored)
     names, unplaced = _names(folder, model, entries)
@@ -81,7 +80,7 @@ def lay_out(
     if missing:
         raise ValueError(
             f"model {folder} lacks {few(missing)}: {len(missing):,} of the tensors that its config.json implies; "
-            "download it again, or with the configuration that belongs to it"
+            "download it again, with its own config.json"
         )
     return Checkpoint(folder, model, entries, names, tied, left_over)
 
@@ -92,10 +91,10 @@ def skeleton(
     dtype: torch.dtype | None = None,
     stored: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model that a folder's config.json describes, in `dtype`, else in the one that it names, else as `stored`; with its
-    generation settings.
+    """Build the model that a folder's config.json describes, with its generation settings and without weights.
 
-    Parameters are on the meta device; buffers, such as rotary frequencies, are computed. Errors: ValueError, one line.
+    The dtype is `dtype`, otherwise that of the configuration, otherwise `stored`. Parameters are on the meta device; buffers,
+    such as rotary frequencies, are computed. Errors: ValueError of one line.
     """
     with as_one_line(folder, "the causal language model that its config.json describes"), init_empty_weights(False):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -110,23 +109,23 @@ def skeleton(
 
 @contextmanager
 def as_one_line(folder: Path, what: str) -> Iterator[None]:
-    """Whatever the body raises as a ValueError of one line: there is no `what` in the folder, and why."""
+    """Turn any error of the body into a ValueError of one line: the folder does not load as `what`, and why."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # transformers raises a dozen kinds, tokenizers panics
+    except BaseException as error:  # transformers raises many kinds; tokenizers panics, which is no Exception
         said = " ".join(str(error).split())
         if isinstance(error, KeyError):
-            said = f"it knows no {said}"
+            said = f"unknown key {said}"
         if "trust_remote_code" in said:
-            advice = "--trust_remote_code true runs it, only for sources that you trust"
+            advice = "if you trust its source, run with --trust_remote_code true"
             raise ValueError(f"model {folder} needs the code that comes with it; {advice}") from error
         raise ValueError(f"model {folder} does not load as {what}: {said[:300] or type(error).__name__}") from error
 
 
 def note_ties(model: PreTrainedModel) -> None:
-    """Have the configuration say so if head and embedding are two tensors: what is saved of the model is read by it."""
+    """Update the configuration if head and embedding are separate tensors: loading the saved model depends on it."""
     head: nn.Module | None = model.get_output_embeddings()
     embedding: nn.Module | None = model.get_input_embeddings()
     if head is None or embedding is None or not getattr(model.config, "tie_word_embeddings", False):
@@ -135,7 +134,10 @@ def note_ties(model: PreTrainedModel) -> None:
 
 
 def _names(folder: Path, model: PreTrainedModel, entries: Entries) -> tuple[dict[str, str], set[str]]:
-    """(stored name by the model's name, stored names without a place): those of a bare decoder lack the model's prefix."""
+    """Match stored names to the model's names; a bare decoder's names lack the model's prefix.
+
+    Returns (stored name by the model's name, stored names without a match).
+    """
     prefix = f"{model.base_model_prefix}."
     places = set(model.state_dict())
     names: dict[str, str] = {}
@@ -150,8 +152,7 @@ def _names(folder: Path, model: PreTrainedModel, entries: Entries) -> tuple[dict
             names[name] = key
     if twice:
         raise ValueError(
-            f"model {folder}: its files hold the same tensor by two names, {len(twice):,} times ({few(twice)}); "
-            "save the model again"
+            f"model {folder}: its files store {len(twice):,} tensors under two names ({few(twice)}); save the model again"
         )
     return names, unplaced
 
@@ -161,7 +162,7 @@ def _known_left_over(model: PreTrainedModel, key: str) -> bool:
 
 
 def _merged_on_loading(model: PreTrainedModel) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Patterns of the stored names that transformers makes one tensor of, as those of experts, and of that tensor's names."""
+    """Return patterns of the stored names that transformers merges on loading (experts, say), and of the merged names."""
     found = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
 
     def ends(patterns: Iterable[str]) -> re.Pattern[str]:
@@ -184,7 +185,7 @@ def _refuse_quantised(
     found += sorted(key for key in unplaced if _OF_QUANTISED.search(key))
     if found:
         raise ValueError(
-            f"model {folder}: its weights are quantised, by {len(found):,} of its tensors ({few(found)}); "
+            f"model {folder}: its weights are quantised ({len(found):,} tensors: {few(found)}); "
             "use a checkpoint in float32, float16 or bfloat16"
         )
 
@@ -193,16 +194,16 @@ def _refuse_unplaced(folder: Path, unplaced: Iterable[str]) -> None:
     keys = sorted(unplaced)
     if not keys:
         return
-    advice = "it is the configuration of another model, or the files hold more than a model"
+    advice = "use the config.json of this model, or remove the files that do not belong to it"
     adapters = [key for key in keys if ".lora_" in key]
     wrappers = [(prefix, by) for prefix, by in _WRAPPERS.items() if keys[0].startswith(prefix)]
     if adapters:
-        advice = f"{len(adapters):,} are of an adapter that is not merged: merge it first"
+        advice = f"{len(adapters):,} belong to an unmerged adapter; merge it first"
         keys = adapters + [key for key in keys if key not in adapters]
     elif wrappers:
-        advice = f"{wrappers[0][0]} was put before the names by {wrappers[0][1]}: save the model that it wraps"
+        advice = f"{wrappers[0][1]} added the prefix {wrappers[0][0]}; save the model that it wraps"
     raise ValueError(
-        f"model {folder}: config.json describes a model with no place for {len(keys):,} of its tensors ({few(keys)}); {advice}"
+        f"model {folder}: config.json describes a model without {len(keys):,} of the stored tensors ({few(keys)}); {advice}"
     )
 
 
@@ -216,12 +217,12 @@ def _refuse_other_shapes(folder: Path, model: PreTrainedModel, entries: Entries,
     if wrong:
         raise ValueError(
             f"model {folder}: config.json implies other shapes for {len(wrong):,} of its tensors ({few(wrong)}); "
-            "use the configuration that belongs to it"
+            "use the config.json of this model"
         )
 
 
 def _stand_ins(model: PreTrainedModel, names: dict[str, str]) -> frozenset[str]:
-    """Put into `names` those of the model's names that no file holds but that are tied to one that is held. Returns them."""
+    """Add to `names` the parameters that no file stores but that are tied to a stored one; return them."""
     groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
