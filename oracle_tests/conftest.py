@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +24,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import HealthCheck, Phase, settings
+from torch import nn
 
 from oracle_tests.poison import poisoned
+from oracle_tests.small_runs import make_place
 from torch_impl.decode import cuda, packed_linear
+from torch_impl.engine import training
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 # The same examples every time: a change fails for what it changes.
@@ -76,3 +81,37 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if not torch.cuda.is_available():
         monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda.DTYPES)
     return calls
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a model and some text."""
+    return make_place(tmp_path)
+
+
+@pytest.fixture
+def at_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[..., None]], None]]:
+    """Do something at the optimizer step of a number, from 1, before it is carried out."""
+    plain = training._clip
+
+    def plan(number: int, act: Callable[..., None]) -> None:
+        done = 0
+
+        def clip(parameters: list[nn.Parameter], *rest: Any) -> None:
+            nonlocal done
+            done += 1
+            if done == number:
+                act(parameters)
+            plain(parameters, *rest)
+
+        monkeypatch.setattr(training, "_clip", clip)
+
+    return plan
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C does what it does at a terminal, also where these tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from oracle_tests.test_run import make_place
+from oracle_tests.small_runs import make_place
 from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl import pack
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE

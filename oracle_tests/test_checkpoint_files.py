@@ -34,7 +34,7 @@ from oracle_tests.model_folders import (
     tied,
     write,
 )  # fmt: skip
-from oracle_tests.test_run import arguments
+from oracle_tests.small_runs import arguments
 from torch_impl import generate, pack, run
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_linear import PackedLinear

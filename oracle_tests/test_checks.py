@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from oracle_tests.test_run import arguments, make_place
+from oracle_tests.small_runs import arguments
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
 from torch_impl import generate, pack
 from torch_impl.engine.checkpoints import pretrained
@@ -28,11 +28,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "from files": {**PLAIN, "offload": "on"},
     "dry run": {"dry_run": "true"},
 }
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
 
 
 @pytest.fixture

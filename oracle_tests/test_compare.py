@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oracle_tests.test_run import arguments, make_place
+from oracle_tests.small_runs import arguments, make_place
 from torch_impl.experiment import compare
 from torch_impl.experiment.config import parse
 

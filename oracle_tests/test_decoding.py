@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.generation import BaseStreamer
 
+from oracle_tests.tiny_material import Heard, prompt
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl.decode import compiled_blocks, cpu, next_token
@@ -21,25 +21,6 @@ from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.families import decoder_blocks, find_family
 
 FIXED = [family for family in FAMILIES if family != "mistral"]
-
-
-class Heard(BaseStreamer):
-    """What a streamer is told."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.ended = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        assert value.device.type == "cpu"
-        self.ids += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def prompt(batch: int = 1) -> torch.Tensor:
-    return torch.randint(0, 200, (batch, 7), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oracle_tests.test_run import arguments, make_place
+from oracle_tests.small_runs import arguments, make_place
 from torch_impl.run import main
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from oracle_tests.test_run import arguments, fails, make_place
+from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import random_model
 from torch_impl.engine import calibration, distributed, families, files
 from torch_impl.engine.checkpoints import offload
@@ -125,11 +125,6 @@ def test_the_largest_loss_that_has_a_perplexity_has_one() -> None:
 
 
 # --- whole runs ---
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
 
 
 def scale_up(place: Path) -> None:

@@ -10,39 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from oracle_tests.tiny_material import parts_for, settings, token_ids
 from reference.masks.select import matrix_mask, row_mask
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa
 from torch_impl.engine import adapted_linear, calibration, families
-from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
-
-
-def token_ids(model: nn.Module, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def settings(**changes: object) -> Settings:
-    """A few quick steps."""
-    training = TrainingConfig(
-        learning_rate=1e-2,
-        per_device_train_batch_size=2,
-        **changes.pop("training", {}),  # type: ignore[arg-type]
-    )
-    adapter = AdapterConfig(initial_rank=3, **changes.pop("adapter", {}))  # type: ignore[arg-type]
-    return Settings(
-        prune=PruneConfig(**{"steps": 2, "sparsity_ratio": None, **changes}),  # type: ignore[arg-type]
-        adapter=adapter,
-        calibration=CalibrationConfig(nsamples=6, seqlen=12, rmi_samples=4, calibration_batch_size=4),
-        training=training,
-    )
-
-
-def parts_for(model: nn.Module, steps: int, rows: int = 8, length: int = 12) -> list[list[dict[str, torch.Tensor]]]:
-    ids = token_ids(model, steps * rows, length, seed=5)
-    examples = [{"input_ids": row, "labels": row} for row in ids]
-    return [examples[t * rows : (t + 1) * rows] for t in range(steps)]
+from torch_impl.engine.settings import Settings
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from oracle_tests.test_decoding import Heard, prompt
-from oracle_tests.test_families import settings, token_ids
-from oracle_tests.test_run import arguments, make_place
+from oracle_tests.small_runs import arguments, make_place
+from oracle_tests.tiny_material import Heard, prompt, settings, token_ids
 from tiny_models.random_models import random_model
 from torch_impl import generate, losa
 from torch_impl.decode import next_token

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 from safetensors import SafetensorError
 
-from oracle_tests.test_run import WORDS, arguments, fails, make_place
+from oracle_tests.small_runs import WORDS, arguments, fails
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.resume import points
@@ -24,11 +24,6 @@ from torch_impl.experiment import config
 from torch_impl.run import main
 
 PLAIN: dict[str, object] = {"steps": 1, "finetune": "false", "offload": "off"}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
 
 
 def fill(target: Path, **options: Any) -> None:

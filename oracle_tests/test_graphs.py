@@ -12,7 +12,7 @@ from transformers import StaticCache
 from oracle_tests import emulated_graphs
 from oracle_tests.emulated_graphs import FreedMemoryError
 from oracle_tests.programs import gpu_graphs
-from oracle_tests.test_training import adapted_model, examples_for
+from oracle_tests.tiny_material import adapted_model, examples_for
 from tiny_models.random_models import random_model
 from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import adapted_linear, training

@@ -14,15 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from oracle_tests.test_resume import at_clip, ctrl_c, events
-from oracle_tests.test_run import WORDS, arguments, make_place
+from oracle_tests.small_runs import WORDS, arguments, events, make_place
 from tiny_models.random_models import random_model
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import CHANGEABLE, SECTIONS, Config
 from torch_impl.experiment.job import Material, environment_of
 from torch_impl.run import main
-
-__all__ = ["at_clip", "ctrl_c"]
 
 TEXTS = {"calibration_data": "calibration", "finetune_data": "fine-tuning", "eval_data": "evaluation"}
 

@@ -52,3 +52,11 @@ def test_production_imports_one_way(path: Path) -> None:
         assert top != "tiny_models" or own == 3, f"{path} imports {name}"
         assert top != "torch_impl" or layer(name) <= own, f"{path} imports {name}"
         assert top not in ("transformers", "tqdm", "datasets") or own >= 1, f"{path} imports {name}"
+
+
+def test_no_test_file_is_another_s_helper() -> None:
+    for path in files("oracle_tests"):
+        borrowed = [
+            name for name in imports(path) if name.rsplit(".", 1)[-1].startswith("test_") and name.count(".") == 1
+        ]
+        assert not borrowed, f"{path} imports {borrowed}: move what both need into a module of its own"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from oracle_tests.test_families import parts_for, settings, token_ids
+from oracle_tests.tiny_material import parts_for, settings, token_ids
 from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank

@@ -8,25 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from oracle_tests.tiny_material import SIZES
 from tiny_models.random_models import random_model
 from torch_impl.engine import families
 from torch_impl.experiment.planning.sizes import Sizes
 
-SIZES = Sizes(
-    itemsize=2,
-    parameters=1000,
-    outside=200,
-    largest_block=300,
-    prunable_of_blocks=[280, 240],
-    entries_per_rank=70,
-    largest_projection=96,
-    inputs=[8, 8, 8, 12],
-    hidden=8,
-    width=12,
-    gated=True,
-    keys=4,
-    vocabulary=17,
-)
 OPT = replace(SIZES, gated=False)
 WIDE = replace(SIZES, itemsize=8, width=20)
 # Larger than what Wanda sorts at once, 2²⁵ entries.

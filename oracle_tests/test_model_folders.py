@@ -31,7 +31,7 @@ from oracle_tests.model_folders import (
     tied,
     write,
 )  # fmt: skip
-from oracle_tests.test_run import arguments
+from oracle_tests.small_runs import arguments
 from tiny_models.random_models import random_model
 from torch_impl import generate, losa, pack, run
 from torch_impl.engine.checkpoints import contents, fsdp, pretrained

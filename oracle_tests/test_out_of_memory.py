@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from oracle_tests.interruptions import Counting, Stop, outcome, same, settings, tiny
 from oracle_tests.processes import in_processes
 from oracle_tests.spread_runs import run_out_of_memory
 from oracle_tests.spread_runs import settings as spread_settings
-from oracle_tests.test_resume import Counting, Stop, outcome, same, settings, tiny
 from torch_impl import losa
 from torch_impl.engine import calibration, training
 from torch_impl.engine.families import decoder_blocks, find_family

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from oracle_tests.test_memory import SIZES
-from oracle_tests.test_run import arguments, make_place
+from oracle_tests.small_runs import arguments, make_place
+from oracle_tests.tiny_material import SIZES
 from tiny_models.random_models import random_model, save_random_model
 from torch_impl.engine import memory
 from torch_impl.engine.checkpoints import pretrained

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from oracle_tests.interruptions import cut, flip
 from torch_impl.engine.files import UNFINISHED, write_atomically
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.resume.run_folder import POINTS, run_folder
@@ -54,16 +55,6 @@ def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tm
     assert run.commit({}) == 5
     assert not (tmp_path / "000003-other.safetensors").exists()
     assert Points(tmp_path).open_last() == {}
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-3])
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 4
-    file.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["000002-a.safetensors", "000002.json"])

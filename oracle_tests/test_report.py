@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from oracle_tests.test_resume import events
-from oracle_tests.test_run import arguments, make_place
+from oracle_tests.small_runs import arguments, events, make_place
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import job, report
 from torch_impl.run import main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import random
 import re
@@ -11,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from oracle_tests.test_points import flip
-from oracle_tests.test_run import ROOT, arguments, make_place
+from oracle_tests.interruptions import Counting, Stop, flip, outcome, same, settings, tiny
+from oracle_tests.small_runs import ROOT, arguments, events
 from tiny_models.random_models import random_model
 from torch_impl import losa
 from torch_impl.engine import training
-from torch_impl.engine.adapted_linear import adapters, attach_adapters, merge_adapters
-from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.adapted_linear import adapters, attach_adapters
 from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.resume import state
 from torch_impl.engine.resume.journal import Interrupted, Journal, Progress
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.resume.run_folder import run_folder
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.planning import checks
 from torch_impl.run import main
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
-
 
 # --- state ---
 
@@ -83,65 +74,6 @@ def test_every_generator_goes_on_where_it_was() -> None:
 
 
 # --- Algorithm 1 ---
-
-
-class Stop(Exception):  # noqa: N818 - asked for
-    """The point at which a run was to stop is reached."""
-
-
-class Counting(Journal):
-    """Counts its points, and stops behind the one of a number."""
-
-    def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
-        super().__init__(Points(folder), save_every, attached)
-        self.after, self.count = after, 0
-
-    def _save(self) -> None:
-        super()._save()
-        self.count += 1
-        if self.count == self.after:
-            raise Stop
-
-
-def tiny(**changes: Any) -> tuple[nn.Module, torch.Tensor, list[list[training.Example]]]:
-    """Model, calibration tokens and two parts. Dropout, so that the generators matter."""
-    model = random_model("llama-gqa", attention_dropout=0.1, **changes)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (6, 12), generator=generator)
-    rows = torch.randint(model.config.vocab_size, (8, 10), generator=generator)
-    examples = [{"input_ids": row, "labels": row} for row in rows]
-    return model, ids, [examples[:3], examples[3:]]
-
-
-def settings(method: str = "wanda", pattern: str = "unstructured", **changes: Any) -> Settings:
-    return Settings(
-        prune=PruneConfig(prune_method=method, sparsity_type=pattern, steps=2),
-        adapter=AdapterConfig(initial_rank=2, rank_shrink="fold"),
-        calibration=CalibrationConfig(nsamples=6, seqlen=12, calibration_batch_size=4),
-        training=TrainingConfig(
-            **{
-                "learning_rate": 1e-2,
-                "per_device_train_batch_size": 2,
-                "gradient_accumulation_steps": 1,
-                "loss": "kl",
-                **changes,
-            }
-        ),
-    )
-
-
-def outcome(setup: Settings, journal: Journal | None = None) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Records but for times, and the merged model's tensors."""
-    model, ids, parts = tiny()
-    records = [record.as_dict() for record in losa.run(model, ids, parts, setup, journal=journal)]
-    for record in records:
-        record.pop("seconds")
-    merge_adapters(model, find_family(model))
-    return records, model.state_dict()
-
-
-def same(one: tuple, other: tuple) -> bool:
-    return one[0] == other[0] and all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
 
 
 @pytest.mark.parametrize(("method", "pattern", "every"), [("wanda", "unstructured", 1), ("sparsegpt", "mixed-2:4", 3)])
@@ -226,39 +158,6 @@ def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -
 
 def weights(place: Path, name: str = "out") -> dict[str, torch.Tensor]:
     return load_file(place / name / "model" / "model.safetensors")
-
-
-def events(place: Path, name: str = "out") -> list[dict]:
-    found = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in event.items() if key != "seconds"} for event in found]
-
-
-@pytest.fixture
-def at_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[..., None]], None]]:
-    """Do something at the optimizer step of a number, from 1, before it is carried out."""
-    plain = training._clip
-
-    def plan(number: int, act: Callable[..., None]) -> None:
-        done = 0
-
-        def clip(parameters: list[nn.Parameter], *rest: Any) -> None:
-            nonlocal done
-            done += 1
-            if done == number:
-                act(parameters)
-            plain(parameters, *rest)
-
-        monkeypatch.setattr(training, "_clip", clip)
-
-    return plan
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Ctrl-C does what it does at a terminal, also where these tests run in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")

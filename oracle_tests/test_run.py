@@ -12,49 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from oracle_tests.small_runs import ROOT, arguments, fails
 from tiny_models.random_models import save_random_model
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.resume import points
 from torch_impl.experiment import config, job
 from torch_impl.run import main
-
-ROOT = Path(__file__).parents[1]
-WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on the mat while it rained all day long "
-
-
-def make_place(folder: Path) -> Path:
-    """A folder with a model and some text."""
-    save_random_model(folder / "model", "llama-gqa")
-    lines = [f"{WORDS}{number} {WORDS[number % 50 :]}" for number in range(40)]
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(lines), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return make_place(tmp_path)
-
-
-def arguments(place: Path, **changes: object) -> list[str]:
-    """A small, quick run."""
-    options: dict[str, object] = {
-        "model": place / "model",
-        "calibration_data": place / "text.txt",
-        "finetune_data": place / "text.txt",
-        "eval_data": place / "text.txt",
-        "nsamples": 6,
-        "seqlen": 32,
-        "rmi_samples": 4,
-        "train_examples": 24,
-        "train_seqlen": 32,
-        "eval_seqlen": 32,
-        "steps": 2,
-        "device": "cpu",
-        "learning_rate": 1e-2,
-        "output_dir": place / "out",
-        **changes,
-    }
-    return [word for name, value in options.items() if value is not None for word in (f"--{name}", *str(value).split())]
 
 
 @pytest.mark.parametrize(
@@ -187,17 +150,6 @@ BAD = [
     ({"offload": "maybe"}, ["offload", "maybe", "auto, on, off"]),
     ({"offload": "on"}, ["offload", "steps 2", "allowed: with steps 1 and finetune false"]),
 ]
-
-
-def fails(capsys: pytest.CaptureFixture, place: Path, argv: list[str], words: list[str]) -> None:
-    """One line on stderr with `words`, status 2, nothing written."""
-    before = sorted(path.name for path in place.iterdir())
-    assert main(argv) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, errors
-    for word in words:
-        assert word in errors[0], errors[0]
-    assert sorted(path.name for path in place.iterdir()) == before
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD, ids=lambda v: " ".join(map(str, v)) if isinstance(v, dict) else "")

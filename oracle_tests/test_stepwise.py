@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from oracle_tests.assertions import assert_close, assert_exact
-from oracle_tests.test_whole_run import SIZES, Case, run_production, special
 from oracle_tests.tolerances import STEPWISE, one_rounding
+from oracle_tests.whole_runs import SIZES, Case, run_production, special
 from reference import llama, losa, rank, schedule
 from reference.losa import Layers
 

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - the fixture's name comes back as a parameter
 """A model whose blocks come from its files is pruned to the same bits as one in memory, and leaves the same folder."""
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from oracle_tests.test_run import arguments, fails, place  # noqa: F401 - a fixture
+from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import FAMILIES, save_random_model
 from torch_impl import losa
 from torch_impl.bench import large

@@ -16,25 +16,11 @@ from transformers import get_linear_schedule_with_warmup
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close
+from oracle_tests.tiny_material import adapted_model, examples_for
 from reference import llama as spec
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import adapted_linear, families, loss, training
+from torch_impl.engine import adapted_linear, loss, training
 from torch_impl.engine.training import TrainingConfig
-
-
-def adapted_model(name: str = "llama-gqa") -> nn.Module:
-    model = random_model(name).double().eval()
-    family = families.find_family(model)
-    adapted_linear.attach_adapters(model, family, 2.0)
-    for number, layer in enumerate(adapted_linear.adapters(model)):
-        layer.resize(2, (number,))
-    return model
-
-
-def examples_for(model: nn.Module, lengths: list[int], seed: int = 0) -> list[training.Example]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in lengths]
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
 @pytest.mark.parametrize(("total", "ratio"), [(10, 0.3), (7, 0.0), (5, 1.0), (1, 0.3), (100, 0.03), (2500, 0.3)])

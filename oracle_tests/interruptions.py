@@ -1,0 +1,89 @@
+"""Runs of Algorithm 1 that stop at a checkpoint, and damage to its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiny_models.random_models import random_model
+from torch_impl import losa
+from torch_impl.engine import training
+from torch_impl.engine.adapted_linear import merge_adapters
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.families import find_family
+from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.points import Points
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
+from torch_impl.engine.training import TrainingConfig
+
+
+class Stop(Exception):  # noqa: N818 - asked for
+    """The point at which a run was to stop is reached."""
+
+
+class Counting(Journal):
+    """Counts its points, and stops behind the one of a number."""
+
+    def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
+        super().__init__(Points(folder), save_every, attached)
+        self.after, self.count = after, 0
+
+    def _save(self) -> None:
+        super()._save()
+        self.count += 1
+        if self.count == self.after:
+            raise Stop
+
+
+def tiny(**changes: Any) -> tuple[nn.Module, torch.Tensor, list[list[training.Example]]]:
+    """Model, calibration tokens and two parts. Dropout, so that the generators matter."""
+    model = random_model("llama-gqa", attention_dropout=0.1, **changes)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (6, 12), generator=generator)
+    rows = torch.randint(model.config.vocab_size, (8, 10), generator=generator)
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    return model, ids, [examples[:3], examples[3:]]
+
+
+def settings(method: str = "wanda", pattern: str = "unstructured", **changes: Any) -> Settings:
+    return Settings(
+        prune=PruneConfig(prune_method=method, sparsity_type=pattern, steps=2),
+        adapter=AdapterConfig(initial_rank=2, rank_shrink="fold"),
+        calibration=CalibrationConfig(nsamples=6, seqlen=12, calibration_batch_size=4),
+        training=TrainingConfig(
+            **{
+                "learning_rate": 1e-2,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "loss": "kl",
+                **changes,
+            }
+        ),
+    )
+
+
+def outcome(setup: Settings, journal: Journal | None = None) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Records but for times, and the merged model's tensors."""
+    model, ids, parts = tiny()
+    records = [record.as_dict() for record in losa.run(model, ids, parts, setup, journal=journal)]
+    for record in records:
+        record.pop("seconds")
+    merge_adapters(model, find_family(model))
+    return records, model.state_dict()
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return one[0] == other[0] and all(torch.equal(tensor, other[1][name]) for name, tensor in one[1].items())
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)

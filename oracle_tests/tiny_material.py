@@ -1,0 +1,91 @@
+"""Tokens, examples, settings and models for tests of single parts of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.generation import BaseStreamer
+
+from tiny_models.random_models import random_model
+from torch_impl.engine import adapted_linear, families, training
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
+from torch_impl.engine.training import TrainingConfig
+from torch_impl.experiment.planning.sizes import Sizes
+
+# Of a model small enough to work out every figure by hand.
+SIZES = Sizes(
+    itemsize=2,
+    parameters=1000,
+    outside=200,
+    largest_block=300,
+    prunable_of_blocks=[280, 240],
+    entries_per_rank=70,
+    largest_projection=96,
+    inputs=[8, 8, 8, 12],
+    hidden=8,
+    width=12,
+    gated=True,
+    keys=4,
+    vocabulary=17,
+)
+
+
+def token_ids(model: nn.Module, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def settings(**changes: object) -> Settings:
+    """A few quick steps."""
+    training = TrainingConfig(
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        **changes.pop("training", {}),  # type: ignore[arg-type]
+    )
+    adapter = AdapterConfig(initial_rank=3, **changes.pop("adapter", {}))  # type: ignore[arg-type]
+    return Settings(
+        prune=PruneConfig(**{"steps": 2, "sparsity_ratio": None, **changes}),  # type: ignore[arg-type]
+        adapter=adapter,
+        calibration=CalibrationConfig(nsamples=6, seqlen=12, rmi_samples=4, calibration_batch_size=4),
+        training=training,
+    )
+
+
+def parts_for(model: nn.Module, steps: int, rows: int = 8, length: int = 12) -> list[list[dict[str, torch.Tensor]]]:
+    ids = token_ids(model, steps * rows, length, seed=5)
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    return [examples[t * rows : (t + 1) * rows] for t in range(steps)]
+
+
+class Heard(BaseStreamer):
+    """What a streamer is told."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert value.device.type == "cpu"
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def prompt(batch: int = 1) -> torch.Tensor:
+    return torch.randint(0, 200, (batch, 7), generator=torch.Generator().manual_seed(3))
+
+
+def adapted_model(name: str = "llama-gqa") -> nn.Module:
+    model = random_model(name).double().eval()
+    family = families.find_family(model)
+    adapted_linear.attach_adapters(model, family, 2.0)
+    for number, layer in enumerate(adapted_linear.adapters(model)):
+        layer.resize(2, (number,))
+    return model
+
+
+def examples_for(model: nn.Module, lengths: list[int], seed: int = 0) -> list[training.Example]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in lengths]
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
