@@ -12,6 +12,8 @@ from oracle_tests.tolerances import bound
 from reference import hsic, rank
 from reference.masks import sparsegpt, wanda
 from torch_impl.engine import statistics
+from torch_impl.masks.sparsegpt import HESSIAN
+from torch_impl.masks.wanda import INPUT_NORM
 
 
 @st.composite
@@ -28,7 +30,7 @@ def split_features(draw: st.DrawFn) -> tuple[np.ndarray, list[int]]:
 @given(split_features())
 def test_input_norm_and_hessian(case: tuple[np.ndarray, list[int]]) -> None:
     features, sizes = case
-    norm, hessian = statistics.InputNorm(), statistics.InputHessian(samples=3)
+    norm, hessian = (statistics.InputSum(statistic, samples=3) for statistic in (INPUT_NORM, HESSIAN))
     for part in torch.from_numpy(features).split(sizes):
         norm.update(part)
         hessian.update(part)

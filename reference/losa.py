@@ -29,8 +29,6 @@ from reference.llama import Block, Ids, Llama
 from reference.masks.nm import kept_per_group
 from reference.masks.prune import METHODS, prune
 from reference.masks.select import rest_sparsity
-from reference.masks.sparsegpt import hessian
-from reference.masks.wanda import input_norm
 
 Example = dict[str, Ids]
 """One training sequence: input_ids (t,) and labels (t,), the latter `llama.IGNORED` where a token does not count."""
@@ -40,7 +38,7 @@ Example = dict[str, Ids]
 class Settings:
     """Everything that decides a run, apart from model and tokens. Names and defaults are those of torch_impl/losa.py.
 
-    prune_method: magnitude, wanda or sparsegpt. sparsity_ratio: final share of zeros, of an unstructured pattern.
+    prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, of an unstructured pattern.
     sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: rmi (LoSA) or uniform.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
@@ -79,7 +77,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("prune_method", METHODS),
+            ("prune_method", tuple(METHODS)),
             ("layer_sparsity", ("rmi", "uniform")),
             ("rank_allocation", ("error", "uniform")),
             ("rank_shrink", ("truncate", "fold")),
@@ -220,12 +218,8 @@ def _block_targets(
 
 def _gather(method: str, inputs: Array) -> Array | None:
     """The statistic that `method` needs of a projection's calibration input (n, t, in)."""
-    tokens = inputs.reshape(-1, inputs.shape[-1])
-    if method == "wanda":
-        return input_norm(tokens)
-    if method == "sparsegpt":
-        return hessian(tokens, len(inputs))
-    return None
+    statistic = METHODS[method].statistic
+    return None if statistic is None else statistic(inputs.reshape(-1, inputs.shape[-1]), len(inputs))
 
 
 def _prune_block(

@@ -26,6 +26,7 @@ from torch_impl.engine.resume.journal import Journal, Progress
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.masks import prune as masks
+from torch_impl.masks.method import InputStatistic
 from torch_impl.masks.nm import kept_per_group
 from torch_impl.masks.select import rest_sparsity
 
@@ -119,26 +120,25 @@ def block_targets(
 
 
 def _gather(
-    method: str, block: nn.Module, index: int, family: Family, stream: calibration.Stream
+    statistic: InputStatistic | None, block: nn.Module, index: int, family: Family, stream: calibration.Stream
 ) -> dict[str, torch.Tensor | None]:
-    """The statistic that `method` needs of each projection's input, one per shared input."""
-    gathered: dict[str, Any] = {}
+    """The statistic of each projection's input, one per shared input; None of each if the method needs none."""
+    if statistic is None:
+        return dict.fromkeys(family.projections)
     samples = int(distributed.total_of(len(stream.hidden)))
-    for group in family.inputs if method != "magnitude" else ():
-        gathered[group[0]] = statistics.InputHessian(samples) if method == "sparsegpt" else statistics.InputNorm()
-    if gathered:
-        with calibration.watching_inputs(
-            block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
-        ):
-            for batch, rows in stream.batches():
-                stream.show(block, index, batch, rows)
+    gathered = {group[0]: statistics.InputSum(statistic, samples) for group in family.inputs}
+    with calibration.watching_inputs(
+        block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
+    ):
+        for batch, rows in stream.batches():
+            stream.show(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
     for name, result in results.items():
         # Sums of squares, in a Hessian on its diagonal; all processes have the same.
         squares = result if result.dim() == 1 else result.diagonal()
         if not bool(torch.isfinite(squares).all()):
             raise finite.NotFiniteError(f"input of {family.blocks}.{index}.{name}", stream.hidden.dtype)
-    return {name: results.get(group[0]) for group in family.inputs for name in group}
+    return {name: results[group[0]] for group in family.inputs for name in group}
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def _prune_block(
     kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
     rate = rest_sparsity(sizes - kept, sizes, rate)
     with holding(list(layers.values())):
-        gathered = look(lambda stream: _gather(config.prune_method, block, index, family, stream))
+        gathered = look(lambda stream: _gather(config.method.statistic, block, index, family, stream))
     for number, (name, layer) in enumerate(layers.items()):
         if not distributed.decides(number):
             continue

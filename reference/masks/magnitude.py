@@ -6,7 +6,11 @@ import numpy as np
 
 from reference import _checks
 from reference._checks import Array, Mask
+from reference.masks.method import Method
 from reference.masks.select import matrix_mask
+
+# |W|, compared in the whole matrix.
+METHOD = Method.by_score("magnitude", lambda W, _: np.abs(W), whole_matrix=True)
 
 
 def magnitude_mask(weight: Array, sparsity: float) -> Mask:

@@ -1,17 +1,12 @@
-"""The registry of pruning methods, behind one call. A new method is one file in masks/ and one line here."""
+"""The registry of pruning methods, behind one call. A new method is one file in masks/ and its record here."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from reference import _checks
 from reference._checks import Array, Mask
-from reference.masks.nm import nm_mask
-from reference.masks.select import demote_pruned, matrix_mask, rest_sparsity, row_mask
-from reference.masks.sparsegpt import BLOCK_SIZE, sparsegpt, sparsegpt_nm
-from reference.masks.wanda import wanda_score
+from reference.masks import magnitude, sparsegpt, wanda
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = {method.name: method for method in (magnitude.METHOD, wanda.METHOD, sparsegpt.METHOD)}
 
 
 def prune(
@@ -24,12 +19,12 @@ def prune(
 ) -> tuple[Array, Mask]:
     """Prune one projection further; its mask only shrinks.
 
-    Source: LoSA, Algorithm 1, with the scores of magnitude, Wanda or SparseGPT.
+    Source: LoSA, Algorithm 1, with any of METHODS.
 
-    Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input: None for
-    magnitude, `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt; kept bool (out, in), the
-    current mask; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where pruned and updated by SparseGPT;
-    mask bool (out, in), True = kept).
+    Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input, as the
+    method's record makes it: `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt, None for
+    magnitude; kept bool (out, in), the current mask; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where
+    pruned and updated by a method that moves weights; mask bool (out, in), True = kept).
 
     Ties: as the method says; already pruned weights are pruned first.
 
@@ -43,11 +38,11 @@ def prune(
     array([[False, False, False, False],
            [False, False,  True,  True]])
     """
-    if method not in METHODS:
+    if (found := METHODS.get(method)) is None:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if (sparsity is None) == (nm is None):
         raise ValueError(f"sparsity is {sparsity} and nm is {nm}; give one of the two")
-    if (statistic is None) != (method == "magnitude"):
+    if (statistic is None) != (found.statistic is None):
         raise ValueError(
             f"statistic is missing; {method} needs one"
             if statistic is None
@@ -57,30 +52,6 @@ def prune(
         _checks.integer("m", nm[1], 1)
     W = _checks.array("weight", weight, "out", "in")
     kept = _checks.mask("kept", kept, W, "weight")
-    if sparsity is not None:
-        sparsity = rest_sparsity(*_groups(method, kept), sparsity)
-
-    if statistic is not None and method == "sparsegpt":
-        if nm is not None:
-            return sparsegpt_nm(W, statistic, *nm, block_size=nm[1] * max(1, BLOCK_SIZE // nm[1]), kept=kept)
-        assert sparsity is not None
-        return sparsegpt(W, statistic, sparsity, kept=kept)
-    score = demote_pruned(np.abs(W) if statistic is None else wanda_score(W, statistic), kept)
-    if nm is not None:
-        mask = nm_mask(score, *nm)
-    else:
-        assert sparsity is not None
-        mask = matrix_mask(score, sparsity) if method == "magnitude" else row_mask(score, sparsity)
-    mask &= kept
-    return np.where(mask, W, 0.0), mask
-
-
-def _groups(method: str, kept: Mask) -> tuple[Array, Array]:
-    """Count (zeros, entries) of each group in which a method compares scores: rows, blocks of columns, or the matrix."""
-    if method == "wanda":
-        parts = list(kept)
-    elif method == "sparsegpt":
-        parts = [kept[:, start : start + BLOCK_SIZE] for start in range(0, kept.shape[1], BLOCK_SIZE)]
-    else:
-        parts = [kept]
-    return np.array([(~part).sum() for part in parts], dtype=np.float64), np.array([float(part.size) for part in parts])
+    amount = sparsity if nm is None else (nm[0], nm[1])
+    assert amount is not None
+    return found.prune(W, statistic, kept, amount)

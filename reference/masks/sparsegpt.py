@@ -12,8 +12,9 @@ import numpy as np
 
 from reference import _checks
 from reference._checks import Array, Mask
+from reference.masks.method import Amount, Method
 from reference.masks.nm import nm_mask
-from reference.masks.select import demote_pruned, matrix_mask
+from reference.masks.select import demote_pruned, matrix_mask, rest_sparsity
 
 # Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
@@ -175,3 +176,16 @@ def _inverse_factor(H: Array, damping: float) -> Array:
         if np.isfinite(U).all():
             return U
     raise ValueError(f"hessian is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}")
+
+
+def _prune_further(weight: Array, hessian: Array, kept: Mask, amount: Amount) -> tuple[Array, Mask]:
+    """Blocks of columns that are sparser already leave less to the others. With n:m, a block is whole groups."""
+    if isinstance(amount, tuple):
+        n, m = amount
+        return sparsegpt_nm(weight, hessian, n, m, block_size=m * max(1, BLOCK_SIZE // m), kept=kept)
+    blocks = [kept[:, start : start + BLOCK_SIZE] for start in range(0, kept.shape[1], BLOCK_SIZE)]
+    zeros, sizes = np.array([(~block).sum() for block in blocks]), np.array([block.size for block in blocks])
+    return sparsegpt(weight, hessian, rest_sparsity(zeros, sizes, amount), kept=kept)
+
+
+METHOD = Method("sparsegpt", _prune_further, statistic=hessian)

@@ -9,6 +9,7 @@ import numpy as np
 
 from reference import _checks
 from reference._checks import Array, Mask
+from reference.masks.method import Method
 from reference.masks.select import row_mask
 
 
@@ -69,3 +70,6 @@ def wanda_mask(weight: Array, input_norm: Array, sparsity: float) -> Mask:
     array([[False,  True]])
     """
     return row_mask(wanda_score(weight, input_norm), sparsity)
+
+
+METHOD = Method.by_score("wanda", wanda_score, statistic=lambda inputs, samples: input_norm(inputs))

@@ -10,6 +10,7 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
+from torch_impl.masks.method import Method
 
 MOST_STEPS = 1000
 MOST_ALPHA = 1e6
@@ -49,6 +50,11 @@ class PruneConfig:
                 raise ValueError(
                     f"sparsity_ratio is {self.sparsity_ratio}; allowed with sparsity_type {self.sparsity_type}: {1 - n / m}"
                 )
+
+    @property
+    def method(self) -> Method:
+        """The record of `prune_method`."""
+        return masks.METHODS[self.prune_method]
 
     @property
     def group(self) -> tuple[int, int] | None:

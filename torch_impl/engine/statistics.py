@@ -9,45 +9,28 @@ import torch
 
 from torch_impl import hsic, rank
 from torch_impl.engine import distributed
-from torch_impl.masks import sparsegpt
+from torch_impl.masks.method import InputStatistic
 
 # Tokens of every sequence that go to the device at once, of hidden states that are kept elsewhere.
 PART = 128
 
 
-class InputNorm:
-    """‖X_j‖₂ of every input column over all batches (streamed `masks.wanda.input_norm`)."""
+class InputSum:
+    """A pruning method's statistic of one calibration input over all batches; samples: sequences in all of them."""
 
-    def __init__(self) -> None:
-        self._squares: torch.Tensor | float = 0.0
-
-    def update(self, inputs: torch.Tensor) -> None:
-        """inputs: (tokens, in)."""
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        self._squares = self._squares + torch.linalg.vector_norm(inputs, dim=0, dtype=wide).square()
-
-    def result(self) -> torch.Tensor:
-        """(in,)"""
-        assert isinstance(self._squares, torch.Tensor)
-        return distributed.total(self._squares).sqrt()
-
-
-class InputHessian:
-    """2/N Σ x xᵀ over all batches (streamed `masks.sparsegpt.hessian`)."""
-
-    def __init__(self, samples: int) -> None:
-        self._samples = samples
+    def __init__(self, statistic: InputStatistic, samples: int) -> None:
+        self._statistic, self._samples = statistic, samples
         self._sum: torch.Tensor | None = None
 
     def update(self, inputs: torch.Tensor) -> None:
         """inputs: (tokens, in)."""
-        part = sparsegpt.hessian(inputs, self._samples)
+        part = self._statistic.part(inputs, self._samples)
         self._sum = part if self._sum is None else self._sum.add_(part)
 
     def result(self) -> torch.Tensor:
-        """(in, in)"""
+        """As the method takes it."""
         assert self._sum is not None
-        return distributed.total(self._sum)
+        return self._statistic.finish(distributed.total(self._sum))
 
 
 class ReconstructionError:

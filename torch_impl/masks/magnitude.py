@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 
 from torch_impl import _checks
+from torch_impl.masks.method import Method
 from torch_impl.masks.select import matrix_mask
+
+# |W|, compared in the whole matrix.
+METHOD = Method.by_score("magnitude", lambda W, _: W.abs(), whole_matrix=True)
 
 
 def magnitude_mask(weight: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from torch_impl import _checks, _kernels
+from torch_impl.masks.method import Amount, InputStatistic, Method
 from torch_impl.masks.nm import nm_mask
-from torch_impl.masks.select import demote_pruned, matrix_mask
+from torch_impl.masks.select import demote_pruned, matrix_mask, rest_sparsity
 
 # Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
@@ -134,3 +135,26 @@ def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
         if bool(torch.isfinite(U.square().sum(0)).all()):
             return U.flip(0, 1)
     raise ValueError(f"hessian is not positive definite with damping {', '.join(f'{d:g}' for d in tried)}")
+
+
+def _prune_further(
+    weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, amount: Amount
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of columns that are sparser already leave less to the others. With n:m, a block is whole groups."""
+    if isinstance(amount, tuple):
+        n, m = amount
+        return sparsegpt_nm(weight, hessian, n, m, block_size=m * max(1, BLOCK_SIZE // m), kept=kept)
+    blocks = kept.split(BLOCK_SIZE, dim=1)
+    sizes = torch.tensor([block.numel() for block in blocks], dtype=torch.float64)
+    zeros = sizes - torch.stack([block.sum() for block in blocks]).cpu()
+    return sparsegpt(weight, hessian, rest_sparsity(zeros, sizes, amount), kept=kept)
+
+
+def _workspace(rows: int, columns: int, itemsize: int) -> int:
+    """Factors of the Hessian, then weights, errors and a block's scores."""
+    wide = max(4, itemsize)
+    return max(5 * columns**2 * wide, rows * columns * (4 * wide + 3))
+
+
+HESSIAN = InputStatistic(part=hessian, finish=lambda total: total, entries=lambda inputs: inputs**2)
+METHOD = Method("sparsegpt", _prune_further, _workspace, HESSIAN, moves_weights=True)

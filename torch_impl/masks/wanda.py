@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torch_impl import _checks
+from torch_impl.masks.method import InputStatistic, Method
 from torch_impl.masks.select import row_mask
 
 
@@ -29,3 +30,9 @@ def wanda_score(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
 def wanda_mask(weight: torch.Tensor, input_norm: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prune the lowest Wanda scores of each row; return bool (out, in), True = kept (Wanda, Algorithm 1)."""
     return row_mask(wanda_score(weight, input_norm), sparsity)
+
+
+INPUT_NORM = InputStatistic(
+    part=lambda inputs, samples: input_norm(inputs).square(), finish=torch.sqrt, entries=lambda inputs: inputs
+)
+METHOD = Method.by_score("wanda", wanda_score, INPUT_NORM)

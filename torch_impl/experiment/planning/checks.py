@@ -40,7 +40,7 @@ def disk(model: nn.Module, family: Family, config: Config, size: int) -> dict[st
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prunable = prunable_weights(model, family)
     moved = (
-        config.prune.prune_method == "sparsegpt"
+        config.prune.method.moves_weights
         or config.adapter.rank_shrink == "fold"
         or config.reconstruction.reconstruct_epochs > 0
     )
