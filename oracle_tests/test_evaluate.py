@@ -174,9 +174,7 @@ def test_every_figure_has_a_name_and_every_file_of_a_run_is_strict_json(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_figure_that_is_not_finite_is_named_and_not_written(value: float, tmp_path: Path) -> None:
-    with pytest.raises(
-        FloatingPointError, match=rf"^a\.json, rows\[1\], loss is {value}; allowed in JSON: finite numbers$"
-    ):
+    with pytest.raises(FloatingPointError, match=rf"^a\.json, rows\[1\], loss is {value}, which JSON cannot store$"):
         metrics.write_json(tmp_path / "a.json", {"rows": [{}, {"loss": value}]})
     lines = metrics.Metrics(tmp_path / "metrics.jsonl")
     with pytest.raises(FloatingPointError, match=r"^metrics\.jsonl, errors\[0\] is"):

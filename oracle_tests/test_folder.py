@@ -174,7 +174,9 @@ def test_names_that_no_terminal_and_no_page_can_hold(place: Path, monkeypatch: p
     assert json.loads((out / "losa_result.json").read_text())["evaluation"]["source"] == str(text)
 
 
-@pytest.mark.parametrize(("name", "value", "line"), [("RANK", "1", ""), ("WORLD_SIZE", "two", "WORLD_SIZE is 'two'")])
+@pytest.mark.parametrize(
+    ("name", "value", "line"), [("RANK", "1", ""), ("WORLD_SIZE", "two", "WORLD_SIZE in the environment is 'two'")]
+)
 def test_leftovers_of_a_launcher_in_the_environment(
     name: str, value: str, line: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,8 +78,8 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
         ),
         (
             lambda: Settings(PruneConfig(steps=12)),
-            "steps is 12: the mean rank would end at 17; allowed: up to max_rank 16, so take fewer steps or a lower "
-            "initial_rank",
+            "steps is 12, so the mean rank would reach 17, above max_rank 16; use fewer steps, a lower initial_rank or "
+            "a higher max_rank",
         ),
     ],
 )
@@ -152,7 +152,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert PruneConfig(sparsity_ratio=0.5, sparsity_type="2:4").final_sparsity == 0.5
     with pytest.raises(ValueError, match="steps is 12"):
         spec.Settings(steps=12)
-    with pytest.raises(ValueError, match="steps is 12: the mean rank would end at 17; allowed: up to max_rank 16"):
+    with pytest.raises(ValueError, match="steps is 12, so the mean rank would reach 17, above max_rank 16;"):
         Settings(PruneConfig(steps=12))
 
 

@@ -43,8 +43,8 @@ def test_training_goes_on_in_smaller_micro_batches(
     journal = Journal(Points(tmp_path))
     smaller = losa.run(model, ids, parts, setup, journal=journal)
     assert calls == [2, 1, 2, 2, 1, 1, 1, 1, 1]
-    assert "per_device_train_batch_size goes on with 1 instead of 2" in caplog.text
-    assert caplog.text.count("goes on") == 1, "once for the whole run"
+    assert "reducing per_device_train_batch_size from 2 to 1" in caplog.text
+    assert caplog.text.count("reducing ") == 1, "once for the whole run"
     assert journal.progress.micro_batch_size == 1
     for record, expected in zip(smaller, plain, strict=True):
         assert record.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -67,7 +67,7 @@ def test_calibration_goes_on_in_smaller_batches(
     monkeypatch.setattr(calibration.Stream, "forward", limited)
     journal = Counting(tmp_path)
     records, tensors = outcome(setup, journal)
-    assert "calibration_batch_size goes on with 2 instead of 4" in caplog.text
+    assert "reducing calibration_batch_size from 4 to 2" in caplog.text
     assert journal.progress.calibration_batch_size == 2
     for record, expected in zip(records, plain[0], strict=True):
         assert record["errors"] == pytest.approx(expected["errors"], rel=1e-4)

@@ -146,16 +146,18 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match="device is 'cuda:0'; allowed with several processes: auto, cuda"):
         distributed.own_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 of this machine finds 2 GPUs; allowed: one each"):
+    with pytest.raises(ValueError, match="process 2 has no GPU: this machine has 2; start one process per GPU"):
         distributed.own_device("auto")
 
 
 def test_fewer_sequences_than_processes_and_held_weights_are_refused() -> None:
     few = dataclasses.replace(settings(), calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=2))
-    with pytest.raises(RuntimeError, match="rmi_samples is 2; allowed with 4 processes: 4 or more"):
+    with pytest.raises(RuntimeError, match="rmi_samples is 2; allowed: 4 or more with 4 processes"):
         in_processes(4, run, few)
     held = settings(hold_merged="on", layer_sparsity="uniform")
-    with pytest.raises(RuntimeError, match="hold_merged is 'on'; allowed with several processes: auto or off"):
+    with pytest.raises(
+        RuntimeError, match="hold_merged is 'on', which several processes do not support; use auto or off"
+    ):
         in_processes(2, run, held)
 
 

@@ -99,7 +99,7 @@ def test_kept_is_the_best_of_all_integer_solutions(case: dict[str, Any]) -> None
     if and only if there is none."""
     solutions = kept_solutions(**case)
     if not solutions:
-        with pytest.raises(ValueError, match=r"kept_total is \d+; allowed with this spread and ceiling: at most"):
+        with pytest.raises(ValueError, match=r"kept_total is \d+; allowed: at most \d+ with this spread and ceiling"):
             allocate_kept(**case)
         return
     best = min(solutions, key=lambda kept: (-(case["importance"] @ kept), kept))
@@ -118,9 +118,9 @@ def test_kept_keeps_its_bounds_and_sum(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("kept_total", "ceiling", "message"),
     [
-        (9, [2, 3, 3], "kept_total is 9; allowed with this spread and ceiling: at most 8"),
-        (10, None, "kept_total is 10; allowed with this spread and ceiling: at most 9"),
-        (11, None, "kept_total is 11; allowed with this spread and ceiling: at most 9"),
+        (9, [2, 3, 3], "kept_total is 9; allowed: at most 8 with this spread and ceiling"),
+        (10, None, "kept_total is 10; allowed: at most 9 with this spread and ceiling"),
+        (11, None, "kept_total is 11; allowed: at most 9 with this spread and ceiling"),
     ],
 )
 def test_kept_that_cannot_be_reached_is_refused(kept_total: int, ceiling: list[int] | None, message: str) -> None:

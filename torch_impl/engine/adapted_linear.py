@@ -1,4 +1,4 @@
-"""The adapter layer: one merged weight in forward, an explicit backward, ranks that change, an exact merge (LoSA, Eq. 1)."""
+"""The adapter layer: one merged weight in forward, explicit backward, variable rank, exact merge (LoSA, Eq. 1)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch_impl.engine.masked_linear import masked_linear, recomputed_masked_lin
 
 
 class AdaptedLinear(nn.Module):
-    """A linear whose frozen weight (out, in) is masked and whose adapter B·A learns under the same mask.
+    """A linear layer with a frozen, masked weight (out, in) and an adapter B·A trained under the same mask.
 
-    weight: frozen, zero where pruned; its mask is weight ≠ 0. A (rank, in) and B (out, rank) are trained, in float32
-    at least. scale: s = α / r₀, the same at every rank.
+    weight: frozen, zero where pruned; the mask is weight ≠ 0. A (rank, in) and B (out, rank) are trained, in float32 at
+    least. scale: s = α / r₀, the same at every rank.
     """
 
     def __init__(self, linear: nn.Linear, scale: float) -> None:
@@ -31,27 +31,27 @@ class AdaptedLinear(nn.Module):
         self.B = nn.Parameter(self.weight.new_zeros(self.out_features, 0, dtype=wide))
         self._held: torch.Tensor | None = None
         self.recomputed = False
-        """Make the output again in backward instead of keeping it: in a compiled block, while no merged weight is held."""
+        """Recompute the output in the backward pass; applies in a compiled block while no merged weight is held."""
         self.watch: Callable[[torch.Tensor], None] | None = None
-        """Hears every input (..., in) of a forward pass, if set."""
+        """If set, called with every input (..., in)."""
 
     @property
     def rank(self) -> int:
-        """Current number of ranks."""
+        """Return the current rank."""
         return self.A.shape[0]
 
     @property
     def held(self) -> torch.Tensor | None:
-        """The merged weight that `hold` built, until `release`."""
+        """Return the merged weight built by `hold`, None after `release`."""
         return self._held
 
     @property
     def mask(self) -> torch.Tensor:
-        """Bool (out, in), True = kept."""
+        """Return the mask, bool (out, in), True = kept."""
         return self.weight != 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) → (..., out)."""
+        """Map x (..., in) to (..., out)."""
         if torch.is_grad_enabled() and self.watch is None and self.rank:
             if self.recomputed and self._held is None and torch.compiler.is_compiling():
                 return recomputed_masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale)
@@ -60,8 +60,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_apart(self, x: torch.Tensor) -> torch.Tensor:
-        """The same, called by a compiled block and no part of it: calibration compiles nothing again for every watcher
-        and held weight."""
+        """Compute the output outside the compiled graph, so that new watchers and held weights cause no recompilation."""
         if self.watch is not None:
             self.watch(x)
         if torch.is_grad_enabled() and self.rank:
@@ -70,12 +69,12 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
-        """M⊙(W + s·BA), rounded once to the weight's dtype."""
+        """Compute M⊙(W + s·BA), rounded once to the weight's dtype."""
         return adapter.merge(self.weight, self.A, self.B, self.scale) if self.rank else self.weight.detach()
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Build the merged weight once and use it until `release`; call again after A or B changed (in the same place)."""
+        """Build the merged weight and use it until `release`. Call again after A or B change; the address stays."""
         if not self.rank:
             self._held = None
         elif self._held is None:
@@ -84,7 +83,7 @@ class AdaptedLinear(nn.Module):
             adapter.merge_into(self._held, self.weight, self.A, self.B, self.scale)
 
     def release(self) -> None:
-        """Forget the merged weight that `hold` built."""
+        """Free the merged weight built by `hold`."""
         self._held = None
 
     @torch.no_grad()
@@ -95,7 +94,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def resize(self, new_rank: int, seed: Sequence[int], fold: bool = False) -> None:
-        """Grow or shrink the adapter (LoSA, Section 3.3). Growing never moves the output; nor does shrinking by `fold`."""
+        """Change the adapter's rank (LoSA, Section 3.3). Growing, or shrinking by `fold`, leaves the output unchanged."""
         self.release()
         if fold and new_rank < self.rank:
             self.weight.copy_(rank.fold_adapter(self.weight, self.A, self.B, new_rank, self.scale))
@@ -105,23 +104,23 @@ class AdaptedLinear(nn.Module):
         A, B = rank.resize_adapter(self.A.detach(), self.B.detach(), new_rank, new_rows)
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         for parameter, dimension in ((self.A, 0), (self.B, 1)):
-            # Blocks of different ranks share one compiled graph.
+            # Let blocks of different ranks share one compiled graph.
             torch._dynamo.maybe_mark_dynamic(parameter, dimension)
 
 
 def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:
-    """Replace every projection of every block by an `AdaptedLinear` of rank 0; freeze everything else."""
+    """Replace all projections of all blocks with `AdaptedLinear`s of rank 0; freeze all other parameters."""
     model.requires_grad_(False)
     for block in decoder_blocks(model, family):
         adapt_block(block, family, scale)
 
 
 def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
-    """Replace every projection of one block by an `AdaptedLinear` of rank 0.
+    """Replace all projections of one block with `AdaptedLinear`s of rank 0.
 
-    One that is there already, as in a model that was sharded on loading, stays and gets the scale.
+    An existing `AdaptedLinear`, as in a model that was sharded on loading, stays and gets the scale.
     """
-    # Into the MLP: the largest output of a block, or one of the two that are.
+    # The projection with the largest output: the last one into the MLP.
     widest = [group[-1] for group in family.inputs[-2:-1]]
     for name in family.projections:
         linear = block.get_submodule(name)
@@ -135,19 +134,19 @@ def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
 
 
 def block_adapters(block: nn.Module, family: Family) -> dict[str, AdaptedLinear]:
-    """The adapted projections of one block by name, in order of use."""
+    """Return the adapted projections of one block by name, in order of use."""
     found = {name: block.get_submodule(name) for name in family.projections}
     return {name: layer for name, layer in found.items() if isinstance(layer, AdaptedLinear)}
 
 
 def adapters(model: nn.Module) -> list[AdaptedLinear]:
-    """All adapted projections of a model."""
+    """List all adapted projections of a model."""
     return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 @contextmanager
 def holding(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
-    """Hold the merged weights of `layers` for the duration."""
+    """Hold the merged weights of `layers` within this context."""
     try:
         for layer in layers:
             layer.hold()
@@ -159,9 +158,9 @@ def holding(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
-    """Put the merged weights back into plain linears. Returns the masks (bool, on the CPU) by projection's full name.
+    """Replace the adapted projections with plain linears of merged weights. Return the masks by full name, bool, on the CPU.
 
-    Errors: RuntimeError naming the projection if a merged weight is not zero where its mask is.
+    Errors: RuntimeError naming a projection whose merged weight is not zero where its mask is.
     """
     masks = {}
     for index, block in enumerate(decoder_blocks(model, family)):

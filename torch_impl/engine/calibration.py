@@ -1,7 +1,7 @@
-"""Calibration: hidden states go through the model block by block, a batch of sequences at a time.
+"""Calibration: run hidden states through the model block by block, one batch of sequences at a time.
 
-One tensor holds the hidden states of all sequences at the current block; each block overwrites it. Features of earlier
-blocks are never kept: what a sweep needs of them (Gram matrices, input norms, Hessians, errors) is accumulated.
+A stream is one tensor with the hidden states of all sequences at the current block; each block overwrites it. Earlier
+hidden states are not kept. The statistics computed from them (Gram matrices, input norms, Hessians, errors) are accumulated.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ RMI_SAMPLES = 64
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What the model is calibrated on."""
+    """The calibration data of a run."""
 
     nsamples: int = 128
     """Number of calibration sequences (paper: 128)."""
     seqlen: int = 2048
     """Tokens per calibration sequence (paper: 2048)."""
     rmi_samples: int | None = None
-    """How many of them the mutual information between blocks uses (paper: 64, 32 for 13B); default: 64, or all if fewer."""
+    """Calibration sequences for the mutual information between blocks (paper: 64, 32 for 13B); default: 64, or all if
+    fewer."""
     calibration_batch_size: int = 16
-    """Sequences that go through a block at once: memory against speed, the result is the same."""
+    """Sequences that go through a block at once: more is faster and needs more memory. It does not change the result."""
 
     def __post_init__(self) -> None:
         _checks.count("nsamples", self.nsamples, 2)
@@ -47,17 +48,17 @@ class CalibrationConfig:
 
     @property
     def rmi_rows(self) -> int:
-        """Calibration sequences that the mutual information uses."""
+        """Return the number of calibration sequences for the mutual information."""
         return min(RMI_SAMPLES, self.nsamples) if self.rmi_samples is None else self.rmi_samples
 
 
 @dataclass
 class Stream:
-    """Hidden states (sequences, tokens, hidden) at the current block, and what each block is called with.
+    """Hidden states (sequences, tokens, hidden) at the current block, and the arguments of each block.
 
-    arguments[batch][block] are the keyword arguments that the model itself gives that block (rotary embeddings,
-    attention masks, ...), recorded once, so that no family needs its own forward. The states are kept on `device`,
-    where the blocks are, or in page-locked memory of the host, from where a batch at a time goes there and back.
+    arguments[batch][block] are the keyword arguments that the model passes to that block (rotary embeddings, attention
+    masks, ...). They are recorded once, so no family needs its own forward. The states are on `device`, where the blocks
+    are, or in pinned host memory; then one batch at a time is copied to the device and back.
     """
 
     hidden: torch.Tensor
@@ -68,42 +69,42 @@ class Stream:
     """Path of the list of blocks, for messages."""
 
     def clone(self) -> Stream:
-        """A second stream that starts from the same hidden states."""
+        """Copy the stream with its hidden states."""
         hidden = torch.empty_like(self.hidden, pin_memory=self.hidden.is_pinned()).copy_(self.hidden)
         return replace(self, hidden=hidden)
 
     def batches(self) -> Iterator[tuple[int, slice]]:
-        """(index of the batch, its sequences)."""
+        """Yield (index, sequences) of each batch."""
         for index, start in enumerate(range(0, len(self.hidden), self.batch_size)):
             yield index, slice(start, start + self.batch_size)
 
     def states(self, rows: slice) -> torch.Tensor:
-        """Hidden states of some sequences, on the device."""
+        """Return the hidden states of some sequences, on the device."""
         return self.hidden[rows].to(self.device, non_blocking=True)
 
     def forward(self, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
-        """Output of decoder block number `index` for one batch; the stream itself is left as it is."""
+        """Compute the output of decoder block `index` for one batch; the stream does not change."""
         output = block(self.states(rows), **self.arguments[batch][index])
-        # transformers 5 gives a tensor; older blocks gave a tuple whose first entry it was.
+        # Blocks of transformers 5 return a tensor, older ones a tuple that starts with it.
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
     def show(self, block: nn.Module, index: int, batch: int, rows: slice) -> None:
-        """Let the block see one batch for the sake of whoever watches its inputs; ends as soon as all are seen."""
+        """Run one batch through the block only to observe its projections' inputs; stop after the last input."""
         with suppress(_SeenAll):
             self.forward(block, index, batch, rows)
 
     def advance(self, block: nn.Module, index: int) -> None:
-        """Replace the hidden states by what the block makes of them. Errors: finite.NotFiniteError if that is not finite."""
+        """Replace the hidden states with the block's output. Errors: finite.NotFiniteError if it is not finite."""
         found = torch.zeros((), device=self.device)
         for batch, rows in self.batches():
             output = self.forward(block, index, batch, rows)
             found = found + finite.total(output)
-            # Copies to the host and back are queued on one stream of the device, so they keep their order.
+            # Copies to the host and back use one CUDA stream, so they keep their order.
             self.hidden[rows].copy_(output, non_blocking=True)
         finite.check(found, f"output of {self.blocks}.{index}", self.hidden.dtype)
         if self.hidden.is_pinned():
-            # Whoever reads the host's memory itself must not come before the last copies.
+            # Wait for the last copies, so that the host memory can be read directly.
             torch.cuda.current_stream(self.device).synchronize()
 
 
@@ -111,7 +112,7 @@ class Stream:
 def standing_in(
     blocks: nn.ModuleList, answer: Callable[[int, torch.Tensor, dict[str, Any]], torch.Tensor]
 ) -> Iterator[None]:
-    """Let `answer` give the output of every block, from its number, its input and what else it is called with."""
+    """Replace every block's forward with `answer(index, hidden states, other arguments)` within this context."""
 
     def stand_in(index: int) -> Callable[..., torch.Tensor]:
         def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -122,7 +123,7 @@ def standing_in(
     compiled_calls = [block._compiled_call_impl for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            # In the place of the whole call, hooks included: a sharded block is not gathered for nothing.
+            # Replace the whole call including hooks, so that a sharded block is not gathered.
             block._compiled_call_impl = stand_in(index)
         yield
     finally:
@@ -132,9 +133,9 @@ def standing_in(
 
 @torch.no_grad()
 def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int, on_host: bool = False) -> Stream:
-    """Embed token ids (sequences, tokens) and record how the model calls its blocks, which need no weights for it.
+    """Embed token ids (sequences, tokens) and record the arguments of every block. The blocks need no weights.
 
-    on_host: keep the hidden states in memory of the host; the blocks then still compute on the model's device.
+    on_host: keep the hidden states in host memory. The blocks still compute on the model's device.
     """
     blocks = decoder_blocks(model, family)
     device = next(model.parameters()).device
@@ -161,8 +162,10 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
 
 @torch.no_grad()
 def block_arguments(model: nn.Module, family: Family, ids: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model calls each of its blocks with for token ids (n, t), besides the hidden states. Of one sequence, it serves
-    any number: no row is padded."""
+    """Record the arguments of every block for token ids (n, t), besides the hidden states.
+
+    Arguments for one sequence are valid for any number of sequences, because no row is padded.
+    """
     found: list[dict[str, Any]] = []
 
     def record(index: int, states: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
@@ -177,7 +180,7 @@ def block_arguments(model: nn.Module, family: Family, ids: torch.Tensor) -> list
 
 @torch.no_grad()
 def finish(model: nn.Module, family: Family, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (n, t, vocabulary) of token ids (n, t) from what the last block puts out: the model's norm and head alone."""
+    """Compute logits (n, t, vocabulary) of token ids (n, t) from the last block's output, by the model's norm and head."""
     blocks = decoder_blocks(model, family)
     last = len(blocks) - 1
     with standing_in(blocks, lambda index, states, _: hidden if index == last else states):
@@ -185,17 +188,17 @@ def finish(model: nn.Module, family: Family, ids: torch.Tensor, hidden: torch.Te
     return logits
 
 
-class _SeenAll(Exception):  # noqa: N818 - it ends a pass, nothing went wrong
-    """Every input has been seen; what the block would do after it is not needed."""
+class _SeenAll(Exception):  # noqa: N818 - it ends a forward pass and is not an error
+    """All inputs have been observed; the rest of the block is not needed."""
 
 
 @contextmanager
 def watching_inputs(
     layers: Mapping[str, AdaptedLinear], groups: Sequence[tuple[str, ...]], watch: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Report the input (tokens, in) of the first projection of each group: the group's others see the same input.
+    """Report the input (tokens, in) of the first projection of each group; the others in the group have the same input.
 
-    Groups are in order of use, so a forward pass ends with `_SeenAll` where the last group would be computed.
+    Groups are in order of use, so a forward pass ends with `_SeenAll` at the last group.
     """
 
     def watcher(name: str) -> Callable[[torch.Tensor], None]:
@@ -217,22 +220,24 @@ def watching_inputs(
 
 
 def compiles(wanted: str, prunable: int, device: torch.device) -> bool:
-    """Whether blocks are compiled. wanted: on, off, or auto (on CUDA, from a billion prunable weights: it takes some ten
-    seconds)."""
+    """Return whether to compile the blocks. wanted: on, off or auto (on CUDA, from a billion prunable weights).
+
+    Compiling takes about ten seconds.
+    """
     return wanted == "on" or (wanted == "auto" and prunable >= WORTH_COMPILING and device.type == "cuda")
 
 
 @contextmanager
 def compiled(models: Sequence[nn.Module], family: Family, wanted: str) -> Iterator[None]:
-    """Let torch.compile fuse what lies between the projections of every block, for the duration, where `compiles` says so."""
+    """Compile the blocks with torch.compile within this context, if `compiles` says so."""
     if not compiles(wanted, sum(prunable_weights(models[0], family)), next(models[0].parameters()).device):
         yield
         return
     blocks = [block for model in models for block in decoder_blocks(model, family)]
-    # One graph serves blocks of all ranks. The first block, whose input has no gradient, rank 1, and every size that
-    # turns out to change take one more: no more than this, and all the same for any number of blocks.
+    # One graph serves blocks of all ranks. The first block (its input has no gradient), rank 1 and each size that changes
+    # need one more. The number of graphs does not grow with the number of blocks and stays below this limit.
     graphs = torch._dynamo.config.patch(force_parameter_static_shapes=False, recompile_limit=64)
-    # What a product takes in, a norm's output or a gated unit's, is made again in backward from what is kept anyway.
+    # Recompute the inputs of products (outputs of norms and gates) in the backward pass instead of keeping them.
     memory = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
     for block in blocks:
         block.compile()

@@ -1,4 +1,4 @@
-"""A model together with where it keeps its decoder blocks and their projections: what the engine works on."""
+"""A model with access to its decoder blocks and their projections; the engine works on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_impl.engine.families import find_family
 class Decoder:
     """A causal-LM model of a known family.
 
-    Holds no weights of its own: `blocks` and `projections` are the model's modules as they are now.
+    It stores no weights: `blocks` and `projections` return the model's current modules.
 
     Errors: ValueError if the model's structure matches no family.
     """
@@ -22,25 +22,25 @@ class Decoder:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks, in order."""
+        """Return the decoder blocks, in order."""
         blocks = self.model.get_submodule(self.family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     @property
     def body(self) -> nn.Module:
-        """The module that embeds token ids, runs the blocks and applies the last norm: the model without its head."""
+        """Return the model without its head: it embeds token ids, runs the blocks and applies the last norm."""
         return self.model.get_submodule(self.family.blocks.rpartition(".")[0])
 
     def projections(self, index: int) -> dict[str, nn.Module]:
-        """The projections of block `index` by name, in order of use."""
+        """Return the projections of block `index` by name, in order of use."""
         return self.family.projections_of(self.blocks[index])
 
     def full_name(self, index: int, name: str = "") -> str:
-        """Name in the model of what block `index` calls `name`; of the block itself by default."""
+        """Return the full name of module `name` of block `index`; by default that of the block itself."""
         return self.family.full_name(index, name)
 
     @property
     def prunable_weights(self) -> list[int]:
-        """Number of prunable weights of each block: the w of LoSA, Eq. 5."""
+        """Count the prunable weights of each block: the w of LoSA, Eq. 5."""
         return [sum(weight.numel() for weight in self.family.weights_of(block).values()) for block in self.blocks]

@@ -1,4 +1,4 @@
-"""The same bits on every run on CUDA."""
+"""Make CUDA runs bit-identical."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 
 def make_deterministic() -> None:
-    """Have torch use deterministic kernels only; before the first product on a GPU, whose workspace it fixes.
+    """Make torch use only deterministic kernels. Call it before the first product on a GPU, because it sets its workspace.
 
-    Memory that is allocated is not filled as well, which torch would do to find reads before writes: nothing here reads it.
+    torch would also fill new memory, to make reads of uninitialised memory deterministic. Nothing here reads it, so that is
+    turned off.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -1,9 +1,8 @@
-"""One run in several processes, one per GPU or CPU share: `torchrun --nproc_per_node N -m torch_impl.run ...`.
+"""One run in several processes, one per GPU: `torchrun --nproc_per_node N -m torch_impl.run ...`.
 
-The base weights of every decoder block, and what lies outside the blocks, are sharded by rows (PyTorch's FSDP2); the
-adapters, small and of changing rank, are the same in every process. Sequences are dealt out, statistics and gradients
-are summed, and one process decides where all must agree. Every function here does nothing, or hands its argument back,
-where there is only one process: the code that calls them reads the same either way.
+All base weights are sharded by rows with PyTorch's FSDP2. The adapters are replicated: they are small and change their rank.
+Sequences are split over the processes, statistics and gradients are summed, and process 0 decides where all must agree. With
+one process, every function here does nothing or returns its argument, so callers need no special case.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from torch_impl import adapter
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters, block_adapters
 from torch_impl.engine.families import Family, decoder_blocks
 
-# How long a process waits for another that does not answer. The launcher ends all when one dies; this is for one that
-# hangs. The longest silence of a healthy run is process 0 writing the tensors of a block, or one that prunes its share.
+# How long a process waits for another one. If a process dies, the launcher ends all; this limit is for one that hangs. The
+# longest wait in a healthy run is for process 0 to write a block, or for a process to prune its share.
 PATIENCE = timedelta(minutes=10)
 
 T = TypeVar("T")
@@ -35,37 +34,37 @@ Fetch = Callable[[str], torch.Tensor]
 
 
 def processes() -> int:
-    """Number of processes of this run."""
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def number() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def leads() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process writes files and prints."""
     return number() == 0
 
 
 def launched() -> int:
-    """Number of processes that torchrun or accelerate has started for this run; 1 if neither has.
+    """Return the number of processes started by torchrun or accelerate; 1 without them.
 
-    Errors: ValueError if the environment's WORLD_SIZE is no such number.
+    Errors: ValueError if WORLD_SIZE in the environment is not a positive number.
     """
     size = os.environ.get("WORLD_SIZE") or "1"
     if not size.isdecimal() or int(size) < 1:
         raise ValueError(
-            f"WORLD_SIZE is {size!r} in the environment; torchrun sets it, so unset it for a single process"
+            f"WORLD_SIZE in the environment is {size!r}; torchrun sets it, so unset it for a single process"
         )
     return int(size)
 
 
 def own_device(name: str) -> str:
-    """The device that an option asks for, of this process: with several, auto and cuda are the GPU of its number.
+    """Return the device of this process. With several processes, auto and cuda mean the GPU of its local number.
 
-    Errors: ValueError if a process has no GPU of its own.
+    Errors: ValueError if there are fewer GPUs than processes.
     """
     if launched() == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return name
@@ -73,15 +72,17 @@ def own_device(name: str) -> str:
     if name not in ("auto", "cuda"):
         raise ValueError(f"device is {name!r}; allowed with several processes: auto, cuda (one GPU each), cpu")
     if here >= cards:
-        raise ValueError(f"device is {name!r} and process {here} of this machine finds {cards} GPUs; allowed: one each")
+        raise ValueError(
+            f"process {here} has no GPU: this machine has {cards}; start one process per GPU, or use --device cpu"
+        )
     return f"cuda:{here}"
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Find the other processes that torchrun or accelerate has started; leave them when done.
+    """Join the process group of torchrun or accelerate within this context, unless already joined.
 
-    NCCL carries what lies on a GPU, gloo what lies on the CPU. Who has joined already stays.
+    NCCL communicates GPU tensors, gloo CPU tensors.
     """
     if launched() == 1 or dist.is_initialized():
         yield
@@ -96,26 +97,26 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def share(ids: torch.Tensor, name: str) -> torch.Tensor:
-    """The sequences (n, tokens) that are this process's: runs of n / processes, or one more.
+    """Return this process's share of the sequences (n, tokens): about n / processes consecutive ones.
 
     Errors: ValueError with the option's `name` if there are fewer sequences than processes.
     """
     if len(ids) < processes():
-        raise ValueError(f"{name} is {len(ids)}; allowed with {processes()} processes: {processes()} or more")
+        raise ValueError(f"{name} is {len(ids)}; allowed: {processes()} or more with {processes()} processes")
     return ids.tensor_split(processes())[number()]
 
 
 def first_here(count: int) -> int:
-    """Number of this process's first sequence, where it has `count` of those that `share` has spread."""
+    """Return the number of this process's first sequence, given that its share has `count` sequences."""
     counts = torch.zeros(processes(), dtype=torch.float64)
     counts[number()] = count
     return int(total(counts)[: number()].sum())
 
 
 def deal(items: Sequence[T], filler: Callable[[T], T]) -> list[T]:
-    """Every N-th item, from this process's number on; all processes get equally many, made up with filler(first item).
+    """Return every N-th item, starting at this process's number; pad with filler(first item) to equal lengths.
 
-    Every micro-batch gathers the weights of all blocks, so no process may have fewer of them than another.
+    Every micro-batch gathers the weights of all blocks, so all processes need the same number of micro-batches.
     """
     if processes() == 1:
         return list(items)
@@ -124,7 +125,7 @@ def deal(items: Sequence[T], filler: Callable[[T], T]) -> list[T]:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the processes, in place where it can be; the same bits everywhere."""
+    """Sum over the processes, in place if possible; all get the same bits."""
     if processes() > 1:
         values = values.contiguous()
         dist.all_reduce(values)
@@ -132,12 +133,12 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def total_of(value: float) -> float:
-    """Sum of a number over the processes, in float64."""
+    """Sum a number over the processes, in float64."""
     return float(total(torch.tensor(value, dtype=torch.float64)))
 
 
 def agreed(values: torch.Tensor) -> torch.Tensor:
-    """What process 0 has: a decision hangs on it, and the same formula may round differently on another card."""
+    """Broadcast the values of process 0. Use it for decisions, because another GPU may round differently."""
     if processes() > 1:
         values = values.contiguous()
         dist.broadcast(values, src=0)
@@ -145,7 +146,7 @@ def agreed(values: torch.Tensor) -> torch.Tensor:
 
 
 def agreed_text(text: str) -> str:
-    """What process 0 says."""
+    """Broadcast the text of process 0."""
     texts = [text]
     if processes() > 1:
         dist.broadcast_object_list(texts, src=0, device=torch.device("cpu"))
@@ -153,19 +154,19 @@ def agreed_text(text: str) -> str:
 
 
 def decides(item: int) -> bool:
-    """Whether it is this process's turn to decide on item number `item`; the others `take` what it found."""
+    """Return whether this process is the owner of `item` and computes it; the others `take` its result."""
     return item % processes() == number()
 
 
 def take(values: torch.Tensor, item: int) -> None:
-    """Put into `values`, contiguous, what the process that decides on `item` has there."""
+    """Broadcast `values` (contiguous, in place) from the owner of `item`."""
     if processes() > 1:
         dist.broadcast(values, src=item % processes())
 
 
 @torch.no_grad()
 def total_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients over the processes, all in one message."""
+    """Sum the gradients over the processes in one all-reduce."""
     if processes() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -175,9 +176,9 @@ def total_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def exchange_columns(features: torch.Tensor) -> torch.Tensor:
-    """From a share of the rows (n / N, d) with all columns to all rows (n, d / N) with a share of the columns.
+    """Exchange rows for columns: from (n / N, d), a share of the rows, to (n, d / N), a share of the columns.
 
-    Rows stay in the order of the processes. Each number travels once: N times less than if all gathered everything.
+    Rows stay in the order of the processes. Each number is sent once, N times less than gathering everything everywhere.
     """
     if processes() == 1:
         return features
@@ -188,7 +189,7 @@ def exchange_columns(features: torch.Tensor) -> torch.Tensor:
     outgoing = torch.cat([part.flatten() for part in features.tensor_split(processes(), dim=1)])
     own = columns[number()]
     incoming = outgoing.new_empty(sum(rows) * own)
-    # As bytes: gloo does not move every dtype.
+    # Send bytes, because gloo does not support every dtype.
     width = features.element_size()
     dist.all_to_all_single(
         incoming.view(torch.uint8),
@@ -200,31 +201,31 @@ def exchange_columns(features: torch.Tensor) -> torch.Tensor:
 
 
 def rows_here(rows: int) -> slice:
-    """Which of so many rows of a sharded tensor are this process's: FSDP2 cuts as torch.chunk does."""
+    """Return which of `rows` rows of a sharded tensor this process has; FSDP2 splits like torch.chunk."""
     most = math.ceil(rows / processes())
     return slice(min(number() * most, rows), min((number() + 1) * most, rows))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of a tensor that are here; all of them if it is not sharded."""
+    """Return this process's rows of a tensor; all rows if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """All rows of a tensor, gathered if it is sharded."""
+    """Return all rows of a tensor; gather them if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
+    """Return whether the model is sharded."""
     return isinstance(model, FSDPModule)
 
 
 def shard(model: nn.Module, family: Family, device: torch.device, fetch: Fetch | None = None) -> None:
-    """Leave every process only its rows of all frozen parameters, block by block; adapters stay whole.
+    """Shard all frozen parameters by rows, block by block; adapters stay replicated.
 
-    fetch(name): the whole tensor of a parameter that is still on the meta device; with it no process ever holds more
-    than one block. Nothing happens if there is one process and nothing to fetch, or if the model is sharded already.
+    fetch(name): loads the whole tensor of a parameter on the meta device; then no process holds more than one whole block.
+    With one process and no `fetch`, or if the model is already sharded, nothing happens.
     """
     if is_sharded(model) or (processes() == 1 and fetch is None):
         return
@@ -236,16 +237,16 @@ def shard(model: nn.Module, family: Family, device: torch.device, fetch: Fetch |
             _fill(unit, prefix, device, fetch, filled)
         if mesh is not None:
             kept = {parameter for layer in adapters(model) for parameter in (layer.A, layer.B)}
-            # The outermost unit too: what is outside a pass is sharded, always.
+            # Reshard the outermost unit too, so that all weights are sharded outside a forward pass.
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     if mesh is not None:
-        # FSDP2 takes the first module that runs for the outermost one; afterwards a block may run on its own.
+        # FSDP2 takes the first module that runs as the root. After this pass, a block may run on its own.
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
 
 
 def _fill(unit: nn.Module, prefix: str, device: torch.device, fetch: Fetch, filled: dict[int, nn.Parameter]) -> None:
-    """Give the parameters of `unit` that are on the meta device their values, and put all of it on `device`."""
+    """Load the parameters of `unit` that are on the meta device, and move the unit to `device`."""
     for place, module in unit.named_modules(prefix=prefix.rstrip(".")):
         if isinstance(module, FSDPModule):
             continue
@@ -256,7 +257,7 @@ def _fill(unit: nn.Module, prefix: str, device: torch.device, fetch: Fetch, fill
                 filled[id(parameter)] = nn.Parameter(
                     values.to(device, parameter.dtype), requires_grad=parameter.requires_grad
                 )
-                # Keeps the meta tensor alive, so that no other takes its identity.
+                # Keep the meta tensor alive, so that no other tensor gets its id.
                 filled[id(parameter)].stood_in_for = parameter  # type: ignore[attr-defined]
             if parameter.is_meta:
                 module.register_parameter(name, filled[id(parameter)])
@@ -265,15 +266,15 @@ def _fill(unit: nn.Module, prefix: str, device: torch.device, fetch: Fetch, fill
 
 
 _WHOLE: set[nn.Module] = set()
-"""Units that are whole now."""
+"""Units that are gathered now."""
 
 
 @contextmanager
 def whole(*units: nn.Module) -> Iterator[None]:
-    """Let sharded units (blocks, or the model for what lies outside its blocks) have whole, plain parameters.
+    """Gather the parameters of sharded units within this context. A unit is a block, or the model for all other weights.
 
-    They are gathered once for any number of passes; a unit that is whole already stays so. Changes made to them in place
-    are lost; see `keeping`.
+    They are gathered once for any number of passes; units that are already gathered stay so. In-place changes are lost; use
+    `keeping` to keep them.
     """
     sharded = [unit for unit in units if isinstance(unit, FSDPModule) and unit not in _WHOLE]
     try:
@@ -291,7 +292,7 @@ def whole(*units: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping(block: nn.Module, family: Family) -> Iterator[None]:
-    """`whole` for one block whose projections get new weights in place, the same in every process: these are kept."""
+    """Gather one block within this context and keep in-place changes of its projections, equal in all processes."""
     layers = list(block_adapters(block, family).values())
     with whole(block):
         yield
@@ -304,9 +305,9 @@ def keeping(block: nn.Module, family: Family) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_rows(layer: AdaptedLinear) -> torch.Tensor:
-    """Put M⊙(W + s·BA) in the place of a sharded layer's base and drop the adapter. Returns the mask of the rows here.
+    """Merge the adapter of a sharded layer in place. Return the mask of this process's rows.
 
-    A row of the result needs the same row of W, M and B, and all of A: nothing travels, no process holds more.
+    A row of the result needs only the same row of W, M and B, and all of A. So nothing is communicated.
     """
     weight, here = local(layer.weight), rows_here(layer.out_features)
     mask = weight != 0

@@ -1,7 +1,7 @@
-"""Where a model family keeps its decoder blocks and the projections of a block.
+"""Model families: the path of the decoder blocks and the projections in a block.
 
-A family is one entry of `FAMILIES`, recognised by structure: the path of the list of blocks and the linears inside a
-block. A model's name or class is never looked at.
+A family is one entry of `FAMILIES`. A model belongs to it by structure: the path of its list of blocks and the linears in
+a block. Its name and class do not matter.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 class Family:
     """One decoder architecture.
 
-    name: what reports call it. blocks: path from the causal-LM model to its `nn.ModuleList` of decoder blocks.
-    inputs: the projections of a block, grouped by the input they share, so that one statistic serves a whole group.
+    name: for reports. blocks: path from the causal-LM model to its `nn.ModuleList` of decoder blocks. inputs: the
+    projections of a block, grouped by the input they share: one statistic serves a whole group.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Family:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """All projections of a block, in order of use."""
+        """List all projections of a block, in order of use."""
         return tuple(name for group in self.inputs for name in group)
 
     def projections_of(self, block: nn.Module) -> dict[str, nn.Module]:
@@ -57,10 +57,10 @@ FAMILIES = (
 
 
 def find_family(model: nn.Module) -> Family:
-    """The family whose structure `model` has.
+    """Find the family with the structure of `model`.
 
-    Errors: ValueError if no entry fits, naming what was looked for, or if any block holds matrices that the entry does
-    not list (a mixture of experts, say): pruning some of a block's weights in silence would be wrong.
+    Errors: ValueError listing the known structures if none matches, or if a block has matrices that its family does not
+    list, such as a mixture of experts: silently pruning only some of a block's weights would be wrong.
     """
     differs = ""
     for family in FAMILIES:
@@ -79,16 +79,16 @@ def find_family(model: nn.Module) -> Family:
     known = "; ".join(f"{f.name}: {f.blocks}[i].{{{', '.join(f.projections)}}}" for f in FAMILIES)
     raise ValueError(
         f"model {type(model).__name__}: its decoder blocks match no known family: {differs or known}; "
-        "to have such a model pruned, add an entry to torch_impl/engine/families.py"
+        "to support it, add an entry to FAMILIES in torch_impl/engine/families.py"
     )
 
 
 def _matrices(block: nn.Module) -> set[str]:
-    """Names of a block's modules that multiply: plain linears, what takes their place, and whatever holds a matrix."""
+    """Return the names of a block's modules with a matrix: linears, their replacements and all others."""
     return {
         name
         for name, module in block.named_modules()
-        # A plain linear, an adapted and a packed one: all say how many inputs they have.
+        # Plain, adapted and packed linears all have in_features.
         if hasattr(module, "in_features") or any(p.dim() > 1 for p in module.parameters(recurse=False))
     }
 
@@ -99,30 +99,30 @@ def _few(names: set[str], verb: str) -> str:
 
 
 def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
-    """The list of decoder blocks."""
+    """Return the list of decoder blocks."""
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens that a sequence may have at most where positions are learned; None where they are computed, as rotary ones."""
+    """Return the maximum sequence length of a model with learned positions; None if positions are computed, as rotary ones."""
     positions = getattr(model.config, "max_position_embeddings", None)
     tokens = model.get_input_embeddings()
-    # An embedding with a row for each position, and for a few that stand before the first, as OPT has two.
+    # Learned positions are an embedding with one row per position and a few extra rows (OPT: two).
     learned = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     return positions if positions and any(positions <= rows <= positions + 8 for rows in learned) else None
 
 
 def prunable_weights(model: nn.Module, family: Family) -> list[int]:
-    """Number of prunable weights of each block: the w of LoSA, Eq. 5."""
+    """Count the prunable weights of each block: the w of LoSA, Eq. 5."""
     return [
         sum(weight_of(block, name).numel() for name in family.projections) for block in decoder_blocks(model, family)
     ]
 
 
 def weight_of(block: nn.Module, projection: str) -> torch.Tensor:
-    """The weight (out, in) of one projection."""
+    """Return the weight (out, in) of one projection."""
     weight = block.get_submodule(projection).weight
     assert isinstance(weight, torch.Tensor)
     return weight

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, their hashes, and JSON that every reader takes: no NaN, no infinity."""
+"""Write files atomically, hash them, and write JSON without NaN and infinity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNFINISHED = ".tmp"
 
 
 def sha256_of(file: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the SHA-256 of a file as hex digits."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -24,7 +24,7 @@ def sha256_of(file: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, whole and on the disk before it has its name."""
+    """Replace a file with `data`: write and flush a temporary file, then rename it."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with unfinished.open("wb") as file:
         file.write(data)
@@ -35,7 +35,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,12 +44,12 @@ def flush_folder(folder: Path) -> None:
 
 
 def dumps(value: Any, what: str, indent: int | None = None) -> str:
-    """The JSON text of plain values.
+    """Convert plain values to JSON.
 
-    Errors: FloatingPointError naming the first figure of `what` that is not finite: JSON has no such number.
+    Errors: FloatingPointError naming the first value of `what` that is not finite, because JSON has no such number.
     """
     for place, number in _not_finite(value, what):
-        raise FloatingPointError(f"{place} is {number}; allowed in JSON: finite numbers")
+        raise FloatingPointError(f"{place} is {number}, which JSON cannot store")
     return json.dumps(value, indent=indent, allow_nan=False)
 
 

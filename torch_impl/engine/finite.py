@@ -1,4 +1,4 @@
-"""Numbers that stop being finite: the first place where they do, its dtype, and what to do about it."""
+"""Detect NaN and infinity: report the first module that produces them, its dtype, and what to do."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class NotFiniteError(FloatingPointError):
     """The output of a part of a model holds NaN or infinity."""
 
     def __init__(self, where: str, dtype: torch.dtype, name: str = "") -> None:
-        """where: "output of ..." or "input of ..."; name: of the model, if there are several."""
+        """Build the message. where: "output of ..." or "input of ..."; name: of the model, if there are several."""
         prefix, named = f"{name}: " if name else "", str(dtype).removeprefix("torch.")
         super().__init__(f"{prefix}the {where} holds NaN or infinity in {named}; {ADVICE.get(dtype, OTHERWISE)}")
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """A number, in float32 at least, that is finite if and only if all values are: their sum, one pass over them."""
+    """Sum the values in float32 at least: the sum is not finite if a value is not finite. One pass."""
     return values.detach().sum(dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def check(found: torch.Tensor | float, where: str, dtype: torch.dtype) -> None:
-    """Errors: NotFiniteError in all processes if what `total` found in one of them is not finite."""
+    """Check a result of `total`. Errors: NotFiniteError in all processes if it is not finite in one of them."""
     if not math.isfinite(distributed.total_of(float(found))):
         raise NotFiniteError(where, dtype)
 
 
 @torch.no_grad()
 def blame(model: nn.Module, ids: torch.Tensor, model_name: str = "") -> NotFiniteError:
-    """What to raise where the model's output for token ids (n, t) is not finite: it runs once more, each module watched."""
+    """Find the first module with non-finite output by running token ids (n, t) again; return the error to raise."""
     first: list[str] = []
 
     def watch(name: str) -> Any:
@@ -62,7 +62,7 @@ def blame(model: nn.Module, ids: torch.Tensor, model_name: str = "") -> NotFinit
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of what a module returns."""
+    """Yield the floating-point tensors in a module's output."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output

@@ -1,7 +1,7 @@
-"""Work recorded once as a CUDA graph and replayed: it must own everything outside itself that it reads or writes.
+"""Capture work as a CUDA graph and replay it. The graph must keep all tensors alive that it reads or writes.
 
-A graph holds addresses, not tensors. Memory that a capture itself allocates belongs to the graph's pool; a tensor that was
-there before the capture is freed as soon as nobody refers to it, and a replay then reads whatever has taken its place.
+A graph stores addresses, not tensors. Memory allocated during the capture belongs to the graph's pool. A tensor allocated
+before is freed with its last reference, and a replay would then read whatever is stored in its place.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ Result = TypeVar("Result")
 
 
 class Captured(Generic[Result]):
-    """`work`, captured; it has not run yet. `replay` runs it; `result` is what it returned, overwritten by every replay.
+    """`work`, captured but not yet run. `replay` runs it; every replay overwrites `result`.
 
-    owned: the tensors that were there before and that the graph uses, in any nesting of containers: kept alive as long as the
-    graph. pool: that of another graph, to share its memory; then only one of the two may be between a replay and the reading
-    of its result.
+    owned: all existing tensors that the graph uses, in any nesting of containers; kept alive as long as the graph. pool: of
+    another graph, to share its memory; then read the result of one graph before replaying the other.
 
     Errors: torch.OutOfMemoryError if memory runs out; RuntimeError if the work cannot be captured.
     """
@@ -29,21 +28,21 @@ class Captured(Generic[Result]):
         self._owned = owned
         self._graph = torch.cuda.CUDAGraph()
         self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
-        """Its memory, for other graphs to share."""
+        """The memory pool, for other graphs to share."""
         try:
             with torch.cuda.graph(self._graph, pool=self.pool):
                 self.result = work()
         except RuntimeError as error:
-            # Unless told that the capture is over, the allocator never again gives free memory back to the device. It refuses
-            # where the capture broke for a reason that has nothing to do with CUDA, and was ended.
+            # Tell the allocator that the capture is over; otherwise it never returns free memory to the device. This call
+            # fails if the capture failed outside CUDA and has already ended.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
-            # Ending a broken capture raises an error of its own, which hides the one that broke it.
+            # Ending a failed capture raises a second error that hides the first one.
             if isinstance(error.__context__, RuntimeError):
                 raise error.__context__ from None
             raise
 
     def replay(self) -> Result:
-        """Run the work on what the tensors hold now; waits for nothing."""
+        """Run the work on the tensors' current values, without synchronising."""
         self._graph.replay()
         return self.result

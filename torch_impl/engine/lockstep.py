@@ -1,4 +1,4 @@
-"""Dense and pruned streams that go through the blocks together, and can be put at any block again."""
+"""Run the dense and the pruned stream through the blocks together; they can be recomputed up to any block."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]],
 
 
 class Lockstep:
-    """The input of block `index` in the dense and in the pruned model, each fed by its own predecessors.
+    """The hidden states before block `index` in the dense and in the pruned model.
 
-    To go on in the middle of a sweep, or in smaller batches when the device's memory is full, the streams start again
-    from the tokens and go through the blocks before `index`, which are pruned already: nothing of them is ever stored.
+    To resume in the middle of a sweep, or to use smaller batches when memory is full, both streams are recomputed from the
+    tokens through the blocks before `index`, which are already pruned. So hidden states are never stored.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Lockstep:
         self.batch_size = batch_size
 
     def pruned_input(self, work: Callable[[calibration.Stream], Result]) -> Result:
-        """What `work` makes of the pruned stream, which it leaves as it is."""
+        """Run read-only `work` on the pruned stream and return its result."""
         return self._attempt(lambda: work(self._streams[1]))
 
     def advance(self, reconstruct: Reconstruct | None = None) -> float:
-        """Take both streams through the next block. Returns e of LoSA, Eq. 6, of its outputs.
+        """Advance both streams through the next block. Return e of LoSA, Eq. 6, of its outputs.
 
-        reconstruct: changes the block before its stream goes through; it hears the pruned stream before the block, the dense
-        one behind it, and what the model calls the block with for one sequence. It leaves the block as it is if it fails.
+        reconstruct: trains the block before the pruned stream passes it. Called with the pruned stream before the block, the
+        dense stream after it, and the block's arguments for one sequence. If it fails, it must leave the block unchanged.
         """
         error = self._attempt(lambda: self._advance(reconstruct))
         self._index += 1
@@ -62,7 +62,7 @@ class Lockstep:
         dense, pruned = self._streams
         self._stream_through(dense, next(self._dense_blocks), index)
         if reconstruct is not None:
-            # Asked for only here: of a sharded model that brings what lies outside its blocks to every process.
+            # Recorded only when needed: for a sharded model it gathers the weights outside the blocks in every process.
             self._arguments = self._arguments or calibration.block_arguments(self._dense, self._family, self._ids[:1])
             reconstruct(pruned, dense, self._arguments[index])
         self._stream_through(pruned, self._blocks[index], index)
@@ -91,7 +91,7 @@ class Lockstep:
 
 
 def reconstruction_error(dense: calibration.Stream, pruned: calibration.Stream) -> float:
-    """e of LoSA, Eq. 6, of two streams. Differences of a batch in float32 take less than a block does for it."""
+    """Compute e of LoSA, Eq. 6, of two streams, batch by batch. This needs less memory than running a block."""
     error = statistics.ReconstructionError()
     for _, rows in pruned.batches():
         error.update(dense.states(rows), pruned.states(rows))

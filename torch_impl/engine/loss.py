@@ -1,4 +1,4 @@
-"""Losses over a large vocabulary, a few rows at a time: never all logits in float32."""
+"""Losses over a large vocabulary, a few rows at a time, so that not all logits are widened to float32 at once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-# Logits that are widened at once; in float32 they stay in the cache of a large GPU.
+# Logits that are widened at once: in float32 they fit in the cache of a large GPU.
 AT_ONCE = 2**22
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Keeps the logits as they are and widens them again in backward; the gradient is rounded once, to their dtype."""
+    """Saves the logits in their own dtype and widens them again in backward; the gradient is rounded once."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows, wanted, to in zip(*_split(logits, targets, result), strict=True):
-            # softmax(logits), less 1 at the target, where the row counts.
+            # softmax(logits) minus 1 at the target, for rows that count.
             change = rows.softmax(-1, ctx.wide)
             counts = (wanted != ctx.ignored)[:, None]
             place = wanted[:, None].masked_fill(~counts, 0)
@@ -39,16 +39,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
-    """Σ over the rows of −log softmax(logits)[target], () in float32 at least.
+    """Compute Σ −log softmax(logits)[target] over the rows, () in float32 at least.
 
-    logits (n, vocabulary) in any dtype; targets (n,), class numbers, or `ignored` where a row does not count.
+    logits (n, vocabulary) in any dtype; targets (n,), class numbers, or `ignored` to skip a row.
     """
     loss: torch.Tensor = _SummedCrossEntropy.apply(logits, targets, ignored)
     return loss
 
 
 class _SummedDivergence(torch.autograd.Function):
-    """Keeps both models' logits as they are and widens them again in backward; the gradient is rounded once, to their dtype."""
+    """Saves both models' logits in their own dtype and widens them again in backward; the gradient is rounded once."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -66,16 +66,16 @@ class _SummedDivergence(torch.autograd.Function):
         logits, teacher, counts = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows, goal, counted, to in zip(*_split(logits, teacher, counts, result), strict=True):
-            # softmax(logits) less the teacher's, where the row counts.
+            # softmax(logits) minus the teacher's, for rows that count.
             change = rows.softmax(-1, ctx.wide).sub_(goal.softmax(-1, ctx.wide))
             to.copy_(change.mul_(grads[0] * counted[:, None]))
         return result, None, None
 
 
 def summed_divergence(logits: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Σ over the rows that count of KL(softmax(teacher) ‖ softmax(logits)), () in float32 at least.
+    """Compute Σ KL(softmax(teacher) ‖ softmax(logits)) over the rows with `counts`, () in float32 at least.
 
-    logits, teacher (n, vocabulary) in any dtype; counts (n,) bool. The gradient goes to logits alone.
+    logits, teacher (n, vocabulary) in any dtype; counts (n,) bool. Only logits get a gradient.
     """
     divergence: torch.Tensor = _SummedDivergence.apply(logits, teacher, counts)
     return divergence

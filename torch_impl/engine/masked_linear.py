@@ -1,8 +1,7 @@
-"""The product with a masked adapter as an operation that torch.compile takes as a whole, and its gradients (LoSA, Eq. 1).
+"""The product with a masked adapter as one custom operation for torch.compile, and its gradients (LoSA, Eq. 1).
 
-A compiled block is one graph with these operations in it, so what lies between them is fused, and recomputed in backward
-where that spares memory. Nothing inside them is seen by the compiler: a merged weight that it saw, it would keep, unless
-told to make it again.
+A compiled block is one graph that contains these operations. The compiler fuses the code between them, and recomputes it in
+the backward pass if that saves memory. It does not see inside the operations; otherwise it would keep the merged weight.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ def masked_linear(
     scale: float,
     held: torch.Tensor | None,
 ) -> torch.Tensor:
-    """y (..., out) = x W̃ᵀ + b with W̃ = M⊙(W + s·BA), x (..., in); gradients of x, A and B by METHOD 1: three large products.
+    """Compute y (..., out) = x W̃ᵀ + b with W̃ = M⊙(W + s·BA), x (..., in); differentiable by x, A and B.
 
-    W̃ depends on parameters only, so whoever holds it across calls passes it in (`held`); without it, it is built here and
-    built again in backward, which keeps no second weight alive in between.
+    held: W̃, if the caller keeps it across calls; W̃ depends on parameters only. Without it, W̃ is built here and again in
+    the backward pass, so that it takes no memory in between.
     """
     y: torch.Tensor = _forward(x, weight, A, B, bias, scale, held)
     return y
@@ -37,7 +36,7 @@ def masked_linear(
 def recomputed_masked_linear(
     x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """`masked_linear` for a compiled block, which makes y again in backward, with the W̃ that it builds there for dx anyway."""
+    """Compute `masked_linear` in a compiled block, and recompute y in the backward pass from the W̃ that dx needs anyway."""
 
     def product() -> torch.Tensor:
         return masked_linear(x, weight, A, B, bias, scale, _merge(weight, A.detach(), B.detach(), scale))
@@ -93,7 +92,7 @@ def _grad_x(
 def _grad_adapter(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # G = dyᵀx is contracted with the adapter at once: nothing of shape (out, in) outlives this call.
+    # Contract G = dyᵀx with the adapter at once, so that nothing of shape (out, in) outlives this call.
     G = grad_y.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])
     return adapter.contract_gradient(G, weight, A, B, scale)
 

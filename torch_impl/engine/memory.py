@@ -1,4 +1,4 @@
-"""Memory that is free, room for hidden states in it, and what happens when there is none: the same work in smaller batches."""
+"""Free memory, room for hidden states, and smaller batches when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch_impl.engine import distributed
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# What is left free of a device: the allocator's fragments and the libraries' own workspaces.
+# Usable share of the free memory; the rest is for fragmentation and the libraries' workspaces.
 SHARE = 0.9
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that a process may still take on a device (the CPU: of the host's memory)."""
+    """Return how many bytes a process may still allocate on a device (CPU: in host memory)."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     free = torch.cuda.mem_get_info(device)[0]
@@ -34,33 +34,33 @@ def bytes_in_training(itemsize: int) -> int:
 
 
 class Room:
-    """Room on a device for hidden states beside what the work itself takes. working: bytes of that.
+    """Room for hidden states on a device, besides the `working` bytes that the computation itself needs.
 
-    budget: bytes to get by with, if not all that is free.
+    budget: bytes to use; default all free memory.
     """
 
     def __init__(self, device: torch.device, working: int, budget: int | None = None) -> None:
         self._left = self._all = int(SHARE * (free_bytes(device) if budget is None else budget)) - working
-        # On the CPU there is no other place.
+        # On the CPU there is no alternative.
         self._always = device.type != "cuda"
 
     def take(self, size: int) -> bool:
-        """Whether so many bytes more fit; if they do, they are taken."""
+        """Reserve `size` bytes if they fit; return whether they do."""
         if self._always or size <= self._left:
             self._left -= size
             return True
         return False
 
     def give_back(self) -> None:
-        """All that was taken is free again."""
+        """Free all reserved bytes."""
         self._left = self._all
 
 
 def halving(work: Callable[[int], Result], size: int, name: str) -> tuple[Result, int]:
-    """(work(size), size), with half the size, logged under the option's name, each time the device's memory is full.
+    """Run work(size); halve the size each time the device runs out of memory. Return (result, size).
 
-    Errors: torch.OutOfMemoryError if a size of 1 is still too much, or if there are several processes: all take part in
-    every batch, so none may change its own number of them.
+    name: of the option, for the log. Errors: torch.OutOfMemoryError if a size of 1 is too large, or if there are several
+    processes: all take part in every batch, so one must not change its number of batches.
     """
     while True:
         try:
@@ -68,8 +68,8 @@ def halving(work: Callable[[int], Result], size: int, name: str) -> tuple[Result
         except torch.OutOfMemoryError:
             if size == 1 or distributed.processes() > 1:
                 raise
-        # Only here, outside the handler, are the tensors of the failed attempt free.
-        logger.warning("out of memory on the device: %s goes on with %d instead of %d", name, size // 2, size)
+        # The tensors of the failed attempt are free only here, outside the exception handler.
+        logger.warning("out of memory on the device: reducing %s from %d to %d", name, size, size // 2)
         size //= 2
         gc.collect()
         if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Reconstruction inside a run: a block with adapters, its two streams, smaller batches when memory is full."""
+"""Reconstruct one block of a run: with its adapters and streams, and in smaller batches when memory is full."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torch_impl.engine.memory import halving
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Training the kept weights of every block after it is pruned, to compute what the dense block does."""
+    """Training of each pruned block's kept weights to reproduce the dense block's output."""
 
     reconstruct_epochs: int = 0
-    """Passes over the calibration sequences, for every block at every step; 0: no reconstruction (paper)."""
+    """Epochs over the calibration sequences, for every block at every step; 0: no reconstruction (paper)."""
     reconstruct_learning_rate: float = 3e-3
-    """Adam's learning rate for it, which falls linearly to 0."""
+    """Initial learning rate of Adam in reconstruction; it decays linearly to 0."""
     reconstruct_batch_size: int = 8
-    """Sequences of one of its optimizer steps, over all processes together."""
+    """Sequences per optimizer step in reconstruction, over all processes together."""
 
     def __post_init__(self) -> None:
         _checks.count("reconstruct_epochs", self.reconstruct_epochs, 0)
@@ -44,11 +44,11 @@ def reconstruct_block(
     arguments: Mapping[str, Any],
     config: ReconstructionConfig,
 ) -> None:
-    """Train the merged weights of block number `index`, which is pruned and whole, on its two streams; the base weights take
-    over the change, the adapters stay.
+    """Train the merged weights of the pruned, gathered block `index` on its streams. The change goes into the base weights;
+    the adapters stay.
 
-    inputs: the pruned stream before the block. targets: the dense one behind it. arguments: what the model calls the block
-    with, for one sequence. Errors: FloatingPointError naming the block; it is as before then.
+    inputs: the pruned stream before the block. targets: the dense stream after it. arguments: the block's arguments for one
+    sequence. Errors: FloatingPointError naming the block, which is then unchanged.
     """
     share = reconstruct.Share(distributed.first_here(len(inputs.hidden)), distributed.total)
     here = math.ceil(config.reconstruct_batch_size / distributed.processes())
@@ -82,8 +82,10 @@ def reconstruct_block(
 
 @contextmanager
 def _plain(block: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, nn.Linear]]:
-    """Let the block have plain linears with the merged weights, and be called as it is written: neither compiled nor by the
-    hooks of a sharded one, whose weights are whole here."""
+    """Within this context, give the block plain linears with the merged weights, and call it uncompiled and without FSDP hooks.
+
+    A sharded block must be gathered.
+    """
     linears = {}
     for name, layer in layers.items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -1,4 +1,4 @@
-"""What one step of a run leaves on record."""
+"""The record of one step of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass
 class StepRecord:
-    """What one step decided and measured; lists have one entry per block, but losses one per optimizer step.
+    """The decisions and measurements of one step. Lists have one entry per block; losses has one per optimizer step.
 
-    losses: none if nothing is trained, at all or at this step, as with kl while nothing is pruned.
+    losses: empty if nothing is trained at this step, for example with loss kl while nothing is pruned.
     """
 
     step: int
@@ -24,5 +24,5 @@ class StepRecord:
     seconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers, for JSON."""
         return asdict(self)

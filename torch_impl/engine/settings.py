@@ -18,18 +18,18 @@ MOST_ALPHA = 1e6
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What is pruned, how much of it, in how many steps."""
+    """The pruning method, the target sparsity and the steps."""
 
     prune_method: str = "wanda"
     """magnitude, wanda or sparsegpt."""
     sparsity_ratio: float | None = None
-    """Final share of zeros, in [0, 1); default 0.7, or what an N:M sparsity_type implies."""
+    """Final share of zeros, in [0, 1); default 0.7, or the share implied by an N:M sparsity_type."""
     sparsity_type: str = "unstructured"
-    """unstructured, N:M (keeps N of each M inputs: 2:4, 2:8, ...) or mixed-N:M (N of each block by its importance)."""
+    """unstructured; N:M: keep N of every M inputs (2:4, 2:8, ...); mixed-N:M: choose N for each block by its importance."""
     steps: int = 5
-    """T: prune and train in this many steps; 1 is one shot (paper: 5)."""
+    """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     layer_sparsity: str = "rmi"
-    """rmi: sparsity of each block by mutual information (LoSA); uniform: the same for all."""
+    """rmi: choose each block's sparsity by mutual information (LoSA); uniform: the same for all blocks."""
 
     def __post_init__(self) -> None:
         _checks.choice("prune_method", self.prune_method, masks.METHODS)
@@ -58,7 +58,7 @@ class PruneConfig:
 
     @property
     def group(self) -> tuple[int, int] | None:
-        """(N, M) of an N:M pattern; None if unstructured."""
+        """Return (N, M) of an N:M pattern, None if unstructured."""
         if self.sparsity_type == "unstructured":
             return None
         n, m = self.sparsity_type.removeprefix("mixed-").split(":")
@@ -66,7 +66,7 @@ class PruneConfig:
 
     @property
     def final_sparsity(self) -> float:
-        """Share of zeros at the end."""
+        """Return the final share of zeros."""
         if self.group is not None:
             return 1 - self.group[0] / self.group[1]
         return 0.7 if self.sparsity_ratio is None else self.sparsity_ratio
@@ -74,22 +74,22 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The low-rank adapters and how ranks are shared out."""
+    """The low-rank adapters and the allocation of their ranks."""
 
     lora_alpha: float = 16.0
     """α: the adapter is scaled by α / r₀."""
     lora_r: int = 8
-    """r₀: the constant of that scale, whatever the rank is."""
+    """r₀, the constant in the scale α / r₀; independent of the actual ranks."""
     initial_rank: int = 6
-    """Mean rank at the first step; it grows by one a step (paper: 6)."""
+    """Mean rank at the first step; it grows by one each step (paper: 6)."""
     min_rank: int = 1
-    """No block gets fewer ranks."""
+    """Lower bound on a block's rank."""
     max_rank: int = 16
-    """No block gets more ranks."""
+    """Upper bound on a block's rank."""
     rank_allocation: str = "error"
-    """error: ranks by reconstruction error (LoSA); uniform: the mean rank for all."""
+    """error: allocate ranks by reconstruction error (LoSA); uniform: the mean rank for all blocks."""
     rank_shrink: str = "truncate"
-    """truncate: dropped ranks are lost (paper); fold: they are added to the weight first."""
+    """truncate: drop surplus ranks (paper); fold: add them to the weight first."""
 
     def __post_init__(self) -> None:
         _checks.choice("rank_allocation", self.rank_allocation, ("error", "uniform"))
@@ -106,13 +106,13 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """s = α / r₀."""
+        """Return s = α / r₀."""
         return self.lora_alpha / self.lora_r
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run's trajectory, apart from model, tokens and machine."""
+    """All settings that determine a run's result, apart from model, tokens and machine."""
 
     prune: PruneConfig = field(default_factory=PruneConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -125,10 +125,10 @@ class Settings:
         last = self.adapter.initial_rank + self.prune.steps - 1
         if self.training.finetune and last > self.adapter.max_rank:
             raise ValueError(
-                f"steps is {self.prune.steps}: the mean rank would end at {last}; allowed: up to max_rank "
-                f"{self.adapter.max_rank}, so take fewer steps or a lower initial_rank"
+                f"steps is {self.prune.steps}, so the mean rank would reach {last}, above max_rank "
+                f"{self.adapter.max_rank}; use fewer steps, a lower initial_rank or a higher max_rank"
             )
 
     def without_reconstruction(self) -> Settings:
-        """The same, but blocks are only pruned."""
+        """Return the same settings without reconstruction."""
         return replace(self, reconstruction=ReconstructionConfig())

@@ -30,10 +30,10 @@ from torch_impl.engine.resume.journal import Journal
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-# Rows are filled up to a multiple of so many tokens on CUDA, and at most so many shapes are captured.
+# On CUDA, rows are padded to a multiple of FEW_SHAPES tokens, and at most MOST_GRAPHS shapes are captured.
 FEW_SHAPES = 64
 MOST_GRAPHS = 16
-# A gradient norm of so many times max_grad_norm, clipped like any other, is worth a line in the log.
+# A gradient norm above this multiple of max_grad_norm is logged.
 EXPLODING = 1e4
 Example = dict[str, torch.Tensor]
 Work = TypeVar("Work")
@@ -41,38 +41,37 @@ Work = TypeVar("Work")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How the adapters are trained at each step."""
+    """Training of the adapters at each step."""
 
     finetune: bool = True
-    """Train at all; without it LoSA is progressive pruning."""
+    """Train the adapters. Without training, LoSA is progressive pruning."""
     learning_rate: float = 2e-4
-    """Peak learning rate of AdamW (paper: 2e-4 at 7B; small models want far more)."""
+    """Peak learning rate of AdamW (paper: 2e-4 at 7B; small models need much more)."""
     warmup_ratio: float = 0.3
-    """Share of the schedule that warms up linearly; the rest decays linearly to 0."""
+    """Share of the schedule with linear warm-up; the rest decays linearly to 0."""
     weight_decay: float = 0.001
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 0.3
-    """Gradients are clipped to this global norm; 0: no clipping."""
+    """Clip gradients to this global norm; 0: no clipping."""
     per_device_train_batch_size: int = 4
-    """Sequences of a micro-batch, in each process."""
+    """Sequences per micro-batch, in each process."""
     gradient_accumulation_steps: int = 2
-    """Micro-batches of one optimizer step in one process; several processes deal its sequences out among them."""
+    """Micro-batches per optimizer step. Several processes share the sequences of one optimizer step."""
     lr_schedule: str = "per_step"
-    """per_step: the learning rate warms up and decays within every LoSA step (paper); whole_run: once over all steps."""
+    """per_step: warm up and decay the learning rate within every LoSA step (paper); whole_run: once over all steps."""
     loss: str = "ce"
-    """ce: cross-entropy with the labels (paper); kl: divergence from the dense model's predictions."""
+    """ce: cross-entropy with the labels (paper); kl: KL divergence from the dense model's predictions."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     hold_merged: str = "auto"
-    """Keep the merged weights of all projections during an optimizer step: on, off (rebuild them at every use: less
-    memory, two more passes over the weights; a compiled block also makes one of its products again in backward) or auto
-    (on, if they take at most half of the device's free memory)."""
+    """Keep all merged weights in memory during an optimizer step. on; off: rebuild them at each use, with less memory and
+    more time; auto: on if they take at most half of the device's free memory."""
 
     compile_blocks: str = "auto"
-    """Fuse the small operations of every block by torch.compile while calibrating and training: on, off or auto (on CUDA,
-    from a billion prunable weights)."""
+    """Compile the blocks with torch.compile for calibration and training: on, off or auto (on CUDA, from a billion prunable
+    weights)."""
     cuda_graphs: bool = True
-    """On CUDA, run a micro-batch whose shape keeps coming up as one captured graph."""
+    """On CUDA, capture micro-batches of a recurring shape as CUDA graphs."""
 
     def __post_init__(self) -> None:
         _checks.choice("lr_schedule", self.lr_schedule, ("per_step", "whole_run"))
@@ -89,17 +88,18 @@ class TrainingConfig:
 
     @property
     def batch_size(self) -> int:
-        """Sequences of one optimizer step."""
+        """Return the number of sequences per optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def optimizer_steps(self, examples: int) -> int:
-        """Optimizer steps that one epoch over `examples` sequences takes."""
+        """Return the number of optimizer steps of one epoch over `examples` sequences."""
         return math.ceil(examples / self.batch_size)
 
 
 def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate for optimizer step number `done` (from 0) of `total`: up linearly, down linearly,
-    never 0, so that the shortest schedule trains.
+    """Return the learning rate at optimizer step `done` (from 0) of `total` as a share of its peak.
+
+    It rises and falls linearly and is never 0, so that even a schedule of one step trains.
     """
     warmup = math.ceil(total * warmup_ratio)
     if done < warmup:
@@ -108,10 +108,10 @@ def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
 
 
 def collate(examples: Sequence[Example], device: torch.device, multiple: int = 1) -> Example:
-    """A micro-batch, one sequence a row, filled up on the right to the longest, rounded up to a multiple.
+    """Collate a micro-batch: one sequence per row, padded on the right to the longest, rounded up to a multiple.
 
-    Attention is causal, so no token of a sequence sees what fills its row up, and no label stands there: no mask is
-    needed, and the fast attention kernels can be used.
+    No attention mask is needed: attention is causal, so no token sees the padding, and padding has no labels. So the fast
+    attention kernels can be used.
     """
     length = -(-max(len(example["input_ids"]) for example in examples) // multiple) * multiple
 
@@ -123,27 +123,27 @@ def collate(examples: Sequence[Example], device: torch.device, multiple: int = 1
 
 
 def row_multiple(model: PreTrainedModel, device: torch.device) -> int:
-    """What the length of rows is rounded up to: few shapes on CUDA, where that goes beyond no learned position."""
+    """Return what row lengths are rounded up to: on CUDA few shapes, unless padding would exceed the learned positions."""
     limit = position_limit(model)
     return FEW_SHAPES if device.type == "cuda" and (limit or 0) % FEW_SHAPES == 0 else 1
 
 
 def label_count(examples: Sequence[Example]) -> int:
-    """Tokens whose prediction counts: the first token of a sequence is never predicted."""
+    """Count the predicted tokens; the first token of a sequence is never predicted."""
     return sum(int((example["labels"][1:] != IGNORED).sum()) for example in examples)
 
 
 def _unlabelled(example: Example) -> Example:
-    """The same sequence without anything to predict: it adds nothing to loss or gradients."""
+    """Copy a sequence without labels, so that it adds nothing to loss or gradients."""
     return {**example, "labels": torch.full_like(example["labels"], IGNORED)}
 
 
 def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch.Tensor:
-    """Loss summed over the predicted tokens of a micro-batch; against the dense model's predictions if it is given.
+    """Sum the loss over the predicted tokens of a micro-batch; if `dense` is given, against its predictions.
 
-    Nothing here waits for the device, so that a CUDA graph can hold it.
+    Nothing here waits for the device, so that a CUDA graph can capture it.
     """
-    # A token predicts the next one, the last none.
+    # Each token predicts the next one; the last token predicts nothing.
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     if dense is None:
@@ -154,7 +154,7 @@ def _sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torc
 
 
 def _add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """`loss.backward()`, but the gradients of all parameters are added in a few launches, not one for each."""
+    """Do `loss.backward()`, but add the gradients of all parameters in a few kernel launches."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     totals, added = [], []
     for parameter, gradient in zip(parameters, found, strict=True):
@@ -168,10 +168,10 @@ def _add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> No
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only each block's input for backward; transformers 5.2x calls it by another name than before."""
+    """Enable gradient checkpointing, whose method has different names in different versions of transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    # Where a block is computed again as a whole, nothing is gained by doing so once more with a part of it.
+    # The whole block is recomputed, so recomputing one of its products separately saves nothing.
     for layer in adapters(model):
         layer.recomputed = False
 
@@ -182,11 +182,11 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Exampl
 
 
 class Gradients:
-    """Gradients of the adapters, optimizer step by optimizer step; ranks must not change meanwhile.
+    """Computes the gradients of the adapters for each optimizer step; ranks must not change in between.
 
-    Merged weights are built once per optimizer step and used by forward, backward and every micro-batch, if memory
-    allows. Sequences of similar length share a micro-batch. On CUDA a micro-batch whose shape comes up again is captured
-    as one graph: thousands of small launches then cost one.
+    If memory allows, merged weights are built once per optimizer step and used by all its micro-batches. Sequences of
+    similar length share a micro-batch. On CUDA, micro-batches of a recurring shape are captured as graphs: one launch
+    instead of thousands.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, config: TrainingConfig) -> None:
@@ -196,18 +196,18 @@ class Gradients:
         self._device = next(model.parameters()).device
         self._trained = _trainable(model)
         self._held = self._layers if self._holds() else []
-        # Few shapes on CUDA, so that graphs and compiled kernels serve again.
+        # On CUDA use few shapes, so that graphs and compiled kernels are reused.
         self._multiple = row_multiple(model, self._device)  # type: ignore[arg-type]
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, _Graph] = {}
         self._merges: Captured[None] | None = None
-        # None: nothing is captured, and nothing will be.
+        # None: graphs are not used.
         self._owned: _Owned | None = _Owned(model, teacher) if self._may_capture() else None
 
     def _holds(self) -> bool:
         if distributed.is_sharded(self._model):
             if self._config.hold_merged == "on":
-                raise ValueError("hold_merged is 'on'; allowed with several processes: auto or off")
+                raise ValueError("hold_merged is 'on', which several processes do not support; use auto or off")
             return False
         if self._config.hold_merged != "auto" or self._device.type != "cuda":
             return self._config.hold_merged != "off"
@@ -216,11 +216,11 @@ class Gradients:
         return 2 * sum(layer.weight.nbytes for layer in self._layers) <= free
 
     def of(self, batch: Sequence[Example]) -> float:
-        """The gradients of the mean loss per predicted token of one optimizer step; returns that mean.
+        """Compute the gradients of the mean loss per predicted token of one optimizer step; return that mean.
 
-        The batch is that of all processes together; so are gradients, which must be zero or None before, and loss. If
-        the device runs out of memory, micro-batches are halved from then on: gradients are sums over tokens, so only
-        the order of summation changes.
+        Batch, gradients and loss are those of all processes together. Gradients must be zero or None before. If the device
+        runs out of memory, micro-batches are halved from then on. Gradients are sums over tokens, so this changes only the
+        order of summation.
         """
         self._hold()
         share = 1 / max(1, label_count(batch))
@@ -244,7 +244,7 @@ class Gradients:
         return allowed and self._device.type == "cuda" and not distributed.is_sharded(self._model)
 
     def _hold(self) -> None:
-        """Build the merged weights; on CUDA, from the second time on, as one graph."""
+        """Build the merged weights; on CUDA as one graph, from the second time on."""
         if self._owned is not None and self._owned.moved():
             self._forget_graphs()
         if self._merges is not None:
@@ -252,7 +252,7 @@ class Gradients:
             return
         self._build_merged()
         if self._owned is not None and any(layer.rank for layer in self._held):
-            # Captured, not run: now the merged weights are there, and stay where they are.
+            # Capture without running: the merged weights now exist and keep their addresses.
             self._merges = self._capture(partial(Captured, self._build_merged, self._owned.tensors()))
 
     def _build_merged(self) -> None:
@@ -260,14 +260,14 @@ class Gradients:
             layer.hold()
 
     def _capture(self, attempt: Callable[[], Work]) -> Work | None:
-        """What `attempt` captures; None, and never a capture again, if the model does what a graph cannot hold."""
+        """Return what `attempt` captures. If the model cannot be captured, return None and stop using graphs."""
         try:
             return attempt()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:160]
-            logger.warning("training without CUDA graphs, so slower: this model cannot be captured (%s)", reason)
+            logger.warning("CUDA graph capture failed, so training is slower (%s)", reason)
             self._forget_graphs()
             self._owned = None
             return None
@@ -278,7 +278,7 @@ class Gradients:
         self._merges = None
 
     def _forget_attempt(self) -> None:
-        """Zero what micro-batches have added so far, and give up the graphs and their memory."""
+        """Zero the gradients of the failed attempt, and free the graphs and their memory."""
         self._forget_graphs()
         self._model.zero_grad(set_to_none=False)
 
@@ -300,11 +300,11 @@ class Gradients:
         return loss.detach()
 
     def _worth_capturing(self, shape: torch.Size) -> bool:
-        """After two micro-batches of that shape launch by launch, which compile kernels and create gradients."""
+        """Return whether to capture this shape: after two uncaptured micro-batches, which compile kernels and gradients."""
         return self._owned is not None and self._seen[shape] >= 2 and len(self._graphs) < MOST_GRAPHS
 
     def close(self) -> None:
-        """Forget the merged weights and the graphs."""
+        """Free the merged weights and the graphs."""
         self._forget_graphs()
         for layer in self._held:
             layer.release()
@@ -317,8 +317,11 @@ class Gradients:
 
 
 class _Owned:
-    """The tensors that graphs of a model's training use by address: its parameters and buffers, the teacher's, the gradients
-    and the merged weights. Graphs keep them alive; where one has been replaced, the graphs are of no more use."""
+    """The tensors that training graphs use by address.
+
+    They are parameters and buffers of the model and the teacher, gradients and merged weights. Graphs keep them alive. If one
+    of them is replaced, the graphs are invalid.
+    """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
         self._models = [part for part in (model, teacher) if part is not None]
@@ -326,12 +329,12 @@ class _Owned:
         self._known: list[torch.Tensor | None] = []
 
     def tensors(self) -> list[torch.Tensor | None]:
-        """All of them as they are now, for a graph to keep."""
+        """Return the current tensors, for a graph to keep alive."""
         self._known = self._replaceable()
         return [*self._known, *(t for part in self._models for t in (*part.parameters(), *part.buffers()))]
 
     def moved(self) -> bool:
-        """Whether a gradient or merged weight that a graph keeps is no longer the one in use."""
+        """Return whether a gradient or merged weight that a graph uses has been replaced."""
         if not self._known:
             return False
         pairs = zip(self._known, self._replaceable(), strict=True)
@@ -342,9 +345,9 @@ class _Owned:
 
 
 class _Graph:
-    """Forward and backward of one micro-batch shape, captured; replaying it adds to the gradients.
+    """A captured forward and backward pass for one micro-batch shape; replaying it adds to the gradients.
 
-    Graphs that are replayed one after the other share one pool of memory.
+    Graphs are replayed one after the other, so they share one memory pool.
     """
 
     def __init__(
@@ -374,7 +377,7 @@ class _Graph:
         self.pool = self._captured.pool
 
     def replay(self, batch: Example, share: float) -> torch.Tensor:
-        """The same work on other tokens."""
+        """Run the captured passes on other tokens."""
         for name, tensor in batch.items():
             self._batch[name].copy_(tensor)
         self._share.fill_(share)
@@ -383,10 +386,10 @@ class _Graph:
 
 @contextmanager
 def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[dict[str, Any]]]:
-    """Give every block the arguments it gets in a pass outside a capture; yields them: a graph has to keep them.
+    """Give every block the arguments of a pass outside a capture; yield them, because a graph must keep them alive.
 
-    transformers, while a graph is captured, does not look whether a mask is needed and builds one, which rules out the
-    fast attention kernels. Without padding masks the arguments depend on the shape alone.
+    During a capture, transformers always builds an attention mask, which disables the fast attention kernels. Without
+    padding masks, the arguments depend on the shape only.
     """
     family = find_family(model)
     blocks, recorded = decoder_blocks(model, family), block_arguments(model, family, batch["input_ids"])
@@ -408,7 +411,7 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[di
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every projection: all else is frozen."""
+    """Return the trainable parameters, A and B of every projection; all others are frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -422,13 +425,13 @@ def train(
     on_loss: Callable[[int, float, float], None] | None = None,
     journal: Journal | None = None,
 ) -> list[float]:
-    """One epoch over `examples` in the order given. Returns the mean loss per predicted token of every optimizer step.
+    """Train one epoch over `examples` in order. Return the mean loss per predicted token of every optimizer step.
 
-    schedule: (optimizer steps already done, optimizer steps in all) of the learning-rate schedule. The optimizer itself
-    starts afresh, since the adapters' shapes have changed. on_loss(step, loss, learning rate) hears every step that is
-    done now. journal: goes on behind the optimizer steps that it says are done; every one may become a point of it.
+    schedule: (optimizer steps done, optimizer steps in total) of the learning-rate schedule. The optimizer starts with fresh
+    state, because the adapters' shapes have changed. on_loss(step, loss, learning rate) is called after every step. journal:
+    resume after the optimizer steps that it has recorded; each step may save a checkpoint.
 
-    Errors: FloatingPointError naming the step if loss or gradient norm is not finite; the adapters are as before it.
+    Errors: FloatingPointError naming the step if loss or gradient norm is not finite; that step changes no adapter.
     """
     done, total = schedule
     parameters = _trainable(model)
@@ -452,7 +455,7 @@ def train(
             journal.progress.micro_batch_size = gradients.micro_batch_size
             _clip(parameters, loss, config, f"{description}, optimizer step {step + 1}")
             optimizer.step()
-            # Zeroed in place: a captured graph adds to the tensors it knows.
+            # Zero in place: captured graphs add to these tensors.
             optimizer.zero_grad(set_to_none=False)
             losses.append(loss)
             if on_loss is not None:
@@ -466,7 +469,7 @@ def train(
 
 
 def _clip(parameters: Sequence[nn.Parameter], loss: float, config: TrainingConfig, where: str) -> None:
-    """Clip the gradients to their largest global norm. Errors: FloatingPointError if they or the loss are not finite."""
+    """Clip the gradients to max_grad_norm. Errors: FloatingPointError if they or the loss are not finite."""
     bound = config.max_grad_norm or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
     if not math.isfinite(loss) or not math.isfinite(norm):
