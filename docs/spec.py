@@ -43,6 +43,7 @@ FILES = (
     "tiles",
     "llama",
     "adamw",
+    "rates",
     "losa",
 )
 STYLE = """

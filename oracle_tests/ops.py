@@ -152,6 +152,12 @@ OPS = (
         ({"importance": ROW, "target": 0.5, "spread": 0.1, "floor": np.full(3, 0.9)}, "floor"),
     ),
     Op(
+        "sparsity.uniform_sparsity",
+        s.uneven_blocks(),
+        Kind.EXACT,
+        ({"target": 0.5, "weights": np.ones(3), "floor": np.full(2, 0.9)}, "floor"),
+    ),
+    Op(
         "sparsity.allocate_kept",
         s.kept_allocations(),
         Kind.EXACT,

@@ -201,6 +201,15 @@ def allocations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def uneven_blocks(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of uniform_sparsity: dense blocks, and blocks that are more or less sparse already."""
+    L, rng = draw(st.integers(1, 6)), _rng(draw)
+    weights = rng.integers(1, 50, L).astype(float)
+    floor = draw(st.sampled_from([np.zeros(L), rng.integers(0, weights + 1) / weights]))
+    return {"target": draw(SPARSITIES), "weights": weights, "floor": floor}
+
+
+@st.composite
 def kept_allocations(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of allocate_kept that have a solution."""
     importance, m = draw(importances()), draw(st.sampled_from([2, 4, 8]))

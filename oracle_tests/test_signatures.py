@@ -13,9 +13,9 @@ import pytest
 import reference
 from oracle_tests.ops import OPS, Op, to_torch
 
-# The spec's small model, optimizer and Algorithm 1: production has transformers, torch and engine/ for them, and the
-# whole-run oracle holds the two together.
-WHOLE_RUN = ("reference.llama", "reference.adamw", "reference.losa")
+# The spec's small model, optimizer, rate rules and Algorithm 1: production has transformers, torch and engine/ for them,
+# and the whole-run oracle holds the two together.
+WHOLE_RUN = ("reference.llama", "reference.adamw", "reference.rates", "reference.losa")
 # Works on a block of either model, so what it is called with differs in the end: `test_reconstruct` holds the two together.
 OF_A_BLOCK = "reconstruct.reconstruct_block"
 

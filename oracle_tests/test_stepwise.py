@@ -19,6 +19,7 @@ from oracle_tests.tolerances import STEPWISE, one_rounding
 from oracle_tests.whole_runs import SIZES, Case, run_production, special
 from reference import llama, losa, rank, schedule
 from reference.losa import Layers
+from reference.rates import mutual_information
 
 CASES = {
     "wanda": special(steps=4, rank_shrink="truncate", biased=True),
@@ -123,7 +124,7 @@ def figures(case: Case, dtype: torch.dtype) -> list[dict[str, float]]:
         position = positions[record.step - 1]
         target = schedule.cubic_sparsity(record.step, settings.steps, settings.final_sparsity)
         current = losa.merge_adapters(dense, before, settings.scale)
-        importance = losa.measure_importance(current, case.calibration()[: settings.rmi_samples])
+        importance = mutual_information(current, case.calibration()[: settings.rmi_samples])
         rates, nm = losa._block_targets(settings, target, np.array(record.importance), sizes, rates)
         assert_close("rates", rates, np.array(record.sparsity), 1e-12)
         assert record.ranks == losa._allocate_ranks(settings, record.step, record.errors)

@@ -23,12 +23,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reference import _checks, adamw, adapter, hsic, llama, rank, reconstruct, rmi, schedule, sparsity
+from reference import _checks, adamw, adapter, llama, rank, reconstruct, schedule, sparsity
 from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
 from reference.masks.nm import kept_per_group
 from reference.masks.prune import METHODS, prune
 from reference.masks.select import rest_sparsity
+from reference.rates import RULES
 
 Example = dict[str, Ids]
 """One training sequence: input_ids (t,) and labels (t,), the latter `llama.IGNORED` where a token does not count."""
@@ -78,7 +79,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("prune_method", tuple(METHODS)),
-            ("layer_sparsity", ("rmi", "uniform")),
+            ("layer_sparsity", tuple(RULES)),
             ("rank_allocation", ("error", "uniform")),
             ("rank_shrink", ("truncate", "fold")),
             ("lr_schedule", ("per_step", "whole_run")),
@@ -179,18 +180,6 @@ def merge_adapters(model: Llama, layers: Sequence[Layers], scale: float) -> Llam
     return model.with_weights([{name: layer.merged(scale) for name, layer in of_block.items()} for of_block in layers])
 
 
-def measure_importance(model: Llama, ids: Ids) -> Array:
-    """I of every block: the less its output has in common with the other blocks' outputs, the more important.
-
-    Source: LoSA, Eqs. 2-4. model: the current one, merged. ids: token ids (n, t).
-    Returns: (L,). Ties and rounding: none. Errors: none.
-    *Deviation*: the published code takes the blocks' inputs; a block's own output tells more of what it does.
-    """
-    outputs = [trace.output.reshape(len(ids), -1) for trace in llama.forward(model, ids).blocks]
-    grams = np.stack([hsic.linear_gram(output) for output in outputs])
-    return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(grams)))
-
-
 def _zero_shares(layers: Sequence[Layers]) -> Array:
     """Share of zeros of each block's projections (L,)."""
     return np.array([(~np.concatenate([p.mask.ravel() for p in block.values()])).mean() for block in layers])
@@ -202,12 +191,7 @@ def _block_targets(
     """Sparsity of each block (L,) at this step (LoSA, Eq. 5), and its N:M if the pattern has one."""
     blocks = len(weights)
     if settings.group is None:
-        if importance is None:
-            # The same for all blocks but those that are sparser already.
-            rate = rest_sparsity(np.rint(previous * weights), weights, target)
-            return np.maximum(rate, previous), [None] * blocks
-        spread = schedule.sparsity_spread(target)
-        return sparsity.allocate_sparsity(importance, target, spread, weights, previous), [None] * blocks
+        return RULES[settings.layer_sparsity].allocate(importance, target, weights, previous), [None] * blocks
     m = settings.group[1]
     kept = np.full(blocks, kept_per_group(target, m))
     if settings.sparsity_type.startswith("mixed-") and importance is not None:
@@ -431,8 +415,12 @@ def check_model(model: Llama, settings: Settings) -> None:
     _checks.array("embedding", model.embedding, "v", "d")
     _checks.array("norm", model.norm, "d")
     _checks.array("head", model.head, "v", "d")
-    if settings.layer_sparsity == "rmi" and len(model.blocks) < 3:
-        raise ValueError(f"layer_sparsity is 'rmi' and the model has {len(model.blocks)} blocks; allowed: 3 or more")
+    least = RULES[settings.layer_sparsity].least_blocks
+    if len(model.blocks) < least:
+        raise ValueError(
+            f"layer_sparsity is {settings.layer_sparsity!r} and the model has {len(model.blocks)} blocks; "
+            f"allowed: {least} or more"
+        )
     for index, block in enumerate(model.blocks):
         norms = {"attention_norm": block.attention_norm, "mlp_norm": block.mlp_norm}
         for name, gains in (norms | {f"bias of {name}": bias for name, bias in block.biases.items()}).items():
@@ -495,9 +483,9 @@ def run(
     for step in range(1, settings.steps + 1):
         target = schedule.cubic_sparsity(step, settings.steps, settings.final_sparsity, initial)
         importance = None
-        if settings.layer_sparsity == "rmi":
+        if (measure := RULES[settings.layer_sparsity].measure) is not None:
             current = merge_adapters(model, layers, settings.scale)
-            importance = measure_importance(current, calibration_ids[: settings.rmi_samples])
+            importance = measure(current, calibration_ids[: settings.rmi_samples])
         rates, groups = _block_targets(settings, target, importance, weights, rates)
         layers, errors = _prune_model(model, layers, calibration_ids, settings, rates, groups)
         ranks: list[int] = []

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from reference import _checks
 from reference._checks import Array
+from reference.masks.select import rest_sparsity
 
 # Relative slack for rounding when two budgets are compared.
 SLACK = 1e-9
@@ -74,6 +75,30 @@ def allocate_sparsity(
         left = target - w @ rates
         rates[block] += min(hi[block] - lo[block], max(left, 0.0) / w[block])
     return rates
+
+
+def uniform_sparsity(target: float, weights: Array, floor: Array) -> Array:
+    """Give every block the same sparsity, except those that are sparser already.
+
+    Source: the usual baseline; ours for blocks that are sparser already (decision 31).
+
+        ρ_l = max(ρ', floor_l),   ρ' = `select.rest_sparsity` of the blocks
+
+    Parameters: target s in [0, 1]; weights w (L,), whole numbers, prunable weights per block, above 0; floor (L,), the
+    sparsity that each block has already. Returns: ρ (L,).
+
+    *Deviation*: the published code prunes every block at s, so that a model that is unevenly sparse ends above s.
+
+    >>> uniform_sparsity(0.5, np.array([100.0, 100.0]), np.array([0.75, 0.0]))  # of 100 zeros, 75 are there
+    array([0.75, 0.25])
+    """
+    _checks.number("target", target, 0.0, 1.0)
+    w = _checks.array("weights", weights, "L")
+    floor = _checks.array("floor", floor, "L")
+    _checks.same_shape("floor", floor, w, "weights")
+    if floor.min() < 0 or floor.max() > 1:
+        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    return np.maximum(rest_sparsity(np.rint(floor * w), w, target), floor)
 
 
 def allocate_kept(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from torch_impl import adapter, rank, rmi, schedule, sparsity
+from torch_impl import adapter, rank, schedule, sparsity
 from torch_impl.engine import calibration, distributed, finite, statistics, training
 from torch_impl.engine.adapted_linear import attach_adapters, block_adapters, holding
 from torch_impl.engine.checkpoints import fsdp
@@ -20,6 +20,7 @@ from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
 from torch_impl.engine.lockstep import Lockstep, Reconstruct, reconstruction_error
 from torch_impl.engine.memory import halving
+from torch_impl.engine.rates import RULES, Measure
 from torch_impl.engine.reconstruction import ReconstructionConfig, reconstruct_block
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.journal import Journal, Progress
@@ -36,25 +37,20 @@ Observer = Callable[[StepRecord], None]
 
 
 @torch.no_grad()
-def measure_importance(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """I of LoSA, Eq. 4, for every block of the current model, from token ids (n, tokens); features are not kept."""
+def measure_importance(
+    model: nn.Module, family: Family, measure: Measure, ids: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """Measure the importance (L,) of every block of the current model from token ids (n, tokens); keep no features."""
     stream = calibration.start_stream(model, family, distributed.share(ids, "rmi_samples"), batch_size)
-    grams = []
-    for index, block in enumerate(_blocks_shown(decoder_blocks(model, family), "mutual information")):
+    for index, block in enumerate(_blocks_shown(decoder_blocks(model, family), "importance")):
         with distributed.whole(block), holding(list(block_adapters(block, family).values())):
-            stream.advance(block, index)
-        grams.append(statistics.gram_of(stream.hidden, stream.device))
-    return distributed.agreed(importance_of(grams))
+            measure.advance(stream, block, index)
+    return distributed.agreed(measure.importance())
 
 
 def _blocks_shown(blocks: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
     """A progress bar, in the process that prints."""
     return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.leads())
-
-
-def importance_of(grams: Sequence[torch.Tensor]) -> torch.Tensor:
-    """I of LoSA, Eq. 4, from the Gram matrix (n, n) of what each block puts out."""
-    return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(list(grams)))))
 
 
 def zero_share(block: nn.Module, family: Family) -> float:
@@ -66,11 +62,13 @@ def zero_share(block: nn.Module, family: Family) -> float:
 
 def _measure_importance(
     model: nn.Module, family: Family, ids: torch.Tensor, settings: Settings, progress: Progress
-) -> torch.Tensor:
-    """`measure_importance` on the sequences asked for, in batches that fit into memory."""
+) -> torch.Tensor | None:
+    """`measure_importance` on the sequences asked for, in batches that fit into memory; None if the rule measures nothing."""
+    if (measure := settings.prune.rule.measure) is None:
+        return None
     size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     importance, progress.calibration_batch_size = halving(
-        lambda size: measure_importance(model, family, ids[: settings.calibration.rmi_rows], size),
+        lambda size: measure_importance(model, family, measure(family), ids[: settings.calibration.rmi_rows], size),
         size,
         "calibration_batch_size",
     )
@@ -105,12 +103,7 @@ def block_targets(
     """Sparsity of each block (L,) at this step, and its N:M if the pattern has one."""
     blocks = len(weights)
     if config.group is None:
-        if importance is None:
-            # The same for all blocks but those that are sparser already.
-            rate = rest_sparsity((previous * weights).round(), weights, target)
-            return previous.clamp(min=rate), [None] * blocks
-        spread = schedule.sparsity_spread(target)
-        return sparsity.allocate_sparsity(importance, target, spread, weights, previous), [None] * blocks
+        return config.rule.allocate(importance, target, weights, previous), [None] * blocks
     m = config.group[1]
     kept = torch.full((blocks,), kept_per_group(target, m))
     if config.sparsity_type.startswith("mixed-") and importance is not None:
@@ -328,10 +321,11 @@ def check_structure(model: nn.Module, settings: Settings) -> Family:
     """
     family = find_family(model)
     blocks = decoder_blocks(model, family)
-    if settings.prune.layer_sparsity == "rmi" and len(blocks) < 3:
+    if len(blocks) < (least := settings.prune.rule.least_blocks):
+        others = [rule.name for rule in RULES.values() if rule.least_blocks <= len(blocks)]
         raise ValueError(
-            f"layer_sparsity is 'rmi' and the model has {len(blocks)} decoder blocks; allowed: 3 or more "
-            "(with two, importances are always equal), or layer_sparsity uniform"
+            f"layer_sparsity is {settings.prune.layer_sparsity!r} and the model has {len(blocks)} decoder blocks; "
+            f"allowed: {least} or more, or layer_sparsity {', '.join(others)}"
         )
     for index, block in enumerate(blocks):
         for name in family.projections:
@@ -404,10 +398,8 @@ def run(
             clock = _Clock(next(model.parameters()).device, progress.seconds)
             target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, initial)
             if progress.block == 0:
-                importance = None
-                if config.layer_sparsity == "rmi":
-                    importance = _measure_importance(model, family, calibration_ids, settings, progress)
-                    progress.importance = importance.tolist()
+                importance = _measure_importance(model, family, calibration_ids, settings, progress)
+                progress.importance = [] if importance is None else importance.tolist()
                 rates = torch.tensor(progress.sparsity, dtype=torch.float64)
                 rates, groups = block_targets(config, target, importance, weights, rates)
                 progress.sparsity, progress.groups = rates.tolist(), groups

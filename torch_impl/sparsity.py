@@ -7,6 +7,7 @@ import math
 import torch
 
 from torch_impl import _checks
+from torch_impl.masks.select import rest_sparsity
 
 SLACK = 1e-9
 
@@ -50,6 +51,20 @@ def allocate_sparsity(
     rates = lo.clone()
     rates[order] += taken / w[order]
     return rates
+
+
+def uniform_sparsity(target: float, weights: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Give every block the same sparsity, except those that are sparser already.
+
+    weights: (L,), whole numbers. floor: (L,), the sparsity that each block has already. Returns float64 (L,).
+    """
+    _checks.number("target", target, 0.0, 1.0)
+    w = _checks.finite("weights", weights, "L").double()
+    floor = _checks.finite("floor", floor, "L").double()
+    _checks.same_shape("floor", floor, w, "weights")
+    if float(floor.min()) < 0 or float(floor.max()) > 1:
+        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    return floor.clamp(min=rest_sparsity((floor * w).round(), w, target))
 
 
 def allocate_kept(

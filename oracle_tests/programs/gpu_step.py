@@ -28,6 +28,7 @@ from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import find_family
+from torch_impl.engine.rates import MutualInformation
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
@@ -160,7 +161,11 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
     model = build(small, 2).to(device)
     family = find_family(model)
     ids = torch.randint(1000, (rows, length)).to(device)
-    times = {"mutual information sweep": timed(lambda: losa.measure_importance(model, family, ids, 16), device)}
+    times = {
+        "mutual information sweep": timed(
+            lambda: losa.measure_importance(model, family, MutualInformation(), ids, 16), device
+        )
+    }
     for method in ("wanda", "sparsegpt"):
         copies = [copy.deepcopy(model) for _ in range(3)]
         setup = settings(method, rows, length, 16)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import random_llama
 from oracle_tests.strategies import examples
-from reference import adapter, llama, losa
+from reference import adapter, llama, losa, rates
 from reference.losa import Settings
 
 SIZES = llama.Sizes(vocabulary=13, hidden=8, intermediate=12, heads=4, kv_heads=2)
@@ -106,7 +106,7 @@ def test_importance_by_a_double_sum() -> None:
         for i, x in enumerate(centred)
     ]
     expected = [math.exp(-value / sum(shared)) for value in shared]
-    np.testing.assert_allclose(losa.measure_importance(dense, tokens), expected, rtol=1e-10)
+    np.testing.assert_allclose(rates.mutual_information(dense, tokens), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -18,6 +18,7 @@ from torch_impl.engine import calibration, training
 from torch_impl.engine.adapted_linear import adapters, attach_adapters, block_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.rates import MutualInformation
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 
@@ -51,7 +52,7 @@ def mutual_information(model: nn.Module, work: Work, compare: bool) -> Row:
     ids = work.ids(model, work.sequences // 2, work.length)
 
     def ours() -> torch.Tensor:
-        return losa.measure_importance(model, family, ids, 16)
+        return losa.measure_importance(model, family, MutualInformation(), ids, 16)
 
     with calibration.compiled([model], family, "auto"):
         [(milliseconds, peak, _)] = alternate([ours], work.device, work.repeats)

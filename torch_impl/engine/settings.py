@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.rates import RULES, RateRule
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
@@ -33,7 +34,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _checks.choice("prune_method", self.prune_method, masks.METHODS)
-        _checks.choice("layer_sparsity", self.layer_sparsity, ("rmi", "uniform"))
+        _checks.choice("layer_sparsity", self.layer_sparsity, RULES)
         _checks.count("steps", self.steps, most=MOST_STEPS)
         ratio = self.sparsity_ratio
         if ratio is not None and not 0 <= ratio < 1:
@@ -55,6 +56,11 @@ class PruneConfig:
     def method(self) -> Method:
         """The record of `prune_method`."""
         return masks.METHODS[self.prune_method]
+
+    @property
+    def rule(self) -> RateRule:
+        """The record of `layer_sparsity`."""
+        return RULES[self.layer_sparsity]
 
     @property
     def group(self) -> tuple[int, int] | None:

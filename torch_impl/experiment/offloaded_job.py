@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from torch_impl import losa
-from torch_impl.engine import calibration, memory, statistics
+from torch_impl.engine import calibration, memory
 from torch_impl.engine.adapted_linear import adapt_block, block_adapters
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.contents import find_files
@@ -101,21 +101,21 @@ class Sweeps:
     def dense(self) -> Dense:
         """Look at every block, measure perplexity and, if rates depend on it, mutual information."""
         start = time.perf_counter()
-        rows = self.config.calibration.rmi_rows if self.config.prune.layer_sparsity == "rmi" else 0
-        rmi = self._stream(self.material.calibration[:rows], self._batch) if rows else None
+        start_measure, rows = self.config.prune.rule.measure, self.config.calibration.rmi_rows
+        measure = None if start_measure is None else start_measure(self.family)
+        measured = None if measure is None else self._stream(self.material.calibration[:rows], self._batch)
         windows = self._stream(self.material.evaluation, self.config.text.eval_batch_size)
-        shares, grams = [], []
+        shares = []
         for index, block in enumerate(self._blocks("dense")):
             losa.check_weights(block, index, self.family)
             shares.append(losa.zero_share(block, self.family))
             windows.advance(block, index)
-            if rmi is not None:
-                rmi.advance(block, index)
-                grams.append(statistics.gram_of(rmi.hidden, rmi.device))
+            if measure is not None and measured is not None:
+                measure.advance(measured, block, index)
         return Dense(
             perplexity=streamed_perplexity(self.model, self.family, self.material.evaluation, windows, "dense"),
             shares=shares,
-            importance=losa.importance_of(grams).tolist() if grams else None,
+            importance=None if measure is None else measure.importance().tolist(),
             seconds=time.perf_counter() - start,
         )
 
@@ -355,7 +355,7 @@ def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pr
 def _uniform(sweeps: Sweeps, weights: torch.Tensor, shares: torch.Tensor) -> dict[str, float]:
     """The row of a run whose rates come from mutual information, or which reconstructs: only pruned, at one rate for all."""
     start = time.perf_counter()
-    config = sweeps.config.prune
+    config = dataclasses.replace(sweeps.config.prune, layer_sparsity="uniform")
     rates, groups = losa.block_targets(config, config.final_sparsity, None, weights, shares)
     found = sweeps.prune(rates, groups)
     return {

@@ -125,9 +125,9 @@ def _streamed(config: Config, sizes: Sizes, device: torch.device) -> Footprint:
     if config.reconstruction.reconstruct_epochs:
         working = max(working, blocks + _reconstruction(config, sizes))
     room = Room(device, working + outside)
-    rmi = found.rmi_rows * found.seqlen if config.prune.layer_sparsity == "rmi" else 0
+    measured = 0 if config.prune.rule.measure is None else found.rmi_rows * found.seqlen
     sweeps = {
-        "dense sweep": [sizes.stream(rmi), sizes.stream(windows)],
+        "dense sweep": [sizes.stream(measured), sizes.stream(windows)],
         "pruning sweep": [2 * sizes.stream(found.nsamples * found.seqlen), sizes.stream(2 * text.eval_seqlen)],
         "verifying sweep": [sizes.stream(windows), sizes.stream(2 * text.eval_seqlen)],
     }

@@ -163,7 +163,7 @@ def calibration_traffic(layout: Layout, config: Config, cards: int) -> dict[str,
     others = cards - 1
     block = sharded_bytes(layout.block, layout.size, cards)
     outside = sharded_bytes(layout.outside, layout.size, cards)
-    rmi = config.prune.layer_sparsity == "rmi"
+    rmi = config.prune.rule.measure is not None
     method, calibration = config.prune.prune_method, config.calibration
     per_block = {"magnitude": 0, "wanda": sum(layout.inputs), "sparsegpt": sum(width**2 for width in layout.inputs)}
     samples = calibration.rmi_rows

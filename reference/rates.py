@@ -1,0 +1,62 @@
+"""The registry of rate rules: how the blocks share the model's sparsity. A new rule is one record in `RULES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from reference import hsic, llama, rmi, schedule, sparsity
+from reference._checks import Array
+from reference.llama import Ids, Llama
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """One rate rule.
+
+    name: what `layer_sparsity` calls it. allocate: (importance (L,), or None without a measure; target; prunable weights of
+    each block (L,); the sparsity that each has already (L,)) → sparsity of each block (L,). measure: (the current model,
+    merged; token ids (n, t)) → importance (L,), higher for a block that should keep more; None if nothing is measured.
+    least_blocks: the fewest blocks it works with.
+    """
+
+    name: str
+    allocate: Callable[[Array | None, float, Array, Array], Array]
+    measure: Callable[[Llama, Ids], Array] | None = None
+    least_blocks: int = 1
+
+
+def mutual_information(model: Llama, ids: Ids) -> Array:
+    """Measure the importance of every block: the less its output shares with the other blocks' outputs, the higher.
+
+    Source: LoSA, Eqs. 2-4. model: the current one, merged. ids: token ids (n, t).
+
+    Returns: (L,).
+
+    *Deviation*: the published code takes the blocks' inputs; a block's own output tells more of what it does.
+    """
+    outputs = [trace.output.reshape(len(ids), -1) for trace in llama.forward(model, ids).blocks]
+    grams = np.stack([hsic.linear_gram(output) for output in outputs])
+    return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(grams)))
+
+
+def _by_importance(importance: Array | None, target: float, weights: Array, floor: Array) -> Array:
+    """LoSA, Eq. 5: the more important a block, the less sparse."""
+    assert importance is not None
+    return sparsity.allocate_sparsity(importance, target, schedule.sparsity_spread(target), weights, floor)
+
+
+def _the_same(importance: Array | None, target: float, weights: Array, floor: Array) -> Array:
+    return sparsity.uniform_sparsity(target, weights, floor)
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        # With two blocks, importances are always equal.
+        RateRule("rmi", _by_importance, mutual_information, least_blocks=3),
+        RateRule("uniform", _the_same),
+    )
+}

@@ -1,0 +1,85 @@
+"""The registry of rate rules: how the blocks share the model's sparsity. A new rule is one record in `RULES`.
+
+Spec: reference/rates.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from torch_impl import rmi, schedule, sparsity
+from torch_impl.engine import statistics
+from torch_impl.engine.calibration import Stream
+from torch_impl.engine.families import Family
+
+
+class Measure(Protocol):
+    """Measures the importance of every block in one sweep over the blocks, which may come and go."""
+
+    def advance(self, stream: Stream, block: nn.Module, index: int) -> None:
+        """Move the stream over block `index`; keep what the importance needs of it."""
+
+    def importance(self) -> torch.Tensor:
+        """Compute the importance (L,) after the last block: higher for a block that should keep more."""
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """One rate rule.
+
+    name: what `layer_sparsity` calls it. allocate: (importance (L,), or None without a measure; target; prunable weights of
+    each block (L,); the sparsity that each has already (L,)) → sparsity of each block (L,). measure: starts a measurement;
+    None if nothing is measured. least_blocks: the fewest blocks it works with. works_offloaded: whether blocks that come from
+    files, one at a time, are enough.
+    """
+
+    name: str
+    allocate: Callable[[torch.Tensor | None, float, torch.Tensor, torch.Tensor], torch.Tensor]
+    measure: Callable[[Family], Measure] | None = None
+    least_blocks: int = 1
+    works_offloaded: bool = True
+
+
+class MutualInformation:
+    """I of LoSA, Eq. 4: of each block's output, only the Gram matrix (n, n) is kept."""
+
+    def __init__(self) -> None:
+        self._grams: list[torch.Tensor] = []
+
+    def advance(self, stream: Stream, block: nn.Module, index: int) -> None:
+        """As `Measure`."""
+        stream.advance(block, index)
+        self._grams.append(statistics.gram_of(stream.hidden, stream.device))
+
+    def importance(self) -> torch.Tensor:
+        """As `Measure`."""
+        return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(self._grams))))
+
+
+def _by_importance(
+    importance: torch.Tensor | None, target: float, weights: torch.Tensor, floor: torch.Tensor
+) -> torch.Tensor:
+    """LoSA, Eq. 5: the more important a block, the less sparse."""
+    assert importance is not None
+    return sparsity.allocate_sparsity(importance, target, schedule.sparsity_spread(target), weights, floor)
+
+
+def _the_same(
+    importance: torch.Tensor | None, target: float, weights: torch.Tensor, floor: torch.Tensor
+) -> torch.Tensor:
+    return sparsity.uniform_sparsity(target, weights, floor)
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        # With two blocks, importances are always equal.
+        RateRule("rmi", _by_importance, lambda family: MutualInformation(), least_blocks=3),
+        RateRule("uniform", _the_same),
+    )
+}
