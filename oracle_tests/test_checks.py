@@ -115,7 +115,7 @@ def test_texts_that_cannot_be_are_named_by_their_option(place: Path, capsys: pyt
             assert line.startswith(f"error: {option} is 'wikitext'; allowed: stdlib, a file")
             assert line.endswith("; did you mean wikitext2?")
         for line in lines_of_runs(place, capsys, **{option: "no.txt"}).values():
-            assert line == f"error: {option} is 'no.txt', which does not exist; name an existing file or folder"
+            assert line == f"error: {option} is 'no.txt', which does not exist; give an existing file or folder"
     assert "finetune_data is 'x'; allowed" in one_line(main(arguments(place, finetune_data="x")), capsys)
     assert main(arguments(place, **PLAIN, finetune_data="x", dry_run="true")) == 0, "nothing is trained"
 

@@ -358,7 +358,7 @@ def test_the_split_does_not_depend_on_the_order(order: list[int]) -> None:
 def test_too_few_records_to_split_are_named(records: list[dict[str, str]], tmp_path: Path) -> None:
     source = json_file(tmp_path / "a.json", records)
     with pytest.raises(
-        ValueError, match=r"a\.json: too few documents to train on some and measure others; allowed: more"
+        ValueError, match=r"a\.json: too few documents to train on some and evaluate on others; give more"
     ):
         load_texts(source, None, source)
 

@@ -115,8 +115,8 @@ def test_long_records_are_cut_and_hopeless_ones_left_out(
     documents = [Document("yes" * 9, "well? "), Document("no", "a long question " * 9)]
     (example,) = text.training_examples(documents, tokenizer, 12, 0)
     assert tokenizer.decode(example["input_ids"]) == "<|endoftext|>well? yesye"
-    assert "1 of 2 documents leave no token to learn within 12: not used" in caplog.text
-    with pytest.raises(ValueError, match="train_seqlen is 5, which leaves no token to learn"):
+    assert "skipped 1 of 2 documents: no token to learn within train_seqlen 12" in caplog.text
+    with pytest.raises(ValueError, match="train_seqlen is 5, no longer than the shortest prompt"):
         text.training_examples(documents, tokenizer, 5, 0)
 
 
@@ -168,20 +168,23 @@ def test_description_names_the_windows(tokenizer: PreTrainedTokenizerFast) -> No
     [
         (
             lambda t: text.calibration_windows(letters(5), t, 2, 7, 0),
-            "^seqlen is 7, longer than the text; .*its 6 tokens",
+            "^seqlen is 7; allowed: at most 6, the length of the text",
         ),
-        (lambda t: text.calibration_windows([], t, 2, 7, 0), "^seqlen is 7, longer than the text; .*its 0 tokens"),
+        (
+            lambda t: text.calibration_windows([], t, 2, 7, 0),
+            "^seqlen is 7; allowed: at most 0, the length of the text",
+        ),
         (lambda t: text.calibration_windows(letters(5), t, 0, 2, 0), "nsamples is 0; allowed: 1 or more"),
         (lambda t: text.calibration_windows(letters(5), t, 1, 0, 0), "seqlen is 0; allowed: 1 or more"),
-        (lambda t: text.evaluation_windows(letters(5), t, 7), "^eval_seqlen is 7, longer than the text"),
+        (lambda t: text.evaluation_windows(letters(5), t, 7), "^eval_seqlen is 7; allowed: at most 6"),
         (lambda t: text.evaluation_windows(letters(5), t, 2, limit=0), "limit is 0; allowed: 1 or more"),
-        (lambda t: text.training_examples(letters(5), t, 7, 0), "^train_seqlen is 7, longer than the text"),
+        (lambda t: text.training_examples(letters(5), t, 7, 0), "^train_seqlen is 7; allowed: at most 6"),
         (lambda t: text.training_examples(letters(5), t, 1, 0), "seqlen is 1; allowed: 2 or more"),
         (lambda t: text.training_examples(letters(5), t, 2, 0, limit=-1), "limit is -1; allowed: 1 or more"),
-        (lambda t: text.split_parts([{}] * 9, []), r"shares = \[\]; allowed: positive numbers with sum 1"),
+        (lambda t: text.split_parts([{}] * 9, []), r"shares is \[\]; allowed: positive numbers with sum 1"),
         (lambda t: text.split_parts([{}] * 9, [0.5, 0.6]), "allowed: positive numbers with sum 1"),
         (lambda t: text.split_parts([{}] * 9, [1.5, -0.5]), "allowed: positive numbers with sum 1"),
-        (lambda t: text.split_parts([{}] * 2, [0.25] * 4), "the 2 training examples are too few for parts of"),
+        (lambda t: text.split_parts([{}] * 2, [0.25] * 4), "2 training examples are too few for one part per step"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -1,5 +1,5 @@
-"""Text for calibration, fine-tuning and evaluation: read from its sources, kept apart, cut into windows of tokens.
+"""Text for calibration, fine-tuning and evaluation.
 
-sources.py and files.py read documents, records.py makes them of instruction and chat records, splitting.py keeps what is
-measured out of what is trained on, windows.py cuts token windows and examples.
+sources.py and files.py read documents. records.py converts instruction and chat records. splitting.py keeps evaluation text
+out of the training text. windows.py cuts token windows and examples.
 """

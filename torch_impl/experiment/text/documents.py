@@ -1,4 +1,4 @@
-"""What all text is made of."""
+"""The document: the unit of all text."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Document:
-    """A text to learn or to measure; a prompt, if there is one, stands before it and carries no loss."""
+    """A text to train or to evaluate on. An optional prompt precedes it and carries no loss."""
 
     text: str
     prompt: str = ""
 
 
 def unix_newlines(text: str) -> str:
-    """The text with every end of a line, of whatever system, as one line feed."""
+    """Convert all line endings to line feeds."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

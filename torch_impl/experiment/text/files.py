@@ -1,4 +1,4 @@
-"""Documents from local files and folders."""
+"""Read documents from local files and folders."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ KINDS = (".txt", ".raw", ".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 def read_path(path: Path) -> list[Document]:
-    """The documents of a file, or of a folder's files in the order of their names; see `sources.load_documents`."""
+    """Read the documents of a file, or of a folder's files in the order of their names; see `sources.load_documents`."""
     if not path.is_dir():
         return list(_read_file(path))
     files = sorted(file for file in path.iterdir() if file.name.endswith(KINDS) and file.is_file())
     if not files:
-        raise FileNotFoundError(f"{path} holds no text files; allowed: {', '.join(KINDS)}")
+        raise FileNotFoundError(f"{path} has no text files; put files of a known type there: {', '.join(KINDS)}")
     return [document for file in files for document in _read_file(file)]
 
 
 def _read_file(path: Path) -> Iterable[Document]:
     kind = path.name.removesuffix(".gz")
     if not path.name.endswith(KINDS):
-        raise ValueError(f"{path} is of no known kind; allowed: {', '.join(KINDS)}")
+        raise ValueError(f"{path} has an unknown file type; allowed: {', '.join(KINDS)}")
     if kind.endswith(".parquet"):
         return from_records(_read_parquet(path), str(path))
     text = _read_text(path)
@@ -41,20 +41,20 @@ def _read_file(path: Path) -> Iterable[Document]:
 
 
 def _read_text(path: Path) -> str:
-    """A file's text; ends of lines of every system count as line feeds."""
+    """Read a file's text, with line feeds as line endings."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return unix_newlines(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} has a bad byte at {error.start}; allowed: text in UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); allowed: a whole gzip file") from None
+        raise ValueError(f"{path} is truncated or corrupt, or not a gzip file ({error}); download it again") from None
 
 
 def wikitext(text: str) -> str:
-    """WikiText's raw file as the papers evaluate it: the rows its data set has, joined by an empty line.
+    """Join the rows of WikiText's raw file with empty lines, as the papers do for evaluation.
 
-    A blank line is an empty row, any other a row with its end, also the last one of a file that lacks it.
+    A blank line is an empty row. Any other line is a row that ends with a line feed, even if the file's last line lacks it.
     """
     rows = [f"{line}\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
     return "\n\n".join(rows)
@@ -66,28 +66,28 @@ def _between_separators(text: str) -> list[str]:
 
 
 def _parse_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a JSON list, or of one record a line."""
+    """Yield (place, record) of a JSON list, or of one record per line."""
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
         except (ValueError, RecursionError) as error:
             place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise ValueError(f"{path}{place}: {_reason(error)}; allowed: a JSON list of records") from None
+            raise ValueError(f"{path}{place} is not a JSON list of records: {_reason(error)}") from None
         yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
         return
-    # Not splitlines: JSON strings may hold U+2028 and its like.
+    # Not splitlines, which also splits at U+2028 and the like inside JSON strings.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {_reason(error)}; allowed: one JSON record a line") from None
+                raise ValueError(f"{path}, line {number} is not a JSON record: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg
-    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -96,10 +96,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError, ValueError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)}); allowed: a parquet file") from None
+        raise ValueError(f"{path} is truncated or corrupt, or not a parquet file ({one_line(error)})") from None
     return ((f"record {number}", row) for number, row in enumerate(rows, 1))
 
 
 def one_line(error: Exception) -> str:
-    """An exception of a library, in one line of sensible length."""
+    """Describe a library's exception in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

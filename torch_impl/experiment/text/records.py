@@ -1,10 +1,10 @@
-"""Documents made of records: plain text, instructions in Alpaca's fields, and conversations.
+"""Convert records to documents: plain text, instructions in Alpaca's fields, and conversations.
 
     {"text": …}
     {"instruction": …, "input": …, "output": …, "system": …, "history": [[question, answer], …]}
-    {"messages": [{"role": "user", "content": …}, …]}           "conversations" with "from" and "value" (ShareGPT) likewise
+    {"messages": [{"role": "user", "content": …}, …]}           or "conversations" with "from" and "value" (ShareGPT)
 
-The last answer is the text; everything before it is the prompt, in Alpaca's form.
+The last answer is the text. Everything before it is the prompt, in Alpaca's form.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWER = "Response"
 
 
 def from_records(records: Iterable[tuple[str, Any]], where: str) -> Iterator[Document]:
-    """The documents of (place, record) pairs, blank ones left out. Errors: ValueError naming the place in `where`."""
+    """Yield the documents of (place, record) pairs, without blank ones. Errors: ValueError naming `where` and place."""
     for place, record in records:
         try:
             document = document_of(record)
@@ -35,14 +35,14 @@ def from_records(records: Iterable[tuple[str, Any]], where: str) -> Iterator[Doc
 
 
 def document_of(record: Any) -> Document:
-    """A record's document.
+    """Convert one record.
 
-    Alpaca's `text`, the whole of prompt and output, is passed over for the parts it is made of.
+    In Alpaca's records, `text` (prompt and output together) is ignored in favour of its parts.
 
-    Errors: ValueError if the record is no mapping with the fields of one of the forms above.
+    Errors: ValueError if the record does not have the fields of one of the forms above.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"a record is {type(record).__name__}; allowed: fields {FORMS}")
+        raise ValueError(f"the record is {type(record).__name__}; give it the fields {FORMS}")
     if "instruction" not in record:
         for name in CONVERSATIONS:
             if record.get(name) is not None:
@@ -54,7 +54,7 @@ def document_of(record: Any) -> Document:
 
 
 def _join(turns: list[tuple[str, str]]) -> Document:
-    """The document of (title, body) turns, the last an answer. Where nothing is asked it is plain text."""
+    """Build the document of (title, body) turns, the last an answer. Without a question it is plain text."""
     *before, (_, text) = turns
     prompt = "".join(f"### {title}:\n{body}\n\n" for title, body in before if body)
     return Document(text, prompt and f"{prompt}### {ANSWER}:\n")
@@ -65,38 +65,38 @@ def _system(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _history(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Alpaca's earlier rounds: pairs of question and answer."""
+    """Yield Alpaca's earlier rounds: pairs of question and answer."""
     rounds = record.get("history")
     if rounds is None:
         return
     if not isinstance(rounds, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in rounds):
-        raise ValueError("field 'history' is no list of pairs; allowed: [[question, answer], ...]")
+        raise ValueError("field 'history' is not a list of pairs: [[question, answer], ...]")
     for question, answer in rounds:
         yield "Instruction", _text(question, "history")
         yield ANSWER, _text(answer, "history")
 
 
 def _turns(record: dict[str, Any], name: str) -> list[tuple[str, str]]:
-    """(title, body) of a conversation, up to its last answer."""
+    """Return the (title, body) turns of a conversation, up to its last answer."""
     turns = record[name]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"field {name!r} is no list of records; allowed: [{{'role': ..., 'content': ...}}, ...]")
+        raise ValueError(f"field {name!r} is not a list of records: [{{'role': ..., 'content': ...}}, ...]")
     found = []
     for turn in turns:
         role = _text(turn.get("role", turn.get("from")), f"{name}, role").lower()
         body = turn.get("content", turn.get("value"))
-        # An assistant that only calls a tool says nothing.
+        # A turn that only calls a tool has no text.
         found.append((TITLES.get(role, role.capitalize()), "" if body is None else _text(body, f"{name}, content")))
     while found and found[-1][0] != ANSWER:
         found.pop()
     if not found:
-        raise ValueError(f"field {name!r} has no answer; allowed: at least one turn of role assistant or gpt")
+        raise ValueError(f"field {name!r} has no answer; it needs a turn with role assistant or gpt")
     return found
 
 
 def _string(record: dict[str, Any], name: str) -> str:
     if name not in record:
-        raise ValueError(f"field {name!r} is missing among {sorted(map(str, record))}; allowed: {FORMS}")
+        raise ValueError(f"field {name!r} is missing among {sorted(map(str, record))}; give {FORMS}")
     return _text(record[name], name)
 
 
@@ -106,7 +106,7 @@ def _optional(record: dict[str, Any], name: str) -> str:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {type(value).__name__}; allowed: {FORMS}")
+        raise ValueError(f"field {name!r} is {type(value).__name__}; give {FORMS}")
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"field {name!r} holds half a surrogate pair; allowed: text")
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which is not valid text")
     return unix_newlines(value)

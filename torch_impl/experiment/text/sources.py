@@ -1,7 +1,7 @@
-"""Where text comes from.
+"""Load documents from a text source.
 
-A source is one string: `stdlib` (Python's own sources, on every machine), a local file or folder, one of the named data
-sets of the Hugging Face hub in HUB, or any other of its data sets as `hf:repo[:config][:split]`.
+A source is one string: `stdlib` (the sources of Python's standard library, on every machine), a local file or folder, one of
+the data sets in HUB, or any other data set of the Hugging Face hub as `hf:repo[:config][:split]`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HELD_OUT = "held out"
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a data set lies on the hub, and which of its splits is measured, if it brings one for that."""
+    """A data set on the hub. heldout: the split for evaluation, if it has one."""
 
     repo: str
     config: str | None = None
@@ -32,10 +32,10 @@ class HubSource:
     heldout: str | None = None
     data_files: dict[str, str] | None = None
     rows_joined: bool = False
-    """Its rows are the lines of one text; as the papers do, they are joined by an empty line."""
+    """The rows are lines of one text; join them with empty lines, as the papers do."""
 
 
-# One shard of C4's 1,024 is 356,317 documents, far more than calibration or fine-tuning takes.
+# One of C4's 1,024 shards has 356,317 documents, far more than calibration or fine-tuning needs.
 _C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 HUB = {
     "c4": HubSource("allenai/c4", heldout="validation", data_files=_C4),
@@ -46,21 +46,24 @@ HUB = {
 
 @dataclass(frozen=True)
 class Found:
-    """Documents of a source, and what part of it they are, in words."""
+    """Documents of a source, and a description of the part of the source they are."""
 
     documents: list[Document]
     part: str
 
 
 def check_source(source: str, option: str = "source") -> None:
-    """Errors: FileNotFoundError or ValueError, naming the option, for a source that cannot be one; of the hub's, its form."""
+    """Check that a source exists; of a hub source, check only the form.
+
+    Errors: FileNotFoundError or ValueError naming the option.
+    """
     if source == "stdlib" or source in HUB or (source and Path(source).exists()):
         return
     if source.startswith("hf:"):
         if source.count(":") > 3 or not _parse_hub(source).repo:
             raise ValueError(f"{option} is {source!r}; allowed: hf:repo[:config][:split]")
     elif "/" in source or source.endswith(KINDS):
-        raise FileNotFoundError(f"{option} is {source!r}, which does not exist; name an existing file or folder")
+        raise FileNotFoundError(f"{option} is {source!r}, which does not exist; give an existing file or folder")
     else:
         raise ValueError(
             f"{option} is {source!r}; allowed: stdlib, a file ({', '.join(KINDS)}), a folder of such files, "
@@ -69,15 +72,15 @@ def check_source(source: str, option: str = "source") -> None:
 
 
 def load_documents(source: str, purpose: Purpose = "train", option: str = "source") -> Found:
-    """The documents of a source to train on or to measure; different ones only where the source brings a split for it.
+    """Load the documents of a source for training or evaluation. They differ only if the source has an evaluation split.
 
-    source: see the module's docstring. Files: .txt (documents split at lines `<|endoftext|>`, otherwise one document),
-    .raw (WikiText's raw form: one document, its rows joined by an empty line), .jsonl, .json and .parquet of records
-    (see records.py); .gz of the two JSON kinds. A folder stands for its files of these kinds in the order of their
-    names. Blank documents are left out. option: what messages call the source.
+    source: see the module's docstring. Files: .txt (documents separated by lines `<|endoftext|>`, otherwise one document),
+    .raw (WikiText's raw form: one document, rows joined by empty lines), .jsonl, .json and .parquet of records (see
+    records.py); .gz for the two JSON types. A folder means its files of these types, in the order of their names. Blank
+    documents are skipped. option: the name of the source in messages.
 
-    Errors: FileNotFoundError if a path or a data set cannot be had; ValueError for an unknown source, unreadable text
-    (naming file and line), or no text.
+    Errors: FileNotFoundError if a path or data set is not found; ValueError for an unknown source, unreadable text (naming
+    file and line), or no text.
     """
     check_source(source, option)
     if source == "stdlib":
@@ -87,13 +90,13 @@ def load_documents(source: str, purpose: Purpose = "train", option: str = "sourc
     else:
         found = _load_hub(source, purpose, option)
     if not found.documents:
-        raise ValueError(f"{option} is {source!r}, which holds no text; allowed: at least one document")
+        raise ValueError(f"{option} is {source!r}, which holds no text; give a source with at least one document")
     return found
 
 
 @functools.cache
 def _stdlib(purpose: Purpose) -> tuple[Document, ...]:
-    """The embedded model has read the training files, so that others are measured, whatever this run trains on."""
+    """Return the standard library's documents. The embedded model was trained on the "train" files, so measure the others."""
     found = corpus.documents("train" if purpose == "train" else "heldout")
     return tuple(Document(unix_newlines(text)) for _, text in found)
 
@@ -119,7 +122,7 @@ def _read_hub(source: str, place: HubSource, split: str, option: str) -> list[Do
     except Exception as error:  # the hub's client raises its own classes, those of its transports, and plain ones
         raise FileNotFoundError(
             f"{option} is {source!r}: {place.repo}, split {split}, cannot be loaded ({one_line(error)}); "
-            f"allowed: a data set the hub holds and this machine can reach, or a local file ({', '.join(KINDS)})"
+            f"check its name and the network, or give a local file ({', '.join(KINDS)})"
         ) from error
     if place.rows_joined:
         text = unix_newlines("\n\n".join(rows["text"]))

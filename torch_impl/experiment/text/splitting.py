@@ -1,4 +1,4 @@
-"""One split of all the text of a run: nothing that is measured is in the text that calibrates or trains."""
+"""Split all text of a run, so that no evaluation text is used for calibration or training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HELDOUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Texts:
-    """The documents of a run. facts: which are measured, and what that took from the others."""
+    """The documents of a run. facts: which documents are measured, and how many the other texts lost."""
 
     calibration: list[Document]
     finetune: list[Document]
@@ -26,7 +26,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Separated:
-    """Documents to train on by source, those to measure, and how many of each source went for these."""
+    """Training documents by source, evaluation documents, and how many documents each source lost to evaluation."""
 
     training: dict[str, list[Document]]
     evaluation: list[Document]
@@ -35,9 +35,9 @@ class Separated:
 
 
 def load_texts(calibration: str, finetune: str | None, evaluation: str) -> Texts:
-    """The documents of the three sources, the last one's kept out of the others; see `separate`.
+    """Load the three sources and keep the evaluation documents out of the others; see `separate`.
 
-    finetune: None without fine-tuning. Errors: as for `sources.load_documents` and `separate`.
+    finetune: None without fine-tuning. Errors: as `sources.load_documents` and `separate`.
     """
     options = {calibration: "calibration_data"}
     if finetune is not None:
@@ -66,13 +66,13 @@ def load_texts(calibration: str, finetune: str | None, evaluation: str) -> Texts
 
 
 def separate(training: Mapping[str, Sequence[Document]], evaluation: Sequence[Document]) -> Separated:
-    """Keep documents to measure out of those to train on, exact duplicates of which are dropped.
+    """Separate evaluation from training documents; drop exact duplicates in the training documents.
 
-    Two documents are the same if they agree in their prompt, in prompt and text together, or, one of them without a
-    prompt, in the text alone; white space does not count. What only the evaluation has is measured. Of what it shares, a
-    document is measured, and removed from the rest, as long as no source loses more than a tenth so; the order is that of
-    a hash of each. If that leaves nothing to measure, one document is, which must leave some to every source; and if
-    there is none, because a source is a single document, it is cut at the end of a line: nine tenths to train on.
+    Two documents are the same if their prompts agree, if prompt and text together agree, or, if one has no prompt, if their
+    texts agree; white space is ignored. Documents that only the evaluation source has are measured. Shared documents, in the
+    order of a hash, are measured and removed from training, as long as no source loses more than a tenth. If nothing is left
+    to measure, one shared document is, provided that every source keeps some. If that is impossible, because a source is a
+    single document, it is cut at a line end: nine tenths are for training.
 
     Errors: ValueError if nothing is left to train on or to measure.
     """
@@ -97,7 +97,7 @@ def separate(training: Mapping[str, Sequence[Document]], evaluation: Sequence[Do
 
 
 def _key(document: Document) -> str:
-    """What a document to measure goes by: all with the same prompt, or the same text without one, stay together."""
+    """Return the key of an evaluation document: documents with the same prompt, or the same text without one, share it."""
     return _plain(document.prompt or document.text)
 
 
@@ -106,7 +106,7 @@ def _plain(text: str) -> str:
 
 
 def _units(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    """Documents by their key, in the order of a hash, so that it does not depend on that of the documents."""
+    """Group documents by key, in the order of a hash, which does not depend on the order of the documents."""
     units: dict[str, list[Document]] = {}
     for document in dict.fromkeys(documents):
         units.setdefault(_key(document), []).append(document)
@@ -118,7 +118,7 @@ def _units(documents: Sequence[Document]) -> dict[str, list[Document]]:
 
 
 def _index(units: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], set[str]]:
-    """Keys of units by what a document to train on may have in common with them."""
+    """Map everything that a training document can share with a unit to the units' keys."""
     index: dict[tuple[str, str], set[str]] = {}
     for key, unit in units.items():
         for document in unit:
@@ -131,7 +131,7 @@ def _index(units: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], set
 
 
 def _known(document: Document, index: Mapping[tuple[str, str], set[str]]) -> set[str]:
-    """Keys of the units that share a document."""
+    """Return the keys of the units that share a document."""
     text = _plain(document.text)
     if not document.prompt:
         return index.get(("plain", text), set())
@@ -140,7 +140,7 @@ def _known(document: Document, index: Mapping[tuple[str, str], set[str]]) -> set
 
 
 def _holders(units: Mapping[str, object], shared: Sequence[Sequence[set[str]]]) -> dict[str, list[set[int]]]:
-    """For every unit that is shared, in the order of the units, which documents of every source share it."""
+    """Return for each shared unit, in order, the documents of each source that share it."""
     holders: dict[str, list[set[int]]] = {}
     for place, source in enumerate(shared):
         for number, keys in enumerate(source):
@@ -150,7 +150,7 @@ def _holders(units: Mapping[str, object], shared: Sequence[Sequence[set[str]]]) 
 
 
 def _held_out(holders: Mapping[str, Sequence[set[int]]], sizes: Sequence[int], alone: bool) -> set[str]:
-    """The shared units to measure; alone: whether there are others, so that it may be none of these."""
+    """Choose the shared units to measure. alone: there are unshared units too, so the choice may be empty."""
     most = [min(round(HELDOUT_SHARE * size), size - 1) for size in sizes]
     lost: list[set[int]] = [set() for _ in sizes]
     held_out = set()
@@ -175,7 +175,7 @@ def _cut(
     shared: Mapping[str, Sequence[set[str]]],
     units: Mapping[str, Sequence[Document]],
 ) -> Separated:
-    """Documents without a prompt in two: the end to measure, the beginning in its place in every source."""
+    """Cut documents without a prompt: measure the end, and keep the beginning in each source."""
     pieces = {key: cut_document(unit[0]) for key, unit in units.items() if not unit[0].prompt}
     kept: dict[str, list[Document]] = {name: [] for name in sources}
     for name, documents in sources.items():
@@ -189,14 +189,14 @@ def _cut(
     }
     if not measured or not all(kept.values()):
         raise ValueError(
-            f"{', '.join(sources)}: too few documents to train on some and measure others; "
-            "allowed: more documents, or another text to measure"
+            f"{', '.join(sources)}: too few documents to train on some and evaluate on others; "
+            "give more documents or another eval_data"
         )
     return Separated(kept, measured, dict.fromkeys(sources, 0), cut=True)
 
 
 def cut_document(document: Document) -> tuple[Document, Document]:
-    """A document in two, at the last end of a line in its first nine tenths, or there if that has none."""
+    """Cut a document in two, at the last line end in its first nine tenths, or after nine tenths if there is none."""
     text = document.text
     cut = int(len(text) * (1 - HELDOUT_SHARE))
     cut = text.rfind("\n", 0, cut) + 1 or cut

@@ -1,4 +1,7 @@
-"""Windows of tokens to calibrate and to measure on, and examples to learn."""
+"""Token windows for calibration and evaluation, and training examples.
+
+The token stream of documents is their tokens one after another, each document after the begin-of-text token.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch_impl.experiment.text.documents import Document
 
 logger = logging.getLogger(__name__)
 
-# Calibration windows are drawn from a stream this many times longer than all of them, or from the whole text.
+# Calibration windows are sampled from a token stream this many times longer than all windows, or from the whole text.
 CALIBRATION_POOL = 8
 _BATCH = 32
 
@@ -25,9 +28,7 @@ _BATCH = 32
 def calibration_windows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> torch.Tensor:
-    """Token ids (nsamples, seqlen): random windows of the documents' stream, shuffled by `seed`.
-
-    In the stream every document follows the tokenizer's begin-of-text token, if it has one and the text does not bring it.
+    """Sample token ids (nsamples, seqlen): random windows of the token stream of the documents, shuffled by `seed`.
 
     Errors: ValueError if the text is shorter than one window.
     """
@@ -46,14 +47,14 @@ def training_examples(
     seed: int,
     limit: int | None = None,
 ) -> list[Example]:
-    """Examples {input_ids (t,), labels (t,)} with t <= seqlen, of documents shuffled by `seed`.
+    """Build examples {input_ids (t,), labels (t,)} with t <= seqlen, of documents shuffled by `seed`.
 
-    If a document has a prompt, each is one example, cut at seqlen, between the tokenizer's begin- and end-of-text tokens;
-    labels of the prompt are -100, and a prompt that leaves no room for its text is left out. Otherwise they are windows
-    of exactly seqlen that follow each other in the stream, shuffled in their turn, since those of one long document
-    would fill whole batches. limit: at most so many examples; of windows, the stream's first.
+    If any document has a prompt, each document is one example between the begin- and end-of-text tokens, cut at seqlen.
+    Labels of the prompt are -100. A prompt that leaves no room for its text is skipped. Otherwise examples are consecutive
+    windows of exactly seqlen of the token stream. They are shuffled too, because one long document would fill whole batches.
+    limit: maximum number of examples; for windows, the first of the stream.
 
-    Errors: ValueError if not one example comes of it.
+    Errors: ValueError if there is no example.
     """
     _checks.integer("train_seqlen", seqlen, 2)
     if limit is not None:
@@ -71,11 +72,11 @@ def training_examples(
         read = min(read + _BATCH, len(shuffled))
     if not examples:
         raise ValueError(
-            f"train_seqlen is {seqlen}, which leaves no token to learn; allowed: more than the shortest prompt's tokens"
+            f"train_seqlen is {seqlen}, no longer than the shortest prompt; increase it so that there are tokens to learn"
         )
     if len(examples) < read:
         logger.warning(
-            "%d of %d documents leave no token to learn within %d: not used", read - len(examples), read, seqlen
+            "skipped %d of %d documents: no token to learn within train_seqlen %d", read - len(examples), read, seqlen
         )
     return examples[:limit]
 
@@ -91,25 +92,25 @@ def _single_examples(
         labels = ids.clone()
         if prompt:
             labels[: len(_bounded(prompt, tokenizer))] = IGNORED
-        # The first label predicts nothing.
+        # The first token is never predicted.
         if bool((labels[1:] != IGNORED).any()):
             yield {"input_ids": ids, "labels": labels}
 
 
 def split_parts(examples: Sequence[Example], shares: Sequence[float]) -> list[list[Example]]:
-    """The examples in len(shares) parts that follow each other, each with its share of them; LoSA trains on one a step.
+    """Split the examples into len(shares) consecutive parts by their shares; LoSA trains on one part per step.
 
     Rounding: a part ends at rint(cumulative share · examples).
 
     Errors: ValueError if shares are not positive with sum 1, or a part would be empty.
     """
     if not shares or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"shares = {list(shares)}; allowed: positive numbers with sum 1")
+        raise ValueError(f"shares is {list(shares)}; allowed: positive numbers with sum 1")
     ends = [0, *(round(end) for end in np.cumsum(shares) * len(examples))]
     parts = [list(examples[start:end]) for start, end in itertools.pairwise(ends)]
     if not all(parts):
         raise ValueError(
-            f"the {len(examples)} training examples are too few for parts of {list(shares)}, one for each step; take "
+            f"{len(examples)} training examples are too few for one part per step ({list(shares)}); use "
             "fewer steps, more text, a smaller train_seqlen or more train_examples"
         )
     return parts
@@ -118,9 +119,9 @@ def split_parts(examples: Sequence[Example], shares: Sequence[float]) -> list[li
 def evaluation_windows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int | None = None
 ) -> torch.Tensor:
-    """Token ids (n, seqlen): windows of the documents' stream that do not overlap, in order; at most `limit`.
+    """Cut the documents' token stream into consecutive windows, token ids (n, seqlen), at most `limit`.
 
-    The rest that fills no window is left out.
+    The incomplete last window is dropped.
 
     Errors: ValueError if the text is shorter than one window.
     """
@@ -130,7 +131,7 @@ def evaluation_windows(
 
 
 def describe_windows(windows: torch.Tensor) -> dict[str, str | int]:
-    """What a measurement was made on, so that another can be compared: counts, and a hash of the token ids."""
+    """Describe evaluation windows by counts and a hash of the token ids, so that measurements can be compared."""
     ids = windows.cpu().numpy().astype("<i8").tobytes()
     return {
         "windows": len(windows),
@@ -147,9 +148,9 @@ def _cut(stream: torch.Tensor, seqlen: int, limit: int | None) -> torch.Tensor:
 def _stream(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int, enough: int | None, option: str
 ) -> torch.Tensor:
-    """The documents' tokens in one row, at least a window; no more documents are read than `enough` tokens take.
+    """Return the documents' token stream, at least one window long; stop reading documents after `enough` tokens.
 
-    option: what messages call `seqlen`.
+    option: the name of `seqlen` in messages.
     """
     _checks.integer(option, seqlen, 1)
     ids: list[int] = []
@@ -160,12 +161,12 @@ def _stream(
         for row in _encode(tokenizer, texts):
             ids += _bounded(row, tokenizer)
     if len(ids) < seqlen:
-        raise ValueError(f"{option} is {seqlen}, longer than the text; allowed: at most its {len(ids)} tokens")
+        raise ValueError(f"{option} is {seqlen}; allowed: at most {len(ids)}, the length of the text in tokens")
     return torch.tensor(ids)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: texts longer than the model's window are meant, they are cut afterwards.
+    # verbose=False: no warning about texts longer than the model's window, because they are cut afterwards.
     rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]
@@ -173,7 +174,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _bounded(row: list[int], tokenizer: PreTrainedTokenizerBase, end: bool = False) -> list[int]:
-    """A row behind the begin-of-text token, and before the end-of-text token, unless it has them already."""
+    """Add the begin-of-text token, and with `end` the end-of-text token, unless the row already has them."""
     first = [] if tokenizer.bos_token_id in (None, *row[:1]) else [tokenizer.bos_token_id]
     last = [] if not end or tokenizer.eos_token_id in (None, *row[-1:]) else [tokenizer.eos_token_id]
     return first + row + last
