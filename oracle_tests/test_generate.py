@@ -88,7 +88,7 @@ def test_the_command_line_decides(
     assert not processors(seen["logits_processor"])
     unused = "num_beams 4, repetition_penalty 1.9"
     assert (
-        "note: not used of generation_config.json: min_new_tokens 5, no_repeat_ngram_size 2, " + unused in said
+        "note: ignored settings of generation_config.json: min_new_tokens 5, no_repeat_ngram_size 2, " + unused in said
     ) == bool(asking)
 
     assert run(model, capsys, "--temperature", "0.7", "--top_p", "0.9")[0] == 0
@@ -234,7 +234,7 @@ def test_learned_positions_are_counted_before_any_token(
         "--max_new_tokens 119 or fewer",
     ]
     refused(model, capsys, words, "--max_new_tokens", "120")
-    refused(model, capsys, ["take a shorter prompt"], prompt="x" * 128)
+    refused(model, capsys, ["use a shorter prompt"], prompt="x" * 128)
     status, _, said = run(model, capsys, "--max_new_tokens", "119")
     assert (status, len(seen["new"])) == (0, 119)
     assert "note:" not in said
@@ -246,7 +246,7 @@ def test_computed_positions_go_on_with_a_note(
     model = folder(tmp_path, eos_token_id=None)
     status, _, said = run(model, capsys, "--max_new_tokens", "120")
     assert (status, len(seen["new"])) == (0, 120)
-    assert "note: this model was trained on up to 128 tokens" in said
+    assert "note: this model was trained on at most 128 tokens" in said
     assert "note:" not in run(model, capsys, "--max_new_tokens", "119")[2]
 
 

@@ -165,8 +165,8 @@ def test_a_device_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) ->
         ("--sparsity_ratio 70", "sparsity_ratio is 70.0; allowed: 0 up to, not including, 1; did you mean 0.7?"),
         ("--sparsity_ratio 1", "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1\n"),
         ("--nsamples 8 --rmi_samples 500", "rmi_samples is 500; allowed: up to nsamples 8"),
-        ("--step_shares nan", "step_shares is [nan]; allowed with steps 5: 5 numbers above 0 that sum to 1"),
-        ("--step_shares nan --steps 1", "step_shares is [nan]; allowed with steps 1"),
+        ("--step_shares nan", "step_shares is [nan]; with steps 5, give 5 numbers above 0 that sum to 1"),
+        ("--step_shares nan --steps 1", "step_shares is [nan]; with steps 1, give"),
         ("--step_shares 0.1 0.1 0.1 0.1 nan", "step_shares is"),
         ("--step_shares 0.5 0.5 0.5 0.5 -1", "step_shares is"),
         ("--devices 4", "devices is 4; add --dry_run"),
@@ -200,7 +200,7 @@ def test_unequal_shares_of_a_file_fit_its_own_steps_alone(tmp_path: Path) -> Non
     arguments = ["--config", str(file), "--model", "x"]
     assert config.parse([*arguments, "--steps", "2"]).text.shares(2) == [0.25, 0.75]
     assert config.parse([*arguments, "--steps", "1"]).text.shares(1) == [1.0]
-    with pytest.raises(ValueError, match=r"step_shares is \[0.25, 0.75\]; allowed with steps 3"):
+    with pytest.raises(ValueError, match=r"step_shares is \[0.25, 0.75\]; with steps 3, give"):
         config.parse([*arguments, "--steps", "3"])
     file.write_text("stepz = 2\n")
     with pytest.raises(ValueError, match=r"'stepz' is not an option; did you mean steps\?"):

@@ -268,7 +268,7 @@ def test_the_table_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = {line.split()[0]: line.split() for line in rows.splitlines()}
     assert list(found)[-2:] == ["other", "in"]
     assert found == expected
-    assert note == "2 of the zeros are negative and stored, since unpacking gives back every bit."
+    assert note == "2 zeros are negative and stored, because unpacking restores every bit."
     size = (tmp_path / "packed" / FILE).stat().st_size
     with (tmp_path / "packed" / FILE).open("rb") as file:
         header = 8 + int.from_bytes(file.read(8), "little")
@@ -418,7 +418,7 @@ def test_bad_arguments_get_one_line(
         ([str(packed_model), out], "is already packed"),
         ([str(plain), out, "--unpack"], "no packed.json in this folder"),
         ([str(plain), str(packed_model)], "exists; allowed: a new folder, or --overwrite"),
-        ([str(plain), str(tmp_path / "full"), "--overwrite"], "is not the folder of a model"),
+        ([str(plain), str(tmp_path / "full"), "--overwrite"], "holds files that are not a model's"),
         ([str(plain), out, "--device", "tpu"], "device is 'tpu'"),
     ):
         assert pack.main(arguments) == 2
@@ -496,14 +496,14 @@ def a_link(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (a_run, "not the folder of a model and nothing else, which --overwrite may replace (config.json, losa_result"),
+        (a_run, "holds files that are not a model's (config.json, losa_result"),
         (beside("losa_result.json"), "(losa_result.json)"),
         (beside("thesis.tex", "train.py", "data/a.txt", "notes.md"), "(data, notes.md, thesis.tex and 1 more)"),
         (beside("tokenizer/notes.txt"), "(tokenizer)"),
-        (without("config.json"), "not the folder of a model and nothing else"),
-        (lambda place: place / "source", "is or holds MODEL"),
-        (lambda place: place, "is or holds MODEL"),
-        (a_link, "is or holds MODEL"),
+        (without("config.json"), "holds files that are not a model's"),
+        (lambda place: place / "source", "is or contains MODEL"),
+        (lambda place: place, "is or contains MODEL"),
+        (a_link, "is or contains MODEL"),
     ],
 )
 def test_overwrite_replaces_nothing_else(
@@ -536,7 +536,7 @@ def test_generate_prints_the_same_text_for_packed_and_plain(
         text = capsys.readouterr()
         assert "compilation failed" not in text.err
         assert "tokens/s" in text.err
-        assert "memory at its peak" in text.err
+        assert "peak memory" in text.err
         shown.append(text.out)
     assert shown[0] == shown[1] == shown[2] != "\n"
 
@@ -558,5 +558,5 @@ def test_what_prepares_for_later_tokens_is_told_apart() -> None:
     assert generate._rate(even) == "2.00 tokens/s"
     # The first token's time, then three that compile and capture in nine seconds, then twenty of half a second.
     compiling = [0.0, 1.0, 4.0, 7.0, 10.0, *(10.0 + 0.5 * n for n in range(1, 21))]
-    assert generate._rate(compiling) == "2.00 tokens/s, after the first 3, which prepare for them, in 9.0 s"
+    assert generate._rate(compiling) == "2.00 tokens/s, after 9.0 s for the first 3, which compile and capture"
     assert generate._rate([0.0, 1.0, 4.0]) == "0.33 tokens/s"

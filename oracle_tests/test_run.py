@@ -148,7 +148,7 @@ BAD = [
     ({"loss": "mse"}, ["loss", "ce, kl"]),
     ({"seed": -1}, ["seed", "0 or more"]),
     ({"offload": "maybe"}, ["offload", "maybe", "auto, on, off"]),
-    ({"offload": "on"}, ["offload", "steps 2", "allowed: with steps 1 and finetune false"]),
+    ({"offload": "on"}, ["offload", "steps 2", "needs --steps 1 --finetune false"]),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Text from a packed or plain model: python -m torch_impl.generate MODEL --prompt "..."."""
+"""Generate text with a packed or plain model: python -m torch_impl.generate MODEL --prompt "..."."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from torch_impl.engine.families import position_limit
 from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.planning import checks
 
-# New tokens from which compiling, some seconds, is soon made up for.
+# Number of new tokens from which compiling, which takes some seconds, pays off.
 WORTH_COMPILING = 256
-# What a model's generation_config.json may ask for beside what this command has options for.
+# Settings of generation_config.json that this command ignores.
 NOT_USED = (
     "num_beams", "num_beam_groups", "penalty_alpha", "repetition_penalty", "encoder_repetition_penalty", "length_penalty",
     "no_repeat_ngram_size", "bad_words_ids", "force_words_ids", "forced_bos_token_id", "forced_eos_token_id",
@@ -42,34 +42,41 @@ NOT_USED = (
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
-    """Prints text as it comes and notes when: the prompt's echo first, then every token."""
+    """Prints text as it is generated and records the times: of the prompt's echo, then of every token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Token ids from `generate`."""
+        """Receive token ids from `generate`."""
         self.times.append(time.perf_counter())
         super().put(value)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m torch_impl.generate", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="folder of a packed model, or a plain folder or hub id")
-    parser.add_argument("--prompt", required=True, help="text to go on from")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of that probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16, float64")
+    parser.add_argument("model", metavar="MODEL", help="Folder of a packed model, or a plain folder or hub id.")
+    parser.add_argument("--prompt", required=True, help="Text to continue.")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="Maximum number of new tokens (default 128).")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="Sampling temperature; 0: always the most likely token (default).",
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="Sample from the most likely tokens with this total probability."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda or cuda:N.")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16 or float64.")
     pretrained.add_trust_remote_code(parser)
     parser.add_argument(
         "--compile",
         default="auto",
-        help=f"on, off, or auto (default: on a GPU from {WORTH_COMPILING} new tokens): fuse what lies between the projections, "
-        "which takes some ten seconds the first time and makes every token faster",
+        help="Compile the blocks: about ten seconds once, then every token is faster. on, off or auto (default: on a GPU "
+        f"from {WORTH_COMPILING} new tokens).",
     )
     return parser
 
@@ -78,7 +85,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, right, allowed in (
         ("prompt", bool(options.prompt), "some text"),
         ("max_new_tokens", 1 <= options.max_new_tokens <= MOST, f"1 to {MOST:,}"),
-        # Logits are divided by it, and must stay numbers.
+        # Logits are divided by it and must stay finite.
         ("temperature", options.temperature == 0 or 1e-5 <= options.temperature < math.inf, "0, or 0.00001 or more"),
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
         ("seed", 0 <= options.seed < 2**63, "0 or more, below 2**63"),
@@ -101,34 +108,34 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
 def _prompt_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> torch.Tensor:
-    """Token ids (1, n) of the prompt.
+    """Tokenize the prompt: ids (1, n).
 
-    Errors: ValueError if there are none, the model does not know one, or with the new ones they are more than it can take.
+    Errors: ValueError if it has no token, a token unknown to the model, or too many tokens together with the new ones.
     """
     ids: torch.Tensor = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
     given = ids.shape[1]
     if not given:
-        raise ValueError(f"prompt is {options.prompt!r}, no token of this model; allowed: some text")
+        raise ValueError(f"prompt is {options.prompt!r}, which has no token; give some text")
     checks.check_tokens(model, tokenizer, ids)
     limit, whole = position_limit(model), given + options.max_new_tokens
     if limit is not None and whole > limit:
-        room = f"take --max_new_tokens {limit - given} or fewer" if given < limit else "take a shorter prompt"
+        advice = f"use --max_new_tokens {limit - given} or fewer" if given < limit else "use a shorter prompt"
         raise ValueError(
-            f"prompt is {given} tokens long and max_new_tokens is {options.max_new_tokens}; this model has {limit} learned "
-            f"positions, so {room}"
+            f"prompt is {given} tokens long and max_new_tokens is {options.max_new_tokens}, but this model has only {limit} "
+            f"learned positions; {advice}"
         )
     trained = getattr(model.config, "max_position_embeddings", None)
     if trained and whole > trained:
-        print(f"note: this model was trained on up to {trained} tokens and may do worse beyond them", file=sys.stderr)
+        print(f"note: this model was trained on at most {trained} tokens; expect worse text beyond", file=sys.stderr)
     return ids.to(model.device)
 
 
 def _settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace, fixed: bool
 ) -> tuple[GenerationConfig, StoppingCriteriaList]:
-    """What the command line says, and from the model's own settings what ends a text; fixed: a cache of one size.
+    """Build generation settings from the command line, and stopping criteria from the model's own settings.
 
-    Errors: ValueError naming the field of generation_config.json that cannot be used.
+    fixed: use a static cache. Errors: ValueError naming an invalid field of generation_config.json.
     """
     theirs: Any = model.generation_config or GenerationConfig()
     ends, stops = theirs.eos_token_id, theirs.stop_strings
@@ -139,7 +146,7 @@ def _settings(
         raise ValueError(f"model {options.model}: generation_config.json has stop_strings {stops!r}; allowed: texts")
     unused = [f"{name} {value!r}" for name, value in sorted(theirs.to_diff_dict().items()) if name in NOT_USED]
     if unused:
-        print(f"note: not used of generation_config.json: {', '.join(unused)}", file=sys.stderr)
+        print(f"note: ignored settings of generation_config.json: {', '.join(unused)}", file=sys.stderr)
     draws = options.temperature > 0
     settings = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
@@ -152,18 +159,18 @@ def _settings(
     return settings, StoppingCriteriaList([StopStringCriteria(tokenizer, stops)] if stops else [])
 
 
-# Not inference_mode, whose tensors do not tell whether they were written to: `PackedGroup.share` asks them.
+# Not inference_mode: its tensors do not record modifications, which `PackedGroup.share` needs to know.
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> tuple[torch.Tensor, list[float]]:
-    """New token ids (n,) and when the prompt and each of them were there, seconds; text goes to standard output."""
+    """Generate text to standard output. Return the new token ids (n,) and the times of the prompt and each token, seconds."""
     streamer = _TimedStreamer(tokenizer)
     inputs = _prompt_ids(model, tokenizer, options)
     worth = model.device.type == "cuda" and options.max_new_tokens >= WORTH_COMPILING
     fuse = options.compile == "on" or (options.compile == "auto" and worth)
-    # On a GPU every token has the same shapes, so one graph or one compiled block serves them all. Whatever is not set
-    # here, transformers would take from the model's own settings, so these are in their place.
+    # On a GPU a static cache gives every token the same shapes, so one graph or one compiled block serves all. Replace the
+    # model's own settings, because transformers uses them for everything not set here.
     fixed = fuse or model.device.type == "cuda"
     model.generation_config, criteria = _settings(model, tokenizer, options, fixed)
     torch.manual_seed(options.seed)
@@ -176,14 +183,14 @@ def generate(
         )
     except BaseException:
         if len(streamer.times) > 1:
-            # What went wrong stands on a line of its own.
+            # Print the error on a line of its own.
             print(file=sys.stderr)
         raise
     return ids[0, inputs.shape[1] :].cpu(), streamer.times
 
 
 def _rate(times: Sequence[float]) -> str:
-    """Tokens a second from the first on; apart from those that compile and capture for the others, if that takes long."""
+    """Describe tokens per second after the first token; report slow first tokens, which compile and capture, separately."""
     whole = (len(times) - 2) / (times[-1] - times[1])
     ready = 1 + next_token.WARM_UP + 1
     if len(times) <= 2 * ready:
@@ -192,11 +199,11 @@ def _rate(times: Sequence[float]) -> str:
     if settled < 1.5 * whole:
         return f"{whole:.2f} tokens/s"
     preparing = times[ready] - times[1]
-    return f"{settled:.2f} tokens/s, after the first {ready - 1}, which prepare for them, in {preparing:.1f} s"
+    return f"{settled:.2f} tokens/s, after {preparing:.1f} s for the first {ready - 1}, which compile and capture"
 
 
 def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
-    """Tokens a second and memory, in one line each."""
+    """Describe speed and memory, in one line each."""
     module: nn.Module = model
     # Tied weights count once.
     tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
@@ -209,13 +216,13 @@ def _summary(model: PreTrainedModel, given: int, times: Sequence[float]) -> str:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     dtype = str(model.dtype).removeprefix("torch.")
-    lines.append(f"weights {weights / 1e6:,.1f} MB, {dtype}; memory at its peak {peak / 1e6:,.0f} MB")
+    lines.append(f"weights {weights / 1e6:,.1f} MB, {dtype}; peak memory {peak / 1e6:,.0f} MB")
     return "\n".join(lines)
 
 
 @command
 def main(arguments: Sequence[str]) -> None:
-    """Generate text to standard output, then figures to standard error."""
+    """Generate text to standard output, then print speed and memory to standard error."""
     options = _parser().parse_args(arguments)
     _check(options)
     model, tokenizer = _load(options)

@@ -1,4 +1,4 @@
-"""A sparse model without its zeros, and back: python -m torch_impl.pack MODEL OUT [--unpack]."""
+"""Pack a sparse model without its zeros, or unpack it: python -m torch_impl.pack MODEL OUT [--unpack]."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_impl.engine.checkpoints.contents import INDEX, PACKED, SINGLE, few
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.experiment.command import Parser, command, say
 
-# Files of which a model's folder consists: a folder with any other is never replaced.
+# The files of a model's folder. A folder with any other file is never replaced.
 OF_A_MODEL = (
     "config.json", "generation_config.json", "model*.safetensors", "packed-*.safetensors", INDEX, PACKED,
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
@@ -25,23 +25,21 @@ OF_A_MODEL = (
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m torch_impl.pack", description=__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a sparse model, as Hugging Face saves it")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it appears when all is done")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a sparse model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="Folder to write; it appears when complete.")
     parser.add_argument(
-        "--unpack", action="store_true", help="MODEL is packed: write the plain folder again, bit for bit"
+        "--unpack", action="store_true", help="Restore the plain folder of the packed MODEL, bit for bit."
     )
+    parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it holds a model and no other files.")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is the folder of a model and nothing else"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="where to pack: auto (a GPU if there is one), cpu, cuda, cuda:N"
+        "--device", default="auto", help="Device to pack on: auto (a GPU if available), cpu, cuda or cuda:N."
     )
     pretrained.add_trust_remote_code(parser)
     return parser
 
 
 def table(savings: Sequence[Saving]) -> str:
-    """What packing saves, for each kind of tensor and in all."""
+    """Show the sizes before and after packing, for each kind of tensor and in total."""
     cells = [["", "tensors", "packed", "zeros", "before", "after", "of before", "bits/weight"]]
     whole = Saving("in all")
     for saving in (*savings, whole):
@@ -65,27 +63,30 @@ def table(savings: Sequence[Saving]) -> str:
     if whole.negative_zeros:
         lines += [
             "",
-            f"{whole.negative_zeros:,} of the zeros are negative and stored, since unpacking gives back every bit.",
+            f"{whole.negative_zeros:,} zeros are negative and stored, because unpacking restores every bit.",
         ]
     return "\n".join(lines)
 
 
 def check_target(source: Path, target: Path) -> None:
-    """Errors: ValueError if `target` is there and is not the folder of a model and nothing else, or has `source` in it."""
+    """Check that --overwrite may replace `target`.
+
+    Errors: ValueError if it exists and holds other files than a model's, or contains `source`.
+    """
     if not target.exists():
         return
     place = target.resolve()
     if place == source.resolve() or place in source.resolve().parents:
         raise ValueError(
-            f"OUT {target} is or holds MODEL {source}, which --overwrite would remove; name another folder"
+            f"OUT {target} is or contains MODEL {source}, which --overwrite would delete; choose another folder"
         )
     names = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else [target.name]
     whole = "config.json" in names and any(name in names for name in (PACKED, SINGLE, INDEX))
     others = [name for name in names if not whole or not _of_a_model(target / name)]
     if others:
         raise ValueError(
-            f"OUT {target} is not the folder of a model and nothing else, which --overwrite may replace "
-            f"({few(others)}); name another folder"
+            f"OUT {target} holds files that are not a model's ({few(others)}), so --overwrite does not replace it; "
+            "choose another folder"
         )
 
 
@@ -95,20 +96,20 @@ def _of_a_model(path: Path) -> bool:
 
 @command
 def main(arguments: Sequence[str]) -> None:
-    """Pack or unpack."""
+    """Pack or unpack a model."""
     options = _parser().parse_args(arguments)
     if options.overwrite:
         check_target(options.model, options.out)
     with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
         if options.unpack:
             packed_folder.unpack_folder(options.model, folder)
-            closing = f"{options.out}: a plain Hugging Face folder"
+            closing = f"{options.out}: plain Hugging Face folder"
         else:
             device = pretrained.choose_device(options.device)
             savings = packed_folder.pack_folder(options.model, folder, device, options.trust_remote_code)
             closing = (
-                f"{table(savings)}\n\n{options.out}: for python -m torch_impl.generate; "
-                f"python -m torch_impl.pack --unpack gives back the plain folder"
+                f"{table(savings)}\n\n{options.out}: packed model. Run it with python -m torch_impl.generate; "
+                "restore the plain folder with python -m torch_impl.pack --unpack"
             )
     say(closing)
 

@@ -1,4 +1,4 @@
-"""The command line: python -m torch_impl.run [options]; --help teaches."""
+"""Prune a model from the command line: python -m torch_impl.run [options]; see --help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_impl.experiment.planning import dry_run
 
 @command
 def main(arguments: Sequence[str]) -> None:
-    """Run the job that the arguments ask for."""
+    """Run the job of the command line."""
     config = parse(arguments)
     if config.output.deterministic:
         make_deterministic()
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    say(f"Smaller and faster without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
+    say(f"To store and run it without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses beside what they configure, a TOML file, and flags; later ones win."""
+"""Configuration from frozen dataclasses, a TOML file and flags; later ones take precedence."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
 FIRST_SHARE = 0.1
 PRESETS = ("paper", "best", "quick")
-# What torch's generators take.
+# The largest seed that torch accepts.
 MOST_SEED = 2**63 - 1
-# What a run may go on with changed, if told so: numbers that leave nothing of what is done without meaning.
+# Options that a resumed run may change: the work done so far stays valid.
 CHANGEABLE = ("learning_rate", "max_grad_norm", "weight_decay")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, where, in which precision."""
+    """The model, its device and its precision."""
 
     model: str = str(EMBEDDED_MODEL)
-    """Local folder in Hugging Face layout, or hub id; default: the embedded tiny LLaMA."""
+    """Hugging Face model folder or hub id; default: the embedded tiny LLaMA."""
     device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, cuda:N."""
+    """auto (a GPU if available), cpu, cuda or cuda:N."""
     dtype: str = "auto"
-    """auto (float32 on the CPU, the checkpoint's own on a GPU), float32, bfloat16, float16, float64."""
+    """auto (float32 on the CPU, the checkpoint's own on a GPU), float32, bfloat16, float16 or float64."""
     trust_remote_code: bool = False
-    """Run code that comes with the model. Only for sources you trust."""
+    """Run Python code that comes with the model. Only for sources you trust."""
     offload: str = "auto"
-    """Leave the model on disk and prune it block by block, for plain pruning (--steps 1 --finetune false) of a model
-    larger than the memory: on, off or auto (on, if it would not fit)."""
+    """Keep the model on disk and load one block at a time, for models larger than memory. Works with plain pruning only
+    (--steps 1 --finetune false). on, off or auto (on if the model does not fit)."""
 
     def __post_init__(self) -> None:
         _checks.choice("offload", self.offload, ("auto", "on", "off"))
@@ -57,26 +57,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Which text calibrates, trains and evaluates; how much of it."""
+    """The text for calibration, training and evaluation, and how much of it."""
 
     calibration_data: str = "stdlib"
-    """stdlib; a .txt, .jsonl, .json, .parquet file or a folder of them; c4, wikitext2, alpaca-gpt4 or hf:REPO[:CONFIG[:SPLIT]]."""
+    """Calibration text: stdlib (sources of Python's standard library); a .txt, .jsonl, .json or .parquet file, or a folder of
+    them; c4, wikitext2, alpaca-gpt4 or hf:REPO[:CONFIG[:SPLIT]]."""
     finetune_data: str = "stdlib"
-    """Text or instruction records to fine-tune on; the same kinds of source."""
+    """Text or instruction records for fine-tuning; the same kinds of source."""
     eval_data: str = "stdlib"
-    """Text to measure perplexity on: what the other two never see; the same kinds of source."""
+    """Text to measure perplexity on; the same kinds of source. It is kept out of calibration and fine-tuning."""
     train_examples: int = 10000
-    """Fine-tuning sequences over all steps together (paper: 10,000 records)."""
+    """Number of fine-tuning sequences over all steps (paper: 10,000 records)."""
     train_seqlen: int = 1024
-    """Tokens of a fine-tuning sequence at most (paper: 1024)."""
+    """Maximum tokens per fine-tuning sequence (paper: 1024)."""
     step_shares: list[float] | None = None
-    """Share of the fine-tuning sequences of every step; default: 0.1 for each but the last, which gets the rest."""
+    """Share of the fine-tuning sequences for each step; default: 0.1 each, and the rest for the last step."""
     eval_seqlen: int = 2048
-    """Tokens of an evaluation window (paper: 2048; 4096 for LLaMA-2 and 3)."""
+    """Tokens per evaluation window (paper: 2048; 4096 for LLaMA-2 and 3)."""
     eval_windows: int | None = None
-    """Evaluate on the first so many windows only; default: all."""
+    """Evaluate only the first N windows; default: all."""
     eval_batch_size: int = 8
-    """Windows evaluated at once."""
+    """Windows to evaluate at once."""
 
     def __post_init__(self) -> None:
         for name, least in (("train_examples", 1), ("train_seqlen", 2), ("eval_seqlen", 2), ("eval_batch_size", 1)):
@@ -85,47 +86,47 @@ class TextConfig:
             _checks.count("eval_windows", self.eval_windows)
 
     def shares(self, steps: int) -> list[float]:
-        """Share of the fine-tuning sequences of every step."""
+        """Return the share of the fine-tuning sequences for each step."""
         if self.step_shares is None:
             first = min(FIRST_SHARE, 1 / steps)
             return [first] * (steps - 1) + [1 - first * (steps - 1)]
         positive = all(share > 0 for share in self.step_shares)
         if len(self.step_shares) != steps or not positive or not abs(sum(self.step_shares) - 1) <= 1e-6:
             raise ValueError(
-                f"step_shares is {self.step_shares}; allowed with steps {steps}: {steps} numbers above 0 that sum to 1"
+                f"step_shares is {self.step_shares}; with steps {steps}, give {steps} numbers above 0 that sum to 1"
             )
         return list(self.step_shares)
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where the result goes."""
+    """Output folder, checkpoints and run control."""
 
     output_dir: str | None = None
-    """Folder of the run, written when all is done; default: losa-MODEL-METHOD-SPARSITY here."""
+    """Folder of the result; default: losa-MODEL-METHOD-SPARSITY in the current folder."""
     overwrite: bool = False
-    """Replace output_dir if it exists, and forget an unfinished run in its place."""
+    """Replace output_dir if it exists, and discard an unfinished run in it."""
     resume: bool = False
-    """Go on with the unfinished run of output_dir; it ends with the same bits as if it had never stopped."""
+    """Resume the unfinished run in output_dir. The result is bit-identical to that of an uninterrupted run."""
     accept_changes: list[str] | None = None
-    """With --resume: options that may differ from those the run began with; of learning_rate, max_grad_norm, weight_decay."""
+    """With --resume: options that may differ from the original run: learning_rate, max_grad_norm, weight_decay."""
     save_every: int = 100
-    """Optimizer steps from one point to go on from to the next; every pruned block is one too."""
+    """Save a checkpoint every N optimizer steps. One is also saved after every pruned block."""
     keep_points: int = 2
-    """How many points are kept; if the newest is damaged, the one before serves."""
+    """Number of checkpoints to keep. If the newest is corrupt, the run resumes from the one before."""
     deterministic: bool = False
-    """Same bits on every run on CUDA too, for some time; the CPU always gives them."""
+    """Bit-identical CUDA runs, at some cost in speed. CPU runs always are."""
     seed: int = 0
-    """Seed of every random choice."""
+    """Seed of all random choices."""
     dry_run: bool = False
-    """Print the plan, its memory and work, and stop."""
+    """Print the plan with its memory and work, and stop."""
     devices: int | None = None
-    """With dry_run: plan for so many GPUs, one process each; default: as many as torchrun has started."""
+    """With --dry_run: plan for N GPUs with one process each; default: the number of processes that torchrun started."""
     preset: str | None = None
-    """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: pruning and reconstruction in one shot, no
-    fine-tuning. --config and flags win over it."""
+    """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: one-shot pruning and reconstruction
+    without fine-tuning. --config and flags override it."""
     config: str | None = None
-    """TOML file with any of these options; flags win over it."""
+    """TOML file with any of these options; flags override it."""
 
     def __post_init__(self) -> None:
         _checks.count("seed", self.seed, 0, MOST_SEED)
@@ -159,24 +160,24 @@ class Config:
         if self.model.offload == "on" and not self.plain:
             raise ValueError(
                 f"offload is 'on' with steps {self.prune.steps} and finetune {self.training.finetune}; "
-                "allowed: with steps 1 and finetune false"
+                "it needs --steps 1 --finetune false"
             )
 
     @property
     def plain(self) -> bool:
-        """Whether this is plain pruning, in one shot without fine-tuning: what can be done block by block from disk."""
+        """Return whether this is plain pruning, one shot without fine-tuning: only that works offloaded."""
         return self.prune.steps == 1 and not self.training.finetune
 
     @property
     def settings(self) -> Settings:
-        """The part that Algorithm 1 reads."""
+        """Return the settings of Algorithm 1."""
         return Settings(
             self.prune, self.adapter, self.calibration, self.training, self.reconstruction, self.output.seed
         )
 
     @property
     def output_dir(self) -> Path:
-        """Folder of the run."""
+        """Return the folder of the result."""
         if self.output.output_dir is not None:
             return Path(self.output.output_dir)
         name = Path(self.model.model).name
@@ -185,7 +186,7 @@ class Config:
         return Path(f"losa-{name}-{self.prune.prune_method}-{amount}")
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values by section, for JSON."""
+        """Return plain values by section, for JSON."""
         return asdict(self)
 
 
@@ -200,25 +201,25 @@ SECTIONS: dict[str, type] = {
     "output": OutputConfig,
 }
 
-DESCRIPTION = """Prune a language model and heal it with LoSA: sparse weights, merged low-rank adapters, no filled zeros.
+DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-rank adapters that merge without filling zeros.
 
-  python -m torch_impl.run                                      the embedded model, Wanda, 70 %, five steps
-  python -m torch_impl.run --model DIR --sparsity_type 2:4      your model, two of every four weights kept
-  python -m torch_impl.run --model DIR --preset best            the recipe with the lowest perplexity
-  python -m torch_impl.run --model DIR --steps 1 --finetune false   plain pruning
-  python -m torch_impl.run --config llama_7b.toml --model DIR --dry_run   what it would take
+  python -m torch_impl.run                                      prune the embedded model: Wanda, 70 %, five steps
+  python -m torch_impl.run --model DIR --sparsity_type 2:4      prune your model; keep two of every four weights
+  python -m torch_impl.run --model DIR --preset best            use the recipe with the lowest perplexity
+  python -m torch_impl.run --model DIR --steps 1 --finetune false   prune in one shot, without training
+  python -m torch_impl.run --config llama_7b.toml --model DIR --dry_run   show memory and work, and stop
 
-Options come from the defaults, then --preset, then --config, then flags. Ready-made files (the paper's settings) are in
-torch_impl/configs/.
+Flags override --config, --config overrides --preset, and --preset overrides the defaults. torch_impl/configs/ has
+configuration files with the paper's settings.
 """
 
 
 class _Parser(Parser, HfArgumentParser):  # type: ignore[misc]
-    """Options are the fields of the sections."""
+    """A parser whose options are the fields of the sections."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that a command line asks for.
+    """Parse a command line.
 
     Errors: ValueError naming option, value and what is allowed; FileNotFoundError for a missing TOML file.
     """
@@ -244,7 +245,7 @@ def _names(option: str, arguments: Sequence[str]) -> bool:
 
 
 def _shares_again(shares: list[str], steps: int) -> list[str]:
-    """A file's shares for another number of steps than the file's: equal ones stay equal, a single step takes all."""
+    """Adapt a file's shares to another number of steps: equal shares stay equal, a single step gets all."""
     equal = len(set(shares)) == 1 or steps == 1
     return [str(1 / steps)] * steps if equal and 1 <= steps != len(shares) else shares
 
@@ -262,7 +263,7 @@ def _make_parser() -> _Parser:
 
 
 def _document(section: type) -> None:
-    """Make the docstring below each field its --help text."""
+    """Use the docstring below each field as its --help text."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}
@@ -275,9 +276,9 @@ def _document(section: type) -> None:
 
 
 def _from_toml(path: Path) -> dict[str, list[str]]:
-    """A TOML file, option = value in sections or not, as the words that follow each option on a command line."""
+    """Read a TOML file (option = value, in sections or not) as the command-line words of each option."""
     if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist; allowed: a TOML file")
+        raise FileNotFoundError(f"config {path} does not exist; give a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
