@@ -31,6 +31,7 @@ FILES = (
     "sparsity",
     "masks/select",
     "masks/nm",
+    "masks/pattern",
     "masks/method",
     "masks/magnitude",
     "masks/wanda",

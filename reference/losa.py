@@ -17,7 +17,6 @@ Legend: L blocks; n calibration sequences of t tokens; a projection has weight (
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,10 +25,12 @@ import numpy as np
 from reference import _checks, adamw, adapter, llama, rank, reconstruct, schedule, sparsity
 from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
+from reference.masks.method import Method
 from reference.masks.nm import kept_per_group
+from reference.masks.pattern import Pattern
 from reference.masks.prune import METHODS, prune
 from reference.masks.select import rest_sparsity
-from reference.rates import RULES
+from reference.rates import RULES, RateRule
 
 Example = dict[str, Ids]
 """One training sequence: input_ids (t,) and labels (t,), the latter `llama.IGNORED` where a token does not count."""
@@ -87,10 +88,7 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        if not re.fullmatch(r"unstructured|(mixed-)?\d+:\d+", self.sparsity_type):
-            raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: unstructured, N:M, mixed-N:M")
-        if self.group is not None and not 0 < self.group[0] <= self.group[1]:
-            raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: N from 1 to M")
+        _ = self.pattern
         if not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         _checks.integer("rmi_samples", self.rmi_samples, 2)
@@ -104,12 +102,24 @@ class Settings:
             _checks.integer("steps", self.steps, 1, self.max_rank - self.initial_rank + 1)
 
     @property
+    def method(self) -> Method:
+        """The record of `prune_method`."""
+        return METHODS[self.prune_method]
+
+    @property
+    def rule(self) -> RateRule:
+        """The record of `layer_sparsity`."""
+        return RULES[self.layer_sparsity]
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of `sparsity_type`."""
+        return Pattern.parse(self.sparsity_type)
+
+    @property
     def group(self) -> tuple[int, int] | None:
         """(N, M) of an N:M pattern; None if unstructured."""
-        if self.sparsity_type == "unstructured":
-            return None
-        n, m = self.sparsity_type.removeprefix("mixed-").split(":")
-        return int(n), int(m)
+        return self.pattern.group
 
     @property
     def final_sparsity(self) -> float:
@@ -191,19 +201,20 @@ def _block_targets(
     """Sparsity of each block (L,) at this step (LoSA, Eq. 5), and its N:M if the pattern has one."""
     blocks = len(weights)
     if settings.group is None:
-        return RULES[settings.layer_sparsity].allocate(importance, target, weights, previous), [None] * blocks
+        return settings.rule.allocate(importance, target, weights, previous), [None] * blocks
     m = settings.group[1]
     kept = np.full(blocks, kept_per_group(target, m))
-    if settings.sparsity_type.startswith("mixed-") and importance is not None:
+    if settings.pattern.mixed and importance is not None:
         ceiling = np.rint((1 - previous) * m).astype(np.int64)
         kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling)
     return 1 - kept / m, [(int(n), m) for n in kept]
 
 
-def _gather(method: str, inputs: Array) -> Array | None:
+def _gather(method: Method, inputs: Array) -> Array | None:
     """The statistic that `method` needs of a projection's calibration input (n, t, in)."""
-    statistic = METHODS[method].statistic
-    return None if statistic is None else statistic(inputs.reshape(-1, inputs.shape[-1]), len(inputs))
+    if method.statistic is None:
+        return None
+    return method.statistic(inputs.reshape(-1, inputs.shape[-1]), len(inputs))
 
 
 def _prune_block(
@@ -223,7 +234,7 @@ def _prune_block(
     pruned = {}
     for name, layer in layers.items():
         merged = block.weights[name]
-        statistic = _gather(settings.prune_method, trace.inputs[llama.INPUT_OF[name]])
+        statistic = _gather(settings.method, trace.inputs[llama.INPUT_OF[name]])
         share = rate if nm is None else None
         updated, mask = prune(settings.prune_method, merged, statistic, layer.mask, sparsity=share, nm=nm)
         pruned[name] = replace(layer, weight=adapter.rebase(layer.weight, merged, updated, mask))
@@ -415,8 +426,7 @@ def check_model(model: Llama, settings: Settings) -> None:
     _checks.array("embedding", model.embedding, "v", "d")
     _checks.array("norm", model.norm, "d")
     _checks.array("head", model.head, "v", "d")
-    least = RULES[settings.layer_sparsity].least_blocks
-    if len(model.blocks) < least:
+    if len(model.blocks) < (least := settings.rule.least_blocks):
         raise ValueError(
             f"layer_sparsity is {settings.layer_sparsity!r} and the model has {len(model.blocks)} blocks; "
             f"allowed: {least} or more"
@@ -483,7 +493,7 @@ def run(
     for step in range(1, settings.steps + 1):
         target = schedule.cubic_sparsity(step, settings.steps, settings.final_sparsity, initial)
         importance = None
-        if (measure := RULES[settings.layer_sparsity].measure) is not None:
+        if (measure := settings.rule.measure) is not None:
             current = merge_adapters(model, layers, settings.scale)
             importance = measure(current, calibration_ids[: settings.rmi_samples])
         rates, groups = _block_targets(settings, target, importance, weights, rates)

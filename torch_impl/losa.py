@@ -106,7 +106,7 @@ def block_targets(
         return config.rule.allocate(importance, target, weights, previous), [None] * blocks
     m = config.group[1]
     kept = torch.full((blocks,), kept_per_group(target, m))
-    if config.sparsity_type.startswith("mixed-") and importance is not None:
+    if config.pattern.mixed and importance is not None:
         ceiling = torch.round((1 - previous) * m).long()
         kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling)
     return 1 - kept.double() / m, [(int(n), m) for n in kept]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 
 from torch_impl import _checks
@@ -12,6 +11,7 @@ from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.method import Method
+from torch_impl.masks.pattern import Pattern
 
 MOST_STEPS = 1000
 MOST_ALPHA = 1e6
@@ -22,7 +22,7 @@ class PruneConfig:
     """The pruning method, the target sparsity and the steps."""
 
     prune_method: str = "wanda"
-    """magnitude, wanda or sparsegpt."""
+    """Pruning method: {names}."""
     sparsity_ratio: float | None = None
     """Final share of zeros, in [0, 1); default 0.7, or the share implied by an N:M sparsity_type."""
     sparsity_type: str = "unstructured"
@@ -30,7 +30,7 @@ class PruneConfig:
     steps: int = 5
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     layer_sparsity: str = "rmi"
-    """rmi: choose each block's sparsity by mutual information (LoSA); uniform: the same for all blocks."""
+    """How the blocks share the sparsity: {names}. rmi is by mutual information (LoSA), uniform gives all the same."""
 
     def __post_init__(self) -> None:
         _checks.choice("prune_method", self.prune_method, masks.METHODS)
@@ -40,17 +40,11 @@ class PruneConfig:
         if ratio is not None and not 0 <= ratio < 1:
             meant = f"; did you mean {ratio / 100:g}?" if 2 <= ratio < 100 else ""
             raise ValueError(f"sparsity_ratio is {ratio}; allowed: 0 up to, not including, 1{meant}")
-        match = re.fullmatch(r"(?:mixed-)?(\d+):(\d+)", self.sparsity_type)
-        if match is None and self.sparsity_type != "unstructured":
-            raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: unstructured, N:M, mixed-N:M")
-        if match is not None:
-            n, m = int(match[1]), int(match[2])
-            if not 0 < n <= m:
-                raise ValueError(f"sparsity_type is {self.sparsity_type!r}; allowed: N from 1 to M")
-            if self.sparsity_ratio is not None and abs(self.sparsity_ratio - (1 - n / m)) > 1e-9:
-                raise ValueError(
-                    f"sparsity_ratio is {self.sparsity_ratio}; allowed with sparsity_type {self.sparsity_type}: {1 - n / m}"
-                )
+        group = self.group
+        if ratio is not None and group is not None and abs(ratio - self.final_sparsity) > 1e-9:
+            raise ValueError(
+                f"sparsity_ratio is {ratio}; allowed with sparsity_type {self.sparsity_type}: {self.final_sparsity}"
+            )
 
     @property
     def method(self) -> Method:
@@ -63,12 +57,14 @@ class PruneConfig:
         return RULES[self.layer_sparsity]
 
     @property
+    def pattern(self) -> Pattern:
+        """The pattern of `sparsity_type`."""
+        return Pattern.parse(self.sparsity_type)
+
+    @property
     def group(self) -> tuple[int, int] | None:
         """Return (N, M) of an N:M pattern, None if unstructured."""
-        if self.sparsity_type == "unstructured":
-            return None
-        n, m = self.sparsity_type.removeprefix("mixed-").split(":")
-        return int(n), int(m)
+        return self.pattern.group
 
     @property
     def final_sparsity(self) -> float:

@@ -8,7 +8,7 @@ import inspect
 import textwrap
 import tomllib
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -19,14 +19,18 @@ from transformers import HfArgumentParser
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints.pretrained import DTYPES
+from torch_impl.engine.rates import RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.command import Parser, closest
+from torch_impl.masks.prune import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
 FIRST_SHARE = 0.1
+# Options whose values are the names in a registry.
+REGISTRIES: dict[str, Iterable[str]] = {"prune_method": METHODS, "layer_sparsity": RULES}
 PRESETS = ("paper", "best", "quick")
 # The largest seed that torch accepts.
 MOST_SEED = 2**63 - 1
@@ -272,7 +276,8 @@ def _document(section: type) -> None:
         if is_text and isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
             texts[before.target.id] = str(after.value.value)  # type: ignore[attr-defined]
     for item in fields(section):
-        item.metadata = MappingProxyType({"help": texts[item.name].replace("%", "%%")})
+        text = texts[item.name].replace("{names}", ", ".join(REGISTRIES.get(item.name, ())))
+        item.metadata = MappingProxyType({"help": text.replace("%", "%%")})
 
 
 def _from_toml(path: Path) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment.text.sources import ALL
+from torch_impl.masks.pattern import Pattern
 
 # Shares of zeros that differ by more are not the same to whoever reads them.
 VISIBLE = 5e-4
@@ -69,7 +70,7 @@ def _why_not_as_asked(result: dict[str, Any]) -> list[str]:
     found, asked = result["losa"]["sparsity"], result["target_sparsity"]
     if abs(found - asked) <= VISIBLE:
         return []
-    if result["sparsity_type"] != "unstructured":
+    if Pattern.parse(result["sparsity_type"]).group is not None:
         why = "the blocks differ in size, or the model had more zeros than the pattern in places"
     elif found > asked:
         why = "parts of the model were sparser already"

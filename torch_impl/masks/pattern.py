@@ -1,0 +1,37 @@
+"""Which weights may be pruned together: any, or all but n of every m consecutive inputs of a row.
+
+Spec: reference/masks/pattern.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One sparsity pattern.
+
+    group: (n, m), the n weights to keep of every m; None if zeros may lie anywhere. mixed: whether each block has an n of its
+    own, with this one as their mean.
+    """
+
+    group: tuple[int, int] | None = None
+    mixed: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read a pattern as users write it: unstructured, N:M or mixed-N:M.
+
+        Errors: ValueError for any other text, or an N that is not from 1 to M.
+        """
+        if text == "unstructured":
+            return cls()
+        found = re.fullmatch(r"(mixed-)?(\d+):(\d+)", text)
+        if found is None:
+            raise ValueError(f"sparsity_type is {text!r}; allowed: unstructured, N:M, mixed-N:M")
+        n, m = int(found[2]), int(found[3])
+        if not 0 < n <= m:
+            raise ValueError(f"sparsity_type is {text!r}; allowed: N from 1 to M")
+        return cls((n, m), mixed=found[1] is not None)
