@@ -31,10 +31,10 @@ def prune(
     *Deviation*: see `select.demote_pruned`. Each group of a method (a row for wanda, a block of columns for sparsegpt) is
     pruned at the sparsity of `select.rest_sparsity`, so that the projection as a whole reaches the sparsity asked for.
 
-    >>> prune("magnitude", [[0.0, 1.0, 2.0, 3.0]], None, np.array([[False, True, True, True]]), sparsity=0.5)
+    >>> prune("magnitude", [[0.0, 1.0, 2.0, 3.0]], None, [[False, True, True, True]], sparsity=0.5)
     (array([[0., 0., 2., 3.]]), array([[False, False,  True,  True]]))
-    >>> W = np.array([[0, 0, 0, 0], [1.0, 2, 3, 4]])
-    >>> prune("wanda", W, np.ones(4), W != 0, sparsity=0.75)[1]  # six zeros asked, four already there
+    >>> W, kept = [[0, 0, 0, 0], [1.0, 2, 3, 4]], [[False] * 4, [True] * 4]
+    >>> prune("wanda", W, [1, 1, 1, 1], kept, sparsity=0.75)[1]  # six zeros asked, four already there
     array([[False, False, False, False],
            [False, False,  True,  True]])
     """
