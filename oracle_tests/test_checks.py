@@ -112,7 +112,9 @@ def test_computed_positions_go_on_with_one_warning(
 def test_texts_that_cannot_be_are_named_by_their_option(place: Path, capsys: pytest.CaptureFixture) -> None:
     for option in ("calibration_data", "eval_data"):
         for line in lines_of_runs(place, capsys, **{option: "wikitext"}).values():
-            assert line.startswith(f"error: {option} is 'wikitext'; allowed: stdlib, a file")
+            assert line.startswith(
+                f"error: {option} is 'wikitext'; allowed: stdlib, c4, wikitext2, alpaca-gpt4, a file"
+            )
             assert line.endswith("; did you mean wikitext2?")
         for line in lines_of_runs(place, capsys, **{option: "no.txt"}).values():
             assert line == f"error: {option} is 'no.txt', which does not exist; give an existing file or folder"

@@ -276,7 +276,7 @@ def test_bad_files_are_named_in_one_line(name: str, content: str | bytes, messag
     [
         ("nowhere/a.txt", FileNotFoundError, "source is 'nowhere/a.txt', which does not exist; give an existing"),
         ("missing.jsonl", FileNotFoundError, "does not exist"),
-        ("wikitext", ValueError, "source is 'wikitext'; allowed: stdlib, a file .*c4, wikitext2, alpaca-gpt4, hf:"),
+        ("wikitext", ValueError, "source is 'wikitext'; allowed: stdlib, c4, wikitext2, alpaca-gpt4, a file .*, hf:"),
         ("wikitext", ValueError, r"; did you mean wikitext2\?$"),
         ("", ValueError, "source is ''; allowed"),
         ("hf:", ValueError, r"allowed: hf:repo\[:config\]\[:split\]"),

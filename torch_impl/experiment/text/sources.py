@@ -1,7 +1,8 @@
 """Load documents from a text source.
 
-A source is one string: `stdlib` (the sources of Python's standard library, on every machine), a local file or folder, one of
-the data sets in HUB, or any other data set of the Hugging Face hub as `hf:repo[:config][:split]`.
+A source is one string: a name in SOURCES (`stdlib`, the sources of Python's standard library, on every machine, or a data set
+of the Hugging Face hub), a local file or folder, or any other data set of the hub as `hf:repo[:config][:split]`. A new source is
+one record in SOURCES.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from tiny_models import corpus
 from torch_impl.experiment.command import closest
@@ -23,6 +24,42 @@ HELD_OUT = "held out"
 
 
 @dataclass(frozen=True)
+class Found:
+    """Documents of a source, and a description of the part of the source they are."""
+
+    documents: list[Document]
+    part: str
+
+
+class Source(Protocol):
+    """A source of text."""
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether a local file or folder of the same name is read instead."""
+
+    def load(self, name: str, purpose: Purpose, option: str) -> Found:
+        """Load the documents for a purpose. name: the source as the user wrote it; option: its name in messages."""
+
+
+@dataclass(frozen=True)
+class StandardLibrary:
+    """The sources of Python's standard library."""
+
+    gives_way: bool = False
+
+    def load(self, name: str, purpose: Purpose, option: str) -> Found:
+        """The embedded model was trained on the "train" files, so measure the others."""
+        return Found(list(_stdlib(purpose)), ALL if purpose == "train" else HELD_OUT)
+
+
+@functools.cache
+def _stdlib(purpose: Purpose) -> tuple[Document, ...]:
+    found = corpus.documents("train" if purpose == "train" else "heldout")
+    return tuple(Document(unix_newlines(text)) for _, text in found)
+
+
+@dataclass(frozen=True)
 class HubSource:
     """A data set on the hub. heldout: the split for evaluation, if it has one."""
 
@@ -33,23 +70,39 @@ class HubSource:
     data_files: dict[str, str] | None = None
     rows_joined: bool = False
     """The rows are lines of one text; join them with empty lines, as the papers do."""
+    gives_way: bool = True
+
+    def load(self, name: str, purpose: Purpose, option: str) -> Found:
+        """Read the split for the purpose, through the hub's client."""
+        if purpose == "train" or self.heldout is None:
+            return Found(self._read(name, self.train, option), ALL)
+        return Found(self._read(name, self.heldout, option), f"{self.heldout} split")
+
+    def _read(self, name: str, split: str, option: str) -> list[Document]:
+        import datasets
+
+        files = {split: self.data_files[split]} if self.data_files else None
+        try:
+            rows = datasets.load_dataset(self.repo, self.config, split=split, data_files=files)
+        except Exception as error:  # the hub's client raises its own classes, those of its transports, and plain ones
+            raise FileNotFoundError(
+                f"{option} is {name!r}: {self.repo}, split {split}, cannot be loaded ({one_line(error)}); "
+                f"check its name and the network, or give a local file ({', '.join(KINDS)})"
+            ) from error
+        if self.rows_joined:
+            text = unix_newlines("\n\n".join(rows["text"]))
+            return [Document(text)] if text.strip() else []
+        return list(from_records(((f"record {number}", row) for number, row in enumerate(rows, 1)), name))
 
 
 # One of C4's 1,024 shards has 356,317 documents, far more than calibration or fine-tuning needs.
 _C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-HUB = {
+SOURCES: dict[str, Source] = {
+    "stdlib": StandardLibrary(),
     "c4": HubSource("allenai/c4", heldout="validation", data_files=_C4),
     "wikitext2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", heldout="test", rows_joined=True),
     "alpaca-gpt4": HubSource("vicgalle/alpaca-gpt4"),
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """Documents of a source, and a description of the part of the source they are."""
-
-    documents: list[Document]
-    part: str
 
 
 def check_source(source: str, option: str = "source") -> None:
@@ -57,7 +110,7 @@ def check_source(source: str, option: str = "source") -> None:
 
     Errors: FileNotFoundError or ValueError naming the option.
     """
-    if source == "stdlib" or source in HUB or (source and Path(source).exists()):
+    if source in SOURCES or (source and Path(source).exists()):
         return
     if source.startswith("hf:"):
         if source.count(":") > 3 or not _parse_hub(source).repo:
@@ -66,8 +119,8 @@ def check_source(source: str, option: str = "source") -> None:
         raise FileNotFoundError(f"{option} is {source!r}, which does not exist; give an existing file or folder")
     else:
         raise ValueError(
-            f"{option} is {source!r}; allowed: stdlib, a file ({', '.join(KINDS)}), a folder of such files, "
-            f"{', '.join(HUB)}, hf:repo[:config][:split]{closest(source, HUB)}"
+            f"{option} is {source!r}; allowed: {', '.join(SOURCES)}, a file ({', '.join(KINDS)}), a folder of such files, "
+            f"hf:repo[:config][:split]{closest(source, SOURCES)}"
         )
 
 
@@ -83,48 +136,16 @@ def load_documents(source: str, purpose: Purpose = "train", option: str = "sourc
     file and line), or no text.
     """
     check_source(source, option)
-    if source == "stdlib":
-        found = Found(list(_stdlib(purpose)), ALL if purpose == "train" else HELD_OUT)
-    elif Path(source).exists():
+    place = SOURCES.get(source)
+    if (place is None or place.gives_way) and Path(source).exists():
         found = Found(read_path(Path(source)), ALL)
     else:
-        found = _load_hub(source, purpose, option)
+        found = (place or _parse_hub(source)).load(source, purpose, option)
     if not found.documents:
         raise ValueError(f"{option} is {source!r}, which holds no text; give a source with at least one document")
     return found
 
 
-@functools.cache
-def _stdlib(purpose: Purpose) -> tuple[Document, ...]:
-    """Return the standard library's documents. The embedded model was trained on the "train" files, so measure the others."""
-    found = corpus.documents("train" if purpose == "train" else "heldout")
-    return tuple(Document(unix_newlines(text)) for _, text in found)
-
-
-def _load_hub(source: str, purpose: Purpose, option: str) -> Found:
-    place = HUB.get(source) or _parse_hub(source)
-    if purpose == "train" or place.heldout is None:
-        return Found(_read_hub(source, place, place.train, option), ALL)
-    return Found(_read_hub(source, place, place.heldout, option), f"{place.heldout} split")
-
-
 def _parse_hub(source: str) -> HubSource:
     repo, config, split = (*source.removeprefix("hf:").split(":"), "", "")[:3]
     return HubSource(repo, config or None, split or "train")
-
-
-def _read_hub(source: str, place: HubSource, split: str, option: str) -> list[Document]:
-    import datasets
-
-    files = {split: place.data_files[split]} if place.data_files else None
-    try:
-        rows = datasets.load_dataset(place.repo, place.config, split=split, data_files=files)
-    except Exception as error:  # the hub's client raises its own classes, those of its transports, and plain ones
-        raise FileNotFoundError(
-            f"{option} is {source!r}: {place.repo}, split {split}, cannot be loaded ({one_line(error)}); "
-            f"check its name and the network, or give a local file ({', '.join(KINDS)})"
-        ) from error
-    if place.rows_joined:
-        text = unix_newlines("\n\n".join(rows["text"]))
-        return [Document(text)] if text.strip() else []
-    return list(from_records(((f"record {number}", row) for number, row in enumerate(rows, 1)), source))
