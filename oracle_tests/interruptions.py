@@ -13,7 +13,7 @@ from torch_impl import losa
 from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
@@ -71,7 +71,7 @@ def outcome(setup: Settings, journal: Journal | None = None) -> tuple[list[dict]
     records = [record.as_dict() for record in losa.run(model, ids, parts, setup, journal=journal)]
     for record in records:
         record.pop("seconds")
-    merge_adapters(model, find_family(model))
+    merge_adapters(Decoder(model))
     return records, model.state_dict()
 
 

@@ -19,9 +19,10 @@ from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import adapted_linear, distributed, families, statistics, training
+from torch_impl.engine import adapted_linear, distributed, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
@@ -93,22 +94,22 @@ class Fatal(Journal):
 def run(case: Settings, folder: Path | None = None, points: Path | None = None, fatal: int | None = None) -> Outcome:
     """A whole run on the processes there are; process 0 says what came out. points, fatal: see `Fatal`."""
     ours = model()
-    family = families.find_family(ours)
+    decoder = Decoder(ours)
     ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
     with float64_llama():
         journal = None if points is None else Fatal(points, fatal)
         records = losa.run(ours, ids, parts(), case, journal=journal)
     if not distributed.is_sharded(ours):
-        adapted_linear.merge_adapters(ours, family)
+        adapted_linear.merge_adapters(decoder)
         return Outcome(records, {n: p.detach().numpy() for n, p in ours.named_parameters()})
-    masks = fsdp.merge(ours, family)
+    masks = fsdp.merge(decoder)
     for name, mask in masks.items():
         weight = ours.get_submodule(name).weight
         assert distributed.local(weight).shape == mask.shape
         assert len(mask) == len(weight) // distributed.processes()
     fsdp.check_zeros(ours, masks)
     if folder is not None:
-        fsdp.save(ours, family, folder)
+        fsdp.save(decoder, folder)
     weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
     return Outcome(records, {n: w.numpy() for n, w in weights.items()})
 
@@ -161,7 +162,6 @@ class Received(TorchDispatchMode):
 def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], int]:
     """Bytes received in one calibration and in one optimizer step of a float32 model, and bytes of frozen rows held."""
     ours = random_model("llama")
-    family = families.find_family(ours)
     config = spread_config(method, epochs)
     calibration, training_config = config.calibration, config.training
     ids = torch.randint(257, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -174,7 +174,7 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
     with Received() as calibrating:
         calibrating.exchanged = len(ids) * 16 * 32 * 4
         losa.run(ours, ids, [], case)
-    dense = fsdp.twin(ours, family)
+    dense = fsdp.twin(ours)
     for number, layer in enumerate(adapted_linear.adapters(ours)):
         layer.resize(6, (number,))
     held = sum(p.to_local().nbytes for p in ours.parameters() if isinstance(p, DTensor))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from reference.masks import prune as reference_masks
 from reference.masks.sparsegpt import hessian
 from reference.masks.wanda import input_norm
 from torch_impl import adapter as torch_adapter
-from torch_impl.engine import adapted_linear
+from torch_impl.engine import adapted_linear, families
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.masks import prune as torch_masks
 
@@ -58,6 +60,11 @@ def toy_model(linear: nn.Module) -> nn.Module:
     return model
 
 
+def toy_decoder(model: nn.Module) -> Decoder:
+    with patch.object(families, "FAMILIES", (TOY,)):
+        return Decoder(model)
+
+
 def draw_arrays(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     return [generator.normal(size=shape) for shape in shapes]
@@ -87,7 +94,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     def adopt(self, linear: nn.Module) -> None:
         self.model = toy_model(linear)
-        adapted_linear.attach_adapters(self.model, TOY, SCALE)
+        adapted_linear.attach_adapters(toy_decoder(self.model), SCALE)
         self.layer = adapted_linear.block_adapters(self.model.blocks[0], TOY)["projection"]
 
     def output(self) -> np.ndarray:
@@ -175,7 +182,7 @@ class AdapterMachine(RuleBasedStateMachine):
         """A plain linear with the merged weight; either a new adapter starts on it, or it is put aside: unmerged."""
         before = self.output()
         merged_model = copy.deepcopy(self.model)
-        masks = adapted_linear.merge_adapters(merged_model, TOY)
+        masks = adapted_linear.merge_adapters(toy_decoder(merged_model))
         linear = merged_model.blocks[0].projection
         assert type(linear) is nn.Linear
         np.testing.assert_array_equal(masks["blocks.0.projection"].numpy(), self.layer.mask.numpy())

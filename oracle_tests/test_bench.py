@@ -22,7 +22,7 @@ from torch_impl.bench.measure import Row, relative
 from torch_impl.decode.next_token import NextToken
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine import training
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import geometry
 
@@ -197,7 +197,7 @@ def test_dense_projections_of_one_input_are_one_product_too() -> None:
 
     calls: list[int] = []
     plain = logits()
-    whole._join_dense(model, find_family(model))
+    whole._join_dense(model, Decoder(model).family)
     assert relative(logits(), plain) < 1e-5
     # Of q, k and v, of gate and up; the other two are torch's.
     assert calls == [0, 2 * 2]

@@ -41,7 +41,7 @@ from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.adapted_linear import AdaptedLinear
 from torch_impl.engine.checkpoints import contents, fsdp, offload, pretrained, skeleton
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment import compare
 
 __all__ = ["place", "sound"]  # fixtures
@@ -57,10 +57,10 @@ def in_memory(folder: Path) -> Tensors:
 
 def from_files(folder: Path) -> Tensors:
     model = offload.open_streamed(folder, CPU, None)
-    family = find_family(model)
+    decoder = Decoder(model)
     found = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-    for index, block in enumerate(offload.sweep(model, family)):
-        found |= {f"{family.blocks}.{index}.{name}": tensor.clone() for name, tensor in block.state_dict().items()}
+    for index, block in enumerate(offload.sweep(decoder)):
+        found |= {decoder.full_name(index, name): tensor.clone() for name, tensor in block.state_dict().items()}
     return found
 
 
@@ -172,7 +172,7 @@ def test_no_bias_is_lost(family: str, tmp_path: Path) -> None:
     assert all(bool(expected[name].any()) for name in biases)
     model: Any = fsdp.load(tmp_path / "model", CPU, None)
     (tmp_path / "saved").mkdir()
-    fsdp.save(model, find_family(model), tmp_path / "saved")
+    fsdp.save(Decoder(model), tmp_path / "saved")
     index = read_json(tmp_path / "saved" / INDEX)
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in stored(tmp_path / "saved").values())}
     assert set(index["weight_map"]) == set(stored(tmp_path / "model"))

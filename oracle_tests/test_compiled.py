@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tiny_models.random_models import random_model
 from torch_impl import adapter
 from torch_impl.engine import adapted_linear, calibration, training
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.masked_linear import masked_linear
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.planning.sizes import Sizes
@@ -41,13 +41,13 @@ def adapted_llama(ranks: Sequence[int]) -> nn.Module:
         mlp_bias=True,
     )
     torch.manual_seed(0)
-    adapted_linear.attach_adapters(model, find_family(model), 2.0)
+    adapted_linear.attach_adapters(Decoder(model), 2.0)
     set_ranks(model, ranks)
     return model
 
 
 def set_ranks(model: nn.Module, ranks: Sequence[int]) -> None:
-    for block, rank in zip(decoder_blocks(model, find_family(model)), ranks, strict=True):
+    for block, rank in zip(Decoder(model).blocks, ranks, strict=True):
         for layer in adapted_linear.adapters(block):
             layer.resize(rank, (rank,))
             nn.init.normal_(layer.B, std=0.1)
@@ -59,7 +59,7 @@ def gradients(model: nn.Module, sequences: int, length: int, held: str, compiled
     examples = [{"input_ids": row, "labels": row} for row in rows]
     config = TrainingConfig(per_device_train_batch_size=sequences, gradient_accumulation_steps=1, hold_merged=held)
     model.zero_grad()
-    with calibration.compiled([model], find_family(model), compiled), training.Gradients(model, None, config) as found:
+    with calibration.compiled([Decoder(model)], compiled), training.Gradients(model, None, config) as found:
         loss = found.of(examples)
     return [torch.tensor(loss)] + [p.grad for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B)]  # type: ignore
 
@@ -127,7 +127,7 @@ def bytes_kept(blocks: int, held: bool) -> int:
 
     holding = adapted_linear.adapters(model) if held else []
     with (
-        calibration.compiled([model], find_family(model), "on"),
+        calibration.compiled([Decoder(model)], "on"),
         adapted_linear.holding(holding),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
@@ -149,7 +149,7 @@ def test_no_more_is_kept_for_backward_than_products_and_attention_need(
     assert needed <= one_block <= needed + small
     # The dry run foretells it.
     model = adapted_llama([4])
-    sizes = Sizes.of(model, find_family(model), torch.float32)
+    sizes = Sizes.of(model, Decoder(model).family, torch.float32)
     foretold = 3 * 32 * sizes.kept_for_backward(True, recomputed=not held)
     assert foretold == needed < 3 * 32 * sizes.kept_for_backward(False)
     # Blocks that are computed again as a whole have nothing of it twice.
@@ -160,18 +160,18 @@ def test_no_more_is_kept_for_backward_than_products_and_attention_need(
 @pytest.mark.parametrize("grad", [True, False])
 def test_watchers_hear_compiled_blocks(grad: bool, counter: CompileCounterWithBackend) -> None:
     model = adapted_llama([2, 2])
-    family = find_family(model)
+    decoder = Decoder(model)
     ids = torch.arange(12).view(2, 6)
     found: dict[str, list[torch.Tensor]] = {"on": [], "off": []}
     for wanted, heard in found.items():
-        for block in decoder_blocks(model, family):
+        for block in decoder.blocks:
             # Warm: the graph without a watcher is there already.
-            with calibration.compiled([model], family, wanted), torch.set_grad_enabled(grad):
+            with calibration.compiled([decoder], wanted), torch.set_grad_enabled(grad):
                 model(input_ids=ids, use_cache=False)
                 for name in ("self_attn.q_proj", "mlp.down_proj"):
                     block.get_submodule(name).watch = heard.append
                 model(input_ids=ids, use_cache=False)
-                for layer in adapted_linear.block_adapters(block, family).values():
+                for layer in adapted_linear.block_adapters(block, decoder.family).values():
                     layer.watch = None
                 model(input_ids=ids, use_cache=False)
     assert len(found["on"]) == len(found["off"]) == 4

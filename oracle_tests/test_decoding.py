@@ -18,7 +18,7 @@ from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl.decode import compiled_blocks, cpu, next_token
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 
 FIXED = [family for family in FAMILIES if family != "mistral"]
 
@@ -78,9 +78,9 @@ def test_every_token_has_the_same_shapes(family: str, monkeypatch: pytest.Monkey
 
 def pack_some(model: PreTrainedModel) -> None:
     """Every projection of every block, each block sparser than the one before."""
-    family = find_family(model)
-    for number, block in enumerate(decoder_blocks(model, family)):
-        for name in family.projections:
+    decoder = Decoder(model)
+    for number, block in enumerate(decoder.blocks):
+        for name in decoder.family.projections:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             with torch.no_grad():
@@ -136,20 +136,20 @@ def test_projections_of_one_input_are_one_product(family: str, as_on_a_gpu: list
     model = random_model(family, dtype=torch.bfloat16)
     torch.manual_seed(0)
     pack_some(model)
-    found = find_family(model)
+    decoder = Decoder(model)
     plain, _ = next_tokens(model, fuse=False)
     as_on_a_gpu.clear()
     group_projections(model)
-    assert find_family(model) is found
-    blocks = decoder_blocks(model, found)
-    assert as_on_a_gpu.count("pack_rows") == len(blocks) * sum(len(names) > 1 for names in found.inputs)
+    assert Decoder(model).family is decoder.family
+    blocks = decoder.blocks
+    assert as_on_a_gpu.count("pack_rows") == len(blocks) * sum(len(names) > 1 for names in decoder.family.inputs)
     for fuse in (False, True):
         as_on_a_gpu.clear()
         ours, following = next_tokens(model, fuse)
         assert following.fuses == fuse
         assert_near(ours, plain)
         # Four tokens and the prompt, whose three rows are few enough.
-        assert as_on_a_gpu.count("matvec") == (4 + 1) * len(blocks) * len(found.inputs)
+        assert as_on_a_gpu.count("matvec") == (4 + 1) * len(blocks) * len(decoder.family.inputs)
     assert counters["stats"]["unique_graphs"] == (2 if family == "opt" else 3)
     assert_near(next_tokens(copy.deepcopy(model), fuse=True)[0], plain)
 

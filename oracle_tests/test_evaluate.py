@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import random_model
-from torch_impl.engine import calibration, distributed, families, files
+from torch_impl.engine import calibration, distributed, files
 from torch_impl.engine.checkpoints import offload
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import points
 from torch_impl.experiment import job, metrics
 from torch_impl.experiment.evaluate import perplexity, streamed_perplexity
@@ -63,13 +64,13 @@ def test_perplexity_of_a_stream_is_that_by_hand(offloaded: bool, tmp_path: Path)
     if offloaded:
         model.save_pretrained(tmp_path)
         streamed = offload.open_streamed(tmp_path, torch.device("cpu"), None)
-    family = families.find_family(streamed)
-    stream = calibration.start_stream(streamed, family, windows, 8)
-    blocks = offload.sweep(streamed, family) if offloaded else families.decoder_blocks(streamed, family)
+    decoder = Decoder(streamed)
+    stream = calibration.start_stream(decoder, windows, 8)
+    blocks = offload.sweep(decoder) if offloaded else decoder.blocks
     with torch.no_grad():
         for index, block in enumerate(blocks):
             stream.advance(block, index)
-    found = streamed_perplexity(streamed, family, windows, stream, "it")
+    found = streamed_perplexity(decoder, windows, stream, "it")
     assert found == pytest.approx(by_hand(model, windows), rel=BOUND)
 
 

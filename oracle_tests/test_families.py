@@ -14,7 +14,8 @@ from oracle_tests.tiny_material import parts_for, settings, token_ids
 from reference.masks.select import matrix_mask, row_mask
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa
-from torch_impl.engine import adapted_linear, calibration, families
+from torch_impl.engine import adapted_linear, calibration
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import Settings
 
 
@@ -23,16 +24,16 @@ def test_stream_equals_the_model_s_own_hidden_states(name: str) -> None:
     """Block by block, in uneven batches, gives bit for bit what the whole model gives a batch at a time."""
     model = random_model(name).eval()
     ids = token_ids(model, 5, 9)
-    family = families.find_family(model)
+    decoder = Decoder(model)
     seen: list[torch.Tensor] = []
-    blocks = families.decoder_blocks(model, family)
+    blocks = decoder.blocks
     handles = [b.register_forward_hook(lambda _m, _i, out: seen.append(out)) for b in blocks]
     with torch.no_grad():
         for rows in ids.split(2):
             model(input_ids=rows, use_cache=False)
     for handle in handles:
         handle.remove()
-    stream = calibration.start_stream(model, family, ids, 2)
+    stream = calibration.start_stream(decoder, ids, 2)
     for index, block in enumerate(blocks):
         with torch.no_grad():
             stream.advance(block, index)
@@ -47,20 +48,20 @@ def test_losa_runs_and_merges_on_every_family(name: str, method: str) -> None:
     head = model.get_output_embeddings().weight.detach().clone()
     setup = settings(prune_method=method, sparsity_ratio=0.6)
     records = losa.run(model, token_ids(model, 6, 12), parts_for(model, 2), setup)
-    family = families.find_family(model)
-    assert len(families.decoder_blocks(model, family)) == len(records[0].ranks)
+    decoder = Decoder(model)
+    assert len(decoder.blocks) == len(records[0].ranks)
     assert [sum(r.ranks) for r in records] == [3 * len(r.ranks) for r in records[:1]] + [4 * len(records[0].ranks)]
     ids = token_ids(model, 2, 12, seed=9)
     with torch.no_grad():
         unmerged = model(input_ids=ids).logits
-        masks = adapted_linear.merge_adapters(model, family)
+        masks = adapted_linear.merge_adapters(decoder)
         merged = model(input_ids=ids).logits
     torch.testing.assert_close(merged, unmerged, rtol=1e-5, atol=1e-5)
-    assert len(masks) == len(family.projections) * len(records[0].ranks)
+    assert len(masks) == len(decoder.family.projections) * len(records[0].ranks)
     choose = row_mask if method == "wanda" else matrix_mask
     for name, mask in masks.items():
         assert torch.equal(model.get_submodule(name).weight == 0, ~mask), name
-        block = int(name.removeprefix(f"{family.blocks}.").split(".")[0])
+        block = int(name.removeprefix(f"{decoder.family.blocks}.").split(".")[0])
         expected = choose(np.zeros(mask.shape), records[-1].sparsity[block])
         assert int(mask.sum()) == expected.sum(), f"{name}: as many as the block's rate says"
     torch.testing.assert_close(model.get_output_embeddings().weight, head, rtol=0, atol=0)
@@ -69,7 +70,6 @@ def test_losa_runs_and_merges_on_every_family(name: str, method: str) -> None:
 def test_masks_nest_and_rates_follow_the_schedule() -> None:
     model = random_model("llama-gqa")
     setup = settings(steps=4, sparsity_ratio=0.7)
-    family = families.find_family(model)
     kept: list[list[torch.Tensor]] = []
     records = losa.run(
         model,
@@ -82,7 +82,7 @@ def test_masks_nest_and_rates_follow_the_schedule() -> None:
         assert all(not (new & ~old).any() for old, new in zip(earlier, later, strict=True))
     for before, after in itertools.pairwise(records):
         assert all(a >= b - 1e-12 for b, a in zip(before.sparsity, after.sparsity, strict=True))
-    weights = families.prunable_weights(model, family)
+    weights = Decoder(model).prunable_weights
     for record in records:
         mean = sum(w * s for w, s in zip(weights, record.sparsity, strict=True)) / sum(weights)
         assert mean == pytest.approx(record.target, abs=1e-9)
@@ -96,12 +96,12 @@ def test_patterns_hold_in_every_group(kind: str, method: str) -> None:
     setup = settings(sparsity_type=kind, prune_method=method, steps=3)
     records = losa.run(model, token_ids(model, 6, 12), parts_for(model, 3), setup)
     n, m = setup.prune.group or (0, 0)
-    family = families.find_family(model)
+    decoder = Decoder(model)
     total = 0
-    for index, block in enumerate(families.decoder_blocks(model, family)):
+    for index, block in enumerate(decoder.blocks):
         expected = round((1 - records[-1].sparsity[index]) * m)
         total += expected
-        for layer in adapted_linear.block_adapters(block, family).values():
+        for layer in adapted_linear.block_adapters(block, decoder.family).values():
             groups = layer.mask.unflatten(1, (-1, m)).sum(-1)
             assert (groups == expected).all()
         assert abs(expected - n) <= (1 if kind.startswith("mixed") else 0)
@@ -142,7 +142,7 @@ def test_a_pruned_checkpoint_is_taken_up_where_it_is() -> None:
     model = random_model("llama")
     ids = token_ids(model, 6, 12)
     losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.5, training={"finetune": False}))
-    masks = adapted_linear.merge_adapters(model, families.FAMILIES[0])
+    masks = adapted_linear.merge_adapters(Decoder(model))
     records = losa.run(model, ids, parts_for(model, 2), settings(sparsity_ratio=0.7))
     assert records[0].target > 0.5
     for name, mask in masks.items():
@@ -155,14 +155,14 @@ def test_a_model_sparser_than_asked_is_refused() -> None:
     model = random_model("llama")
     ids = token_ids(model, 6, 12)
     losa.run(model, ids, [], settings(steps=1, sparsity_ratio=0.6, training={"finetune": False}))
-    adapted_linear.merge_adapters(model, families.FAMILIES[0])
+    adapted_linear.merge_adapters(Decoder(model))
     with pytest.raises(ValueError, match=r"sparsity_ratio is 0\.4 .* already"):
         losa.run(model, ids, [], settings(sparsity_ratio=0.4, training={"finetune": False}))
 
 
 def test_unknown_structures_are_named() -> None:
     with pytest.raises(ValueError, match="match no known family"):
-        families.find_family(nn.Sequential(nn.Linear(2, 2)))
+        Decoder(nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -171,16 +171,16 @@ def test_every_block_is_looked_at(index: int) -> None:
     model = random_model("llama")
     model.model.layers[index].mlp.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=rf"match no known family: model\.layers\.{index} holds mlp\.extra;"):
-        families.find_family(model)
+        Decoder(model)
     model = random_model("opt")
     model.model.decoder.layers[index].experts = nn.ParameterList([nn.Parameter(torch.ones(2, 2, 2))])
     with pytest.raises(ValueError, match=rf"model\.decoder\.layers\.{index} holds experts;"):
-        families.find_family(model)
+        Decoder(model)
     model = random_model("llama")
     model.model.layers[index].mlp = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcd"})
     lacking = r"lacks mlp\.down_proj, mlp\.gate_proj, mlp\.up_proj"
     with pytest.raises(ValueError, match=rf"{index} holds mlp\.a, mlp\.b, mlp\.c, 1 more and {lacking};"):
-        families.find_family(model)
+        Decoder(model)
 
 
 def test_two_blocks_are_too_few_for_rmi() -> None:

@@ -17,7 +17,7 @@ from tiny_models.random_models import random_model
 from torch_impl import generate, losa
 from torch_impl.decode import next_token
 from torch_impl.engine import calibration, finite
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.evaluate import perplexity, streamed_perplexity
 from torch_impl.run import main
 
@@ -96,13 +96,13 @@ def test_calibration_that_overflows(changes: dict, where: str) -> None:
 
 def test_one_value_in_one_batch_is_enough() -> None:
     model = random_model("llama")
-    family = find_family(model)
-    stream = calibration.start_stream(model, family, token_ids(model, 5, 9), 2)
+    decoder = Decoder(model)
+    stream = calibration.start_stream(decoder, token_ids(model, 5, 9), 2)
     stream.hidden[4, 8, 31] = float("inf")
     with pytest.raises(
         finite.NotFiniteError, match=r"^the output of model\.layers\.0 holds NaN or infinity in float32"
     ):
-        stream.advance(decoder_blocks(model, family)[0], 0)
+        stream.advance(decoder.blocks[0], 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -130,13 +130,13 @@ def test_the_first_module_is_named(name: str, bad: float) -> None:
 
 def test_a_head_that_overflows_behind_a_stream() -> None:
     model = random_model("llama")
-    family = find_family(model)
+    decoder = Decoder(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(3e38)
     ids = token_ids(model, 3, 9)
-    stream = calibration.start_stream(model, family, ids, 2)
+    stream = calibration.start_stream(decoder, ids, 2)
     with pytest.raises(finite.NotFiniteError, match=r"^dense: the output of the model's head holds NaN"):
-        streamed_perplexity(model, family, ids, stream, "dense")
+        streamed_perplexity(decoder, ids, stream, "dense")
 
 
 def test_tokens_that_a_model_rules_out_are_no_overflow() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from oracle_tests.tiny_material import SIZES
 from tiny_models.random_models import random_model
-from torch_impl.engine import families
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.planning.sizes import Sizes
 
 OPT = replace(SIZES, gated=False)
@@ -68,7 +68,7 @@ def test_sizes_of_a_model() -> None:
     """LLaMA, three blocks of 32 channels, two key heads of 8, an MLP of 48, a tied vocabulary of 257; OPT has biases."""
     model = random_model("llama-gqa")
     projections = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
-    assert Sizes.of(model, families.find_family(model), torch.bfloat16) == Sizes(
+    assert Sizes.of(model, Decoder(model).family, torch.bfloat16) == Sizes(
         itemsize=2,
         parameters=257 * 32 + 32 + 3 * (projections + 2 * 32),
         outside=257 * 32 + 32,
@@ -84,6 +84,6 @@ def test_sizes_of_a_model() -> None:
         vocabulary=257,
     )
     model = random_model("opt")
-    found = Sizes.of(model, families.find_family(model), torch.float32)
+    found = Sizes.of(model, Decoder(model).family, torch.float32)
     assert (found.itemsize, found.gated, found.width, found.inputs) == (4, False, 48, [32, 32, 32, 48])
     assert found.largest_block == 4 * (32 * 32 + 32) + (48 * 32 + 48) + (32 * 48 + 32) + 2 * 2 * 32

@@ -36,7 +36,7 @@ from tiny_models.random_models import random_model
 from torch_impl import generate, losa, pack, run
 from torch_impl.engine.checkpoints import contents, fsdp, pretrained
 from torch_impl.engine.checkpoints.contents import SINGLE
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import Settings
 
 __all__ = ["place", "sound"]  # fixtures
@@ -64,7 +64,7 @@ def written(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert pack.main([str(place / "packed"), str(place / "back"), "--unpack"]) == 0
         model: Any = fsdp.load(place / "model", CPU, None)
         (place / "saved").mkdir()
-        fsdp.save(model, find_family(model), place / "saved")
+        fsdp.save(Decoder(model), place / "saved")
     finally:
         assert os.umask(before) == MASK
     return place

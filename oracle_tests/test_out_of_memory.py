@@ -15,7 +15,7 @@ from oracle_tests.spread_runs import run_out_of_memory
 from oracle_tests.spread_runs import settings as spread_settings
 from torch_impl import losa
 from torch_impl.engine import calibration, training
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import halving
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
@@ -28,7 +28,7 @@ def test_training_goes_on_in_smaller_micro_batches(
     setup = settings(gradient_accumulation_steps=2, warmup_ratio=0.0)
     model, ids, parts = tiny()
     model.config.attention_dropout = 0.0
-    for block in decoder_blocks(model, find_family(model)):
+    for block in Decoder(model).blocks:
         block.self_attn.attention_dropout = 0.0
     plain = losa.run(copy.deepcopy(model), ids, parts, setup)
     sum_loss, calls = training._sum_loss, []

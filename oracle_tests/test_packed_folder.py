@@ -21,7 +21,7 @@ from torch_impl import generate, pack
 from torch_impl.bench.measure import resident
 from torch_impl.decode import cpu, packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
-from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.engine.decoder import Decoder
 
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,15 +32,14 @@ KEY = "model.layers.1.mlp.up_proj.weight"
 def save_sparse(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
     """A random model, pruned to 40 to 90 %, one projection left dense, with a negative zero and a NaN payload's worth of bits."""
     model = random_model(family, dtype=dtype)
-    found = find_family(model)
+    decoder = Decoder(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for index, block in enumerate(decoder_blocks(model, found)):
-            for number, name in enumerate(found.projections):
-                weight = weight_of(block, name)
+        for index, block in enumerate(decoder.blocks):
+            for number, weight in enumerate(decoder.family.weights_of(block).values()):
                 sparsity = 0.0 if (index, number) == (0, 0) else 0.4 + 0.1 * ((index + number) % 6)
                 weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0
-        weight_of(decoder_blocks(model, found)[0], found.projections[-1])[0, :2] = -0.0
+        decoder.projections(0)[decoder.family.projections[-1]].weight[0, :2] = -0.0
     model.save_pretrained(folder, **options)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -90,7 +89,8 @@ def test_packed_and_plain_are_one_model(
     model, _ = packed_folder.load(target, CPU)
     other = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     layers = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    prunable = len(find_family(other).projections) * len(decoder_blocks(other, find_family(other)))
+    decoder = Decoder(other)
+    prunable = len(decoder.family.projections) * len(decoder.blocks)
     # The one left dense is larger packed, and so may be others of 40 % in half precision.
     assert prunable // 2 < len(layers) < prunable
     ids = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(3))

@@ -14,7 +14,7 @@ from oracle_tests.tiny_material import SIZES
 from tiny_models.random_models import random_model, save_random_model
 from torch_impl.engine import memory
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.planning import checks, dry_run, footprint, scaling
 from torch_impl.experiment.planning.sizes import Sizes
@@ -229,7 +229,7 @@ RANK = 3 * (2 * 64 + 2 * 48 + 3 * 80)
 )
 def test_disk(changes: dict[str, Any], block: int, files: int, written: int, ranks: int) -> None:
     model = random_model("llama-gqa")
-    assert checks.disk(model, find_family(model), config(**changes), 4) == {
+    assert checks.disk(model, Decoder(model).family, config(**changes), 4) == {
         "merged model": PARAMETERS * 4,
         # Value and two moments in float32.
         "points": block * (3 * files + written) + written * 12 * ranks * RANK,
@@ -239,7 +239,7 @@ def test_disk(changes: dict[str, Any], block: int, files: int, written: int, ran
 
 def test_least_memory() -> None:
     model = random_model("llama-gqa")
-    assert checks.memory(model, find_family(model), config(), 4) == {
+    assert checks.memory(model, Decoder(model).family, config(), 4) == {
         "dense copy": PARAMETERS * 4,
         "streams of hidden states and copies": 2 * 4 * 2 * 32 * 4,
         "adapters and optimizer": 7 * RANK * 16,
@@ -248,7 +248,7 @@ def test_least_memory() -> None:
 
 def test_too_little_of_either_is_refused_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("llama-gqa")
-    family, some = find_family(model), config(nsamples=100, seqlen=10)
+    family, some = Decoder(model).family, config(nsamples=100, seqlen=10)
     (tmp_path / "left over").write_bytes(b"x" * 5000)
     there = 512 * (tmp_path / "left over").stat().st_blocks
     disk = sum(checks.disk(model, family, some, 4).values())
@@ -350,7 +350,7 @@ def test_a_tied_head_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _model_and_family() -> tuple[Any, Any]:
     model = random_model("llama-gqa")
-    return model, find_family(model)
+    return model, Decoder(model).family
 
 
 def test_a_plan_as_text() -> None:

@@ -16,8 +16,9 @@ from reference import reconstruct as spec
 from reference.llama import Sizes
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa, rank, reconstruct
-from torch_impl.engine import calibration, families
+from torch_impl.engine import calibration
 from torch_impl.engine.adapted_linear import attach_adapters, block_adapters
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import PruneConfig, Settings
 
@@ -39,8 +40,8 @@ def ours(
 ) -> dict[str, np.ndarray]:
     """Weights by the spec's names after production's reconstruction of the only block."""
     twin = to_hugging_face(model)
-    family = families.find_family(twin)
-    [arguments] = calibration.block_arguments(twin, family, torch.zeros(1, inputs.shape[1], dtype=torch.int64))
+    decoder = Decoder(twin)
+    [arguments] = calibration.block_arguments(decoder, torch.zeros(1, inputs.shape[1], dtype=torch.int64))
     block = twin.model.layers[0]
     settings = {"epochs": 3, "learning_rate": 0.02, "batch_size": 4, **more}
     reconstruct.reconstruct_block(
@@ -79,8 +80,7 @@ def test_half_precision_is_trained_in_float32(dtype: torch.dtype) -> None:
     errors = {}
     for kind in (torch.float64, dtype):
         twin = to_hugging_face(model).to(kind)
-        family = families.find_family(twin)
-        [arguments] = calibration.block_arguments(twin, family, torch.zeros(1, 5, dtype=torch.int64))
+        [arguments] = calibration.block_arguments(Decoder(twin), torch.zeros(1, 5, dtype=torch.int64))
         block = twin.model.layers[0]
         given = {HF_NAMES[name]: torch.from_numpy(mask) for name, mask in masks.items()}
         x, D = torch.from_numpy(inputs).to(kind), torch.from_numpy(targets).to(kind)
@@ -99,7 +99,7 @@ def test_half_precision_is_trained_in_float32(dtype: torch.dtype) -> None:
 def test_a_weight_that_is_not_finite_stops_it_with_the_block_as_it_was() -> None:
     model, masks, inputs, targets = problem()
     twin = to_hugging_face(model)
-    [arguments] = calibration.block_arguments(twin, families.find_family(twin), torch.zeros(1, 5, dtype=torch.int64))
+    [arguments] = calibration.block_arguments(Decoder(twin), torch.zeros(1, 5, dtype=torch.int64))
     block = twin.model.layers[0]
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     inputs[0, 0, 0] = np.nan
@@ -147,8 +147,8 @@ def test_every_family_ends_closer_to_its_dense_model(name: str) -> None:
         results[epochs] = losa.run(model, *tokens(model), setup)
         assert all(
             (layer.merged() == 0).float().mean() > 0.5
-            for block in families.decoder_blocks(model, families.find_family(model))
-            for layer in block_adapters(block, families.find_family(model)).values()
+            for block in Decoder(model).blocks
+            for layer in block_adapters(block, Decoder(model).family).values()
         )
     for plain, healed in zip(results[0], results[4], strict=True):
         assert healed.sparsity == pytest.approx(plain.sparsity, abs=0.05)
@@ -158,10 +158,10 @@ def test_every_family_ends_closer_to_its_dense_model(name: str) -> None:
 def test_merged_weights_are_the_reconstructed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """base = M⊙(reconstructed − s·BA), with adapters that are not 0."""
     model = random_model("llama-gqa").double().eval()
-    family = families.find_family(model)
-    attach_adapters(model, family, 2.0)
-    block = families.decoder_blocks(model, family)[0]
-    layers = block_adapters(block, family)
+    decoder = Decoder(model)
+    attach_adapters(decoder, 2.0)
+    block = decoder.blocks[0]
+    layers = block_adapters(block, decoder.family)
     for number, layer in enumerate(layers.values()):
         layer.resize(2, (number,))
         with torch.no_grad():
@@ -179,8 +179,8 @@ def test_merged_weights_are_the_reconstructed_ones(monkeypatch: pytest.MonkeyPat
         return given
 
     monkeypatch.setattr(reconstruct, "reconstruct_block", moved)
-    stream = calibration.start_stream(model, family, tokens(model)[0], 4)
-    losa.reconstruct_block(block, 0, family, stream, stream, {}, ReconstructionConfig(reconstruct_epochs=1))
+    stream = calibration.start_stream(decoder, tokens(model)[0], 4)
+    losa.reconstruct_block(block, 0, decoder.family, stream, stream, {}, ReconstructionConfig(reconstruct_epochs=1))
     for name, layer in layers.items():
         assert block.get_submodule(name) is layer
         torch.testing.assert_close(layer.merged(), made[name], rtol=1e-12, atol=1e-12)

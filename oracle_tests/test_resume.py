@@ -26,7 +26,7 @@ from tiny_models.random_models import random_model
 from torch_impl import losa
 from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, attach_adapters
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import state
 from torch_impl.engine.resume.journal import Interrupted, Journal, Progress
 from torch_impl.engine.resume.points import Points
@@ -40,10 +40,10 @@ from torch_impl.run import main
 
 def test_base_weights_are_one_bit_each_where_that_says_all() -> None:
     dense = random_model("llama-gqa")
-    family = find_family(dense)
+    family = Decoder(dense).family
     model = copy.deepcopy(dense)
-    attach_adapters(model, family, 1.0)
-    block, dense_block = decoder_blocks(model, family)[0], decoder_blocks(dense, family)[0]
+    attach_adapters(Decoder(model), 1.0)
+    block, dense_block = Decoder(model).blocks[0], Decoder(dense).blocks[0]
     first, second, third = list(family.projections)[:3]
     with torch.no_grad():
         for layer in adapters(block):
@@ -54,8 +54,8 @@ def test_base_weights_are_one_bit_each_where_that_says_all() -> None:
     assert tensors[f"{first}.mask"].nbytes * 8 == block.get_submodule(first).weight.numel()
     assert {f"{second}.weight", f"{third}.weight"} <= set(tensors)
     fresh = copy.deepcopy(dense)
-    attach_adapters(fresh, family, 1.0)
-    restored = decoder_blocks(fresh, family)[0]
+    attach_adapters(Decoder(fresh), 1.0)
+    restored = Decoder(fresh).blocks[0]
     state.restore_block(restored, dense_block, family, tensors)
     for layer, other in zip(adapters(restored), adapters(block), strict=True):
         assert torch.equal(layer.weight.view(torch.int32), other.weight.view(torch.int32))
@@ -139,9 +139,9 @@ def test_damage_to_a_file_of_any_kind_goes_back_one_checkpoint(
 
 def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -> None:
     dense, other = (tiny()[0] for _ in range(2))
-    model, family = copy.deepcopy(dense), find_family(dense)
+    model, family = copy.deepcopy(dense), Decoder(dense).family
     for one in (model, other):
-        attach_adapters(one, family, 1.0)
+        attach_adapters(Decoder(one), 1.0)
     journal = Journal(Points(tmp_path))
     journal.begin(model, dense, family, Progress())
     for layer in adapters(model):
@@ -311,7 +311,7 @@ def test_the_disk_estimate_covers_what_is_written(place: Path, monkeypatch: pyte
     from torch_impl.experiment.config import parse
 
     model = random_model("llama-gqa")
-    estimate = checks.disk(model, find_family(model), parse(options), 4)
+    estimate = checks.disk(model, Decoder(model).family, parse(options), 4)
     assert largest <= estimate["points"] + estimate["report"] <= 20 * largest
 
 

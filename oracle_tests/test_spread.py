@@ -20,9 +20,10 @@ from oracle_tests.processes import in_processes
 from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spread_config
 from oracle_tests.tolerances import OTHER_ORDER, UNIT
 from tiny_models.random_models import random_model, save_random_model
-from torch_impl.engine import adapted_linear, distributed, families
+from torch_impl.engine import adapted_linear, distributed
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import CONFIGS, parse
 from torch_impl.experiment.planning import scaling
 from torch_impl.experiment.planning.geometry import GEOMETRIES, build
@@ -209,7 +210,7 @@ def test_one_process_needs_no_group() -> None:
 def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int) -> None:
     """Exactly, apart from single numbers that are agreed on."""
     ours = random_model("llama")
-    layout = scaling.layout_of(ours, families.find_family(ours), size=4)
+    layout = scaling.layout_of(ours, Decoder(ours).family, size=4)
     config = spread_config(method, epochs)
     calibration, step = scaling.calibration_traffic(layout, config, 2), scaling.training_traffic(layout, config, 2, 6)
     fullest = 0
@@ -242,13 +243,13 @@ def test_seventy_billion_parameters_fit_eight_cards() -> None:
 
 def test_a_layout_from_shapes_is_that_of_the_model() -> None:
     model = build("small", None, torch.device("cpu"), torch.float32)
-    found = scaling.layout_of(model, families.find_family(model), 4)
+    found = scaling.layout_of(model, Decoder(model).family, 4)
     assert found == scaling.llama_layout(GEOMETRIES["small"], 4)
 
 
 def test_a_saved_model_that_lost_a_zero_is_caught() -> None:
     ours = random_model("llama")
-    adapted_linear.attach_adapters(ours, families.find_family(ours), 2.0)
+    adapted_linear.attach_adapters(Decoder(ours), 2.0)
     [name, layer] = next((n, m) for n, m in ours.named_modules() if isinstance(m, adapted_linear.AdaptedLinear))
     mask = torch.rand(layer.weight.shape) < 0.5
     with torch.no_grad():

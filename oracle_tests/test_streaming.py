@@ -19,9 +19,10 @@ from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import FAMILIES, save_random_model
 from torch_impl import losa
 from torch_impl.bench import large
-from torch_impl.engine import adapted_linear, families, memory, statistics
+from torch_impl.engine import adapted_linear, memory, statistics
 from torch_impl.engine.checkpoints import offload, safetensors_files
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import offloaded_job
@@ -177,13 +178,13 @@ def test_room_is_given_while_there_is_some() -> None:
 
 def test_a_block_has_weights_until_the_next_is_asked_for(place: Path) -> None:
     model = offload.open_streamed(place / "model", torch.device("cpu"), None)
-    blocks = offload.sweep(model, families.find_family(model))
+    blocks = offload.sweep(Decoder(model))
     first = next(blocks)
     assert all(parameter.numel() for parameter in first.parameters())
     second = next(blocks)
     assert not any(parameter.numel() for parameter in first.parameters())
     assert all(parameter.numel() for parameter in second.parameters())
-    skeleton = families.decoder_blocks(model, families.find_family(model))
+    skeleton = Decoder(model).blocks
     assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
@@ -212,7 +213,7 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
     with large.checkpoint("medium", blocks, device, torch.float32) as folder:
         config = large._options(folder, device, torch.float32, 2, 8, "--offload", "on", "--layer_sparsity", "uniform")
         material = large._random_text(config, folder, device)
-        family = families.find_family(material.model)
+        family = Decoder(material.model).family
         sizes = Sizes.of(material.model, family, torch.float32)
         sweeps = offloaded_job.Sweeps(material.model, family, config, material)
         sweeps.dense()
@@ -280,7 +281,7 @@ def test_two_models_are_foretold_while_one_is_read_again(place: Path) -> None:
     """Their embeddings and heads; what lies between comes block by block."""
     config = parse(arguments(place, **PLAIN, offload="on"))
     model = offload.open_streamed(place / "model", torch.device("cpu"), torch.float32)
-    sizes = Sizes.of(model, families.find_family(model), torch.float32)
+    sizes = Sizes.of(model, Decoder(model).family, torch.float32)
     foretold = footprint.footprint(config, replace(sizes, outside=10**9), torch.device("cpu"))
     assert foretold.phase == "verifying sweep"
     assert foretold.device["outside the blocks"] == 2 * 4 * 10**9

@@ -7,8 +7,9 @@ from torch import nn
 from transformers.generation import BaseStreamer
 
 from tiny_models.random_models import random_model
-from torch_impl.engine import adapted_linear, families, training
+from torch_impl.engine import adapted_linear, training
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.planning.sizes import Sizes
@@ -78,8 +79,7 @@ def prompt(batch: int = 1) -> torch.Tensor:
 
 def adapted_model(name: str = "llama-gqa") -> nn.Module:
     model = random_model(name).double().eval()
-    family = families.find_family(model)
-    adapted_linear.attach_adapters(model, family, 2.0)
+    adapted_linear.attach_adapters(Decoder(model), 2.0)
     for number, layer in enumerate(adapted_linear.adapters(model)):
         layer.resize(2, (number,))
     return model

@@ -14,8 +14,9 @@ from oracle_tests.llama_pair import HF_NAMES, float64_llama, random_llama, to_hu
 from reference import llama
 from reference import losa as reference_losa
 from torch_impl import losa as torch_losa
-from torch_impl.engine import adapted_linear, families
+from torch_impl.engine import adapted_linear
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
@@ -153,7 +154,7 @@ class Production:
 def run_production(case: Case, dtype: torch.dtype = torch.float64) -> Production:
     """dtype: of the model; in float64 Hugging Face's norms and angles are float64 too."""
     model = to_hugging_face(case.model()).to(dtype)
-    family = families.find_family(model)
+    decoder = Decoder(model)
     records: list[reference_losa.StepRecord] = []
 
     def snapshot(record: torch_losa.StepRecord) -> None:
@@ -169,16 +170,16 @@ def run_production(case: Case, dtype: torch.dtype = torch.float64) -> Production
                 )
                 for name, hf in HF_NAMES.items()
             }
-            for block in families.decoder_blocks(model, family)
+            for block in decoder.blocks
         ]
         records.append(reference_losa.StepRecord(**values, layers=blocks))
 
     parts = [[{k: torch.tensor(v) for k, v in example.items()} for example in part] for part in case.parts()]
     with float64_llama() if dtype == torch.float64 else nullcontext():
         torch_losa.run(model, torch.tensor(case.calibration()), parts, production_settings(case), snapshot)
-    adapted_linear.merge_adapters(model, family)
+    adapted_linear.merge_adapters(decoder)
     merged = [
         {name: block.get_submodule(hf).weight.double().detach().numpy() for name, hf in HF_NAMES.items()}
-        for block in families.decoder_blocks(model, family)
+        for block in decoder.blocks
     ]
     return Production(records, merged)

@@ -24,7 +24,7 @@ from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import byte_tokenizer
 from torch_impl import generate, pack
 from torch_impl.bench.measure import resident
-from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.planning.geometry import GEOMETRIES
 
 SPARSITY = 0.7
@@ -37,11 +37,10 @@ def save(folder: Path, geometry: str, blocks: int, dtype: torch.dtype) -> tuple[
     tokenizer = byte_tokenizer()
     shape = {**GEOMETRIES[geometry], "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, eos_token_id=None)).to(dtype)
-    family = find_family(model)
+    decoder = Decoder(model)
     with torch.no_grad():
-        for block in decoder_blocks(model, family):
-            for name in family.projections:
-                weight = weight_of(block, name)
+        for block in decoder.blocks:
+            for weight in decoder.family.weights_of(block).values():
                 weight.masked_fill_(torch.rand(weight.shape) < SPARSITY, 0)
     plain, packed = folder / "plain", folder / "packed"
     model.save_pretrained(plain)
@@ -75,7 +74,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def blocks_of(model: PreTrainedModel) -> float:
     """Memory of the decoder blocks, which is that of the projections but for the norms, GiB."""
-    return resident(decoder_blocks(model, find_family(model)))
+    return resident(Decoder(model).blocks)
 
 
 def same_tokens(folder: Path, device: str) -> bool:

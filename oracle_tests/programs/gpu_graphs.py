@@ -34,8 +34,8 @@ from torch_impl import losa
 from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import calibration, statistics, training
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
-from torch_impl.engine.families import decoder_blocks, find_family
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import PruneConfig, Settings
@@ -136,7 +136,7 @@ class Job:
     def resumed(self, config: TrainingConfig) -> list[float]:
         """The same run stopped twice in the middle of training, and resumed in a fresh model each time."""
         found: list[float] = []
-        blocks = len(decoder_blocks(self._model, find_family(self._model)))
+        blocks = len(Decoder(self._model).blocks)
         with tempfile.TemporaryDirectory() as folder:
             for stop in (blocks + 3, 4):
                 with suppress(Stop):
@@ -252,13 +252,11 @@ def check_decoding(model: nn.Module, device: torch.device, compiles: bool) -> bo
 @torch.no_grad()
 def check_host_streams(model: nn.Module, ids: torch.Tensor) -> bool:
     """Gram matrices of hidden states on the host, read as soon as a block is done, are those of the device."""
-    family = find_family(model)
+    decoder = Decoder(model)
     started = time.perf_counter()
     worst = 0.0
-    streams = [
-        calibration.start_stream(model, family, ids.repeat(4, 1), 4, on_host=on_host) for on_host in (False, True)
-    ]
-    for index, block in enumerate(decoder_blocks(model, family)):
+    streams = [calibration.start_stream(decoder, ids.repeat(4, 1), 4, on_host=on_host) for on_host in (False, True)]
+    for index, block in enumerate(decoder.blocks):
         grams = []
         for stream in streams:
             stream.advance(block, index)

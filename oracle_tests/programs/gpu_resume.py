@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
-from torch_impl.engine.families import find_family
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
@@ -91,7 +91,7 @@ def tokens() -> tuple[torch.Tensor, list[list[Example]]]:
 def run(model: LlamaForCausalLM, method: str, journal: Journal | None = None) -> str:
     """The hash of the merged weights."""
     losa.run(model, *tokens(), settings(method), journal=journal)
-    merge_adapters(model, find_family(model))
+    merge_adapters(Decoder(model))
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.cpu().view(torch.uint8).numpy().tobytes())

@@ -25,7 +25,8 @@ from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import AdaptedLinear
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp, pretrained
-from torch_impl.engine.families import Family, find_family
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import Family
 from torch_impl.engine.training import Example, TrainingConfig
 from torch_impl.experiment.config import Config, TextConfig
 from torch_impl.experiment.planning import scaling
@@ -105,11 +106,11 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             start = build("small" if arguments.small else "llama-2-7b", arguments.blocks, device, dtype)
             start.save_pretrained(own)
-            one = work(start, find_family(start), config, device)
+            one = work(start, Decoder(start).family, config, device)
             del start
         with distributed.joined(device):
             model = fsdp.load(Path(distributed.agreed_text(own)), device, dtype)
-            family = find_family(model)
+            family = Decoder(model).family
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             several = work(model, family, config, device)

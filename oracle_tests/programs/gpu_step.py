@@ -27,7 +27,7 @@ from torch_impl import losa
 from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.rates import MutualInformation
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
@@ -159,11 +159,11 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
     """Milliseconds of every part of a step of two blocks, 16 × 2048 calibration tokens, 4 × 512 training tokens."""
     rows, length, train_length = (4, 64, 32) if small else (16, 2048, 512)
     model = build(small, 2).to(device)
-    family = find_family(model)
+    decoder = Decoder(model)
     ids = torch.randint(1000, (rows, length)).to(device)
     times = {
         "mutual information sweep": timed(
-            lambda: losa.measure_importance(model, family, MutualInformation(), ids, 16), device
+            lambda: losa.measure_importance(model, decoder.family, MutualInformation(), ids, 16), device
         )
     }
     for method in ("wanda", "sparsegpt"):
@@ -182,7 +182,7 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
             lambda c=config: training.train(model, model, examples, c, (0, 1)), device
         )
     start = time.perf_counter()
-    merge_adapters(model, family)
+    merge_adapters(decoder)
     times["merge"] = (time.perf_counter() - start) * 1e3
     return times
 

@@ -18,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 
 
 class _Once(CustomGraphPass):  # type: ignore[misc]
@@ -79,17 +79,15 @@ class FusedBlocks:
     def __init__(self, model: PreTrainedModel, cache: StaticCache) -> None:
         if any(cache.is_sliding) or not cache.is_initialized:
             raise ValueError("cache slides or is empty; give a static cache that is in use")
-        family = find_family(model)
-        blocks = decoder_blocks(model, family)
-        decoder = model.get_submodule(family.blocks.rpartition(".")[0])
+        decoder = Decoder(model)
         block_call = _compile()
         self._calls: dict[nn.Module, Callable[..., Any]] = {
             block: self._over(block_call, block, _OneLayer(layer))
-            for block, layer in zip(blocks, cache.layers, strict=True)
+            for block, layer in zip(decoder.blocks, cache.layers, strict=True)
         }
         # The modules before and after the blocks: rotary angles, the last norm.
-        for module in decoder.children():
-            if module is not blocks and not isinstance(module, (nn.Embedding, nn.Linear)):
+        for module in decoder.body.children():
+            if module is not decoder.blocks and not isinstance(module, (nn.Embedding, nn.Linear)):
                 self._calls[module] = self._plain(_compile(), module)
 
     @staticmethod

@@ -29,7 +29,7 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.contents import CODES, INDEX, PACKED, Entry, check_finite, few, find, read_config
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 
 FORMAT, VERSION = "losa-packed", 1
 
@@ -156,11 +156,11 @@ def load(
 
 def _projections(found: Checkpoint) -> dict[str, str]:
     """Map the stored name of each decoder projection's weight to the projection's kind."""
-    family = find_family(found.model)
+    decoder = Decoder(found.model)
     return {
-        found.names[f"{family.blocks}.{index}.{projection}.weight"]: projection.rpartition(".")[2]
-        for index in range(len(decoder_blocks(found.model, family)))
-        for projection in family.projections
+        found.names[decoder.full_name(index, f"{projection}.weight")]: projection.rpartition(".")[2]
+        for index in range(len(decoder.blocks))
+        for projection in decoder.family.projections
     }
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from torch_impl import packed
 from torch_impl.decode import cpu, cuda
-from torch_impl.engine.families import decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 
 # Up to this many rows of input, the CPU kernels are faster than unpacking. They read the weight once per eight rows.
 DECODE_ROWS = 32
@@ -266,14 +267,14 @@ def _moment(x: torch.Tensor) -> tuple[int, bool]:
     return x._version, x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def group_projections(model: nn.Module) -> None:
+def group_projections(model: PreTrainedModel) -> None:
     """Group the packed projections of a block that share an input into one product on a GPU: q, k and v; gate and up.
 
     A layer leaves its group when it is moved, cast or loaded. Errors: ValueError if the model's family is unknown.
     """
-    family = find_family(model)
-    for block in decoder_blocks(model, family):
-        for names in family.inputs:
+    decoder = Decoder(model)
+    for block in decoder.blocks:
+        for names in decoder.family.inputs:
             join([block.get_submodule(name) for name in names])
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from torch_impl import adapter, rank
-from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.families import Family
 from torch_impl.engine.masked_linear import masked_linear, recomputed_masked_linear
 
 
@@ -108,11 +109,13 @@ class AdaptedLinear(nn.Module):
             torch._dynamo.maybe_mark_dynamic(parameter, dimension)
 
 
-def attach_adapters(model: nn.Module, family: Family, scale: float) -> None:
+@takes_pair
+def attach_adapters(decoder: Decoder, scale: float) -> None:
     """Replace all projections of all blocks with `AdaptedLinear`s of rank 0; freeze all other parameters."""
+    model: nn.Module = decoder.model
     model.requires_grad_(False)
-    for block in decoder_blocks(model, family):
-        adapt_block(block, family, scale)
+    for block in decoder.blocks:
+        adapt_block(block, decoder.family, scale)
 
 
 def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
@@ -122,8 +125,7 @@ def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
     """
     # The projection with the largest output: the last one into the MLP.
     widest = [group[-1] for group in family.inputs[-2:-1]]
-    for name in family.projections:
-        linear = block.get_submodule(name)
+    for name, linear in family.projections_of(block).items():
         if isinstance(linear, AdaptedLinear):
             linear.scale = scale
         else:
@@ -135,8 +137,7 @@ def adapt_block(block: nn.Module, family: Family, scale: float) -> None:
 
 def block_adapters(block: nn.Module, family: Family) -> dict[str, AdaptedLinear]:
     """Return the adapted projections of one block by name, in order of use."""
-    found = {name: block.get_submodule(name) for name in family.projections}
-    return {name: layer for name, layer in found.items() if isinstance(layer, AdaptedLinear)}
+    return {name: layer for name, layer in family.projections_of(block).items() if isinstance(layer, AdaptedLinear)}
 
 
 def adapters(model: nn.Module) -> list[AdaptedLinear]:
@@ -156,16 +157,17 @@ def holding(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
             layer.release()
 
 
+@takes_pair
 @torch.no_grad()
-def merge_adapters(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
+def merge_adapters(decoder: Decoder) -> dict[str, torch.Tensor]:
     """Replace the adapted projections with plain linears of merged weights. Return the masks by full name, bool, on the CPU.
 
     Errors: RuntimeError naming a projection whose merged weight is not zero where its mask is.
     """
     masks = {}
-    for index, block in enumerate(decoder_blocks(model, family)):
-        for name, layer in block_adapters(block, family).items():
-            full_name = f"{family.blocks}.{index}.{name}"
+    for index, block in enumerate(decoder.blocks):
+        for name, layer in block_adapters(block, decoder.family).items():
+            full_name = decoder.full_name(index, name)
             merged, mask = layer.merged(), layer.mask
             if bool((merged != 0).logical_and_(~mask).any()):
                 raise RuntimeError(f"{full_name}: the merged weight is not zero where its mask is")

@@ -17,7 +17,7 @@ from torch import nn
 from torch_impl import _checks
 from torch_impl.engine import distributed, finite
 from torch_impl.engine.adapted_linear import AdaptedLinear
-from torch_impl.engine.families import Family, decoder_blocks, prunable_weights
+from torch_impl.engine.decoder import Decoder, takes_pair
 
 WORTH_COMPILING = 10**9
 RMI_SAMPLES = 64
@@ -131,13 +131,14 @@ def standing_in(
             block._compiled_call_impl = call
 
 
+@takes_pair
 @torch.no_grad()
-def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size: int, on_host: bool = False) -> Stream:
+def start_stream(decoder: Decoder, ids: torch.Tensor, batch_size: int, on_host: bool = False) -> Stream:
     """Embed token ids (sequences, tokens) and record the arguments of every block. The blocks need no weights.
 
     on_host: keep the hidden states in host memory. The blocks still compute on the model's device.
     """
-    blocks = decoder_blocks(model, family)
+    model = decoder.model
     device = next(model.parameters()).device
     hidden: list[torch.Tensor] = []
     arguments: list[list[dict[str, Any]]] = []
@@ -153,15 +154,15 @@ def start_stream(model: nn.Module, family: Family, ids: torch.Tensor, batch_size
         arguments[-1].append(given)
         return states
 
-    decoder = model.get_submodule(family.blocks.rpartition(".")[0])
-    with distributed.whole(model), standing_in(blocks, record):
+    with distributed.whole(model), standing_in(decoder.blocks, record):
         for rows in ids.split(batch_size):
-            decoder(input_ids=rows.to(device), use_cache=False)
-    return Stream(hidden[0], arguments, batch_size, device, family.blocks)
+            decoder.body(input_ids=rows.to(device), use_cache=False)
+    return Stream(hidden[0], arguments, batch_size, device, decoder.family.blocks)
 
 
+@takes_pair
 @torch.no_grad()
-def block_arguments(model: nn.Module, family: Family, ids: torch.Tensor) -> list[dict[str, Any]]:
+def block_arguments(decoder: Decoder, ids: torch.Tensor) -> list[dict[str, Any]]:
     """Record the arguments of every block for token ids (n, t), besides the hidden states.
 
     Arguments for one sequence are valid for any number of sequences, because no row is padded.
@@ -172,19 +173,20 @@ def block_arguments(model: nn.Module, family: Family, ids: torch.Tensor) -> list
         found.append(given)
         return states
 
-    decoder = model.get_submodule(family.blocks.rpartition(".")[0])
-    with distributed.whole(model), standing_in(decoder_blocks(model, family), record):
-        decoder(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    model = decoder.model
+    with distributed.whole(model), standing_in(decoder.blocks, record):
+        decoder.body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return found
 
 
+@takes_pair
 @torch.no_grad()
-def finish(model: nn.Module, family: Family, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def finish(decoder: Decoder, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Compute logits (n, t, vocabulary) of token ids (n, t) from the last block's output, by the model's norm and head."""
-    blocks = decoder_blocks(model, family)
+    blocks = decoder.blocks
     last = len(blocks) - 1
     with standing_in(blocks, lambda index, states, _: hidden if index == last else states):
-        logits: torch.Tensor = model(input_ids=ids.to(hidden.device), use_cache=False).logits
+        logits: torch.Tensor = decoder.model(input_ids=ids.to(hidden.device), use_cache=False).logits
     return logits
 
 
@@ -227,13 +229,14 @@ def compiles(wanted: str, prunable: int, device: torch.device) -> bool:
     return wanted == "on" or (wanted == "auto" and prunable >= WORTH_COMPILING and device.type == "cuda")
 
 
+@takes_pair
 @contextmanager
-def compiled(models: Sequence[nn.Module], family: Family, wanted: str) -> Iterator[None]:
+def compiled(decoders: Sequence[Decoder], wanted: str) -> Iterator[None]:
     """Compile the blocks with torch.compile within this context, if `compiles` says so."""
-    if not compiles(wanted, sum(prunable_weights(models[0], family)), next(models[0].parameters()).device):
+    if not compiles(wanted, sum(decoders[0].prunable_weights), next(decoders[0].model.parameters()).device):
         yield
         return
-    blocks = [block for model in models for block in decoder_blocks(model, family)]
+    blocks = [block for decoder in decoders for block in decoder.blocks]
     # One graph serves blocks of all ranks. The first block (its input has no gradient), rank 1 and each size that changes
     # need one more. The number of graphs does not grow with the number of blocks and stays below this limit.
     graphs = torch._dynamo.config.patch(force_parameter_static_shapes=False, recompile_limit=64)

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from torch_impl import adapter
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters, block_adapters
-from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.families import Family
 
 # How long a process waits for another one. If a process dies, the launcher ends all; this limit is for one that hangs. The
 # longest wait in a healthy run is for process 0 to write a block, or for a process to prune its share.
@@ -221,20 +222,22 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard(model: nn.Module, family: Family, device: torch.device, fetch: Fetch | None = None) -> None:
+@takes_pair
+def shard(decoder: Decoder, device: torch.device, fetch: Fetch | None = None) -> None:
     """Shard all frozen parameters by rows, block by block; adapters stay replicated.
 
     fetch(name): loads the whole tensor of a parameter on the meta device; then no process holds more than one whole block.
     With one process and no `fetch`, or if the model is already sharded, nothing happens.
     """
+    model = decoder.model
     if is_sharded(model) or (processes() == 1 and fetch is None):
         return
     filled: dict[int, nn.Parameter] = {}
     mesh = init_device_mesh(device.type, (processes(),)) if processes() > 1 else None
-    units = [(f"{family.blocks}.{index}.", block) for index, block in enumerate(decoder_blocks(model, family))]
-    for prefix, unit in [*units, ("", model)]:
+    units: list[tuple[str, nn.Module]] = [(decoder.full_name(i), block) for i, block in enumerate(decoder.blocks)]
+    for name, unit in [*units, ("", model)]:
         if fetch is not None:
-            _fill(unit, prefix, device, fetch, filled)
+            _fill(unit, name, device, fetch, filled)
         if mesh is not None:
             kept = {parameter for layer in adapters(model) for parameter in (layer.A, layer.B)}
             # Reshard the outermost unit too, so that all weights are sharded outside a forward pass.
@@ -245,9 +248,9 @@ def shard(model: nn.Module, family: Family, device: torch.device, fetch: Fetch |
             model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
 
 
-def _fill(unit: nn.Module, prefix: str, device: torch.device, fetch: Fetch, filled: dict[int, nn.Parameter]) -> None:
+def _fill(unit: nn.Module, unit_name: str, device: torch.device, fetch: Fetch, filled: dict[int, nn.Parameter]) -> None:
     """Load the parameters of `unit` that are on the meta device, and move the unit to `device`."""
-    for place, module in unit.named_modules(prefix=prefix.rstrip(".")):
+    for place, module in unit.named_modules(prefix=unit_name):
         if isinstance(module, FSDPModule):
             continue
         for name, parameter in module.named_parameters(recurse=False):

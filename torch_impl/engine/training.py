@@ -21,7 +21,8 @@ from torch_impl import _checks
 from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.calibration import block_arguments
-from torch_impl.engine.families import decoder_blocks, find_family, position_limit
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import position_limit
 from torch_impl.engine.graphs import Captured
 from torch_impl.engine.loss import summed_cross_entropy, summed_divergence
 from torch_impl.engine.memory import halving
@@ -391,8 +392,8 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[di
     During a capture, transformers always builds an attention mask, which disables the fast attention kernels. Without
     padding masks, the arguments depend on the shape only.
     """
-    family = find_family(model)
-    blocks, recorded = decoder_blocks(model, family), block_arguments(model, family, batch["input_ids"])
+    decoder = Decoder(model)  # type: ignore[arg-type]
+    recorded: list[dict[str, Any]] = block_arguments(decoder, batch["input_ids"])
 
     def repeat(
         given: dict[str, Any], block: nn.Module, arguments: tuple[Any, ...], _: dict[str, Any]
@@ -401,7 +402,7 @@ def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[di
 
     handles = [
         block.register_forward_pre_hook(partial(repeat, given), with_kwargs=True)
-        for block, given in zip(blocks, recorded, strict=True)
+        for block, given in zip(decoder.blocks, recorded, strict=True)
     ]
     try:
         yield recorded

@@ -26,7 +26,7 @@ import torch
 
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
-from torch_impl.engine.families import find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.config import MOST_SEED, Config, parse
 from torch_impl.experiment.evaluate import perplexity
@@ -99,7 +99,7 @@ def measure(config: Config, material: Material) -> tuple[float, float]:
     except (FloatingPointError, ValueError) as error:
         logger.warning("learning rate %g: %s", config.training.learning_rate, error)
         return math.inf, math.inf
-    merge_adapters(model, find_family(model))
+    merge_adapters(Decoder(model))
     half = len(material.evaluation) // 2
     first, second = material.evaluation[:half], material.evaluation[half:]
     return _measured(model, first, config), _measured(model, second, config)

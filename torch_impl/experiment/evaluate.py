@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from torch_impl.engine import distributed, finite
 from torch_impl.engine.calibration import Stream, finish
-from torch_impl.engine.families import Family
+from torch_impl.engine.decoder import Decoder, takes_pair
 
 # The largest mean loss whose exponential is a finite float64.
 LARGEST = math.log(sys.float_info.max)
@@ -43,14 +43,15 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
     return _perplexity(distributed.total_of(total), windows, model, name, "output of the model")
 
 
+@takes_pair
 @torch.no_grad()
-def streamed_perplexity(model: nn.Module, family: Family, windows: torch.Tensor, stream: Stream, name: str) -> float:
+def streamed_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, name: str) -> float:
     """The same from a stream of the windows that has gone through all blocks."""
     total = 0.0
     for _, rows in stream.batches():
-        logits = finish(model, family, windows[rows], stream.states(rows))
+        logits = finish(decoder, windows[rows], stream.states(rows))
         total += _loss_sum(logits, windows[rows].to(stream.device))
-    return _perplexity(total, windows, model, name, "output of the model's head")
+    return _perplexity(total, windows, decoder.model, name, "output of the model's head")
 
 
 def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from torch_impl.engine.adapted_linear import AdaptedLinear, attach_adapters, blo
 from torch_impl.engine.checkpoints.contents import INDEX, check_finite, find
 from torch_impl.engine.checkpoints.safetensors_files import Shards, save_tensors
 from torch_impl.engine.checkpoints.skeleton import lay_out
-from torch_impl.engine.families import Family, decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder, takes_pair
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
@@ -44,12 +44,13 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_re
         check_finite([(name, value)], folder)
         return value
 
-    attach_adapters(model, find_family(model), 1.0)
-    distributed.shard(model, find_family(model), device, fetch)
+    decoder = Decoder(model)
+    attach_adapters(decoder, 1.0)
+    distributed.shard(decoder, device, fetch)
     return model
 
 
-def twin(model: Any, family: Family) -> Any:
+def twin(model: Any, *_: object) -> Any:
     """Copy a model. A sharded model is copied block by block and sharded in the same way."""
     if not distributed.is_sharded(model):
         return copy.deepcopy(model)
@@ -57,40 +58,44 @@ def twin(model: Any, family: Family) -> Any:
     with init_empty_weights(include_buffers=False):
         other: Any = plain._from_config(model.config, dtype=model.dtype)
     other.eval().tie_weights()
-    attach_adapters(other, family, 1.0)
+    decoder = Decoder(other)
+    attach_adapters(decoder, 1.0)
 
     def fetch(name: str) -> torch.Tensor:
         return distributed.full(model.get_parameter(name).detach())
 
-    distributed.shard(other, family, model.device, fetch)
+    distributed.shard(decoder, model.device, fetch)
     return other
 
 
+@takes_pair
 @torch.no_grad()
-def merge(model: nn.Module, family: Family) -> dict[str, torch.Tensor]:
+def merge(decoder: Decoder) -> dict[str, torch.Tensor]:
     """Merge all adapters of a model in place. Return the masks (bool, on the CPU); if sharded, of this process's rows."""
-    if not distributed.is_sharded(model):
-        return merge_adapters(model, family)
+    if not distributed.is_sharded(decoder.model):
+        return merge_adapters(decoder)  # type: ignore[no-any-return]
     return {
-        f"{family.blocks}.{index}.{name}": distributed.merge_rows(layer).cpu()
-        for index, block in enumerate(decoder_blocks(model, family))
-        for name, layer in block_adapters(block, family).items()
+        decoder.full_name(index, name): distributed.merge_rows(layer).cpu()
+        for index, block in enumerate(decoder.blocks)
+        for name, layer in block_adapters(block, decoder.family).items()
     }
 
 
+@takes_pair
 @torch.no_grad()
-def save(model: Any, family: Family, folder: Path) -> None:
+def save(decoder: Decoder, folder: Path) -> None:
     """Write a merged, sharded model as a plain Hugging Face folder with one file per block; process 0 writes.
 
     Errors: ValueError if an adapter is not merged.
     """
-    blocks = [(f"{family.blocks}.{index}.", block) for index, block in enumerate(decoder_blocks(model, family))]
+    model = decoder.model
+    blocks: list[tuple[str, nn.Module]] = [(decoder.full_name(i), block) for i, block in enumerate(decoder.blocks)]
     place: dict[str, str] = {}
     size = 0
-    for count, (prefix, unit) in enumerate([*blocks, ("", model)], 1):
+    for count, (name, unit) in enumerate([*blocks, ("", model)], 1):
         file = f"model-{count:05d}-of-{len(blocks) + 1:05d}.safetensors"
         with distributed.whole(unit):
-            tensors = dict(_plain_tensors(unit, prefix, inside=f"{family.blocks}." if not prefix else None))
+            tensors = dict(_plain_tensors(unit, name, inside=f"{decoder.family.blocks}." if not name else None))
             size += sum(tensor.nbytes for tensor in tensors.values())
             place |= dict.fromkeys(tensors, file)
             if distributed.leads():
@@ -108,15 +113,17 @@ def save(model: Any, family: Family, folder: Path) -> None:
     distributed.total_of(0.0)  # a barrier: no process reads before everything is written
 
 
-def _plain_tensors(unit: nn.Module, prefix: str, inside: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _plain_tensors(unit: nn.Module, unit_name: str, inside: str | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parameters of a unit by full name, except those `inside` other units.
 
     A tied head is left out: it is the same tensor as the embedding.
     """
-    for name, parameter in unit.named_parameters(prefix=prefix.rstrip(".")):
+    for name, parameter in unit.named_parameters(prefix=unit_name):
         if inside is not None and name.startswith(inside):
             continue
-        if name.endswith((".A", ".B")) and isinstance(unit.get_submodule(name[len(prefix) : -2]), AdaptedLinear):
+        if name.endswith((".A", ".B")) and isinstance(
+            unit.get_submodule(name.removeprefix(f"{unit_name}.")[:-2]), AdaptedLinear
+        ):
             if parameter.numel():
                 raise ValueError(f"{name} has shape {tuple(parameter.shape)}; merge the adapters before saving")
             continue

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from torch_impl.engine.checkpoints.contents import check_finite, find
 from torch_impl.engine.checkpoints.safetensors_files import Shards
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
-from torch_impl.engine.families import Family, decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder, takes_pair
 
 Names = dict[str, str]
 
@@ -119,9 +119,10 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
     return block.to(device).requires_grad_(False).eval()
 
 
-def sweep(model: nn.Module, family: Family) -> Iterator[nn.Module]:
+@takes_pair
+def sweep(decoder: Decoder) -> Iterator[nn.Module]:
     """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested."""
-    blocks = decoder_blocks(model, family)
+    blocks = decoder.blocks
     if not isinstance(blocks, StreamedBlocks):
         yield from blocks
         return
@@ -130,9 +131,10 @@ def sweep(model: nn.Module, family: Family) -> Iterator[nn.Module]:
         yield from found
 
 
-def reader_of(model: nn.Module, family: Family) -> BlockReader:
+@takes_pair
+def reader_of(decoder: Decoder) -> BlockReader:
     """Return the reader of an offloaded model's blocks."""
-    blocks = decoder_blocks(model, family)
+    blocks = decoder.blocks
     assert isinstance(blocks, StreamedBlocks)
     assert blocks.reader is not None
     return blocks.reader
@@ -148,24 +150,22 @@ def open_streamed(
     files = find(folder)
     found = lay_out(folder, files.entries, trust_remote_code, dtype)
     model = found.model.requires_grad_(False)
-    family = find_family(model)
-    blocks = decoder_blocks(model, family)
+    decoder = Decoder(model)
     names: list[Names] = []
-    for index, block in enumerate(blocks):
-        inside = ((name, f"{family.blocks}.{index}.{name}") for name in block.state_dict())
+    for index, block in enumerate(decoder.blocks):
+        inside = ((name, decoder.full_name(index, name)) for name in block.state_dict())
         names.append({name: found.names[full] for name, full in inside if full in found.names})
     reader = BlockReader(Shards(files), names, device, model.dtype)
-    parent, _, last = family.blocks.rpartition(".")
-    setattr(model.get_submodule(parent), last, StreamedBlocks(list(blocks), reader))
-    _fill_outside(found, family, reader)
+    model.set_submodule(decoder.family.blocks, StreamedBlocks(list(decoder.blocks), reader))
+    _fill_outside(found, decoder, reader)
     return model
 
 
-def _fill_outside(found: Checkpoint, family: Family, reader: BlockReader) -> None:
+def _fill_outside(found: Checkpoint, decoder: Decoder, reader: BlockReader) -> None:
     """Load the weights outside the blocks and tie weights that the checkpoint stores once."""
     model = found.model
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        if name.startswith(f"{family.blocks}.") or name in found.tied:
+        if name.startswith(f"{decoder.family.blocks}.") or name in found.tied:
             continue
         value = tensor
         if name in found.names:
