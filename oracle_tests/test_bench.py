@@ -197,7 +197,7 @@ def test_dense_projections_of_one_input_are_one_product_too() -> None:
 
     calls: list[int] = []
     plain = logits()
-    whole._join_dense(model, Decoder(model).family)
+    whole._join_dense(Decoder(model))
     assert relative(logits(), plain) < 1e-5
     # Of q, k and v, of gate and up; the other two are torch's.
     assert calls == [0, 2 * 2]

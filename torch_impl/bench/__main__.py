@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     work = parts.Work(device, dtype, options.sequences, options.length, options.repeats, bound)
     compare = not options.ours_only
 
-    def small() -> torch.nn.Module:
+    def small() -> transformers.PreTrainedModel:
         return geometry.build(options.geometry, 2, device, torch.float32)
 
     # What a speed-up may be claimed for: the same algorithm, shown in float32 on two blocks of the geometry.

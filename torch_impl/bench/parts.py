@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from torch_impl import adapter, losa, rmi
 from torch_impl.bench import plain
@@ -17,7 +18,7 @@ from torch_impl.bench.measure import Row, alternate, once, relative, resident
 from torch_impl.engine import calibration, training
 from torch_impl.engine.adapted_linear import adapters, attach_adapters, block_adapters
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.families import decoder_blocks, find_family, prunable_weights, weight_of
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.rates import MutualInformation
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
@@ -46,66 +47,66 @@ class Work:
         return torch.randint(vocabulary, (rows, length), generator=generator).to(self.device)  # type: ignore[arg-type]
 
 
-def mutual_information(model: nn.Module, work: Work, compare: bool) -> Row:
+def mutual_information(model: PreTrainedModel, work: Work, compare: bool) -> Row:
     """RMI sweep: R of every block."""
-    family = find_family(model)
+    decoder = Decoder(model)
     ids = work.ids(model, work.sequences // 2, work.length)
 
     def ours() -> torch.Tensor:
-        return losa.measure_importance(model, family, MutualInformation(), ids, 16)
+        return losa.measure_importance(model, decoder.family, MutualInformation(), ids, 16)
 
-    with calibration.compiled([model], family, "auto"):
+    with calibration.compiled([decoder], "auto"):
         [(milliseconds, peak, _)] = alternate([ours], work.device, work.repeats)
     tokens = ids.numel()
-    flops = 2 * tokens * sum(prunable_weights(model, family))
+    flops = 2 * tokens * sum(decoder.prunable_weights)
     static = resident(model)
     row = Row(f"mutual information, {len(ids)} × {work.length}", milliseconds, ours_gib=static + peak)
     row.tflops = flops / milliseconds / 1e9
     if compare:
-        row.plain_ms, row.plain_gib, redundancy = once(lambda: plain.redundancy(model, family, ids), work.device)
+        row.plain_ms, row.plain_gib, redundancy = once(lambda: plain.redundancy(decoder, ids), work.device)
         row.plain_gib += static
         row.disagreement, row.bound = relative(ours().log(), rmi.importance(redundancy).log()), work.bound
     return row
 
 
 def _prune_ours(
-    model: nn.Module, work: Work, ids: torch.Tensor, method: str
-) -> tuple[nn.Module, float, float, list[float]]:
+    model: PreTrainedModel, work: Work, ids: torch.Tensor, method: str
+) -> tuple[PreTrainedModel, float, float, list[float]]:
     """(pruned copy, milliseconds, peak GiB over what was there, errors)."""
-    family = find_family(model)
+    decoder = Decoder(model)
     settings = Settings(
         prune=PruneConfig(prune_method=method, sparsity_ratio=RATE, layer_sparsity="uniform"),
         calibration=CalibrationConfig(nsamples=len(ids), seqlen=ids.shape[1]),
     )
-    blocks = len(decoder_blocks(model, family))
+    blocks = len(decoder.blocks)
     rates = torch.full((blocks,), RATE, dtype=torch.float64)
     pruned = copy.deepcopy(model)
-    attach_adapters(pruned, family, 1.0)
-    with calibration.compiled([pruned, model], family, "auto"):
+    attach_adapters(Decoder(pruned), 1.0)
+    with calibration.compiled([Decoder(pruned), decoder], "auto"):
         elapsed, peak, errors = once(
-            lambda: losa._prune_model(pruned, model, family, ids, settings, rates, [None] * blocks), work.device
+            lambda: losa._prune_model(pruned, model, decoder.family, ids, settings, rates, [None] * blocks), work.device
         )
     return pruned, elapsed, peak, errors
 
 
-def masks_apart(model: nn.Module, work: Work, method: str) -> float:
+def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights of all projections."""
+    decoder = Decoder(model)
+    return [weight for block in decoder.blocks for weight in decoder.family.weights_of(block).values()]
+
+
+def masks_apart(model: PreTrainedModel, work: Work, method: str) -> float:
     """Largest share of mask entries, or relative error, that differs between the sides, for a small float32 model."""
-    family = find_family(model)
     ids = work.ids(model, min(8, work.sequences), min(512, work.length))
     pruned, _, _, errors = _prune_ours(model, work, ids, method)
     other = copy.deepcopy(model)
-    other_errors = plain.prune(other, family, ids, method, RATE)
-    apart = [
-        float((weight_of(a, name) != 0).ne(weight_of(b, name) != 0).float().mean())
-        for a, b in zip(decoder_blocks(pruned, family), decoder_blocks(other, family), strict=True)
-        for name in family.projections
-    ]
+    other_errors = plain.prune(Decoder(other), ids, method, RATE)
+    apart = [float((a != 0).ne(b != 0).float().mean()) for a, b in zip(_weights(pruned), _weights(other), strict=True)]
     return max([*apart, relative(torch.tensor(errors), torch.tensor(other_errors))])
 
 
-def prune_sweep(model: nn.Module, work: Work, method: str, compare: bool, apart: float) -> Row:
+def prune_sweep(model: PreTrainedModel, work: Work, method: str, compare: bool, apart: float) -> Row:
     """Masks and reconstruction errors of all blocks, from adapters of rank 0."""
-    family = find_family(model)
     ids = work.ids(model, work.sequences, work.length)
     _prune_ours(model, work, ids[:16], method)  # compiles kernels
     pruned, milliseconds, peak, _ = _prune_ours(model, work, ids, method)
@@ -116,16 +117,15 @@ def prune_sweep(model: nn.Module, work: Work, method: str, compare: bool, apart:
     )
     if compare:
         other = copy.deepcopy(model)
-        row.plain_ms, peak, _ = once(lambda: plain.prune(other, family, ids, method, RATE), work.device)
+        row.plain_ms, peak, _ = once(lambda: plain.prune(Decoder(other), ids, method, RATE), work.device)
         row.plain_gib = peak + resident(other)
         row.disagreement, row.bound = apart, FLOAT32_BOUND
     return row
 
 
-def _adapted(model: nn.Module, rank: int) -> None:
+def _adapted(model: PreTrainedModel, rank: int) -> None:
     """Prune by magnitude and give every projection an adapter of that rank, B not zero."""
-    family = find_family(model)
-    attach_adapters(model, family, 2.0)
+    attach_adapters(Decoder(model), 2.0)
     for number, layer in enumerate(adapters(model)):
         weight = layer.weight
         threshold = weight.abs().flatten()[:: max(1, weight.numel() // 100_000)].float().quantile(RATE)
@@ -142,17 +142,17 @@ def _zero_gradients(model: nn.Module) -> None:
         torch._foreach_zero_(gradients)
 
 
-def _with_plain_twin(model: nn.Module) -> nn.Module:
+def _with_plain_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of an adapted model whose projections are the plain formulation's."""
-    family = find_family(model)
     twin = copy.deepcopy(model)
-    for block in decoder_blocks(twin, family):
-        for name, layer in block_adapters(block, family).items():
+    decoder = Decoder(twin)
+    for block in decoder.blocks:
+        for name, layer in block_adapters(block, decoder.family).items():
             block.set_submodule(name, plain.PlainLoRALinear(layer.weight.data, layer.A.data, layer.B.data, layer.scale))
     return twin
 
 
-def gradients_apart(model: nn.Module, work: Work) -> float:
+def gradients_apart(model: PreTrainedModel, work: Work) -> float:
     """Largest relative difference between the two sides' adapter gradients, for a small float32 model of the geometry."""
     _adapted(model, 8)
     twin = _with_plain_twin(model)
@@ -169,7 +169,7 @@ def gradients_apart(model: nn.Module, work: Work) -> float:
 
 
 def training_steps(
-    model: nn.Module,
+    model: PreTrainedModel,
     work: Work,
     lengths: tuple[int, ...],
     compare: bool,
@@ -181,7 +181,7 @@ def training_steps(
 
     accumulation: micro-batches of an optimizer step, for which held weights are merged once; times are of one of them.
     """
-    family = find_family(model)
+    decoder = Decoder(model)
     _adapted(model, rank)
     device = work.device
     twin = _with_plain_twin(model) if compare else None
@@ -201,7 +201,7 @@ def training_steps(
                 _zero_gradients(side)
                 return float(gradients.of(batch * accumulation))
 
-            with calibration.compiled([model], family, "auto"):
+            with calibration.compiled([decoder], "auto"):
                 found = alternate(
                     [partial(step, number) for number in range(len(sides))], device, work.repeats, warm_up=4
                 )
@@ -214,7 +214,7 @@ def training_steps(
             row.ours_gib = found[0][1] + resident(model)
             # Three large products of every prunable weight.
             tokens = sum(len(example["input_ids"]) for example in examples)
-            row.tflops = 3 * 2 * tokens * sum(prunable_weights(model, family)) / row.ours_ms / 1e9
+            row.tflops = 3 * 2 * tokens * sum(decoder.prunable_weights) / row.ours_ms / 1e9
             if twin is not None:
                 row.plain_ms, row.plain_gib = found[1][0] / accumulation, found[1][1] + resident(twin)
                 row.disagreement, row.bound = apart, FLOAT32_BOUND

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from torch_impl.engine.families import Family, decoder_blocks, weight_of
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import Family
 
 
 class PlainLoRALinear(nn.Module):
@@ -49,26 +50,26 @@ def _nhsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def block_outputs(model: nn.Module, family: Family, ids: torch.Tensor) -> list[list[torch.Tensor]]:
+def block_outputs(decoder: Decoder, ids: torch.Tensor) -> list[list[torch.Tensor]]:
     """Output of every block for every sequence, one forward pass a sequence, all kept in host memory."""
     outputs: list[list[torch.Tensor]] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         outputs[-1].append(output.cpu())
 
-    handles = [block.register_forward_hook(keep) for block in decoder_blocks(model, family)]
+    handles = [block.register_forward_hook(keep) for block in decoder.blocks]
     for row in ids:
         outputs.append([])
-        model.get_submodule(family.blocks.rpartition(".")[0])(input_ids=row[None], use_cache=False)
+        decoder.body(input_ids=row[None], use_cache=False)
     for handle in handles:
         handle.remove()
     return outputs
 
 
 @torch.no_grad()
-def redundancy(model: nn.Module, family: Family, ids: torch.Tensor) -> torch.Tensor:
+def redundancy(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     """R of every block: features kept, two Gram matrices for every pair of blocks."""
-    outputs = block_outputs(model, family, ids)
+    outputs = block_outputs(decoder, ids)
     blocks = len(outputs[0])
     result = torch.zeros(blocks, dtype=torch.float64)
     for i in range(blocks):
@@ -81,16 +82,14 @@ def redundancy(model: nn.Module, family: Family, ids: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def prune(model: nn.Module, family: Family, ids: torch.Tensor, method: str, rate: float) -> list[float]:
+def prune(decoder: Decoder, ids: torch.Tensor, method: str, rate: float) -> list[float]:
     """Prune every block in place, one sequence at a time; returns the reconstruction errors. Dense features are kept."""
-    dense = block_outputs(model, family, ids)
-    blocks = decoder_blocks(model, family)
-    hidden, arguments = _first_inputs(model, family, ids)
+    dense = block_outputs(decoder, ids)
+    hidden, arguments = _first_inputs(decoder, ids)
     errors = []
-    for index, block in enumerate(blocks):
-        statistics = _statistics(block, family, hidden, arguments, method)
-        for name in family.projections:
-            weight = weight_of(block, name)
+    for index, block in enumerate(decoder.blocks):
+        statistics = _statistics(block, decoder.family, hidden, arguments, method)
+        for name, weight in decoder.family.weights_of(block).items():
             if method == "wanda":
                 score = weight.abs().float() * statistics[name].sqrt()
                 lowest = torch.sort(score, dim=1, stable=True).indices[:, : int(rate * score.shape[1] + 1e-9)]
@@ -107,7 +106,7 @@ def prune(model: nn.Module, family: Family, ids: torch.Tensor, method: str, rate
     return errors
 
 
-def _first_inputs(model: nn.Module, family: Family, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def _first_inputs(decoder: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """What the first block is given, for every sequence, and the arguments that go with it."""
     hidden: list[torch.Tensor] = []
     arguments: dict[str, Any] = {}
@@ -116,9 +115,9 @@ def _first_inputs(model: nn.Module, family: Family, ids: torch.Tensor) -> tuple[
         hidden.append(inputs[0])
         arguments.update(given)
 
-    handle = decoder_blocks(model, family)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    handle = decoder.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
     for row in ids:
-        model.get_submodule(family.blocks.rpartition(".")[0])(input_ids=row[None], use_cache=False)
+        decoder.body(input_ids=row[None], use_cache=False)
     handle.remove()
     return hidden, arguments
 
@@ -136,7 +135,7 @@ def _statistics(
 
         return add
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in family.projections]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in family.projections_of(block).items()]
     for states in hidden:
         block(states, **arguments)
     for handle in handles:

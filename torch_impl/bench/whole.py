@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from torch_impl.bench.measure import relative, resident, synchronize
 from torch_impl.decode.next_token import WARM_UP, NextToken
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
-from torch_impl.engine.families import Family, decoder_blocks, find_family
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.planning import geometry
 
 LONGEST = 256
@@ -82,10 +82,10 @@ class _DenseRows(nn.Module):
         return y[..., self.rows]
 
 
-def _join_dense(model: PreTrainedModel, family: Family) -> None:
+def _join_dense(decoder: Decoder) -> None:
     """Make the projections of a block that have the same input one product, where the block is compiled."""
-    for block in decoder_blocks(model, family):
-        for names in family.inputs:
+    for block in decoder.blocks:
+        for names in decoder.family.inputs:
             if len(names) == 1:
                 continue
             weights: list[torch.Tensor] = [block.get_submodule(name).weight for name in names]  # type: ignore[misc]
@@ -177,8 +177,8 @@ def measure(options: argparse.Namespace) -> list[Speed]:
     """Every percentage of `options.sparsities` and every batch, from one model that gets sparser."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = geometry.build(options.whole_model, options.blocks, device, dtype)
-    family = find_family(model)
-    places = [(block, name) for block in decoder_blocks(model, family) for name in family.projections]
+    decoder = Decoder(model)
+    places = [(block, name) for block in decoder.blocks for name in decoder.family.projections]
     rows, before = [], 0.0
     # A projection rounds once on either side; the difference grows over the blocks.
     bound = 8 * torch.finfo(dtype).eps
@@ -190,7 +190,7 @@ def measure(options: argparse.Namespace) -> list[Speed]:
             linear.weight.data.masked_fill_(torch.rand_like(linear.weight, dtype=torch.float32) >= stay, 0)  # type: ignore[operator, arg-type, union-attr]
         dense_gib = resident(model)
         dense = {batch: _side(model, options, batch) for batch in options.batches}
-        _join_dense(model, family)
+        _join_dense(decoder)
         joined = {batch: _side(model, options, batch) for batch in options.batches}
         for (block, name), linear in zip(places, linears, strict=True):
             block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
