@@ -35,11 +35,11 @@ from oracle_tests.model_folders import (
     write,
 )  # fmt: skip
 from oracle_tests.small_runs import arguments
-from torch_impl import generate, pack, run
+from torch_impl import _checks, generate, pack, run
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.adapted_linear import AdaptedLinear
-from torch_impl.engine.checkpoints import contents, fsdp, offload, pretrained, skeleton
+from torch_impl.engine.checkpoints import fsdp, offload, pretrained, skeleton
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment import compare
@@ -370,7 +370,7 @@ def test_an_adapter_beside_a_packed_model_is_refused(place: Path, capsys: pytest
 
 
 def test_names_are_shortened_and_counted() -> None:
-    few = contents.few
+    few = _checks.few
     assert few(["a", "b", "c"]) == "a, b, c"
     assert few(str(number) for number in range(1234)) == "0, 1, 2 and 1,231 more"
     assert few(["x" * 500]) == "x" * 100 + "…"

@@ -179,7 +179,7 @@ def test_every_block_is_looked_at(index: int) -> None:
     model = random_model("llama")
     model.model.layers[index].mlp = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcd"})
     lacking = r"lacks mlp\.down_proj, mlp\.gate_proj, mlp\.up_proj"
-    with pytest.raises(ValueError, match=rf"{index} holds mlp\.a, mlp\.b, mlp\.c, 1 more and {lacking};"):
+    with pytest.raises(ValueError, match=rf"{index} holds mlp\.a, mlp\.b, mlp\.c and 1 more, and {lacking};"):
         Decoder(model)
 
 

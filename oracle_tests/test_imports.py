@@ -60,3 +60,21 @@ def test_no_test_file_is_another_s_helper() -> None:
             name for name in imports(path) if name.rsplit(".", 1)[-1].startswith("test_") and name.count(".") == 1
         ]
         assert not borrowed, f"{path} imports {borrowed}: move what both need into a module of its own"
+
+
+PACKAGES = ("reference", "torch_impl", "oracle_tests", "tiny_models")
+INTERNALS = {
+    ("oracle_tests/spec/test_reconstruct.py", "reference.reconstruct._gradients"): "held against finite differences",
+}
+"""Private names that another file imports all the same, and why."""
+
+
+def test_what_is_private_stays_in_its_file() -> None:
+    """A module whose name begins with an underscore is its package's own, so the package's files may share it."""
+    found = set()
+    for path in [path for folder in PACKAGES for path in files(folder)]:
+        for name in imports(path):
+            is_module = (ROOT / f"{name.replace('.', '/')}.py").exists()
+            if name.split(".")[0] in PACKAGES and name.rpartition(".")[2].startswith("_") and not is_module:
+                found.add((str(path.relative_to(ROOT)), name))
+    assert found == INTERNALS.keys()

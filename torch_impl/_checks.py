@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 MOST = 10**9
+# Names that a message lists before it only says how many more there are.
+SHOWN = 3
 
 
 def tensor(name: str, value: Any, *axes: str, empty: bool = False) -> torch.Tensor:
@@ -85,11 +87,26 @@ def choice(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def few(names: Iterable[str]) -> str:
+    """List the first names and the number of further ones."""
+    every = [name if len(name) <= 100 else f"{name[:100]}…" for name in names]
+    more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + more
+
+
 def square(name: str, value: Any) -> torch.Tensor:
     """Check that `value` is a square matrix."""
     result = tensor(name, value, "n", "n")
     if result.shape[0] != result.shape[1]:
         raise ValueError(f"{name} has shape {tuple(result.shape)}; allowed: (n, n)")
+    return result
+
+
+def scores(value: Any) -> torch.Tensor:
+    """Check for a matrix (out, in) of scores without NaN; infinities are allowed."""
+    result = tensor("score", value, "out", "in")
+    if bool(torch.isnan(result).any()):
+        raise ValueError("score holds NaN; allowed: numbers")
     return result
 
 

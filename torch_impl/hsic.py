@@ -39,18 +39,18 @@ def hsic(gram_x: torch.Tensor, gram_y: torch.Tensor) -> float:
 def nhsic(gram_x: torch.Tensor, gram_y: torch.Tensor) -> float:
     """Compute HSIC normalised to [0, 1]; 0 if either representation is constant (LoSA, Eq. 4)."""
     gram_x, gram_y = _pair(gram_x, gram_y)
-    unit_x, unit_y = _unit(gram_x), _unit(gram_y)
+    unit_x, unit_y = unit_grams(gram_x), unit_grams(gram_y)
     return float((unit_x * unit_y).sum().clamp(0.0, 1.0))
 
 
-def _unit(gram: torch.Tensor) -> torch.Tensor:
+def unit_grams(grams: torch.Tensor) -> torch.Tensor:
     """Centre Gram matrices (..., n, n) and divide them by their norms; 0 for a constant representation."""
-    gram = _checks.wide(gram)
-    centred = gram - gram.mean(-2, keepdim=True)
+    grams = _checks.wide(grams)
+    centred = grams - grams.mean(-2, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)
     norm = torch.linalg.matrix_norm(centred, keepdim=True)
-    constant = norm <= CONSTANT[gram.dtype] * torch.linalg.matrix_norm(gram, keepdim=True)
-    return torch.where(constant, torch.zeros((), dtype=gram.dtype, device=gram.device), centred / norm)
+    constant = norm <= CONSTANT[grams.dtype] * torch.linalg.matrix_norm(grams, keepdim=True)
+    return torch.where(constant, torch.zeros((), dtype=grams.dtype, device=grams.device), centred / norm)
 
 
 def _pair(gram_x: torch.Tensor, gram_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch_impl import _checks
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.contents import INDEX, PACKED, SINGLE, few
+from torch_impl.engine.checkpoints.contents import INDEX, PACKED, SINGLE
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.experiment.command import Parser, command, say
 
@@ -85,7 +86,7 @@ def check_target(source: Path, target: Path) -> None:
     others = [name for name in names if not whole or not _of_a_model(target / name)]
     if others:
         raise ValueError(
-            f"OUT {target} holds files that are not a model's ({few(others)}), so --overwrite does not replace it; "
+            f"OUT {target} holds files that are not a model's ({_checks.few(others)}), so --overwrite does not replace it; "
             "choose another folder"
         )
 

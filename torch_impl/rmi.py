@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from torch_impl import _checks
-from torch_impl.hsic import _unit
+from torch_impl.hsic import unit_grams
 
 
 def nhsic_matrix(grams: torch.Tensor) -> torch.Tensor:
@@ -13,7 +13,7 @@ def nhsic_matrix(grams: torch.Tensor) -> torch.Tensor:
     grams = _checks.tensor("grams", grams, "L", "n", "n")
     if grams.shape[1] != grams.shape[2] or grams.shape[1] < 2:
         raise ValueError(f"grams has shape {tuple(grams.shape)}; allowed: (L, n, n) with n = 2 or more")
-    units = _unit(grams).flatten(1)
+    units = unit_grams(grams).flatten(1)
     return (units @ units.T).clamp_(0.0, 1.0).fill_diagonal_(1.0)
 
 

@@ -24,6 +24,7 @@ from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 
 RATE = 0.7
+RANK = 8
 # Two float32 sides of the same algorithm, sums in another order, over two blocks.
 FLOAT32_BOUND = 1e-3
 
@@ -123,14 +124,14 @@ def prune_sweep(model: PreTrainedModel, work: Work, method: str, compare: bool, 
     return row
 
 
-def _adapted(model: PreTrainedModel, rank: int) -> None:
-    """Prune by magnitude and give every projection an adapter of that rank, B not zero."""
+def _adapted(model: PreTrainedModel) -> None:
+    """Prune by magnitude and give every projection an adapter, B not zero."""
     attach_adapters(Decoder(model), 2.0)
     for number, layer in enumerate(adapters(model)):
         weight = layer.weight
         threshold = weight.abs().flatten()[:: max(1, weight.numel() // 100_000)].float().quantile(RATE)
         weight.data.mul_(weight.abs() > threshold)
-        layer.resize(rank, (number,))
+        layer.resize(RANK, (number,))
         with torch.no_grad():
             layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number)) * 0.002)
 
@@ -154,7 +155,7 @@ def _with_plain_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def gradients_apart(model: PreTrainedModel, work: Work) -> float:
     """Largest relative difference between the two sides' adapter gradients, for a small float32 model of the geometry."""
-    _adapted(model, 8)
+    _adapted(model)
     twin = _with_plain_twin(model)
     config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, cuda_graphs=False)
     twins = [m for m in twin.modules() if isinstance(m, plain.PlainLoRALinear)]
@@ -175,14 +176,13 @@ def training_steps(
     compare: bool,
     apart: float,
     accumulation: int,
-    rank: int = 8,
 ) -> Iterator[Row]:
     """A micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model.
 
     accumulation: micro-batches of an optimizer step, for which held weights are merged once; times are of one of them.
     """
     decoder = Decoder(model)
-    _adapted(model, rank)
+    _adapted(model)
     device = work.device
     twin = _with_plain_twin(model) if compare else None
     for name, examples, padded in _batches(model, work, lengths):

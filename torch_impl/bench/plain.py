@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 
+# Columns whose errors SparseGPT gathers before it updates those to their right.
+BLOCK_SIZE = 128
+
 
 class PlainLoRALinear(nn.Module):
     """y = x Wᵀ + x (M⊙(s·BA))ᵀ, the adapter branch recomputed in backward: six large products."""
@@ -143,13 +146,13 @@ def _statistics(
     return sums
 
 
-def _sparsegpt(W: torch.Tensor, H: torch.Tensor, rate: float, block_size: int = 128) -> torch.Tensor:
+def _sparsegpt(W: torch.Tensor, H: torch.Tensor, rate: float) -> torch.Tensor:
     """SparseGPT with a handful of launches for every column."""
     W = W.clone()
     H = H + torch.eye(len(H), device=H.device) * (0.01 * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    for start in range(0, W.shape[1], block_size):
-        stop = min(start + block_size, W.shape[1])
+    for start in range(0, W.shape[1], BLOCK_SIZE):
+        stop = min(start + BLOCK_SIZE, W.shape[1])
         block, errors = W[:, start:stop], torch.zeros_like(W[:, start:stop])
         score = (block / U.diagonal()[start:stop]).square()
         threshold = score.flatten().sort().values[int(rate * score.numel() + 1e-9) - 1]

@@ -23,10 +23,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_impl import packed
+from torch_impl import _checks, packed
 from torch_impl.decode.packed_linear import PARTS, PackedLinear, group_projections
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.contents import CODES, INDEX, PACKED, Entry, check_finite, few, find, read_config
+from torch_impl.engine.checkpoints.contents import CODES, INDEX, PACKED, Entry, check_finite, find, read_config
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
 from torch_impl.engine.decoder import Decoder
@@ -244,7 +244,7 @@ def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tupl
             (stored - every, f"has, but {PACKED} lacks"),
         ):
             if wrong:
-                raise ValueError(f"{folder / name} {what}, {few(sorted(wrong))}; pack the model again")
+                raise ValueError(f"{folder / name} {what}, {_checks.few(sorted(wrong))}; pack the model again")
         for key, facts in listed.items():
             parts = [file.get_tensor(part) for part in names[key]]
             with _naming(folder / name, key):

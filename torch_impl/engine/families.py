@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from torch_impl import _checks
+
 
 @dataclass(frozen=True)
 class Family:
@@ -74,8 +76,9 @@ def find_family(model: nn.Module) -> Family:
         if other is None:
             return family
         found = _matrices(blocks[other])
-        listed = [_few(found - set(family.projections), "holds"), _few(set(family.projections) - found, "lacks")]
-        differs = f"{family.blocks}.{other} {' and '.join(filter(None, listed))}"
+        apart = {"holds": found - set(family.projections), "lacks": set(family.projections) - found}
+        listed = [f"{verb} {_checks.few(sorted(names))}" for verb, names in apart.items() if names]
+        differs = f"{family.full_name(other)} {', and '.join(listed)}"
     known = "; ".join(f"{f.name}: {f.blocks}[i].{{{', '.join(f.projections)}}}" for f in FAMILIES)
     raise ValueError(
         f"model {type(model).__name__}: its decoder blocks match no known family: {differs or known}; "
@@ -91,11 +94,6 @@ def _matrices(block: nn.Module) -> set[str]:
         # Plain, adapted and packed linears all have in_features.
         if hasattr(module, "in_features") or any(p.dim() > 1 for p in module.parameters(recurse=False))
     }
-
-
-def _few(names: set[str], verb: str) -> str:
-    shown = sorted(names)[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
-    return f"{verb} {', '.join(shown)}" if names else ""
 
 
 def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from torch_impl import _checks
-from torch_impl.masks.select import _scores
 
 
 def nm_mask(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Keep the n highest of every m consecutive inputs of a row; return bool (out, in), True = kept. Ties by lower column."""
-    score = _scores(score)
+    score = _checks.scores(score)
     _checks.integer("m", m, 1)
     _checks.integer("n", n, 0, m)
     if score.shape[1] % m:

@@ -14,7 +14,7 @@ SORTED_AT_ONCE = 1 << 25
 
 def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prune the floor(ρ·in + 1e-9) lowest of each row; return bool (out, in), True = kept. Ties by lower column."""
-    score = _scores(score)
+    score = _checks.scores(score)
     sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
     k = math.floor(sparsity * score.shape[1] + 1e-9)
     if _kernels.usable(score) and score.dtype == torch.float32 and score.shape[1] <= _kernels.WIDEST_ROW:
@@ -28,7 +28,7 @@ def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 def matrix_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prune the floor(ρ·out·in + 1e-9) lowest of the matrix; return bool (out, in), True = kept. Ties by row-major order."""
-    return row_mask(_scores(score).reshape(1, -1), sparsity).view(score.shape)
+    return row_mask(_checks.scores(score).reshape(1, -1), sparsity).view(score.shape)
 
 
 def rest_sparsity(zeros: torch.Tensor, sizes: torch.Tensor, sparsity: float) -> float:
@@ -53,12 +53,5 @@ def rest_sparsity(zeros: torch.Tensor, sizes: torch.Tensor, sparsity: float) -> 
 
 def demote_pruned(score: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Set the score (out, in) of pruned weights to −inf, so that they are pruned first and masks nest."""
-    score = _scores(score)
+    score = _checks.scores(score)
     return score.masked_fill(~_checks.mask("kept", kept, score, "score"), -math.inf)
-
-
-def _scores(score: torch.Tensor) -> torch.Tensor:
-    score = _checks.tensor("score", score, "out", "in")
-    if bool(torch.isnan(score).any()):
-        raise ValueError("score holds NaN; allowed: numbers")
-    return score

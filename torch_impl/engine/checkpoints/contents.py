@@ -19,6 +19,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from torch_impl import _checks
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKED = "packed.json"
 # Files that are downloaded from a hub repository besides the weights.
@@ -65,13 +67,6 @@ class CheckpointFiles:
     def bytes(self) -> int:
         """Return the size of all weight files."""
         return sum((self.folder / file).stat().st_size for file in self.metadata)
-
-
-def few(names: Iterable[str], most: int = 3) -> str:
-    """List the first names and the number of further ones."""
-    every = [name if len(name) <= 100 else f"{name[:100]}…" for name in names]
-    more = f" and {len(every) - most:,} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more
 
 
 def local_folder(name: str, weights: bool = True) -> Path:
@@ -155,7 +150,7 @@ def find_files(folder: Path) -> CheckpointFiles:
     if pieces:
         # transformers would load these files and ignore the others.
         raise ValueError(
-            f"model {folder}: {few(pieces)} is part of a distributed checkpoint; save the whole model with "
+            f"model {folder}: {_checks.few(pieces)} is part of a distributed checkpoint; save the whole model with "
             "save_pretrained, or move the parts elsewhere"
         )
     index = None
@@ -172,13 +167,13 @@ def find_files(folder: Path) -> CheckpointFiles:
     if missing:
         raise ValueError(
             f"model {folder}: {len(missing)} of the {len(files)} files that {INDEX} names "
-            f"{'is' if len(missing) == 1 else 'are'} missing ({few(missing)}); download the model again"
+            f"{'is' if len(missing) == 1 else 'are'} missing ({_checks.few(missing)}); download the model again"
         )
     metadata, entries = _headers(folder, files)
     unheld = [] if index is None else [name for name in _weight_map(folder, index) if name not in entries]
     if unheld:
         raise ValueError(
-            f"model {folder}: {INDEX} names {len(unheld):,} tensors that its files lack ({few(unheld)}); "
+            f"model {folder}: {INDEX} names {len(unheld):,} tensors that its files lack ({_checks.few(unheld)}); "
             "download the model again"
         )
     return CheckpointFiles(folder, metadata, entries, index)
@@ -202,7 +197,7 @@ def _headers(folder: Path, files: Iterable[str]) -> tuple[dict[str, dict[str, st
             ) from None
     if twice:
         raise ValueError(
-            f"model {folder}: its files store {len(twice):,} tensors twice ({few(twice)}); save the model again"
+            f"model {folder}: its files store {len(twice):,} tensors twice ({_checks.few(twice)}); save the model again"
         )
     return metadata, entries
 

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
+from torch_impl import _checks
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints import fsdp
-from torch_impl.engine.checkpoints.contents import check_finite, few, find_files, local_folder, read_config
+from torch_impl.engine.checkpoints.contents import check_finite, find_files, local_folder, read_config
 from torch_impl.engine.checkpoints.offload import open_streamed
 from torch_impl.engine.checkpoints.safetensors_files import follow_umask
 from torch_impl.engine.checkpoints.skeleton import as_one_line, describe, note_ties, skeleton
@@ -94,7 +95,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | str, trust_remote_code: 
     missing = {name for names in (pair[1]["missing_keys"], pair[1]["mismatched_keys"]) for name in map(str, names)}
     if missing:
         # transformers only warns and fills them with random numbers.
-        raise ValueError(f"model {folder} lacks {few(sorted(missing))}, by transformers; download it again")
+        raise ValueError(f"model {folder} lacks {_checks.few(sorted(missing))}, by transformers; download it again")
     return model.eval()
 
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from torch_impl.engine.checkpoints.contents import Entries, dtype_of, few, find
+from torch_impl import _checks
+from torch_impl.engine.checkpoints.contents import Entries, dtype_of, find
 
 # Tensors that old checkpoints store and models now compute.
 LEFT_OVER = (
@@ -79,7 +80,7 @@ def lay_out(
     ]
     if missing:
         raise ValueError(
-            f"model {folder} lacks {few(missing)}: {len(missing):,} of the tensors that its config.json implies; "
+            f"model {folder} lacks {_checks.few(missing)}: {len(missing):,} of the tensors that its config.json implies; "
             "download it again, with its own config.json"
         )
     return Checkpoint(folder, model, entries, names, tied, left_over)
@@ -152,7 +153,7 @@ def _names(folder: Path, model: PreTrainedModel, entries: Entries) -> tuple[dict
             names[name] = key
     if twice:
         raise ValueError(
-            f"model {folder}: its files store {len(twice):,} tensors under two names ({few(twice)}); save the model again"
+            f"model {folder}: its files store {len(twice):,} tensors under two names ({_checks.few(twice)}); save the model again"
         )
     return names, unplaced
 
@@ -185,7 +186,7 @@ def _refuse_quantised(
     found += sorted(key for key in unplaced if _OF_QUANTISED.search(key))
     if found:
         raise ValueError(
-            f"model {folder}: its weights are quantised ({len(found):,} tensors: {few(found)}); "
+            f"model {folder}: its weights are quantised ({len(found):,} tensors: {_checks.few(found)}); "
             "use a checkpoint in float32, float16 or bfloat16"
         )
 
@@ -203,7 +204,7 @@ def _refuse_unplaced(folder: Path, unplaced: Iterable[str]) -> None:
     elif wrappers:
         advice = f"{wrappers[0][1]} added the prefix {wrappers[0][0]}; save the model that it wraps"
     raise ValueError(
-        f"model {folder}: config.json describes a model without {len(keys):,} of the stored tensors ({few(keys)}); {advice}"
+        f"model {folder}: config.json describes a model without {len(keys):,} of the stored tensors ({_checks.few(keys)}); {advice}"
     )
 
 
@@ -216,7 +217,7 @@ def _refuse_other_shapes(folder: Path, model: PreTrainedModel, entries: Entries,
     ]
     if wrong:
         raise ValueError(
-            f"model {folder}: config.json implies other shapes for {len(wrong):,} of its tensors ({few(wrong)}); "
+            f"model {folder}: config.json implies other shapes for {len(wrong):,} of its tensors ({_checks.few(wrong)}); "
             "use the config.json of this model"
         )
 

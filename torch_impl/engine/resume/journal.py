@@ -101,11 +101,6 @@ class Journal:
             self._begun = last["progress"] is not None
             self.progress = Progress(**last["progress"] or {})
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is a point inside Algorithm 1 to go on from."""
-        return self._begun
-
     def restore_attached(self) -> None:
         """Bring the attached files back to what they were at the point at hand."""
         for path in self._attached if distributed.leads() else ():
