@@ -161,6 +161,12 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        if self.model.offload == "on" and not self.prune.rule.works_offloaded:
+            others = [rule.name for rule in RULES.values() if rule.works_offloaded]
+            raise ValueError(
+                f"offload is 'on' and layer_sparsity {self.prune.layer_sparsity} needs the whole model in memory; "
+                f"use --offload off or another layer_sparsity: {', '.join(others)}"
+            )
         if self.model.offload == "on" and not self.plain:
             raise ValueError(
                 f"offload is 'on' with steps {self.prune.steps} and finetune {self.training.finetune}; "
@@ -169,8 +175,8 @@ class Config:
 
     @property
     def plain(self) -> bool:
-        """Return whether this is plain pruning, one shot without fine-tuning: only that works offloaded."""
-        return self.prune.steps == 1 and not self.training.finetune
+        """Return whether this run works offloaded: one shot without fine-tuning, at rates that do not need the whole model."""
+        return self.prune.steps == 1 and not self.training.finetune and self.prune.rule.works_offloaded
 
     @property
     def settings(self) -> Settings:
