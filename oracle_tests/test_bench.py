@@ -41,7 +41,7 @@ def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
         assert 0 <= row["disagreement"] <= row["bound"]
     shown = capsys.readouterr().out
-    assert "ceilings measured now" in shown
+    assert "limits measured now" in shown
     assert "training micro-batch, 4 of 8 to 32, merged weight held" in shown
     assert "refused" not in shown
     assert [row["geometry"] for row in figures["stream"] + figures["scale"]] == ["small", "small", "medium"]

@@ -1,9 +1,9 @@
-"""Speed and memory, side by side: python -m torch_impl.bench [--geometry llama-2-7b] [--blocks N] [--parts …].
+"""Benchmark speed and memory: python -m torch_impl.bench [--geometry llama-2-7b] [--blocks N] [--parts …].
 
-`python -m torch_impl.bench decode` measures decoding with sparse weights (see its own --help).
+`python -m torch_impl.bench decode` benchmarks decoding with sparse weights (see its own --help).
 
-Ours against the plain formulation that research code uses, in one process, from the same weights and tokens. Ceilings
-are measured first; a ratio is printed only where both sides gave the same numbers.
+Compares our code with the plain formulation of research code, in one process, with the same weights and tokens. The device's
+limits are measured first. A ratio is printed only if both sides computed the same numbers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 
 PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
-# Parts that make checkpoints on disk, and how many blocks these have by default.
+# Parts that write checkpoints to disk, and their default number of blocks.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
-# The run that is added up from measured parts: the paper's steps; 10,000 sequences in fours.
+# The whole run whose time is estimated from the measured parts: the paper's steps; 10,000 sequences in batches of four.
 STEPS, MICRO_BATCHES = 5, 2500
 
 
@@ -37,24 +37,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m torch_impl.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--geometry", choices=list(geometry.GEOMETRIES), default="llama-2-7b" if cuda else "small")
-    parser.add_argument("--blocks", type=int, help="decoder blocks (default: all of the geometry's)")
+    parser.add_argument("--blocks", type=int, help="Number of decoder blocks (default: all of the geometry).")
     parser.add_argument("--parts", nargs="+", choices=PARTS + LARGE, default=list(PARTS + LARGE))
     parser.add_argument(
-        "--sequences", type=int, default=128 if cuda else 8, help="calibration sequences; RMI takes half"
+        "--sequences", type=int, default=128 if cuda else 8, help="Calibration sequences; RMI uses half of them."
     )
-    parser.add_argument("--length", type=int, default=2048 if cuda else 64, help="tokens of a calibration sequence")
+    parser.add_argument("--length", type=int, default=2048 if cuda else 64, help="Tokens per calibration sequence.")
     parser.add_argument("--train_lengths", type=int, nargs="+", default=[256, 512, 1024] if cuda else [32])
     parser.add_argument(
         "--accumulation",
         type=int,
         default=2,
-        help="micro-batches of an optimizer step, for which held weights are merged once; the paper's number by default",
+        help="Micro-batches per optimizer step; held weights are merged once for all of them (default: the paper's 2).",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats of each side; the median counts")
-    parser.add_argument("--ours_only", action="store_true", help="leave the plain formulation out: no ratios")
+    parser.add_argument("--repeats", type=int, default=5, help="Timed repeats of each side; the median counts.")
+    parser.add_argument("--ours_only", action="store_true", help="Skip the plain formulation; print no ratios.")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
+    parser.add_argument("--json", type=Path, help="Also write all figures to this file.")
     return parser
 
 
@@ -62,7 +62,7 @@ HEADINGS = f"{'part':<60}{'ours':>11}{'plain':>11}{'ratio':>8}{'TFLOP/s':>9}{'of
 
 
 def _shown(row: Row, top: tuple[float, float]) -> str:
-    """What a person reads of a row."""
+    """Format a row."""
     plain_ms = "" if row.plain_ms is None else f"{row.plain_ms:.1f} ms"
     ratio = "" if row.plain_ms is None else f"{row.ratio:.2f}×" if row.ratio is not None else "refused"
     rate = "" if row.tflops is None else f"{row.tflops:.3g}"
@@ -77,9 +77,9 @@ def _shown(row: Row, top: tuple[float, float]) -> str:
 
 
 def whole_runs(rows: Sequence[Row]) -> dict[str, tuple[float, float | None]]:
-    """Minutes (ours, plain) of runs of `STEPS` steps and `MICRO_BATCHES` micro-batches in all, added up from rows.
+    """Estimate the minutes (ours, plain) of runs of `STEPS` steps and `MICRO_BATCHES` micro-batches from measured rows.
 
-    One for every method and training row; none where mutual information, masks or training were not measured.
+    Returns one entry per method and training row; none if mutual information, masks or training were not measured.
     """
     first, sweeps, steps = ([row for row in rows if row.part.startswith(s)] for s in ("mutual", "masks", "training"))
     runs = {}
@@ -93,7 +93,7 @@ def whole_runs(rows: Sequence[Row]) -> dict[str, tuple[float, float | None]]:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """Run the parts asked for, one after the other."""
+    """Run the selected parts one after the other."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     bound = 5e-2 if dtype == torch.bfloat16 else 1e-3
     work = parts.Work(device, dtype, options.sequences, options.length, options.repeats, bound)
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     def small() -> transformers.PreTrainedModel:
         return geometry.build(options.geometry, 2, device, torch.float32)
 
-    # What a speed-up may be claimed for: the same algorithm, shown in float32 on two blocks of the geometry.
+    # Claim a speed-up only for the same algorithm: check that in float32 on two blocks of the geometry.
     apart = dict.fromkeys(PARTS, 0.0)
     for method in ("wanda", "sparsegpt"):
         if compare and method in options.parts:
@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
-    """Run and show the parts asked for that make checkpoints on disk. Returns their figures by part."""
+    """Run and print the selected parts that write checkpoints to disk; return their figures by part."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     blocks, sizes = options.blocks or FEW, (options.sequences, options.length)
     found: dict[str, list[dict[str, object]]] = {}
@@ -145,7 +145,7 @@ def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, objec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; 1 if the two sides of any part disagree."""
+    """Measure and print; return 1 if the two sides of any part disagree."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "decode":
         return decode.main(arguments[1:])
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     blocks = options.blocks or geometry.GEOMETRIES[options.geometry]["num_hidden_layers"]
     print(f"{name}, torch {torch.__version__}, {options.dtype}; {options.geometry}, {blocks} blocks")
-    print(f"ceilings measured now: {top[0]:.3g} TFLOP/s matrix product, {top[1]:.3g} TB/s copy\n")
+    print(f"limits measured now: {top[0]:.3g} TFLOP/s matrix product, {top[1]:.3g} TB/s copy\n")
     rows = []
     if set(options.parts) & set(PARTS):
         print(HEADINGS, flush=True)
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
     runs = whole_runs(rows)
     if runs:
-        print(f"\nwhole runs of {STEPS} steps and {MICRO_BATCHES:,} micro-batches, added up from these rows, minutes:")
+        print(f"\nwhole runs of {STEPS} steps and {MICRO_BATCHES:,} micro-batches, estimated from these rows, minutes:")
     for what, (ours, other) in runs.items():
         print(f"{what:<50}{ours:>11.1f}" + ("" if other is None else f"{other:>14.1f}{other / ours:>10.2f}×"))
     gc.collect()

@@ -1,12 +1,11 @@
-"""Decoding with sparse weights against dense ones: python -m torch_impl.bench decode [--geometries …] [--whole_model …].
+"""Benchmark decoding with sparse against dense weights: python -m torch_impl.bench decode [--geometries …] [--whole_model …].
 
-Kernel by kernel: every projection of a block, ours against the best dense product in the same data type, over copies that
-no cache holds: on a GPU cuBLAS, both in CUDA graphs; on a CPU torch's or a hand-written loop, in turns (decode_cpu.py).
-As a model launches them: on a GPU packed projections with the same input are one product, dense ones are not, since Hugging
-Face's are not; how long the dense ones would take as one is told beside.
-Beside them what dense weights of four bits take (int4.py), a lossy form that answers another question.
-Whole model: tokens/s of one Hugging Face model with a static cache, on a GPU a graph for a token. A ratio is printed only
-where both sides give the same numbers.
+Kernels: each projection of a block, ours against the fastest dense product in the same dtype, over copies that exceed any
+cache. On a GPU that is cuBLAS, both in CUDA graphs; on a CPU torch or an optimised loop, in turns (decode_cpu.py). On a GPU,
+packed projections that share an input are one product. Dense ones are separate, as in Hugging Face's models; their time as
+one product is shown too. The time with 4-bit dense weights (int4.py), which are lossy, is shown for comparison.
+Whole model: tokens/s of a Hugging Face model with a static cache, on a GPU with CUDA graphs. A ratio is printed only if both
+sides compute the same numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Cell:
     geometry: str
     projection: str
     count: int
-    """How often a block has it."""
+    """Number of such projections in a block."""
     sparsity: str
     batch: int
     ours_us: float
@@ -51,39 +50,39 @@ class Cell:
     disagreement: float
     bound: float
     joined_us: float | None = None
-    """Dense, as one product, where the projection stands for several."""
+    """Dense as one product, if this stands for several projections."""
     int4_us: float | None = None
-    """The same product with dense weights of four bits, where torch has a kernel: a lossy weight, so no ratio."""
+    """The product with 4-bit dense weights, if torch has a kernel; lossy, so no ratio."""
 
     @property
     def agrees(self) -> bool:
-        """Whether both sides gave the same numbers."""
+        """Return whether both sides computed the same numbers."""
         return self.disagreement <= self.bound
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster ours is; None where the sides disagree."""
+        """Return how many times faster ours is; None if the sides disagree."""
         return self.dense_us / self.ours_us if self.agrees else None
 
     @property
     def tb_per_s(self) -> float:
-        """Bytes of the packed weight over the time."""
+        """Return the bytes of the packed weight per time."""
         return self.ours_bytes / self.ours_us / 1e6
 
     @property
     def share(self) -> float:
-        """Of the physical limit: the packed weight read once at the rate measured for memory."""
+        """Return the share of the limit: reading the packed weight once at the measured memory rate."""
         return self.tb_per_s / self.peak_tb_per_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers, for JSON."""
         return {**asdict(self), "ratio": self.ratio, "tb_per_s": self.tb_per_s, "share_of_limit": self.share}
 
 
 def projections(name: str, joined: bool) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """(rows of each, in, how often in a block) of what a block of a geometry multiplies with, those of one shape together.
+    """Return (rows of each, in, count) of the projections of a geometry's block, grouped by shape.
 
-    joined: projections with the same input are one.
+    joined: treat projections that share an input as one.
     """
     shape = geometry.GEOMETRIES[name]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -103,18 +102,18 @@ def projections(name: str, joined: bool) -> dict[str, tuple[tuple[int, ...], int
 
 
 def sparse(weight: torch.Tensor, sparsity: str) -> torch.Tensor:
-    """`weight` with zeros at random places (a percentage) or in an N:M pattern ("2:4")."""
+    """Set weights to zero at random places (a percentage) or in an N:M pattern ("2:4")."""
     if ":" in sparsity:
         n, m = map(int, sparsity.split(":"))
         kept = nm_mask(torch.rand_like(weight, dtype=torch.float32), n, m)
     else:
         kept = torch.rand_like(weight, dtype=torch.float32) >= float(sparsity) / 100
-    # Filled, not multiplied: 0 times a negative weight is a negative zero, which the bitmap keeps.
+    # Do not multiply by 0: that makes negative zeros, which the bitmap keeps.
     return weight.masked_fill(~kept.bool(), 0)
 
 
 def pack(weight: torch.Tensor) -> tuple[Product, int]:
-    """(x ↦ y = x Wᵀ over the weight packed as its device reads it, its bytes)."""
+    """Return (the function x ↦ y = x Wᵀ with the weight packed for its device, its size in bytes)."""
     if not weight.is_cuda:
         return decode_cpu.pack(weight)
     layout = cuda.pack_rows(weight)
@@ -122,7 +121,7 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
 
 
 def _copies(nbytes: int, device: torch.device) -> int:
-    """How many copies of so many bytes no cache holds."""
+    """Return how many copies of `size` bytes exceed any cache."""
     if device.type != "cuda":
         return decode_cpu.copies(nbytes)
     return int(3 * torch.cuda.get_device_properties(device).L2_cache_size / nbytes) + 2
@@ -131,7 +130,7 @@ def _copies(nbytes: int, device: torch.device) -> int:
 def _times(
     products: Sequence[Product], weights: Sequence[torch.Tensor], rows: tuple[int, ...], x: torch.Tensor, repeats: int
 ) -> tuple[float, float, float | None]:
-    """Microseconds of one product: (ours, dense with so many rows at a time, dense with all rows if those are several)."""
+    """Return the microseconds of one product: (ours, dense in parts of `rows`, dense as one if there are several parts)."""
     if not x.is_cuda:
         return *decode_cpu.times(products, weights, x, repeats), None
     ours = graphed([partial(product, x) for product in products], x.device, repeats)
@@ -143,7 +142,7 @@ def _times(
 
 
 def _int4_times(weight: torch.Tensor, inputs: Sequence[torch.Tensor], repeats: int) -> list[float | None]:
-    """Microseconds of a product with the weight in four bits, for each input; None without a kernel."""
+    """Return the microseconds of a product with the 4-bit weight, for each input; None without a kernel."""
     packed = int4.pack(weight)
     if packed is None:
         return [None] * len(inputs)
@@ -155,7 +154,7 @@ def _int4_times(weight: torch.Tensor, inputs: Sequence[torch.Tensor], repeats: i
 
 
 def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
-    """All cells of a geometry."""
+    """Measure all cells of a geometry."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     bound = 4 * torch.finfo(dtype).eps
     cells = []
@@ -179,8 +178,10 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
 
 
 def block(cells: Sequence[Cell], sparsity: str, batch: int) -> tuple[float, float, float] | None:
-    """Microseconds of a block's projections one after the other: (ours, dense, dense where those with the same input are
-    one); None if a projection disagrees."""
+    """Sum the microseconds of a block's projections: (ours, dense, dense with those that share an input as one product).
+
+    None if the sides disagree on a projection.
+    """
     chosen = [cell for cell in cells if (cell.sparsity, cell.batch) == (sparsity, batch)]
     if not all(cell.agrees for cell in chosen):
         return None
@@ -225,20 +226,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--geometries", nargs="*", choices=known, default=every if cuda else ["small"])
     parser.add_argument("--sparsities", nargs="+", default=["0", "50", "60", "70", "80", "2:4"], metavar="PERCENT|N:M")
     parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 4, 8])
-    parser.add_argument("--whole_model", choices=known, help="also tokens/s of this geometry, at the percentages given")
-    parser.add_argument("--blocks", type=int, help="decoder blocks of the whole model (default: all)")
+    parser.add_argument("--whole_model", choices=known, help="Also measure tokens/s of this geometry.")
+    parser.add_argument("--blocks", type=int, help="Number of decoder blocks of the whole model (default: all).")
+    parser.add_argument("--tokens", type=int, default=64 if cuda else 4, help="Tokens of the whole model to time.")
     parser.add_argument(
-        "--tokens", type=int, default=64 if cuda else 4, help="tokens of the whole model that are timed"
+        "--repeats", type=int, default=9, help="Timed repeats; the median counts on a GPU, the best on a CPU."
     )
-    parser.add_argument("--repeats", type=int, default=9, help="timed repeats; a GPU's median counts, a CPU's best")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
+    parser.add_argument("--json", type=Path, help="Also write all figures to this file.")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print; 1 if any two sides disagree."""
+    """Measure and print; return 1 if any two sides disagree."""
     transformers.utils.logging.set_verbosity_error()
     options = _parser().parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)

@@ -1,8 +1,8 @@
-"""The CPU's side of `bench decode`: packed products against the best dense there, by the clock.
+"""The CPU part of `bench decode`: packed products against the fastest dense ones.
 
-Dense is torch's own linear and, in bf16 where the CPU has VDPBF16PS, a loop as well written as ours; the faster of the two
-counts. A pass goes over copies that overflow any cache; sides take turns, and the quickest pass of each counts: other work
-on the machine only ever adds time.
+The dense side is the faster of torch's linear and, in bf16 on CPUs with VDPBF16PS, an optimised loop like ours. A pass goes
+over copies that exceed any cache. The sides take turns, and the fastest pass of each counts: other work on the machine only
+adds time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from torch_impl import packed
 from torch_impl.decode import cpu
 
-# Bytes that one pass reads, at least: several times any last-level cache.
+# Minimum number of bytes that one pass reads: several times any last-level cache.
 STREAM = 256_000_000
 LOOP_COLUMNS = 128
 
@@ -28,7 +28,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def pack(weight: torch.Tensor) -> tuple[Product, int]:
-    """(x ↦ y = x Wᵀ over the packed weight, its bytes)."""
+    """Return (the function x ↦ y = x Wᵀ with the packed weight, its size in bytes)."""
     bitmap, values, offsets = packed.pack(weight)
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
 
 @functools.cache
 def dense_loop() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """The hand-written dense bf16 loop, where this CPU and its compiler have one; columns a multiple of `LOOP_COLUMNS`."""
+    """Return the optimised dense bf16 loop if CPU and compiler support it; columns must be a multiple of `LOOP_COLUMNS`."""
     if "avx512bf16" not in cpu.paths():
         return None
     cpu.build(Path(__file__).with_name("dense_loop.cpp"))
@@ -48,12 +48,12 @@ def dense_loop() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
 
 
 def copies(nbytes: int) -> int:
-    """How many copies of so many bytes no cache holds."""
+    """Return how many copies of `size` bytes exceed any cache."""
     return STREAM // nbytes + 2
 
 
 def quickest(sides: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Microseconds of the quickest of `repeats` calls of each side, taken in turns after one call each."""
+    """Return the microseconds of the fastest of `repeats` calls of each side, in turns, after one warm-up call each."""
     best = [float("inf")] * len(sides)
     for turn in range(repeats + 1):
         for index, side in enumerate(sides):
@@ -65,7 +65,7 @@ def quickest(sides: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
 
 
 def read_rate() -> float:
-    """TB/s of reading memory once: a sum over more than any cache holds."""
+    """Measure TB/s of reading memory: sum over more than any cache holds."""
     numbers = torch.ones(STREAM // 4)
     return numbers.nbytes / quickest([numbers.sum], 5)[0] / 1e6
 
@@ -74,7 +74,7 @@ def read_rate() -> float:
 def times(
     products: Sequence[Product], weights: Sequence[torch.Tensor], x: torch.Tensor, repeats: int
 ) -> tuple[float, float]:
-    """Microseconds of one product: (ours, the best dense)."""
+    """Return the microseconds of one product: (ours, the fastest dense)."""
     dense: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [nn.functional.linear]
     loop = dense_loop() if x.dtype == torch.bfloat16 and x.shape[1] % LOOP_COLUMNS == 0 else None
     if loop is not None:

@@ -1,4 +1,4 @@
-// A dense bf16 loop as well written as that of decode/cpu.cpp, to measure it against: y = x Wᵀ.
+// y = x Wᵀ with a dense bf16 W: a loop as optimised as decode/cpu.cpp, for comparison.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

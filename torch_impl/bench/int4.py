@@ -1,16 +1,16 @@
-"""Dense weights of four bits by torch's own kernels, those that torchao builds on. Lossy, so another trade; users ask."""
+"""Dense 4-bit weights with torch's own kernels, as torchao uses them; lossy, so shown only for comparison."""
 
 from __future__ import annotations
 
 import torch
 
-# Weights that share a scale and a middle; tiles of the GPU's order.
+# Weights per scale and midpoint; tiles in the GPU's order.
 GROUP = 128
 INNER_TILES = 8
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes 0 to 15 (out, in) int32, scales and middles (in / GROUP, out, 2) bf16, the weight they stand for, float32)."""
+    """Quantise: (codes 0 to 15 (out, in) int32, scales and midpoints (in / GROUP, out, 2) bf16, their weight in float32)."""
     rows, columns = weight.shape
     groups = weight.float().view(rows, columns // GROUP, GROUP)
     low, high = groups.amin(2), groups.amax(2)
@@ -23,7 +23,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(tiles, scales and middles) for `product`, or None where torch has no kernel for this device, dtype or shape."""
+    """Return (tiles, scales and midpoints) for `product`; None if torch has no kernel for this device, dtype or shape."""
     if weight.dtype != torch.bfloat16 or weight.shape[1] % GROUP:
         return None
     codes, both, meant = quantise(weight)
@@ -41,6 +41,6 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def product(tiles: torch.Tensor, both: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x (b, in) ↦ y = x Ŵᵀ (b, out), bf16."""
+    """Compute y = x Ŵᵀ (b, out) of x (b, in), bf16."""
     kernel = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
     return kernel(x, tiles, GROUP, both)

@@ -1,4 +1,4 @@
-"""Models larger than the card: blocks from files, cost against model size, and the dry run's memory against what is taken."""
+"""Benchmark models larger than the GPU: offloaded blocks, cost by model size, and planned against measured memory."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from torch_impl.experiment.planning.sizes import Sizes
 
 CARD = 24 * 10**9
 TEXT = 1 << 17
-"""Letters, a token each, of the text that jobs read."""
+"""Letters in the jobs' text; each is a token."""
 WINDOWS = 8
-"""Evaluation windows, all of them at once."""
+"""Evaluation windows, all evaluated at once."""
 SCALES = {"cuda": ("llama-2-7b", "llama-2-13b", "llama-2-70b"), "cpu": ("small", "medium")}
 
 
 @contextlib.contextmanager
 def checkpoint(name: str, blocks: int, device: torch.device, dtype: torch.dtype) -> Iterator[Path]:
-    """A folder with a random model of that geometry, in several files, and a tokenizer; gone afterwards."""
+    """Create a temporary folder with a random model of the geometry, in several files, and a tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         model = geometry.build(name, blocks, device, dtype)
         model.save_pretrained(folder, max_shard_size="5GB")
@@ -53,7 +53,7 @@ def checkpoint(name: str, blocks: int, device: torch.device, dtype: torch.dtype)
 
 
 def forget_pages(folder: Path) -> None:
-    """Let the next reading of these files come from the disk."""
+    """Drop these files from the page cache, so that they are next read from disk."""
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -61,7 +61,7 @@ def forget_pages(folder: Path) -> None:
 
 
 class HostPeak:
-    """Largest private memory of this process while the body runs, bytes over what it was before; mapped files are not it."""
+    """Measures the peak additional private memory of this process within the context, in bytes, without mapped files."""
 
     def __enter__(self) -> HostPeak:
         self._process, self._ended = psutil.Process(), threading.Event()
@@ -85,9 +85,9 @@ class HostPeak:
 
 
 def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """(largest number of bytes that tensors held on the device meanwhile, result).
+    """Run an action; return (peak bytes of tensors on the device, result).
 
-    On the CPU only what the calling thread allocates is seen: not the blocks that come from files.
+    On the CPU only allocations of the calling thread count, so not the blocks read from disk.
     """
     gc.collect()
     if device.type == "cuda":
@@ -127,9 +127,9 @@ def _random_text(config: Config, folder: Path, device: torch.device) -> Material
 def stream(
     name: str, blocks: int, device: torch.device, dtype: torch.dtype, rows: int, length: int, method: str = "wanda"
 ) -> dict[str, Any]:
-    """Prune a checkpoint on disk block by block, as on a card of 24 GB, and verify what was written; figures by block."""
+    """Prune a checkpoint block by block from disk, as on a GPU with 24 GB, and verify the result; figures per block."""
     with checkpoint(name, blocks, device, dtype) as folder, tempfile.TemporaryDirectory() as out:
-        # Compiling takes the time of many blocks, and few are measured.
+        # Do not compile: it takes as long as many blocks, and only few are measured.
         more = ["--prune_method", method, "--offload", "on", "--compile_blocks", "off"]
         config = _options(folder, device, dtype, rows, length, *more)
         material = _random_text(config, folder, device)
@@ -176,19 +176,19 @@ def stream(
 
 
 def scale(device: torch.device, dtype: torch.dtype, blocks: int, rows: int, length: int) -> list[dict[str, Any]]:
-    """The same for models of several sizes: seconds and bytes of a block should be linear in its parameters."""
+    """Repeat `stream` for several model sizes: seconds and bytes per block should be linear in its parameters."""
     return [stream(name, blocks, device, dtype, rows, length) for name in SCALES[device.type]]
 
 
 def plan(
     name: str, blocks: int, device: torch.device, dtype: torch.dtype, rows: int, length: int, train_length: int
 ) -> Iterator[dict[str, Any]]:
-    """Real jobs of few blocks: the device memory that the dry run foretells against what they take, a row when each is done.
+    """Run jobs of few blocks and compare their device memory with the dry run's plan; yield a row per job.
 
-    They are as short as a job can be with the same peak: two batches of sequences, and points that are written once.
+    The jobs are as short as possible with the same peak: two batches of sequences, and one checkpoint.
     """
     short = ["--keep_points", "1", "--compile_blocks", "off"]
-    # Compiled, as a large model is, in batches of one shape for calibration and evaluation.
+    # Use batches of one shape for calibration and evaluation.
     compiled = ["--compile_blocks", "on"] if device.type == "cuda" else []
     training = ["--finetune", "true", "--train_examples", "24", "--train_seqlen", str(train_length)]
     training += ["--calibration_batch_size", str(WINDOWS), *compiled]
@@ -227,10 +227,10 @@ def _shown(value: Any) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row by itself, for those that take long."""
+    """Format one row as a line."""
     return "; ".join(f"{key} {_shown(value)}" for key, value in row.items())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a figure, one column a row: there are more figures than rows."""
+    """Format rows as columns, one line per figure."""
     return "\n".join(f"{key:<28}" + "".join(f"{_shown(row[key]):>28}" for row in rows) for key in rows[0])

@@ -1,4 +1,4 @@
-"""Timing two sides of one thing in one process: alternating, median, peak memory, and no ratio unless they agree."""
+"""Time two implementations in one process: alternating, by median, with peak memory, and no ratio unless they agree."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ GIB = 2**30
 
 @dataclass
 class Row:
-    """One part: both sides, what they cost, whether they agree."""
+    """One part: the cost of both sides, and whether they agree."""
 
     part: str
-    """What was done."""
+    """Description of the work."""
     ours_ms: float
     plain_ms: float | None = None
     ours_gib: float = 0.0
-    """Peak device memory: the weights this side needs and what it allocates on the way."""
+    """Peak device memory: the weights of this side and all it allocates."""
     plain_gib: float | None = None
     tflops: float | None = None
     disagreement: float | None = None
@@ -34,16 +34,16 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether the two sides gave the same numbers, within the bound."""
+        """Return whether both sides computed the same numbers, within the bound."""
         return self.disagreement is not None and self.bound is not None and self.disagreement <= self.bound
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster ours is; None where there is no other side or it disagrees."""
+        """Return how many times faster ours is; None if there is no other side or it disagrees."""
         return self.plain_ms / self.ours_ms if self.plain_ms is not None and self.agrees else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers, for JSON."""
         return {**asdict(self), "ratio": self.ratio}
 
 
@@ -54,7 +54,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def once(action: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
-    """(milliseconds, peak device memory over what was there before in GiB, result) of one call."""
+    """Time one call: (milliseconds, peak additional device memory in GiB, result)."""
     synchronize(device)
     before = 0
     if device.type == "cuda":
@@ -71,9 +71,9 @@ def once(action: Callable[[], Any], device: torch.device) -> tuple[float, float,
 def alternate(
     sides: Sequence[Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 1
 ) -> list[tuple[float, float, list[float]]]:
-    """For each side (median milliseconds, peak GiB, all times), taken in turns after a warm-up of each."""
+    """Time the sides in turns after warming up: (median milliseconds, peak GiB, all times) of each."""
 
-    # What a side keeps, it allocates while it warms up.
+    # Each side allocates the memory that it keeps during the warm-up.
     def warm(side: Callable[[], Any]) -> None:
         for _ in range(warm_up):
             side()
@@ -87,9 +87,9 @@ def alternate(
 
 
 def graphed(actions: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> float:
-    """Microseconds of one of `actions`, which take turns: in one CUDA graph, by events, the median of the replays.
+    """Return the microseconds of one of `actions`, run in turns: the median replay of one CUDA graph, timed by events.
 
-    On a CPU one after the other. Actions that use different memory keep a cache from holding what they read.
+    On a CPU they run one after the other. Give actions that use different memory, so that no cache holds what they read.
     """
     for action in actions:
         action()
@@ -115,7 +115,7 @@ def graphed(actions: Sequence[Callable[[], Any]], device: torch.device, repeats:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(TFLOP/s of a large matrix product, TB/s of a copy, read and written) of this device, measured now."""
+    """Measure this device: (TFLOP/s of a large matrix product, TB/s of a copy, read and written)."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     [(product, _, _)] = alternate([lambda: a @ b], device, 10)
@@ -127,17 +127,17 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def resident(*models: nn.Module) -> float:
-    """Device memory of the parameters and buffers of models, GiB."""
+    """Return the device memory of the parameters and buffers of models, GiB."""
     tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GIB
 
 
 def host_peak() -> float:
-    """Peak host memory of this process so far, GiB."""
+    """Return the peak host memory of this process so far, GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def relative(ours: torch.Tensor, other: torch.Tensor) -> float:
-    """‖ours − other‖ / ‖other‖ in float64."""
+    """Compute ‖ours − other‖ / ‖other‖ in float64."""
     ours, other = ours.detach().double().cpu(), other.detach().double().cpu()
     return float((ours - other).norm() / other.norm())

@@ -1,4 +1,4 @@
-"""The parts that are measured, a row or some rows each; both sides start from the same weights and tokens."""
+"""The measured parts, one or more rows each; both sides start from the same weights and tokens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from torch_impl.engine.training import TrainingConfig
 
 RATE = 0.7
 RANK = 8
-# Two float32 sides of the same algorithm, sums in another order, over two blocks.
+# Bound for two float32 implementations of one algorithm that differ in the order of summation, over two blocks.
 FLOAT32_BOUND = 1e-3
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much of everything, where."""
+    """The sizes and the device of the measurements."""
 
     device: torch.device
     dtype: torch.dtype
@@ -39,17 +39,17 @@ class Work:
     length: int
     repeats: int
     bound: float
-    """Largest relative difference between the two sides: rounding of the dtype, grown over the blocks."""
+    """Largest allowed relative difference between the sides: rounding of the dtype, accumulated over the blocks."""
 
     def ids(self, model: nn.Module, rows: int, length: int) -> torch.Tensor:
-        """Random token ids (rows, length)."""
+        """Sample token ids (rows, length)."""
         generator = torch.Generator().manual_seed(1)
         vocabulary = model.config.vocab_size  # type: ignore[union-attr]
         return torch.randint(vocabulary, (rows, length), generator=generator).to(self.device)  # type: ignore[arg-type]
 
 
 def mutual_information(model: PreTrainedModel, work: Work, compare: bool) -> Row:
-    """RMI sweep: R of every block."""
+    """Measure the RMI sweep: R of every block."""
     decoder = Decoder(model)
     ids = work.ids(model, work.sequences // 2, work.length)
 
@@ -73,7 +73,7 @@ def mutual_information(model: PreTrainedModel, work: Work, compare: bool) -> Row
 def _prune_ours(
     model: PreTrainedModel, work: Work, ids: torch.Tensor, method: str
 ) -> tuple[PreTrainedModel, float, float, list[float]]:
-    """(pruned copy, milliseconds, peak GiB over what was there, errors)."""
+    """Prune a copy; return (copy, milliseconds, peak additional GiB, errors)."""
     decoder = Decoder(model)
     settings = Settings(
         prune=PruneConfig(prune_method=method, sparsity_ratio=RATE, layer_sparsity="uniform"),
@@ -97,7 +97,7 @@ def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def masks_apart(model: PreTrainedModel, work: Work, method: str) -> float:
-    """Largest share of mask entries, or relative error, that differs between the sides, for a small float32 model."""
+    """Return the largest difference between the sides in mask entries (share) or errors (relative), small float32 model."""
     ids = work.ids(model, min(8, work.sequences), min(512, work.length))
     pruned, _, _, errors = _prune_ours(model, work, ids, method)
     other = copy.deepcopy(model)
@@ -107,7 +107,7 @@ def masks_apart(model: PreTrainedModel, work: Work, method: str) -> float:
 
 
 def prune_sweep(model: PreTrainedModel, work: Work, method: str, compare: bool, apart: float) -> Row:
-    """Masks and reconstruction errors of all blocks, from adapters of rank 0."""
+    """Measure masks and reconstruction errors of all blocks, with adapters of rank 0."""
     ids = work.ids(model, work.sequences, work.length)
     _prune_ours(model, work, ids[:16], method)  # compiles kernels
     pruned, milliseconds, peak, _ = _prune_ours(model, work, ids, method)
@@ -137,14 +137,14 @@ def _adapted(model: PreTrainedModel) -> None:
 
 
 def _zero_gradients(model: nn.Module) -> None:
-    """In place and in a few launches, as a fused optimizer does it."""
+    """Update in place in a few kernel launches, like a fused optimizer."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if gradients:
         torch._foreach_zero_(gradients)
 
 
 def _with_plain_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of an adapted model whose projections are the plain formulation's."""
+    """Copy an adapted model with the plain formulation's projections."""
     twin = copy.deepcopy(model)
     decoder = Decoder(twin)
     for block in decoder.blocks:
@@ -154,7 +154,7 @@ def _with_plain_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def gradients_apart(model: PreTrainedModel, work: Work) -> float:
-    """Largest relative difference between the two sides' adapter gradients, for a small float32 model of the geometry."""
+    """Return the largest relative difference between the sides' adapter gradients, for a small float32 model."""
     _adapted(model)
     twin = _with_plain_twin(model)
     config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, cuda_graphs=False)
@@ -177,9 +177,9 @@ def training_steps(
     apart: float,
     accumulation: int,
 ) -> Iterator[Row]:
-    """A micro-batch of four sequences, forward and backward, merged weight held or rebuilt; changes the model.
+    """Measure forward and backward of a micro-batch of four sequences, merged weight held or rebuilt; changes the model.
 
-    accumulation: micro-batches of an optimizer step, for which held weights are merged once; times are of one of them.
+    accumulation: micro-batches per optimizer step, for which held weights are merged once. Times are per micro-batch.
     """
     decoder = Decoder(model)
     _adapted(model)
@@ -212,7 +212,7 @@ def training_steps(
                 found[0][0] / accumulation,
             )
             row.ours_gib = found[0][1] + resident(model)
-            # Three large products of every prunable weight.
+            # Three large products per prunable weight.
             tokens = sum(len(example["input_ids"]) for example in examples)
             row.tflops = 3 * 2 * tokens * sum(decoder.prunable_weights) / row.ours_ms / 1e9
             if twin is not None:
@@ -224,7 +224,7 @@ def training_steps(
 def _batches(
     model: nn.Module, work: Work, lengths: tuple[int, ...]
 ) -> Iterator[tuple[str, list[training.Example], list[training.Example]]]:
-    """(name, four sequences, the same with padding up to the longest) for every length, and for a quarter to all of it."""
+    """Yield (name, four sequences, the same padded to the longest) for each length, and for mixed lengths from a quarter."""
     for length in lengths:
         rows = work.ids(model, 4, length).cpu()
         examples = [{"input_ids": row, "labels": row} for row in rows]
@@ -233,7 +233,7 @@ def _batches(
         longest = lengths[-1]
         parts = [longest * quarters // 4 for quarters in (1, 2, 3, 4)]
         shorter = [{name: x[:n] for name, x in example.items()} for example, n in zip(examples, parts, strict=True)]
-        # Causal attention: tokens behind the last label change nothing.
+        # Causal attention: tokens after the last label change nothing.
         padded = [
             {"input_ids": row, "labels": row.clone().index_fill_(0, torch.arange(n, longest), training.IGNORED)}
             for row, n in zip(rows, parts, strict=True)
@@ -250,7 +250,7 @@ def _gradients_apart(layers: list[Any], twins: list[plain.PlainLoRALinear]) -> f
 
 
 def merge(model: nn.Module, work: Work) -> Row:
-    """Merge every adapter of an adapted model; against float64 on a few rows of each."""
+    """Measure merging all adapters of a model; check a few rows of each against float64."""
     layers = adapters(model)
     [(milliseconds, peak, _)] = alternate([lambda: [layer.merged() for layer in layers[:7]]], work.device, work.repeats)
     row = Row("merge, one block", milliseconds, ours_gib=peak)

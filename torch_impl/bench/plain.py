@@ -1,7 +1,7 @@
-"""The other side of the benchmark: the plain formulation of each part, as research code for pruning LLMs writes it.
+"""The other side of the benchmark: the plain formulation of each part, as in research code for pruning LLMs.
 
-Correct and unhurried: one sequence at a time, features kept, a Gram matrix for every pair, a statistic for every
-projection, a SparseGPT column at a time, a materialised B·A beside the base product that is computed again in backward.
+It is correct but slow: one sequence at a time, all features kept, a Gram matrix for every pair, a statistic for every
+projection, SparseGPT column by column, and a materialised B·A beside the base product that is recomputed in backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK_SIZE = 128
 
 
 class PlainLoRALinear(nn.Module):
-    """y = x Wᵀ + x (M⊙(s·BA))ᵀ, the adapter branch recomputed in backward: six large products."""
+    """y = x Wᵀ + x (M⊙(s·BA))ᵀ with the adapter branch recomputed in backward: six large products."""
 
     mask: torch.Tensor
 
@@ -54,7 +54,7 @@ def _nhsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def block_outputs(decoder: Decoder, ids: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Output of every block for every sequence, one forward pass a sequence, all kept in host memory."""
+    """Return the output of every block for every sequence: one forward pass per sequence, all kept in host memory."""
     outputs: list[list[torch.Tensor]] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ def block_outputs(decoder: Decoder, ids: torch.Tensor) -> list[list[torch.Tensor
 
 @torch.no_grad()
 def redundancy(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    """R of every block: features kept, two Gram matrices for every pair of blocks."""
+    """Compute R of every block from kept features, with two Gram matrices for every pair of blocks."""
     outputs = block_outputs(decoder, ids)
     blocks = len(outputs[0])
     result = torch.zeros(blocks, dtype=torch.float64)
@@ -86,7 +86,7 @@ def redundancy(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def prune(decoder: Decoder, ids: torch.Tensor, method: str, rate: float) -> list[float]:
-    """Prune every block in place, one sequence at a time; returns the reconstruction errors. Dense features are kept."""
+    """Prune every block in place, one sequence at a time, with dense features kept; return the reconstruction errors."""
     dense = block_outputs(decoder, ids)
     hidden, arguments = _first_inputs(decoder, ids)
     errors = []
@@ -110,7 +110,7 @@ def prune(decoder: Decoder, ids: torch.Tensor, method: str, rate: float) -> list
 
 
 def _first_inputs(decoder: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """What the first block is given, for every sequence, and the arguments that go with it."""
+    """Record the input of the first block for every sequence, and its other arguments."""
     hidden: list[torch.Tensor] = []
     arguments: dict[str, Any] = {}
 
@@ -128,7 +128,7 @@ def _first_inputs(decoder: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tenso
 def _statistics(
     block: nn.Module, family: Family, hidden: list[torch.Tensor], arguments: dict[str, Any], method: str
 ) -> dict[str, torch.Tensor]:
-    """Squared input norms or Σ x xᵀ of every projection, each its own, in float32."""
+    """Compute squared input norms or Σ x xᵀ for each projection separately, in float32."""
     sums: dict[str, Any] = dict.fromkeys(family.projections, 0.0)
 
     def watch(name: str) -> Any:
@@ -147,7 +147,7 @@ def _statistics(
 
 
 def _sparsegpt(W: torch.Tensor, H: torch.Tensor, rate: float) -> torch.Tensor:
-    """SparseGPT with a handful of launches for every column."""
+    """Run SparseGPT with a few kernel launches per column."""
     W = W.clone()
     H = H + torch.eye(len(H), device=H.device) * (0.01 * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)

@@ -1,4 +1,4 @@
-"""Tokens per second of a whole model, its projections dense or packed, everything else the same on both sides."""
+"""Measure tokens per second of a whole model with dense or packed projections, everything else equal."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from torch_impl.experiment.planning import geometry
 
 LONGEST = 256
 GIVEN = 4
-"""Tokens given before logits are compared."""
+"""Number of tokens decoded before logits are compared."""
 
 
 @dataclass
 class Speed:
-    """One sparsity and batch: tokens/s of both sides, as `generate` runs them on a GPU and as Hugging Face does."""
+    """One sparsity and batch: tokens/s of both sides, run as by `generate` on a GPU and as by Hugging Face."""
 
     sparsity: str
     batch: int
     packed: float
     dense: float
     dense_joined: float | None
-    """Dense, with q, k and v one product and gate and up another, as ours are; None where it is not compiled."""
+    """Dense, with q, k and v as one product and gate and up as one, like ours; None if not compiled."""
     packed_eager: float
     dense_eager: float
     packed_gib: float
@@ -40,28 +40,28 @@ class Speed:
     dense_gib: float
     graph: bool
     compiled: bool
-    """Whether what lies between the projections is, on both sides."""
+    """Whether both sides are compiled between the projections."""
     disagreement: float
     bound: float
 
     @property
     def agrees(self) -> bool:
-        """Whether the logits are the same within the bound."""
+        """Return whether the logits are equal within the bound."""
         return self.disagreement <= self.bound
 
     @property
     def ratio(self) -> float | None:
-        """How many times as many tokens per second; None where the sides disagree."""
+        """Return the ratio of tokens per second; None if the sides disagree."""
         return self.packed / self.dense if self.agrees else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers, for JSON."""
         return {**asdict(self), "ratio": self.ratio}
 
 
 @torch.library.custom_op("losa::dense_rows", mutates_args=())
 def _dense_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """An operation of its own, so that `fused_blocks` works it out once for all that ask for it, as with packed weights."""
+    """Multiply as a custom operation, so that `compiled_blocks` computes it once for the group, as with packed weights."""
     return nn.functional.linear(x, weight)
 
 
@@ -71,7 +71,7 @@ def _dense_shape(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _DenseRows(nn.Module):
-    """Rows of a dense weight of several projections, one below the other."""
+    """One projection's rows in the stacked dense weight of several projections."""
 
     def __init__(self, weight: torch.Tensor, rows: slice) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _DenseRows(nn.Module):
 
 
 def _join_dense(decoder: Decoder) -> None:
-    """Make the projections of a block that have the same input one product, where the block is compiled."""
+    """Compute the projections of a block that share an input as one product, if the block is compiled."""
     for block in decoder.blocks:
         for names in decoder.family.inputs:
             if len(names) == 1:
@@ -96,7 +96,7 @@ def _join_dense(decoder: Decoder) -> None:
 
 
 class _Decoder:
-    """Greedy tokens, one after another, from a model with a static cache; `fast`: compiled and as CUDA graphs, on a GPU."""
+    """Decodes greedily, token by token, with a static cache. `fast`: compiled and, on a GPU, with CUDA graphs."""
 
     def __init__(self, model: PreTrainedModel, batch: int, device: torch.device, fast: bool) -> None:
         self.device = device
@@ -105,26 +105,26 @@ class _Decoder:
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=device)
 
     def step(self) -> torch.Tensor:
-        """Logits (b, vocabulary) of the next token, which becomes the input."""
+        """Compute logits (b, vocabulary) of the next token, which becomes the next input."""
         logits = self.following(self.ids)
         self.ids = logits.argmax(-1, keepdim=True)
         return logits
 
     def given_logits(self) -> torch.Tensor:
-        """After some tokens that are the same for every model."""
+        """Return the logits after some tokens that are the same for every model."""
         self.restart()
         for token in range(1, GIVEN + 1):
             logits = self.following(torch.full_like(self.ids, token))
         return logits.float()
 
     def restart(self) -> None:
-        """Forget what was decoded."""
+        """Reset the cache."""
         if self.cache.is_initialized:
             self.cache.reset()
         self.ids = torch.ones_like(self.ids)
 
     def tokens_per_second(self, tokens: int, repeats: int) -> float:
-        """Of the whole batch; the best of some runs."""
+        """Measure tokens per second of the whole batch; the fastest of several runs."""
         self.restart()
         for _ in range(WARM_UP + 1):
             self.step()
@@ -142,7 +142,7 @@ class _Decoder:
 
 @dataclass
 class _Side:
-    """One model's tokens/s, fast and as Hugging Face runs it, and its logits both ways."""
+    """Tokens/s and logits of one model: fast, and as run by Hugging Face."""
 
     fast: float
     eager: float
@@ -166,7 +166,7 @@ def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int) -> _S
 def _compare(
     sparsity: str, batch: int, packed: _Side, dense: _Side, joined: _Side, gib: tuple[float, float], bound: float
 ) -> Speed:
-    """gib: of the packed and the dense model. The dense model as Hugging Face runs it says what is right."""
+    """Compare the sides; the dense model, as run by Hugging Face, is the reference. gib: of the packed and dense model."""
     apart = max(relative(side.fast_logits, dense.logits) for side in (packed, dense, joined))
     speeds = (packed.fast, dense.fast, joined.fast if joined.compiled else None, packed.eager, dense.eager)
     how = (packed.graph, packed.compiled and dense.compiled)
@@ -174,13 +174,13 @@ def _compare(
 
 
 def measure(options: argparse.Namespace) -> list[Speed]:
-    """Every percentage of `options.sparsities` and every batch, from one model that gets sparser."""
+    """Measure all percentages in `options.sparsities` and all batches, with one model that is made sparser and sparser."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = geometry.build(options.whole_model, options.blocks, device, dtype)
     decoder = Decoder(model)
     places = [(block, name) for block in decoder.blocks for name in decoder.family.projections]
     rows, before = [], 0.0
-    # A projection rounds once on either side; the difference grows over the blocks.
+    # Each side rounds each projection once; the difference grows over the blocks.
     bound = 8 * torch.finfo(dtype).eps
     for percent in sorted(float(s) for s in options.sparsities if ":" not in s):
         stay = (1 - percent / 100) / (1 - before) if before < 1 else 1.0
@@ -205,7 +205,7 @@ def measure(options: argparse.Namespace) -> list[Speed]:
 
 
 def show(rows: Sequence[Speed]) -> None:
-    """What a person reads."""
+    """Print the rows."""
     if rows:
         how = "a CUDA graph a token" if rows[0].graph else "no graphs"
         how += ", both compiled" if all(row.compiled for row in rows) else ", not compiled"
