@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM
 from oracle_tests.small_runs import ROOT, arguments, fails
 from tiny_models.random_models import save_random_model
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.rates import RULES
 from torch_impl.engine.resume import points
 from torch_impl.experiment import config, job
+from torch_impl.experiment.text.sources import SOURCES
+from torch_impl.masks.prune import METHODS
 from torch_impl.run import main
 
 
@@ -103,7 +106,7 @@ def test_help_teaches() -> None:
         [sys.executable, "-m", "torch_impl.run", "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    for word in ("--sparsity_type", "mixed-N:M", "paper: 5", "examples", "--config"):
+    for word in ("--sparsity_type", "mixed-N:M", "paper: 5", "examples", "--config", *METHODS, *RULES, *SOURCES):
         assert word in done.stdout
 
 

@@ -42,13 +42,14 @@ def mutual_information(model: Llama, ids: Ids) -> Array:
     return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(grams)))
 
 
-def _by_importance(importance: Array | None, target: float, weights: Array, floor: Array) -> Array:
-    """LoSA, Eq. 5: the more important a block, the less sparse."""
+def by_importance(importance: Array | None, target: float, weights: Array, floor: Array) -> Array:
+    """Make the less important blocks sparser: LoSA, Eq. 5."""
     assert importance is not None
     return sparsity.allocate_sparsity(importance, target, schedule.sparsity_spread(target), weights, floor)
 
 
-def _the_same(importance: Array | None, target: float, weights: Array, floor: Array) -> Array:
+def the_same(importance: Array | None, target: float, weights: Array, floor: Array) -> Array:
+    """Give all blocks the same sparsity."""
     return sparsity.uniform_sparsity(target, weights, floor)
 
 
@@ -56,7 +57,7 @@ RULES = {
     rule.name: rule
     for rule in (
         # With two blocks, importances are always equal.
-        RateRule("rmi", _by_importance, mutual_information, least_blocks=3),
-        RateRule("uniform", _the_same),
+        RateRule("rmi", by_importance, mutual_information, least_blocks=3),
+        RateRule("uniform", the_same),
     )
 }

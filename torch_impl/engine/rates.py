@@ -61,17 +61,18 @@ class MutualInformation:
         return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(self._grams))))
 
 
-def _by_importance(
+def by_importance(
     importance: torch.Tensor | None, target: float, weights: torch.Tensor, floor: torch.Tensor
 ) -> torch.Tensor:
-    """LoSA, Eq. 5: the more important a block, the less sparse."""
+    """Make the less important blocks sparser: LoSA, Eq. 5."""
     assert importance is not None
     return sparsity.allocate_sparsity(importance, target, schedule.sparsity_spread(target), weights, floor)
 
 
-def _the_same(
+def the_same(
     importance: torch.Tensor | None, target: float, weights: torch.Tensor, floor: torch.Tensor
 ) -> torch.Tensor:
+    """Give all blocks the same sparsity."""
     return sparsity.uniform_sparsity(target, weights, floor)
 
 
@@ -79,7 +80,7 @@ RULES = {
     rule.name: rule
     for rule in (
         # With two blocks, importances are always equal.
-        RateRule("rmi", _by_importance, lambda family: MutualInformation(), least_blocks=3),
-        RateRule("uniform", _the_same),
+        RateRule("rmi", by_importance, lambda family: MutualInformation(), least_blocks=3),
+        RateRule("uniform", the_same),
     )
 }

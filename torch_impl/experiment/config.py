@@ -24,13 +24,14 @@ from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import TrainingConfig
 from torch_impl.experiment.command import Parser, closest
+from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EMBEDDED_MODEL = Path(__file__).parents[2] / "tiny_models" / "stdlib_llama"
 FIRST_SHARE = 0.1
 # Options whose values are the names in a registry.
-REGISTRIES: dict[str, Iterable[str]] = {"prune_method": METHODS, "layer_sparsity": RULES}
+REGISTRIES: dict[str, Iterable[str]] = {"prune_method": METHODS, "layer_sparsity": RULES, "calibration_data": SOURCES}
 PRESETS = ("paper", "best", "quick")
 # The largest seed that torch accepts.
 MOST_SEED = 2**63 - 1
@@ -64,8 +65,8 @@ class TextConfig:
     """The text for calibration, training and evaluation, and how much of it."""
 
     calibration_data: str = "stdlib"
-    """Calibration text: stdlib (sources of Python's standard library); a .txt, .jsonl, .json or .parquet file, or a folder of
-    them; c4, wikitext2, alpaca-gpt4 or hf:REPO[:CONFIG[:SPLIT]]."""
+    """Calibration text: {names} (stdlib is the sources of Python's standard library); a .txt, .jsonl, .json or .parquet file, or
+    a folder of them; hf:REPO[:CONFIG[:SPLIT]], a data set of the Hugging Face hub."""
     finetune_data: str = "stdlib"
     """Text or instruction records for fine-tuning; the same kinds of source."""
     eval_data: str = "stdlib"
