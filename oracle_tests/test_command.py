@@ -44,10 +44,10 @@ def with_note(error: BaseException, note: str) -> BaseException:
         (SafetensorError("I/O error: No space left"), 2, "I/O error: No space left"),
         (json.JSONDecodeError("bad", "x", 0), 2, "bad: line 1 column 1 (char 0)"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad byte"), 2, "'utf-8' codec can't decode byte 0xff"),
-        (MemoryError(), 2, "this machine's memory is full: take smaller sizes"),
+        (MemoryError(), 2, "this machine is out of memory: use smaller sizes"),
         (with_note(OSError("disk full"), "rerun with --resume"), 2, "disk full; rerun with --resume"),
         (AttributeError("no x"), 1, "AttributeError in oracle_tests/test_command.py, line"),
-        (KeyError("x"), 1, "'x'; this is not foreseen: LOSA_TRACEBACK=1"),
+        (KeyError("x"), 1, "'x'; this is a bug: rerun with LOSA_TRACEBACK=1"),
         (TypeError(), 1, "no message"),
         (IndexError("i"), 1, "IndexError"),
         (ImportError("no module"), 1, "ImportError"),
@@ -106,7 +106,7 @@ def test_what_is_done_stays_done_when_nobody_can_read_it(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", Full())
     command.say("all is well")
-    assert capsys.readouterr().err == "warning: standard output cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == "warning: cannot write to standard output (No space left on device)\n"
 
     @command.command
     def main(arguments: Sequence[str]) -> None:

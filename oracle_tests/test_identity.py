@@ -76,7 +76,7 @@ def test_what_may_change_is_accepted_if_named_and_only_then(stopped: Path, capsy
     assert tuple(sorted(changed)) == tuple(sorted(CHANGEABLE))
     assert main(options(stopped, resume="true", accept_changes="learning_rate weight_decay", **changed)) == 2
     said = capsys.readouterr().err
-    assert "max_grad_norm is 0.1, the run began with 0.3; allowed with --resume" in said
+    assert "max_grad_norm is 0.1, the run began with 0.3; resume with the original options" in said
     assert "learning_rate is" not in said
     assert main(options(stopped, resume="true", accept_changes=" ".join(changed), save_every=7, **changed)) == 0
     assert max(event["learning_rate"] for event in events(stopped) if event["event"] == "train") == 5e-3
@@ -111,14 +111,14 @@ def test_other_versions_are_said_and_other_contents_refused(caplog: pytest.LogCa
     identity.check_material(before, dict(before))
     assert not caplog.text
     identity.check_material(before, {**before, "torch": "9.9"})
-    assert "torch is 9.9, the run began with torch: its bits may differ" in caplog.text
+    assert "torch is 9.9, the run began with torch: results may differ" in caplog.text
     assert len(caplog.records) == 1
     for name, what in identity.CONTENTS.items():
         with pytest.raises(ValueError, match="since the run began") as caught:
             identity.check_material(before, {**before, name: "x" * 64})
         assert str(caught.value) == (
             f"{what} has changed since the run began: {name} is {'x' * 12}, not {name[:12]}; "
-            "resume with what the run began with, or start over with --overwrite"
+            "restore the original, or start over with --overwrite"
         )
 
 

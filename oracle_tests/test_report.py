@@ -85,13 +85,13 @@ def test_the_table_holds_each_figure_in_its_row() -> None:
         (
             0.6904,
             "unstructured",
-            "Asked for 70.00% zeros, got 69.04%: what is pruned together, such as a row, loses whole",
+            "Requested 70.00% zeros, got 69.04%: the number of pruned weights is rounded down",
         ),
-        (0.7012, "unstructured", "Asked for 70.00% zeros, got 70.12%: parts of the model were sparser already."),
+        (0.7012, "unstructured", "Requested 70.00% zeros, got 70.12%: parts of the model were already sparser."),
         (
             0.7012,
             "mixed-3:10",
-            "Asked for 70.00% zeros, got 70.12%: the blocks differ in size, or the model had more zeros",
+            "Requested 70.00% zeros, got 70.12%: blocks differ in size, or parts of the model already had",
         ),
         (0.7004, "unstructured", ""),
         (0.6996, "unstructured", ""),
@@ -102,7 +102,7 @@ def test_a_share_of_zeros_that_is_not_the_one_asked_for(found: float, pattern: s
     for text in (report.table(result), report.model_card(result)):
         assert (f"{found:.2%} (asked: 70.00%)" in text) == bool(why)
         assert why in text
-        assert ("Asked for" in text) == bool(why)
+        assert ("Requested" in text) == bool(why)
 
 
 def test_the_model_card_holds_the_same_table() -> None:

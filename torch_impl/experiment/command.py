@@ -1,4 +1,4 @@
-"""What all commands have in common: checked options, one line on what went wrong, the exit status."""
+"""Shared by all commands: option parsing, one-line errors and exit statuses."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ from typing import Any, NoReturn
 import transformers
 from safetensors import SafetensorError
 
-# Set to anything, it has every command print the traceback of what ended it.
+# If this environment variable is set, commands print the traceback of an error.
 TRACEBACK = "LOSA_TRACEBACK"
-# What the code raises on purpose, with a message for the user, and what files and devices raise.
+# Errors raised with a message for the user, and errors of files and devices.
 EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError)
-# Characters of a message: other people's may hold a list of every tensor.
+# Maximum characters of a message: those of libraries may list every tensor.
 LONGEST = 1000
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad options are one line and a ValueError, like every other bad input; no option may be abbreviated."""
+    """A parser that raises ValueError for bad options, like for any other bad input. Options cannot be abbreviated."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        """Errors: ValueError, always."""
+        """Raise a ValueError."""
         raise ValueError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's. Errors: ValueError naming what is no option, and the option that looks like it."""
+        """Parse the arguments. Errors: ValueError naming an unknown option and similar known ones."""
         options, extra = self.parse_known_args(args, namespace)
         self.refuse(extra)
         return options
 
     def refuse(self, extra: Sequence[str]) -> None:
-        """Errors: ValueError if there are words that belong to no option."""
+        """Refuse unknown words. Errors: ValueError naming the first one."""
         if extra:
-            # What follows an unknown option is most likely its value.
+            # A word after an unknown option is probably its value.
             word = next((word for word in extra if word.startswith("-")), extra[0]).partition("=")[0]
             raise ValueError(f"{word} is not an option{closest(word, self._option_string_actions)}; see --help")
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A question after a word that is not known: which of the known ones was meant; nothing if none looks like it."""
-    # Every option may be spelled with hyphens, too.
+    """Ask whether a similar known word was meant; return nothing if none is similar."""
+    # Leave out the alternative spelling of options with hyphens.
     found = difflib.get_close_matches(word, [name for name in known if "-" not in name.lstrip("-")], n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def command(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
-    """Make the main function of a command of `work`, which gets the arguments.
+    """Turn `work`, which gets the arguments, into the main function of a command.
 
-    It returns the exit status: 0; or after one line on standard error 2 for what the code refuses, 1 for an exception
-    that it does not foresee, 130 (143) after Ctrl-C (SIGTERM).
+    It returns the exit status: 0 for success. For an error, it prints one line to standard error and returns 2 for an
+    expected error, 1 for an unexpected exception, 130 after Ctrl-C and 143 after SIGTERM.
     """
 
     @functools.wraps(work)
     def main(arguments: Sequence[str] | None = None) -> int:
         transformers.utils.logging.set_verbosity_error()
         for stream in (sys.stdout, sys.stderr):
-            # A terminal without the letter shows its number.
+            # Print characters that the terminal cannot show as escapes.
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -76,33 +76,33 @@ def command(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
         except SystemExit:
             raise
         except BrokenPipeError as error:
-            # Whoever reads this command's output has seen enough.
+            # The reader of the output has closed it, as `head` does.
             _leave_output()
             return _end(error) if error.filename else 128 + signal.SIGPIPE
-        except BaseException as error:  # the tokenizers' panics are no Exceptions
+        except BaseException as error:  # panics of tokenizers are not Exceptions
             return _end(error)
 
     return main
 
 
 def say(text: str) -> None:
-    """Print what the work has come to. It is done by then, so whether anybody can read it changes nothing."""
+    """Print the result. The work is done, so a closed or full standard output only causes a warning."""
     try:
         print(text, flush=True)
     except OSError as error:
         _leave_output()
         with suppress(OSError):
-            print(f"warning: standard output cannot be written ({error.strerror})", file=sys.stderr)
+            print(f"warning: cannot write to standard output ({error.strerror})", file=sys.stderr)
 
 
 def _leave_output() -> None:
-    """Let nothing more go to standard output, not even when the interpreter ends."""
+    """Redirect standard output to nowhere, so that nothing is written when the interpreter ends."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(error: BaseException) -> int:
-    """Say what went wrong. Returns the exit status."""
+    """Print the error; return the exit status."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     status, words = _judge(error)
@@ -113,7 +113,7 @@ def _end(error: BaseException) -> int:
 
 
 def _judge(error: BaseException) -> tuple[int, str]:
-    """(exit status, what went wrong)."""
+    """Return (exit status, message)."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "number", signal.SIGINT), str(error) or "interrupted"
     message = str(error)
@@ -122,17 +122,17 @@ def _judge(error: BaseException) -> tuple[int, str]:
     if isinstance(error, EXPECTED):
         return 2, message or type(error).__name__
     if isinstance(error, MemoryError):
-        return 2, f"this machine's memory is full: {message or 'take smaller sizes'}"
+        return 2, f"this machine is out of memory: {message or 'use smaller sizes'}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = "/".join(Path(place.filename).parts[-2:])
     return 1, (
-        f"{type(error).__name__} in {where}, line {place.lineno}: {message or 'no message'}; this is not foreseen: "
-        f"{TRACEBACK}=1 shows where it comes from"
+        f"{type(error).__name__} in {where}, line {place.lineno}: {message or 'no message'}; this is a bug: "
+        f"rerun with {TRACEBACK}=1 for the traceback and report it"
     )
 
 
 def process() -> str:
-    """Which process speaks, if it is not the first of several, which alone prints results."""
+    """Return a prefix with this process's number; empty for process 0, which alone prints results."""
     several = os.environ.get("WORLD_SIZE", "") not in ("", "1")
     number = os.environ.get("RANK", "0") if several else "0"
     return "" if number == "0" else f"process {number}: "

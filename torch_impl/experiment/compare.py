@@ -1,10 +1,10 @@
-"""LoSA against one shot with the same adapter, data and number of training tokens; learning rates tuned for both.
+"""Compare LoSA with one-shot pruning: same adapters, data and number of training tokens, learning rates tuned for both.
 
     python -m torch_impl.experiment.compare [options of torch_impl.run] --learning_rates 1e-3 2e-3 --seeds 0 1 2
 
-Variants: one shot is Wanda at full sparsity at once, uniform rates and ranks, then the same masked adapter on all parts
-together. Learning rates are tuned on the first seed, by the perplexity of the first half of the evaluation windows; all
-figures are of the second half.
+One shot prunes to full sparsity at once, with uniform sparsities and ranks, then trains the same masked adapters on all parts
+together. Learning rates are tuned with the first seed, by the perplexity on the first half of the evaluation windows. All
+figures are for the second half.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch_impl.experiment.text.windows import split_parts
 
 logger = logging.getLogger(__name__)
 
-# Name of a variant: what it changes, by section of the configuration.
+# Changes of each variant, by section of the configuration.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "one shot": {
         "prune": {"steps": 1, "layer_sparsity": "uniform"},
@@ -61,19 +61,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# Options of a run that this command sets itself, or does not read; and what to use for them.
+# Options of a run that this command sets or ignores, with the advice to give.
 NOT_HERE = {
     "learning_rate": "; use --learning_rates",
     "seed": "; use --seeds",
     **dict.fromkeys(
         ("output_dir", "overwrite", "resume", "accept_changes", "save_every", "keep_points", "dry_run", "devices"),
-        ": nothing but the file of --json is written",
+        ", which writes only the file of --json",
     ),
 }
 
 
 def variant_config(config: Config, name: str, rate: float, seed: int) -> Config:
-    """The configuration of a variant at a learning rate and seed, with the mean rank over all steps kept the same."""
+    """Return the configuration of a variant at a learning rate and seed; the mean rank over all steps stays the same."""
     changes = VARIANTS[name]
     prune = dataclasses.replace(config.prune, **changes.get("prune", {}))
     rank = config.adapter.initial_rank + (config.prune.steps - prune.steps) // 2
@@ -88,9 +88,9 @@ def variant_config(config: Config, name: str, rate: float, seed: int) -> Config:
 
 
 def measure(config: Config, material: Material) -> tuple[float, float]:
-    """Perplexity of the merged model on the first and on the second half of the evaluation windows; infinite if it diverged.
+    """Measure the merged model's perplexity on the first and second half of the evaluation windows; infinite if it diverged.
 
-    Options, model and text have been checked before, so what cannot be computed is due to the numbers; the log says why.
+    Options, model and text are already checked, so an error means that the run diverged; it is logged.
     """
     model = copy.deepcopy(material.model)
     parts = split_parts(material.examples, config.text.shares(config.prune.steps))
@@ -114,7 +114,7 @@ def _measured(model: torch.nn.Module, windows: torch.Tensor, config: Config) -> 
 
 
 def best_rate(tuning: Mapping[float, float]) -> float:
-    """The learning rate with the lowest perplexity; one that is not finite counts as infinite."""
+    """Return the learning rate with the lowest perplexity; NaN counts as infinite."""
     return min(tuning, key=lambda rate: tuning[rate] if math.isfinite(tuning[rate]) else math.inf)
 
 
@@ -125,7 +125,7 @@ def compare(
     names: Sequence[str],
     materials: Mapping[int, Material],
 ) -> list[dict[str, Any]]:
-    """One record per variant: tuned learning rate, perplexity per seed, mean and spread; None stands for diverged."""
+    """Measure all variants. Return per variant: tuned learning rate, perplexity per seed, mean, stdev; None if diverged."""
     records = []
     for name in names:
         tuning = {rate: measure(variant_config(config, name, rate, seeds[0]), materials[seeds[0]]) for rate in rates}
@@ -160,26 +160,26 @@ def _shown(value: float) -> str:
 
 
 def check_options(own: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Errors: ValueError naming what is wrong with the options of this command, or an option of a run that does nothing here."""
+    """Check this command's options. Errors: ValueError naming a bad option, or an option of a run that has no effect here."""
     for rate in own.learning_rates:
         if not 0 < rate < math.inf:
-            raise ValueError(f"learning_rates: {rate} is no learning rate; allowed: finite numbers above 0")
+            raise ValueError(f"learning_rates has {rate}; allowed: finite numbers above 0")
     for seed in own.seeds:
         if not 0 <= seed <= MOST_SEED:
-            raise ValueError(f"seeds: {seed} is no seed; allowed: 0 or more, up to {MOST_SEED}")
+            raise ValueError(f"seeds has {seed}; allowed: 0 to {MOST_SEED}")
     if own.json is not None and (own.json.is_dir() or not os.access(own.json.absolute().parent, os.W_OK)):
-        raise ValueError(f"json {own.json} cannot be written; allowed: a file in an existing folder")
+        raise ValueError(f"json {own.json} cannot be written; give a file in an existing folder")
     for word in rest:
         option = word.partition("=")[0].replace("-", "_").removeprefix("__")
         if word.startswith("--") and option in NOT_HERE:
-            raise ValueError(f"--{option} is of no use here{NOT_HERE[option]}; see --help")
+            raise ValueError(f"--{option} has no effect in this command{NOT_HERE[option]}; see --help")
 
 
 def check_material(config: Config, names: Sequence[str], material: Material) -> None:
-    """Errors: ValueError naming what some variant cannot work with."""
+    """Check model and text for all variants. Errors: ValueError naming what does not work."""
     if len(material.evaluation) < 2:
         raise ValueError(
-            "evaluation text has 1 window; allowed: 2 or more, to tune on the first half and measure the other"
+            "the evaluation text has only 1 window; give 2 or more, to tune on the first half and measure on the second"
         )
     for name in names:
         variant = variant_config(config, name, config.training.learning_rate, config.output.seed)
@@ -189,7 +189,7 @@ def check_material(config: Config, names: Sequence[str], material: Material) -> 
 
 @command
 def main(arguments: Sequence[str]) -> None:
-    """Print a line per variant; --json keeps the figures."""
+    """Print one line per variant; write the figures to --json."""
     parser = Parser(
         prog="python -m torch_impl.experiment.compare",
         description=__doc__,
@@ -198,13 +198,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--json", type=Path, help="file for the figures; null stands for a run that diverged")
+    parser.add_argument("--json", type=Path, help="File for the figures; null means that a run diverged.")
     own, rest = parser.parse_known_args(arguments)
     check_options(own, rest)
     start = time.perf_counter()
     config = parse(rest)
     if not config.training.finetune:
-        raise ValueError("finetune is False; allowed: True, since learning rates are compared")
+        raise ValueError("finetune is False, but this command tunes learning rates; leave out --finetune false")
     names = list(dict.fromkeys(own.variants))
     seeds = list(dict.fromkeys(own.seeds))
     for name in names:

@@ -1,4 +1,4 @@
-"""Perplexity in windows that do not overlap."""
+"""Perplexity on non-overlapping windows."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from torch_impl.engine import distributed, finite
 from torch_impl.engine.calibration import Stream, finish
 from torch_impl.engine.decoder import Decoder, takes_pair
 
-# The largest mean loss whose exponential is a finite float64.
+# The largest mean loss with a finite exponential in float64.
 LARGEST = math.log(sys.float_info.max)
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: str = "the model") -> float:
-    """exp of the mean negative log-likelihood per predicted token, in float32 at least.
+    """Compute the perplexity: exp of the mean negative log-likelihood per predicted token, in float32 at least.
 
-    windows: token ids (n, t). The first token of a window is not predicted, so n·(t − 1) are: the convention of the
-    pruning literature (GPTQ, SparseGPT, Wanda). Several processes take turns at the batches. name: of what is measured.
+    windows: token ids (n, t). The first token of a window is not predicted, so there are n·(t − 1) predictions, as usual in
+    the pruning literature (GPTQ, SparseGPT, Wanda). Several processes share the batches. name: of the model, for errors.
 
-    Errors: FloatingPointError with that name if the perplexity is not a finite number, and where the model's output stops
-    being finite.
+    Errors: FloatingPointError if the perplexity is not finite, with the first module whose output is not.
     """
     device = next(model.parameters()).device
     total = 0.0
     batches = windows.split(batch_size)
     rounds = range(distributed.number(), distributed.number() + len(batches), distributed.processes())
     for own in tqdm(rounds, desc="perplexity", leave=False, disable=not distributed.leads()):
-        # A sharded model runs in all processes or in none: who has no batch left sees the first again.
+        # A sharded model runs in all processes at once, so a process without a batch repeats the first one.
         ids = batches[own if own < len(batches) else 0].to(device)
         loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
         if not math.isfinite(loss) and distributed.processes() == 1:
@@ -46,7 +45,7 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
 @takes_pair
 @torch.no_grad()
 def streamed_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, name: str) -> float:
-    """The same from a stream of the windows that has gone through all blocks."""
+    """Compute the perplexity from a stream of the windows that has passed all blocks."""
     total = 0.0
     for _, rows in stream.batches():
         logits = finish(decoder, windows[rows], stream.states(rows))
@@ -55,7 +54,7 @@ def streamed_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream,
 
 
 def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Summed over the predicted tokens of windows (n, t), a window at a time: logits in float32 are large."""
+    """Sum the loss over the predicted tokens of windows (n, t), one window at a time: float32 logits are large."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = [
         functional.cross_entropy(window[:-1].to(wide), row[1:], reduction="sum")
@@ -65,7 +64,7 @@ def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def _perplexity(total: float, windows: torch.Tensor, model: nn.Module, name: str, where: str) -> float:
-    """From the loss summed over all predicted tokens; where: what is to blame if that is not finite."""
+    """Compute the perplexity from the summed loss. where: the part of the model to name if the loss is not finite."""
     dtype: Any = model.dtype
     if not math.isfinite(total):
         raise finite.NotFiniteError(where, dtype, name)

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl while it lasts, JSON files at its end."""
+"""Write metrics.jsonl during a run and JSON files at its end."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch_impl.engine.files import write_atomically
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON. Errors: FloatingPointError if a figure is not finite."""
+    """Write indented JSON. Errors: FloatingPointError if a value is not finite."""
     write_atomically(path, (files.dumps(value, path.name, indent=1) + "\n").encode())
 
 
 class Metrics:
-    """metrics.jsonl: one line an event, written by process 0."""
+    """The file metrics.jsonl: one line per event, written by process 0."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def log(self, event: str, **values: Any) -> None:
-        """Append an event and its values. Errors: FloatingPointError if a figure is not finite; nothing is written then."""
+        """Append an event. Errors: FloatingPointError if a value is not finite; then nothing is written."""
         if not distributed.leads():
             return
         line = files.dumps({"event": event, **values}, self._path.name)

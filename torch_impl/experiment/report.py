@@ -1,4 +1,4 @@
-"""What a run has to say: a table, a model card, a page with pictures."""
+"""Reports of a run: the closing table, the model card, and a page with plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_impl.engine.record import StepRecord
 from torch_impl.experiment.text.sources import ALL
 from torch_impl.masks.pattern import Pattern
 
-# Shares of zeros that differ by more are not the same to whoever reads them.
+# Report a difference between two sparsities if it is larger than this.
 VISIBLE = 5e-4
 ROWS = (("dense", "dense"), ("pruned_at_once", "pruned at once"), ("losa", "LoSA"))
 
@@ -34,7 +34,7 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _sparsity(found: float, asked: float, pruned: bool) -> str:
-    """A share of zeros, and beside it the one that was asked for where they differ visibly."""
+    """Format a sparsity; add the requested one if they differ visibly."""
     return f"{found:.2%}" + (f" (asked: {asked:.2%})" if pruned and abs(found - asked) > VISIBLE else "")
 
 
@@ -43,7 +43,7 @@ def _bytes(count: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The closing table, as text."""
+    """Format the closing table as text."""
     cells = _cells(result)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
@@ -60,27 +60,27 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"learning rate {result['lr_schedule'].replace('_', ' ')}.",
         f"Reloaded {checks['reloaded']}: every pruned weight of {checks['projections']} projections is zero, logits "
         f"within {checks['largest_logit_difference']:.1e} of the unmerged model's.",
-        "Saved as a dense file with zeros in it, so as large as before and no faster; packed (python -m torch_impl.pack): a "
-        "bitmap and the kept values.",
+        "The saved model stores its zeros, so it is as large and as fast as before. To store a bitmap and the kept values "
+        "instead, run python -m torch_impl.pack.",
     ]
 
 
 def _why_not_as_asked(result: dict[str, Any]) -> list[str]:
-    """Why the share of zeros is not the one that was asked for."""
+    """Explain why the sparsity is not the requested one."""
     found, asked = result["losa"]["sparsity"], result["target_sparsity"]
     if abs(found - asked) <= VISIBLE:
         return []
     if Pattern.parse(result["sparsity_type"]).group is not None:
-        why = "the blocks differ in size, or the model had more zeros than the pattern in places"
+        why = "blocks differ in size, or parts of the model already had more zeros than the pattern"
     elif found > asked:
-        why = "parts of the model were sparser already"
+        why = "parts of the model were already sparser"
     else:
-        why = "what is pruned together, such as a row, loses whole weights and at most its share, which shows where it is short"
-    return [f"Asked for {asked:.2%} zeros, got {found:.2%}: {why}."]
+        why = "the number of pruned weights is rounded down in each row or group, which is visible if rows are short"
+    return [f"Requested {asked:.2%} zeros, got {found:.2%}: {why}."]
 
 
 def _measured_on(facts: dict[str, Any]) -> str:
-    """Which text the perplexities are of."""
+    """Describe the evaluation text."""
     part = facts["split"]
     if facts["end_of_document"]:
         part += ": the end of a document"
@@ -92,12 +92,12 @@ def _measured_on(facts: dict[str, Any]) -> str:
     return (
         f"Perplexity per token on {facts['source']} ({part}): {facts['windows']} windows of {facts['seqlen']} tokens, "
         f"sha256 {facts['sha256'][:12]}."
-        + (f" Documents left out of other texts because of it: {', '.join(removed)}." if removed else "")
+        + (f" Evaluation documents removed from other texts: {', '.join(removed)}." if removed else "")
     )
 
 
 def model_card(result: dict[str, Any]) -> str:
-    """README.md of the saved model."""
+    """Write the text of the saved model's README.md."""
     rows = _cells(result)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
@@ -120,12 +120,12 @@ def model_card(result: dict[str, Any]) -> str:
 
 
 def write(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -> None:
-    """report.html and its pictures; without matplotlib, the page says how to get them."""
+    """Write report.html and its plots; without matplotlib, the page says how to get them."""
     try:
         pictures = _draw(folder, result, records)
         missing = ""
     except ImportError:
-        pictures, missing = [], '<p>Pictures need matplotlib: <code>pip install "losa-oracle[report]"</code>.</p>'
+        pictures, missing = [], '<p>Plots need matplotlib: <code>pip install "losa-oracle[report]"</code>.</p>'
     cells = _cells(result)
     head = "".join(f"<th>{cell}</th>" for cell in cells[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells[1:])
@@ -159,7 +159,7 @@ td:first-child {{ text-align: left }} figure {{ margin: 1.5rem 0 }} img {{ max-w
 
 
 def _draw(folder: Path, result: dict[str, Any], records: Sequence[StepRecord]) -> list[tuple[str, str]]:
-    """Write the pictures. Returns (file, what it shows)."""
+    """Write the plots. Return (file, caption) of each."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
