@@ -1,4 +1,4 @@
-"""The registry of rate rules: how the blocks share the model's sparsity. A new rule is one record in `RULES`."""
+"""The registry of rate rules, which choose each block's sparsity (its rate). A new rule is one record in `RULES`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from reference.llama import Ids, Llama
 class RateRule:
     """One rate rule.
 
-    name: what `layer_sparsity` calls it. allocate: (importance (L,), or None without a measure; target; prunable weights of
-    each block (L,); the sparsity that each has already (L,)) → sparsity of each block (L,). measure: (the current model,
-    merged; token ids (n, t)) → importance (L,), higher for a block that should keep more; None if nothing is measured.
-    least_blocks: the fewest blocks it works with.
+    name: its value of `layer_sparsity`. allocate: (importance (L,), None without a measure; target; prunable weights (L,);
+    current sparsity (L,)) → sparsity of each block (L,). measure: (current model, merged; token ids (n, t)) → importance
+    (L,), higher for a block that should keep more; None if nothing is measured. least_blocks: the minimum number of blocks.
     """
 
     name: str
@@ -29,13 +28,13 @@ class RateRule:
 
 
 def mutual_information(model: Llama, ids: Ids) -> Array:
-    """Measure the importance of every block: the less its output shares with the other blocks' outputs, the higher.
+    """Measure the importance of every block: the less its output shares with other blocks' outputs, the higher.
 
     Source: LoSA, Eqs. 2-4. model: the current one, merged. ids: token ids (n, t).
 
     Returns: (L,).
 
-    *Deviation*: the published code takes the blocks' inputs; a block's own output tells more of what it does.
+    *Deviation*: the published code uses the blocks' inputs; a block's output says more about the block.
     """
     outputs = [trace.output.reshape(len(ids), -1) for trace in llama.forward(model, ids).blocks]
     grams = np.stack([hsic.linear_gram(output) for output in outputs])

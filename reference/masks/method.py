@@ -1,6 +1,6 @@
-"""What a pruning method is: the record that the registry, masks/prune.py, lists.
+"""The record of a pruning method; masks/prune.py lists all records.
 
-Legend: W (out × in) one projection's weight, S what the method knows of its calibration input, kept the mask so far.
+Legend: W (out × in) one projection's weight, S the method's statistic of its calibration input, kept the current mask.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from reference.masks.nm import nm_mask
 from reference.masks.select import demote_pruned, matrix_mask, rest_sparsity, row_mask
 
 Amount = float | tuple[int, int]
-"""How much to prune: a share of zeros ρ, or (n, m), which keeps n of each m consecutive inputs."""
+"""How much to prune: a sparsity ρ, or (n, m) to keep n of every m consecutive inputs."""
 
 Prune = Callable[[Array, Any, Mask, Amount], tuple[Array, Mask]]
-"""(W, S, kept, amount) → (the new weight, zero where pruned; its mask, a part of kept)."""
+"""(W, S, kept, amount) → (new weight, zero where pruned; its mask, a subset of kept)."""
 
 Statistic = Callable[[Array, int], Array]
-"""(calibration input (tokens, in), number of sequences it came in) → S."""
+"""(calibration input (tokens, in), number of sequences) → S."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One pruning method.
 
-    name: what `prune_method` calls it. prune: prunes one projection further. statistic: S, which it needs; None if it needs
-    nothing of the input.
+    name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S; None if the method needs
+    no statistic.
     """
 
     name: str
@@ -45,19 +45,19 @@ class Method:
         statistic: Statistic | None = None,
         whole_matrix: bool = False,
     ) -> Method:
-        """The method that prunes the lowest `score(W, S)` (out, in) and leaves the others as they are."""
+        """Make a method that prunes the weights of lowest `score(W, S)` (out, in) and does not change the others."""
         return cls(name, LowestScores(score, whole_matrix), statistic)
 
 
 @dataclass(frozen=True)
 class LowestScores:
-    """Prune the lowest scores: of every row, or of the whole matrix. With n:m, of every m inputs."""
+    """Prunes the lowest scores of every row or of the whole matrix; with n:m, of every m inputs."""
 
     score: Callable[[Array, Any], Array]
     whole_matrix: bool = False
 
     def __call__(self, weight: Array, statistic: Any, kept: Mask, amount: Amount) -> tuple[Array, Mask]:
-        """As `Prune`."""
+        """Prune one projection further; see `Prune`."""
         score = demote_pruned(self.score(weight, statistic), kept)
         if isinstance(amount, tuple):
             mask = nm_mask(score, *amount)

@@ -1,4 +1,4 @@
-"""Which weights may be pruned together: any, or all but n of every m consecutive inputs of a row."""
+"""Sparsity patterns: zeros anywhere, or n kept weights of every m consecutive inputs of a row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Pattern:
     """One sparsity pattern.
 
-    group: (n, m), the n weights to keep of every m; None if zeros may lie anywhere. mixed: whether each block has an n of its
-    own, with this one as their mean.
+    group: (n, m), to keep n weights of every m; None if zeros may be anywhere. mixed: each block has its own n, and their mean
+    is this n.
     """
 
     group: tuple[int, int] | None = None

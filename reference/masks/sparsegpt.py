@@ -179,7 +179,7 @@ def _inverse_factor(H: Array, damping: float) -> Array:
 
 
 def _prune_further(weight: Array, hessian: Array, kept: Mask, amount: Amount) -> tuple[Array, Mask]:
-    """Blocks of columns that are sparser already leave less to the others. With n:m, a block is whole groups."""
+    """Prune one projection further; blocks of columns that are already sparser reduce the share of the others."""
     if isinstance(amount, tuple):
         n, m = amount
         return sparsegpt_nm(weight, hessian, n, m, block_size=m * max(1, BLOCK_SIZE // m), kept=kept)

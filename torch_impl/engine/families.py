@@ -33,15 +33,15 @@ class Family:
         return tuple(name for group in self.inputs for name in group)
 
     def projections_of(self, block: nn.Module) -> dict[str, nn.Module]:
-        """The projections of a decoder block by name, in order of use."""
+        """Return the projections of a decoder block by name, in order of use."""
         return {name: block.get_submodule(name) for name in self.projections}
 
     def weights_of(self, block: nn.Module) -> dict[str, torch.Tensor]:
-        """The weights (out, in) of a block's projections by name, in order of use."""
+        """Return the weights (out, in) of a block's projections by name, in order of use."""
         return {name: weight_of(block, name) for name in self.projections}
 
     def full_name(self, index: int, name: str = "") -> str:
-        """Name in the model of what block `index` calls `name`; of the block itself by default."""
+        """Return the full name of module `name` of block `index`; by default that of the block itself."""
         return f"{self.blocks}.{index}.{name}".removesuffix(".")
 
 

@@ -1,4 +1,4 @@
-"""The registry of rate rules: how the blocks share the model's sparsity. A new rule is one record in `RULES`.
+"""The registry of rate rules, which choose each block's sparsity (its rate). A new rule is one record in `RULES`.
 
 Spec: reference/rates.py.
 """
@@ -19,10 +19,10 @@ from torch_impl.engine.families import Family
 
 
 class Measure(Protocol):
-    """Measures the importance of every block in one sweep over the blocks, which may come and go."""
+    """Measures the importance of every block in one sweep over the blocks; blocks may be offloaded."""
 
     def advance(self, stream: Stream, block: nn.Module, index: int) -> None:
-        """Move the stream over block `index`; keep what the importance needs of it."""
+        """Advance the stream through block `index` and record what the importance needs."""
 
     def importance(self) -> torch.Tensor:
         """Compute the importance (L,) after the last block: higher for a block that should keep more."""
@@ -32,10 +32,9 @@ class Measure(Protocol):
 class RateRule:
     """One rate rule.
 
-    name: what `layer_sparsity` calls it. allocate: (importance (L,), or None without a measure; target; prunable weights of
-    each block (L,); the sparsity that each has already (L,)) → sparsity of each block (L,). measure: starts a measurement;
-    None if nothing is measured. least_blocks: the fewest blocks it works with. works_offloaded: whether blocks that come from
-    files, one at a time, are enough.
+    name: its value of `layer_sparsity`. allocate: (importance (L,), None without a measure; target; prunable weights (L,);
+    current sparsity (L,)) → sparsity of each block (L,). measure: starts a measurement; None if nothing is measured.
+    least_blocks: the minimum number of blocks. works_offloaded: whether it works with one block in memory at a time.
     """
 
     name: str
@@ -46,18 +45,18 @@ class RateRule:
 
 
 class MutualInformation:
-    """I of LoSA, Eq. 4: of each block's output, only the Gram matrix (n, n) is kept."""
+    """Measures I of LoSA, Eq. 4; keeps only the Gram matrix (n, n) of each block's output."""
 
     def __init__(self) -> None:
         self._grams: list[torch.Tensor] = []
 
     def advance(self, stream: Stream, block: nn.Module, index: int) -> None:
-        """As `Measure`."""
+        """Record the Gram matrix of the block's output."""
         stream.advance(block, index)
         self._grams.append(statistics.gram_of(stream.hidden, stream.device))
 
     def importance(self) -> torch.Tensor:
-        """As `Measure`."""
+        """Compute the importance (L,)."""
         return rmi.importance(rmi.redundancy(rmi.nhsic_matrix(torch.stack(self._grams))))
 
 

@@ -1,6 +1,6 @@
-"""What a pruning method is: the record that the registry, masks/prune.py, lists. Spec: reference/masks/method.py.
+"""The record of a pruning method; masks/prune.py lists all records. Spec: reference/masks/method.py.
 
-Legend: W (out × in) one projection's weight, S what the method knows of its calibration input, kept the mask so far.
+Legend: W (out × in) one projection's weight, S the method's statistic of its calibration input, kept the current mask.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import SORTED_AT_ONCE, demote_pruned, matrix_mask, rest_sparsity, row_mask
 
 Amount = float | tuple[int, int]
-"""How much to prune: a share of zeros ρ, or (n, m), which keeps n of each m consecutive inputs."""
+"""How much to prune: a sparsity ρ, or (n, m) to keep n of every m consecutive inputs."""
 
 Prune = Callable[[torch.Tensor, Any, torch.Tensor, Amount], tuple[torch.Tensor, torch.Tensor]]
-"""(W, S, kept, amount) → (the new weight, zero where pruned; its mask, a part of kept)."""
+"""(W, S, kept, amount) → (new weight, zero where pruned; its mask, a subset of kept)."""
 
 Workspace = Callable[[int, int, int], int]
-"""(rows, columns, bytes of a weight) → most bytes that pruning one projection takes beside its weight and S."""
+"""(rows, columns, bytes of a weight) → peak bytes for pruning one projection, besides its weight and S."""
 
 
 @dataclass(frozen=True)
 class InputStatistic:
-    """S, as a sum over calibration inputs that come in batches, to several processes.
+    """S as a sum over batches of calibration inputs and over processes.
 
-    part: (inputs (tokens, in) of one batch, number of sequences in all) → its part of the sum, a new tensor in float32 at
-    least. finish: sum → S. entries: inputs of a projection → numbers in S.
+    part: (inputs (tokens, in) of one batch, total number of sequences) → its part of the sum, a new tensor in float32 at
+    least. finish: sum → S. entries: number of inputs of a projection → number of entries in S.
     """
 
     part: Callable[[torch.Tensor, int], torch.Tensor]
@@ -41,9 +41,9 @@ class InputStatistic:
 class Method:
     """One pruning method.
 
-    name: what `prune_method` calls it. prune: prunes one projection further. statistic: S, which it needs; None if it needs
-    nothing of the input. (A statistic of the loss's gradients would be another class beside `InputStatistic`, with a sweep
-    of its own in engine/statistics.) moves_weights: whether kept weights change too. workspace: memory it needs.
+    name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S; None if the method needs
+    no statistic. (A statistic of gradients would be a second class beside `InputStatistic`, with its own sweep in
+    engine/statistics.) moves_weights: whether kept weights change too. workspace: the memory it needs.
     """
 
     name: str
@@ -60,14 +60,14 @@ class Method:
         statistic: InputStatistic | None = None,
         whole_matrix: bool = False,
     ) -> Method:
-        """The method that prunes the lowest `score(W, S)` (out, in) and leaves the others as they are."""
+        """Make a method that prunes the weights of lowest `score(W, S)` (out, in) and does not change the others."""
         prune = LowestScores(score, whole_matrix)
         return cls(name, prune, prune.workspace, statistic)
 
 
 @dataclass(frozen=True)
 class LowestScores:
-    """Prune the lowest scores: of every row, or of the whole matrix. With n:m, of every m inputs."""
+    """Prunes the lowest scores of every row or of the whole matrix; with n:m, of every m inputs."""
 
     score: Callable[[torch.Tensor, Any], torch.Tensor]
     whole_matrix: bool = False
@@ -75,7 +75,7 @@ class LowestScores:
     def __call__(
         self, weight: torch.Tensor, statistic: Any, kept: torch.Tensor, amount: Amount
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Prune`."""
+        """Prune one projection further; see `Prune`."""
         score = demote_pruned(self.score(weight, statistic), kept)
         if isinstance(amount, tuple):
             mask = nm_mask(score, *amount)
@@ -88,7 +88,7 @@ class LowestScores:
         return weight.masked_fill(~mask, 0.0), mask
 
     def workspace(self, rows: int, columns: int, itemsize: int) -> int:
-        """As `Workspace`: the score, twice, and a sort of it; then the new weight."""
+        """Return the peak bytes (see `Workspace`): two copies of the score and its sort, then the new weight."""
         wide, entries = max(4, itemsize), rows * columns
         sorting = 36 * (entries if self.whole_matrix else min(entries, SORTED_AT_ONCE))
         return max(entries * (2 * wide + 3) + sorting, entries * (3 * wide + itemsize + 2))

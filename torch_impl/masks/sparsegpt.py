@@ -140,7 +140,7 @@ def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
 def _prune_further(
     weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, amount: Amount
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of columns that are sparser already leave less to the others. With n:m, a block is whole groups."""
+    """Prune one projection further; blocks of columns that are already sparser reduce the share of the others."""
     if isinstance(amount, tuple):
         n, m = amount
         return sparsegpt_nm(weight, hessian, n, m, block_size=m * max(1, BLOCK_SIZE // m), kept=kept)
@@ -151,7 +151,7 @@ def _prune_further(
 
 
 def _workspace(rows: int, columns: int, itemsize: int) -> int:
-    """Factors of the Hessian, then weights, errors and a block's scores."""
+    """Return the peak bytes (see `Workspace`): factors of the Hessian, then weights, errors and a block's scores."""
     wide = max(4, itemsize)
     return max(5 * columns**2 * wide, rows * columns * (4 * wide + 3))
 
