@@ -8,6 +8,8 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from reference.masks.prune import METHODS
+
 
 def examples(count: int) -> int:
     """How many examples a test draws that draws `count` where others draw 40, as they do by default; see conftest.py."""
@@ -133,7 +135,7 @@ def sparse_groups(draw: st.DrawFn) -> dict[str, Any]:
 @st.composite
 def prune_cases(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of prune, every method and pattern."""
-    method = draw(st.sampled_from(["magnitude", "wanda", "sparsegpt"]))
+    method = draw(st.sampled_from(list(METHODS)))
     m = draw(st.sampled_from([2, 4, 8]))
     weight = _rng(draw).standard_normal((draw(SIZES), 8))
     kept = draw(kept_masks(weight.shape))
@@ -143,6 +145,8 @@ def prune_cases(draw: st.DrawFn) -> dict[str, Any]:
         statistic = np.abs(draw(matrices(rows=1, columns=8)))[0]
     elif method == "sparsegpt":
         statistic = draw(hessians(8))
+    elif (made := METHODS[method].statistic) is not None:
+        statistic = made(draw(matrices(columns=8)), 1)
     target = draw(st.one_of(st.none(), SPARSITIES))
     pattern = {"sparsity": target} if target is not None else {"nm": (draw(st.integers(0, m)), m)}
     return {"method": method, "weight": weight, "statistic": statistic, "kept": kept, **pattern}
