@@ -92,9 +92,9 @@ def test_modules_that_became_packages_keep_their_side(tmp_path: Path) -> None:
 
 
 def test_corpus_names_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no Python sources"):
+    with pytest.raises(FileNotFoundError, match="has no Python sources"):
         corpus.documents("train", tmp_path)
-    with pytest.raises(ValueError, match="split = 'test'; allowed: 'train', 'heldout', 'all'"):
+    with pytest.raises(ValueError, match="split is 'test'; allowed: train, heldout, all"):
         corpus.documents("test")  # type: ignore[arg-type]
 
 
@@ -124,7 +124,7 @@ def test_random_models_take_overrides_and_name_what_is_wrong() -> None:
     model = random_model("llama", dtype=torch.float64, num_hidden_layers=5, vocab_size=64)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert (len(model.model.layers), model.config.vocab_size) == (5, 64)
-    with pytest.raises(ValueError, match="family = 'gpt'; allowed: llama, "):
+    with pytest.raises(ValueError, match="family is 'gpt'; allowed: llama, "):
         random_model("gpt")
 
 

@@ -1,7 +1,7 @@
-"""Text that is on every machine: the sources and documentation of the CPython standard library.
+"""Text available on every machine: the sources and documentation of the CPython standard library.
 
-Files are split into training and held-out text by a hash of their path, so the split is the same on every machine and
-in every version of Python. The embedded model has read the training text alone.
+Files are split into training and held-out text by a hash of their path, so the split is the same on every machine and in
+every version of Python. The embedded model was trained on the training text only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 Split = Literal["train", "heldout", "all"]
 
-# Left out: what some installations lack, third-party code, and generated tables that repeat each other.
+# Excluded: files that some installations lack, third-party code, and repetitive generated tables.
 LEFT_OUT = {
     *("site-packages", "dist-packages", "lib-dynload", "ensurepip", "lib2to3", "idlelib", "turtledemo"),
     *("test", "tests", "__phello__", "__pycache__", "encodings", "pydoc_data"),
@@ -24,28 +24,28 @@ GENERATED = ("config-", "_sysconfigdata", "_sysconfig_vars")
 TOPICS = "pydoc_data/topics.py"
 SHORTEST = 200
 HELDOUT_SHARE = 0.1
-# Modules of Python 3.11 that later became packages stay on the side they were on when the embedded model read them.
+# Modules of Python 3.11 that later became packages stay in the split they had when the embedded model was trained.
 NOW_PACKAGES = ("zipfile", "pathlib", "string", "sysconfig")
-# A held-out file is dropped if more than this share of its long lines stands in training files.
+# Drop a held-out file if training files contain more than this share of its long lines.
 OVERLAP = 0.1
 LONG_LINE = 30
 
 
 def documents(split: Split = "train", folder: str | Path | None = None) -> list[tuple[str, str]]:
-    """(path inside the library, text) of every file of a split, in the order of their paths.
+    """Return (path inside the library, text) of every file of a split, in the order of their paths.
 
-    folder: a standard library; default, that of the interpreter that runs. The language reference that comes with it
-    (`pydoc_data/topics.py`, where it is installed) belongs to the training text and stands last. "all" is every file,
-    those included that held-out text leaves out because training text contains parts of them.
+    folder: a standard library; default that of the running interpreter. The language reference (`pydoc_data/topics.py`, if
+    installed) is training text and comes last. "all" is every file, including held-out files that are dropped because
+    training text contains parts of them.
 
-    Errors: ValueError for an unknown split; FileNotFoundError if the folder holds no sources.
+    Errors: ValueError for an unknown split; FileNotFoundError if the folder has no sources.
     """
     if split not in ("train", "heldout", "all"):
-        raise ValueError(f"split = {split!r}; allowed: 'train', 'heldout', 'all'")
+        raise ValueError(f"split is {split!r}; allowed: train, heldout, all")
     root = Path(folder) if folder is not None else Path(sysconfig.get_path("stdlib"))
     found = _read(root)
     if not found:
-        raise FileNotFoundError(f"{root} holds no Python sources; allowed: the folder of a standard library")
+        raise FileNotFoundError(f"{root} has no Python sources; give the folder of a standard library")
     if split == "all":
         return found
     train = [(name, text) for name, text in found if not _is_heldout(name)]
@@ -56,7 +56,7 @@ def documents(split: Split = "train", folder: str | Path | None = None) -> list[
 
 
 def _read(root: Path) -> list[tuple[str, str]]:
-    """Readable files, the shortest and exact duplicates left out."""
+    """Read all readable files except very short ones and exact duplicates."""
     names: dict[str, str] = {}
     for path in _paths(root):
         name = path.relative_to(root).as_posix()
@@ -80,7 +80,7 @@ def _paths(root: Path) -> list[Path]:
 
 
 def _topics(source: str) -> str:
-    """The language reference as plain text, out of the string literals that hold it."""
+    """Extract the language reference as plain text from the module's string literals."""
     literals = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     return "\n\n".join(text for text in literals if isinstance(text, str) and len(text) >= SHORTEST)
 

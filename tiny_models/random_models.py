@@ -1,4 +1,4 @@
-"""Random tiny models of every family, for tests: seconds to make, real architectures of transformers."""
+"""Random tiny models of every family, for tests: real architectures of transformers, created in seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-# 256 bytes and one token that starts a text.
+# 256 bytes and one begin-of-text token.
 VOCABULARY = 257
 
 _SIZES: dict[str, Any] = {
@@ -35,7 +35,7 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
-    # Larger than the usual 0.02, so that a tiny model's blocks do something.
+    # Larger than the usual 0.02, so that a tiny model's blocks have an effect.
     "initializer_range": 0.2,
 }
 _OPT = {
@@ -57,13 +57,13 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def random_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A randomly initialised model of `family` (a key of FAMILIES); overrides change its configuration.
+    """Create a randomly initialised model of `family` (a key of FAMILIES); overrides change its configuration.
 
-    Biases and the gains of norms are drawn too, as training leaves them: where they are 0 and 1 a lost one does not show.
-    `dtype` among the overrides is the dtype of the parameters; default float32.
+    Biases and gains of norms are random too, as after training: with 0 and 1, losing one would go unnoticed. The override
+    `dtype` sets the dtype of the parameters; default float32.
     """
     if family not in FAMILIES:
-        raise ValueError(f"family = {family!r}; allowed: {', '.join(FAMILIES)}")
+        raise ValueError(f"family is {family!r}; allowed: {', '.join(FAMILIES)}")
     config_class, model_class, changes = FAMILIES[family]
     dtype = overrides.pop("dtype", torch.float32)
     last = overrides.get("vocab_size", VOCABULARY) - 1
@@ -84,7 +84,7 @@ def random_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedMode
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """Create a tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<|endoftext|>": 256}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -34,7 +34,7 @@ WARMUP = 0.05
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding: any text survives encoding and decoding."""
+    """Train a byte-level byte-pair tokenizer: it encodes and decodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,13 +55,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one row of token ids, each behind a token that marks its start."""
+    """Encode all texts as one row of token ids, each text after a begin-of-text token."""
     rows = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
     return torch.tensor([token for row in rows for token in (tokenizer.bos_token_id, *row)])
 
 
 def build_model() -> LlamaForCausalLM:
-    """Eight blocks with grouped-query attention, 1.7 M parameters."""
+    """Create the model: eight blocks with grouped-query attention, 1.7 M parameters."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -79,10 +79,10 @@ def build_model() -> LlamaForCausalLM:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face folder that older releases of transformers read too."""
+    """Write a Hugging Face folder that older releases of transformers can read too."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # safetensors leaves its file to its owner alone.
+    # safetensors makes its file readable by its owner only.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     settings = folder / "tokenizer_config.json"
     renamed = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -90,7 +90,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def optimizer_and_schedule(model: LlamaForCausalLM, steps: int, rate: float) -> tuple[AdamW, LambdaLR]:
-    """AdamW, no decay of the norms' weights; the rate warms up and falls along a cosine to zero."""
+    """Create AdamW without weight decay of the norms, and a learning rate with warm-up and cosine decay to 0."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
@@ -105,7 +105,7 @@ def optimizer_and_schedule(model: LlamaForCausalLM, steps: int, rate: float) -> 
 
 
 def train_model(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, batch: int, rate: float) -> None:
-    """Train on random windows of the stream."""
+    """Train on random windows of the token stream."""
     device = stream.device
     optimizer, schedule = optimizer_and_schedule(model, steps, rate)
     forward = torch.compile(model) if device.type == "cuda" else model
@@ -127,7 +127,7 @@ def train_model(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, batch
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
-    """Mean negative log-likelihood per predicted token, in windows that do not overlap; their first token is given."""
+    """Compute the mean negative log-likelihood per predicted token on non-overlapping windows, except their first token."""
     windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
     total = 0.0
     for ids in windows.split(32):
@@ -137,13 +137,13 @@ def mean_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
 
 
 def unigram_loss(train: np.ndarray, heldout: np.ndarray) -> float:
-    """Add-one unigram model of the training tokens."""
+    """Compute the held-out loss of an add-one unigram model of the training tokens."""
     counts = np.bincount(train, minlength=VOCABULARY) + 1.0
     return float(-np.log(counts / counts.sum())[heldout].mean())
 
 
 def bigram_loss(train: np.ndarray, heldout: np.ndarray) -> float:
-    """Bigram model interpolated with the unigram one, its weight the best of nine for the held-out text."""
+    """Compute the held-out loss of a bigram model, interpolated with the unigram model by the best of nine weights."""
     unigram = np.bincount(train, minlength=VOCABULARY) + 1.0
     unigram /= unigram.sum()
     pairs = np.zeros((VOCABULARY, VOCABULARY))
@@ -184,7 +184,7 @@ AdamW, peak learning rate {rate}, weight decay {decay}, cosine decay, seed {seed
 
 
 def measure(model: LlamaForCausalLM, train: torch.Tensor, heldout: torch.Tensor, heldout_bytes: int) -> dict[str, str]:
-    """Held-out perplexity per token and bits per byte of the model and of both baselines, as cells of the table."""
+    """Measure held-out perplexity per token and bits per byte of the model and both baselines, as cells of the table."""
     losses = {
         "unigram": unigram_loss(train.numpy(), heldout.numpy()),
         "bigram": bigram_loss(train.numpy(), heldout.numpy()),
@@ -195,21 +195,21 @@ def measure(model: LlamaForCausalLM, train: torch.Tensor, heldout: torch.Tensor,
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stdlib", help="folder of a standard library; default: the interpreter's own")
-    parser.add_argument("--python", default=platform.python_version(), help="its version, for the model card")
+    parser.add_argument("--stdlib", help="Folder of a standard library; default: the interpreter's own.")
+    parser.add_argument("--python", default=platform.python_version(), help="Its Python version, for the model card.")
     parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--batch", type=int, default=128, help="windows per step")
+    parser.add_argument("--batch", type=int, default=128, help="Windows per step.")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train tokenizer and model, measure, write the folder."""
+    """Train tokenizer and model, measure them, and write the folder."""
     arguments = parse()
     torch.manual_seed(arguments.seed)
     texts = [text for _, text in corpus.documents("train", arguments.stdlib)]
