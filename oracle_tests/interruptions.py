@@ -10,14 +10,13 @@ from torch import nn
 
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import training
+from torch_impl.engine import batches
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
 
 class Stop(Exception):  # noqa: N818 - asked for
@@ -38,7 +37,7 @@ class Counting(Journal):
             raise Stop
 
 
-def tiny(**changes: Any) -> tuple[nn.Module, torch.Tensor, list[list[training.Example]]]:
+def tiny(**changes: Any) -> tuple[nn.Module, torch.Tensor, list[list[batches.Example]]]:
     """Model, calibration tokens and two parts. Dropout, so that the generators matter."""
     model = random_model("llama-gqa", attention_dropout=0.1, **changes)
     generator = torch.Generator().manual_seed(0)

@@ -19,15 +19,16 @@ from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from tiny_models.random_models import random_model
 from torch_impl import losa
-from torch_impl.engine import adapted_linear, distributed, statistics, training
+from torch_impl.engine import adapted_linear, distributed, gradients, statistics
+from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import Gradients, sum_loss
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import IGNORED, Example, TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.config import Config
 
 SIZES = llama.Sizes(vocabulary=32, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
@@ -116,18 +117,17 @@ def run(case: Settings, folder: Path | None = None, points: Path | None = None, 
 
 def run_out_of_memory(case: Settings, process: int) -> None:
     """A whole run whose memory is full in one process alone, for any micro-batch but the smallest."""
-    sum_loss = training._sum_loss
 
     def limited(ours: Any, batch: Example, dense: Any) -> torch.Tensor:
         if distributed.number() == process and len(batch["input_ids"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sum_loss(ours, batch, dense)
 
-    training._sum_loss = limited
+    gradients.sum_loss = limited
     try:
         run(case)
     finally:
-        training._sum_loss = sum_loss
+        gradients.sum_loss = sum_loss
 
 
 def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -179,7 +179,7 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
         layer.resize(6, (number,))
     held = sum(p.to_local().nbytes for p in ours.parameters() if isinstance(p, DTensor))
     batch = [{"input_ids": row, "labels": row} for row in ids]
-    with training.Gradients(ours, dense, training_config) as gradients:
+    with Gradients(ours, dense, training_config) as gradients:
         # FSDP2 remembers passes without gradients too, and prefetches one block in vain in the first backward after them.
         gradients.of(batch)
         with Received() as stepping:

@@ -21,8 +21,9 @@ from torch_impl.bench import decode, decode_cpu, int4, large, parts, whole
 from torch_impl.bench.measure import Row, relative
 from torch_impl.decode.next_token import NextToken
 from torch_impl.decode.packed_linear import PackedLinear
-from torch_impl.engine import training
+from torch_impl.engine import batches
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import Gradients
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import geometry
 
@@ -97,9 +98,9 @@ def test_times_of_training_are_of_a_micro_batch(
 ) -> None:
     """A step merges once, and has as many micro-batches of four sequences as are asked for."""
     sizes = []
-    of = training.Gradients.of
+    of = Gradients.of
 
-    def counted(self: training.Gradients, batch: Sequence[training.Example]) -> float:
+    def counted(self: Gradients, batch: Sequence[batches.Example]) -> float:
         sizes.append((len(batch), self.micro_batch_size))
         return of(self, batch)
 
@@ -108,7 +109,7 @@ def test_times_of_training_are_of_a_micro_batch(
             side()
         return [(100.0, 0.0, []), (300.0, 0.0, [])]
 
-    monkeypatch.setattr(training.Gradients, "of", counted)
+    monkeypatch.setattr(Gradients, "of", counted)
     monkeypatch.setattr(parts, "alternate", timed)
     options = ["--parts", "train", "--train_lengths", "8", "--blocks", "1", "--accumulation", str(accumulation)]
     rows = run(tmp_path, *options)[1]["rows"]

@@ -14,8 +14,9 @@ from tiny_models.random_models import random_model
 from torch_impl import adapter
 from torch_impl.engine import adapted_linear, calibration, training
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.masked_linear import masked_linear
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.planning.sizes import Sizes
 
 # The compiler imports what is deprecated, and looks at gradients where there are none.
@@ -59,7 +60,7 @@ def gradients(model: nn.Module, sequences: int, length: int, held: str, compiled
     examples = [{"input_ids": row, "labels": row} for row in rows]
     config = TrainingConfig(per_device_train_batch_size=sequences, gradient_accumulation_steps=1, hold_merged=held)
     model.zero_grad()
-    with calibration.compiled([Decoder(model)], compiled), training.Gradients(model, None, config) as found:
+    with calibration.compiled([Decoder(model)], compiled), Gradients(model, None, config) as found:
         loss = found.of(examples)
     return [torch.tensor(loss)] + [p.grad for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B)]  # type: ignore
 

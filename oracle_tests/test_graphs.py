@@ -15,9 +15,10 @@ from oracle_tests.programs import gpu_graphs
 from oracle_tests.tiny_material import adapted_model, examples_for
 from tiny_models.random_models import random_model
 from torch_impl.decode.next_token import NextToken
-from torch_impl.engine import adapted_linear, training
+from torch_impl.engine import adapted_linear, gradients, training
+from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.graphs import Captured
-from torch_impl.engine.training import Gradients, TrainingConfig
+from torch_impl.engine.settings import TrainingConfig
 
 # Sequences of five lengths, so that several shapes are captured and replayed in turn.
 LENGTHS = [5, 9, 5, 7, 9, 5, 7, 9, 6, 4] * 4
@@ -115,7 +116,7 @@ def test_a_model_that_cannot_be_captured_trains_without_graphs(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(training, "Captured", refuse)
+    monkeypatch.setattr(gradients, "Captured", refuse)
     losses = []
     for captures in (True, False):
         model = adapted_model()
@@ -124,7 +125,7 @@ def test_a_model_that_cannot_be_captured_trains_without_graphs(
             losses.append(training.train(model, model, examples_for(model, [8] * 40), config, (0, 5)))
     assert losses[0] == losses[1]
     assert len(caplog.records) == 1
-    assert "cannot be captured" in caplog.text
+    assert "CUDA graph capture failed" in caplog.text
 
 
 def test_out_of_memory_while_capturing_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from oracle_tests.processes import in_processes
 from oracle_tests.spread_runs import run_out_of_memory
 from oracle_tests.spread_runs import settings as spread_settings
 from torch_impl import losa
-from torch_impl.engine import calibration, training
+from torch_impl.engine import calibration, gradients
+from torch_impl.engine.batches import Example
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import sum_loss
 from torch_impl.engine.memory import halving
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
@@ -31,15 +33,15 @@ def test_training_goes_on_in_smaller_micro_batches(
     for block in Decoder(model).blocks:
         block.self_attn.attention_dropout = 0.0
     plain = losa.run(copy.deepcopy(model), ids, parts, setup)
-    sum_loss, calls = training._sum_loss, []
+    calls: list[int] = []
 
-    def limited(model: nn.Module, batch: training.Example, dense: nn.Module | None) -> torch.Tensor:
+    def limited(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch.Tensor:
         calls.append(len(batch["input_ids"]))
         if len(calls) > 3 and calls[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sum_loss(model, batch, dense)
 
-    monkeypatch.setattr(training, "_sum_loss", limited)
+    monkeypatch.setattr(gradients, "sum_loss", limited)
     journal = Journal(Points(tmp_path))
     smaller = losa.run(model, ids, parts, setup, journal=journal)
     assert calls == [2, 1, 2, 2, 1, 1, 1, 1, 1]
@@ -85,7 +87,7 @@ def test_a_batch_of_one_that_is_too_much_is_an_error() -> None:
 def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory runs out once while calibrating and once while training; stopped and resumed, no batch is larger again."""
     setup = settings()
-    sum_loss, forward = training._sum_loss, calibration.Stream.forward
+    forward = calibration.Stream.forward
     full: set[str] = set()
     sizes: dict[str, list[int]] = {}
 
@@ -95,7 +97,7 @@ def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes[kind].append(size)
 
-    def limited_loss(model: nn.Module, batch: training.Example, dense: nn.Module | None) -> torch.Tensor:
+    def limited_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch.Tensor:
         once("training", len(batch["input_ids"]), 1)
         return sum_loss(model, batch, dense)
 
@@ -107,7 +109,7 @@ def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monke
         full.clear()
         sizes.update(training=[], calibration=[])
 
-    monkeypatch.setattr(training, "_sum_loss", limited_loss)
+    monkeypatch.setattr(gradients, "sum_loss", limited_loss)
     monkeypatch.setattr(calibration.Stream, "forward", limited)
     begin()
     counted = Counting(tmp_path / "all")

@@ -31,7 +31,7 @@ from torch_impl.engine.resume import state
 from torch_impl.engine.resume.journal import Interrupted, Journal, Progress
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.resume.run_folder import run_folder
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.planning import checks
 from torch_impl.run import main
 

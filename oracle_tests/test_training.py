@@ -19,8 +19,9 @@ from oracle_tests.assertions import assert_close
 from oracle_tests.tiny_material import adapted_model, examples_for
 from reference import llama as spec
 from tiny_models.random_models import FAMILIES, random_model
-from torch_impl.engine import adapted_linear, loss, training
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine import adapted_linear, batches, gradients, loss, training
+from torch_impl.engine.gradients import Gradients, sum_loss
+from torch_impl.engine.settings import TrainingConfig
 
 
 @pytest.mark.parametrize(("total", "ratio"), [(10, 0.3), (7, 0.0), (5, 1.0), (1, 0.3), (100, 0.03), (2500, 0.3)])
@@ -59,9 +60,7 @@ def test_without_clipping_a_step_is_that_of_a_bound_out_of_reach() -> None:
         assert torch.equal(ours, unbounded)
 
 
-def train(
-    model: nn.Module, examples: list[training.Example], dense: nn.Module | None = None, **changes: object
-) -> list:
+def train(model: nn.Module, examples: list[batches.Example], dense: nn.Module | None = None, **changes: object) -> list:
     config = TrainingConfig(learning_rate=1e-2, warmup_ratio=0.0, **changes)  # type: ignore[arg-type]
     total = config.optimizer_steps(len(examples))
     return training.train(model, dense or model, examples, config, (0, total))
@@ -92,15 +91,15 @@ def test_gradients_are_backward_s() -> None:
     model = adapted_model()
     adapted_linear.adapters(model)[0].resize(0, (0,))
     examples = examples_for(model, [6, 6, 6, 6])
-    micro = [training.collate(part, torch.device("cpu")) for part in (examples[:2], examples[2:])]
-    share = 1 / training.label_count(examples)
+    micro = [batches.collate(part, torch.device("cpu")) for part in (examples[:2], examples[2:])]
+    share = 1 / batches.label_count(examples)
     for batch in micro:
-        (training._sum_loss(model, batch, None) * share).backward()
+        (sum_loss(model, batch, None) * share).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert sum(gradient is not None for gradient in expected.values()) == 2 * (len(adapted_linear.adapters(model)) - 1)
     model.zero_grad()
     config = TrainingConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    with training.Gradients(model, None, config) as gradients:
+    with Gradients(model, None, config) as gradients:
         gradients.of(examples)
     for name, parameter in model.named_parameters():
         if expected[name] is None:
@@ -112,12 +111,12 @@ def test_gradients_are_backward_s() -> None:
 def test_loss_is_the_model_s_own_on_labels() -> None:
     model = adapted_model()
     [example] = examples_for(model, [9])
-    example["labels"][:4] = training.IGNORED
+    example["labels"][:4] = batches.IGNORED
     with torch.no_grad():
         expected = float(model(input_ids=example["input_ids"][None], labels=example["labels"][None]).loss)
     losses = train(model, [example], per_device_train_batch_size=1, gradient_accumulation_steps=1)
     assert losses[0] == pytest.approx(expected, rel=1e-6)
-    assert training.label_count([example]) == 5
+    assert batches.label_count([example]) == 5
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,13 +127,11 @@ def test_sequences_of_one_micro_batch_do_not_see_each_other(name: str) -> None:
         for layer in adapted_linear.adapters(model):
             layer.B.normal_(0, 0.1)
     examples = examples_for(model, [5, 1, 9, 2])
-    examples[2]["labels"][:4] = training.IGNORED
+    examples[2]["labels"][:4] = batches.IGNORED
     results = []
     for micro_batches in ([examples], [[example] for example in examples]):
         model.zero_grad()
-        loss = sum(
-            training._sum_loss(model, training.collate(micro, torch.device("cpu"), 4), None) for micro in micro_batches
-        )
+        loss = sum(sum_loss(model, batches.collate(micro, torch.device("cpu"), 4), None) for micro in micro_batches)
         loss.backward()  # type: ignore[union-attr]
         results.append(
             [loss.detach(), *(p.grad for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B))]
@@ -168,13 +165,13 @@ def test_divergence_is_the_spec_s_whatever_the_logits_dtype(dtype: torch.dtype) 
     logits, teacher = (3 * torch.randn(2, 6, 11, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     logits.requires_grad_()
     labels = torch.randint(11, (2, 6), generator=generator)
-    labels[0, :3] = labels[1, 4] = training.IGNORED
+    labels[0, :3] = labels[1, 4] = batches.IGNORED
 
     def model(values: torch.Tensor) -> Any:
         return lambda input_ids, use_cache: SimpleNamespace(logits=values)
 
     batch = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "labels": labels}
-    found = training._sum_loss(model(logits), batch, model(teacher))
+    found = sum_loss(model(logits), batch, model(teacher))
     [gradient] = torch.autograd.grad(found, logits)
     expected, expected_gradient = spec.kl_divergence(
         *(values.detach().double().numpy() for values in (logits, teacher)), labels.numpy()
@@ -214,14 +211,14 @@ def test_divergence_in_parts_is_torch_s(dtype: torch.dtype, at_once: int, monkey
 
 def test_rows_are_filled_up_on_the_right_without_labels() -> None:
     short, long = examples_for(adapted_model(), [5, 9])
-    batch = training.collate([short, long], torch.device("cpu"), 4)
+    batch = batches.collate([short, long], torch.device("cpu"), 4)
     assert batch["input_ids"].shape == (2, 12)
     for row, example in enumerate([short, long]):
         used = len(example["input_ids"])
         assert torch.equal(batch["input_ids"][row, :used], example["input_ids"])
         assert torch.equal(batch["labels"][row, :used], example["labels"])
-        assert (batch["labels"][row, used:] == training.IGNORED).all()
-    assert training.collate([short, long], torch.device("cpu"))["input_ids"].shape == (2, 9)
+        assert (batch["labels"][row, used:] == batches.IGNORED).all()
+    assert batches.collate([short, long], torch.device("cpu"))["input_ids"].shape == (2, 9)
 
 
 def test_rows_are_not_filled_up_beyond_learned_positions() -> None:
@@ -229,19 +226,19 @@ def test_rows_are_not_filled_up_beyond_learned_positions() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for family, positions, expected in (("opt", 128, 64), ("opt", 100, 1), ("llama", 100, 64)):
         model = random_model(family, max_position_embeddings=positions)
-        assert training.row_multiple(model, cuda) == expected
-        assert training.row_multiple(model, cpu) == 1
+        assert batches.row_multiple(model, cuda) == expected
+        assert batches.row_multiple(model, cpu) == 1
 
 
 def test_sequences_of_similar_length_share_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    collate = training.collate
+    collate = batches.collate
 
-    def watched(*arguments: object) -> training.Example:
+    def watched(*arguments: object) -> batches.Example:
         shapes.append(tuple((batch := collate(*arguments))["input_ids"].shape))  # type: ignore[arg-type]
         return batch
 
-    monkeypatch.setattr(training, "collate", watched)
+    monkeypatch.setattr(gradients, "collate", watched)
     model = adapted_model()
     train(model, examples_for(model, [3, 9, 2, 8]), per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert shapes == [(2, 3), (2, 9)]
@@ -295,7 +292,7 @@ def test_divergence_stops_with_the_step_named() -> None:
 def test_merged_weights_are_held_while_training_and_no_longer(hold: str) -> None:
     model = adapted_model()
     batch = examples_for(model, [5, 6, 7])
-    with training.Gradients(model, None, TrainingConfig(hold_merged=hold)) as gradients:
+    with Gradients(model, None, TrainingConfig(hold_merged=hold)) as gradients:
         for step in range(2):
             with torch.no_grad():
                 for layer in adapted_linear.adapters(model):

@@ -7,11 +7,10 @@ from torch import nn
 from transformers.generation import BaseStreamer
 
 from tiny_models.random_models import random_model
-from torch_impl.engine import adapted_linear, training
+from torch_impl.engine import adapted_linear, batches
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.planning.sizes import Sizes
 
 # Of a model small enough to work out every figure by hand.
@@ -85,7 +84,7 @@ def adapted_model(name: str = "llama-gqa") -> nn.Module:
     return model
 
 
-def examples_for(model: nn.Module, lengths: list[int], seed: int = 0) -> list[training.Example]:
+def examples_for(model: nn.Module, lengths: list[int], seed: int = 0) -> list[batches.Example]:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(model.config.vocab_size, (n,), generator=generator) for n in lengths]
     return [{"input_ids": row, "labels": row.clone()} for row in rows]

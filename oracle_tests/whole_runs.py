@@ -18,8 +18,7 @@ from torch_impl.engine import adapted_linear
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.reconstruction import ReconstructionConfig
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
 Weights = list[dict[str, np.ndarray]]
 

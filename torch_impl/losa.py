@@ -15,6 +15,7 @@ from tqdm import tqdm
 from torch_impl import adapter, rank, schedule, sparsity
 from torch_impl.engine import calibration, distributed, finite, statistics, training
 from torch_impl.engine.adapted_linear import attach_adapters, block_adapters, holding
+from torch_impl.engine.batches import Example
 from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.families import Family, decoder_blocks, find_family, prunable_weights, weight_of
@@ -24,8 +25,7 @@ from torch_impl.engine.rates import RULES, Measure
 from torch_impl.engine.reconstruction import ReconstructionConfig, reconstruct_block
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.journal import Journal, Progress
-from torch_impl.engine.settings import PruneConfig, Settings
-from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.method import InputStatistic
 from torch_impl.masks.nm import kept_per_group

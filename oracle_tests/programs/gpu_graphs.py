@@ -32,14 +32,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from oracle_tests.programs.gpu_resume import Stop, Stopping
 from torch_impl import losa
 from torch_impl.decode.next_token import NextToken
-from torch_impl.engine import calibration, statistics, training
+from torch_impl.engine import batches, calibration, statistics
+from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
-from torch_impl.engine.settings import PruneConfig, Settings
-from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.text.sources import load_documents
 from torch_impl.experiment.text.windows import training_examples
 
@@ -102,7 +102,7 @@ def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor,
     rows = [torch.randint(vocabulary, (int(n),), generator=generator) for n in lengths.clamp(4, 4 * length)]
     examples = [{"input_ids": row, "labels": row.clone()} for row in rows]
     for example in examples[::3]:
-        example["labels"][: len(example["labels"]) // 2] = training.IGNORED
+        example["labels"][: len(example["labels"]) // 2] = batches.IGNORED
     return ids, examples
 
 

@@ -25,13 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
+from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
 EXAMPLES = 48
 STEPS = 2

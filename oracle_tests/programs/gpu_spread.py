@@ -23,11 +23,12 @@ from oracle_tests.tolerances import GPU_STEP
 from torch_impl import losa
 from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import AdaptedLinear
+from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
-from torch_impl.engine.training import Example, TrainingConfig
+from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.config import Config, TextConfig
 from torch_impl.experiment.planning import scaling
 from torch_impl.experiment.planning.geometry import build

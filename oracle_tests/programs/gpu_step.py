@@ -28,9 +28,9 @@ from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.rates import MutualInformation
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.masks import prune as masks
 
 
@@ -105,7 +105,7 @@ def gradients(model: nn.Module, dense: nn.Module, ids: torch.Tensor, seed: int) 
             layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number)) * 0.002)
     examples = [{"input_ids": row, "labels": row} for row in ids]
     config = TrainingConfig(per_device_train_batch_size=len(ids), gradient_accumulation_steps=1)
-    with training.Gradients(model, None, config) as step:
+    with Gradients(model, None, config) as step:
         loss = step.of(examples)
     return loss, [p.grad for layer in adapters(model) for p in (layer.A, layer.B)]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle_tests.strategies import examples
 from reference import adamw
 from torch_impl.engine import training
+from torch_impl.engine.settings import TrainingConfig
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -75,7 +76,7 @@ def test_a_bound_of_zero_clips_nothing() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(g.shape, dtype=torch.float64)) for g in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = torch.tensor(gradient)
-    training._clip(parameters, 1.0, training.TrainingConfig(max_grad_norm=0), "step 1")
+    training._clip(parameters, 1.0, TrainingConfig(max_grad_norm=0), "step 1")
     for mine, parameter, gradient in zip(same, parameters, gradients, strict=True):
         np.testing.assert_array_equal(mine, gradient)
         np.testing.assert_array_equal(parameter.grad.numpy(), gradient)

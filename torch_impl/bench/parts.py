@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from torch_impl import adapter, losa, rmi
 from torch_impl.bench import plain
 from torch_impl.bench.measure import Row, alternate, once, relative, resident
-from torch_impl.engine import calibration, training
+from torch_impl.engine import calibration
 from torch_impl.engine.adapted_linear import adapters, attach_adapters, block_adapters
+from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.rates import MutualInformation
-from torch_impl.engine.settings import PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 
 RATE = 0.7
 RANK = 8
@@ -163,7 +164,7 @@ def gradients_apart(model: PreTrainedModel, work: Work) -> float:
     for _, examples, padded in _batches(model, work, (64,)):
         for side, batch in ((model, examples), (twin, padded)):
             side.zero_grad()
-            with training.Gradients(side, None, config) as gradients:
+            with Gradients(side, None, config) as gradients:
                 gradients.of(batch)
         worst = max(worst, _gradients_apart(adapters(model), twins))
     return worst
@@ -192,9 +193,9 @@ def training_steps(
                 gradient_accumulation_steps=accumulation,
                 hold_merged="on" if held else "off",
             )
-            sides = [(model, training.Gradients(model, None, config), examples)]
+            sides = [(model, Gradients(model, None, config), examples)]
             if twin is not None:
-                sides.append((twin, training.Gradients(twin, None, replace(config, cuda_graphs=False)), padded))
+                sides.append((twin, Gradients(twin, None, replace(config, cuda_graphs=False)), padded))
 
             def step(number: int, sides: Any = sides) -> float:
                 side, gradients, batch = sides[number]
@@ -223,7 +224,7 @@ def training_steps(
 
 def _batches(
     model: nn.Module, work: Work, lengths: tuple[int, ...]
-) -> Iterator[tuple[str, list[training.Example], list[training.Example]]]:
+) -> Iterator[tuple[str, list[Example], list[Example]]]:
     """Yield (name, four sequences, the same padded to the longest) for each length, and for mixed lengths from a quarter."""
     for length in lengths:
         rows = work.ids(model, 4, length).cpu()
@@ -235,7 +236,7 @@ def _batches(
         shorter = [{name: x[:n] for name, x in example.items()} for example, n in zip(examples, parts, strict=True)]
         # Causal attention: tokens after the last label change nothing.
         padded = [
-            {"input_ids": row, "labels": row.clone().index_fill_(0, torch.arange(n, longest), training.IGNORED)}
+            {"input_ids": row, "labels": row.clone().index_fill_(0, torch.arange(n, longest), IGNORED)}
             for row, n in zip(rows, parts, strict=True)
         ]
         yield f"4 of {parts[0]} to {longest}", shorter, padded

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.rates import RULES, RateRule
 from torch_impl.engine.reconstruction import ReconstructionConfig
-from torch_impl.engine.training import TrainingConfig
 from torch_impl.masks import prune as masks
 from torch_impl.masks.method import Method
 from torch_impl.masks.pattern import Pattern
@@ -110,6 +110,63 @@ class AdapterConfig:
     def scale(self) -> float:
         """Return s = α / r₀."""
         return self.lora_alpha / self.lora_r
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training of the adapters at each step."""
+
+    finetune: bool = True
+    """Train the adapters. Without training, LoSA is progressive pruning."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW (paper: 2e-4 at 7B; small models need much more)."""
+    warmup_ratio: float = 0.3
+    """Share of the schedule with linear warm-up; the rest decays linearly to 0."""
+    weight_decay: float = 0.001
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 0.3
+    """Clip gradients to this global norm; 0: no clipping."""
+    per_device_train_batch_size: int = 4
+    """Sequences per micro-batch, in each process."""
+    gradient_accumulation_steps: int = 2
+    """Micro-batches per optimizer step. Several processes share the sequences of one optimizer step."""
+    lr_schedule: str = "per_step"
+    """per_step: warm up and decay the learning rate within every LoSA step (paper); whole_run: once over all steps."""
+    loss: str = "ce"
+    """ce: cross-entropy with the labels (paper); kl: KL divergence from the dense model's predictions."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    hold_merged: str = "auto"
+    """Keep all merged weights in memory during an optimizer step. on; off: rebuild them at each use, with less memory and
+    more time; auto: on if they take at most half of the device's free memory."""
+
+    compile_blocks: str = "auto"
+    """Compile the blocks with torch.compile for calibration and training: on, off or auto (on CUDA, from a billion prunable
+    weights)."""
+    cuda_graphs: bool = True
+    """On CUDA, capture micro-batches of a recurring shape as CUDA graphs."""
+
+    def __post_init__(self) -> None:
+        _checks.choice("lr_schedule", self.lr_schedule, ("per_step", "whole_run"))
+        _checks.choice("loss", self.loss, ("ce", "kl"))
+        _checks.choice("hold_merged", self.hold_merged, ("auto", "on", "off"))
+        _checks.choice("compile_blocks", self.compile_blocks, ("auto", "on", "off"))
+        _checks.count("per_device_train_batch_size", self.per_device_train_batch_size)
+        _checks.count("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: a finite number, 0 or more")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; allowed: 0 to 1")
+
+    @property
+    def batch_size(self) -> int:
+        """Return the number of sequences per optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def optimizer_steps(self, examples: int) -> int:
+        """Return the number of optimizer steps of one epoch over `examples` sequences."""
+        return math.ceil(examples / self.batch_size)
 
 
 @dataclass(frozen=True)

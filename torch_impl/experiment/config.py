@@ -21,8 +21,7 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints.pretrained import DTYPES
 from torch_impl.engine.rates import RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
-from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
-from torch_impl.engine.training import TrainingConfig
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.command import Parser, closest
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
 from torch_impl.engine import distributed, finite
+from torch_impl.engine.batches import Example
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.families import decoder_blocks, find_family, weight_of
 from torch_impl.engine.memory import halving
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.resume.run_folder import POINTS, run_folder
-from torch_impl.engine.training import Example
 from torch_impl.experiment import identity, report
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity

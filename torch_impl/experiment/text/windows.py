@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torch_impl import _checks
-from torch_impl.engine.training import IGNORED, Example
+from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.experiment.text.documents import Document
 
 logger = logging.getLogger(__name__)
