@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import decode, large, parts
+from torch_impl.bench import decode, large, parts, plain
 from torch_impl.bench.measure import Row, ceilings, host_peak
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 
-PARTS = ("rmi", "wanda", "sparsegpt", "train", "merge")
+PARTS = ("rmi", *plain.METHODS, "train", "merge")
 # Parts that write checkpoints to disk, and their default number of blocks.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
     # Claim a speed-up only for the same algorithm: check that in float32 on two blocks of the geometry.
     apart = dict.fromkeys(PARTS, 0.0)
-    for method in ("wanda", "sparsegpt"):
+    for method in plain.METHODS:
         if compare and method in options.parts:
             apart[method] = parts.masks_apart(small(), work, method)
     if compare and "train" in options.parts:
@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     model = geometry.build(options.geometry, options.blocks, device, dtype)
     if "rmi" in options.parts:
         yield parts.mutual_information(model, work, compare)
-    for method in ("wanda", "sparsegpt"):
+    for method in plain.METHODS:
         if method in options.parts:
             yield parts.prune_sweep(model, work, method, compare, apart[method])
             gc.collect()

@@ -6,7 +6,8 @@ projection, SparseGPT column by column, and a materialised B·A beside the base 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -93,12 +94,7 @@ def prune(decoder: Decoder, ids: torch.Tensor, method: str, rate: float) -> list
     for index, block in enumerate(decoder.blocks):
         statistics = _statistics(block, decoder.family, hidden, arguments, method)
         for name, weight in decoder.family.weights_of(block).items():
-            if method == "wanda":
-                score = weight.abs().float() * statistics[name].sqrt()
-                lowest = torch.sort(score, dim=1, stable=True).indices[:, : int(rate * score.shape[1] + 1e-9)]
-                weight.data[torch.zeros_like(weight, dtype=torch.bool).scatter_(1, lowest, True)] = 0
-            else:
-                weight.data.copy_(_sparsegpt(weight.float(), statistics[name] * (2 / len(ids)), rate))
+            weight.data.copy_(METHODS[method].prune(weight.float(), statistics[name], len(ids), rate))
         difference = energy = torch.zeros((), device=ids.device, dtype=torch.float64)
         for row, states in enumerate(hidden):
             hidden[row] = block(states, **arguments)
@@ -134,7 +130,7 @@ def _statistics(
     def watch(name: str) -> Any:
         def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
-            sums[name] = sums[name] + (x.square().sum(0) if method == "wanda" else x.T @ x)
+            sums[name] = sums[name] + METHODS[method].part(x)
 
         return add
 
@@ -146,9 +142,16 @@ def _statistics(
     return sums
 
 
-def _sparsegpt(W: torch.Tensor, H: torch.Tensor, rate: float) -> torch.Tensor:
+def _wanda(W: torch.Tensor, squares: torch.Tensor, samples: int, rate: float) -> torch.Tensor:
+    """Prune the lowest scores of every row, found by a full sort."""
+    score = W.abs() * squares.sqrt()
+    lowest = torch.sort(score, dim=1, stable=True).indices[:, : int(rate * score.shape[1] + 1e-9)]
+    return W.scatter(1, lowest, 0.0)
+
+
+def _sparsegpt(W: torch.Tensor, products: torch.Tensor, samples: int, rate: float) -> torch.Tensor:
     """Run SparseGPT with a few kernel launches per column."""
-    W = W.clone()
+    W, H = W.clone(), products * (2 / samples)
     H = H + torch.eye(len(H), device=H.device) * (0.01 * H.diagonal().mean())
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     for start in range(0, W.shape[1], BLOCK_SIZE):
@@ -165,3 +168,16 @@ def _sparsegpt(W: torch.Tensor, H: torch.Tensor, rate: float) -> torch.Tensor:
             block[:, j] = new
         W[:, stop:] -= errors @ U[start:stop, stop:]
     return W
+
+
+class Method(NamedTuple):
+    """What a plain method sums over the inputs (tokens, in), and the new weight it makes of the sum of all sequences."""
+
+    part: Callable[[torch.Tensor], torch.Tensor]
+    prune: Callable[[torch.Tensor, torch.Tensor, int, float], torch.Tensor]
+
+
+METHODS = {
+    "wanda": Method(lambda inputs: inputs.square().sum(0), _wanda),
+    "sparsegpt": Method(lambda inputs: inputs.T @ inputs, _sparsegpt),
+}
