@@ -417,7 +417,7 @@ def test_bad_arguments_get_one_line(
         ([str(tmp_path / "none"), out], "no such folder"),
         ([str(packed_model), out], "is already packed"),
         ([str(plain), out, "--unpack"], "no packed.json in this folder"),
-        ([str(plain), str(packed_model)], "exists; allowed: a new folder, or --overwrite"),
+        ([str(plain), str(packed_model)], "exists; use another folder or --overwrite"),
         ([str(plain), str(tmp_path / "full"), "--overwrite"], "holds files that are not a model's"),
         ([str(plain), out, "--device", "tpu"], "device is 'tpu'"),
     ):

@@ -203,7 +203,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Path, at_clip: Callable, capsys: py
 
     at_clip(1, twice)
     assert main(arguments(place)) == 130
-    assert "error: interrupted; what is done is kept" in capsys.readouterr().err
+    assert "error: interrupted; progress saved in" in capsys.readouterr().err
 
 
 def test_nan_stops_with_the_state_kept_and_a_lower_rate_can_go_on(
@@ -276,7 +276,7 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
         other = subprocess.run(
             [sys.executable, "-c", command, str(target)], capture_output=True, text=True, cwd=ROOT, timeout=120
         )
-        assert "being written by another process" in other.stdout
+        assert "in use by another process" in other.stdout
     assert [entry.name for entry in target.iterdir()] == ["file"]
 
 

@@ -360,7 +360,7 @@ def test_what_the_disk_made_of_it_is_noticed(
     monkeypatch.setattr(safetensors_files.ShardWriter, "write", broken)
     assert main(arguments(place, **PLAIN, offload="on")) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert all(word in error for word in [*words, "--resume goes on"]), error
+    assert all(word in error for word in [*words, "rerun with --resume"]), error
     assert not (place / "out").exists()
     # What was written is not what was pruned: it is pruned again.
     monkeypatch.setattr(safetensors_files.ShardWriter, "write", write)

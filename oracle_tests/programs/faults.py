@@ -314,7 +314,7 @@ class Harness:
             return
         if had_points and "from the beginning" in done.said:
             row.started_over += 1
-        elif "cannot be used" in done.said:
+        elif "skipping corrupt checkpoint" in done.said:
             row.went_back += 1
 
     def finish(self) -> None:

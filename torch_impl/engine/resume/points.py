@@ -1,11 +1,11 @@
-"""Points to go on from: parts as files, each known by its SHA-256, and a manifest, written last, that names them.
+"""Checkpoints of a run on disk. A checkpoint is a set of part files and a manifest, written last, with their SHA-256.
 
-    points/000007-block-003.safetensors    a part, by the number of the point that first wrote it
-    points/000009.json                     point 9: its state, and file, size and SHA-256 of each of its parts
+    .points/000007-block-003.safetensors   a part, with the number of the checkpoint that first wrote it
+    .points/000009.json                    checkpoint 9: its state, and file, size and SHA-256 of each part
 
-Two points that follow each other share no file, so that no single damaged file costs both: a part that has not changed is
-copied once, and from then on its two files take turns. Every file appears whole or not at all: it is written under another
-name, flushed to the disk and renamed.
+Consecutive checkpoints share no file, so a single corrupt file cannot damage both. A part that does not change is copied
+once; then the checkpoints alternate between its two files. Files are written atomically: to a temporary file that is flushed
+and renamed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """A part's file as its manifest knows it."""
+    """The file of a part, as recorded in a manifest."""
 
     file: str
     bytes: int
@@ -36,7 +36,7 @@ class Entry:
 
 
 class Points:
-    """The points of one run in a folder of their own; `parts` are those of the point at hand."""
+    """The checkpoints of one run in their own folder. `parts` are the files of the current checkpoint."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self._folder, self._keep = folder, keep
@@ -46,15 +46,15 @@ class Points:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"*{UNFINISHED}"):
             leftover.unlink(missing_ok=True)
-        # Above every number in use, so that no file a manifest may name is ever written over.
+        # Start above all used numbers, so that no file of an existing checkpoint is overwritten.
         self._number = max((_number(file.name) for file in folder.iterdir()), default=0)
 
     def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a part of the next point as safetensors."""
+        """Write a part of the next checkpoint as safetensors."""
         self.put_bytes(f"{part}.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
 
     def put_bytes(self, part: str, data: bytes) -> None:
-        """Write a part of the next point as it is; not again if its bytes are those of the point at hand."""
+        """Write a part of the next checkpoint, unless the current checkpoint has the same bytes."""
         digest = hashlib.sha256(data).hexdigest()
         if part in self.parts and self.parts[part].sha256 == digest:
             return
@@ -63,11 +63,11 @@ class Points:
         self.parts[part] = Entry(name, len(data), digest)
 
     def drop(self, part: str) -> None:
-        """Leave a part out of the next point."""
+        """Leave a part out of the next checkpoint."""
         self.parts.pop(f"{part}.safetensors", None)
 
     def commit(self, state: Mapping[str, Any]) -> int:
-        """Make the parts written so far and the state a point; forget the oldest. Returns the point's number."""
+        """Complete a checkpoint of the written parts and the state; delete the oldest. Return its number."""
         if self._keep > 1:
             for part in self.parts:
                 self._separate(part)
@@ -81,7 +81,7 @@ class Points:
         return self._number
 
     def _separate(self, part: str) -> None:
-        """Have the next point name another file than the last for the same content."""
+        """Make the next checkpoint use another file than the last one for an unchanged part."""
         entry = self.parts[part]
         if self._last.get(part) != entry:
             return
@@ -92,16 +92,16 @@ class Points:
         self.parts[part] = twin
 
     def open_last(self) -> dict[str, Any] | None:
-        """State of the last good point, which is at hand from now on; None if there is none.
+        """Open the last valid checkpoint and return its state; None if there is none.
 
-        A point that is not whole is named in the log, with the file and what is wrong with it, and removed.
+        Corrupt checkpoints are logged, with file and reason, and deleted.
         """
         good: list[dict[str, Any]] = []
         for manifest in sorted(self._manifests(), reverse=True):
             try:
                 good.append(self._checked(manifest))
             except (ValueError, KeyError, TypeError, OSError) as error:
-                logger.warning("point %d cannot be used: %s", _number(manifest.name), error)
+                logger.warning("skipping corrupt checkpoint %d: %s", _number(manifest.name), error)
                 manifest.unlink()
         parts = [{name: Entry(**entry) for name, entry in body["parts"].items()} for body in good]
         self._last, self._before = [*parts, {}, {}][:2]
@@ -113,11 +113,11 @@ class Points:
         return f"{part}.safetensors" in self.parts
 
     def get(self, part: str) -> dict[str, torch.Tensor]:
-        """A part of the point at hand, on the CPU."""
+        """Read a part of the current checkpoint, on the CPU."""
         return load_file(self._folder / self.parts[f"{part}.safetensors"].file)
 
     def get_bytes(self, part: str) -> bytes:
-        """A part of the point at hand that was put as bytes."""
+        """Read a part of the current checkpoint that was written as bytes."""
         return (self._folder / self.parts[part].file).read_bytes()
 
     def _manifests(self) -> list[Path]:
@@ -139,7 +139,7 @@ class Points:
         return body
 
     def _forget(self) -> None:
-        """Remove all but the newest points and the files that none of these names."""
+        """Delete all but the newest checkpoints, and all files that these do not use."""
         manifests = sorted(self._manifests(), reverse=True)
         for manifest in manifests[self._keep :]:
             manifest.unlink()
@@ -152,7 +152,7 @@ class Points:
 
 
 def _named_files(manifest: Path) -> Iterator[str]:
-    """The files of an earlier point. One damaged meanwhile names nothing: it could not be gone back to either."""
+    """Yield the files of an earlier checkpoint; none if its manifest is corrupt, because it cannot be resumed from."""
     try:
         body = json.loads(json.loads(manifest.read_text(encoding="utf-8"))["body"])
         yield from [entry["file"] for entry in body["parts"].values()]
@@ -166,5 +166,5 @@ def _number(name: str) -> int:
 
 
 def has_points(folder: Path) -> bool:
-    """Whether a folder of points holds any, good or not."""
+    """Return whether a folder holds checkpoints, valid or not."""
     return any(file.stem.isdigit() for file in folder.glob("*.json"))

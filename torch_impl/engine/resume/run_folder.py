@@ -1,4 +1,4 @@
-"""The folder of a run: one hidden place beside its name while it lasts, and moved there whole when all is done."""
+"""The output folder of a run: written under a hidden name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ def run_folder(
     marker: str = "losa_result.json",
     kind: str = "a run",
 ) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` if the body ends well.
+    """Yield a folder to write into; it becomes `target` if the body succeeds.
 
-    If it ends badly, the folder is kept where it holds points to go on from, and a note on the exception says how;
-    otherwise it is removed. The lock on it ends with the process, however that ends. Replaced is only an empty folder, or
-    one of the same kind, which holds the file `marker`. A symbolic link stands for what it points to. option: what
-    messages call `target`.
+    If the body fails, the folder is kept if it has checkpoints, and a note on the exception says how to resume; otherwise it
+    is deleted. The lock on the folder ends with the process. Only an empty folder is replaced, or, with `overwrite`, one of
+    the same kind, which has the file `marker`. Symbolic links are followed. option: the name of `target` in messages.
 
-    Errors: ValueError if `target` exists and may not be replaced, cannot be written, is being written by another
-    process, or has an unfinished run that neither `resume` nor `overwrite` speaks of.
+    Errors: ValueError if `target` exists and must not be replaced, cannot be written, is in use by another process, or has an
+    unfinished run without `resume` or `overwrite`.
     """
     named = f"{option} {target}"
     target = _place_of(target, named)
@@ -44,20 +43,21 @@ def run_folder(
             return
         if not overwrite:
             finished = " and its run is finished" if resume and (target / marker).is_file() else ""
-            raise ValueError(f"{named} exists{finished}; allowed: a new folder, or --overwrite")
+            raise ValueError(f"{named} exists{finished}; use another folder or --overwrite")
         if not (target / marker).is_file():
-            raise ValueError(f"{named} is not the folder of {kind}; allowed: a new folder, or that of {kind}")
+            raise ValueError(
+                f"{named} is not the folder of {kind}, so --overwrite does not replace it; use another folder"
+            )
 
     check_target()
     partial = target.parent / f".{target.name}.partial"
     with _locked(partial, named):
-        # Another process may have finished meanwhile.
+        # Check again: another process may have finished in the meantime.
         check_target()
         unfinished = has_points(partial / POINTS)
         if unfinished and not (resume or overwrite):
             raise ValueError(
-                f"{named} has an unfinished run in {partial}; "
-                "allowed: --resume to go on with it, --overwrite to start anew, or a new folder"
+                f"{named} has an unfinished run in {partial}; use --resume, --overwrite to start over, or another folder"
             )
         if not (unfinished and resume):
             _empty(partial)
@@ -66,7 +66,7 @@ def run_folder(
             _publish(partial, target)
         except BaseException as error:
             if has_points(partial / POINTS):
-                error.add_note(f"what is done is kept in {partial}; --resume goes on with it")
+                error.add_note(f"progress saved in {partial}; rerun with --resume")
             else:
                 shutil.rmtree(partial, ignore_errors=True)
                 if isinstance(error, KeyboardInterrupt):
@@ -75,18 +75,18 @@ def run_folder(
 
 
 def _place_of(target: Path, named: str) -> Path:
-    """The place itself, links followed. Errors: ValueError if no folder can be moved there."""
+    """Resolve symbolic links. Errors: ValueError if no folder can be moved there."""
     try:
         place = target.resolve()
         str(place).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{named} is no name in UTF-8, which the files' writers need; name another folder") from None
+        raise ValueError(f"{named} is not a valid UTF-8 name; use another folder") from None
     except (OSError, RuntimeError):
         place = target
     if place.is_symlink():
-        raise ValueError(f"{named} is a symbolic link that leads nowhere but to itself; name another folder")
+        raise ValueError(f"{named} is a symbolic link to itself; use another folder")
     if os.path.ismount(place):
-        raise ValueError(f"{named} is a mount point, which cannot be replaced; name a folder inside it")
+        raise ValueError(f"{named} is a mount point, which cannot be replaced; use a folder inside it")
     return place
 
 
@@ -96,15 +96,13 @@ def _is_empty_folder(path: Path) -> bool:
 
 @contextmanager
 def _locked(partial: Path, named: str) -> Iterator[None]:
-    """Make the folder, hold it for this process alone, and leave no empty one behind."""
+    """Create and lock the folder; delete it afterwards if it is empty."""
     try:
         file = _lock(partial)
     except BlockingIOError:
-        raise ValueError(
-            f"{named} is being written by another process; allowed: wait for it, or another folder"
-        ) from None
+        raise ValueError(f"{named} is in use by another process; wait for it or use another folder") from None
     except OSError as error:
-        raise ValueError(f"{named} cannot be written: {error.strerror}; allowed: a writable place") from error
+        raise ValueError(f"{named} cannot be written: {error.strerror}; use a writable folder") from error
     with file:
         try:
             yield
@@ -119,7 +117,7 @@ def _lock(partial: Path) -> IO[str]:
         with suppress(FileNotFoundError):
             file = (partial / LOCK).open("a", encoding="utf-8")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The folder may have been moved or removed between opening and locking.
+            # The folder may have been moved or deleted between opening and locking.
             if _same(partial / LOCK, file):
                 return file
             file.close()
@@ -143,7 +141,7 @@ def _empty(folder: Path) -> None:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Move the folder to its place; only then are its points of no more use."""
+    """Move the folder to its place, then delete its checkpoints."""
     for folder, _, names in os.walk(partial):
         for name in names:
             with (Path(folder) / name).open("rb") as file:

@@ -1,7 +1,7 @@
-"""What a run is in the middle of, as named tensors: masks or base weights, adapters, optimizer, random generators.
+"""The state of an unfinished run as named tensors: masks or base weights, adapters, optimizer, random generators.
 
-Every function here has its inverse beside it. What never changes (embeddings, norms, the dense weights) is not part of it:
-that comes from the model's own folder.
+Each function is followed by its inverse. Tensors that never change (embeddings, norms, the dense weights) are not included;
+they are loaded from the model's own folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors:
-    """The base weights of a block: one bit per weight where they are the dense ones under a mask, else all of them."""
+    """Return the base weights of a block: only the mask if they are the dense weights under it, otherwise all weights."""
     tensors = {}
     for name, layer in block_adapters(block, family).items():
         weight = layer.weight.detach()
@@ -34,7 +34,7 @@ def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors
 
 
 def restore_block(block: nn.Module, dense: nn.Module, family: Family, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a block the base weights that `block_tensors` found."""
+    """Restore a block's base weights from `block_tensors`."""
     for name, layer in block_adapters(block, family).items():
         if f"{name}.weight" in tensors:
             layer.set_base(tensors[f"{name}.weight"])
@@ -45,13 +45,13 @@ def restore_block(block: nn.Module, dense: nn.Module, family: Family, tensors: M
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Unlike torch.equal, 0 and -0 differ."""
+    """Compare bits: unlike for torch.equal, 0 and -0 differ."""
     kind = _BITS[a.element_size()]
     return torch.equal(a.view(kind), b.view(kind))
 
 
 def adapter_tensors(model: nn.Module) -> Tensors:
-    """A and B of every projection."""
+    """Return A and B of every projection."""
     return {
         f"{number}.{name}": parameter.detach().cpu()
         for number, layer in enumerate(adapters(model))
@@ -60,7 +60,7 @@ def adapter_tensors(model: nn.Module) -> Tensors:
 
 
 def restore_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give every projection the A and B that `adapter_tensors` found, whatever their rank."""
+    """Restore A and B of every projection from `adapter_tensors`, with their ranks."""
     for number, layer in enumerate(adapters(model)):
         device = layer.weight.device
         layer.A = nn.Parameter(tensors[f"{number}.A"].to(device))
@@ -68,13 +68,13 @@ def restore_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Moments and step counts of every parameter."""
+    """Return moments and step counts of every parameter."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value.cpu() for number, values in state.items() for name, value in values.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give the optimizer what `optimizer_tensors` found."""
+    """Restore the optimizer from `optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         number, _, name = full_name.partition(".")
@@ -83,7 +83,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
 
 
 def random_tensors() -> Tensors:
-    """States of the generators of torch (CPU and every CUDA device), NumPy and Python."""
+    """Return the states of the random generators of torch (CPU and all CUDA devices), NumPy and Python."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - whoever uses it
     states = {
         "torch": torch.get_rng_state(),
@@ -97,7 +97,7 @@ def random_tensors() -> Tensors:
 
 
 def restore_random(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put all generators where `random_tensors` found them."""
+    """Restore all random generators from `random_tensors`."""
     torch.set_rng_state(tensors["torch"])
     position, has_gauss, gauss = tensors["numpy.rest"].tolist()
     keys = tensors["numpy"].numpy().astype(np.uint32)
