@@ -1,15 +1,15 @@
-"""LoSA, Algorithm 1, whole: from dense weights and token ids to sparse merged weights.
+"""The whole of LoSA, Algorithm 1: from dense weights and token ids to sparse merged weights.
 
     for t = 1 .. T:
-        importance of each block: how little its output shares with the other blocks'         hsic.py, rmi.py
+        importance of each block: the less its output shares with other blocks', the higher   hsic.py, rmi.py
         sparsity of each block, from its importance and this step's target                    schedule.py, sparsity.py
-        block by block, each fed by pruned blocks: prune, reconstruct; error of its output    masks/, reconstruct.py, rank.py
+        block by block, after the pruned ones: prune, reconstruct; error of its output        masks/, reconstruct.py, rank.py
         rank of each block, from its error; resize its adapters                               rank.py
-        train the adapters on the t-th part of the examples, if there is anything to heal     llama.py, adamw.py
+        train the adapters on the t-th part of the examples, once anything is pruned          llama.py, adamw.py
     merge                                                                                     adapter.py
 
-`run` is that box; the functions above it are its lines, in the order and under the names of torch_impl/losa.py, so that
-the two files can be read side by side. Nothing is changed in place: each line takes a state and returns the next.
+`run` is this box. The functions above it are its lines, in the order and with the names of torch_impl/losa.py, so that the
+two files can be read side by side. Nothing is changed in place: each line takes a state and returns the next one.
 
 Legend: L blocks; n calibration sequences of t tokens; a projection has weight (out, in), A (r, in), B (out, r).
 """
@@ -33,22 +33,22 @@ from reference.masks.select import rest_sparsity
 from reference.rates import RULES, RateRule
 
 Example = dict[str, Ids]
-"""One training sequence: input_ids (t,) and labels (t,), the latter `llama.IGNORED` where a token does not count."""
+"""One training sequence: input_ids (t,) and labels (t,); the loss ignores tokens with label `llama.IGNORED`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a run, apart from model and tokens. Names and defaults are those of torch_impl/losa.py.
+    """All settings that determine a run, apart from model and tokens. Names and defaults are those of torch_impl.
 
-    prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, of an unstructured pattern.
+    prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
     sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: rmi (LoSA) or uniform.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
-    rmi_samples: how many calibration sequences the mutual information uses. finetune: train at all.
-    learning_rate: the peak. warmup_ratio, weight_decay, max_grad_norm: see adamw.py. batch_size: sequences of one
-    optimizer step. lr_schedule: per_step (paper) or whole_run. loss: ce (paper) or kl. seed: of the adapters' new rows.
-    reconstruct_epochs: over the calibration sequences, for each block after it is pruned; 0 (paper): not at all.
-    reconstruct_learning_rate, reconstruct_batch_size: see reconstruct.py.
+    rmi_samples: calibration sequences for the mutual information. finetune: train the adapters. learning_rate: the peak.
+    warmup_ratio, weight_decay, max_grad_norm: see adamw.py. batch_size: sequences per optimizer step. lr_schedule: per_step
+    (paper) or whole_run. loss: ce (paper) or kl. seed: of the adapters' new rows. reconstruct_epochs: epochs over the
+    calibration sequences for each block after it is pruned; 0 (paper): no reconstruction. reconstruct_learning_rate,
+    reconstruct_batch_size: see reconstruct.py.
     """
 
     prune_method: str = "wanda"
@@ -96,39 +96,39 @@ class Settings:
         for name in ("steps", "lora_r", "batch_size", "reconstruct_batch_size"):
             _checks.integer(name, getattr(self, name), 1)
         if _checks.number("lora_alpha", self.lora_alpha) <= 0:
-            raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0, or nothing would be learned")
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0")
         _checks.integer("initial_rank", self.initial_rank, max(1, self.min_rank), self.max_rank)
         if self.finetune:
             _checks.integer("steps", self.steps, 1, self.max_rank - self.initial_rank + 1)
 
     @property
     def method(self) -> Method:
-        """The record of `prune_method`."""
+        """Return the record of `prune_method`."""
         return METHODS[self.prune_method]
 
     @property
     def rule(self) -> RateRule:
-        """The record of `layer_sparsity`."""
+        """Return the record of `layer_sparsity`."""
         return RULES[self.layer_sparsity]
 
     @property
     def pattern(self) -> Pattern:
-        """The pattern of `sparsity_type`."""
+        """Return the pattern of `sparsity_type`."""
         return Pattern.parse(self.sparsity_type)
 
     @property
     def group(self) -> tuple[int, int] | None:
-        """(N, M) of an N:M pattern; None if unstructured."""
+        """Return (N, M) of an N:M pattern, None if unstructured."""
         return self.pattern.group
 
     @property
     def final_sparsity(self) -> float:
-        """Share of zeros at the end."""
+        """Return the final share of zeros."""
         return self.sparsity_ratio if self.group is None else 1 - self.group[0] / self.group[1]
 
     @property
     def scale(self) -> float:
-        """s = α / r₀, the same at every rank."""
+        """Return s = α / r₀, the same at every rank."""
         return self.lora_alpha / self.lora_r
 
 
@@ -142,11 +142,11 @@ class AdaptedLinear:
 
     @property
     def mask(self) -> Mask:
-        """Bool (out, in), True = kept."""
+        """Return the mask, bool (out, in), True = kept."""
         return self.weight != 0
 
     def merged(self, scale: float) -> Array:
-        """M⊙(W + s·BA)."""
+        """Return M⊙(W + s·BA)."""
         return adapter.effective_weight(self.weight, self.A, self.B, scale)
 
 
@@ -156,9 +156,9 @@ Layers = dict[str, AdaptedLinear]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step decided, measured and left behind; lists have one entry per block, but losses one per optimizer step.
+    """The decisions, measurements and result of one step. Lists have one entry per block; losses has one per optimizer step.
 
-    losses: none if nothing is trained, at all or at this step (see `_nothing_to_heal`).
+    losses: empty if nothing is trained at this step (see `_nothing_to_heal`).
     """
 
     step: int
@@ -173,7 +173,7 @@ class StepRecord:
 
 
 def attach_adapters(model: Llama) -> list[Layers]:
-    """Every projection of every block with an adapter of rank 0."""
+    """Give every projection of every block an adapter of rank 0."""
     return [
         {name: AdaptedLinear(w, np.zeros((0, w.shape[1])), np.zeros((len(w), 0))) for name, w in block.weights.items()}
         for block in model.blocks
@@ -181,24 +181,23 @@ def attach_adapters(model: Llama) -> list[Layers]:
 
 
 def merge_adapters(model: Llama, layers: Sequence[Layers], scale: float) -> Llama:
-    """The model with the merged weights M⊙(W + s·BA) as its projections: what it computes now, and what is saved.
+    """Merge all adapters: return the model with projections M⊙(W + s·BA). This model is saved.
 
-    Source: LoSA, Eq. 1. model: gives all but the projections. layers: one entry per block. scale: s.
-    Returns: a plain model, its weights exactly zero where pruned. Ties and rounding: none. Errors: none.
-    *Deviation*: none.
+    Source: LoSA, Eq. 1. model: all but the projections is taken from it. layers: one entry per block. scale: s.
+    Returns: a plain model, its weights exactly zero where pruned. *Deviation*: none.
     """
     return model.with_weights([{name: layer.merged(scale) for name, layer in of_block.items()} for of_block in layers])
 
 
 def _zero_shares(layers: Sequence[Layers]) -> Array:
-    """Share of zeros of each block's projections (L,)."""
+    """Compute the share of zeros in each block's projections (L,)."""
     return np.array([(~np.concatenate([p.mask.ravel() for p in block.values()])).mean() for block in layers])
 
 
 def _block_targets(
     settings: Settings, target: float, importance: Array | None, weights: Array, previous: Array
 ) -> tuple[Array, list[tuple[int, int] | None]]:
-    """Sparsity of each block (L,) at this step (LoSA, Eq. 5), and its N:M if the pattern has one."""
+    """Choose the sparsity of each block (L,) at this step (LoSA, Eq. 5), and its N:M if the pattern has one."""
     blocks = len(weights)
     if settings.group is None:
         return settings.rule.allocate(importance, target, weights, previous), [None] * blocks
@@ -211,7 +210,7 @@ def _block_targets(
 
 
 def _gather(method: Method, inputs: Array) -> Array | None:
-    """The statistic that `method` needs of a projection's calibration input (n, t, in)."""
+    """Compute the statistic that `method` needs of a projection's calibration input (n, t, in)."""
     if method.statistic is None:
         return None
     return method.statistic(inputs.reshape(-1, inputs.shape[-1]), len(inputs))
@@ -226,9 +225,9 @@ def _prune_block(
     rate: float,
     nm: tuple[int, int] | None,
 ) -> Layers:
-    """Prune the projections of one block further; all of them see the block as it was, fed by already pruned blocks."""
+    """Prune the projections of one block further. All statistics come from the block before this pruning."""
     trace = llama.block_forward(block, stream, model.sizes)
-    # A projection that is sparser already leaves less to the others.
+    # A projection that is already sparser reduces the share of the others.
     masks = [layer.mask for layer in layers.values()]
     rate = rest_sparsity(np.array([(~mask).sum() for mask in masks]), np.array([mask.size for mask in masks]), rate)
     pruned = {}
@@ -249,7 +248,10 @@ def _prune_model(
     rates: Array,
     groups: Sequence[tuple[int, int] | None],
 ) -> tuple[list[Layers], list[float]]:
-    """Prune block by block, dense and pruned streams in lockstep. Also returns e of LoSA, Eq. 6, for every block."""
+    """Prune block by block, with dense and pruned streams in lockstep. Also return e of LoSA, Eq. 6, of every block.
+
+    A stream is the hidden states of all calibration sequences between two blocks.
+    """
     stream = dense_stream = dense.embedding[ids]
     hidden = dense.sizes.hidden
     pruned, errors = [], []
@@ -258,7 +260,7 @@ def _prune_model(
         block = _merged_block(dense_block, layers[index], settings)
         done = _prune_block(block, layers[index], stream, dense, settings, rates[index], groups[index])
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
-        # Before the first block that has lost a weight the two streams are the same, and there is only rounding to train on.
+        # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
         damaged = damaged or any((layer.mask != (dense_block.weights[name] != 0)).any() for name, layer in done.items())
         if settings.reconstruct_epochs and damaged:
             done = _reconstruct_block(dense_block, done, stream, dense_stream, dense, settings)
@@ -271,7 +273,7 @@ def _prune_model(
 def _reconstruct_block(
     block: Block, layers: Layers, stream: Array, targets: Array, model: Llama, settings: Settings
 ) -> Layers:
-    """Train the kept merged weights of one pruned block towards the dense block's output; the base takes over the change."""
+    """Train the kept merged weights of one pruned block; add the change to its base weights."""
     merged = _merged_block(block, layers, settings)
     better = reconstruct.reconstruct_block(
         merged,
@@ -296,7 +298,7 @@ def _merged_block(block: Block, layers: Layers, settings: Settings) -> Block:
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:
-    """r of LoSA, Eq. 7, for every block."""
+    """Allocate r of LoSA, Eq. 7, to every block."""
     mean = schedule.mean_rank(step, settings.initial_rank)
     if settings.rank_allocation == "uniform":
         return [mean] * len(errors)
@@ -305,7 +307,7 @@ def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> l
 
 
 def _resize(layers: Sequence[Layers], ranks: Sequence[int], step: int, settings: Settings) -> list[Layers]:
-    """All projections of a block get its rank; new rows depend on run, step, block and projection alone."""
+    """Give all projections of a block its rank. New rows depend only on run, step, block and projection."""
     return [
         {
             name: _resize_layer(layer, ranks[index], (settings.seed, step, index, number), settings)
@@ -324,7 +326,7 @@ def _resize_layer(layer: AdaptedLinear, new_rank: int, seed: tuple[int, ...], se
 
 
 def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> list[tuple[int, int]]:
-    """(optimizer steps done, optimizer steps in all) of the learning-rate schedule at the start of every step."""
+    """Return (optimizer steps done, total optimizer steps) of the learning-rate schedule at the start of each step."""
     counts = [math.ceil(len(part) / settings.batch_size) for part in parts]
     if settings.lr_schedule == "per_step":
         return [(0, count) for count in counts]
@@ -332,13 +334,12 @@ def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> lis
 
 
 def _nothing_to_heal(model: Llama, layers: Sequence[Layers], settings: Settings) -> bool:
-    """Whether there is nothing to train on but rounding: the loss is the distance from the dense model's predictions, and no
-    step has pruned anything yet (1:2 at step 1 of 5, say), so that the model still is the dense one.
+    """Return whether the loss is kl and no weight is pruned yet, so that the model still equals the dense one.
 
-    Its gradient is 0 then. Rounding makes noise of it, in float32 larger than Adam's ε, and Adam, which divides by the
-    gradient's size, full steps of that. So such a step leaves the adapters as they are; its part of the examples is not
-    used, and the learning-rate schedule goes on behind it. With labels (loss ce) a gradient is more than rounding, and
-    training goes on.
+    This happens at step 1 of 5 with 1:2, say. The gradient is then 0 up to rounding. In float32 the rounding is larger than
+    Adam's ε, and Adam divides by the gradient's size, so it would take full steps in random directions. Such a step trains
+    nothing: its examples are skipped, and the learning-rate schedule continues after them. With labels (loss ce) the gradient
+    is more than rounding, so training takes place.
     """
     unchanged = all(
         np.array_equal(layer.weight, block.weights[name])
@@ -349,7 +350,7 @@ def _nothing_to_heal(model: Llama, layers: Sequence[Layers], settings: Settings)
 
 
 def _parameters(layers: Sequence[Layers]) -> list[Array]:
-    """What is trained: A and B of every projection, in order."""
+    """List the trained parameters: A and B of every projection, in order."""
     return [P for of_block in layers for layer in of_block.values() for P in (layer.A, layer.B)]
 
 
@@ -364,7 +365,7 @@ def _with_parameters(layers: Sequence[Layers], parameters: Sequence[Array]) -> l
 def _train(
     dense: Llama, layers: list[Layers], examples: Sequence[Example], settings: Settings, position: tuple[int, int]
 ) -> tuple[list[Layers], list[float]]:
-    """One epoch over `examples` in order, with a fresh optimizer. Also returns the loss of every optimizer step."""
+    """Train one epoch over `examples` in order, with a fresh optimizer. Also return the loss of every optimizer step."""
     done, total = position
     moments = adamw.start(_parameters(layers))
     losses = []
@@ -384,9 +385,9 @@ def _train(
 def _loss_and_gradients(
     dense: Llama, layers: Sequence[Layers], batch: Sequence[Example], settings: Settings
 ) -> tuple[float, list[Array]]:
-    """Mean loss per predicted token of one optimizer step, and its gradients by what is trained.
+    """Compute the mean loss per predicted token of one optimizer step, and its gradients by the trained parameters.
 
-    Sequences go through the model one by one: the loss is a sum over tokens, so batching and padding change nothing.
+    Sequences pass the model one by one. The loss is a sum over tokens, so batching and padding would not change it.
     """
     model = merge_adapters(dense, layers, settings.scale)
     count = max(1, sum(llama.label_count(example["labels"][None]) for example in batch))
@@ -408,7 +409,7 @@ def _loss_and_gradients(
 def _adapter_gradients(
     layers: Sequence[Layers], trace: llama.Trace, grads: Sequence[dict[str, Array]], settings: Settings
 ) -> list[Array]:
-    """∂loss/∂A and ∂loss/∂B of every projection, in order, from ∂loss/∂y of its output."""
+    """Compute ∂loss/∂A and ∂loss/∂B of every projection, in order, from ∂loss/∂y of its output."""
     gradients: list[Array] = []
     for of_block, block_trace, grad in zip(layers, trace.blocks, grads, strict=True):
         for name, layer in of_block.items():
@@ -418,18 +419,18 @@ def _adapter_gradients(
 
 
 def check_model(model: Llama, settings: Settings) -> None:
-    """Refuse a model on which these settings cannot be carried out.
+    """Check that the settings work with this model.
 
-    Errors: ValueError for anything in it that is not finite, for fewer than three blocks with layer_sparsity rmi (with
-    two, importances are always equal), or for projections whose inputs M does not divide.
+    Errors: ValueError for values that are not finite, for fewer blocks than layer_sparsity needs, or for a projection whose
+    number of inputs is not a multiple of M.
     """
     _checks.array("embedding", model.embedding, "v", "d")
     _checks.array("norm", model.norm, "d")
     _checks.array("head", model.head, "v", "d")
     if len(model.blocks) < (least := settings.rule.least_blocks):
         raise ValueError(
-            f"layer_sparsity is {settings.layer_sparsity!r} and the model has {len(model.blocks)} blocks; "
-            f"allowed: {least} or more"
+            f"layer_sparsity {settings.layer_sparsity!r} needs {least} or more blocks, and the model has "
+            f"{len(model.blocks)}; use another layer_sparsity"
         )
     for index, block in enumerate(model.blocks):
         norms = {"attention_norm": block.attention_norm, "mlp_norm": block.mlp_norm}
@@ -445,14 +446,14 @@ def check_model(model: Llama, settings: Settings) -> None:
 
 
 def _initial_sparsity(layers: Sequence[Layers], weights: Array, settings: Settings) -> tuple[float, Array]:
-    """Sparsity that the model starts from: s₀ of Eq. 8, and that of each block (L,)."""
+    """Measure the initial sparsity: s₀ of Eq. 8, and that of each block (L,)."""
     rates = _zero_shares(layers)
     initial = float((weights * rates).sum() / weights.sum())
     if initial > settings.final_sparsity + 1e-3:
         raise ValueError(
-            f"sparsity_ratio is {settings.final_sparsity}; allowed: from {initial:.4f}, what is zero already"
+            f"sparsity_ratio is {settings.final_sparsity}; allowed: {initial:.4f} or more, the model's own sparsity"
         )
-    if initial < 1e-3:  # a few exact zeros in a dense checkpoint are no earlier pruning
+    if initial < 1e-3:  # a few exact zeros in a dense checkpoint do not come from pruning
         return 0.0, np.zeros_like(rates)
     return min(initial, settings.final_sparsity), rates
 
@@ -462,15 +463,14 @@ def run(
 ) -> tuple[Llama, list[StepRecord]]:
     """Prune and adapt a model.
 
-    Source: LoSA, Algorithm 1. calibration_ids: token ids (n, t). parts: T lists of training examples, one list a step,
-    none of them empty if fine-tuning is on.
-    Returns: the merged model, zero where pruned, and a record of every step. Ties and rounding: those of its parts.
-    Errors: see `check_model`; ValueError for parts that do not fit the steps or a model sparser than asked;
-    FloatingPointError if training diverges.
-    *Deviation*: that of its parts; the published code trains the last step on six times as many examples, some of them
-    step 4's, and trains where nothing is pruned yet (`_nothing_to_heal`; its loss is ce, where ours does so too).
+    Source: LoSA, Algorithm 1. calibration_ids: token ids (n, t). parts: T lists of training examples, one per step; not
+    empty if fine-tuning is on.
+    Returns: the merged model, zero where pruned, and a record of every step. Ties and rounding: as its parts.
+    Errors: see `check_model`; ValueError if parts do not match the steps, or if the model is already sparser than the
+    target; FloatingPointError if training diverges.
+    *Deviation*: as its parts. The published code trains the last step on six times as many examples, some of them of step 4.
 
-    Three blocks whose weights are (1, 2; 3, 4) lose the smaller half, 1 and 2, and nothing is trained:
+    Example: three blocks with weights (1, 2; 3, 4) lose the smaller half, 1 and 2; nothing is trained:
 
     >>> block = Block(np.ones(2), np.ones(2), {name: np.array([[1.0, 2], [3, 4]]) for name in llama.PROJECTIONS})
     >>> sizes = llama.Sizes(vocabulary=2, hidden=2, intermediate=2, heads=1, kv_heads=1)
@@ -484,7 +484,7 @@ def run(
     check_model(model, settings)
     if settings.finetune and (len(parts) != settings.steps or not all(parts)):
         sizes = [len(part) for part in parts]
-        raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {settings.steps}, none empty")
+        raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; give {settings.steps} parts, none empty")
     layers = attach_adapters(model)
     weights = np.array([sum(layer.weight.size for layer in of_block.values()) for of_block in layers], dtype=np.float64)
     initial, rates = _initial_sparsity(layers, weights, settings)
