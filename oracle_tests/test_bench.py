@@ -69,7 +69,7 @@ def test_jobs_of_the_plan_are_short_and_hide_nothing(
         return torch.ones(1000)
 
     monkeypatch.setattr(large, "run_in_memory", job)
-    monkeypatch.setattr(large, "run_streamed", job)
+    monkeypatch.setattr(large, "run_offloaded", job)
     with pytest.raises(FloatingPointError, match="the third job"):
         run(tmp_path, "--parts", "plan", "--geometry", "small", "--sequences", "100")
     assert [config.calibration.nsamples for config in jobs] == [32, 32]

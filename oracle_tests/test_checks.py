@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from tiny_models.random_models import byte_tokenizer, random_model, save_random_
 from torch_impl import generate, pack
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
-from torch_impl.experiment import compare, job, offloaded_job
+from torch_impl.experiment import compare
 from torch_impl.experiment.config import parse
+from torch_impl.experiment.material import load_material
 from torch_impl.run import main
 
 PLAIN = {"steps": 1, "finetune": "false"}
@@ -90,7 +92,7 @@ def test_whose_positions_are_learned(family: str) -> None:
     assert position_limit(random_model(family)) == (128 if family == "opt" else None)
 
 
-@pytest.mark.parametrize("load", [job.load_material, offloaded_job.load_streamed_material])
+@pytest.mark.parametrize("load", [load_material, partial(load_material, offloaded=True)])
 def test_computed_positions_go_on_with_one_warning(
     place: Path, load: Callable[[Any], Any], caplog: pytest.LogCaptureFixture
 ) -> None:

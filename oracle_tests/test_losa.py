@@ -17,6 +17,7 @@ from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
+from torch_impl.engine.record import Clock
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
@@ -171,7 +172,7 @@ def test_parts_that_do_not_fit_the_steps_are_refused(sizes: list[int]) -> None:
 def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    clock = losa._Clock(torch.device(device))
+    clock = Clock(torch.device(device))
     clock.lap("first")
     clock.lap("second")
     assert waited == [torch.device(device)] * (2 if device == "cuda" else 0)

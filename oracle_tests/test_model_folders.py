@@ -33,7 +33,8 @@ from oracle_tests.model_folders import (
 )  # fmt: skip
 from oracle_tests.small_runs import arguments
 from tiny_models.random_models import random_model
-from torch_impl import generate, losa, pack, run
+from torch_impl import generate, pack, run
+from torch_impl.engine import structure
 from torch_impl.engine.checkpoints import contents, fsdp, pretrained
 from torch_impl.engine.checkpoints.contents import SINGLE
 from torch_impl.engine.decoder import Decoder
@@ -134,11 +135,11 @@ def test_nothing_but_numbers_is_read(place: Path, name: str, value: float, capsy
 def test_algorithm_1_takes_nothing_but_numbers(name: str) -> None:
     """Whoever calls it."""
     model = random_model("llama", attention_bias=True)
-    losa.check_model(model, Settings())
+    structure.check_model(model, Settings())
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = torch.inf
     with pytest.raises(ValueError, match=f"^{name} holds NaN or infinity"):
-        losa.check_model(model, Settings())
+        structure.check_model(model, Settings())
 
 
 KEY = "model.layers.0.self_attn.q_proj.weight"

@@ -16,7 +16,7 @@ from reference import reconstruct as spec
 from reference.llama import Sizes
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa, rank, reconstruct
-from torch_impl.engine import calibration
+from torch_impl.engine import calibration, reconstruction
 from torch_impl.engine.adapted_linear import attach_adapters, block_adapters
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.reconstruction import ReconstructionConfig
@@ -180,7 +180,9 @@ def test_merged_weights_are_the_reconstructed_ones(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(reconstruct, "reconstruct_block", moved)
     stream = calibration.start_stream(decoder, tokens(model)[0], 4)
-    losa.reconstruct_block(block, 0, decoder.family, stream, stream, {}, ReconstructionConfig(reconstruct_epochs=1))
+    reconstruction.reconstruct_block(
+        block, 0, decoder.family, stream, stream, {}, ReconstructionConfig(reconstruct_epochs=1)
+    )
     for name, layer in layers.items():
         assert block.get_submodule(name) is layer
         torch.testing.assert_close(layer.merged(), made[name], rtol=1e-12, atol=1e-12)
@@ -193,13 +195,13 @@ def test_only_what_pruning_has_damaged_is_reconstructed(
 ) -> None:
     """1:2 prunes nothing at the first of five steps: there is only rounding to train on."""
     called: list[int] = []
-    original: Callable[..., None] = losa.reconstruct_block
+    original: Callable[..., None] = reconstruction.reconstruct_block
 
     def heard(block: nn.Module, index: int, *rest: object) -> None:
         called.append(index)
         original(block, index, *rest)
 
-    monkeypatch.setattr(losa, "reconstruct_block", heard)
+    monkeypatch.setattr(reconstruction, "reconstruct_block", heard)
     model = random_model("llama-gqa").eval()
     base = settings("wanda", pattern)
     setup = Settings(

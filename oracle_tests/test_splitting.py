@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tiny_models.random_models import byte_tokenizer, random_model
-from torch_impl.experiment import config, job, report
+from torch_impl.experiment import config, material, report
 from torch_impl.experiment.text.documents import Document
 from torch_impl.experiment.text.sources import load_documents
 from torch_impl.experiment.text.splitting import Texts, load_texts, separate
@@ -228,11 +228,11 @@ def test_nothing_measured_is_trained_on(name: str, tmp_path: Path) -> None:
 def test_what_is_said_of_the_measured_text_is_true(name: str, limit: int | None, tmp_path: Path) -> None:
     """Figures of losa_result.json, and the sentence of the report."""
     calibration, finetune, evaluation = CASES[name][0](tmp_path)
-    material = job.with_text(settings(calibration, finetune, evaluation, limit), *MODEL)
-    facts = material.evaluation_facts
+    found = material.with_text(settings(calibration, finetune, evaluation, limit), *MODEL)
+    facts = found.evaluation_facts
     source = load_documents(evaluation, "measure")
     stream = byte_tokenizer()("".join(d.prompt + d.text for d in source.documents))["input_ids"]
-    ids = material.evaluation
+    ids = found.evaluation
     whole = facts["documents"] == len(source.documents) and not facts["end_of_document"]
     assert facts["split"] == (source.part if whole else "held out")
     if whole and limit is None:
@@ -267,30 +267,34 @@ def settings(
 def test_no_measured_text_is_in_a_calibration_window_or_an_example(tmp_path: Path) -> None:
     """In what the run itself gets: token windows, decoded again."""
     source = text_file(tmp_path / "a.txt", [f"w{number:03}" * 6 for number in range(100)])
-    material = job.with_text(settings(source, source, source, None), *MODEL)
-    tokenizer = material.tokenizer
+    found = material.with_text(settings(source, source, source, None), *MODEL)
+    tokenizer = found.tokenizer
 
     def documents(rows: Sequence[torch.Tensor]) -> set[int]:
         text = [piece for row in rows for piece in tokenizer.decode(row).split("<|endoftext|>") if len(piece) > 5]
         return {number for number in range(100) if any(piece in f"w{number:03}" * 6 for piece in text)}
 
-    measured = documents(list(material.evaluation))
+    measured = documents(list(found.evaluation))
     assert len(measured) >= 9
-    assert len(documents(list(material.calibration))) > 3
-    assert len(documents([example["input_ids"] for example in material.examples])) > 50
-    assert not measured & documents(list(material.calibration))
-    assert not measured & documents([example["input_ids"] for example in material.examples])
+    assert len(documents(list(found.calibration))) > 3
+    assert len(documents([example["input_ids"] for example in found.examples])) > 50
+    assert not measured & documents(list(found.calibration))
+    assert not measured & documents([example["input_ids"] for example in found.examples])
 
 
 def test_the_seed_draws_calibration_and_examples_and_leaves_the_measured_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The model has no files.
-    monkeypatch.setattr(job.pretrained, "weights_hash", lambda _: "")
+    monkeypatch.setattr(material.pretrained, "weights_hash", lambda _: "")
     source = text_file(tmp_path / "a.txt", stories(*range(100)))
-    first, again, other = (job.with_text(settings(source, source, source, None, seed), *MODEL) for seed in (0, 0, 1))
+    first, again, other = (
+        material.with_text(settings(source, source, source, None, seed), *MODEL) for seed in (0, 0, 1)
+    )
     for name in ("calibration_tokens_sha256", "finetune_tokens_sha256", "evaluation_tokens_sha256"):
-        hashes = [job.environment_of(settings(source, source, source, None), m)[name] for m in (first, again, other)]
+        hashes = [
+            material.environment_of(settings(source, source, source, None), m)[name] for m in (first, again, other)
+        ]
         assert hashes[0] == hashes[1]
         assert (hashes[0] == hashes[2]) == (name == "evaluation_tokens_sha256"), name
 

@@ -22,6 +22,7 @@ from torch_impl.bench import large
 from torch_impl.engine import adapted_linear, memory, statistics
 from torch_impl.engine.checkpoints import offload, safetensors_files
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
+from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.settings import PruneConfig, Settings
@@ -29,6 +30,7 @@ from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.planning import checks, dry_run, footprint
 from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.sweeps import Sweeps
 from torch_impl.masks import select
 from torch_impl.run import main
 
@@ -215,10 +217,8 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
         material = large._random_text(config, folder, device)
         family = Decoder(material.model).family
         sizes = Sizes.of(material.model, family, torch.float32)
-        sweeps = offloaded_job.Sweeps(material.model, family, config, material)
-        sweeps.dense()
-        output = offloaded_job.Output(tmp_path, material.model, family)
-        sweeps.prune(torch.full((blocks,), 0.5), [None] * blocks, output)
+        sweeps = Sweeps(Decoder(material.model), config, material)
+        sweeps.prune(config.settings, sweeps.dense(), Output(tmp_path, Decoder(material.model)))
     # With the one being written come the mask and the bytes of one of its projections.
     assert peak < sizes.outside * 4 + 3.8 * sizes.largest_block * 4
 
@@ -226,7 +226,7 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
 def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would lie beside the one that is pruned at one rate afterwards."""
     opened, left = [], []
-    open_streamed, uniform = offloaded_job.open_streamed, offloaded_job._uniform
+    open_streamed, uniform = offloaded_job.open_streamed, offloaded_job._at_once
 
     def noted(*given: Any) -> Any:
         model = open_streamed(*given)
@@ -239,7 +239,7 @@ def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: py
         return uniform(*given)
 
     monkeypatch.setattr(offloaded_job, "open_streamed", noted)
-    monkeypatch.setattr(offloaded_job, "_uniform", counted)
+    monkeypatch.setattr(offloaded_job, "_at_once", counted)
     assert main(arguments(place, **PLAIN, layer_sparsity="rmi", offload="on")) == 0
     assert (len(opened), left) == (1, [0])
 
@@ -258,7 +258,7 @@ def test_auto_leaves_on_disk_what_does_not_fit(
     assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
     assert "one block at a time" in capsys.readouterr().out
     called = []
-    monkeypatch.setattr("torch_impl.run.run_streamed", lambda *_: called.append(1) or {})
+    monkeypatch.setattr("torch_impl.run.run_offloaded", lambda *_: called.append(1) or {})
     monkeypatch.setattr("torch_impl.run.report.table", lambda _: "")
     assert main(arguments(place, **PLAIN)) == 0
     assert called
@@ -422,7 +422,7 @@ def test_a_run_from_files_goes_on_to_the_same_bits(
         flip_a_byte(place)
     pruned.clear()
     assert main(arguments(place, **PLAIN, **split, resume="true")) == 0
-    assert ("block 1 is not on the disk as it was written" in caplog.text) == damage
+    assert ("block 1 is corrupt on the disk" in caplog.text) == damage
     # The last sweep is that of the row "pruned at once".
     assert pruned == ([1, 2] if damage else []) + [0, 1, 2]
     same(place / "out", place / "whole")

@@ -19,16 +19,20 @@ import psutil
 import torch
 
 from tiny_models.random_models import byte_tokenizer
-from torch_impl import losa
+from torch_impl.engine import structure
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints.offload import open_streamed, reader_of
 from torch_impl.engine.checkpoints.pretrained import load_streamed
+from torch_impl.engine.checkpoints.rewriting import Output
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import Config, parse
-from torch_impl.experiment.job import Material, run_in_memory
-from torch_impl.experiment.offloaded_job import Output, Sweeps, run_streamed
+from torch_impl.experiment.job import run_in_memory
+from torch_impl.experiment.material import Material
+from torch_impl.experiment.offloaded_job import run_offloaded
 from torch_impl.experiment.planning import geometry
 from torch_impl.experiment.planning.footprint import footprint
 from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.sweeps import Sweeps
 
 CARD = 24 * 10**9
 TEXT = 1 << 17
@@ -133,10 +137,10 @@ def stream(
         more = ["--prune_method", method, "--offload", "on", "--compile_blocks", "off"]
         config = _options(folder, device, dtype, rows, length, *more)
         material = _random_text(config, folder, device)
-        family = losa.check_structure(material.model, config.settings)
+        decoder = structure.check_structure(material.model, config.settings)
         budget = CARD - torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-        sweeps = Sweeps(material.model, family, config, material, budget)
-        reader = reader_of(material.model, family)
+        sweeps = Sweeps(decoder, config, material, budget)
+        reader = reader_of(decoder)
         size = sum(reader.bytes_of(index) for index in range(blocks)) / blocks
         forget_pages(folder)
         start = time.perf_counter()
@@ -145,9 +149,7 @@ def stream(
         read = time.perf_counter() - start
 
         def prune() -> Any:
-            output = Output(Path(out), material.model, family)
-            rates = torch.full((blocks,), config.prune.final_sparsity, dtype=torch.float64)
-            return sweeps.prune(rates, [None] * blocks, output)
+            return sweeps.prune(config.settings, dense, Output(Path(out), decoder))
 
         forget_pages(folder)
         with HostPeak() as host:
@@ -158,7 +160,7 @@ def stream(
             end = time.perf_counter()
         material.model.config.save_pretrained(out)
         again = open_streamed(Path(out), device, dtype)
-        Sweeps(again, family, config, material).verify(Path(out), pruned)
+        Sweeps(Decoder(again), config, material).verify(Path(out), pruned)
         pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"] if device.type == "cuda" else 0
         return {
             "geometry": name,
@@ -206,10 +208,10 @@ def plan(
             start = time.perf_counter()
             config = _options(folder, device, dtype, rows, length, *short, *more)
             model = open_streamed(folder, torch.device("cpu"), dtype)
-            family = losa.check_structure(model, config.settings)
-            sizes = Sizes.of(model, family, dtype)
+            decoder = structure.check_structure(model, config.settings)
+            sizes = Sizes.of(model, decoder.family, dtype)
             foretold = footprint(config, sizes, device)
-            work = run_streamed if foretold.streamed else run_in_memory
+            work = run_offloaded if foretold.streamed else run_in_memory
             with tempfile.TemporaryDirectory() as out:
                 peak, _ = device_peak(lambda c=config, o=out, w=work: w(c, Path(o)), device)  # type: ignore[misc]
             yield {

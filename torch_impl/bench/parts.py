@@ -18,10 +18,12 @@ from torch_impl.bench.measure import Row, alternate, once, relative, resident
 from torch_impl.engine import calibration
 from torch_impl.engine.adapted_linear import adapters, attach_adapters, block_adapters
 from torch_impl.engine.batches import IGNORED, Example
+from torch_impl.engine.blocks import ModelBlocks, measure_importance
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.rates import MutualInformation
+from torch_impl.engine.resume.journal import Journal, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 
 RATE = 0.7
@@ -55,7 +57,7 @@ def mutual_information(model: PreTrainedModel, work: Work, compare: bool) -> Row
     ids = work.ids(model, work.sequences // 2, work.length)
 
     def ours() -> torch.Tensor:
-        return losa.measure_importance(model, decoder.family, MutualInformation(), ids, 16)
+        return measure_importance(decoder, MutualInformation(), ids, 16)
 
     with calibration.compiled([decoder], "auto"):
         [(milliseconds, peak, _)] = alternate([ours], work.device, work.repeats)
@@ -80,15 +82,15 @@ def _prune_ours(
         prune=PruneConfig(prune_method=method, sparsity_ratio=RATE, layer_sparsity="uniform"),
         calibration=CalibrationConfig(nsamples=len(ids), seqlen=ids.shape[1]),
     )
-    blocks = len(decoder.blocks)
-    rates = torch.full((blocks,), RATE, dtype=torch.float64)
     pruned = copy.deepcopy(model)
-    attach_adapters(Decoder(pruned), 1.0)
-    with calibration.compiled([Decoder(pruned), decoder], "auto"):
-        elapsed, peak, errors = once(
-            lambda: losa._prune_model(pruned, model, decoder.family, ids, settings, rates, [None] * blocks), work.device
+    blocks, journal = ModelBlocks(Decoder(pruned), decoder, ids, len(ids), 1.0), Journal()
+    count = len(blocks.weights)
+    journal.progress = Progress(sparsity=[RATE] * count, groups=[None] * count)
+    with calibration.compiled([blocks.decoder, decoder], "auto"):
+        elapsed, peak, _ = once(
+            lambda: losa.prune_model(blocks, settings, torch.zeros(count, dtype=torch.float64), journal), work.device
         )
-    return pruned, elapsed, peak, errors
+    return pruned, elapsed, peak, journal.progress.errors
 
 
 def _weights(model: PreTrainedModel) -> list[torch.Tensor]:

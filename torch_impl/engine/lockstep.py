@@ -1,17 +1,14 @@
-"""Run the dense and the pruned stream through the blocks together; they can be recomputed up to any block."""
+"""Dense and pruned streams that go through the blocks together, and can be put at any block again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from torch_impl.engine import calibration, distributed, statistics
-from torch_impl.engine.adapted_linear import block_adapters, holding
-from torch_impl.engine.checkpoints.offload import sweep
-from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine import calibration, statistics
+from torch_impl.engine.blocks import Blocks, advance
 from torch_impl.engine.memory import halving
 
 Result = TypeVar("Result")
@@ -19,79 +16,98 @@ Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]],
 
 
 class Lockstep:
-    """The hidden states before block `index` in the dense and in the pruned model.
+    """Goes through the blocks in order, with what enters each of them in the pruned model and what leaves it in the dense one.
 
-    To resume in the middle of a sweep, or to use smaller batches when memory is full, both streams are recomputed from the
-    tokens through the blocks before `index`, which are already pruned. So hidden states are never stored.
+    When the device's memory is full, the streams start again from the tokens, in smaller batches, and go through the
+    blocks before the one at hand, which are pruned already: nothing of them is ever stored.
     """
 
-    def __init__(
-        self, model: nn.Module, dense: nn.Module, family: Family, ids: torch.Tensor, batch_size: int, index: int
-    ) -> None:
-        self._dense, self._blocks = dense, decoder_blocks(model, family)
-        self._family, self._ids = family, ids
+    def __init__(self, blocks: Blocks, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._blocks = blocks
+        self._pairs: Iterator[tuple[nn.Module, nn.Module]] = iter(())
         self._streams: tuple[calibration.Stream, ...] = ()
         self._arguments: list[dict[str, Any]] = []
-        self._dense_blocks: Iterator[nn.Module] = iter(())
-        self._at = -1
-        self._index = index
-        self.batch_size = batch_size
+        self._index = 0
+        self._block: nn.Module | None = None
+        self._passed, self._opened = -1, False
+        """Blocks that both streams are behind, -1 for none to go on from; whether the dense one is behind the next, too."""
+
+    def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
+        """Each block's number and the block, to be pruned before `advance` is called for it."""
+        for index in range(len(self._blocks.weights)):
+            self._index, self._block = index, None
+            self._attempt(lambda: None)
+            assert self._block is not None
+            yield index, self._block
 
     def pruned_input(self, work: Callable[[calibration.Stream], Result]) -> Result:
-        """Run read-only `work` on the pruned stream and return its result."""
+        """Run read-only `work` on the pruned stream before the block at hand; return its result."""
         return self._attempt(lambda: work(self._streams[1]))
 
     def advance(self, reconstruct: Reconstruct | None = None) -> float:
-        """Advance both streams through the next block. Return e of LoSA, Eq. 6, of its outputs.
+        """Take the pruned stream through the block at hand. Returns e of LoSA, Eq. 6, of its outputs.
 
-        reconstruct: trains the block before the pruned stream passes it. Called with the pruned stream before the block, the
-        dense stream after it, and the block's arguments for one sequence. If it fails, it must leave the block unchanged.
+        reconstruct: changes the block before its stream goes through; it hears the pruned stream before the block, the dense
+        one behind it, and what the model calls the block with for one sequence. It leaves the block as it is if it fails.
         """
-        error = self._attempt(lambda: self._advance(reconstruct))
-        self._index += 1
-        return error
+        return self._attempt(lambda: self._advance(reconstruct))
 
     def _advance(self, reconstruct: Reconstruct | None) -> float:
-        index, self._at = self._at, -1
-        self._through(index, reconstruct)
-        error = reconstruction_error(*self._streams)
-        self._at = index + 1
-        return error
-
-    def _through(self, index: int, reconstruct: Reconstruct | None = None) -> None:
         dense, pruned = self._streams
-        self._stream_through(dense, next(self._dense_blocks), index)
+        assert self._block is not None
         if reconstruct is not None:
-            # Recorded only when needed: for a sharded model it gathers the weights outside the blocks in every process.
-            self._arguments = self._arguments or calibration.block_arguments(self._dense, self._family, self._ids[:1])
-            reconstruct(pruned, dense, self._arguments[index])
-        self._stream_through(pruned, self._blocks[index], index)
-
-    def _stream_through(self, stream: calibration.Stream, block: nn.Module, index: int) -> None:
-        with distributed.whole(block), holding(list(block_adapters(block, self._family).values())):
-            stream.advance(block, index)
+            # Asked for only here: of a sharded model that brings what lies outside its blocks to every process.
+            self._arguments = self._arguments or self._blocks.arguments()
+            reconstruct(pruned, dense, self._arguments[self._index])
+        self._pass(self._block)
+        return reconstruction_error(dense, pruned)
 
     def _attempt(self, work: Callable[[], Result]) -> Result:
         def attempt(size: int) -> Result:
-            if self._at != self._index or size != self.batch_size:
-                self._start(size)
+            self._reach(size)
             return work()
 
         result, self.batch_size = halving(attempt, self.batch_size, "calibration_batch_size")
         return result
 
+    def _reach(self, batch_size: int) -> None:
+        """Have the streams at the block at hand: go on, or start again from the tokens."""
+        if batch_size != self.batch_size or self._passed < 0:
+            self._start(batch_size)
+        if not self._opened:
+            block = self._open()
+            # On a second attempt the block at hand is there, and pruned perhaps.
+            self._block = block if self._block is None else self._block
+
     def _start(self, batch_size: int) -> None:
-        self._at, self._streams = -1, ()
-        dense = calibration.start_stream(self._dense, self._family, self._ids, batch_size)
-        self._streams = (dense, dense.clone())
-        self._dense_blocks = sweep(self._dense, self._family)
-        for index in range(self._index):
-            self._through(index)
-        self._at = self._index
+        self._passed, self._opened = -1, False
+        self._streams, self._pairs = (), iter(())
+        dense = self._blocks.start(batch_size)
+        self._streams, self._pairs = (dense, dense.clone()), self._blocks.pairs()
+        self._passed = 0
+        while self._passed < self._index:
+            block = self._open()
+            self._blocks.restore(self._passed, block)
+            self._pass(block)
+
+    def _open(self) -> nn.Module:
+        """Take the dense stream through the next block. Returns the block to prune."""
+        index, self._passed = self._passed, -1
+        dense_block, block = next(self._pairs)
+        advance(self._streams[0], dense_block, index, self._blocks.decoder.family)
+        self._passed, self._opened = index, True
+        return block
+
+    def _pass(self, block: nn.Module) -> None:
+        """Take the pruned stream through the block that the dense one is behind."""
+        index, self._passed = self._passed, -1
+        advance(self._streams[1], block, index, self._blocks.decoder.family)
+        self._passed, self._opened = index + 1, False
 
 
 def reconstruction_error(dense: calibration.Stream, pruned: calibration.Stream) -> float:
-    """Compute e of LoSA, Eq. 6, of two streams, batch by batch. This needs less memory than running a block."""
+    """e of LoSA, Eq. 6, of two streams. Differences of a batch in float32 take less than a block does for it."""
     error = statistics.ReconstructionError()
     for _, rows in pruned.batches():
         error.update(dense.states(rows), pruned.states(rows))

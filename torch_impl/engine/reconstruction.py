@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from torch_impl import _checks, adapter, reconstruct
 from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters
+from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.calibration import Stream
 from torch_impl.engine.families import Family
+from torch_impl.engine.lockstep import Reconstruct
 from torch_impl.engine.memory import halving
 
 
@@ -33,6 +36,30 @@ class ReconstructionConfig:
         _checks.count("reconstruct_epochs", self.reconstruct_epochs, 0)
         _checks.number("reconstruct_learning_rate", self.reconstruct_learning_rate, 0)
         _checks.count("reconstruct_batch_size", self.reconstruct_batch_size)
+
+
+class Healing:
+    """Decides which blocks are reconstructed at a step: those from the first on that has lost a weight. Before it both streams
+    are the same, and there is only rounding to train on.
+
+    start: share of zeros of each block (L,) at the start of the run.
+    """
+
+    def __init__(self, family: Family, start: torch.Tensor, config: ReconstructionConfig) -> None:
+        self._family, self._start, self._config = family, start, config
+        self._damaged = False
+
+    def _lost(self, block: nn.Module, index: int) -> bool:
+        return bool(self._config.reconstruct_epochs) and zero_share(block, self._family) > float(self._start[index])
+
+    def of(self, block: nn.Module, index: int) -> Reconstruct | None:
+        """What reconstructs this block, the next one, which is pruned; None if nothing is to be done."""
+        self._damaged = self._damaged or self._lost(block, index)
+        if not self._damaged:
+            return None
+        return lambda pruned, dense, arguments: reconstruct_block(
+            block, index, self._family, pruned, dense, arguments, self._config
+        )
 
 
 def reconstruct_block(

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from torch_impl import losa
+from torch_impl.engine import structure
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.config import MOST_SEED, Config, parse
 from torch_impl.experiment.evaluate import perplexity
-from torch_impl.experiment.job import Material, load_material
+from torch_impl.experiment.material import Material, load_material
 from torch_impl.experiment.metrics import write_json
 from torch_impl.experiment.planning import dry_run
 from torch_impl.experiment.text.windows import split_parts
@@ -183,7 +184,7 @@ def check_material(config: Config, names: Sequence[str], material: Material) -> 
         )
     for name in names:
         variant = variant_config(config, name, config.training.learning_rate, config.output.seed)
-        losa.check_structure(material.model, variant.settings)
+        structure.check_structure(material.model, variant.settings)
         split_parts(material.examples, variant.text.shares(variant.prune.steps))
 
 

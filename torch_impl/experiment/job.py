@@ -1,101 +1,55 @@
-"""The main job: load, evaluate, prune and heal, merge, save, reload, verify, report."""
+"""The main job with the whole model in memory: prune, adapt, merge, save, verify, report."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine import distributed, finite
-from torch_impl.engine.batches import Example
 from torch_impl.engine.checkpoints import fsdp, pretrained
-from torch_impl.engine.families import decoder_blocks, find_family, weight_of
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import halving
+from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.resume.points import Points
 from torch_impl.engine.resume.run_folder import POINTS, run_folder
-from torch_impl.experiment import identity, report
+from torch_impl.engine.settings import Settings
+from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
-from torch_impl.experiment.metrics import Metrics, write_json
+from torch_impl.experiment.material import Material, environment_of, load_material
+from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
-from torch_impl.experiment.text import splitting, windows
+from torch_impl.experiment.result import summarise, write_results
+from torch_impl.experiment.text import windows
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Material:
-    """All that a run reads."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    calibration: torch.Tensor
-    examples: list[Example]
-    evaluation: torch.Tensor
-    evaluation_facts: dict[str, Any]
-
-
-def load_material(config: Config) -> Material:
-    """Model, tokenizer and all text. Errors: ValueError or FileNotFoundError naming what is wrong."""
-    device = pretrained.choose_device(config.model.device)
-    model, tokenizer = pretrained.load(config.model.model, device, config.model.dtype, config.model.trust_remote_code)
-    losa.check_structure(model, config.settings)
-    return with_text(config, model, tokenizer)
-
-
-def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
-    """All that a run of this model reads. Errors: as for `load_material`."""
-    checks.check_lengths(model, config)
-    checks.warn_of_lengths(model, config)
-    options, calibration, seed = config.text, config.calibration, config.output.seed
-    finetune = options.finetune_data if config.training.finetune else None
-    texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
-    calibration_ids = windows.calibration_windows(
-        texts.calibration, tokenizer, calibration.nsamples, calibration.seqlen, seed
+def at_once(settings: Settings) -> Settings:
+    """The same method at the same sparsity in one shot: uniform, without reconstruction and fine-tuning."""
+    return dataclasses.replace(
+        settings.without_reconstruction(),
+        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity="uniform"),
+        training=dataclasses.replace(settings.training, finetune=False),
     )
-    examples: list[Example] = []
-    if finetune is not None:
-        examples = windows.training_examples(
-            texts.finetune, tokenizer, options.train_seqlen, seed, limit=options.train_examples
-        )
-    limit = options.eval_windows
-    # One more than asked for shows whether the text goes on.
-    measured = windows.evaluation_windows(
-        texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
-    )
-    checks.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
-    facts = {
-        **texts.facts,
-        "first_windows_only": limit is not None and len(measured) > limit,
-        **windows.describe_windows(measured[:limit]),
-    }
-    return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts)
 
 
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
-    """The same method at the same sparsity in one shot: uniform, without fine-tuning."""
-    plain = dataclasses.replace(
-        config.settings.without_reconstruction(),
-        prune=dataclasses.replace(config.prune, steps=1, layer_sparsity="uniform"),
-        training=dataclasses.replace(config.training, finetune=False),
-    )
-    model: PreTrainedModel = fsdp.twin(material.model, find_family(material.model))
-    losa.run(model, material.calibration, [], plain, dense=material.model)
-    fsdp.merge(model, find_family(model))
+    """A copy of the model that is only pruned, in one shot."""
+    model: PreTrainedModel = fsdp.twin(material.model)
+    losa.run(model, material.calibration, [], at_once(config.settings), dense=material.model)
+    fsdp.merge(Decoder(model))
     return model
 
 
@@ -155,11 +109,11 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     journal = open_journal(config, folder)
     notes = journal.notes
     material = load_material(config)
-    model, family = material.model, find_family(material.model)
+    model, decoder = material.model, Decoder(material.model)
     environment = environment_of(config, material)
     if notes:
         identity.check_material(notes["environment"], environment)
-    checks.check(model, family, config, folder)
+    checks.check(model, decoder.family, config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
 
     def measure(what: torch.nn.Module, **labels: Any) -> float:
@@ -179,7 +133,7 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     earlier = notes["seconds"]
     notes["options"] = identity.options(config)
 
-    def on_step(record: losa.StepRecord) -> None:
+    def on_step(record: StepRecord) -> None:
         metrics.log("step", **record.as_dict())
         notes["after_step"].append(measure(model, model="losa", step=record.step))
         notes["seconds"] = earlier + time.perf_counter() - start
@@ -210,10 +164,10 @@ def _finish(
     config: Config, material: Material, folder: Path, measure: Callable[..., float], notes: dict[str, Any]
 ) -> dict[str, Any]:
     """Merge, save, reload and verify. Returns the result but for the time it took in all."""
-    model, family = material.model, find_family(material.model)
+    model, decoder = material.model, Decoder(material.model)
     probe = material.evaluation[:2]
     unmerged = pretrained.logits_of(model, probe)
-    masks = fsdp.merge(model, family)
+    masks = fsdp.merge(decoder)
     if distributed.leads():
         # An interrupted attempt may have left parts of it.
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -221,7 +175,7 @@ def _finish(
         material.tokenizer.save_pretrained(folder / "model")
         pretrained.keep_beside(pretrained.folder_of(model), folder / "model")
     if distributed.is_sharded(model):
-        fsdp.save(model, family, folder / "model")
+        fsdp.save(decoder, folder / "model")
         verify = pretrained.verify_sharded
     else:
         pretrained.save(model, folder / "model")
@@ -234,67 +188,14 @@ def _finish(
     rows = {"dense": notes["dense"], "pruned_at_once": notes["pruned_at_once"], "losa": healed}
     several = distributed.processes()
     how = f"over {several} processes" if several > 1 else "with transformers alone"
-    return summarise(config, family.name, rows, sizes, notes["after_step"], material, verification, how)
-
-
-def summarise(
-    config: Config,
-    family: str,
-    rows: dict[str, dict[str, float]],
-    sizes: dict[str, int],
-    after_step: list[float],
-    material: Material,
-    verification: pretrained.Verification,
-    reloaded: str,
-) -> dict[str, Any]:
-    """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa; reloaded: how."""
-    packed = {"dense": sizes["dense"], "pruned_at_once": sizes["packed"], "losa": sizes["packed"]}
-    return {
-        "model": config.model.model,
-        "family": family,
-        "method": config.prune.prune_method,
-        "sparsity_type": config.prune.sparsity_type,
-        "target_sparsity": config.prune.final_sparsity,
-        **{name: {**row, "bytes": sizes["dense"], "packed_bytes": packed[name]} for name, row in rows.items()},
-        "perplexity_after_step": after_step,
-        "evaluation": material.evaluation_facts,
-        "train_examples": len(material.examples),
-        "lr_schedule": config.training.lr_schedule,
-        "loss": config.training.loss,
-        "step_shares": config.text.shares(config.prune.steps),
-        "verification": {
-            "reloaded": reloaded,
-            "largest_logit_difference": verification.logit_difference,
-            "projections": len(verification.zeros),
-            "sparsity_pruned_and_saved": verification.zeros,
-        },
-    }
-
-
-def write_results(
-    folder: Path,
-    config: Config,
-    environment: dict[str, Any],
-    result: dict[str, Any],
-    records: list[losa.StepRecord],
-) -> None:
-    """All files of a run's folder but the weights, by process 0."""
-    if not distributed.leads():
-        return
-    write_json(folder / "losa_result.json", result)
-    write_json(folder / "steps.json", [record.as_dict() for record in records])
-    write_json(folder / "config.json", config.as_dict())
-    write_json(folder / "environment.json", environment)
-    report.write(folder, result, records)
-    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8", errors="backslashreplace")
+    return summarise(config, decoder.family.name, rows, sizes, notes["after_step"], material, verification, how)
 
 
 @torch.no_grad()
-def _sparsity(model: torch.nn.Module) -> float:
+def _sparsity(model: PreTrainedModel) -> float:
     """Share of zeros of all prunable weights."""
-    family = find_family(model)
-    blocks = decoder_blocks(model, family)
-    weights = [weight_of(block, name) for block in blocks for name in family.projections]
+    decoder = Decoder(model)
+    weights = [weight for block in decoder.blocks for weight in decoder.family.weights_of(block).values()]
     zeros = sum(int((distributed.local(weight) == 0).sum()) for weight in weights)
     return distributed.total_of(zeros) / sum(weight.numel() for weight in weights)
 
@@ -305,28 +206,3 @@ def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, 
     size = torch.empty(0, dtype=model.dtype).element_size()
     saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())
     return {"dense": dense, "packed": dense - int(distributed.total_of(saved))}
-
-
-def environment_of(config: Config, material: Material) -> dict[str, Any]:
-    device = material.model.device
-    # Where each sequence ends, and which of its tokens are learned, make a difference too.
-    examples = [
-        part for e in material.examples for part in (torch.tensor([len(e["labels"])]), e["input_ids"], e["labels"])
-    ]
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "processes": distributed.processes(),
-        "dtype": str(material.model.dtype),
-        "model_sha256": pretrained.weights_hash(pretrained.folder_of(material.model)),
-        "calibration_tokens_sha256": _hash(material.calibration),
-        "finetune_tokens_sha256": _hash(torch.cat(examples) if examples else torch.empty(0)),
-        "evaluation_tokens_sha256": _hash(material.evaluation),
-    }
-
-
-def _hash(ids: torch.Tensor) -> str:
-    return hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()

@@ -13,10 +13,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 from torch_impl.engine import distributed
-from torch_impl.engine.families import Family, decoder_blocks
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import state
 from torch_impl.engine.resume.points import Points
 
@@ -108,20 +107,20 @@ class Journal:
             if self._points is not None and path.name in self._points.parts:
                 path.write_bytes(self._points.get_bytes(path.name))
 
-    def begin(self, model: nn.Module, dense: nn.Module, family: Family, fresh: Progress) -> Progress:
+    def begin(self, decoder: Decoder, dense: Decoder, fresh: Progress) -> Progress:
         """Start a run at `fresh`, or put model and random generators where the point at hand has them."""
-        self._model, self._dense, self._family = model, dense, family
+        self._decoder, self._dense = decoder, dense
         if not self._begun or self._points is None:
             self._begun = True
             self.progress = fresh
             return fresh
-        pairs = zip(decoder_blocks(model, family), decoder_blocks(dense, family), strict=True)
+        pairs = zip(decoder.blocks, dense.blocks, strict=True)
         for index, (block, dense_block) in enumerate(pairs):
             if _block_part(index) in self._points:
-                with distributed.whole(dense_block), distributed.keeping(block, family):
-                    state.restore_block(block, dense_block, family, self._points.get(_block_part(index)))
+                with distributed.whole(dense_block), distributed.keeping(block, decoder.family):
+                    state.restore_block(block, dense_block, decoder.family, self._points.get(_block_part(index)))
         if "adapters" in self._points:
-            state.restore_adapters(model, self._points.get("adapters"))
+            state.restore_adapters(decoder.model, self._points.get("adapters"))
         state.restore_random(self._points.get("random"))
         logger.warning("going on from %s", self.progress)
         return self.progress
@@ -147,7 +146,7 @@ class Journal:
         """The adapters have their new ranks. base_moved: base weights took over what they dropped."""
         self._changed.add("adapters")
         if base_moved:
-            self._changed |= {_block_part(index) for index in range(len(decoder_blocks(self._model, self._family)))}
+            self._changed |= {_block_part(index) for index in range(len(self._decoder.blocks))}
 
     def trained(self, last: bool) -> None:
         """An optimizer step is done; last: the last of this step."""
@@ -187,19 +186,19 @@ class Journal:
 
     def _tensors(self, part: str) -> state.Tensors:
         if part == "adapters":
-            return state.adapter_tensors(self._model)
+            return state.adapter_tensors(self._decoder.model)
         if part == "optimizer" and self._optimizer is not None:
             return state.optimizer_tensors(self._optimizer)
         index = int(part.rpartition("-")[2])
-        block, dense = (decoder_blocks(model, self._family)[index] for model in (self._model, self._dense))
+        block, dense = (decoder.blocks[index] for decoder in (self._decoder, self._dense))
         with distributed.whole(block, dense):
-            tensors = state.block_tensors(block, dense, self._family)
+            tensors = state.block_tensors(block, dense, self._decoder.family)
             # What was gathered is gone when the block is sharded again.
             return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors
 
     def end(self) -> None:
         """Let go of the models: the dense one is not needed any more."""
-        del self._model, self._dense
+        del self._decoder, self._dense
         self._optimizer = None
 
     @contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from torch_impl import losa, schedule
-from torch_impl.engine import distributed
+from torch_impl import schedule
+from torch_impl.engine import distributed, structure
 from torch_impl.engine.checkpoints.pretrained import choose_device, outline
 from torch_impl.engine.families import find_family
 from torch_impl.experiment.config import Config
@@ -28,13 +28,13 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
     """
     device, options, text = choose_device(config.model.device), config.model, config.text
     model = outline(options.model, device, options.dtype, options.trust_remote_code)
-    family = losa.check_structure(model, config.settings)
+    decoder = structure.check_structure(model, config.settings)
     checks.check_lengths(model, config)
     check_source(text.calibration_data, "calibration_data")
     check_source(text.eval_data, "eval_data")
     if config.training.finetune:
         check_source(text.finetune_data, "finetune_data")
-    return model, device, Sizes.of(model, family, model.dtype)
+    return model, device, Sizes.of(model, decoder.family, model.dtype)
 
 
 def check(config: Config) -> None:

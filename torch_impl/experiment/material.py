@@ -1,0 +1,99 @@
+"""All that a run reads: model, tokenizer, calibration, training and evaluation text; and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_impl.engine import distributed
+from torch_impl.engine.batches import Example
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.structure import check_structure
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning import checks
+from torch_impl.experiment.text import splitting, windows
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a run reads."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    calibration: torch.Tensor
+    examples: list[Example]
+    evaluation: torch.Tensor
+    evaluation_facts: dict[str, Any]
+
+
+def load_material(config: Config, offloaded: bool = False) -> Material:
+    """Model, tokenizer and all text. offloaded: leave the weights of the blocks on disk.
+
+    Errors: ValueError or FileNotFoundError naming what is wrong.
+    """
+    options = config.model
+    load = pretrained.load_streamed if offloaded else pretrained.load
+    device = pretrained.choose_device(options.device)
+    model, tokenizer = load(options.model, device, options.dtype, options.trust_remote_code)
+    check_structure(model, config.settings)
+    return with_text(config, model, tokenizer)
+
+
+def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
+    """All that a run of this model reads. Errors: as for `load_material`."""
+    checks.check_lengths(model, config)
+    checks.warn_of_lengths(model, config)
+    options, calibration, seed = config.text, config.calibration, config.output.seed
+    finetune = options.finetune_data if config.training.finetune else None
+    texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
+    calibration_ids = windows.calibration_windows(
+        texts.calibration, tokenizer, calibration.nsamples, calibration.seqlen, seed
+    )
+    examples: list[Example] = []
+    if finetune is not None:
+        examples = windows.training_examples(
+            texts.finetune, tokenizer, options.train_seqlen, seed, limit=options.train_examples
+        )
+    limit = options.eval_windows
+    # One more than asked for shows whether the text goes on.
+    measured = windows.evaluation_windows(
+        texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
+    )
+    checks.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
+    facts = {
+        **texts.facts,
+        "first_windows_only": limit is not None and len(measured) > limit,
+        **windows.describe_windows(measured[:limit]),
+    }
+    return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts)
+
+
+def environment_of(config: Config, material: Material) -> dict[str, Any]:
+    device = material.model.device
+    # Where each sequence ends, and which of its tokens are learned, make a difference too.
+    examples = [
+        part for e in material.examples for part in (torch.tensor([len(e["labels"])]), e["input_ids"], e["labels"])
+    ]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "processes": distributed.processes(),
+        "dtype": str(material.model.dtype),
+        "model_sha256": pretrained.weights_hash(pretrained.folder_of(material.model)),
+        "calibration_tokens_sha256": _hash(material.calibration),
+        "finetune_tokens_sha256": _hash(torch.cat(examples) if examples else torch.empty(0)),
+        "evaluation_tokens_sha256": _hash(material.evaluation),
+    }
+
+
+def _hash(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,194 @@
+"""Sweeps over a model larger than the memory, whose blocks come from its files: measure it, prune it, verify what was written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from torch_impl import losa
+from torch_impl.engine import calibration, memory
+from torch_impl.engine.adapted_linear import adapt_block
+from torch_impl.engine.blocks import zero_share
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.checkpoints.offload import reader_of, sweep
+from torch_impl.engine.checkpoints.rewriting import Output, fingerprint
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.rates import Measure
+from torch_impl.engine.record import StepRecord
+from torch_impl.engine.settings import Settings
+from torch_impl.engine.structure import check_weights
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.evaluate import streamed_perplexity
+from torch_impl.experiment.material import Material
+from torch_impl.experiment.planning.sizes import Sizes
+
+
+@dataclass
+class Dense:
+    """What the first sweep has found out: shares of zeros and importances have one entry per block."""
+
+    perplexity: float
+    shares: list[float]
+    importance: list[float] | None
+    seconds: float
+
+
+@dataclass
+class Pruned:
+    """What a sweep that prunes has done. masks: fingerprint by projection; logits: of the probe, None without an output."""
+
+    record: StepRecord
+    masks: dict[str, tuple[str, float]] = field(default_factory=dict)
+    perplexity: float = 0.0
+    logits: torch.Tensor | None = None
+
+
+class Sweeps:
+    """The sweeps over one streamed model. Which hidden states are kept on the device is decided by what is free there.
+
+    budget: bytes of the device to get by with, if not all that is free.
+    """
+
+    def __init__(self, decoder: Decoder, config: Config, material: Material, budget: int | None = None) -> None:
+        self.decoder, self.config, self.material = decoder, config, material
+        reader = reader_of(decoder)
+        self.device = reader.device
+        self._batch = config.calibration.calibration_batch_size
+        self._sizes = Sizes.of(decoder.model, decoder.family, reader.dtype)
+        text, tokens = config.text, self._batch * config.calibration.seqlen
+        working = self._sizes.working(config.prune.prune_method, tokens, (text.eval_batch_size, text.eval_seqlen))
+        if config.reconstruction.reconstruct_epochs:
+            sequences = min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples)
+            training = self._sizes.reconstruction(sequences * config.calibration.seqlen)
+            working = max(working, 2 * self._sizes.largest_block * self._sizes.itemsize + training)
+        self.room = memory.Room(self.device, working, budget)
+
+    def stream(self, ids: torch.Tensor, batch: int, copies: int = 1) -> calibration.Stream:
+        wanted = copies * self._sizes.stream(ids.numel())
+        return calibration.start_stream(self.decoder, ids, batch, on_host=not self.room.take(wanted))
+
+    def _blocks(self, description: str) -> Iterator[nn.Module]:
+        blocks = tqdm(sweep(self.decoder), desc=description, total=len(self._sizes.prunable_of_blocks), leave=False)
+        with calibration.compiled([self.decoder], self.config.training.compile_blocks):
+            yield from blocks
+        self.room.give_back()
+
+    def dense(self) -> Dense:
+        """Look at every block, measure perplexity and, if rates depend on it, mutual information."""
+        start = time.perf_counter()
+        start_measure, rows = self.config.prune.rule.measure, self.config.calibration.rmi_rows
+        measure = None if start_measure is None else start_measure(self.decoder.family)
+        measured = None if measure is None else self.stream(self.material.calibration[:rows], self._batch)
+        windows = self.stream(self.material.evaluation, self.config.text.eval_batch_size)
+        shares = []
+        for index, block in enumerate(self._blocks("dense")):
+            check_weights(block, index, self.decoder.family)
+            shares.append(zero_share(block, self.decoder.family))
+            windows.advance(block, index)
+            if measure is not None and measured is not None:
+                measure.advance(measured, block, index)
+        return Dense(
+            perplexity=streamed_perplexity(self.decoder, self.material.evaluation, windows, "dense"),
+            shares=shares,
+            importance=None if measure is None else measure.importance().tolist(),
+            seconds=time.perf_counter() - start,
+        )
+
+    def prune(self, settings: Settings, dense: Dense, output: Output | None = None) -> Pruned:
+        """Prune and reconstruct every block by Algorithm 1 and write it to the output; without one, measure the perplexity.
+
+        dense: what `dense` has found.
+        """
+        ids, batch = self.material.evaluation, self.config.text.eval_batch_size
+        calibrated = self.stream(self.material.calibration, self._batch, copies=2)
+        followed = self.stream(ids, batch) if output is None else self.stream(ids[:2], 2)
+        blocks = OffloadedBlocks(self, dense, calibrated, followed, output)
+        [record] = losa.run(self.decoder.model, self.material.calibration, [], settings, blocks=blocks)
+        self.room.give_back()
+        if output is None:
+            return Pruned(record, perplexity=streamed_perplexity(self.decoder, ids, followed, "pruned at once"))
+        masks = output.finish()
+        # On the host: they wait there until the checkpoint is read again.
+        logits = calibration.finish(self.decoder, ids[:2], followed.states(slice(None))).cpu()
+        return Pruned(record, masks, logits=logits)
+
+    def verify(self, folder: Path, pruned: Pruned) -> tuple[float, pretrained.Verification]:
+        """Perplexity of the checkpoint in this folder, after holding it against what was pruned.
+
+        Errors: RuntimeError naming the projection whose zeros are not where its mask says, or what the logits differ by.
+        """
+        ids = self.material.evaluation
+        windows, probe = self.stream(ids, self.config.text.eval_batch_size), self.stream(ids[:2], 2)
+        zeros = {}
+        for index, block in enumerate(self._blocks("verify")):
+            for name, weight in self.decoder.family.weights_of(block).items():
+                full = self.decoder.full_name(index, name)
+                saved, share = fingerprint(weight != 0)
+                if saved != pruned.masks[full][0]:
+                    raise RuntimeError(f"{folder}, {full}: the zeros are not where the mask says")
+                zeros[full] = (pruned.masks[full][1], share)
+            windows.advance(block, index)
+            probe.advance(block, index)
+        logits = calibration.finish(self.decoder, ids[:2], probe.states(slice(None)))
+        assert pruned.logits is not None
+        before = pruned.logits.to(logits.device)
+        difference = pretrained.logit_difference(folder, logits.float(), before.float(), logits.dtype)
+        perplexity = streamed_perplexity(self.decoder, ids, windows, "pruned, written and read again")
+        return perplexity, pretrained.Verification(difference, zeros)
+
+
+class OffloadedBlocks:
+    """Blocks that come from a model's files one at a time and go to the output's as soon as they are pruned: see `Blocks`.
+
+    calibrated: the calibration sequences before the first block. followed: a stream that goes through the pruned blocks.
+    output: where they are written to, and where those that an interrupted run has written are; None keeps none of them.
+    """
+
+    def __init__(
+        self,
+        sweeps: Sweeps,
+        dense: Dense,
+        calibrated: calibration.Stream,
+        followed: calibration.Stream,
+        output: Output | None,
+    ) -> None:
+        self.decoder = self.dense = sweeps.decoder
+        self.weights = torch.tensor(sweeps.decoder.prunable_weights, dtype=torch.float64)
+        self._sweeps, self._found, self._output = sweeps, dense, output
+        self._calibrated: calibration.Stream | None = calibrated
+        self._followed, self._shares = followed, list(dense.shares)
+
+    def zero_shares(self) -> torch.Tensor:
+        return torch.tensor(self._shares, dtype=torch.float64)
+
+    def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
+        """As the sweep over the dense model has measured it."""
+        return torch.tensor(self._found.importance, dtype=torch.float64)
+
+    def start(self, batch_size: int) -> calibration.Stream:
+        first, self._calibrated = self._calibrated, None
+        return first or self._sweeps.stream(self._sweeps.material.calibration, batch_size, copies=2)
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        for block in sweep(self.decoder):
+            adapt_block(block, self.decoder.family, self._sweeps.config.adapter.scale)
+            yield block, block
+
+    def arguments(self) -> list[dict[str, Any]]:
+        return calibration.block_arguments(self.decoder, self._sweeps.material.calibration[:1])
+
+    def restore(self, index: int, block: nn.Module) -> bool:
+        return self._output is not None and self._output.restore(index, block)
+
+    def pruned(self, index: int, block: nn.Module) -> None:
+        self._followed.advance(block, index)
+        self._shares[index] = zero_share(block, self.decoder.family)
+        if self._output is not None:
+            self._output.write(index, block)
