@@ -139,16 +139,16 @@ def test_damage_to_a_file_of_any_kind_goes_back_one_checkpoint(
 
 def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -> None:
     dense, other = (tiny()[0] for _ in range(2))
-    model, family = copy.deepcopy(dense), Decoder(dense).family
+    model = copy.deepcopy(dense)
     for one in (model, other):
         attach_adapters(Decoder(one), 1.0)
     journal = Journal(Points(tmp_path))
-    journal.begin(model, dense, family, Progress())
+    journal.begin(Decoder(model), Decoder(dense), Progress())
     for layer in adapters(model):
         layer.set_base(layer.weight + 1)
     journal.resized(base_moved=True)
     journal.noted()
-    Journal(Points(tmp_path)).begin(other, dense, family, Progress())
+    Journal(Points(tmp_path)).begin(Decoder(other), Decoder(dense), Progress())
     for ours, theirs in zip(adapters(other), adapters(model), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -10,8 +11,9 @@ import re
 import numpy as np
 import pytest
 
-import reference
+import reference.losa
 from oracle_tests.ops import OPS, Op, to_torch
+from torch_impl.engine import settings
 
 # The spec's small model, optimizer, rate rules and Algorithm 1: production has transformers, torch and engine/ for them,
 # and the whole-run oracle holds the two together.
@@ -54,6 +56,18 @@ def test_a_block_is_reconstructed_by_the_same_arguments() -> None:
     shared = ["block", "masks", "inputs", "targets", "epochs", "learning_rate", "batch_size"]
     assert theirs == [*shared, "sizes"]
     assert ours[: len(shared)] == shared
+
+
+def test_settings_of_algorithm_1_have_the_same_names_and_defaults() -> None:
+    production = {}
+    for section in dataclasses.fields(settings.Settings):
+        values = getattr(settings.Settings(), section.name)
+        production |= dataclasses.asdict(values) if dataclasses.is_dataclass(values) else {section.name: values}
+    # What follows from another option is left open there, and a batch is given by its parts.
+    production |= {"sparsity_ratio": 0.7, "rmi_samples": 64}
+    production["batch_size"] = settings.Settings().training.batch_size
+    for field in dataclasses.fields(reference.losa.Settings):
+        assert production[field.name] == field.default, field.name
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)

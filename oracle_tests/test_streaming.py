@@ -19,7 +19,7 @@ from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import FAMILIES, save_random_model
 from torch_impl import losa
 from torch_impl.bench import large
-from torch_impl.engine import adapted_linear, memory, statistics
+from torch_impl.engine import adapted_linear, calibration, memory, statistics
 from torch_impl.engine.checkpoints import offload, safetensors_files
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 from torch_impl.engine.checkpoints.rewriting import Output
@@ -28,6 +28,7 @@ from torch_impl.engine.resume.journal import Journal
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
+from torch_impl.experiment.material import load_material
 from torch_impl.experiment.planning import checks, dry_run, footprint
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
@@ -398,6 +399,51 @@ def flip_a_byte(place: Path) -> None:
         byte = opened.read(1)[0]
         opened.seek(place_of + 5)
         opened.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_run_from_files_takes_smaller_batches_when_memory_is_full(
+    place: Path, epochs: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the second block is pruned: the first one comes back from the output, the second keeps what was pruned of it."""
+    options = {**PLAIN, "offload": "on", "layer_sparsity": "uniform", "calibration_batch_size": 4}
+    options |= {"reconstruct_epochs": epochs, "compile_blocks": "off"}
+    assert main(arguments(place, **options, output_dir=place / "plain")) == 0
+    forward, full = calibration.Stream.forward, []
+
+    def limited(self: calibration.Stream, block: Any, index: int, batch: int, rows: slice) -> torch.Tensor:
+        # Of three passes of a block (dense, statistics, pruned), the last.
+        full.append((index, rows.stop - rows.start))
+        if full.count((1, 4)) == 3 * 2 and full[-1] == (1, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, block, index, batch, rows)
+
+    monkeypatch.setattr(calibration.Stream, "forward", limited)
+    assert main(arguments(place, **options)) == 0
+    assert "reducing calibration_batch_size from 4 to 2" in caplog.text
+    ours, plain = weights_in(place / "out" / "model"), weights_in(place / "plain" / "model")
+    assert all(float((ours[name] != plain[name]).float().mean()) < (0.01 if epochs == 0 else 1) for name in plain)
+    for name, weight in plain.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_an_output_that_changes_while_it_is_written_is_an_error(place: Path, tmp_path: Path) -> None:
+    config = parse(arguments(place, **PLAIN, offload="on"))
+    material = load_material(config, offloaded=True)
+    decoder = Decoder(material.model)
+    (tmp_path / "written").mkdir()
+    output = Output(tmp_path / "written", decoder)
+    for index, block in enumerate(offload.sweep(decoder)):
+        adapted_linear.adapt_block(block, decoder.family, 1.0)
+        assert not output.restore(index, block)
+        output.write(index, block)
+        assert output.restore(index, block), "written by this run"
+        if index:
+            continue
+        output.written[0] = dict.fromkeys(output.written[0], "another hash")
+        with pytest.raises(RuntimeError, match="block 0 is not on the disk as this run wrote it; check the disk"):
+            output.restore(index, block)
+        return
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

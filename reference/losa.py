@@ -38,7 +38,7 @@ Example = dict[str, Ids]
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings that determine a run, apart from model and tokens. Names and defaults are those of torch_impl.
+    """All settings that determine a run, apart from model and tokens. Names and defaults are those of torch_impl/engine/settings.py.
 
     prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
     sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: rmi (LoSA) or uniform.
@@ -73,7 +73,7 @@ class Settings:
     lr_schedule: str = "per_step"
     loss: str = "ce"
     reconstruct_epochs: int = 0
-    reconstruct_learning_rate: float = 1e-3
+    reconstruct_learning_rate: float = 3e-3
     reconstruct_batch_size: int = 8
     seed: int = 0
 

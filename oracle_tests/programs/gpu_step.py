@@ -26,6 +26,7 @@ from oracle_tests.tolerances import GPU_STEP
 from torch_impl import losa
 from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
+from torch_impl.engine.blocks import measure_importance
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
@@ -162,9 +163,7 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
     decoder = Decoder(model)
     ids = torch.randint(1000, (rows, length)).to(device)
     times = {
-        "mutual information sweep": timed(
-            lambda: losa.measure_importance(model, decoder.family, MutualInformation(), ids, 16), device
-        )
+        "mutual information sweep": timed(lambda: measure_importance(decoder, MutualInformation(), ids, 16), device)
     }
     for method in ("wanda", "sparsegpt"):
         copies = [copy.deepcopy(model) for _ in range(3)]

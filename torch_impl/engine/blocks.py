@@ -33,6 +33,10 @@ class Blocks(Protocol):
     def weights(self) -> torch.Tensor:
         """Number of prunable weights of each block, float64 (L,)."""
 
+    @property
+    def restartable(self) -> bool:
+        """Whether blocks that are pruned can be gone through once more, in smaller batches when memory is full."""
+
     def zero_shares(self) -> torch.Tensor:
         """Share of zeros of each block's projections as they are now, float64 (L,)."""
 
@@ -57,6 +61,8 @@ class Blocks(Protocol):
 
 class ModelBlocks:
     """Blocks of a model in memory, over one process or several. The dense model may still be one whose blocks are in files."""
+
+    restartable = True
 
     def __init__(self, decoder: Decoder, dense: Decoder | None, ids: torch.Tensor, rmi_rows: int, scale: float) -> None:
         """Attach adapters and shard. ids: calibration token ids (n, t), the first rmi_rows of which measure importance.

@@ -30,13 +30,14 @@ class Lockstep:
         self._arguments: list[dict[str, Any]] = []
         self._index = 0
         self._block: nn.Module | None = None
+        self._reconstructed = False
         self._passed, self._opened = -1, False
         """Blocks that both streams are behind, -1 for none to go on from; whether the dense one is behind the next, too."""
 
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
         """Each block's number and the block, to be pruned before `advance` is called for it."""
         for index in range(len(self._blocks.weights)):
-            self._index, self._block = index, None
+            self._index, self._block, self._reconstructed = index, None, False
             self._attempt(lambda: None)
             assert self._block is not None
             yield index, self._block
@@ -56,10 +57,12 @@ class Lockstep:
     def _advance(self, reconstruct: Reconstruct | None) -> float:
         dense, pruned = self._streams
         assert self._block is not None
-        if reconstruct is not None:
+        if reconstruct is not None and not self._reconstructed:
             # Asked for only here: of a sharded model that brings what lies outside its blocks to every process.
             self._arguments = self._arguments or self._blocks.arguments()
             reconstruct(pruned, dense, self._arguments[self._index])
+            # Not again if memory is full behind it.
+            self._reconstructed = True
         self._pass(self._block)
         return reconstruction_error(dense, pruned)
 
@@ -68,6 +71,8 @@ class Lockstep:
             self._reach(size)
             return work()
 
+        if not self._blocks.restartable:
+            return attempt(self.batch_size)
         result, self.batch_size = halving(attempt, self.batch_size, "calibration_batch_size")
         return result
 

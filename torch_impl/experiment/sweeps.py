@@ -161,6 +161,7 @@ class OffloadedBlocks:
     ) -> None:
         self.decoder = self.dense = sweeps.decoder
         self.weights = torch.tensor(sweeps.decoder.prunable_weights, dtype=torch.float64)
+        self.restartable = output is not None
         self._sweeps, self._found, self._output = sweeps, dense, output
         self._calibrated: calibration.Stream | None = calibrated
         self._followed, self._shares = followed, list(dense.shares)
