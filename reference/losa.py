@@ -38,7 +38,7 @@ Example = dict[str, Ids]
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings that determine a run, apart from model and tokens. Names and defaults are those of torch_impl/engine/settings.py.
+    """All that determines a run, apart from model and tokens. Names and defaults are those of torch_impl/engine/settings.py.
 
     prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
     sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: rmi (LoSA) or uniform.
