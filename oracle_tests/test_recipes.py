@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -224,7 +225,9 @@ def test_a_text_source(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     monkeypatch.setitem(sources.SOURCES, name, source)
     train, measured = (sources.load_documents(name, purpose) for purpose in ("train", "measure"))
     assert (train.part, measured.part) == (sources.ALL, sources.HELD_OUT)
-    assert not {document.text for document in train.documents} & {document.text for document in measured.documents}
+    learned, held_out = ({document.text for document in found.documents} for found in (train, measured))
+    assert learned | held_out == set(topics.values())
+    assert not learned & held_out
     argv = {"calibration_data": name, "eval_data": name, "prune_method": "magnitude", "layer_sparsity": "uniform"}
     assert main(arguments(place, **ONE_SHOT, **argv)) == 0
     facts = json.loads((place / "out" / "losa_result.json").read_text())["evaluation"]
