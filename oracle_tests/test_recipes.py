@@ -187,6 +187,8 @@ def test_a_rule_without_a_measure(monkeypatch: pytest.MonkeyPatch, place: Path) 
     for index, share in enumerate((0.4, 0.5, 0.6)):
         weight = ours[f"model.layers.{index}.mlp.up_proj.weight"]
         assert int((weight == 0).sum()) == int(share * weight.numel() + 1e-9)
+    rows = json.loads((place / "on" / "losa_result.json").read_text())
+    assert rows["pruned_at_once"]["perplexity"] != rows["losa"]["perplexity"], "pruned at one rate for all"
 
 
 def test_a_rule_that_needs_the_whole_model(

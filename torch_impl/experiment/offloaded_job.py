@@ -57,7 +57,7 @@ def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
     realised, seconds = pruned.record.realised, pruned.record.seconds["prune"]
     healed = {"perplexity": perplexity, "sparsity": _mean(realised, weights), "seconds": seconds}
     shot = healed
-    if dense.importance is not None or config.reconstruction.reconstruct_epochs:
+    if at_once(config.settings).prune != config.prune or config.reconstruction.reconstruct_epochs:
         shot = _at_once(sweeps, dense, weights)
         metrics.log("perplexity", value=shot["perplexity"], model="pruned at once")
     rows = {
@@ -117,7 +117,7 @@ def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pr
 
 
 def _at_once(sweeps: Sweeps, dense: Dense, weights: torch.Tensor) -> dict[str, float]:
-    """The row of a run whose rates come from mutual information, or which reconstructs: only pruned, at one rate for all."""
+    """The row of a run that has another rate rule, or reconstructs: only pruned, at one rate for all."""
     start = time.perf_counter()
     found = sweeps.prune(at_once(sweeps.config.settings), dense)
     return {
