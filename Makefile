@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test deep faults lint spec mutants clean help
+.PHONY: demo test deep faults lowest lint spec mutants clean help
 
 help:
 	@echo "make demo      install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
@@ -12,7 +12,8 @@ help:
 	@echo "make deep      the oracle tests on ten times as many examples, drawn anew (about an hour on 2 cores); SEED=n draws those of n"
 	@echo "make faults    break fifty runs in every way a long run can break, and compare what comes of them (5 minutes on 2 cores)"
 	@echo "make spec      render the spec as one page, build/spec.html, equations typeset beside the code"
-	@echo "make lint      ruff and mypy"
+	@echo "make lowest    test the lowest versions that pyproject.toml declares; INSTEAD=torch==2.13.0 replaces one of them"
+	@echo "make lint      ruff, codespell and mypy"
 	@echo "make mutants   break production in a random sample of small ways and see the tests fail: PART=core|engine|experiment|commands"
 	@echo "               SAMPLE=150 SEED=0 (a part takes about an hour on 2 cores)"
 	@echo "make clean     remove $(VENV), build/ and caches"
@@ -37,6 +38,9 @@ deep: $(STAMP)
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m oracle_tests.programs.faults --faults 50 --seed 0
 
+lowest: $(STAMP)
+	$(BIN)/python -m oracle_tests.programs.lowest_versions $(if $(INSTEAD),--instead $(INSTEAD))
+
 spec: $(STAMP)
 	$(BIN)/python docs/spec.py
 
@@ -50,6 +54,7 @@ mutants: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 clean:

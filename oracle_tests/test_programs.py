@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from oracle_tests.programs import configuration_hashes
+from oracle_tests.programs import configuration_hashes, lowest_versions
+from oracle_tests.small_runs import ROOT
 
 
 def test_hashes_are_compared_with_earlier_ones(
@@ -45,3 +47,30 @@ def test_a_hash_is_of_the_tensors_and_not_of_their_files(tmp_path: Path) -> None
     assert len({plain, *(hashed({**tensors, **change}) for change in changes)}) == 1 + len(changes)
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         hashed()
+
+
+PROJECT = """
+[project]
+dependencies = ["numpy>=2.0", "torch>=2.11"]
+[project.optional-dependencies]
+report = ["matplotlib >= 3.9"]
+spec = []
+test = ["pytest-xdist>=3.6", "triton>=3.4; platform_system == 'Linux'"]
+lint = ["ruff"]
+"""
+
+
+def test_every_declared_floor_is_installed_or_replaced() -> None:
+    found = ["numpy==2.0", "torch==2.11", "matplotlib==3.9", "pytest-xdist==3.6"]
+    assert lowest_versions.requirements(PROJECT, []) == found
+    assert lowest_versions.requirements(PROJECT, ["torch==2.13.0"]) == [found[0], "torch==2.13.0", *found[2:]]
+    for word in ("torch", "scipy==1.13"):
+        with pytest.raises(ValueError, match=re.escape(f"--instead {word}: name a declared package")):
+            lowest_versions.requirements(PROJECT, [word])
+    with pytest.raises(ValueError, match="'numpy'; give it a lowest version"):
+        lowest_versions.floors(PROJECT.replace("numpy>=2.0", "numpy"))
+
+
+def test_the_project_s_own_floors_can_be_read_and_their_tests_exist() -> None:
+    assert {"torch", "transformers", "pytest"} <= set(lowest_versions.floors((ROOT / "pyproject.toml").read_text()))
+    assert all((ROOT / test).is_file() for test in lowest_versions.TESTS)
