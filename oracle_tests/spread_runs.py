@@ -22,7 +22,7 @@ from torch_impl import losa
 from torch_impl.engine import adapted_linear, distributed, gradients, statistics
 from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.checkpoints import fsdp
+from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, sum_loss
 from torch_impl.engine.reconstruction import ReconstructionConfig
@@ -108,7 +108,7 @@ def run(case: Settings, folder: Path | None = None, points: Path | None = None, 
         weight = ours.get_submodule(name).weight
         assert distributed.local(weight).shape == mask.shape
         assert len(mask) == len(weight) // distributed.processes()
-    fsdp.check_zeros(ours, masks)
+    pretrained.check_zeros(Path("in memory"), ours, masks)
     if folder is not None:
         fsdp.save(decoder, folder)
     weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from oracle_tests.small_runs import ROOT, arguments, fails
 from tiny_models.random_models import save_random_model
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.rates import RULES
 from torch_impl.engine.resume import points
 from torch_impl.experiment import config, job
@@ -216,11 +217,11 @@ def test_a_model_that_lost_a_zero_is_caught(
 ) -> None:
     merge = job.fsdp.merge
 
-    def broken(model: torch.nn.Module, family: object) -> dict[str, torch.Tensor]:
-        masks = merge(model, family)  # type: ignore[arg-type]
+    def broken(decoder: Decoder) -> dict[str, torch.Tensor]:
+        masks = merge(decoder)
         name = next(iter(masks))
         with torch.no_grad():
-            weight = model.get_submodule(name).weight
+            weight = decoder.model.get_submodule(name).weight
             weight[~masks[name]] = 1e-3
         return masks
 

@@ -22,7 +22,7 @@ from oracle_tests.tolerances import OTHER_ORDER, UNIT
 from tiny_models.random_models import random_model, save_random_model
 from torch_impl.engine import adapted_linear, distributed
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.checkpoints import fsdp
+from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import CONFIGS, parse
 from torch_impl.experiment.planning import scaling
@@ -247,14 +247,14 @@ def test_a_layout_from_shapes_is_that_of_the_model() -> None:
     assert found == scaling.llama_layout(GEOMETRIES["small"], 4)
 
 
-def test_a_saved_model_that_lost_a_zero_is_caught() -> None:
+def test_a_saved_model_that_lost_a_zero_is_caught(tmp_path: Path) -> None:
     ours = random_model("llama")
     adapted_linear.attach_adapters(Decoder(ours), 2.0)
     [name, layer] = next((n, m) for n, m in ours.named_modules() if isinstance(m, adapted_linear.AdaptedLinear))
     mask = torch.rand(layer.weight.shape) < 0.5
     with torch.no_grad():
         layer.weight.mul_(mask)
-        assert fsdp.check_zeros(ours, {name: mask})[name][0] == float((~mask).double().mean())
+        assert pretrained.check_zeros(tmp_path, ours, {name: mask})[name][0] == float((~mask).double().mean())
         layer.weight.fill_(1.0)
     with pytest.raises(RuntimeError, match=f"{name}: {int((~mask).sum())} pruned weights are not zero"):
-        fsdp.check_zeros(ours, {name: mask})
+        pretrained.check_zeros(tmp_path, ours, {name: mask})

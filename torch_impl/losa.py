@@ -101,7 +101,7 @@ def _gather(
         # Sums of squares, in a Hessian on its diagonal; all processes have the same.
         squares = result if result.dim() == 1 else result.diagonal()
         if not bool(torch.isfinite(squares).all()):
-            raise finite.NotFiniteError(f"input of {family.blocks}.{index}.{name}", stream.hidden.dtype)
+            raise finite.NotFiniteError(f"input of {family.full_name(index, name)}", stream.hidden.dtype)
     return {name: results[group[0]] for group in family.inputs for name in group}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_impl import adapter, rank
-from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.masked_linear import masked_linear, recomputed_masked_linear
 
@@ -109,7 +109,6 @@ class AdaptedLinear(nn.Module):
             torch._dynamo.maybe_mark_dynamic(parameter, dimension)
 
 
-@takes_pair
 def attach_adapters(decoder: Decoder, scale: float) -> None:
     """Replace all projections of all blocks with `AdaptedLinear`s of rank 0; freeze all other parameters."""
     model: nn.Module = decoder.model
@@ -157,7 +156,6 @@ def holding(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
             layer.release()
 
 
-@takes_pair
 @torch.no_grad()
 def merge_adapters(decoder: Decoder) -> dict[str, torch.Tensor]:
     """Replace the adapted projections with plain linears of merged weights. Return the masks by full name, bool, on the CPU.

@@ -17,7 +17,8 @@ from torch import nn
 from torch_impl import _checks
 from torch_impl.engine import distributed, finite
 from torch_impl.engine.adapted_linear import AdaptedLinear
-from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import Family
 
 WORTH_COMPILING = 10**9
 RMI_SAMPLES = 64
@@ -65,8 +66,8 @@ class Stream:
     arguments: list[list[dict[str, Any]]]
     batch_size: int
     device: torch.device
-    blocks: str
-    """Path of the list of blocks, for messages."""
+    family: Family
+    """Names the blocks in messages."""
 
     def clone(self) -> Stream:
         """Copy the stream with its hidden states."""
@@ -102,7 +103,7 @@ class Stream:
             found = found + finite.total(output)
             # Copies to the host and back use one CUDA stream, so they keep their order.
             self.hidden[rows].copy_(output, non_blocking=True)
-        finite.check(found, f"output of {self.blocks}.{index}", self.hidden.dtype)
+        finite.check(found, f"output of {self.family.full_name(index)}", self.hidden.dtype)
         if self.hidden.is_pinned():
             # Wait for the last copies, so that the host memory can be read directly.
             torch.cuda.current_stream(self.device).synchronize()
@@ -131,7 +132,6 @@ def standing_in(
             block._compiled_call_impl = call
 
 
-@takes_pair
 @torch.no_grad()
 def start_stream(decoder: Decoder, ids: torch.Tensor, batch_size: int, on_host: bool = False) -> Stream:
     """Embed token ids (sequences, tokens) and record the arguments of every block. The blocks need no weights.
@@ -157,10 +157,9 @@ def start_stream(decoder: Decoder, ids: torch.Tensor, batch_size: int, on_host: 
     with distributed.whole(model), standing_in(decoder.blocks, record):
         for rows in ids.split(batch_size):
             decoder.body(input_ids=rows.to(device), use_cache=False)
-    return Stream(hidden[0], arguments, batch_size, device, decoder.family.blocks)
+    return Stream(hidden[0], arguments, batch_size, device, decoder.family)
 
 
-@takes_pair
 @torch.no_grad()
 def block_arguments(decoder: Decoder, ids: torch.Tensor) -> list[dict[str, Any]]:
     """Record the arguments of every block for token ids (n, t), besides the hidden states.
@@ -179,7 +178,6 @@ def block_arguments(decoder: Decoder, ids: torch.Tensor) -> list[dict[str, Any]]
     return found
 
 
-@takes_pair
 @torch.no_grad()
 def finish(decoder: Decoder, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Compute logits (n, t, vocabulary) of token ids (n, t) from the last block's output, by the model's norm and head."""
@@ -229,7 +227,6 @@ def compiles(wanted: str, prunable: int, device: torch.device) -> bool:
     return wanted == "on" or (wanted == "auto" and prunable >= WORTH_COMPILING and device.type == "cuda")
 
 
-@takes_pair
 @contextmanager
 def compiled(decoders: Sequence[Decoder], wanted: str) -> Iterator[None]:
     """Compile the blocks with torch.compile within this context, if `compiles` says so."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,16 +44,3 @@ class Decoder:
     def prunable_weights(self) -> list[int]:
         """Count the prunable weights of each block: the w of LoSA, Eq. 5."""
         return [sum(weight.numel() for weight in self.family.weights_of(block).values()) for block in self.blocks]
-
-
-def takes_pair(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let callers that have not changed yet pass (model, family), or (models, family), where `function` takes a Decoder."""
-
-    @wraps(function)
-    def call(first: Any, *rest: Any, **named: Any) -> Any:
-        if isinstance(first, Decoder) or (isinstance(first, list) and isinstance(first[0], Decoder)):
-            return function(first, *rest, **named)
-        decoder = [Decoder(model) for model in first] if isinstance(first, list) else Decoder(first)
-        return function(decoder, *rest[1:], **named)
-
-    return call

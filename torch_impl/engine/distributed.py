@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_impl import adapter
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters, block_adapters
-from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 
 # How long a process waits for another one. If a process dies, the launcher ends all; this limit is for one that hangs. The
@@ -222,7 +222,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-@takes_pair
 def shard(decoder: Decoder, device: torch.device, fetch: Fetch | None = None) -> None:
     """Shard all frozen parameters by rows, block by block; adapters stay replicated.
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import adapters
@@ -67,7 +68,7 @@ class Gradients:
     instead of thousands.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, config: TrainingConfig) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, config: TrainingConfig) -> None:
         self._model, self._teacher, self._config = model, teacher, config
         self.micro_batch_size = config.per_device_train_batch_size
         self._layers = adapters(model)
@@ -75,7 +76,7 @@ class Gradients:
         self._trained = trainable(model)
         self._held = self._layers if self._holds() else []
         # On CUDA use few shapes, so that graphs and compiled kernels are reused.
-        self._multiple = row_multiple(model, self._device)  # type: ignore[arg-type]
+        self._multiple = row_multiple(model, self._device)
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, _Graph] = {}
         self._merges: Captured[None] | None = None
@@ -199,7 +200,7 @@ class _Owned:
     of them is replaced, the graphs are invalid.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         self._models = [part for part in (model, teacher) if part is not None]
         self._trained, self._layers = trainable(model), adapters(model)
         self._known: list[torch.Tensor | None] = []
@@ -228,8 +229,8 @@ class _Graph:
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: nn.Module | None,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         batch: Example,
         trained: Sequence[nn.Parameter],
         owned: Sequence[torch.Tensor | None],
@@ -261,13 +262,13 @@ class _Graph:
 
 
 @contextmanager
-def _fixed_block_arguments(model: nn.Module, batch: Example) -> Iterator[list[dict[str, Any]]]:
+def _fixed_block_arguments(model: PreTrainedModel, batch: Example) -> Iterator[list[dict[str, Any]]]:
     """Give every block the arguments of a pass outside a capture; yield them, because a graph must keep them alive.
 
     During a capture, transformers always builds an attention mask, which disables the fast attention kernels. Without
     padding masks, the arguments depend on the shape only.
     """
-    decoder = Decoder(model)  # type: ignore[arg-type]
+    decoder = Decoder(model)
     recorded: list[dict[str, Any]] = block_arguments(decoder, batch["input_ids"])
 
     def repeat(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.families import Family, weight_of
+from torch_impl.engine.families import Family
 from torch_impl.engine.rates import RULES
 from torch_impl.engine.settings import Settings
 
@@ -27,8 +27,8 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
             f"allowed: {least} or more, or layer_sparsity {', '.join(others)}"
         )
     for index, block in enumerate(blocks):
-        for name in family.projections:
-            inputs = weight_of(block, name).shape[1]
+        for name, weight in family.weights_of(block).items():
+            inputs = weight.shape[1]
             if settings.prune.group is not None and inputs % settings.prune.group[1]:
                 raise ValueError(
                     f"sparsity_type is {settings.prune.sparsity_type!r} and {family.full_name(index, name)} has "

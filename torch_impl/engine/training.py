@@ -45,8 +45,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def train(
-    model: nn.Module,
-    dense: nn.Module,
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
     examples: Sequence[Example],
     config: TrainingConfig,
     schedule: tuple[int, int],

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from torch_impl.engine import distributed, finite
 from torch_impl.engine.calibration import Stream, finish
-from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.decoder import Decoder
 
 # The largest mean loss with a finite exponential in float64.
 LARGEST = math.log(sys.float_info.max)
@@ -42,7 +42,6 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
     return _perplexity(distributed.total_of(total), windows, model, name, "output of the model")
 
 
-@takes_pair
 @torch.no_grad()
 def streamed_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, name: str) -> float:
     """Compute the perplexity from a stream of the windows that has passed all blocks."""

@@ -176,11 +176,9 @@ def _finish(
         pretrained.keep_beside(pretrained.folder_of(model), folder / "model")
     if distributed.is_sharded(model):
         fsdp.save(decoder, folder / "model")
-        verify = pretrained.verify_sharded
     else:
         pretrained.save(model, folder / "model")
-        verify = pretrained.verify
-    merged, verification = verify(
+    merged, verification = pretrained.verify(
         folder / "model", masks, probe, unmerged, model.device, config.model.trust_remote_code
     )
     healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}

@@ -1,4 +1,4 @@
-"""Sharded models: load and save block by block, copy, merge, and check the saved zeros.
+"""Sharded models: load and save block by block, copy and merge.
 
 No process holds more than one whole block of a model, on its device or in host memory.
 """
@@ -21,7 +21,7 @@ from torch_impl.engine.adapted_linear import AdaptedLinear, attach_adapters, blo
 from torch_impl.engine.checkpoints.contents import INDEX, check_finite, find
 from torch_impl.engine.checkpoints.safetensors_files import Shards, save_tensors
 from torch_impl.engine.checkpoints.skeleton import lay_out
-from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.decoder import Decoder
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
@@ -50,7 +50,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_re
     return model
 
 
-def twin(model: Any, *_: object) -> Any:
+def twin(model: Any) -> Any:
     """Copy a model. A sharded model is copied block by block and sharded in the same way."""
     if not distributed.is_sharded(model):
         return copy.deepcopy(model)
@@ -68,12 +68,11 @@ def twin(model: Any, *_: object) -> Any:
     return other
 
 
-@takes_pair
 @torch.no_grad()
 def merge(decoder: Decoder) -> dict[str, torch.Tensor]:
     """Merge all adapters of a model in place. Return the masks (bool, on the CPU); if sharded, of this process's rows."""
     if not distributed.is_sharded(decoder.model):
-        return merge_adapters(decoder)  # type: ignore[no-any-return]
+        return merge_adapters(decoder)
     return {
         decoder.full_name(index, name): distributed.merge_rows(layer).cpu()
         for index, block in enumerate(decoder.blocks)
@@ -81,7 +80,6 @@ def merge(decoder: Decoder) -> dict[str, torch.Tensor]:
     }
 
 
-@takes_pair
 @torch.no_grad()
 def save(decoder: Decoder, folder: Path) -> None:
     """Write a merged, sharded model as a plain Hugging Face folder with one file per block; process 0 writes.
@@ -128,20 +126,3 @@ def _plain_tensors(unit: nn.Module, unit_name: str, inside: str | None) -> Itera
                 raise ValueError(f"{name} has shape {tuple(parameter.shape)}; merge the adapters before saving")
             continue
         yield name, parameter.detach()
-
-
-def check_zeros(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Return the sparsity of every projection, as pruned and as saved; masks as `merge` returns them.
-
-    Errors: RuntimeError naming a projection in which a pruned weight is not zero.
-    """
-    shares = {}
-    for name, mask in masks.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, AdaptedLinear)
-        saved = (distributed.local(layer.weight) == 0).cpu()
-        wrong, pruned, zeros = (int(distributed.total_of(int(x.sum()))) for x in (~saved & ~mask, ~mask, saved))
-        if wrong:
-            raise RuntimeError(f"{name}: {wrong} pruned weights are not zero in the saved model")
-        shares[name] = (pruned / layer.weight.numel(), zeros / layer.weight.numel())
-    return shares

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from torch_impl.engine.checkpoints.contents import check_finite, find
 from torch_impl.engine.checkpoints.safetensors_files import Shards
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
-from torch_impl.engine.decoder import Decoder, takes_pair
+from torch_impl.engine.decoder import Decoder
 
 Names = dict[str, str]
 
@@ -119,7 +119,6 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
     return block.to(device).requires_grad_(False).eval()
 
 
-@takes_pair
 def sweep(decoder: Decoder) -> Iterator[nn.Module]:
     """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested."""
     blocks = decoder.blocks
@@ -131,7 +130,6 @@ def sweep(decoder: Decoder) -> Iterator[nn.Module]:
         yield from found
 
 
-@takes_pair
 def reader_of(decoder: Decoder) -> BlockReader:
     """Return the reader of an offloaded model's blocks."""
     blocks = decoder.blocks

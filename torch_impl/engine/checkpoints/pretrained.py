@@ -212,37 +212,37 @@ def verify(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Verification]:
-    """Reload a saved model with transformers alone and compare it with the unmerged one; return it with the figures.
+    """Reload a saved model and compare it with the unmerged one; return it with the figures.
 
-    masks: bool by the full name of each projection; ids (n, t); unmerged (n, t, vocabulary): logits before merging.
+    One process reloads it with transformers alone, several in shards. masks: bool by the full name of each projection, of
+    this process's rows; ids (n, t); unmerged (n, t, vocabulary): logits before merging.
 
     Errors: RuntimeError naming a projection in which a pruned weight is not zero, or the difference of the logits.
     """
-    model = _from_pretrained(folder, "auto", trust_remote_code).to(device)  # type: ignore[arg-type]
-    zeros = {}
+    model: PreTrainedModel
+    if distributed.processes() > 1:
+        model = fsdp.load(folder, device, None, trust_remote_code)
+    else:
+        model = _from_pretrained(folder, "auto", trust_remote_code).to(device)  # type: ignore[arg-type]
+    zeros = check_zeros(folder, model, masks)
+    return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
+
+
+def check_zeros(folder: Path, model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Return the sparsity of every projection of a model from `folder`, as pruned and as saved; masks as for `verify`.
+
+    Errors: RuntimeError naming a projection in which a pruned weight is not zero.
+    """
+    shares = {}
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
-        saved = (weight == 0).cpu()
-        if bool((~saved & ~mask).any()):
-            raise RuntimeError(f"{folder}, {name}: {int((~saved & ~mask).sum())} pruned weights are not zero")
-        zeros[name] = (float((~mask).float().mean()), float(saved.float().mean()))
-    difference = logit_difference(folder, logits_of(model, ids), unmerged, model.dtype)
-    return model, Verification(difference, zeros)
-
-
-def verify_sharded(
-    folder: Path,
-    masks: dict[str, torch.Tensor],
-    ids: torch.Tensor,
-    unmerged: torch.Tensor,
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, Verification]:
-    """Verify a saved model in shards, for models that no process can hold; masks are those of this process's rows."""
-    model = fsdp.load(folder, device, None, trust_remote_code)
-    zeros = fsdp.check_zeros(model, masks)
-    return model, Verification(logit_difference(folder, logits_of(model, ids), unmerged, model.dtype), zeros)
+        saved = (distributed.local(weight) == 0).cpu()
+        wrong, pruned, zeros = (int(distributed.total_of(int(x.sum()))) for x in (~saved & ~mask, ~mask, saved))
+        if wrong:
+            raise RuntimeError(f"{folder}, {name}: {wrong} pruned weights are not zero")
+        shares[name] = (pruned / weight.numel(), zeros / weight.numel())
+    return shares
 
 
 def logit_difference(folder: Path, reloaded: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torch_impl.engine.adapted_linear import adapters, block_adapters
-from torch_impl.engine.families import Family, weight_of
+from torch_impl.engine.families import Family
 
 Tensors = dict[str, torch.Tensor]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,9 +24,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors:
     """Return the base weights of a block: only the mask if they are the dense weights under it, otherwise all weights."""
     tensors = {}
+    before = family.weights_of(dense)
     for name, layer in block_adapters(block, family).items():
         weight = layer.weight.detach()
-        if _same_bits(weight, weight_of(dense, name).detach().masked_fill(~layer.mask, 0.0)):
+        if _same_bits(weight, before[name].detach().masked_fill(~layer.mask, 0.0)):
             tensors[f"{name}.mask"] = torch.from_numpy(np.packbits(layer.mask.cpu().numpy()))
         else:
             tensors[f"{name}.weight"] = weight.cpu()
@@ -35,13 +36,14 @@ def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors
 
 def restore_block(block: nn.Module, dense: nn.Module, family: Family, tensors: Mapping[str, torch.Tensor]) -> None:
     """Restore a block's base weights from `block_tensors`."""
+    before = family.weights_of(dense)
     for name, layer in block_adapters(block, family).items():
         if f"{name}.weight" in tensors:
             layer.set_base(tensors[f"{name}.weight"])
             continue
         bits = np.unpackbits(tensors[f"{name}.mask"].numpy(), count=layer.weight.numel())
         mask = torch.from_numpy(bits).bool().view(layer.weight.shape).to(layer.weight.device)
-        layer.set_base(weight_of(dense, name).detach().masked_fill(~mask, 0.0))
+        layer.set_base(before[name].detach().masked_fill(~mask, 0.0))
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
