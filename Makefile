@@ -9,12 +9,12 @@ STAMP  := $(VENV)/.installed
 help:
 	@echo "make demo      install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
 	@echo "make test      install into $(VENV) and run the oracle tests (about 5 minutes on 2 cores)"
-	@echo "make deep      the oracle tests on ten times as many examples, drawn anew (about an hour on 2 cores); SEED=n draws those of n"
-	@echo "make faults    break fifty runs in every way a long run can break, and compare what comes of them (5 minutes on 2 cores)"
-	@echo "make spec      render the spec as one page, build/spec.html, equations typeset beside the code"
+	@echo "make deep      run the oracle tests on ten times as many new random examples (about an hour on 2 cores); SEED=n repeats those of n"
+	@echo "make faults    break fifty runs in every way a long run can break, resume them and compare the bits (5 minutes on 2 cores)"
+	@echo "make spec      render the spec as one page, build/spec.html, with typeset equations beside the code"
 	@echo "make lowest    test the lowest versions that pyproject.toml declares; INSTEAD=torch==2.13.0 replaces one of them"
 	@echo "make lint      ruff, codespell and mypy"
-	@echo "make mutants   break production in a random sample of small ways and see the tests fail: PART=core|engine|experiment|commands"
+	@echo "make mutants   make small random mistakes in production and count those that a test notices: PART=core|engine|experiment|commands"
 	@echo "               SAMPLE=150 SEED=0 (a part takes about an hour on 2 cores)"
 	@echo "make clean     remove $(VENV), build/ and caches"
 
@@ -29,7 +29,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest oracle_tests reference torch_impl
 
-# A new seed every time, printed before and behind the tests; with a given one, the same examples again.
+# A new seed every time, printed before and after the tests; SEED=n repeats the examples of seed n.
 deep: SEED := $(if $(filter command environment,$(firstword $(origin SEED))),$(SEED),$(shell date +%s))
 deep: $(STAMP)
 	@echo "make deep SEED=$(SEED)"
@@ -38,8 +38,8 @@ deep: $(STAMP)
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m oracle_tests.programs.faults --faults 50 --seed 0
 
-lowest: $(STAMP)
-	$(BIN)/python -m oracle_tests.programs.lowest_versions $(if $(INSTEAD),--instead $(INSTEAD))
+lowest:
+	$(PYTHON) -m oracle_tests.programs.lowest_versions $(if $(INSTEAD),--instead $(INSTEAD))
 
 spec: $(STAMP)
 	$(BIN)/python docs/spec.py
