@@ -162,7 +162,7 @@ def test_parts_that_do_not_fit_the_steps_are_refused(sizes: list[int]) -> None:
     """Before anything is changed."""
     model = random_model("llama")
     parts = [part[:size] for part, size in zip(parts_for(model, len(sizes)), sizes, strict=True)]
-    message = rf"parts has {len(sizes)} parts of \{sizes} examples; allowed: 2, none empty".replace("]", r"\]")
+    message = rf"parts has {len(sizes)} parts of \{sizes} examples; give 2 parts, none empty".replace("]", r"\]")
     with pytest.raises(ValueError, match=message):
         losa.run(model, token_ids(model, 6, 12), parts, settings())
     assert not any("A" in name.split(".") for name, _ in model.named_parameters())
@@ -235,7 +235,7 @@ def test_where_nothing_is_pruned_yet_nothing_is_trained(
     records = losa.run(model, ids, parts, setup, look, lambda *what: heard.append(what))
     assert [bool(record.losses) for record in records] == [False, True, True, True, True]
     assert {step for step, *_ in heard} == {2, 3, 4, 5}
-    assert "step 1 of 5: nothing is pruned yet, so nothing is trained; its 8 examples are not used" in caplog.text
+    assert "step 1 of 5: nothing is pruned yet, so training is skipped; its 8 examples are not used" in caplog.text
     setup = settings(sparsity_type=pattern, steps=5, training={"warmup_ratio": 0.0})
     assert all(record.losses for record in losa.run(copy.deepcopy(dense), ids, parts, setup))
 

@@ -38,17 +38,16 @@ LossObserver = Callable[[int, int, float, float], None]
 
 
 def initial_rates(shares: torch.Tensor, weights: torch.Tensor, config: PruneConfig) -> tuple[float, torch.Tensor]:
-    """(share of zeros, that of each block (L,)) that a run starts from, by what its model has and its block sizes.
+    """Return the initial sparsity of the model and of each block (L,), from the blocks' shares of zeros and sizes.
 
-    Errors: ValueError if the model is already sparser than asked.
+    Errors: ValueError if the model is already sparser than the target.
     """
     initial = float((weights * shares).sum() / weights.sum())
     if initial > config.final_sparsity + 1e-3:
         raise ValueError(
-            f"sparsity_ratio is {config.final_sparsity} and the model's share of zeros is {initial:.4f} already; "
-            "allowed: as much or more"
+            f"sparsity_ratio is {config.final_sparsity}; allowed: {initial:.4f} or more, the model's own sparsity"
         )
-    # A few exact zeros in a dense checkpoint are no earlier pruning.
+    # A few exact zeros in a dense checkpoint do not come from pruning.
     if initial < 1e-3:
         return 0.0, torch.zeros_like(shares)
     return min(initial, config.final_sparsity), shares
@@ -57,7 +56,7 @@ def initial_rates(shares: torch.Tensor, weights: torch.Tensor, config: PruneConf
 def block_targets(
     config: PruneConfig, target: float, importance: torch.Tensor | None, weights: torch.Tensor, previous: torch.Tensor
 ) -> tuple[torch.Tensor, list[tuple[int, int] | None]]:
-    """Sparsity of each block (L,) at this step, and its N:M if the pattern has one."""
+    """Choose the sparsity of each block (L,) at this step, and its N:M if the pattern has one."""
     blocks = len(weights)
     if config.group is None:
         return config.rule.allocate(importance, target, weights, previous), [None] * blocks
@@ -70,7 +69,7 @@ def block_targets(
 
 
 def _set_targets(blocks: Blocks, target: float, settings: Settings, progress: Progress) -> None:
-    """Measure importances if rates depend on them, in batches that fit into memory, and give every block its sparsity."""
+    """Measure importances if the rate rule needs them, in batches that fit into memory; choose each block's sparsity."""
     importance, progress.importance = None, []
     if (measure := settings.prune.rule.measure) is not None:
         size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
@@ -86,7 +85,7 @@ def _set_targets(blocks: Blocks, target: float, settings: Settings, progress: Pr
 def _gather(
     statistic: InputStatistic | None, block: nn.Module, index: int, family: Family, stream: calibration.Stream
 ) -> dict[str, torch.Tensor | None]:
-    """The statistic of each projection's input, one per shared input; None of each if the method needs none."""
+    """Compute the statistic of each projection's input, once per shared input; None if the method needs none."""
     if statistic is None:
         return dict.fromkeys(family.projections)
     samples = int(distributed.total_of(len(stream.hidden)))
@@ -98,7 +97,7 @@ def _gather(
             stream.show(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
     for name, result in results.items():
-        # Sums of squares, in a Hessian on its diagonal; all processes have the same.
+        # A Hessian has its sums of squares on the diagonal. All processes have the same numbers.
         squares = result if result.dim() == 1 else result.diagonal()
         if not bool(torch.isfinite(squares).all()):
             raise finite.NotFiniteError(f"input of {family.full_name(index, name)}", stream.hidden.dtype)
@@ -117,7 +116,7 @@ def _prune_block(
 ) -> None:
     """Prune the projections of one block further, on inputs that come from already pruned blocks."""
     layers = block_adapters(block, family)
-    # A projection that is sparser already leaves less to the others.
+    # A projection that is already sparser reduces the share of the others.
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.float64)
     kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
     rate = rest_sparsity(sizes - kept, sizes, rate)
@@ -141,10 +140,11 @@ def _prune_block(
 
 @torch.no_grad()
 def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, journal: Journal) -> None:
-    """Prune block by block, and reconstruct if asked, dense and pruned streams in lockstep; `progress.errors` gets e of LoSA,
-    Eq. 6, of every block. start: share of zeros of each block (L,) at the start of the run.
+    """Prune block by block, and reconstruct if asked, with dense and pruned streams in lockstep.
 
-    Every block is a checkpoint: those that an interrupted run has pruned at this step are only gone through.
+    e of LoSA, Eq. 6, of every block goes to `progress.errors`. start: sparsity of each block (L,) at the start of the run.
+    A checkpoint is saved after every block. Blocks that an interrupted run has already pruned at this step are not pruned
+    again.
     """
     progress, count, family = journal.progress, len(blocks.weights), blocks.decoder.family
     if progress.block == count:
@@ -179,13 +179,13 @@ def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> l
 
 
 def _give_ranks(blocks: Blocks, step: int, settings: Settings, journal: Journal) -> None:
-    """Allocate the ranks of a step and resize the adapters, unless an interrupted run did so."""
+    """Allocate the ranks of a step and resize the adapters, unless an interrupted run has done so."""
     if journal.progress.ranks:
         return
     ranks = journal.progress.ranks = _allocate_ranks(settings, step, journal.progress.errors)
     fold = settings.adapter.rank_shrink == "fold"
     for index, block in enumerate(blocks.decoder.blocks):
-        # Folding moves the base weight, which has to be whole for it.
+        # Folding changes the base weight, which must be gathered for it.
         with distributed.keeping(block, blocks.decoder.family) if fold else nullcontext():
             for number, layer in enumerate(block_adapters(block, blocks.decoder.family).values()):
                 layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
@@ -193,14 +193,14 @@ def _give_ranks(blocks: Blocks, step: int, settings: Settings, journal: Journal)
 
 
 def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> list[tuple[int, int]]:
-    """(optimizer steps done, optimizer steps in all) of the learning-rate schedule at the start of every step.
+    """Return (optimizer steps done, total optimizer steps) of the learning-rate schedule at the start of each step.
 
-    Errors: ValueError if the parts do not fit the steps.
+    Errors: ValueError if the parts do not match the steps.
     """
     config, steps = settings.training, settings.prune.steps
     if config.finetune and (len(parts) != steps or not all(parts)):
         sizes = [len(part) for part in parts]
-        raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; allowed: {steps}, none empty")
+        raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; give {steps} parts, none empty")
     counts = [config.optimizer_steps(len(part)) for part in parts]
     if config.lr_schedule == "per_step":
         return [(0, count) for count in counts]
@@ -208,10 +208,10 @@ def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> lis
 
 
 def _nothing_to_heal(blocks: Blocks, start: torch.Tensor, config: TrainingConfig) -> bool:
-    """Whether there is nothing to train on but rounding: the loss is kl, and the model, with no zeros but those it started
-    from (shares of each block (L,)), still is the dense one.
+    """Return whether the loss is kl and no weight is pruned yet, so that the model still equals the dense one.
 
-    Such a step's examples are not used, and the learning-rate schedule goes on behind it. See reference/losa.py.
+    start: sparsity of each block (L,) at the start of the run. Such a step's examples are skipped, and the learning-rate
+    schedule continues after them. See reference/losa.py.
     """
     return config.loss == "kl" and torch.equal(blocks.zero_shares(), start)
 
@@ -225,12 +225,12 @@ def _heal(
     journal: Journal,
     on_loss: LossObserver | None,
 ) -> None:
-    """Give the adapters their ranks and train them on this step's part of the examples."""
+    """Allocate ranks, resize the adapters and train them on this step's part of the examples."""
     step, steps = journal.progress.step, settings.prune.steps
     _give_ranks(blocks, step, settings, journal)
     if _nothing_to_heal(blocks, start, settings.training):
         logger.warning(
-            "step %d of %d: nothing is pruned yet, so nothing is trained; its %d examples are not used",
+            "step %d of %d: nothing is pruned yet, so training is skipped; its %d examples are not used",
             *(step, steps, len(part)),
         )
         return
@@ -250,7 +250,7 @@ def _heal(
 def _in_memory(
     model: PreTrainedModel, dense: PreTrainedModel | None, calibration_ids: torch.Tensor, settings: Settings
 ) -> ModelBlocks:
-    """The blocks of a model in memory, checked and ready for `run`. Errors: see `check_model`."""
+    """Check a model in memory and prepare its blocks for `run`. Errors: see `check_model`."""
     decoder = check_model(model, settings)
     model.eval()
     other = None if dense is None else Decoder(dense)
@@ -271,14 +271,14 @@ def run(
     journal: Journal | None = None,
     blocks: Blocks | None = None,
 ) -> list[StepRecord]:
-    """Prune and adapt `model` in place by LoSA, Algorithm 1; it ends with adapters on, unmerged.
+    """Prune and adapt `model` in place with LoSA, Algorithm 1; the adapters are not merged at the end.
 
-    calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one list a step, none of them
-    empty if fine-tuning is on. on_step hears each step's record, on_loss(step, optimizer step, loss, learning rate).
-    dense: the model as it was; default, a copy made here. journal: saves how far the run is, or has it resumed from there;
-    observers hear only what is done now. blocks: where the model's blocks are, if not in memory; it knows model and ids.
+    calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one per step; not empty if fine-tuning
+    is on. on_step is called with each step's record, on_loss with (step, optimizer step, loss, learning rate). dense: the
+    original model; default a copy. journal: saves checkpoints and resumes from the last one; then the callbacks get only the
+    remaining steps. blocks: the source of the blocks if they are not in memory; it holds model and ids.
 
-    Returns one record a step. Errors: see `check_model`; FloatingPointError if training diverges.
+    Returns one record per step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
     positions = _lr_positions(parts, settings)
     blocks = blocks or _in_memory(model, dense, calibration_ids, settings)

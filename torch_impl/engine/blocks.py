@@ -1,4 +1,4 @@
-"""The decoder blocks of a run, wherever they are kept: all that Algorithm 1 asks of them."""
+"""The source of a run's decoder blocks, in memory or offloaded: everything Algorithm 1 needs of them."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ from torch_impl.engine.rates import Measure
 
 
 class Blocks(Protocol):
-    """Where the dense and the pruned decoder blocks of a run come from: `ModelBlocks`, or blocks that stay in their files."""
+    """The source of the dense and the pruned decoder blocks of a run: `ModelBlocks`, or offloaded blocks."""
 
     @property
     def decoder(self) -> Decoder:
-        """The model that gets pruned."""
+        """Return the model to prune."""
 
     @property
     def dense(self) -> Decoder:
-        """The model as it was; the same object where its blocks come from files."""
+        """Return the original model; the same object if blocks are offloaded."""
 
     @property
     def weights(self) -> torch.Tensor:
-        """Number of prunable weights of each block, float64 (L,)."""
+        """Return the number of prunable weights of each block, float64 (L,)."""
 
     @property
     def restartable(self) -> bool:
-        """Whether blocks that are pruned can be gone through once more, in smaller batches when memory is full."""
+        """Return whether streams can pass pruned blocks again, in smaller batches when memory is full."""
 
     def zero_shares(self) -> torch.Tensor:
-        """Share of zeros of each block's projections as they are now, float64 (L,)."""
+        """Return the current share of zeros in each block's projections, float64 (L,)."""
 
     def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
-        """What `measure` finds each block of the current model to be worth (L,), in batches of so many sequences."""
+        """Measure the importance (L,) of each block of the current model with `measure`, in batches of `batch_size`."""
 
     def start(self, batch_size: int) -> calibration.Stream:
-        """The calibration sequences' hidden states before the first block."""
+        """Return the calibration sequences' hidden states before the first block."""
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """(dense block, adapted block) in order. Both may be one module: use the dense block before pruning the other."""
+        """Yield (dense block, adapted block) in order. They may be one module, so use the dense block before pruning."""
 
     def arguments(self) -> list[dict[str, Any]]:
-        """What the model calls each block with for one sequence."""
+        """Return the arguments of each block for one sequence."""
 
     def restore(self, index: int, block: nn.Module) -> bool:
-        """Give a block from files the weights it was pruned to, if it was; whether that is so."""
+        """Restore the pruned weights of an offloaded block, if it was pruned; return whether it was."""
 
     def pruned(self, index: int, block: nn.Module) -> None:
-        """Take note that block `index` is pruned for this step."""
+        """Record that block `index` is pruned at this step."""
 
 
 class ModelBlocks:
-    """Blocks of a model in memory, over one process or several. The dense model may still be one whose blocks are in files."""
+    """Blocks of a model in memory, in one or several processes. The dense model may be offloaded."""
 
     restartable = True
 
     def __init__(self, decoder: Decoder, dense: Decoder | None, ids: torch.Tensor, rmi_rows: int, scale: float) -> None:
-        """Attach adapters and shard. ids: calibration token ids (n, t), the first rmi_rows of which measure importance.
+        """Attach adapters and shard the models.
 
-        dense: default, a copy of the model made here.
+        ids: calibration token ids (n, t); the first rmi_rows measure importance. dense: default a copy of the model.
         """
         self.decoder = decoder
         self.dense = dense or Decoder(fsdp.twin(decoder.model).requires_grad_(False))
@@ -102,7 +102,7 @@ class ModelBlocks:
 
 
 def shown(blocks: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-    """A progress bar, in the process that prints."""
+    """Show a progress bar in process 0."""
     return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.leads())
 
 
@@ -117,13 +117,13 @@ def measure_importance(decoder: Decoder, measure: Measure, ids: torch.Tensor, ba
 
 
 def advance(stream: calibration.Stream, block: nn.Module, index: int, family: Family) -> None:
-    """Take a stream through a block that may be sharded or adapted."""
+    """Advance a stream through a block, which may be sharded or adapted."""
     with distributed.whole(block), holding(list(block_adapters(block, family).values())):
         stream.advance(block, index)
 
 
 def zero_share(block: nn.Module, family: Family) -> float:
-    """Share of zeros of a block's projections."""
+    """Compute the share of zeros in a block's projections."""
     weights = family.weights_of(block).values()
     zeros = distributed.total_of(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
     return zeros / sum(weight.numel() for weight in weights)

@@ -1,4 +1,4 @@
-"""Dense and pruned streams that go through the blocks together, and can be put at any block again."""
+"""Run the dense and the pruned stream through the blocks together; they can be recomputed up to any block."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]],
 
 
 class Lockstep:
-    """Goes through the blocks in order, with what enters each of them in the pruned model and what leaves it in the dense one.
+    """Iterates over the blocks with the pruned stream before each block and the dense stream after it.
 
-    When the device's memory is full, the streams start again from the tokens, in smaller batches, and go through the
-    blocks before the one at hand, which are pruned already: nothing of them is ever stored.
+    If the device runs out of memory, both streams are recomputed in smaller batches from the tokens through the blocks before
+    the current one, which are already pruned. So hidden states are never stored.
     """
 
     def __init__(self, blocks: Blocks, batch_size: int) -> None:
@@ -32,10 +32,10 @@ class Lockstep:
         self._block: nn.Module | None = None
         self._reconstructed = False
         self._passed, self._opened = -1, False
-        """Blocks that both streams are behind, -1 for none to go on from; whether the dense one is behind the next, too."""
+        """Number of blocks that both streams have passed, -1 if they must restart; whether the dense stream has passed one more."""
 
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
-        """Each block's number and the block, to be pruned before `advance` is called for it."""
+        """Yield (index, block); prune the block, then call `advance`."""
         for index in range(len(self._blocks.weights)):
             self._index, self._block, self._reconstructed = index, None, False
             self._attempt(lambda: None)
@@ -43,14 +43,14 @@ class Lockstep:
             yield index, self._block
 
     def pruned_input(self, work: Callable[[calibration.Stream], Result]) -> Result:
-        """Run read-only `work` on the pruned stream before the block at hand; return its result."""
+        """Run read-only `work` on the pruned stream before the current block; return its result."""
         return self._attempt(lambda: work(self._streams[1]))
 
     def advance(self, reconstruct: Reconstruct | None = None) -> float:
-        """Take the pruned stream through the block at hand. Returns e of LoSA, Eq. 6, of its outputs.
+        """Advance the pruned stream through the current block. Return e of LoSA, Eq. 6, of its outputs.
 
-        reconstruct: changes the block before its stream goes through; it hears the pruned stream before the block, the dense
-        one behind it, and what the model calls the block with for one sequence. It leaves the block as it is if it fails.
+        reconstruct: trains the block before the pruned stream passes it. Called with the pruned stream before the block, the
+        dense stream after it, and the block's arguments for one sequence. If it fails, it must leave the block unchanged.
         """
         return self._attempt(lambda: self._advance(reconstruct))
 
@@ -58,10 +58,10 @@ class Lockstep:
         dense, pruned = self._streams
         assert self._block is not None
         if reconstruct is not None and not self._reconstructed:
-            # Asked for only here: of a sharded model that brings what lies outside its blocks to every process.
+            # Recorded only when needed: for a sharded model it gathers the weights outside the blocks in every process.
             self._arguments = self._arguments or self._blocks.arguments()
             reconstruct(pruned, dense, self._arguments[self._index])
-            # Not again if memory is full behind it.
+            # Do not repeat it if memory runs out afterwards.
             self._reconstructed = True
         self._pass(self._block)
         return reconstruction_error(dense, pruned)
@@ -77,12 +77,12 @@ class Lockstep:
         return result
 
     def _reach(self, batch_size: int) -> None:
-        """Have the streams at the block at hand: go on, or start again from the tokens."""
+        """Advance the streams to the current block, or recompute them from the tokens."""
         if batch_size != self.batch_size or self._passed < 0:
             self._start(batch_size)
         if not self._opened:
             block = self._open()
-            # On a second attempt the block at hand is there, and pruned perhaps.
+            # On a second attempt, keep the current block: it may already be pruned.
             self._block = block if self._block is None else self._block
 
     def _start(self, batch_size: int) -> None:
@@ -97,7 +97,7 @@ class Lockstep:
             self._pass(block)
 
     def _open(self) -> nn.Module:
-        """Take the dense stream through the next block. Returns the block to prune."""
+        """Advance the dense stream through the next block. Return the block to prune."""
         index, self._passed = self._passed, -1
         dense_block, block = next(self._pairs)
         advance(self._streams[0], dense_block, index, self._blocks.decoder.family)
@@ -105,14 +105,14 @@ class Lockstep:
         return block
 
     def _pass(self, block: nn.Module) -> None:
-        """Take the pruned stream through the block that the dense one is behind."""
+        """Advance the pruned stream through the block that the dense stream has passed."""
         index, self._passed = self._passed, -1
         advance(self._streams[1], block, index, self._blocks.decoder.family)
         self._passed, self._opened = index + 1, False
 
 
 def reconstruction_error(dense: calibration.Stream, pruned: calibration.Stream) -> float:
-    """e of LoSA, Eq. 6, of two streams. Differences of a batch in float32 take less than a block does for it."""
+    """Compute e of LoSA, Eq. 6, of two streams, batch by batch. This needs less memory than running a block."""
     error = statistics.ReconstructionError()
     for _, rows in pruned.batches():
         error.update(dense.states(rows), pruned.states(rows))

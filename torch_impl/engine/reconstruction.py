@@ -39,10 +39,10 @@ class ReconstructionConfig:
 
 
 class Healing:
-    """Decides which blocks are reconstructed at a step: those from the first on that has lost a weight. Before it both streams
-    are the same, and there is only rounding to train on.
+    """Chooses which blocks to reconstruct at a step: the first one that has lost a weight, and all after it.
 
-    start: share of zeros of each block (L,) at the start of the run.
+    Before that block, the streams are equal up to rounding, so there is nothing to reconstruct. start: sparsity of each block
+    (L,) at the start of the run.
     """
 
     def __init__(self, family: Family, start: torch.Tensor, config: ReconstructionConfig) -> None:
@@ -53,7 +53,7 @@ class Healing:
         return bool(self._config.reconstruct_epochs) and zero_share(block, self._family) > float(self._start[index])
 
     def of(self, block: nn.Module, index: int) -> Reconstruct | None:
-        """What reconstructs this block, the next one, which is pruned; None if nothing is to be done."""
+        """Return the function that reconstructs this pruned block, the next in order; None if there is nothing to do."""
         self._damaged = self._damaged or self._lost(block, index)
         if not self._damaged:
             return None

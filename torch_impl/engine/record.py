@@ -30,7 +30,7 @@ class StepRecord:
 
     @classmethod
     def of(cls, progress: Progress, target: float, realised: list[float]) -> StepRecord:
-        """The record of the step under way. realised: share of zeros of each block."""
+        """Build the record of the current step. realised: sparsity of each block."""
         return cls(
             step=progress.step,
             target=target,

@@ -1,4 +1,4 @@
-"""All that a run reads: model, tokenizer, calibration, training and evaluation text; and what identifies it."""
+"""The inputs of a run: model, tokenizer, calibration, training and evaluation text; and hashes that identify them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch_impl.experiment.text import splitting, windows
 
 @dataclass(frozen=True)
 class Material:
-    """All that a run reads."""
+    """The inputs of a run."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -33,9 +33,9 @@ class Material:
 
 
 def load_material(config: Config, offloaded: bool = False) -> Material:
-    """Model, tokenizer and all text. offloaded: leave the weights of the blocks on disk.
+    """Load model, tokenizer and all text. offloaded: leave the weights of the blocks on disk.
 
-    Errors: ValueError or FileNotFoundError naming what is wrong.
+    Errors: ValueError or FileNotFoundError naming the problem.
     """
     options = config.model
     load = pretrained.load_streamed if offloaded else pretrained.load
@@ -46,7 +46,7 @@ def load_material(config: Config, offloaded: bool = False) -> Material:
 
 
 def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
-    """All that a run of this model reads. Errors: as for `load_material`."""
+    """Load the text for a model. Errors: as `load_material`."""
     checks.check_lengths(model, config)
     checks.warn_of_lengths(model, config)
     options, calibration, seed = config.text, config.calibration, config.output.seed
@@ -61,7 +61,7 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
             texts.finetune, tokenizer, options.train_seqlen, seed, limit=options.train_examples
         )
     limit = options.eval_windows
-    # One more than asked for shows whether the text goes on.
+    # Read one window more to know whether the text is longer.
     measured = windows.evaluation_windows(
         texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
     )
@@ -76,7 +76,7 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 def environment_of(config: Config, material: Material) -> dict[str, Any]:
     device = material.model.device
-    # Where each sequence ends, and which of its tokens are learned, make a difference too.
+    # Hash the lengths and labels of the sequences too.
     examples = [
         part for e in material.examples for part in (torch.tensor([len(e["labels"])]), e["input_ids"], e["labels"])
     ]

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its figures, as losa_result.json holds them, and every file of its folder but the weights."""
+"""The result of a run: the figures in losa_result.json, and all files of its folder except the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def summarise(
     verification: pretrained.Verification,
     reloaded: str,
 ) -> dict[str, Any]:
-    """losa_result.json. rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa; reloaded: how."""
+    """Build the content of losa_result.json.
+
+    rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa. reloaded: how the saved model was reloaded.
+    """
     packed = {"dense": sizes["dense"], "pruned_at_once": sizes["packed"], "losa": sizes["packed"]}
     return {
         "model": config.model.model,
@@ -55,7 +58,7 @@ def write_results(
     result: dict[str, Any],
     records: list[StepRecord],
 ) -> None:
-    """All files of a run's folder but the weights, by process 0."""
+    """Write all files of a run's folder except the weights, in process 0."""
     if not distributed.leads():
         return
     write_json(folder / "losa_result.json", result)

@@ -1,4 +1,4 @@
-"""The checkpoint that a model larger than the memory is pruned into: pruned projections as they are done, all else taken over."""
+"""Write the pruned checkpoint of an offloaded model: each block when it is pruned, all other tensors as copies."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class Output:
-    """The checkpoint that is written: the projections of pruned blocks by a thread of its own, all else taken over.
+    """The output checkpoint. A thread writes the projections of pruned blocks; all other tensors are copied.
 
-    written: SHA-256 of each block's projections by their names, as an interrupted run has left them here; it grows, and
-    `noted` is called, whenever one more block is on the disk.
+    written: SHA-256 of each written block's projections by name, also by an interrupted run. After each block is on disk,
+    `written` gets its entry and `noted` is called.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Output:
         self._masks: dict[str, tuple[str, float]] = {}
         self.written = [] if written is None else written
         self._given_back = self._handed = 0
-        # Blocks that were found here, and that this run has written.
+        # Numbers of blocks restored from disk, and handed to the writer by this run.
 
     def restore(self, index: int, block: nn.Module) -> bool:
-        """Give a block the weights that are here already; False if there are none, or not those that were written.
+        """Restore a block's weights from disk; return False if they are missing or corrupt.
 
-        Errors: RuntimeError if those written by this run have changed since.
+        Errors: RuntimeError if weights written by this run are corrupt.
         """
         if index < self._handed:
             self._settle()
@@ -59,9 +59,9 @@ class Output:
         if {name: _sha256(weight) for name, weight in weights.items()} != self.written[index]:
             if index < self._handed:
                 raise RuntimeError(
-                    f"block {index} is not on the disk as this run wrote it; check the disk and run again"
+                    f"block {index} is corrupt on disk although this run wrote it; check the disk and run again"
                 )
-            logger.warning("block %d is corrupt on the disk; pruning again from there", index)
+            logger.warning("block %d is corrupt on disk; pruning again from this block on", index)
             del self.written[index:]
             return False
         for name, weight in weights.items():
@@ -71,7 +71,7 @@ class Output:
         return True
 
     def write(self, index: int, block: nn.Module) -> None:
-        """Hand over block number `index`; waits until the one before it is written, so that one is held at most."""
+        """Write block `index` in the background. Waits for the previous block, so at most one is in memory."""
         if index < self._given_back:
             return
         self._handed = index + 1
@@ -96,7 +96,7 @@ class Output:
             self._noted()
 
     def finish(self) -> dict[str, tuple[str, float]]:
-        """Complete the files. Returns (fingerprint of the mask, share of zeros) by projection's full name."""
+        """Complete the files. Return (fingerprint of the mask, sparsity) by projection's full name."""
         self._settle()
         self._thread.shutdown()
         self._writer.finish({self._stored(i, name) for i, block in enumerate(self.written) for name in block})
@@ -108,6 +108,6 @@ def _sha256(weight: torch.Tensor) -> str:
 
 
 def fingerprint(mask: torch.Tensor) -> tuple[str, float]:
-    """(SHA-256 of a mask, share of zeros): masks of a whole model would take an eighth of its weights' number in bytes."""
+    """Return (SHA-256 of a mask, sparsity). Keeping the masks of a whole model would take one bit per weight."""
     bits = mask.cpu().numpy()
     return hashlib.sha256(np.packbits(bits).tobytes()).hexdigest(), 1 - float(np.count_nonzero(bits)) / bits.size

@@ -1,4 +1,4 @@
-"""How far a run has come, and the named moments at which that is written down so that it can go on from there."""
+"""The progress of a run, and the events after which it is saved as a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Progress:
-    """Where Algorithm 1 is, in plain numbers; the tensors that go with it are those of `engine.state`.
+    """The state of Algorithm 1 in plain numbers; `engine.resume.state` holds its tensors.
 
-    Lists have one entry per block, except losses (one per optimizer step done in this step, whose number is thereby
-    also the position in the data and in the schedule) and records (one per finished step).
+    Lists have one entry per block, except losses (one per optimizer step done in this step, so their number is also the
+    position in the data and in the schedule) and records (one per finished step).
     """
 
     calibration_batch_size: int = 0
     micro_batch_size: int = 0
-    """What both came down to where memory ran out; 0: as configured, nothing was calibrated or trained yet."""
+    """Both sizes after halving when memory ran out; 0 before the first calibration or training."""
     step: int = 1
-    """The step under way, from 1."""
+    """The current step, from 1."""
     block: int = 0
-    """Blocks pruned in it. Up to the first, `sparsity` is still that of the step before."""
+    """Number of blocks pruned in this step. While it is 0, `sparsity` is that of the previous step."""
     importance: list[float] = field(default_factory=list)
     sparsity: list[float] = field(default_factory=list)
     groups: list[tuple[int, int] | None] = field(default_factory=list)
@@ -50,11 +50,11 @@ class Progress:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # JSON knows no tuples.
+        # JSON turns tuples into lists.
         self.groups = [None if group is None else (group[0], group[1]) for group in self.groups]
 
     def finish_step(self, record: dict[str, Any]) -> None:
-        """On to the next step."""
+        """Record the step and start the next one."""
         self.records.append(record)
         self.step += 1
         self.block = 0
@@ -68,7 +68,7 @@ class Progress:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run has stopped at a point because it was asked to, by the signal of this number."""
+    """The run has saved a checkpoint and stopped because of this signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -76,10 +76,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Journal:
-    """Writes points at the moments named by its methods; without `points` it remembers nothing.
+    """Tracks the progress of a run and saves checkpoints after the events named by its methods.
 
-    save_every: optimizer steps from one point to the next. attached: files that grow during a run; each point holds a
-    copy. `notes` are what the caller wants remembered, as JSON. `progress` is the run's own and always up to date.
+    Without `points`, nothing is saved. save_every: optimizer steps between checkpoints. attached: files that grow during a
+    run; each checkpoint holds a copy. `notes`: data of the caller to save, as JSON. `progress`: always up to date.
     """
 
     def __init__(self, points: Points | None = None, save_every: int = 100, attached: tuple[Path, ...] = ()) -> None:
@@ -90,7 +90,7 @@ class Journal:
         self.notes: dict[str, Any] = {}
         self._begun = False
         self._optimizer: torch.optim.Optimizer | None = None
-        # The first process removes what is damaged before the others look.
+        # Process 0 deletes corrupt checkpoints before the others read.
         last = None if points is None or not distributed.leads() else points.open_last()
         distributed.total_of(0.0)
         if points is not None and not distributed.leads():
@@ -101,14 +101,14 @@ class Journal:
             self.progress = Progress(**last["progress"] or {})
 
     def restore_attached(self) -> None:
-        """Bring the attached files back to what they were at the point at hand."""
+        """Restore the attached files from the current checkpoint."""
         for path in self._attached if distributed.leads() else ():
             path.unlink(missing_ok=True)
             if self._points is not None and path.name in self._points.parts:
                 path.write_bytes(self._points.get_bytes(path.name))
 
     def begin(self, decoder: Decoder, dense: Decoder, fresh: Progress) -> Progress:
-        """Start a run at `fresh`, or put model and random generators where the point at hand has them."""
+        """Start a run at `fresh`, or restore model and random generators from the current checkpoint."""
         self._decoder, self._dense = decoder, dense
         if not self._begun or self._points is None:
             self._begun = True
@@ -122,42 +122,42 @@ class Journal:
         if "adapters" in self._points:
             state.restore_adapters(decoder.model, self._points.get("adapters"))
         state.restore_random(self._points.get("random"))
-        logger.warning("going on from %s", self.progress)
+        logger.warning("resuming at %s", self.progress)
         return self.progress
 
     def begin_training(self, optimizer: torch.optim.Optimizer) -> list[float]:
-        """Put the optimizer where it was. Returns the losses of the optimizer steps already done in this step."""
+        """Restore the optimizer. Return the losses of the optimizer steps already done in this step."""
         if self._points is not None and "optimizer" in self._points:
             state.restore_optimizer(optimizer, self._points.get("optimizer"))
         self._optimizer = optimizer
         return self.progress.losses
 
     def noted(self) -> None:
-        """Something was added to the notes."""
+        """Save after a change of the notes."""
         self._save()
 
     def pruned(self, index: int) -> None:
-        """Block `index` is pruned and its error known."""
+        """Save after block `index` is pruned and its error measured."""
         self.progress.block = index + 1
         self._changed.add(_block_part(index))
         self._save()
 
     def resized(self, base_moved: bool) -> None:
-        """The adapters have their new ranks. base_moved: base weights took over what they dropped."""
+        """Note that the adapters have new ranks. base_moved: dropped ranks were folded into the base weights."""
         self._changed.add("adapters")
         if base_moved:
             self._changed |= {_block_part(index) for index in range(len(self._decoder.blocks))}
 
     def trained(self, last: bool) -> None:
-        """An optimizer step is done; last: the last of this step."""
+        """Save after an optimizer step if a checkpoint is due. last: the last optimizer step of this step."""
         self._changed |= {"adapters", "optimizer"}
-        # Several processes agree to stop at a point that all of them make anyhow.
+        # Several processes stop at a regular checkpoint, which all of them reach.
         asked = self._stop is not None and distributed.processes() == 1
         if last or asked or len(self.progress.losses) % self._save_every == 0:
             self._save()
 
     def step_done(self, record: dict[str, Any]) -> None:
-        """A step is done, recorded and told."""
+        """Save after a step."""
         self.progress.finish_step(record)
         self._changed.discard("optimizer")
         if self._points is not None:
@@ -167,7 +167,7 @@ class Journal:
     def _save(self) -> None:
         if self._points is not None:
             for part in sorted(self._changed):
-                # All processes help to gather a sharded block; the first one writes it.
+                # All processes take part in gathering a sharded block; process 0 writes it.
                 tensors = self._tensors(part)
                 if distributed.leads():
                     self._points.put(part, tensors)
@@ -193,19 +193,19 @@ class Journal:
         block, dense = (decoder.blocks[index] for decoder in (self._decoder, self._dense))
         with distributed.whole(block, dense):
             tensors = state.block_tensors(block, dense, self._decoder.family)
-            # What was gathered is gone when the block is sharded again.
+            # Clone, because gathered tensors are freed when the block is resharded.
             return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors
 
     def end(self) -> None:
-        """Let go of the models: the dense one is not needed any more."""
+        """Release the models."""
         del self._decoder, self._dense
         self._optimizer = None
 
     @contextmanager
     def stopping_at_points(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run at its next point; the second one ends it at once.
+        """Within this context, Ctrl-C and SIGTERM stop the run at its next checkpoint; a second signal stops it at once.
 
-        Errors: Interrupted at that point.
+        Errors: Interrupted after that checkpoint.
         """
         if self._points is None or threading.current_thread() is not threading.main_thread():
             yield
@@ -219,7 +219,7 @@ class Journal:
         def ask(number: int, frame: FrameType | None) -> None:
             restore()
             self._stop = number
-            logger.warning("stopping at the next point; a second signal ends the run at once")
+            logger.warning("stopping at the next checkpoint; a second signal stops the run at once")
 
         for number in SIGNALS:
             signal.signal(number, ask)
