@@ -1,4 +1,4 @@
-"""How results of the two packages are compared; every failure names the quantity, the index and both values."""
+"""Compare results of the two packages; every failure names the quantity, the index and both values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """Tensors of any dtype, arrays and numbers as an array; bf16 as float32, exactly."""
+    """Convert a tensor of any dtype, an array or a number to an array; bf16 becomes float32, exactly."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
@@ -17,7 +17,7 @@ def to_numpy(value: Any) -> np.ndarray:
 
 
 def assert_exact(name: str, reference: Any, production: Any) -> None:
-    """Same shape, same dtype, same values."""
+    """Check for the same shape, dtype and values."""
     ref, out = to_numpy(reference), to_numpy(production)
     assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
     assert ref.dtype == out.dtype, f"{name}: dtype {out.dtype}, the spec's is {ref.dtype}"
@@ -37,9 +37,9 @@ def assert_close(
     scale: Any = None,
     floor: float = 0.0,
 ) -> None:
-    """Every difference at most `tolerance` of `scale`, or `floor`; NaN on neither side.
+    """Check that every difference is at most `tolerance` times `scale`, or `floor`, and that neither side holds NaN.
 
-    scale: what the roundings are relative to, one number or one an entry; default, the largest entry.
+    scale: what roundings are relative to, one number or one per entry; default: the largest entry.
     """
     ref, out = to_numpy(reference).astype(np.float64), to_numpy(production).astype(np.float64)
     assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
@@ -59,13 +59,13 @@ def assert_close(
 
 
 def assert_masks_agree(name: str, reference: Any, production: Any, score: Any, tolerance: float) -> None:
-    """Masks per row differ only where the score is within `tolerance` of the row's threshold.
+    """Check that masks differ only where the score is within `tolerance` of the row's threshold.
 
     The threshold of a row lies between its highest pruned and its lowest kept score. Both masks prune equally many.
     """
     ref, out, score = to_numpy(reference), to_numpy(production), to_numpy(score).astype(np.float64)
     assert ref.shape == out.shape, f"{name}: shape {out.shape}, the spec's is {ref.shape}"
-    assert (ref.sum(1) == out.sum(1)).all(), f"{name}: rows keep other numbers of weights than the spec's"
+    assert (ref.sum(1) == out.sum(1)).all(), f"{name}: rows do not keep as many weights as the spec's"
     for row in np.flatnonzero((ref != out).any(1)):
         threshold = score[row][~ref[row]].max()
         distance = np.abs(score[row] - threshold)[ref[row] != out[row]]

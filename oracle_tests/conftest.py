@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores, so that each of them, and what it starts, computes in one thread; before torch is imported.
+    # Workers share the cores: each worker and its child processes use one thread. Set before torch is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# Errors are one line here, whatever whoever runs the tests is after.
+# Tests expect one-line errors, whatever the caller's environment says.
 os.environ.pop("LOSA_TRACEBACK", None)
 
 import torch
@@ -32,11 +32,11 @@ from torch_impl.decode import cuda, packed_linear
 from torch_impl.engine import training
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-# The same examples every time: a change fails for what it changes.
+# The same examples every time, so that a failure is caused by a change.
 settings.register_profile("default", max_examples=40, derandomize=True, **_QUIET)
-# Others every time, or those of `--hypothesis-seed`: `make deep`.
+# New examples every time, or those of `--hypothesis-seed`: `make deep`.
 settings.register_profile("deep", max_examples=400, database=None, print_blob=True, **_QUIET)
-# For mutation testing: whether anything fails is all that matters, not how small the failure can be made.
+# For mutation testing, which asks only whether anything fails: no shrinking.
 settings.register_profile(
     "mutants", max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate], **_QUIET
 )
@@ -57,14 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """What is read before it was written is NaN, so that it shows."""
+    """Fill uninitialised memory with NaN, so that reading it shows."""
     with poisoned():
         yield
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The layer as it is on a GPU with kernels, which torch stands in for here; what it calls, in order."""
+    """Make the layer act as on a GPU with kernels, replaced by torch here. Returns the names of its calls, in order."""
     calls = []
 
     def noted(name: str) -> None:
@@ -91,7 +91,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def at_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[..., None]], None]]:
-    """Do something at the optimizer step of a number, from 1, before it is carried out."""
+    """Call a function just before optimizer step N, counted from 1."""
     plain = training._clip
 
     def plan(number: int, act: Callable[..., None]) -> None:
@@ -111,7 +111,7 @@ def at_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C does what it does at a terminal, also where these tests run in the background, which ignores it."""
+    """Make Ctrl-C act as at a terminal; background jobs ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,7 +1,7 @@
-"""CUDA graphs on a CPU, as far as ownership goes: a replay that reads freed memory raises instead of reading it.
+"""Emulate the memory ownership of CUDA graphs on a CPU: a replay that would read freed memory raises an error.
 
-A capture records every operation. Tensors made inside it are the graph's own; memory from outside is known by a weak
-reference only, as a graph knows an address only. A replay repeats the operations on that memory as it is then.
+A capture records every operation. The graph owns tensors made inside it; it holds only a weak reference to outside memory, as
+a real graph holds only an address. A replay repeats the operations on that memory's current contents.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 
 class FreedMemoryError(AssertionError):
-    """A replay would have read memory that nobody owns any more."""
+    """A replay would have read freed memory."""
 
 
 class _Outside:
-    """A tensor from outside a capture: where its memory is and how it looks at it."""
+    """A tensor from outside a capture: its memory, shape and strides."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._memory = StorageWeakRef(tensor.untyped_storage())
@@ -30,7 +30,7 @@ class _Outside:
         self._dtype = tensor.dtype
 
     def tensor(self) -> torch.Tensor:
-        """The tensor again. Errors: FreedMemoryError."""
+        """Restore the tensor. Errors: FreedMemoryError."""
         if self._memory.expired():
             raise FreedMemoryError(f"a captured operation reads {tuple(self._look[1])} {self._dtype}, which was freed")
         storage = torch.UntypedStorage._new_with_weak_ptr(self._memory.cdata)
@@ -38,7 +38,7 @@ class _Outside:
 
 
 class Graph(TorchDispatchMode):
-    """In the place of `torch.cuda.CUDAGraph`."""
+    """Replaces `torch.cuda.CUDAGraph`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,21 +72,21 @@ class Graph(TorchDispatchMode):
         return leaf.detach() if leaf.untyped_storage()._cdata in self._inside else _Outside(leaf)
 
     def end(self) -> None:
-        """What was outside is as before: a capture runs nothing."""
+        """Restore outside memory: a real capture executes nothing."""
         for whole, before in self._before.values():
             whole.copy_(before)
         self._before.clear()
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Every operation again. Errors: FreedMemoryError."""
+        """Repeat every operation. Errors: FreedMemoryError."""
         self.replays += 1
         for func, given, result in self._calls:
             args, kwargs = tree_map(lambda leaf: leaf.tensor() if isinstance(leaf, _Outside) else leaf, given)
             memories = {tensor.untyped_storage()._cdata for tensor in self._tensors((args, kwargs))}
             again, before = func(*args, **kwargs), tree_flatten(result)[0]
             for new, old in zip(tree_flatten(again)[0], before, strict=True):
-                # Views and what was written in place are where they were.
+                # Views and in-place results keep their place.
                 if isinstance(new, torch.Tensor) and new.untyped_storage()._cdata not in memories:
                     old.copy_(new)
 
@@ -101,7 +101,7 @@ def _capture(graph: Graph, pool: Any = None) -> Iterator[None]:
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
-    """Put these graphs in the place of CUDA's. Returns all graphs that are made from now on."""
+    """Replace CUDA's graphs by these. Returns a list that collects all graphs made from now on."""
     made: list[Graph] = []
 
     def make() -> Graph:

@@ -20,11 +20,11 @@ from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, Tra
 
 
 class Stop(Exception):  # noqa: N818 - asked for
-    """The point at which a run was to stop is reached."""
+    """The run has reached the checkpoint at which the test stops it."""
 
 
 class Counting(Journal):
-    """Counts its points, and stops behind the one of a number."""
+    """Count checkpoints, and stop right after checkpoint `after`."""
 
     def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
         super().__init__(Points(folder), save_every, attached)
@@ -38,7 +38,7 @@ class Counting(Journal):
 
 
 def tiny(**changes: Any) -> tuple[nn.Module, torch.Tensor, list[list[batches.Example]]]:
-    """Model, calibration tokens and two parts. Dropout, so that the generators matter."""
+    """Model, calibration tokens and two parts of training data. Dropout makes the random generators matter."""
     model = random_model("llama-gqa", attention_dropout=0.1, **changes)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (6, 12), generator=generator)
@@ -65,7 +65,7 @@ def settings(method: str = "wanda", pattern: str = "unstructured", **changes: An
 
 
 def outcome(setup: Settings, journal: Journal | None = None) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Records but for times, and the merged model's tensors."""
+    """Run Algorithm 1; return its records without times and the merged model's tensors."""
     model, ids, parts = tiny()
     records = [record.as_dict() for record in losa.run(model, ids, parts, setup, journal=journal)]
     for record in records:

@@ -1,4 +1,4 @@
-"""A reference LLaMA and Hugging Face's with the same weights, and Hugging Face's made float64 throughout."""
+"""A reference LLaMA and a Hugging Face LLaMA with the same weights, and Hugging Face's modules in float64 throughout."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ HF_NAMES = {
 def random_llama(
     sizes: llama.Sizes, blocks: int, tied: bool, seed: int, biased: bool = False, widths: Sequence[int] = ()
 ) -> llama.Llama:
-    """Weights that keep hidden states of order 1, gains around 1, nothing that ties.
+    """Draw weights that keep hidden states of order 1, with gains around 1 and no ties.
 
-    biased: every projection has a bias. widths: those of the blocks' MLPs, in turn; default, all as `sizes` says.
+    biased: whether projections have biases. widths: of the blocks' MLPs, in turn; default: that of `sizes`.
     """
     generator = np.random.default_rng(seed)
     kv = sizes.kv_heads * sizes.head_dim
@@ -110,7 +110,7 @@ def _rotary(
 
 @contextmanager
 def float64_llama() -> Iterator[None]:
-    """Hugging Face's norms and rotary angles without their detour through float32; its sdpa softmax keeps float64."""
+    """Compute Hugging Face's norms and rotary angles in float64 instead of float32; its sdpa softmax keeps float64."""
     with (
         mock.patch.object(LlamaRMSNorm, "forward", _norm),
         mock.patch.object(LlamaRotaryEmbedding, "forward", _rotary),

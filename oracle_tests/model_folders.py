@@ -1,4 +1,4 @@
-"""Folders of tiny models, and what can be done to them."""
+"""Folders of tiny models, and ways to change them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text and a model as it should be: biases everywhere, half of the projections sparse."""
+    """A folder with text and a valid model: biases everywhere, half of the projections sparse."""
     place = make_place(tmp_path_factory.mktemp("sound"))
     shutil.rmtree(place / "model")
     save_sparse(place / "model", attention_bias=True, mlp_bias=True)
@@ -39,7 +39,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(sound: Path, tmp_path: Path) -> Path:
-    """A copy to be broken."""
+    """A copy that a test may break."""
     shutil.copytree(sound, tmp_path / "place")
     return tmp_path / "place"
 
@@ -56,7 +56,7 @@ def save_sparse(folder: Path, family: str = "llama", **options: Any) -> None:
 
 
 def stored(folder: Path) -> Tensors:
-    """What the files that count hold."""
+    """Tensors of the files that transformers would read."""
     files = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).exists() else [SINGLE]
     files = [SINGLE] if (folder / SINGLE).exists() else files
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
@@ -71,7 +71,7 @@ def write(tensors: Tensors, file: Path) -> None:
 
 
 def edit(model: Path, change: Callable[[Tensors], Any]) -> None:
-    """Change what the one file of a model holds, in place."""
+    """Change the tensors of a single-file model in place."""
     tensors = load_file(model / SINGLE)
     change(tensors)
     write(tensors, model / SINGLE)
@@ -86,7 +86,7 @@ def configure(model: Path, **changes: Any) -> None:
 
 
 def split(model: Path, parts: int = 3) -> None:
-    """The same tensors in several files with an index."""
+    """Split a single-file model into several files with an index."""
     tensors = load_file(model / SINGLE)
     (model / SINGLE).unlink()
     of = {name: f"model-{k % parts + 1:05}-of-{parts:05}.safetensors" for k, name in enumerate(sorted(tensors))}
@@ -97,7 +97,7 @@ def split(model: Path, parts: int = 3) -> None:
 
 
 def other(tensors: Tensors) -> Tensors:
-    """Tensors of the same names and shapes that are never the right ones."""
+    """Wrong tensors of the same names and shapes."""
     return {name: torch.full_like(tensor, 3) for name, tensor in tensors.items()}
 
 
@@ -110,13 +110,13 @@ def packed(folder: Path) -> Path:
 
 
 def stale_shards(model: Path) -> None:
-    """Of an earlier save, which no index names."""
+    """Add a file of an earlier save that the index does not name."""
     split(model)
     write(other(stored(model)), model / "model-00001-of-00009.safetensors")
 
 
 def single_and_index(model: Path) -> None:
-    """transformers takes the single file."""
+    """Keep both a single file and an index; transformers reads the single file."""
     tensors = load_file(model / SINGLE)
     split(model)
     for file in model.glob("model-*"):
@@ -134,7 +134,7 @@ def tied(model: Path) -> None:
 
 
 def said(capsys: pytest.CaptureFixture[str], status: int) -> str:
-    """The one line of a refusal."""
+    """Check that a command was refused; return its error line."""
     shown = capsys.readouterr()
     [line] = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert status == 2, line

@@ -1,4 +1,4 @@
-"""The table that ties the two packages: every public function of the spec, what it is fed, how results are compared."""
+"""The table that pairs the two packages: every public function of the spec, its inputs, how results are compared."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Op:
-    """One pair. name: module and function, the same in both packages. cases: its keyword arguments. bad: keyword
-    arguments that both refuse, and the argument that the message must name. low_precision: also held to a bound in
-    float32, float16 and bfloat16. scale: size of the terms that cancel in a result, where that is not the result's own."""
+    """One pair of functions. name: module and function, the same in both packages. cases: its keyword arguments. bad:
+    keyword arguments that both refuse, and the argument that the message must name. low_precision: also tested in float32,
+    float16 and bfloat16. scale: size of the terms that cancel in a result, if it is not the size of the result."""
 
     name: str
     cases: st.SearchStrategy[dict[str, Any]]
@@ -57,7 +57,7 @@ def _find(package: str, name: str) -> Callable[..., Any]:
 
 
 def to_torch(value: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Arguments for production: float arrays in `dtype`, other arrays as they are, the rest untouched."""
+    """Convert an argument for production: float arrays to `dtype`, other arrays with their dtype, anything else unchanged."""
     if not isinstance(value, np.ndarray):
         return value
     tensor = torch.from_numpy(np.array(value))
@@ -76,7 +76,7 @@ PACKED = {
     "offsets": np.array([0, 2, 4]),
     "columns": 3,
 }
-# No weight at all.
+# No kept weight.
 TILED = {"bitmaps": np.zeros((1, 256), dtype=np.uint8), "values": np.ones(0), "rows": 2, "columns": 3}
 
 

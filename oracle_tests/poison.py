@@ -1,4 +1,4 @@
-"""Memory that is NaN until it is written."""
+"""Fill uninitialised memory with NaN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def fill(tensor: torch.Tensor) -> None:
-    """NaN in every number of it, or all bits set."""
+    """Fill a tensor with NaN, or with all bits set if its dtype has no NaN."""
     with torch.no_grad():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
@@ -21,7 +21,7 @@ def fill(tensor: torch.Tensor) -> None:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What torch hands out uninitialised is NaN, so that it shows where it is read before it was written."""
+    """Make torch's uninitialised tensors NaN, so that reading them before writing shows."""
     with ExitStack() as stack:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             stack.enter_context(mock.patch.object(owner, name, _filled(getattr(owner, name))))

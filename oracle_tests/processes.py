@@ -1,4 +1,4 @@
-"""Run a function in several processes that form one group, as torchrun would start them, without paying imports each time."""
+"""Run a function in several processes of one group, as torchrun starts them, without repeating imports."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Processes fork from a server that has imported these once.
+# Processes fork from a server that has already imported these.
 PRELOADED = ["oracle_tests.spread_runs", "torch_impl.run", "torch.distributed.checkpoint", "torch._dynamo"]
 SECONDS = 60
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> list[Any]:
-    """What `work(*arguments)` returns in each of `count` processes, in their order; `joined` finds the others.
+    """Run `work(*arguments)` in `count` processes; return their results in order. `distributed.joined` forms the group.
 
-    Errors: RuntimeError with the tracebacks of those that failed, once all have ended; none is helped to end before then.
+    Errors: RuntimeError with the tracebacks of failed processes, once all have ended by themselves.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -30,7 +30,7 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dic
         receive, send = context.Pipe(duplex=False)
         variables = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {})}
-        # The server was started for another test; what is recorded now is this one's.
+        # The server was started for another test; record calls for this one.
         variables |= {name: value for name, value in os.environ.items() if name.startswith("LOSA_REACH")}
         workers.append(context.Process(target=_start, args=(send, variables, work, arguments), daemon=True))
         workers[-1].start()

@@ -1,4 +1,4 @@
-"""Small, quick runs of the command line, for every test that wants one."""
+"""Small, quick runs of the command line, shared by tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on the mat 
 
 
 def make_place(folder: Path) -> Path:
-    """A folder with a model and some text."""
+    """Write a model and some text into a folder."""
     save_random_model(folder / "model", "llama-gqa")
     lines = [f"{WORDS}{number} {WORDS[number % 50 :]}" for number in range(40)]
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(lines), encoding="utf-8")
@@ -23,7 +23,7 @@ def make_place(folder: Path) -> Path:
 
 
 def arguments(place: Path, **changes: object) -> list[str]:
-    """A small, quick run."""
+    """Options of a small, quick run; `changes` override them, None removes one."""
     options: dict[str, object] = {
         "model": place / "model",
         "calibration_data": place / "text.txt",
@@ -45,7 +45,7 @@ def arguments(place: Path, **changes: object) -> list[str]:
 
 
 def fails(capsys: pytest.CaptureFixture, place: Path, argv: list[str], words: list[str]) -> None:
-    """One line on stderr with `words`, status 2, nothing written."""
+    """Check that a command exits with 2, prints one error line with `words` and writes nothing."""
     before = sorted(path.name for path in place.iterdir())
     assert main(argv) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

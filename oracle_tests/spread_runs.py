@@ -1,4 +1,4 @@
-"""What the tests of several processes run in each of them: a tiny float64 LLaMA, whole runs, points to go on from."""
+"""Work for tests with several processes: whole runs of a tiny float64 LLaMA, with checkpoints."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def settings(**changes: Any) -> Settings:
     return Settings(
         prune=PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
         adapter=AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
-        # Seven sequences: no number of processes but one divides them.
+        # Seven sequences, which no number of processes divides evenly.
         calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=5, calibration_batch_size=2),
         training=TrainingConfig(gradient_accumulation_steps=2, **training),
-        # Three batches of the seven sequences, which no number of processes shares evenly.
+        # Three batches of the seven sequences, which processes cannot share evenly.
         reconstruction=ReconstructionConfig(epochs, reconstruct_learning_rate=1e-2, reconstruct_batch_size=3),
     )
 
@@ -57,7 +57,7 @@ def model(tied: bool = True) -> Any:
 
 
 def parts() -> list[list[Example]]:
-    """Two parts, the last optimizer step of each with a single sequence; some first tokens without labels."""
+    """Two parts of training data; the last optimizer step of each has one sequence, and some first tokens have no labels."""
     generator = np.random.default_rng(3)
 
     def example(start: int) -> Example:
@@ -71,14 +71,14 @@ def parts() -> list[list[Example]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Records of every step, and of the merged model: weights and masks by projection."""
+    """Records of every step, and weights and masks of the merged model by projection."""
 
     records: list[losa.StepRecord]
     weights: dict[str, np.ndarray]
 
 
 class Fatal(Journal):
-    """A journal with a point at every moment, at the n-th of which one process dies by SIGKILL, before it is written."""
+    """A journal with a checkpoint at every opportunity; one process dies by SIGKILL before the n-th is written."""
 
     def __init__(self, folder: Path, n: int | None = None) -> None:
         super().__init__(Points(folder), save_every=1)
@@ -93,7 +93,7 @@ class Fatal(Journal):
 
 
 def run(case: Settings, folder: Path | None = None, points: Path | None = None, fatal: int | None = None) -> Outcome:
-    """A whole run on the processes there are; process 0 says what came out. points, fatal: see `Fatal`."""
+    """Run LoSA on all processes; process 0 returns the outcome. points, fatal: see `Fatal`."""
     ours = model()
     decoder = Decoder(ours)
     ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
@@ -116,7 +116,7 @@ def run(case: Settings, folder: Path | None = None, points: Path | None = None, 
 
 
 def run_out_of_memory(case: Settings, process: int) -> None:
-    """A whole run whose memory is full in one process alone, for any micro-batch but the smallest."""
+    """Run LoSA where one process runs out of memory for any micro-batch but the smallest."""
 
     def limited(ours: Any, batch: Example, dense: Any) -> torch.Tensor:
         if distributed.number() == process and len(batch["input_ids"]) > 1:
@@ -131,13 +131,13 @@ def run_out_of_memory(case: Settings, process: int) -> None:
 
 
 def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """`statistics.gram_of` from this process's share of the sequences."""
+    """Compute `statistics.gram_of` from this process's share of the sequences."""
     own = distributed.share(torch.tensor(features), "rows").to(dtype)
     return statistics.gram_of(own).numpy()
 
 
 class Received(TorchDispatchMode):
-    """Counts the bytes that this process receives in collectives, by kind; conventions: experiment/planning/scaling.py."""
+    """Count the bytes that this process receives in collectives, by kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,17 +150,17 @@ class Received(TorchDispatchMode):
             first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
             own = {"allreduce_": 2 * (count - 1) / count, "_allgather_base_": (count - 1) / count, "broadcast_": 1.0}
             kind = name.split(".")[1]
-            # Of what is exchanged all to all, a share stays: this process's own rows of its columns.
+            # In an all-to-all exchange this process keeps its own rows of its columns.
             stays = args[1].nbytes * first.nbytes / self.exchanged if kind == "alltoall_base_" else 0.0
             self.bytes[kind] += int(first.nbytes * own.get(kind, 1.0) - stays)
         return func(*args, **(kwargs or {}))
 
     exchanged = 1
-    """Bytes of the features of all sequences, which `alltoall_base_` spreads."""
+    """Bytes of the features of all sequences, which `alltoall_base_` exchanges."""
 
 
 def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], int]:
-    """Bytes received in one calibration and in one optimizer step of a float32 model, and bytes of frozen rows held."""
+    """Measure bytes received in one calibration and one optimizer step of a float32 model, and bytes of frozen rows held."""
     ours = random_model("llama")
     config = spread_config(method, epochs)
     calibration, training_config = config.calibration, config.training
@@ -180,7 +180,7 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
     held = sum(p.to_local().nbytes for p in ours.parameters() if isinstance(p, DTensor))
     batch = [{"input_ids": row, "labels": row} for row in ids]
     with Gradients(ours, dense, training_config) as gradients:
-        # FSDP2 remembers passes without gradients too, and prefetches one block in vain in the first backward after them.
+        # FSDP2 records passes without gradients too, and prefetches one block needlessly in the first backward after them.
         gradients.of(batch)
         with Received() as stepping:
             gradients.of(batch)
@@ -188,7 +188,7 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
 
 
 def spread_config(method: str, epochs: int = 0) -> Config:
-    """Options whose scaling is measured."""
+    """Options of the run that is measured."""
     return Config(
         prune=PruneConfig(prune_method=method, steps=1),
         calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8, calibration_batch_size=4),

@@ -1,4 +1,4 @@
-"""What the oracle tests draw: small arrays with everything that has ever gone wrong in them."""
+"""Hypothesis strategies: small arrays that contain everything that has ever gone wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reference.masks.prune import METHODS
 
 
 def examples(count: int) -> int:
-    """How many examples a test draws that draws `count` where others draw 40, as they do by default; see conftest.py."""
+    """Scale a test's number of examples, `count` in the default profile of 40, to the profile in use (conftest.py)."""
     return max(1, count * settings.default.max_examples // 40)
 
 
@@ -55,7 +55,7 @@ def matrices(draw: st.DrawFn, rows: Any = SIZES, columns: Any = SIZES) -> np.nda
 
 @st.composite
 def kept_masks(draw: st.DrawFn, shape: tuple[int, int]) -> np.ndarray:
-    """A mask of what earlier steps have left."""
+    """A mask as earlier steps leave it."""
     return _rng(draw).random(shape) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
 
 
@@ -89,7 +89,7 @@ def adapter_inputs(draw: st.DrawFn, gradient: bool = False) -> dict[str, Any]:
 
 @st.composite
 def hessians(draw: st.DrawFn, size: int) -> np.ndarray:
-    """2/N Σ x xᵀ from few or many tokens, with dead or loud inputs: singular as often as not."""
+    """2/N Σ x xᵀ from few or many tokens, with dead or loud inputs: singular about half of the time."""
     rng, tokens = _rng(draw), draw(st.integers(1, 3 * size))
     X = rng.standard_normal((tokens, size))
     kind = draw(st.sampled_from(["plain", "dead", "loud", "tied", "scaled"]))
@@ -177,7 +177,7 @@ def gram_pairs(draw: st.DrawFn) -> dict[str, np.ndarray]:
 
 @st.composite
 def importances(draw: st.DrawFn, least: int = 1) -> np.ndarray:
-    """(L,) from 1 to 80 blocks, tied as often as not, or tiny."""
+    """(L,) from 1 to 80 blocks, tied about half of the time, or tiny."""
     L, rng = draw(st.one_of(st.integers(least, 12), st.just(80))), _rng(draw)
     kind = draw(st.sampled_from(["plain", "ties", "equal", "tiny"]))
     values = rng.random(L)
@@ -197,7 +197,7 @@ def allocations(draw: st.DrawFn) -> dict[str, Any]:
     L, rng = len(importance), _rng(draw)
     target, spread = draw(st.floats(0, 1)), draw(st.sampled_from([0.0, 0.01, 0.03, 0.3]))
     weights = draw(st.sampled_from([None, rng.integers(1, 50, L).astype(float)]))
-    # A floor of mean at most the target: what an earlier step, or an unevenly sparse model, has left.
+    # A floor whose mean is at most the target, as an earlier step or an unevenly sparse model leaves it.
     floor = draw(st.sampled_from([None, target * rng.random(L), np.full(L, target)]))
     if floor is not None and weights is not None and (weights @ floor) / weights.sum() > target:
         floor = np.minimum(floor, target)
@@ -223,7 +223,7 @@ def kept_allocations(draw: st.DrawFn) -> dict[str, Any]:
     ceiling = draw(st.sampled_from([None, rng.integers(0, m + 1, L)]))
     if ceiling is not None:
         most = min(m, kept_total // L + spread)
-        for block in rng.permutation(L):  # raised until there is a solution
+        for block in rng.permutation(L):  # raise until there is a solution
             if np.minimum(ceiling, most).sum() < kept_total:
                 ceiling[block] = m
     return {"importance": importance, "kept_total": kept_total, "m": m, "spread": spread, "ceiling": ceiling}
@@ -299,7 +299,7 @@ def weights_to_pack(draw: st.DrawFn) -> np.ndarray:
 
 @st.composite
 def packed_weights(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of unpack and check, put together by hand."""
+    """Arguments of unpack and check, built by hand."""
     weight = draw(weights_to_pack())
     kept = np.array([[any(value.tobytes()) for value in row] for row in weight])
     words = -(-weight.shape[1] // 32)
@@ -320,7 +320,7 @@ def weights_to_tile() -> st.SearchStrategy[np.ndarray]:
 
 @st.composite
 def tiled_weights(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of unpack_tiles, put together by hand."""
+    """Arguments of unpack_tiles, built by hand."""
     weight = draw(weights_to_tile())
     rows, columns = weight.shape
     across = -(-columns // 128)

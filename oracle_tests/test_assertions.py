@@ -1,4 +1,4 @@
-"""The comparisons themselves: what each must accept, and what each must notice and name."""
+"""Tests of the comparisons: what each must accept, and what each must notice and name."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_masks_may_differ_at_the_threshold_of_their_row_alone() -> None:
 def test_masks_keep_as_many_in_every_row() -> None:
     more = KEPT.copy()
     more[0, 0] = True
-    refused("this: rows keep other numbers of weights than the spec's", assert_masks_agree, KEPT, more, SCORE, INF)
+    refused("this: rows do not keep as many weights as the spec's", assert_masks_agree, KEPT, more, SCORE, INF)
     # As many in all, and not in each row.
     more[1, 2] = False
-    refused("this: rows keep other numbers", assert_masks_agree, KEPT, more, SCORE, INF)
+    refused("this: rows do not keep as many", assert_masks_agree, KEPT, more, SCORE, INF)
     refused("this: shape (1, 4), the spec's is (2, 4)", assert_masks_agree, KEPT, KEPT[:1], SCORE, INF)

@@ -1,4 +1,4 @@
-"""The table's own machinery: what a row finds, what production is handed, and that a row can tell right from wrong."""
+"""Tests of the table: the functions that a row finds, the arguments that production gets, and each row's cases."""
 
 from __future__ import annotations
 

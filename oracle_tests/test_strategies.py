@@ -1,4 +1,4 @@
-"""What the strategies promise: every kind of input that they name does come, and none that its function refuses."""
+"""Tests of the strategies: every kind of input that they promise occurs, and none that its function would refuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Check = Callable[[Any], bool]
 
 
 def drawn(strategy: st.SearchStrategy[Any]) -> list[Any]:
-    """The same examples every time."""
+    """Draw examples, the same every time."""
     found: list[Any] = []
 
     @settings(
@@ -39,7 +39,7 @@ def drawn(strategy: st.SearchStrategy[Any]) -> list[Any]:
 
 
 def check(strategy: st.SearchStrategy[Any], always: dict[str, Check], sometimes: dict[str, Check]) -> None:
-    """Hold every promise against many examples."""
+    """Check every promise on many examples."""
     found = drawn(strategy)
     for what, holds in always.items():
         broken = [example for example in found if not holds(example)]

@@ -36,7 +36,7 @@ def token_ids(model: nn.Module, rows: int, length: int, seed: int = 0) -> torch.
 
 
 def settings(**changes: object) -> Settings:
-    """A few quick steps."""
+    """Settings of two quick steps."""
     training = TrainingConfig(
         learning_rate=1e-2,
         per_device_train_batch_size=2,
@@ -58,7 +58,7 @@ def parts_for(model: nn.Module, steps: int, rows: int = 8, length: int = 12) -> 
 
 
 class Heard(BaseStreamer):
-    """What a streamer is told."""
+    """A streamer that records what it receives."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []

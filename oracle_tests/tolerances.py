@@ -1,4 +1,4 @@
-"""How far production may be from the spec, and why. Relaxing a number here needs a reason beside it."""
+"""How much production may differ from the spec, and why. Relaxing a number needs a reason beside it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SPARSEGPT_FLOAT32 = 1e-4
 
 
 def ill_conditioned(condition: float) -> float:
-    """Without damping: SparseGPT in float64 on a Hessian of that condition, whose inverse is off by about κ · 2⁻⁵³."""
+    """SparseGPT in float64 without damping: the inverse of a Hessian of condition κ has an error of about κ · 2⁻⁵³."""
     return max(SAME_ALGORITHM, UNIT[torch.float64] * condition)
 
 
-# Layer 2: unit roundoff of the inputs' dtype times the number of roundings in a row that a result can see. In float32: sums
-# of at most 16 terms and a handful of elementwise operations. In half precision sums are accumulated in float32, and a weight,
-# a product made of it and a result are rounded.
+# Layer 2: unit roundoff of the inputs' dtype times the number of successive roundings in a result. In float32: sums
+# of at most 16 terms and a few elementwise operations. In half precision sums are accumulated in float32; the weight, a product
+# with it and the result are rounded.
 ROUNDINGS = 32
 FEW_ROUNDINGS = 4
 UNIT = {
@@ -33,52 +33,52 @@ UNIT = {
 
 
 def bound(dtype: torch.dtype) -> float:
-    """Largest error of an entry of a result, relative to the sum of the sizes of the terms that it is made of."""
+    """Largest error of an entry of a result, relative to the sum of the sizes of its terms."""
     if dtype == torch.float64:
         return SAME_ALGORITHM
     return (ROUNDINGS if dtype == torch.float32 else FEW_ROUNDINGS) * UNIT[dtype]
 
 
 def same_product(dtype: torch.dtype) -> float:
-    """A product computed in two ways from the same numbers, relative to the largest."""
+    """Error of a product computed in two ways from the same numbers, relative to the largest entry."""
     return FEW_ROUNDINGS * UNIT[dtype]
 
 
 def long_sum(terms: int) -> float:
-    """Many terms of one sign added in float32 one after the other: roundings at random grow with the root of their number."""
+    """Error of many terms of one sign added in float32 in turn: random roundings grow with the square root of their number."""
     return UNIT[torch.float32] * terms**0.5
 
 
 def cancelled(dtype: torch.dtype, left: float) -> float:
-    """What is left when a subtraction leaves that share of its terms: their roundings count for so much more."""
+    """Relative error of a difference that is only the share `left` of its terms: their roundings weigh 1 / left as much."""
     return 4 * UNIT[dtype] / left
 
 
 def one_rounding(dtype: torch.dtype, value: np.ndarray, terms: float | np.ndarray) -> np.ndarray:
-    """How far a result that is rounded to a half-precision dtype once may be from each exact value: half the gap between
-    neighbours, and what float32 loses on terms of that size before."""
+    """Error of a result rounded once to a half-precision dtype: half the gap between neighbours, plus float32's rounding of
+    terms of that size before."""
     gap = np.maximum(UNIT[dtype] * value, torch.finfo(dtype).smallest_normal * UNIT[dtype])
     return gap + ROUNDINGS * UNIT[torch.float32] * terms
 
 
 def packed_product(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """A product with a packed weight summed in float32, in any order, and rounded once: the sum's roundings count for the
-    sizes of its terms; VDPBF16PS rounds each of its two additions and takes what is below float32's normal range as 0."""
+    """Error of a product with a packed weight, summed in float32 in any order and rounded once. Roundings of the sum are
+    relative to its terms; VDPBF16PS rounds each of its two additions and flushes subnormal float32 to 0."""
     gap = np.maximum(UNIT[dtype] * np.abs(value), torch.finfo(dtype).smallest_normal * UNIT[dtype])
     return gap * (1 + 1e-3) + ROUNDINGS * UNIT[torch.float32] * terms + 1e-36
 
 
 def merged_by_kernel(dtype: torch.dtype, value: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """What Triton's `merge` may be off: on a GPU its factors come in two halves, of bf16 to 2⁻¹⁷ or of TF32 to 2⁻²⁰, and the
-    product of the lower halves is left out; then one rounding."""
+    """Error of Triton's `merge`: on a GPU its factors are split into two numbers, accurate to 2⁻¹⁷ in bf16 and 2⁻²⁰ in TF32,
+    and the product of the lower ones is omitted; then one rounding."""
     if dtype == torch.float32:
         return bound(dtype) * terms
     return one_rounding(dtype, value, terms) + (2.0**-15 if dtype == torch.bfloat16 else 2.0**-18) * terms
 
 
 def contracted_by_kernel(dtype: torch.dtype, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """What Triton's `contract` may be off in left @ right: on a GPU the factor that is float32 comes in two numbers of the
-    other's dtype, to 2⁻¹⁷ of it, in fp16 at least to half of what is above its smallest number, 2⁻²⁵."""
+    """Error of Triton's `contract` in left @ right: on a GPU the float32 factor is split into two numbers of the other's dtype,
+    accurate to 2⁻¹⁷, in fp16 no better than half of its smallest number, 2⁻²⁵."""
     terms = np.abs(left) @ np.abs(right)
     if dtype == torch.float32:
         return bound(dtype) * terms
@@ -87,7 +87,7 @@ def contracted_by_kernel(dtype: torch.dtype, left: np.ndarray, right: np.ndarray
 
 
 # Logits of a packed model against the plain one's, relative to the largest: sums in another order, then the same roundings.
-# In half precision a sum near the middle between two numbers goes to the other one, and three blocks pass that on.
+# In half precision a sum near the midpoint of two numbers may round to the other one, and three blocks propagate that.
 PACKED_LOGITS = {
     torch.float32: 1e-5,
     torch.float16: 8 * UNIT[torch.float16],
@@ -107,34 +107,34 @@ GPU_STEP = {
     "their distance from the threshold": 6e-2,
     "reconstruction error": 3e-2,
     "loss": 5e-3,
-    # Two blocks forward and backward in bf16 on both sides of every product.
+    # Two blocks, forward and backward, with bf16 on both sides of every product.
     "adapter gradients": 6e-2,
     # bf16 rounds each merged weight once.
     "merged weights": 2.0**-8,
 }
 
-# One run in several processes against one in one, float64: only the order of summation differs. As between production and
+# A run in several processes against one process, float64: only the order of summation differs. As between production and
 # spec (test_whole_run.BOUND), rounding leaves 1e-17 in a clipped gradient, Adam makes at most lr · 1e-17 / 1e-8 of it, 1e-11
 # at lr = 1e-2; five optimizer steps of it, stretched ten times through the model, stay under 1e-9.
 OTHER_ORDER = 1e-9
 
-# One LoSA step of a tiny model in float32 or bf16 against the spec's, in float64 from the same state (test_stepwise.py).
+# One LoSA step of a tiny model in float32 or bf16 against the spec in float64 from the same state (test_stepwise.py).
 STEPWISE = {
     torch.float32: {
-        # Some hundred hidden states average their roundings; I is the exponential of a share of about 1/4.
+        # Averaging hundreds of hidden states cancels roundings; I is the exponential of a share of about 1/4.
         "importance": 1e-7,
         "mask entries that differ (share)": 0.0,
         "pruned weights": 16 * UNIT[torch.float32],
         "reconstruction error": 32 * UNIT[torch.float32],
-        # A divergence is small beside the logits whose differences it is made of.
+        # A divergence is small compared with the logits it is computed from.
         "loss": 1e-5,
-        # Adam divides by a gradient's size: the smallest entries, whose roundings are not small beside them, move as far
-        # as the largest.
+        # Adam divides by a gradient's size: the smallest entries, with large relative roundings, move as far as the
+        # largest.
         "what training moved": 1e-3,
     },
     torch.bfloat16: {
         "importance": 5e-4,
-        # Scores are off by up to 2⁻⁸, so that up to two entries in 2⁸ are close enough to their threshold.
+        # Scores have errors of up to 2⁻⁸, so up to two entries in 2⁸ are close enough to their threshold to differ.
         "mask entries that differ (share)": 2.0**-7,
         "pruned weights": 4 * UNIT[torch.bfloat16],
         "reconstruction error": 8 * UNIT[torch.bfloat16],

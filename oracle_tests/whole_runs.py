@@ -1,4 +1,4 @@
-"""One run for both packages: a model, its texts and settings, and what production makes of it."""
+"""One run for both packages: a model, its texts and settings, and production's result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a model, its texts, settings for both sides, and what only production knows (how work is cut up)."""
+    """One run: a model, its texts, settings for both packages, and production's own settings (batch sizes, memory)."""
 
     sizes: llama.Sizes
     blocks: int
@@ -46,13 +46,13 @@ class Case:
     seed: int
     biased: bool = False
     widths: tuple[int, ...] = ()
-    """Of the blocks' MLPs, in turn; default, as `sizes` says."""
+    """Widths of the blocks' MLPs, in turn; default: that of `sizes`."""
     start: tuple[float, ...] = ()
-    """Shares of zeros that the blocks come with, in turn; default, none."""
+    """Initial shares of zeros of the blocks, in turn; default: none."""
     silent: float = 0.0
-    """Share of the rows of every projection that are zero, as a structured pruner leaves them."""
+    """Share of zero rows in every projection, as a structured pruner leaves them."""
     unlabelled: bool = False
-    """The second example of every part has no label at all."""
+    """Whether the second example of every part has no labels."""
 
     def model(self) -> llama.Llama:
         dense = random_llama(self.sizes, self.blocks, self.tied, self.seed, self.biased, self.widths)
@@ -74,11 +74,11 @@ class Case:
         return np.random.default_rng([self.seed, 1]).integers(self.sizes.vocabulary, size=(5, 6))
 
     def parts(self) -> list[list[reference_losa.Example]]:
-        """Parts of unequal size, sequences of unequal length, some without labels on their first tokens, or on any.
+        """Parts of unequal size, sequences of unequal length, some without labels on their first tokens, or without any.
 
-        The last token counts, where any does. Were the first prediction of a sequence the only one of a step, queries and keys
-        would learn nothing (a first token attends to itself alone): their gradient is 0, rounding makes it 1e-17 on one
-        side, and Adam, which divides by its size, makes a difference of it that the next step multiplies again.
+        If a sequence has labels, its last token has one. If the first prediction of a sequence were the only one of a step,
+        queries and keys would learn nothing (a first token attends only to itself): their gradient is 0, rounding makes it 1e-17
+        in one package, Adam divides by its size, and the next step amplifies the difference.
         """
         generator = np.random.default_rng([self.seed, 2])
 
@@ -109,14 +109,14 @@ PLAIN = Case(
 
 
 def special(**changes: Any) -> Case:
-    """The plain run in three quick steps, but for what is given: fields of the case or of its settings."""
+    """The plain run with three quick steps and the given fields of the case or of its settings."""
     ours = {name: changes.pop(name) for name in list(changes) if name not in {field.name for field in fields(Case)}}
     ours = {"steps": 3, "learning_rate": 1e-2, **ours}
     return replace(PLAIN, **changes, settings=replace(PLAIN.settings, **ours))
 
 
 def _taken(kind: type, values: dict[str, Any], **changes: Any) -> Any:
-    """A production config from the reference's settings of the same names."""
+    """Make a production config from the reference's settings of the same names."""
     return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values} | changes)
 
 
@@ -144,14 +144,14 @@ def production_settings(case: Case) -> Settings:
 
 @dataclass(frozen=True)
 class Production:
-    """What torch_impl.losa.run did: a record of each step with the layers at its end, and the merged weights."""
+    """Result of torch_impl.losa.run: a record of each step with the layers at its end, and the merged weights."""
 
     records: list[reference_losa.StepRecord]
     merged: Weights
 
 
 def run_production(case: Case, dtype: torch.dtype = torch.float64) -> Production:
-    """dtype: of the model; in float64 Hugging Face's norms and angles are float64 too."""
+    """Run production with the model in `dtype`; in float64 Hugging Face's norms and angles are float64, too."""
     model = to_hugging_face(case.model()).to(dtype)
     decoder = Decoder(model)
     records: list[reference_losa.StepRecord] = []
