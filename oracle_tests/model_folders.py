@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from oracle_tests.small_runs import make_place
 from tiny_models.random_models import byte_tokenizer, random_model
-from torch_impl import pack
+from torch_impl.commands import pack
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 
 Tensors = dict[str, torch.Tensor]

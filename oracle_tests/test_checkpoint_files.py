@@ -35,7 +35,8 @@ from oracle_tests.model_folders import (
     write,
 )  # fmt: skip
 from oracle_tests.small_runs import arguments
-from torch_impl import _checks, generate, pack, run
+from torch_impl import _checks
+from torch_impl.commands import generate, pack, run
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.adapted_linear import AdaptedLinear

@@ -14,7 +14,7 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from oracle_tests.small_runs import arguments
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
-from torch_impl import generate, pack
+from torch_impl.commands import generate, pack
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
 from torch_impl.experiment import compare

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from safetensors import SafetensorError
 
-from torch_impl import generate, pack, run
+from torch_impl.commands import generate, pack, run
 from torch_impl.engine.resume.journal import Interrupted
 from torch_impl.experiment import command, compare
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from oracle_tests.small_runs import arguments, make_place
 from oracle_tests.tiny_material import Heard, prompt, settings, token_ids
 from tiny_models.random_models import random_model
-from torch_impl import generate, losa
+from torch_impl import losa
+from torch_impl.commands import generate
 from torch_impl.decode import next_token
 from torch_impl.engine import calibration, finite
 from torch_impl.engine.decoder import Decoder

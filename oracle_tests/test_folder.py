@@ -145,7 +145,7 @@ def test_a_disk_full_in_the_writer_of_tensors_is_one_line(
 def test_packing_on_a_full_disk_leaves_nothing(
     place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch_impl import pack
+    from torch_impl.commands import pack
 
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

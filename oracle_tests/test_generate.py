@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
-from torch_impl import generate
+from torch_impl.commands import generate
 from torch_impl.decode import next_token
 
 PROMPT = "some text"

@@ -33,7 +33,7 @@ from oracle_tests.model_folders import (
 )  # fmt: skip
 from oracle_tests.small_runs import arguments
 from tiny_models.random_models import random_model
-from torch_impl import generate, pack, run
+from torch_impl.commands import generate, pack, run
 from torch_impl.engine import structure
 from torch_impl.engine.checkpoints import contents, fsdp, pretrained
 from torch_impl.engine.checkpoints.contents import SINGLE

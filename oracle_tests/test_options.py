@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from torch_impl import generate, pack, run
+from torch_impl.commands import generate, pack, run
 from torch_impl.experiment import compare, config
 from torch_impl.experiment.planning import dry_run
 

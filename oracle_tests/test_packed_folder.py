@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from oracle_tests import tolerances
 from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model
-from torch_impl import generate, pack
 from torch_impl.bench.measure import resident
+from torch_impl.commands import generate, pack
 from torch_impl.decode import cpu, packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.decoder import Decoder

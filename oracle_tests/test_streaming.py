@@ -259,8 +259,8 @@ def test_auto_leaves_on_disk_what_does_not_fit(
     assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
     assert "one block at a time" in capsys.readouterr().out
     called = []
-    monkeypatch.setattr("torch_impl.run.run_offloaded", lambda *_: called.append(1) or {})
-    monkeypatch.setattr("torch_impl.run.report.table", lambda _: "")
+    monkeypatch.setattr("torch_impl.commands.run.run_offloaded", lambda *_: called.append(1) or {})
+    monkeypatch.setattr("torch_impl.commands.run.report.table", lambda _: "")
     assert main(arguments(place, **PLAIN)) == 0
     assert called
 

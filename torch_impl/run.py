@@ -1,36 +1,8 @@
-"""Prune a model from the command line: python -m torch_impl.run [options]; see --help."""
-
-from __future__ import annotations
+"""python -m torch_impl.run: see torch_impl/commands/run.py."""
 
 import sys
-from collections.abc import Sequence
 
-from torch_impl.engine.determinism import make_deterministic
-from torch_impl.experiment import report
-from torch_impl.experiment.command import command, process, say
-from torch_impl.experiment.config import parse
-from torch_impl.experiment.job import run_in_memory, run_job
-from torch_impl.experiment.offloaded_job import run_offloaded
-from torch_impl.experiment.planning import dry_run
-
-
-@command
-def main(arguments: Sequence[str]) -> None:
-    """Run the job of the command line."""
-    config = parse(arguments)
-    if config.output.deterministic:
-        make_deterministic()
-    if config.output.dry_run:
-        if not process():
-            say(dry_run.show_plan(dry_run.make_plan(config)))
-        return
-    result, folder = run_job(config, run_offloaded if dry_run.streams(config) else run_in_memory)
-    if process():
-        return
-    say(report.table(result))
-    say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    say(f"To store and run it without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
-
+from torch_impl.commands.run import main
 
 if __name__ == "__main__":
     sys.exit(main())

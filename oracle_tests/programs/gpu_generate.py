@@ -22,8 +22,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import byte_tokenizer
-from torch_impl import generate, pack
 from torch_impl.bench.measure import resident
+from torch_impl.commands import generate, pack
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.planning.geometry import GEOMETRIES
 

@@ -39,17 +39,18 @@ from oracle_tests.programs.mutations import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "mutants"
-COMMANDS = ("run.py", "pack.py", "generate.py")
 PARTS = {
     "core": ["torch_impl/*.py", "torch_impl/masks/*.py"],
     "engine": ["torch_impl/engine/**/*.py", "torch_impl/decode/*.py"],
     "experiment": ["torch_impl/experiment/**/*.py"],
-    "commands": [f"torch_impl/{name}" for name in COMMANDS],
+    "commands": ["torch_impl/api.py", "torch_impl/commands/*.py"],
 }
 # Run on a GPU alone, or are Triton's, whose interpreter looks at the source.
 ELSEWHERE = ("torch_impl/_kernels.py", "torch_impl/decode/cuda.py")
 OWN = ("oracle_tests", "reference", "tiny_models", "torch_impl")
-IMPORTS = "import sys, oracle_tests.conftest, oracle_tests.test_resume, torch_impl.generate; print(*sys.modules)"
+IMPORTS = (
+    "import sys, oracle_tests.conftest, oracle_tests.test_resume, torch_impl.commands.generate; print(*sys.modules)"
+)
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "mutants", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info"
 )
@@ -62,8 +63,8 @@ def files_of(part: str) -> list[Path]:
     """The files that a part breaks."""
     found = [file for pattern in PARTS[part] for file in sorted(ROOT.glob(pattern))]
     names = {file: file.relative_to(ROOT).as_posix() for file in found}
-    commands = () if part == "commands" else PARTS["commands"]
-    return [file for file, name in names.items() if name not in (*ELSEWHERE, *commands)]
+    own = () if part == "commands" else PARTS["commands"]
+    return [file for file, name in names.items() if name not in (*ELSEWHERE, *own)]
 
 
 def import_libraries() -> None:
@@ -315,13 +316,7 @@ def interval(killed: int, tried: int) -> tuple[float, float]:
 
 def _folder(file: str) -> str:
     name = file.removeprefix("torch_impl/")
-    return (
-        f"torch_impl/{name.partition('/')[0]}/"
-        if "/" in name
-        else "commands"
-        if name in COMMANDS
-        else "torch_impl/*.py"
-    )
+    return f"torch_impl/{name.partition('/')[0]}/" if "/" in name else "torch_impl/*.py"
 
 
 def report(outcomes: Sequence[Outcome], population: int) -> str:

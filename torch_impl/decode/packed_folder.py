@@ -130,14 +130,21 @@ def unpack_folder(source: Path, target: Path) -> None:
 def load(
     folder: Path, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a packed model, in eval mode, and its tokenizer, without unpacking. dtype: default as stored.
+    """`load_model` and the tokenizer beside it."""
+    tokenizer = pretrained.load_tokenizer(folder, trust_remote_code)
+    return load_model(folder, device, dtype, trust_remote_code), tokenizer
 
-    Errors: ValueError naming file and tensor if anything is missing, truncated or inconsistent.
+
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a packed model, in eval mode, without unpacking. dtype: default as stored.
+
+    Errors: ValueError or FileNotFoundError naming file and tensor if anything is missing, truncated or inconsistent.
     """
     manifest = _manifest(folder)
     read_config(folder)
     found = lay_out(folder, _entries(manifest), trust_remote_code, dtype)
-    tokenizer = pretrained.load_tokenizer(folder, trust_remote_code)
     model = found.model
     places = {key: name for name, key in found.names.items() if name not in found.tied}
     for file in manifest["files"]:
@@ -151,7 +158,7 @@ def load(
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     group_projections(model)
-    return model, tokenizer
+    return model
 
 
 def _projections(found: Checkpoint) -> dict[str, str]:

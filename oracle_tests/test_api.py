@@ -1,0 +1,333 @@
+"""The library: ten lines from a transformers model to a packed one, whatever form text comes in, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import torch_impl
+from oracle_tests.small_runs import WORDS, arguments, make_place
+from torch_impl import api, losa
+from torch_impl.commands.run import main
+from torch_impl.engine import training
+from torch_impl.engine.batches import IGNORED
+from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment.text.records import document_of
+
+TEXTS = [f"{WORDS}{number} {WORDS[number % 50 :]}" for number in range(40)]
+RECORDS = [{"instruction": f"say {number}", "output": f"{WORDS}{number}"} for number in range(30)]
+CHATS = [
+    {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]}
+    for r in RECORDS
+]
+SMALL: dict[str, Any] = {
+    "nsamples": 6,
+    "seqlen": 32,
+    "rmi_samples": 4,
+    "steps": 2,
+    "train_examples": 24,
+    "train_seqlen": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Any]:
+    folder = make_place(tmp_path_factory.mktemp("library")) / "model"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def model(loaded: tuple[PreTrainedModel, Any]) -> PreTrainedModel:
+    return copy.deepcopy(loaded[0])
+
+
+@pytest.fixture
+def tokenizer(loaded: tuple[PreTrainedModel, Any]) -> Any:
+    return loaded[1]
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def share_of_zeros(model: PreTrainedModel) -> float:
+    found = [w for block in Decoder(model).blocks for w in Decoder(model).family.weights_of(block).values()]
+    return sum(int((w == 0).sum()) for w in found) / sum(w.numel() for w in found)
+
+
+# --- the ten lines ---
+
+
+def test_from_a_model_to_a_packed_one(model: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    steps: list[torch_impl.StepRecord] = []
+    losses: list[tuple[int, int, float, float]] = []
+    result = torch_impl.prune(
+        model, tokenizer, calibration=TEXTS, train=RECORDS, sparsity=0.6, learning_rate=1e-2,
+        on_step=steps.append, on_loss=lambda *heard: losses.append(heard), **SMALL,
+    )  # fmt: skip
+    assert result.model is model
+    assert not any("adapted" in type(module).__name__.lower() for module in model.modules())
+    assert result.sparsity == share_of_zeros(model) == pytest.approx(0.6, abs=0.02)
+    assert [step.step for step in result.steps] == [step.step for step in steps] == [1, 2]
+    assert len(losses) == sum(len(step.losses) for step in result.steps) > 2
+    assert result.settings["prune"]["sparsity_ratio"] == 0.6
+    assert result.settings["calibration"]["nsamples"] == 6
+    json.dumps(result.settings, allow_nan=False)
+    prompt = tokenizer("the quick", return_tensors="pt")
+    text = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert all(torch.equal(tensor, weights(model)[name]) for name, tensor in weights(again).items())
+
+    sizes = torch_impl.pack(model, tmp_path / "packed", tokenizer=tokenizer)
+    assert sum(size.after for size in sizes) < sum(size.before for size in sizes)
+    assert AutoTokenizer.from_pretrained(tmp_path / "packed").get_vocab() == tokenizer.get_vocab()
+    packed = torch_impl.load_packed(tmp_path / "packed", device="cpu")
+    assert torch.equal(packed.generate(**prompt, max_new_tokens=4, do_sample=False), text)
+    assert torch_impl.load_packed(tmp_path / "packed", "cpu", torch.float16).dtype == torch.float16
+    torch_impl.pack(tmp_path / "plain", tmp_path / "again")
+    expected = torch_impl.evaluate(model, tokenizer, text=TEXTS, seqlen=16)
+    assert torch_impl.evaluate(packed, tokenizer, text=TEXTS, seqlen=16)["perplexity"] == pytest.approx(
+        expected["perplexity"], rel=1e-5
+    )
+
+
+def test_the_library_and_the_command_line_give_the_same_bits(tmp_path: Path) -> None:
+    """The texts of the command line are split from its evaluation text first, so both get the same windows as token ids."""
+    place = make_place(tmp_path)
+    assert main(arguments(place, finetune="false", steps=2)) == 0
+    model, tokenizer = (kind.from_pretrained(place / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    from torch_impl.experiment.config import parse
+    from torch_impl.experiment.material import load_material
+
+    windows = load_material(parse(arguments(place, finetune="false", steps=2))).calibration
+    torch_impl.prune(model, tokenizer, calibration=windows, steps=2, rmi_samples=4)
+    other = AutoModelForCausalLM.from_pretrained(place / "out" / "model")
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(model).items())
+
+
+# --- forms of text ---
+
+
+def pruned(model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
+    """What Algorithm 1 gets of these arguments."""
+    got: dict[str, Any] = {}
+
+    def caught(_: PreTrainedModel, windows: torch.Tensor, parts: list[Any], *rest: Any) -> list[Any]:
+        got.update(windows=windows, examples=[example for part in parts for example in part])
+        return []
+
+    monkeypatch.setattr(losa, "run", caught)
+    without = given.pop("without", ())
+    options = {name: value for name, value in SMALL.items() if name not in without}
+    torch_impl.prune(model, tokenizer, **{"calibration": TEXTS, **options, **given})
+    return got
+
+
+def test_token_ids_are_used_as_they_are(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(20, (5, 9), generator=torch.Generator().manual_seed(0))
+    for given in (ids, ids.numpy(), ids.to(torch.int32)):
+        got = pruned(model, None, monkeypatch, calibration=given, train=given, steps=1, without=("nsamples", "seqlen"))
+        assert torch.equal(got["windows"], ids)
+        assert torch.equal(torch.stack([example["labels"] for example in got["examples"]]), ids)
+    labels = [IGNORED, 3, 4]
+    tokenized = [{"input_ids": [1, 3, 4], "labels": labels}, {"input_ids": torch.tensor([5, 6])}]
+    got = pruned(model, None, monkeypatch, calibration=ids, train=tokenized, steps=1, without=("nsamples", "seqlen"))
+    assert [example["labels"].tolist() for example in got["examples"]] == [labels, [5, 6]]
+
+
+@pytest.mark.parametrize("records", [RECORDS, CHATS], ids=["instructions", "messages"])
+@pytest.mark.parametrize("as_data_set", [False, True])
+def test_records_are_learned_behind_their_prompt(
+    records: list[Any], as_data_set: bool, model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = datasets.Dataset.from_list(records) if as_data_set else records
+    got = pruned(model, tokenizer, monkeypatch, train=given)
+    assert len(got["examples"]) == 24
+    prompts = {document_of(record).prompt for record in records}
+    for example in got["examples"]:
+        ids, labels = example["input_ids"], example["labels"]
+        learned = labels != IGNORED
+        assert torch.equal(ids[learned], labels[learned])
+        first = int(learned.nonzero()[0])
+        assert first > 0
+        # As far as it goes, what is not learned is a prompt.
+        assert any(tokenizer.decode(ids[:first], skip_special_tokens=True)[:20] in prompt for prompt in prompts)
+
+
+def test_texts_a_generator_and_a_file_are_the_same_text(
+    model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(TEXTS), encoding="utf-8")
+    forms = [TEXTS, (text for text in TEXTS), [{"text": text} for text in TEXTS], str(tmp_path / "a.txt")]
+    windows = [pruned(model, tokenizer, monkeypatch, calibration=form)["windows"] for form in forms]
+    assert all(torch.equal(found, windows[0]) for found in windows)
+
+
+def test_without_training_text_nothing_is_trained(model: PreTrainedModel, tokenizer: Any, monkeypatch: Any) -> None:
+    assert pruned(model, tokenizer, monkeypatch)["examples"] == []
+    assert pruned(model, tokenizer, monkeypatch, preset="best")["examples"] == []
+
+
+# --- what is wrong is said before anything changes ---
+
+IDS = torch.zeros(4, 8, dtype=torch.long)
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a number": ({"calibration": 3}, TypeError, "calibration is int; give token ids"),
+    "bytes": ({"calibration": b"abc"}, TypeError, "calibration is bytes; give token ids"),
+    "a mapping": ({"calibration": {"text": TEXTS}}, TypeError, "calibration is dict; give"),
+    "records of another form": ({"train": [{"question": "x"}]}, ValueError, "train, [0]: field 'instruction' is missing"),
+    "a list of numbers": ({"train": [1, 2]}, ValueError, "train, [0]: the record is int"),
+    "nothing": ({"calibration": []}, ValueError, "calibration holds no text"),
+    "floats": ({"calibration": torch.zeros(4, 8)}, TypeError, "calibration has shape (4, 8) and dtype torch.float32"),
+    "one row of ids": ({"calibration": IDS[0]}, TypeError, "calibration has shape (8,)"),
+    "one sequence": ({"calibration": IDS[:1]}, ValueError, "give 2 or more sequences"),
+    "ids beyond the vocabulary": ({"calibration": IDS + 10**6}, ValueError, "calibration has token id 1000000"),
+    "negative ids": ({"train": IDS - 1}, ValueError, "train has token id -1"),
+    "labels of another length": (
+        {"train": [{"input_ids": [1, 2, 3], "labels": [1]}]}, ValueError, "train[0]: input_ids has shape (3,)"),
+    "nothing to learn": (
+        {"train": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, ValueError, "train[0]: every label is -100"),
+    "text without a tokenizer": ({"tokenizer": None}, ValueError, "tokenizer is missing"),
+    "an unknown source": ({"calibration": "c5"}, ValueError, "calibration is 'c5'; allowed"),
+    "a method": ({"method": "wonda"}, ValueError, "prune_method is 'wonda'; allowed: magnitude, wanda"),
+    "a preset": ({"preset": "worst"}, ValueError, "preset is 'worst'; allowed: paper"),
+    "percent": ({"sparsity": 70}, ValueError, "sparsity_ratio is 70"),
+    "an option": ({"learning_rat": 1.0}, TypeError, "learning_rat is not an option of prune; did you mean learning_rate"),
+    "an option of files": ({"output_dir": "x"}, TypeError, "output_dir is not an option of prune"),
+    "an argument's other name": ({"prune_method": "wanda"}, TypeError, "prune_method is given by the argument method"),
+    "a value": ({"steps": "many"}, ValueError, "steps"),
+    "too few examples": ({"train": RECORDS[:1]}, ValueError, "1 training examples are too few"),
+    "a length with token ids": ({"calibration": IDS, "seqlen": 4}, TypeError, "seqlen is given, and calibration is token ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_one_sentence_and_changes_nothing(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    changes, kind, words = WRONG[name]
+    before = weights(model)
+    given = {"tokenizer": tokenizer, "calibration": TEXTS, "train": RECORDS, **SMALL, **changes}
+    if isinstance(given["calibration"], torch.Tensor) and "seqlen" not in changes:
+        given = {key: value for key, value in given.items() if key not in ("nsamples", "seqlen")}
+    with pytest.raises(kind) as caught:
+        torch_impl.prune(model, **given)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(model).items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_of_another_kind(tokenizer: Any, tmp_path: Path) -> None:
+    for call in (
+        lambda: torch_impl.prune(torch.nn.Linear(2, 2), tokenizer, calibration=TEXTS),  # type: ignore[arg-type]
+        lambda: torch_impl.evaluate("folder", tokenizer, text=TEXTS),  # type: ignore[arg-type]
+        lambda: torch_impl.pack(torch.nn.Linear(2, 2), tmp_path / "out"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"model is (Linear|str); give a transformers model"):
+            call()
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+    with pytest.raises(ValueError, match="values is 'int3'; allowed: same"):
+        torch_impl.pack(tmp_path, tmp_path / "out", values="int3")
+    with pytest.raises(ValueError, match="dtype is 'int8'; allowed: auto"):
+        torch_impl.load_packed(tmp_path, dtype="int8")
+
+
+# --- the model stays a user's model ---
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_stay_as_they_were(
+    fails: bool, model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[0].mlp.eval()
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    if fails:
+        monkeypatch.setattr(training, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            torch_impl.prune(model, tokenizer, calibration=TEXTS, train=RECORDS, **SMALL)
+        assert "may be pruned in part" in caught.value.__notes__[0]
+    else:
+        torch_impl.prune(model, tokenizer, calibration=TEXTS, train=RECORDS, **SMALL)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert share_of_zeros(model) > 0
+
+
+def test_zeros_are_kept_while_training_on(model: PreTrainedModel, tokenizer: Any) -> None:
+    result = torch_impl.prune(model, tokenizer, calibration=TEXTS, **SMALL)
+    zeros = {name: tensor == 0 for name, tensor in weights(model).items() if "proj" in name and "weight" in name}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    kept = result.keep_zeros(optimizer)
+    before = weights(model)
+
+    def step() -> None:
+        ids = tokenizer(TEXTS[:2], return_tensors="pt", padding=False, truncation=True, max_length=16)["input_ids"]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+        assert all(bool((weights(model)[name][zero] == 0).all()) for name, zero in zeros.items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(model).items() if name in zeros)
+    kept.remove()
+    step()
+    assert any(bool((weights(model)[name][zero] != 0).any()) for name, zero in zeros.items()), "one step fills them"
+
+
+def test_a_pattern_decides_the_sparsity(model: PreTrainedModel, tokenizer: Any) -> None:
+    result = torch_impl.prune(model, tokenizer, calibration=TEXTS, method="magnitude", sparsity_type="2:4", **SMALL)
+    assert result.sparsity == 0.5
+
+
+def test_evaluation_is_of_the_windows_asked_for(model: PreTrainedModel, tokenizer: Any) -> None:
+    found = torch_impl.evaluate(model, tokenizer, text=TEXTS, seqlen=16, windows=3)
+    assert (found["windows"], found["seqlen"], found["tokens"]) == (3, 16, 48)
+    rows = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = torch.tensor(
+        [token for text in TEXTS for token in [*rows, *tokenizer(text, add_special_tokens=False)["input_ids"]]]
+    )
+    windows = ids[: 3 * 16].view(3, 16)
+    model.eval()
+    with torch.no_grad():
+        logits = model(windows).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert torch_impl.evaluate(model, text=windows.numpy()) == found
+    with pytest.raises(TypeError, match="text has shape"):
+        torch_impl.evaluate(model, text=np.zeros(3))
+
+
+# --- what is public ---
+
+
+def test_what_is_public() -> None:
+    assert torch_impl.__all__ == ["PruneResult", "Saving", "StepRecord", "evaluate", "load_packed", "pack", "prune"]
+    assert sorted(dir(torch_impl)) == sorted([*torch_impl.__all__, "__version__"])
+    project = (Path(torch_impl.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{torch_impl.__version__}"' in project
+    assert (Path(torch_impl.__file__).parent / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = torch_impl.nonsense
+    importlib.import_module("torch_impl.pack")
+    assert torch_impl.pack is api.pack, "not the module that python -m torch_impl.pack runs"
+
+
+def test_the_mirrored_functions_do_not_import_the_library() -> None:
+    code = "import sys, torch_impl, torch_impl.schedule; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

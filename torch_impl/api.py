@@ -1,0 +1,281 @@
+"""The library: what `import torch_impl` offers.
+
+import torch_impl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+result = torch_impl.prune(model, tokenizer, calibration=texts, train=records, sparsity=0.7, preset="best")
+result.model.save_pretrained(out)
+torch_impl.pack(result.model, packed, tokenizer=tokenizer)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_impl import _checks, losa
+from torch_impl.decode import packed_folder
+from torch_impl.decode.packed_folder import Saving
+from torch_impl.engine.adapted_linear import adapters, merge_adapters
+from torch_impl.engine.batches import Example
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import position_limit
+from torch_impl.engine.record import StepRecord
+from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.engine.structure import check_structure
+from torch_impl.experiment import config as options_of
+from torch_impl.experiment.command import closest
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.evaluate import perplexity
+from torch_impl.experiment.text import given
+from torch_impl.experiment.text.windows import describe_windows, split_parts
+
+# Sections of options that a program may set; the others are about files and the command line.
+SECTIONS = ("prune", "adapter", "calibration", "training", "reconstruction")
+MORE = ("train_examples", "train_seqlen", "step_shares", "seed")
+# Given by arguments of their own.
+OWN = {"prune_method": "method", "sparsity_ratio": "sparsity", "finetune": "train"}
+
+
+@dataclass
+class PruneResult:
+    """What `prune` returns.
+
+    model: the model that was given, pruned and merged: a plain transformers model. steps: one record per step. sparsity: share
+    of zeros of its projections. settings: all options that were used, by section. seconds: of the whole call.
+    """
+
+    model: PreTrainedModel
+    steps: list[StepRecord]
+    sparsity: float
+    settings: dict[str, dict[str, Any]]
+    seconds: float
+
+    def keep_zeros(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """`keep_zeros` for this model."""
+        return keep_zeros(self.model, optimizer)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    calibration: Any,
+    train: Any = None,
+    sparsity: float = 0.7,
+    method: str = "wanda",
+    preset: str = "paper",
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_loss: Callable[[int, int, float, float], None] | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prune a model in place by LoSA, Algorithm 1, and merge its adapters.
+
+    calibration: token ids (n, t), a list of texts or records, a data set, or the name of a text source as on the command line.
+    train: the same, or tokenized examples {input_ids, labels}; None: no fine-tuning. Text needs the tokenizer. sparsity: final
+    share of zeros; with the option sparsity_type="2:4", say, the pattern decides. preset: paper, best or quick.
+    on_step(record) is called after every step, on_loss(step, optimizer step, loss, learning rate) while training.
+    options: any option of the command line's sections prune, adapter, calibration, training and reconstruction, and
+    train_examples, train_seqlen, step_shares and seed.
+
+    The dense model is copied, so memory holds two models. The parameters' requires_grad and the training mode stay as they
+    are, also if this fails; the model is then plain again, but may be pruned in part.
+
+    Errors: TypeError or ValueError naming the argument, before the model changes; FloatingPointError if training diverges.
+    """
+    started = time.perf_counter()
+    config = _config(model, calibration, train, sparsity, method, preset, options)
+    check_structure(model, config.settings)
+    windows, parts = _material(model, tokenizer, calibration, train, config)
+    config = dataclasses.replace(config, calibration=_as_given(config, windows))
+    decoder = Decoder(model)
+    with _as_it_was(decoder):
+        model.requires_grad_(False)
+        steps = losa.run(model, windows, parts, config.settings, on_step, on_loss)
+    return PruneResult(model, steps, _sparsity(decoder), config.as_dict(), time.perf_counter() - started)
+
+
+def keep_zeros(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """Keep the zeros of a pruned model's projections through all further steps of an optimizer; without, one step fills them.
+
+    Returns a handle; its remove() ends this. Errors: ValueError if the model's structure is unknown.
+    """
+    weights = [weight for block in Decoder(model).blocks for weight in Decoder(model).family.weights_of(block).values()]
+    zeros = [weight == 0 for weight in weights]
+
+    @torch.no_grad()
+    def restore(*_: Any) -> None:
+        for weight, zero in zip(weights, zeros, strict=True):
+            weight.masked_fill_(zero, 0.0)
+
+    return optimizer.register_step_post_hook(restore)
+
+
+def pack(
+    model: PreTrainedModel | str | Path,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    values: str = "same",
+    overwrite: bool = False,
+) -> list[Saving]:
+    """Write a sparse model without its zeros to `folder`, which appears when complete. Return the sizes per kind of tensor.
+
+    model: a plain transformers model, or its folder. tokenizer: saved with a model; a folder has its own. values: how kept
+    values are stored; same: in the model's dtype.
+
+    Errors: ValueError, FileNotFoundError or TypeError naming the argument.
+    """
+    _checks.choice("values", values, ("same",))
+    target = Path(folder)
+    with run_folder(target, overwrite, option="folder", marker="config.json", kind="a model") as place:
+        if isinstance(model, str | Path):
+            return packed_folder.pack_folder(Path(model), place, torch.device("cpu"))
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"model is {type(model).__name__}; give a transformers model or the folder of one")
+        with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.plain") as plain:
+            model.save_pretrained(plain)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(plain)
+            return packed_folder.pack_folder(Path(plain), place, torch.device("cpu"))
+
+
+def load_packed(folder: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """Load a packed model, in eval mode, without unpacking it.
+
+    device: auto (a GPU if available), cpu, cuda or cuda:N. dtype: auto (as stored), or a floating-point dtype or its name.
+
+    Errors: ValueError or FileNotFoundError naming folder, file and tensor.
+    """
+    name = str(dtype).removeprefix("torch.")
+    _checks.choice("dtype", name, ("auto", *pretrained.DTYPES))
+    wanted = None if name == "auto" else pretrained.DTYPES[name]
+    return packed_folder.load_model(Path(folder), pretrained.choose_device(device), wanted)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    text: Any = "wikitext2",
+    seqlen: int = 2048,
+    windows: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Measure the perplexity of a model, plain or packed, on consecutive windows of a text.
+
+    text: token ids (n, t), a list of texts, or the name of a text source. seqlen: tokens per window of text. windows: only the
+    first so many. Returns perplexity, and windows, seqlen, tokens and sha256 of the token ids, by which measurements compare.
+
+    Errors: TypeError or ValueError naming the argument; FloatingPointError if the perplexity is not finite.
+    """
+    _model(model)
+    ids = given.evaluation_of(text, tokenizer, seqlen, windows)
+    given.check_ids(model, {"text": [ids]})
+    return {"perplexity": perplexity(model, ids, batch_size), **describe_windows(ids)}
+
+
+def _model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is {type(model).__name__}; give a transformers model, as from_pretrained returns it")
+
+
+def _check_names(options: Iterable[str]) -> None:
+    allowed = {field.name for name in SECTIONS for field in dataclasses.fields(options_of.SECTIONS[name])} | set(MORE)
+    for name in options:
+        if name in OWN:
+            raise TypeError(f"{name} is given by the argument {OWN[name]}")
+        if name not in allowed:
+            raise TypeError(f"{name} is not an option of prune{closest(name, allowed)}")
+
+
+def _config(
+    model: PreTrainedModel,
+    calibration: Any,
+    train: Any,
+    sparsity: float,
+    method: str,
+    preset: str,
+    options: dict[str, Any],
+) -> Config:
+    """The options of a call, checked as those of the command line are."""
+    _model(model)
+    _check_names(options)
+    options = {**options, "prune_method": method, "preset": preset}
+    if "sparsity_type" not in options or options["sparsity_type"] == "unstructured":
+        options["sparsity_ratio"] = sparsity
+    if train is None:
+        options["finetune"] = False
+    if isinstance(calibration, torch.Tensor | np.ndarray):
+        for name in ("seqlen", "nsamples"):
+            if name in options:
+                raise TypeError(f"{name} is given, and calibration is token ids, which decide it; leave it out")
+    words = ["--model", model.config.name_or_path or type(model).__name__]
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return options_of.parse(words)
+
+
+def _material(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, calibration: Any, train: Any, config: Config
+) -> tuple[torch.Tensor, list[list[Example]]]:
+    """Calibration windows and the parts of the training examples."""
+    seed, found = config.output.seed, config.calibration
+    windows = given.windows_of(calibration, tokenizer, found.nsamples, found.seqlen, seed)
+    examples: list[Example] = []
+    if config.training.finetune:
+        examples = given.examples_of(train, tokenizer, config.text.train_seqlen, config.text.train_examples, seed)
+    learned = [example["input_ids"] for example in examples]
+    given.check_ids(model, {"calibration": [windows], "train": learned})
+    lengths = {"calibration": windows.shape[1], "train": max(map(len, learned), default=0)}
+    limit = position_limit(model)
+    if limit is not None and (beyond := [name for name, length in lengths.items() if length > limit]):
+        raise ValueError(f"{beyond[0]} has sequences of {lengths[beyond[0]]} tokens; this model has {limit} positions")
+    return windows, split_parts(examples, config.text.shares(config.prune.steps)) if examples else []
+
+
+def _as_given(config: Config, windows: torch.Tensor) -> Any:
+    """The calibration options, with the shape that the windows have."""
+    found = config.calibration
+    rows = None if found.rmi_samples is None else min(found.rmi_samples, len(windows))
+    return dataclasses.replace(found, nsamples=len(windows), seqlen=windows.shape[1], rmi_samples=rows)
+
+
+@contextmanager
+def _as_it_was(decoder: Decoder) -> Iterator[None]:
+    """Merge whatever adapters there are at the end, and give the parameters and modules the modes that they had."""
+    model: nn.Module = decoder.model
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training = {name: module.training for name, module in model.named_modules()}
+    try:
+        yield
+    except BaseException as error:
+        error.add_note("the model is plain again, but may be pruned in part: load it again")
+        raise
+    finally:
+        if next(iter(adapters(model)), None) is not None:
+            merge_adapters(decoder)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable.get(name, False))
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)
+
+
+def _sparsity(decoder: Decoder) -> float:
+    weights: Sequence[torch.Tensor] = [w for b in decoder.blocks for w in decoder.family.weights_of(b).values()]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

@@ -1,0 +1,127 @@
+"""Text and tokens that a program passes: token ids, texts, records, data sets, or the name of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_impl.engine.batches import IGNORED, Example
+from torch_impl.experiment.text.documents import Document, unix_newlines
+from torch_impl.experiment.text.records import from_records
+from torch_impl.experiment.text.sources import Purpose, load_documents
+from torch_impl.experiment.text.windows import calibration_windows, evaluation_windows, training_examples
+
+FORMS = "token ids (n, t), a list of texts or records, a data set, or the name of a text source"
+
+
+def windows_of(
+    given: Any, tokenizer: PreTrainedTokenizerBase | None, nsamples: int, seqlen: int, seed: int
+) -> torch.Tensor:
+    """Calibration windows, token ids (n, t): token ids as they are; otherwise nsamples windows of seqlen tokens of the text.
+
+    Errors: TypeError or ValueError naming `calibration` and what is wrong with it.
+    """
+    if (ids := _token_ids(given, "calibration")) is not None:
+        if len(ids) < 2:
+            raise ValueError(f"calibration has shape {tuple(ids.shape)}; give 2 or more sequences")
+        return ids
+    documents = _documents(given, "calibration", tokenizer, "train")
+    assert tokenizer is not None
+    return calibration_windows(documents, tokenizer, nsamples, seqlen, seed)
+
+
+def examples_of(
+    given: Any, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, limit: int, seed: int
+) -> list[Example]:
+    """Training examples: token ids (n, t), each token learned; examples that are tokenized; or the text's, at most `limit`.
+
+    Errors: TypeError or ValueError naming `train` and what is wrong with it.
+    """
+    if (ids := _token_ids(given, "train")) is not None:
+        return [{"input_ids": row, "labels": row} for row in ids]
+    if not isinstance(given, str):
+        given = list(_iterated(given, "train"))
+        if given and all(isinstance(item, Mapping) and "input_ids" in item for item in given):
+            return [_example(item, f"train[{index}]") for index, item in enumerate(given)]
+    documents = _documents(given, "train", tokenizer, "train")
+    assert tokenizer is not None
+    return training_examples(documents, tokenizer, seqlen, seed, limit)
+
+
+def evaluation_of(
+    given: Any, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, limit: int | None
+) -> torch.Tensor:
+    """Evaluation windows: token ids (n, t) as they are; otherwise consecutive windows of seqlen tokens of the text.
+
+    Errors: TypeError or ValueError naming `text` and what is wrong with it.
+    """
+    if (ids := _token_ids(given, "text")) is not None:
+        if ids.shape[1] < 2:
+            raise ValueError(f"text has shape {tuple(ids.shape)}; give windows of 2 or more tokens")
+        return ids[:limit]
+    documents = _documents(given, "text", tokenizer, "measure")
+    assert tokenizer is not None
+    return evaluation_windows(documents, tokenizer, seqlen, limit)
+
+
+def check_ids(model: PreTrainedModel, named: Mapping[str, Iterable[torch.Tensor]]) -> None:
+    """Errors: ValueError naming the argument with token ids that the model has no embedding for."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    for name, parts in named.items():
+        for ids in parts:
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= rows:
+                raise ValueError(
+                    f"{name} has token id {low if low < 0 else high}; the model knows 0 to {rows - 1}: "
+                    "use the tokenizer that belongs to this model"
+                )
+
+
+def _token_ids(given: Any, name: str) -> torch.Tensor | None:
+    """Token ids (n, t) on the CPU if they are given as an array; None for anything else."""
+    if not isinstance(given, torch.Tensor | np.ndarray):
+        return None
+    ids = torch.as_tensor(given)
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
+        raise TypeError(f"{name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; give token ids: integers (n, t)")
+    return ids.long().cpu()
+
+
+def _example(item: Mapping[str, Any], name: str) -> Example:
+    try:
+        ids = torch.as_tensor(item["input_ids"]).long().cpu()
+        labels = torch.as_tensor(item["labels"] if item.get("labels") is not None else ids).long().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: input_ids and labels must be lists or arrays of integers ({error})") from None
+    if ids.dim() != 1 or ids.shape != labels.shape or len(ids) < 2:
+        raise ValueError(
+            f"{name}: input_ids has shape {tuple(ids.shape)} and labels {tuple(labels.shape)}; give both the same length, "
+            "2 or more"
+        )
+    if not bool((labels[1:] != IGNORED).any()):
+        raise ValueError(f"{name}: every label is {IGNORED}, so there is nothing to learn; give it a label")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _documents(given: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, purpose: Purpose) -> list[Document]:
+    if tokenizer is None:
+        raise ValueError(f"{name} is text and tokenizer is missing; give the model's tokenizer, or token ids (n, t)")
+    if isinstance(given, str):
+        return load_documents(given, purpose, name).documents
+    numbered = enumerate(_iterated(given, name))
+    records = ((f"[{index}]", {"text": item} if isinstance(item, str) else item) for index, item in numbered)
+    found = list(from_records(records, name))
+    if not found:
+        raise ValueError(f"{name} holds no text; give at least one document")
+    return [Document(unix_newlines(document.text), document.prompt) for document in found]
+
+
+def _iterated(given: Any, name: str) -> Iterable[Any]:
+    # A data set of several splits is a mapping; a table of pandas iterates over the names of its columns.
+    if isinstance(given, Mapping | bytes) or hasattr(given, "iterrows") or not isinstance(given, Iterable):
+        raise TypeError(f"{name} is {type(given).__name__}; give {FORMS}")
+    return given
