@@ -16,7 +16,7 @@ SECONDS = 60
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> list[Any]:
-    """Run `work(*arguments)` in `count` processes; return their results in order. `distributed.joined` forms the group.
+    """Run `work(*arguments)` in `count` processes; return their results in order. `distributed.process_group` forms the group.
 
     Errors: RuntimeError with the tracebacks of failed processes, once all have ended by themselves.
     """
@@ -74,7 +74,7 @@ def _start(send: Connection, variables: dict[str, str], work: Callable[..., Any]
 
     torch.set_num_threads(1)
     try:
-        with distributed.joined(torch.device("cpu")):
+        with distributed.process_group(torch.device("cpu")):
             send.send((None, work(*arguments)))
     except BaseException:
         send.send((traceback.format_exc(), None))

@@ -87,7 +87,7 @@ class Fatal(Journal):
     def _save(self) -> None:
         if self._left is not None:
             self._left -= 1
-            if self._left == 0 and distributed.number() == distributed.processes() - 1:
+            if self._left == 0 and distributed.process_index() == distributed.processes() - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         super()._save()
 
@@ -111,7 +111,9 @@ def run(case: Settings, folder: Path | None = None, points: Path | None = None, 
     pretrained.check_zeros(Path("in memory"), ours, masks)
     if folder is not None:
         fsdp.save(decoder, folder)
-    weights = {n: distributed.full(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))}
+    weights = {
+        n: distributed.full_tensor(p.detach()) for n, p in ours.named_parameters() if not n.endswith((".A", ".B"))
+    }
     return Outcome(records, {n: w.numpy() for n, w in weights.items()})
 
 
@@ -119,7 +121,7 @@ def run_out_of_memory(case: Settings, process: int) -> None:
     """Run LoSA where one process runs out of memory for any micro-batch but the smallest."""
 
     def limited(ours: Any, batch: Example, dense: Any) -> torch.Tensor:
-        if distributed.number() == process and len(batch["input_ids"]) > 1:
+        if distributed.process_index() == process and len(batch["input_ids"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sum_loss(ours, batch, dense)
 
@@ -132,7 +134,7 @@ def run_out_of_memory(case: Settings, process: int) -> None:
 
 def gram(features: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Compute `statistics.gram_of` from this process's share of the sequences."""
-    own = distributed.share(torch.tensor(features), "rows").to(dtype)
+    own = distributed.own_sequences(torch.tensor(features), "rows").to(dtype)
     return statistics.gram_of(own).numpy()
 
 

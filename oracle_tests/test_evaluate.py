@@ -81,9 +81,9 @@ def test_every_process_measures_its_share(processes: int, monkeypatch: pytest.Mo
     windows = some_windows(model, 33)
     monkeypatch.setattr(distributed, "processes", lambda: processes)
     shares: list[float] = []
-    monkeypatch.setattr(distributed, "total_of", lambda value: shares.append(value) or value)
+    monkeypatch.setattr(distributed, "all_reduce_number", lambda value: shares.append(value) or value)
     for number in range(processes):
-        monkeypatch.setattr(distributed, "number", lambda number=number: number)
+        monkeypatch.setattr(distributed, "process_index", lambda number=number: number)
         perplexity(model, windows, 8)
     assert math.exp(sum(shares) / (33 * 6)) == pytest.approx(by_hand(model, windows), rel=BOUND)
 

@@ -199,11 +199,11 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_any_number(fata
 def test_one_process_needs_no_group() -> None:
     values = torch.ones(3)
     assert distributed.processes() == 1
-    assert distributed.leads()
-    assert distributed.total(values) is values
-    assert distributed.agreed(values) is values
-    assert distributed.deal([1, 2], lambda item: -item) == [1, 2]
-    assert distributed.rows_here(5) == slice(0, 5)
+    assert distributed.is_main_process()
+    assert distributed.all_reduce(values) is values
+    assert distributed.broadcast(values) is values
+    assert distributed.split_evenly([1, 2], lambda item: -item) == [1, 2]
+    assert distributed.own_rows(5) == slice(0, 5)
 
 
 @pytest.mark.parametrize(("method", "epochs"), [("wanda", 0), ("sparsegpt", 0), ("wanda", 2)])

@@ -88,7 +88,7 @@ def _gather(
     """Compute the statistic of each projection's input, once per shared input; None if the method needs none."""
     if statistic is None:
         return dict.fromkeys(family.projections)
-    samples = int(distributed.total_of(len(stream.hidden)))
+    samples = int(distributed.all_reduce_number(len(stream.hidden)))
     gathered = {group[0]: statistics.InputSum(statistic, samples) for group in family.inputs}
     with calibration.watching_inputs(
         block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
@@ -123,7 +123,7 @@ def _prune_block(
     with holding(list(layers.values())):
         gathered = look(lambda stream: _gather(config.method.statistic, block, index, family, stream))
     for number, (name, layer) in enumerate(layers.items()):
-        if not distributed.decides(number):
+        if not distributed.owns(number):
             continue
         merged = layer.merged()
         try:
@@ -135,7 +135,7 @@ def _prune_block(
             raise ValueError(f"block {index}, {name}, {sequences} calibration sequences: {error}") from error
         layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
     for number, layer in enumerate(layers.values()):
-        distributed.take(layer.weight.detach(), number)
+        distributed.broadcast_from_owner(layer.weight.detach(), number)
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, journal
     healing = Healing(family, start, settings.reconstruction)
     for index, block in shown(lockstep, "prune", count):
         done = index < progress.block
-        with distributed.keeping(block, family):
+        with distributed.unsharded_with_writeback(block, family):
             earlier = done or blocks.restore(index, block)
             if not earlier:
                 rate, group = progress.sparsity[index], progress.groups[index]
@@ -186,7 +186,7 @@ def _give_ranks(blocks: Blocks, step: int, settings: Settings, journal: Journal)
     fold = settings.adapter.rank_shrink == "fold"
     for index, block in enumerate(blocks.decoder.blocks):
         # Folding changes the base weight, which must be gathered for it.
-        with distributed.keeping(block, blocks.decoder.family) if fold else nullcontext():
+        with distributed.unsharded_with_writeback(block, blocks.decoder.family) if fold else nullcontext():
             for number, layer in enumerate(block_adapters(block, blocks.decoder.family).values()):
                 layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
     journal.resized(base_moved=fold)

@@ -59,7 +59,7 @@ def work(model: Any, family: Family, config: Config, device: torch.device) -> di
     merged = {}
     for name, layer in model.named_modules():
         if isinstance(layer, AdaptedLinear):
-            with distributed.whole(_block_of(model, name)):
+            with distributed.unsharded(_block_of(model, name)):
                 merged[name] = layer.merged().cpu()
     held = sum(distributed.local(p).nbytes for n, p in model.named_parameters() if not n.endswith((".A", ".B")))
     return {"records": records, "merged": merged, "seconds": seconds, "peak": peak, "held": held}
@@ -109,8 +109,8 @@ def main() -> int:
             start.save_pretrained(own)
             one = work(start, Decoder(start).family, config, device)
             del start
-        with distributed.joined(device):
-            model = fsdp.load(Path(distributed.agreed_text(own)), device, dtype)
+        with distributed.process_group(device):
+            model = fsdp.load(Path(distributed.broadcast_text(own)), device, dtype)
             family = Decoder(model).family
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -118,14 +118,14 @@ def main() -> int:
             cards = distributed.processes()
             peak = max(_gathered(several["peak"]))
             layout = scaling.layout_of(model, family, torch.empty(0, dtype=dtype).element_size())
-            leads = distributed.leads()
+            leads = distributed.is_main_process()
     return _report(arguments, config, layout, cards, one, {**several, "peak": peak}) if leads else 0
 
 
 def _gathered(value: int) -> list[int]:
     values = torch.zeros(distributed.processes(), dtype=torch.int64)
-    values[distributed.number()] = value
-    return [int(v) for v in distributed.total(values)]
+    values[distributed.process_index()] = value
+    return [int(v) for v in distributed.all_reduce(values)]
 
 
 def _report(

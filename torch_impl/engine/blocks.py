@@ -85,7 +85,7 @@ class ModelBlocks:
         return measure_importance(self.decoder, measure, self._ids[: self._rmi_rows], batch_size)
 
     def start(self, batch_size: int) -> calibration.Stream:
-        ids = distributed.share(self._ids, "nsamples")
+        ids = distributed.own_sequences(self._ids, "nsamples")
         return calibration.start_stream(self.dense, ids, batch_size)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -103,27 +103,27 @@ class ModelBlocks:
 
 def shown(blocks: Iterable[Any], description: str, total: int) -> Iterable[Any]:
     """Show a progress bar in process 0."""
-    return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.leads())
+    return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.is_main_process())
 
 
 @torch.no_grad()
 def measure_importance(decoder: Decoder, measure: Measure, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Measure the importance (L,) of every block of the current model from token ids (n, tokens); keep no features."""
-    stream = calibration.start_stream(decoder, distributed.share(ids, "rmi_samples"), batch_size)
+    stream = calibration.start_stream(decoder, distributed.own_sequences(ids, "rmi_samples"), batch_size)
     for index, block in enumerate(shown(decoder.blocks, "importance", len(decoder.blocks))):
-        with distributed.whole(block), holding(list(block_adapters(block, decoder.family).values())):
+        with distributed.unsharded(block), holding(list(block_adapters(block, decoder.family).values())):
             measure.advance(stream, block, index)
-    return distributed.agreed(measure.importance())
+    return distributed.broadcast(measure.importance())
 
 
 def advance(stream: calibration.Stream, block: nn.Module, index: int, family: Family) -> None:
     """Advance a stream through a block, which may be sharded or adapted."""
-    with distributed.whole(block), holding(list(block_adapters(block, family).values())):
+    with distributed.unsharded(block), holding(list(block_adapters(block, family).values())):
         stream.advance(block, index)
 
 
 def zero_share(block: nn.Module, family: Family) -> float:
     """Compute the share of zeros in a block's projections."""
     weights = family.weights_of(block).values()
-    zeros = distributed.total_of(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
+    zeros = distributed.all_reduce_number(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
     return zeros / sum(weight.numel() for weight in weights)

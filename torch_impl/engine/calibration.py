@@ -154,7 +154,7 @@ def start_stream(decoder: Decoder, ids: torch.Tensor, batch_size: int, on_host: 
         arguments[-1].append(given)
         return states
 
-    with distributed.whole(model), standing_in(decoder.blocks, record):
+    with distributed.unsharded(model), standing_in(decoder.blocks, record):
         for rows in ids.split(batch_size):
             decoder.body(input_ids=rows.to(device), use_cache=False)
     return Stream(hidden[0], arguments, batch_size, device, decoder.family)
@@ -173,7 +173,7 @@ def block_arguments(decoder: Decoder, ids: torch.Tensor) -> list[dict[str, Any]]
         return states
 
     model = decoder.model
-    with distributed.whole(model), standing_in(decoder.blocks, record):
+    with distributed.unsharded(model), standing_in(decoder.blocks, record):
         decoder.body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return found
 

@@ -39,14 +39,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def number() -> int:
+def process_index() -> int:
     """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Return whether this process writes files and prints."""
-    return number() == 0
+    return process_index() == 0
 
 
 def launched() -> int:
@@ -80,7 +80,7 @@ def own_device(name: str) -> str:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Join the process group of torchrun or accelerate within this context, unless already joined.
 
     NCCL communicates GPU tensors, gloo CPU tensors.
@@ -97,35 +97,35 @@ def joined(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def share(ids: torch.Tensor, name: str) -> torch.Tensor:
+def own_sequences(ids: torch.Tensor, name: str) -> torch.Tensor:
     """Return this process's share of the sequences (n, tokens): about n / processes consecutive ones.
 
     Errors: ValueError with the option's `name` if there are fewer sequences than processes.
     """
     if len(ids) < processes():
         raise ValueError(f"{name} is {len(ids)}; allowed: {processes()} or more with {processes()} processes")
-    return ids.tensor_split(processes())[number()]
+    return ids.tensor_split(processes())[process_index()]
 
 
-def first_here(count: int) -> int:
+def first_own_index(count: int) -> int:
     """Return the number of this process's first sequence, given that its share has `count` sequences."""
     counts = torch.zeros(processes(), dtype=torch.float64)
-    counts[number()] = count
-    return int(total(counts)[: number()].sum())
+    counts[process_index()] = count
+    return int(all_reduce(counts)[: process_index()].sum())
 
 
-def deal(items: Sequence[T], filler: Callable[[T], T]) -> list[T]:
+def split_evenly(items: Sequence[T], filler: Callable[[T], T]) -> list[T]:
     """Return every N-th item, starting at this process's number; pad with filler(first item) to equal lengths.
 
     Every micro-batch gathers the weights of all blocks, so all processes need the same number of micro-batches.
     """
     if processes() == 1:
         return list(items)
-    own = list(items[number() :: processes()])
+    own = list(items[process_index() :: processes()])
     return own + [filler(items[0])] * (math.ceil(len(items) / processes()) - len(own))
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def all_reduce(values: torch.Tensor) -> torch.Tensor:
     """Sum over the processes, in place if possible; all get the same bits."""
     if processes() > 1:
         values = values.contiguous()
@@ -133,12 +133,12 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def total_of(value: float) -> float:
+def all_reduce_number(value: float) -> float:
     """Sum a number over the processes, in float64."""
-    return float(total(torch.tensor(value, dtype=torch.float64)))
+    return float(all_reduce(torch.tensor(value, dtype=torch.float64)))
 
 
-def agreed(values: torch.Tensor) -> torch.Tensor:
+def broadcast(values: torch.Tensor) -> torch.Tensor:
     """Broadcast the values of process 0. Use it for decisions, because another GPU may round differently."""
     if processes() > 1:
         values = values.contiguous()
@@ -146,7 +146,7 @@ def agreed(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def agreed_text(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """Broadcast the text of process 0."""
     texts = [text]
     if processes() > 1:
@@ -154,24 +154,24 @@ def agreed_text(text: str) -> str:
     return texts[0]
 
 
-def decides(item: int) -> bool:
-    """Return whether this process is the owner of `item` and computes it; the others `take` its result."""
-    return item % processes() == number()
+def owns(item: int) -> bool:
+    """Return whether this process is the owner of `item` and computes it; the others `broadcast_from_owner` its result."""
+    return item % processes() == process_index()
 
 
-def take(values: torch.Tensor, item: int) -> None:
+def broadcast_from_owner(values: torch.Tensor, item: int) -> None:
     """Broadcast `values` (contiguous, in place) from the owner of `item`."""
     if processes() > 1:
         dist.broadcast(values, src=item % processes())
 
 
 @torch.no_grad()
-def total_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum the gradients over the processes in one all-reduce."""
     if processes() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = total(torch.cat([gradient.flatten() for gradient in gradients]))
+    flat = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
@@ -184,11 +184,11 @@ def exchange_columns(features: torch.Tensor) -> torch.Tensor:
     if processes() == 1:
         return features
     counts = torch.zeros(processes(), dtype=torch.int64)
-    counts[number()] = len(features)
-    rows = total(counts).tolist()
+    counts[process_index()] = len(features)
+    rows = all_reduce(counts).tolist()
     columns = [part.shape[1] for part in features[:1].tensor_split(processes(), dim=1)]
     outgoing = torch.cat([part.flatten() for part in features.tensor_split(processes(), dim=1)])
-    own = columns[number()]
+    own = columns[process_index()]
     incoming = outgoing.new_empty(sum(rows) * own)
     # Send bytes, because gloo does not support every dtype.
     width = features.element_size()
@@ -201,10 +201,10 @@ def exchange_columns(features: torch.Tensor) -> torch.Tensor:
     return incoming.view(sum(rows), own)
 
 
-def rows_here(rows: int) -> slice:
+def own_rows(rows: int) -> slice:
     """Return which of `rows` rows of a sharded tensor this process has; FSDP2 splits like torch.chunk."""
     most = math.ceil(rows / processes())
-    return slice(min(number() * most, rows), min((number() + 1) * most, rows))
+    return slice(min(process_index() * most, rows), min((process_index() + 1) * most, rows))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -212,7 +212,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return all rows of a tensor; gather them if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -267,21 +267,21 @@ def _fill(unit: nn.Module, unit_name: str, device: torch.device, fetch: Fetch, f
             module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
 
 
-_WHOLE: set[nn.Module] = set()
+_UNSHARDED: set[nn.Module] = set()
 """Units that are gathered now."""
 
 
 @contextmanager
-def whole(*units: nn.Module) -> Iterator[None]:
+def unsharded(*units: nn.Module) -> Iterator[None]:
     """Gather the parameters of sharded units within this context. A unit is a block, or the model for all other weights.
 
     They are gathered once for any number of passes; units that are already gathered stay so. In-place changes are lost; use
-    `keeping` to keep them.
+    `unsharded_with_writeback` to keep them.
     """
-    sharded = [unit for unit in units if isinstance(unit, FSDPModule) and unit not in _WHOLE]
+    sharded = [unit for unit in units if isinstance(unit, FSDPModule) and unit not in _UNSHARDED]
     try:
         for unit in sharded:
-            _WHOLE.add(unit)
+            _UNSHARDED.add(unit)
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
         yield
@@ -289,16 +289,16 @@ def whole(*units: nn.Module) -> Iterator[None]:
         for unit in sharded:
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
-            _WHOLE.discard(unit)
+            _UNSHARDED.discard(unit)
 
 
 @contextmanager
-def keeping(block: nn.Module, family: Family) -> Iterator[None]:
+def unsharded_with_writeback(block: nn.Module, family: Family) -> Iterator[None]:
     """Gather one block within this context and keep in-place changes of its projections, equal in all processes."""
     layers = list(block_adapters(block, family).values())
-    with whole(block):
+    with unsharded(block):
         yield
-        rows = [layer.weight.detach()[rows_here(len(layer.weight))].clone() for layer in layers]
+        rows = [layer.weight.detach()[own_rows(len(layer.weight))].clone() for layer in layers]
     if isinstance(block, FSDPModule):
         with torch.no_grad():
             for layer, part in zip(layers, rows, strict=True):
@@ -311,7 +311,7 @@ def merge_rows(layer: AdaptedLinear) -> torch.Tensor:
 
     A row of the result needs only the same row of W, M and B, and all of A. So nothing is communicated.
     """
-    weight, here = local(layer.weight), rows_here(layer.out_features)
+    weight, here = local(layer.weight), own_rows(layer.out_features)
     mask = weight != 0
     if layer.rank and len(weight):
         weight.copy_(adapter.merge(weight, layer.A, layer.B[here].contiguous(), layer.scale))

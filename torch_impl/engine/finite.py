@@ -34,7 +34,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 def check(found: torch.Tensor | float, where: str, dtype: torch.dtype) -> None:
     """Check a result of `total`. Errors: NotFiniteError in all processes if it is not finite in one of them."""
-    if not math.isfinite(distributed.total_of(float(found))):
+    if not math.isfinite(distributed.all_reduce_number(float(found))):
         raise NotFiniteError(where, dtype)
 
 

@@ -102,7 +102,7 @@ class Gradients:
         self._hold()
         share = 1 / max(1, label_count(batch))
         by_length = sorted(batch, key=lambda example: len(example["input_ids"]))
-        own = distributed.deal(by_length, unlabelled)
+        own = distributed.split_evenly(by_length, unlabelled)
 
         def attempt(size: int) -> float:
             if size != self.micro_batch_size:
@@ -113,8 +113,8 @@ class Gradients:
             )
 
         loss, self.micro_batch_size = halving(attempt, self.micro_batch_size, "per_device_train_batch_size")
-        distributed.total_gradients(self._trained)
-        return distributed.total_of(loss)
+        distributed.all_reduce_gradients(self._trained)
+        return distributed.all_reduce_number(loss)
 
     def _may_capture(self) -> bool:
         allowed = self._config.cuda_graphs and not self._config.gradient_checkpointing

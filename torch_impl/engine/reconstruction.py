@@ -77,7 +77,7 @@ def reconstruct_block(
     inputs: the pruned stream before the block. targets: the dense stream after it. arguments: the block's arguments for one
     sequence. Errors: FloatingPointError naming the block, which is then unchanged.
     """
-    share = reconstruct.Share(distributed.first_here(len(inputs.hidden)), distributed.total)
+    share = reconstruct.Share(distributed.first_own_index(len(inputs.hidden)), distributed.all_reduce)
     here = math.ceil(config.reconstruct_batch_size / distributed.processes())
     layers = block_adapters(block, family)
     masks = {name: layer.mask for name, layer in layers.items()}

@@ -30,7 +30,7 @@ class InputSum:
     def result(self) -> torch.Tensor:
         """Return the statistic, as the method needs it."""
         assert self._sum is not None
-        return self._statistic.finish(distributed.total(self._sum))
+        return self._statistic.finish(distributed.all_reduce(self._sum))
 
 
 class ReconstructionError:
@@ -49,9 +49,9 @@ class ReconstructionError:
 
     def result(self) -> float:
         """Return the mean over channels of Σ(D−S)² / ΣD²; a channel with ΣD² = 0 counts 0 if ΣS² = 0 too, otherwise 1."""
-        difference = distributed.total(torch.as_tensor(self._difference))
-        energy = distributed.total(torch.as_tensor(self._energy))
-        return float(distributed.agreed(rank.error_of_sums(difference, energy)))
+        difference = distributed.all_reduce(torch.as_tensor(self._difference))
+        energy = distributed.all_reduce(torch.as_tensor(self._energy))
+        return float(distributed.broadcast(rank.error_of_sums(difference, energy)))
 
 
 def _energy(states: torch.Tensor) -> torch.Tensor:
@@ -69,6 +69,6 @@ def gram_of(hidden: torch.Tensor, device: torch.device | None = None) -> torch.T
     """
     if device is None or hidden.device == device:
         columns = distributed.exchange_columns(hidden.flatten(1))
-        return distributed.total(hsic.linear_gram(columns).double().cpu())
+        return distributed.all_reduce(hsic.linear_gram(columns).double().cpu())
     parts = (part.to(device).flatten(1) for part in hidden.split(PART, dim=1))
     return sum((hsic.linear_gram(part).double() for part in parts), start=torch.zeros(())).cpu()

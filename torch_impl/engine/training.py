@@ -76,7 +76,7 @@ def train(
     try:
         batches = list(split(examples, config.batch_size))
         left = range(len(losses), len(batches))
-        for step in tqdm(left, desc=description, leave=False, disable=not distributed.leads()):
+        for step in tqdm(left, desc=description, leave=False, disable=not distributed.is_main_process()):
             rate = config.learning_rate * lr_factor(done + step, total, config.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate

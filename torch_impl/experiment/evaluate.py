@@ -31,15 +31,15 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
     device = next(model.parameters()).device
     total = 0.0
     batches = windows.split(batch_size)
-    rounds = range(distributed.number(), distributed.number() + len(batches), distributed.processes())
-    for own in tqdm(rounds, desc="perplexity", leave=False, disable=not distributed.leads()):
+    rounds = range(distributed.process_index(), distributed.process_index() + len(batches), distributed.processes())
+    for own in tqdm(rounds, desc="perplexity", leave=False, disable=not distributed.is_main_process()):
         # A sharded model runs in all processes at once, so a process without a batch repeats the first one.
         ids = batches[own if own < len(batches) else 0].to(device)
         loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
         if not math.isfinite(loss) and distributed.processes() == 1:
             raise finite.blame(model, ids, name)
         total += loss if own < len(batches) else 0.0
-    return _perplexity(distributed.total_of(total), windows, model, name, "output of the model")
+    return _perplexity(distributed.all_reduce_number(total), windows, model, name, "output of the model")
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> t
     Returns the result, as losa_result.json holds it, and the folder of the run.
     """
     target = config.output_dir
-    with distributed.joined(pretrained.choose_device(config.model.device)), _folder(config) as folder:
+    with distributed.process_group(pretrained.choose_device(config.model.device)), _folder(config) as folder:
         result = work(config, folder)
     return result, target
 
@@ -70,14 +70,14 @@ def _folder(config: Config) -> Iterator[Path]:
 
     Errors: ValueError as for `run_folder`, or if overwriting it would remove the model that is read.
     """
-    if not distributed.leads():
-        yield Path(distributed.agreed_text(""))
+    if not distributed.is_main_process():
+        yield Path(distributed.broadcast_text(""))
         return
     model = Path(config.model.model).resolve()
     if config.output.overwrite and model.exists() and config.output_dir.resolve() in (model, *model.parents):
         raise ValueError(f"output_dir {config.output_dir} holds model {config.model.model}; name another folder")
     with run_folder(config.output_dir, config.output.overwrite, config.output.resume) as folder:
-        distributed.agreed_text(str(folder))
+        distributed.broadcast_text(str(folder))
         yield folder
 
 
@@ -168,7 +168,7 @@ def _finish(
     probe = material.evaluation[:2]
     unmerged = pretrained.logits_of(model, probe)
     masks = fsdp.merge(decoder)
-    if distributed.leads():
+    if distributed.is_main_process():
         # An interrupted attempt may have left parts of it.
         shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "model").mkdir()
@@ -195,7 +195,7 @@ def _sparsity(model: PreTrainedModel) -> float:
     decoder = Decoder(model)
     weights = [weight for block in decoder.blocks for weight in decoder.family.weights_of(block).values()]
     zeros = sum(int((distributed.local(weight) == 0).sum()) for weight in weights)
-    return distributed.total_of(zeros) / sum(weight.numel() for weight in weights)
+    return distributed.all_reduce_number(zeros) / sum(weight.numel() for weight in weights)
 
 
 def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -203,4 +203,4 @@ def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, 
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     size = torch.empty(0, dtype=model.dtype).element_size()
     saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())
-    return {"dense": dense, "packed": dense - int(distributed.total_of(saved))}
+    return {"dense": dense, "packed": dense - int(distributed.all_reduce_number(saved))}

@@ -22,7 +22,7 @@ class Metrics:
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event. Errors: FloatingPointError if a value is not finite; then nothing is written."""
-        if not distributed.leads():
+        if not distributed.is_main_process():
             return
         line = files.dumps({"event": event, **values}, self._path.name)
         with self._path.open("a", encoding="utf-8") as file:

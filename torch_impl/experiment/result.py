@@ -59,7 +59,7 @@ def write_results(
     records: list[StepRecord],
 ) -> None:
     """Write all files of a run's folder except the weights, in process 0."""
-    if not distributed.leads():
+    if not distributed.is_main_process():
         return
     write_json(folder / "losa_result.json", result)
     write_json(folder / "steps.json", [record.as_dict() for record in records])

@@ -62,7 +62,7 @@ def twin(model: Any) -> Any:
     attach_adapters(decoder, 1.0)
 
     def fetch(name: str) -> torch.Tensor:
-        return distributed.full(model.get_parameter(name).detach())
+        return distributed.full_tensor(model.get_parameter(name).detach())
 
     distributed.shard(decoder, model.device, fetch)
     return other
@@ -92,14 +92,14 @@ def save(decoder: Decoder, folder: Path) -> None:
     size = 0
     for count, (name, unit) in enumerate([*blocks, ("", model)], 1):
         file = f"model-{count:05d}-of-{len(blocks) + 1:05d}.safetensors"
-        with distributed.whole(unit):
+        with distributed.unsharded(unit):
             tensors = dict(_plain_tensors(unit, name, inside=f"{decoder.family.blocks}." if not name else None))
             size += sum(tensor.nbytes for tensor in tensors.values())
             place |= dict.fromkeys(tensors, file)
-            if distributed.leads():
+            if distributed.is_main_process():
                 on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
                 save_tensors(on_host, folder / file)
-    if distributed.leads():
+    if distributed.is_main_process():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(place.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         config = copy.deepcopy(model.config)
@@ -108,7 +108,7 @@ def save(decoder: Decoder, folder: Path) -> None:
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-    distributed.total_of(0.0)  # a barrier: no process reads before everything is written
+    distributed.all_reduce_number(0.0)  # a barrier: no process reads before everything is written
 
 
 def _plain_tensors(unit: nn.Module, unit_name: str, inside: str | None) -> Iterator[tuple[str, torch.Tensor]]:

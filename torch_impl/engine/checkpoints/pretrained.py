@@ -238,7 +238,9 @@ def check_zeros(folder: Path, model: nn.Module, masks: dict[str, torch.Tensor]) 
         weight = model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
         saved = (distributed.local(weight) == 0).cpu()
-        wrong, pruned, zeros = (int(distributed.total_of(int(x.sum()))) for x in (~saved & ~mask, ~mask, saved))
+        wrong, pruned, zeros = (
+            int(distributed.all_reduce_number(int(x.sum()))) for x in (~saved & ~mask, ~mask, saved)
+        )
         if wrong:
             raise RuntimeError(f"{folder}, {name}: {wrong} pruned weights are not zero")
         shares[name] = (pruned / weight.numel(), zeros / weight.numel())

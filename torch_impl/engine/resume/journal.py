@@ -91,9 +91,9 @@ class Journal:
         self._begun = False
         self._optimizer: torch.optim.Optimizer | None = None
         # Process 0 deletes corrupt checkpoints before the others read.
-        last = None if points is None or not distributed.leads() else points.open_last()
-        distributed.total_of(0.0)
-        if points is not None and not distributed.leads():
+        last = None if points is None or not distributed.is_main_process() else points.open_last()
+        distributed.all_reduce_number(0.0)
+        if points is not None and not distributed.is_main_process():
             last = points.open_last()
         if last is not None:
             self.notes = last["notes"]
@@ -102,7 +102,7 @@ class Journal:
 
     def restore_attached(self) -> None:
         """Restore the attached files from the current checkpoint."""
-        for path in self._attached if distributed.leads() else ():
+        for path in self._attached if distributed.is_main_process() else ():
             path.unlink(missing_ok=True)
             if self._points is not None and path.name in self._points.parts:
                 path.write_bytes(self._points.get_bytes(path.name))
@@ -117,7 +117,7 @@ class Journal:
         pairs = zip(decoder.blocks, dense.blocks, strict=True)
         for index, (block, dense_block) in enumerate(pairs):
             if _block_part(index) in self._points:
-                with distributed.whole(dense_block), distributed.keeping(block, decoder.family):
+                with distributed.unsharded(dense_block), distributed.unsharded_with_writeback(block, decoder.family):
                     state.restore_block(block, dense_block, decoder.family, self._points.get(_block_part(index)))
         if "adapters" in self._points:
             state.restore_adapters(decoder.model, self._points.get("adapters"))
@@ -169,12 +169,12 @@ class Journal:
             for part in sorted(self._changed):
                 # All processes take part in gathering a sharded block; process 0 writes it.
                 tensors = self._tensors(part)
-                if distributed.leads():
+                if distributed.is_main_process():
                     self._points.put(part, tensors)
             self._changed.clear()
-            if distributed.leads():
+            if distributed.is_main_process():
                 self._commit(self._points)
-        if distributed.total_of(0.0 if self._stop is None else 1.0):
+        if distributed.all_reduce_number(0.0 if self._stop is None else 1.0):
             raise Interrupted(self._stop or signal.SIGINT)
 
     def _commit(self, points: Points) -> None:
@@ -191,7 +191,7 @@ class Journal:
             return state.optimizer_tensors(self._optimizer)
         index = int(part.rpartition("-")[2])
         block, dense = (decoder.blocks[index] for decoder in (self._decoder, self._dense))
-        with distributed.whole(block, dense):
+        with distributed.unsharded(block, dense):
             tensors = state.block_tensors(block, dense, self._decoder.family)
             # Clone, because gathered tensors are freed when the block is resharded.
             return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors

@@ -88,7 +88,7 @@ def check_lengths(model: PreTrainedModel, config: Config) -> None:
 def warn_of_lengths(model: PreTrainedModel, config: Config) -> None:
     """Log, once, which options ask for longer sequences than a model of computed positions was trained on."""
     trained = getattr(model.config, "max_position_embeddings", None)
-    if trained and distributed.leads() and (beyond := _beyond(config, trained)):
+    if trained and distributed.is_main_process() and (beyond := _beyond(config, trained)):
         logger.warning("%s; this model was trained on sequences of up to %d tokens and may do worse", beyond, trained)
 
 
@@ -113,7 +113,7 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *id
 
 def check(model: nn.Module, family: Family, config: Config, folder: Path) -> None:
     """Errors: ValueError naming need and supply if the disk or the device has too little for the run in `folder`."""
-    if distributed.leads():
+    if distributed.is_main_process():
         size = next(model.parameters()).element_size()
         check_disk(
             sum(disk(model, family, config, size).values()),
