@@ -155,7 +155,7 @@ class AdapterMachine(RuleBasedStateMachine):
             x, grad_y = draw_arrays(seed + step, (2, 3, IN), (2, 3, OUT))
             inputs = torch.tensor(x, requires_grad=True)
             optimizer.zero_grad(set_to_none=True)
-            with adapted_linear.holding([self.layer] if held else []):
+            with adapted_linear.hold_merged_weights([self.layer] if held else []):
                 (self.layer(inputs) * torch.tensor(grad_y)).sum().backward()
             m = self.mirror
             dx, dA, dB = reference_adapter.masked_lora_grad(x, m.weight, m.A, m.B, SCALE, grad_y)

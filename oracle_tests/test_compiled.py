@@ -126,14 +126,14 @@ def bytes_kept(blocks: int, held: bool) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    holding = adapted_linear.adapters(model) if held else []
+    held_layers = adapted_linear.adapters(model) if held else []
     with (
         calibration.compiled([Decoder(model)], "on"),
-        adapted_linear.holding(holding),
+        adapted_linear.hold_merged_weights(held_layers),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         model(input_ids=torch.zeros(3, 32, dtype=torch.int64), use_cache=False)
-        for tensor in (*model.parameters(), *(layer._held for layer in holding)):
+        for tensor in (*model.parameters(), *(layer._held for layer in held_layers)):
             kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

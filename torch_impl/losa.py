@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from torch_impl import adapter, rank, schedule, sparsity
 from torch_impl.engine import calibration, distributed, finite, statistics, training
-from torch_impl.engine.adapted_linear import block_adapters, holding
+from torch_impl.engine.adapted_linear import block_adapters, hold_merged_weights
 from torch_impl.engine.batches import Example
 from torch_impl.engine.blocks import Blocks, ModelBlocks, shown
 from torch_impl.engine.decoder import Decoder
@@ -120,7 +120,7 @@ def _prune_block(
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.float64)
     kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
     rate = rest_sparsity(sizes - kept, sizes, rate)
-    with holding(list(layers.values())):
+    with hold_merged_weights(list(layers.values())):
         gathered = look(lambda stream: _gather(config.method.statistic, block, index, family, stream))
     for number, (name, layer) in enumerate(layers.items()):
         if not distributed.owns(number):

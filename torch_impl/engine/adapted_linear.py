@@ -145,7 +145,7 @@ def adapters(model: nn.Module) -> list[AdaptedLinear]:
 
 
 @contextmanager
-def holding(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
+def hold_merged_weights(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
     """Hold the merged weights of `layers` within this context."""
     try:
         for layer in layers:

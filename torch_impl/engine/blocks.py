@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torch_impl.engine import calibration, distributed
-from torch_impl.engine.adapted_linear import attach_adapters, block_adapters, holding
+from torch_impl.engine.adapted_linear import attach_adapters, block_adapters, hold_merged_weights
 from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.checkpoints.offload import sweep
 from torch_impl.engine.decoder import Decoder
@@ -111,14 +111,14 @@ def measure_importance(decoder: Decoder, measure: Measure, ids: torch.Tensor, ba
     """Measure the importance (L,) of every block of the current model from token ids (n, tokens); keep no features."""
     stream = calibration.start_stream(decoder, distributed.own_sequences(ids, "rmi_samples"), batch_size)
     for index, block in enumerate(shown(decoder.blocks, "importance", len(decoder.blocks))):
-        with distributed.unsharded(block), holding(list(block_adapters(block, decoder.family).values())):
+        with distributed.unsharded(block), hold_merged_weights(list(block_adapters(block, decoder.family).values())):
             measure.advance(stream, block, index)
     return distributed.broadcast(measure.importance())
 
 
 def advance(stream: calibration.Stream, block: nn.Module, index: int, family: Family) -> None:
     """Advance a stream through a block, which may be sharded or adapted."""
-    with distributed.unsharded(block), holding(list(block_adapters(block, family).values())):
+    with distributed.unsharded(block), hold_merged_weights(list(block_adapters(block, family).values())):
         stream.advance(block, index)
 
 
