@@ -170,10 +170,10 @@ def test_watchers_hear_compiled_blocks(grad: bool, counter: CompileCounterWithBa
             with calibration.compiled([decoder], wanted), torch.set_grad_enabled(grad):
                 model(input_ids=ids, use_cache=False)
                 for name in ("self_attn.q_proj", "mlp.down_proj"):
-                    block.get_submodule(name).watch = heard.append
+                    block.get_submodule(name).input_hook = heard.append
                 model(input_ids=ids, use_cache=False)
                 for layer in adapted_linear.block_adapters(block, decoder.family).values():
-                    layer.watch = None
+                    layer.input_hook = None
                 model(input_ids=ids, use_cache=False)
     assert len(found["on"]) == len(found["off"]) == 4
     for ours, theirs in zip(found["on"], found["off"], strict=True):

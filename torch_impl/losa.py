@@ -90,11 +90,11 @@ def _gather(
         return dict.fromkeys(family.projections)
     samples = int(distributed.all_reduce_number(len(stream.hidden)))
     gathered = {group[0]: statistics.InputSum(statistic, samples) for group in family.inputs}
-    with calibration.watching_inputs(
+    with calibration.input_hooks(
         block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
     ):
         for batch, rows in stream.batches():
-            stream.show(block, index, batch, rows)
+            stream.run_for_inputs(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
     for name, result in results.items():
         # A Hessian has its sums of squares on the diagonal. All processes have the same numbers.

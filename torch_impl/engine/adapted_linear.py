@@ -33,7 +33,7 @@ class AdaptedLinear(nn.Module):
         self._held: torch.Tensor | None = None
         self.recomputed = False
         """Recompute the output in the backward pass; applies in a compiled block while no merged weight is held."""
-        self.watch: Callable[[torch.Tensor], None] | None = None
+        self.input_hook: Callable[[torch.Tensor], None] | None = None
         """If set, called with every input (..., in)."""
 
     @property
@@ -53,7 +53,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., in) to (..., out)."""
-        if torch.is_grad_enabled() and self.watch is None and self.rank:
+        if torch.is_grad_enabled() and self.input_hook is None and self.rank:
             if self.recomputed and self._held is None and torch.compiler.is_compiling():
                 return recomputed_masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale)
             return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
@@ -62,8 +62,8 @@ class AdaptedLinear(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_apart(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the output outside the compiled graph, so that new watchers and held weights cause no recompilation."""
-        if self.watch is not None:
-            self.watch(x)
+        if self.input_hook is not None:
+            self.input_hook(x)
         if torch.is_grad_enabled() and self.rank:
             return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
         return nn.functional.linear(x, self.merged() if self._held is None else self._held, self.bias)

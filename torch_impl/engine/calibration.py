@@ -90,7 +90,7 @@ class Stream:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def show(self, block: nn.Module, index: int, batch: int, rows: slice) -> None:
+    def run_for_inputs(self, block: nn.Module, index: int, batch: int, rows: slice) -> None:
         """Run one batch through the block only to observe its projections' inputs; stop after the last input."""
         with suppress(_SeenAll):
             self.forward(block, index, batch, rows)
@@ -110,7 +110,7 @@ class Stream:
 
 
 @contextmanager
-def standing_in(
+def override_forwards(
     blocks: nn.ModuleList, answer: Callable[[int, torch.Tensor, dict[str, Any]], torch.Tensor]
 ) -> Iterator[None]:
     """Replace every block's forward with `answer(index, hidden states, other arguments)` within this context."""
@@ -154,7 +154,7 @@ def start_stream(decoder: Decoder, ids: torch.Tensor, batch_size: int, on_host: 
         arguments[-1].append(given)
         return states
 
-    with distributed.unsharded(model), standing_in(decoder.blocks, record):
+    with distributed.unsharded(model), override_forwards(decoder.blocks, record):
         for rows in ids.split(batch_size):
             decoder.body(input_ids=rows.to(device), use_cache=False)
     return Stream(hidden[0], arguments, batch_size, device, decoder.family)
@@ -173,7 +173,7 @@ def block_arguments(decoder: Decoder, ids: torch.Tensor) -> list[dict[str, Any]]
         return states
 
     model = decoder.model
-    with distributed.unsharded(model), standing_in(decoder.blocks, record):
+    with distributed.unsharded(model), override_forwards(decoder.blocks, record):
         decoder.body(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return found
 
@@ -183,7 +183,7 @@ def finish(decoder: Decoder, ids: torch.Tensor, hidden: torch.Tensor) -> torch.T
     """Compute logits (n, t, vocabulary) of token ids (n, t) from the last block's output, by the model's norm and head."""
     blocks = decoder.blocks
     last = len(blocks) - 1
-    with standing_in(blocks, lambda index, states, _: hidden if index == last else states):
+    with override_forwards(blocks, lambda index, states, _: hidden if index == last else states):
         logits: torch.Tensor = decoder.model(input_ids=ids.to(hidden.device), use_cache=False).logits
     return logits
 
@@ -193,7 +193,7 @@ class _SeenAll(Exception):  # noqa: N818 - it ends a forward pass and is not an 
 
 
 @contextmanager
-def watching_inputs(
+def input_hooks(
     layers: Mapping[str, AdaptedLinear], groups: Sequence[tuple[str, ...]], watch: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
     """Report the input (tokens, in) of the first projection of each group; the others in the group have the same input.
@@ -212,11 +212,11 @@ def watching_inputs(
     first = [group[0] for group in groups]
     try:
         for name in first:
-            layers[name].watch = watcher(name)
+            layers[name].input_hook = watcher(name)
         yield
     finally:
         for name in first:
-            layers[name].watch = None
+            layers[name].input_hook = None
 
 
 def compiles(wanted: str, prunable: int, device: torch.device) -> bool:
