@@ -133,7 +133,7 @@ def test_the_first_module_is_named(name: str, bad: float) -> None:
     model.get_submodule(name).register_forward_hook(spoil)
     ids = token_ids(model, 3, 9)
     message = rf"the output of {name} holds NaN or infinity in bfloat16; the weights may be corrupt: download"
-    assert finite.blame(model, ids).args[0].startswith(message)
+    assert finite.locate(model, ids).args[0].startswith(message)
     with pytest.raises(finite.NotFiniteError, match=message):
         perplexity(model, ids, 2)
     heard = Heard()

@@ -109,7 +109,7 @@ def _prune_block(
     block: nn.Module,
     index: int,
     family: Family,
-    look: Callable[[Callable[[calibration.Stream], Any]], Any],
+    on_pruned_input: Callable[[Callable[[calibration.Stream], Any]], Any],
     config: PruneConfig,
     rate: float,
     nm: tuple[int, int] | None,
@@ -121,7 +121,7 @@ def _prune_block(
     kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
     rate = rest_sparsity(sizes - kept, sizes, rate)
     with hold_merged_weights(list(layers.values())):
-        gathered = look(lambda stream: _gather(config.method.statistic, block, index, family, stream))
+        gathered = on_pruned_input(lambda stream: _gather(config.method.statistic, block, index, family, stream))
     for number, (name, layer) in enumerate(layers.items()):
         if not distributed.owns(number):
             continue
@@ -131,7 +131,7 @@ def _prune_block(
                 config.prune_method, merged, gathered[name], layer.mask, **({"nm": nm} if nm else {"sparsity": rate})
             )
         except ValueError as error:
-            sequences = look(lambda stream: len(stream.hidden))
+            sequences = on_pruned_input(lambda stream: len(stream.hidden))
             raise ValueError(f"block {index}, {name}, {sequences} calibration sequences: {error}") from error
         layer.set_base(adapter.rebase(layer.weight, merged, updated, mask))
     for number, layer in enumerate(layers.values()):

@@ -130,7 +130,7 @@ def decode(
     while True:
         # The maximum is not finite if any logit is NaN or infinity. Minus infinity is valid: it rules a token out.
         if not bool(torch.isfinite(logits.amax(-1)).all()):
-            raise finite.blame(model, ids)
+            raise finite.locate(model, ids)
         scores = logits_processor(ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
         draws = generation_config.do_sample
         token = torch.multinomial(scores.softmax(-1), 1) if draws else scores.argmax(-1, keepdim=True)

@@ -39,16 +39,16 @@ def check(found: torch.Tensor | float, where: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def blame(model: nn.Module, ids: torch.Tensor, model_name: str = "") -> NotFiniteError:
+def locate(model: nn.Module, ids: torch.Tensor, model_name: str = "") -> NotFiniteError:
     """Find the first module with non-finite output by running token ids (n, t) again; return the error to raise."""
     first: list[str] = []
 
     def watch(name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def check_output(module: nn.Module, inputs: Any, output: Any) -> None:
             if not first and not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(output)):
                 first.append(name)
 
-        return look
+        return check_output
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:

@@ -37,7 +37,7 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
         ids = batches[own if own < len(batches) else 0].to(device)
         loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)
         if not math.isfinite(loss) and distributed.processes() == 1:
-            raise finite.blame(model, ids, name)
+            raise finite.locate(model, ids, name)
         total += loss if own < len(batches) else 0.0
     return _perplexity(distributed.all_reduce_number(total), windows, model, name, "output of the model")
 
