@@ -158,7 +158,7 @@ Layers = dict[str, AdaptedLinear]
 class StepRecord:
     """The decisions, measurements and result of one step. Lists have one entry per block; losses has one per optimizer step.
 
-    losses: empty if nothing is trained at this step (see `_nothing_to_heal`).
+    losses: empty if nothing is trained at this step (see `_nothing_to_train`).
     """
 
     step: int
@@ -333,7 +333,7 @@ def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> lis
     return [(sum(counts[:t]), sum(counts)) for t in range(len(counts))]
 
 
-def _nothing_to_heal(model: Llama, layers: Sequence[Layers], settings: Settings) -> bool:
+def _nothing_to_train(model: Llama, layers: Sequence[Layers], settings: Settings) -> bool:
     """Return whether the loss is kl and no weight is pruned yet, so that the model still equals the dense one.
 
     This happens at step 1 of 5 with 1:2, say. The gradient is then 0 up to rounding. In float32 the rounding is larger than
@@ -503,7 +503,7 @@ def run(
         if settings.finetune:
             ranks = _allocate_ranks(settings, step, errors)
             layers = _resize(layers, ranks, step, settings)
-            if not _nothing_to_heal(model, layers, settings):
+            if not _nothing_to_train(model, layers, settings):
                 layers, losses = _train(model, layers, parts[step - 1], settings, positions[step - 1])
         records.append(
             StepRecord(

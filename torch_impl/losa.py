@@ -21,7 +21,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.lockstep import Lockstep
 from torch_impl.engine.memory import halving
-from torch_impl.engine.reconstruction import Healing
+from torch_impl.engine.reconstruction import Reconstructor
 from torch_impl.engine.record import Clock, StepRecord
 from torch_impl.engine.resume.journal import Journal, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
@@ -150,7 +150,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, journal
     if progress.block == count:
         return
     lockstep = Lockstep(blocks, progress.calibration_batch_size or settings.calibration.calibration_batch_size)
-    healing = Healing(family, start, settings.reconstruction)
+    reconstructor = Reconstructor(family, start, settings.reconstruction)
     for index, block in shown(lockstep, "prune", count):
         done = index < progress.block
         with distributed.unsharded_with_writeback(block, family):
@@ -158,7 +158,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, journal
             if not earlier:
                 rate, group = progress.sparsity[index], progress.groups[index]
                 _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group)
-            reconstruct = healing.of(block, index)
+            reconstruct = reconstructor.for_block(block, index)
             error = lockstep.advance(None if earlier else reconstruct)
         if not done:
             blocks.pruned(index, block)
@@ -207,7 +207,7 @@ def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> lis
     return [(sum(counts[:t]), sum(counts)) for t in range(len(counts))]
 
 
-def _nothing_to_heal(blocks: Blocks, start: torch.Tensor, config: TrainingConfig) -> bool:
+def _nothing_to_train(blocks: Blocks, start: torch.Tensor, config: TrainingConfig) -> bool:
     """Return whether the loss is kl and no weight is pruned yet, so that the model still equals the dense one.
 
     start: sparsity of each block (L,) at the start of the run. Such a step's examples are skipped, and the learning-rate
@@ -216,7 +216,7 @@ def _nothing_to_heal(blocks: Blocks, start: torch.Tensor, config: TrainingConfig
     return config.loss == "kl" and torch.equal(blocks.zero_shares(), start)
 
 
-def _heal(
+def _train_adapters(
     blocks: Blocks,
     part: Sequence[Example],
     position: tuple[int, int],
@@ -228,7 +228,7 @@ def _heal(
     """Allocate ranks, resize the adapters and train them on this step's part of the examples."""
     step, steps = journal.progress.step, settings.prune.steps
     _give_ranks(blocks, step, settings, journal)
-    if _nothing_to_heal(blocks, start, settings.training):
+    if _nothing_to_train(blocks, start, settings.training):
         logger.warning(
             "step %d of %d: nothing is pruned yet, so training is skipped; its %d examples are not used",
             *(step, steps, len(part)),
@@ -296,7 +296,7 @@ def run(
             prune_model(blocks, settings, start, journal)
             clock.lap("prune")
             if settings.training.finetune:
-                _heal(blocks, parts[step - 1], positions[step - 1], settings, start, journal, on_loss)
+                _train_adapters(blocks, parts[step - 1], positions[step - 1], settings, start, journal, on_loss)
             clock.lap("train")
             record = StepRecord.of(progress, target, blocks.zero_shares().tolist())
             if on_step is not None:

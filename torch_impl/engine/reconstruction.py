@@ -38,7 +38,7 @@ class ReconstructionConfig:
         _checks.count("reconstruct_batch_size", self.reconstruct_batch_size)
 
 
-class Healing:
+class Reconstructor:
     """Chooses which blocks to reconstruct at a step: the first one that has lost a weight, and all after it.
 
     Before that block, the streams are equal up to rounding, so there is nothing to reconstruct. start: sparsity of each block
@@ -52,7 +52,7 @@ class Healing:
     def _lost(self, block: nn.Module, index: int) -> bool:
         return bool(self._config.reconstruct_epochs) and zero_share(block, self._family) > float(self._start[index])
 
-    def of(self, block: nn.Module, index: int) -> Reconstruct | None:
+    def for_block(self, block: nn.Module, index: int) -> Reconstruct | None:
         """Return the function that reconstructs this pruned block, the next in order; None if there is nothing to do."""
         self._damaged = self._damaged or self._lost(block, index)
         if not self._damaged:
