@@ -176,7 +176,7 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
     with Received() as calibrating:
         calibrating.exchanged = len(ids) * 16 * 32 * 4
         losa.run(ours, ids, [], case)
-    dense = fsdp.twin(ours)
+    dense = fsdp.copy_model(ours)
     for number, layer in enumerate(adapted_linear.adapters(ours)):
         layer.resize(6, (number,))
     held = sum(p.to_local().nbytes for p in ours.parameters() if isinstance(p, DTensor))

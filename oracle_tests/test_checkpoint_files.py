@@ -57,7 +57,7 @@ def in_memory(folder: Path) -> Tensors:
 
 
 def from_files(folder: Path) -> Tensors:
-    model = offload.open_streamed(folder, CPU, None)
+    model = offload.open_offloaded(folder, CPU, None)
     decoder = Decoder(model)
     found = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     for index, block in enumerate(offload.sweep(decoder)):

@@ -39,7 +39,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were asked for")
 
-    for name in ("load", "load_streamed"):
+    for name in ("load", "load_offloaded"):
         monkeypatch.setattr(pretrained, name, load)
 
 

@@ -21,7 +21,7 @@ from torch_impl.engine.checkpoints import offload
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import points
 from torch_impl.experiment import job, metrics
-from torch_impl.experiment.evaluate import perplexity, streamed_perplexity
+from torch_impl.experiment.evaluate import perplexity, stream_perplexity
 from torch_impl.run import main
 
 ROOT = Path(__file__).parents[1]
@@ -63,14 +63,14 @@ def test_perplexity_of_a_stream_is_that_by_hand(offloaded: bool, tmp_path: Path)
     streamed: PreTrainedModel = model
     if offloaded:
         model.save_pretrained(tmp_path)
-        streamed = offload.open_streamed(tmp_path, torch.device("cpu"), None)
+        streamed = offload.open_offloaded(tmp_path, torch.device("cpu"), None)
     decoder = Decoder(streamed)
     stream = calibration.start_stream(decoder, windows, 8)
     blocks = offload.sweep(decoder) if offloaded else decoder.blocks
     with torch.no_grad():
         for index, block in enumerate(blocks):
             stream.advance(block, index)
-    found = streamed_perplexity(decoder, windows, stream, "it")
+    found = stream_perplexity(decoder, windows, stream, "it")
     assert found == pytest.approx(by_hand(model, windows), rel=BOUND)
 
 

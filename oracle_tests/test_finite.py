@@ -19,7 +19,7 @@ from torch_impl.commands import generate
 from torch_impl.decode import next_token
 from torch_impl.engine import calibration, finite
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.evaluate import perplexity, streamed_perplexity
+from torch_impl.experiment.evaluate import perplexity, stream_perplexity
 from torch_impl.run import main
 
 ADVICE = "holds NaN or infinity in float16; float16 ends at 65,504: use --dtype bfloat16, or float32"
@@ -151,7 +151,7 @@ def test_a_head_that_overflows_behind_a_stream() -> None:
     ids = token_ids(model, 3, 9)
     stream = calibration.start_stream(decoder, ids, 2)
     with pytest.raises(finite.NotFiniteError, match=r"^dense: the output of the model's head holds NaN"):
-        streamed_perplexity(decoder, ids, stream, "dense")
+        stream_perplexity(decoder, ids, stream, "dense")
 
 
 def test_tokens_that_a_model_rules_out_are_no_overflow() -> None:

@@ -147,7 +147,7 @@ def test_the_dense_side_of_a_whole_run_may_come_from_files(place: Path) -> None:
     results = []
     for from_files in (False, True):
         model = AutoModelForCausalLM.from_pretrained(place / "model")
-        dense = offload.open_streamed(place / "model", torch.device("cpu"), None) if from_files else None
+        dense = offload.open_offloaded(place / "model", torch.device("cpu"), None) if from_files else None
         records = losa.run(model, ids, [examples[:3], examples[3:]], setup, dense=dense)
         results.append(
             ([record.errors for record in records], [layer.merged() for layer in adapted_linear.adapters(model)])
@@ -180,7 +180,7 @@ def test_room_is_given_while_there_is_some() -> None:
 
 
 def test_a_block_has_weights_until_the_next_is_asked_for(place: Path) -> None:
-    model = offload.open_streamed(place / "model", torch.device("cpu"), None)
+    model = offload.open_offloaded(place / "model", torch.device("cpu"), None)
     blocks = offload.sweep(Decoder(model))
     first = next(blocks)
     assert all(parameter.numel() for parameter in first.parameters())
@@ -227,10 +227,10 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
 def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would lie beside the one that is pruned at one rate afterwards."""
     opened, left = [], []
-    open_streamed, uniform = offloaded_job.open_streamed, offloaded_job._at_once
+    open_offloaded, uniform = offloaded_job.open_offloaded, offloaded_job._at_once
 
     def noted(*given: Any) -> Any:
-        model = open_streamed(*given)
+        model = open_offloaded(*given)
         opened.append(weakref.ref(model))
         return model
 
@@ -239,7 +239,7 @@ def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: py
         left.append(sum(model() is not None for model in opened))
         return uniform(*given)
 
-    monkeypatch.setattr(offloaded_job, "open_streamed", noted)
+    monkeypatch.setattr(offloaded_job, "open_offloaded", noted)
     monkeypatch.setattr(offloaded_job, "_at_once", counted)
     assert main(arguments(place, **PLAIN, layer_sparsity="rmi", offload="on")) == 0
     assert (len(opened), left) == (1, [0])
@@ -281,7 +281,7 @@ def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
 def test_two_models_are_foretold_while_one_is_read_again(place: Path) -> None:
     """Their embeddings and heads; what lies between comes block by block."""
     config = parse(arguments(place, **PLAIN, offload="on"))
-    model = offload.open_streamed(place / "model", torch.device("cpu"), torch.float32)
+    model = offload.open_offloaded(place / "model", torch.device("cpu"), torch.float32)
     sizes = Sizes.of(model, Decoder(model).family, torch.float32)
     foretold = footprint.footprint(config, replace(sizes, outside=10**9), torch.device("cpu"))
     assert foretold.phase == "verifying sweep"

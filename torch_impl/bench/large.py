@@ -21,8 +21,8 @@ import torch
 from tiny_models.random_models import byte_tokenizer
 from torch_impl.engine import structure
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.checkpoints.offload import open_streamed, reader_of
-from torch_impl.engine.checkpoints.pretrained import load_streamed
+from torch_impl.engine.checkpoints.offload import open_offloaded, reader_of
+from torch_impl.engine.checkpoints.pretrained import load_offloaded
 from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import Config, parse
@@ -119,7 +119,7 @@ def _options(folder: Path, device: torch.device, dtype: torch.dtype, rows: int, 
 
 
 def _random_text(config: Config, folder: Path, device: torch.device) -> Material:
-    model, tokenizer = load_streamed(str(folder), device, config.model.dtype)
+    model, tokenizer = load_offloaded(str(folder), device, config.model.dtype)
     generator = torch.Generator().manual_seed(1)
     found, text = config.calibration, config.text
     vocabulary = model.config.vocab_size
@@ -159,7 +159,7 @@ def stream(
             peak, pruned = device_peak(prune, device)
             end = time.perf_counter()
         material.model.config.save_pretrained(out)
-        again = open_streamed(Path(out), device, dtype)
+        again = open_offloaded(Path(out), device, dtype)
         Sweeps(Decoder(again), config, material).verify(Path(out), pruned)
         pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"] if device.type == "cuda" else 0
         return {
@@ -207,7 +207,7 @@ def plan(
             print(f"{case} …", file=sys.stderr, flush=True)
             start = time.perf_counter()
             config = _options(folder, device, dtype, rows, length, *short, *more)
-            model = open_streamed(folder, torch.device("cpu"), dtype)
+            model = open_offloaded(folder, torch.device("cpu"), dtype)
             decoder = structure.check_structure(model, config.settings)
             sizes = Sizes.of(model, decoder.family, dtype)
             foretold = footprint(config, sizes, device)

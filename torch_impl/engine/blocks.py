@@ -70,7 +70,7 @@ class ModelBlocks:
         ids: calibration token ids (n, t); the first rmi_rows measure importance. dense: default a copy of the model.
         """
         self.decoder = decoder
-        self.dense = dense or Decoder(fsdp.twin(decoder.model).requires_grad_(False))
+        self.dense = dense or Decoder(fsdp.copy_model(decoder.model).requires_grad_(False))
         attach_adapters(decoder, scale)
         for part in (decoder, self.dense):
             distributed.shard(part, next(decoder.model.parameters()).device)

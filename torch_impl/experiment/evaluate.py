@@ -43,7 +43,7 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
 
 
 @torch.no_grad()
-def streamed_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, name: str) -> float:
+def stream_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, name: str) -> float:
     """Compute the perplexity from a stream of the windows that has passed all blocks."""
     total = 0.0
     for _, rows in stream.batches():

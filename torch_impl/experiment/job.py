@@ -47,7 +47,7 @@ def at_once(settings: Settings) -> Settings:
 
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
     """A copy of the model that is only pruned, in one shot."""
-    model: PreTrainedModel = fsdp.twin(material.model)
+    model: PreTrainedModel = fsdp.copy_model(material.model)
     losa.run(model, material.calibration, [], at_once(config.settings), dense=material.model)
     fsdp.merge(Decoder(model))
     return model

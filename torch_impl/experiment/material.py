@@ -38,7 +38,7 @@ def load_material(config: Config, offloaded: bool = False) -> Material:
     Errors: ValueError or FileNotFoundError naming the problem.
     """
     options = config.model
-    load = pretrained.load_streamed if offloaded else pretrained.load
+    load = pretrained.load_offloaded if offloaded else pretrained.load
     device = pretrained.choose_device(options.device)
     model, tokenizer = load(options.model, device, options.dtype, options.trust_remote_code)
     check_structure(model, config.settings)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.offload import open_streamed
+from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.journal import Journal
@@ -111,7 +111,7 @@ def _pruned(sweeps: Sweeps, journal: Journal, dense: Dense, folder: Path, start:
 
 def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pretrained.Verification]:
     """`Sweeps.verify` of a model opened from this folder, of which nothing is left on the device afterwards."""
-    model = open_streamed(folder, sweeps.device, None, sweeps.config.model.trust_remote_code)
+    model = open_offloaded(folder, sweeps.device, None, sweeps.config.model.trust_remote_code)
     material = dataclasses.replace(sweeps.material, model=model)
     return Sweeps(Decoder(model), sweeps.config, material).verify(folder, pruned)
 

@@ -25,7 +25,7 @@ from torch_impl.engine.record import StepRecord
 from torch_impl.engine.settings import Settings
 from torch_impl.engine.structure import check_weights
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.evaluate import streamed_perplexity
+from torch_impl.experiment.evaluate import stream_perplexity
 from torch_impl.experiment.material import Material
 from torch_impl.experiment.planning.sizes import Sizes
 
@@ -95,7 +95,7 @@ class Sweeps:
             if measure is not None and measured is not None:
                 measure.advance(measured, block, index)
         return Dense(
-            perplexity=streamed_perplexity(self.decoder, self.material.evaluation, windows, "dense"),
+            perplexity=stream_perplexity(self.decoder, self.material.evaluation, windows, "dense"),
             shares=shares,
             importance=None if measure is None else measure.importance().tolist(),
             seconds=time.perf_counter() - start,
@@ -113,7 +113,7 @@ class Sweeps:
         [record] = losa.run(self.decoder.model, self.material.calibration, [], settings, blocks=blocks)
         self.room.give_back()
         if output is None:
-            return Pruned(record, perplexity=streamed_perplexity(self.decoder, ids, followed, "pruned at once"))
+            return Pruned(record, perplexity=stream_perplexity(self.decoder, ids, followed, "pruned at once"))
         masks = output.finish()
         # On the host: they wait there until the checkpoint is read again.
         logits = calibration.finish(self.decoder, ids[:2], followed.states(slice(None))).cpu()
@@ -140,7 +140,7 @@ class Sweeps:
         assert pruned.logits is not None
         before = pruned.logits.to(logits.device)
         difference = pretrained.logit_difference(folder, logits.float(), before.float(), logits.dtype)
-        perplexity = streamed_perplexity(self.decoder, ids, windows, "pruned, written and read again")
+        perplexity = stream_perplexity(self.decoder, ids, windows, "pruned, written and read again")
         return perplexity, pretrained.Verification(difference, zeros)
 
 

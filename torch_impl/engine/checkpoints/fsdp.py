@@ -50,7 +50,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype | None, trust_re
     return model
 
 
-def twin(model: Any) -> Any:
+def copy_model(model: Any) -> Any:
     """Copy a model. A sharded model is copied block by block and sharded in the same way."""
     if not distributed.is_sharded(model):
         return copy.deepcopy(model)

@@ -80,7 +80,7 @@ class BlockReader:
         return _Loaded(tensors, ready)
 
 
-class StreamedBlocks(nn.ModuleList):
+class OffloadedModules(nn.ModuleList):
     """Decoder blocks without weights, and the reader of their weights."""
 
     def __init__(self, blocks: Sequence[nn.Module], reader: BlockReader | None = None) -> None:
@@ -122,7 +122,7 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
 def sweep(decoder: Decoder) -> Iterator[nn.Module]:
     """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested."""
     blocks = decoder.blocks
-    if not isinstance(blocks, StreamedBlocks):
+    if not isinstance(blocks, OffloadedModules):
         yield from blocks
         return
     # Close the sweep here, so that stopping early also stops the reader thread.
@@ -133,12 +133,12 @@ def sweep(decoder: Decoder) -> Iterator[nn.Module]:
 def reader_of(decoder: Decoder) -> BlockReader:
     """Return the reader of an offloaded model's blocks."""
     blocks = decoder.blocks
-    assert isinstance(blocks, StreamedBlocks)
+    assert isinstance(blocks, OffloadedModules)
     assert blocks.reader is not None
     return blocks.reader
 
 
-def open_streamed(
+def open_offloaded(
     folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Open the model of a folder and leave its blocks on disk. dtype: None for the checkpoint's own.
@@ -154,7 +154,7 @@ def open_streamed(
         inside = ((name, decoder.full_name(index, name)) for name in block.state_dict())
         names.append({name: found.names[full] for name, full in inside if full in found.names})
     reader = BlockReader(Shards(files), names, device, model.dtype)
-    model.set_submodule(decoder.family.blocks, StreamedBlocks(list(decoder.blocks), reader))
+    model.set_submodule(decoder.family.blocks, OffloadedModules(list(decoder.blocks), reader))
     _fill_outside(found, decoder, reader)
     return model
 

@@ -19,7 +19,7 @@ from torch_impl import _checks
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.checkpoints.contents import check_finite, find_files, local_folder, read_config
-from torch_impl.engine.checkpoints.offload import open_streamed
+from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.checkpoints.safetensors_files import follow_umask
 from torch_impl.engine.checkpoints.skeleton import as_one_line, describe, note_ties, skeleton
 
@@ -99,7 +99,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | str, trust_remote_code: 
     return model.eval()
 
 
-def load_streamed(
+def load_offloaded(
     name: str, device: torch.device, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and leave the weights of its decoder blocks on disk; `offload.sweep` loads them one block at a time.
@@ -107,7 +107,7 @@ def load_streamed(
     Errors: as `load`.
     """
     wanted, folder = _wanted(device, dtype), local_folder(name)
-    model = open_streamed(folder, device, wanted, trust_remote_code)
+    model = open_offloaded(folder, device, wanted, trust_remote_code)
     return model, load_tokenizer(folder, trust_remote_code)
 
 
