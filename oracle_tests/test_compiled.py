@@ -150,7 +150,7 @@ def test_no_more_is_kept_for_backward_than_products_and_attention_need(
     assert needed <= one_block <= needed + small
     # The dry run foretells it.
     model = adapted_llama([4])
-    sizes = Sizes.of(model, Decoder(model).family, torch.float32)
+    sizes = Sizes.of(Decoder(model), torch.float32)
     foretold = 3 * 32 * sizes.kept_for_backward(True, recomputed=not held)
     assert foretold == needed < 3 * 32 * sizes.kept_for_backward(False)
     # Blocks that are computed again as a whole have nothing of it twice.

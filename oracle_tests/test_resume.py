@@ -33,6 +33,7 @@ from torch_impl.engine.resume.points import Points
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.planning import checks
+from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.run import main
 
 # --- state ---
@@ -288,7 +289,7 @@ def test_too_little_disk_or_memory_is_told_first(
         patch.setattr(checks.shutil, "disk_usage", lambda _: usage)
         assert main(arguments(place)) == 2
     assert re.search(r"output_dir .*GiB of disk are free; allowed: about", capsys.readouterr().err)
-    monkeypatch.setattr(checks, "_free_memory", lambda _: 1000)
+    monkeypatch.setattr(checks, "free_bytes", lambda _: 50_000)
     assert main(arguments(place)) == 2
     assert re.search(r"device cpu: .*GiB of memory are free; allowed", capsys.readouterr().err)
     assert {entry.name for entry in place.iterdir()} == {"model", "text.txt"}
@@ -311,8 +312,8 @@ def test_the_disk_estimate_covers_what_is_written(place: Path, monkeypatch: pyte
     from torch_impl.experiment.config import parse
 
     model = random_model("llama-gqa")
-    estimate = checks.disk(model, Decoder(model).family, parse(options), 4)
-    assert largest <= estimate["points"] + estimate["report"] <= 20 * largest
+    estimate = checks.disk(parse(options), Sizes.of(Decoder(model), torch.float32), offloaded=False)
+    assert largest <= estimate.checkpoints + estimate.report <= 20 * largest
 
 
 def test_an_interruption_is_a_keyboard_interrupt() -> None:

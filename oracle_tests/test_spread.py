@@ -24,9 +24,9 @@ from torch_impl.engine import adapted_linear, distributed
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.config import CONFIGS, parse
-from torch_impl.experiment.planning import scaling
-from torch_impl.experiment.planning.geometry import GEOMETRIES, build
+from torch_impl.experiment.planning.phases import Place, phases
+from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.planning.traffic import calibration_traffic, step_traffic
 from torch_impl.run import main
 
 
@@ -209,42 +209,22 @@ def test_one_process_needs_no_group() -> None:
 @pytest.mark.parametrize(("method", "epochs"), [("wanda", 0), ("sparsegpt", 0), ("wanda", 2)])
 def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int) -> None:
     """Exactly, apart from single numbers that are agreed on."""
-    ours = random_model("llama")
-    layout = scaling.layout_of(ours, Decoder(ours).family, size=4)
+    sizes = Sizes.of(Decoder(random_model("llama")), torch.float32)
     config = spread_config(method, epochs)
-    calibration, step = scaling.calibration_traffic(layout, config, 2), scaling.training_traffic(layout, config, 2, 6)
+    calibration, step = calibration_traffic(config, sizes, 2), step_traffic(config, sizes, 2, rank=6)
     fullest = 0
     for calibrating, stepping, held in in_processes(2, received, method, epochs):
-        assert stepping["_allgather_base_"] == step["weights"]
-        assert stepping["allreduce_"] == step["gradients"]
+        assert stepping["_allgather_base_"] == step.weights
+        assert stepping["allreduce_"] == step.gradients
         few = 1000
         # Gathered once more: the token by which FSDP2 learns what is outermost, in the model and in the dense one.
-        model = layout.blocks * scaling.sharded_bytes(layout.block, 4, 2) + scaling.sharded_bytes(layout.outside, 4, 2)
-        assert calibrating["_allgather_base_"] == calibration["weights"] + 2 * model
-        assert 0 <= calibrating["broadcast_"] - calibration["pruned weights"] < few
-        summed = calibration["statistics"] + calibration["gradients of reconstruction"]
-        assert 0 <= calibrating["allreduce_"] - summed < few
-        assert calibrating["alltoall_base_"] == calibration["features"]
+        assert calibrating["_allgather_base_"] == calibration.weights + 2 * sizes.weights(cards=2)
+        assert 0 <= calibrating["broadcast_"] - calibration.pruned < few
+        assert 0 <= calibrating["allreduce_"] - calibration.statistics - calibration.reconstruction < few
+        assert calibrating["alltoall_base_"] == calibration.features
         fullest = max(fullest, held)
     # 257 rows of the vocabulary on two cards: the first holds one more.
-    assert fullest == scaling.memory(layout, config, 2)["weights"]
-
-
-def test_the_documented_table_is_what_the_formulas_say() -> None:
-    assert scaling.table() in (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
-
-
-def test_seventy_billion_parameters_fit_eight_cards() -> None:
-    config = parse(["--config", str(CONFIGS / "llama_70b.toml"), "--model", "a/b"])
-    layout = scaling.llama_layout(GEOMETRIES["llama-2-70b"], size=2)
-    fits = {cards: scaling.memory(layout, config, cards)["largest at once"] < 0.9 * 80e9 for cards in (2, 8)}
-    assert fits == {2: False, 8: True}
-
-
-def test_a_layout_from_shapes_is_that_of_the_model() -> None:
-    model = build("small", None, torch.device("cpu"), torch.float32)
-    found = scaling.layout_of(model, Decoder(model).family, 4)
-    assert found == scaling.llama_layout(GEOMETRIES["small"], 4)
+    assert fullest == phases(config, sizes, Place("cpu", 2))["calibration"].weights
 
 
 def test_a_saved_model_that_lost_a_zero_is_caught(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.material import load_material
-from torch_impl.experiment.planning import checks, dry_run, footprint
+from torch_impl.experiment.planning import checks, dry_run, phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
 from torch_impl.masks import select
@@ -216,12 +216,12 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
     with large.checkpoint("medium", blocks, device, torch.float32) as folder:
         config = large._options(folder, device, torch.float32, 2, 8, "--offload", "on", "--layer_sparsity", "uniform")
         material = large._random_text(config, folder, device)
-        family = Decoder(material.model).family
-        sizes = Sizes.of(material.model, family, torch.float32)
-        sweeps = Sweeps(Decoder(material.model), config, material)
-        sweeps.prune(config.settings, sweeps.dense(), Output(tmp_path, Decoder(material.model)))
+        decoder = Decoder(material.model)
+        sizes = Sizes.of(decoder, torch.float32)
+        sweeps = Sweeps(decoder, config, material)
+        sweeps.prune(config.settings, sweeps.dense(), Output(tmp_path, decoder))
     # With the one being written come the mask and the bytes of one of its projections.
-    assert peak < sizes.outside * 4 + 3.8 * sizes.largest_block * 4
+    assert peak < sizes.outside_blocks() + 3.8 * sizes.block()
 
 
 def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +251,11 @@ def test_auto_leaves_on_disk_what_does_not_fit(
     capsys: pytest.CaptureFixture,
 ) -> None:
     config = parse(arguments(place, **PLAIN))
-    assert not dry_run.streams(config)
-    monkeypatch.setattr(footprint, "free_bytes", lambda device: 10**5)
-    assert dry_run.streams(config)
-    assert not dry_run.streams(parse(arguments(place, **PLAIN, offload="off")))
-    assert not dry_run.streams(parse(arguments(place))), "training needs the whole model"
+    assert not dry_run.offloads(config)
+    monkeypatch.setattr(phases, "free_bytes", lambda device: 10**5)
+    assert dry_run.offloads(config)
+    assert not dry_run.offloads(parse(arguments(place, **PLAIN, offload="off")))
+    assert not dry_run.offloads(parse(arguments(place))), "training needs the whole model"
     assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
     assert "one block at a time" in capsys.readouterr().out
     called = []
@@ -271,7 +271,7 @@ def test_training_is_foretold_from_what_is_kept(place: Path) -> None:
 
     def foretold(**changes: object) -> int:
         options = {"finetune": "true", "steps": 1, "hold_merged": "off", "train_seqlen": 512, **changes}
-        return int(sum(dry_run.make_plan(parse(arguments(place, **options)))["device memory"].values()))
+        return dry_run.make_plan(parse(arguments(place, **options))).memory.device.total
 
     least = foretold()
     for more in ({"loss": "kl"}, {"hold_merged": "on"}, {"train_seqlen": 1024}, {"per_device_train_batch_size": 8}):
@@ -282,10 +282,10 @@ def test_two_models_are_foretold_while_one_is_read_again(place: Path) -> None:
     """Their embeddings and heads; what lies between comes block by block."""
     config = parse(arguments(place, **PLAIN, offload="on"))
     model = offload.open_offloaded(place / "model", torch.device("cpu"), torch.float32)
-    sizes = Sizes.of(model, Decoder(model).family, torch.float32)
-    foretold = footprint.footprint(config, replace(sizes, outside=10**9), torch.device("cpu"))
-    assert foretold.phase == "verifying sweep"
-    assert foretold.device["outside the blocks"] == 2 * 4 * 10**9
+    sizes = replace(Sizes.of(Decoder(model), torch.float32), outside=((10**9,),))
+    foretold = phases.peak(config, sizes, phases.Place("cpu"))
+    assert foretold.phase == "verifying"
+    assert foretold.device.weights == foretold.device.reloaded == 4 * 10**9
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -293,10 +293,10 @@ def test_what_compiled_blocks_make_again_is_foretold(place: Path, checkpointing:
     """Without held weights, and only where no block is computed again as a whole, they keep one output of the MLP less."""
     save_random_model(place / "model", "llama", intermediate_size=1024)
 
-    def foretold(held: str) -> dict[str, int]:
+    def foretold(held: str) -> phases.Parts:
         options = {"finetune": "true", "steps": 1, "hold_merged": held, "compile_blocks": "on", "train_seqlen": 512}
         options["gradient_checkpointing"] = str(checkpointing).lower()
-        return dry_run.make_plan(parse(arguments(place, **options)))["device memory"]
+        return dry_run.make_plan(parse(arguments(place, **options))).memory.device
 
     held, rebuilt = foretold("on"), foretold("off")
     config = parse(arguments(place))
@@ -304,10 +304,10 @@ def test_what_compiled_blocks_make_again_is_foretold(place: Path, checkpointing:
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     blocks, up = len(model.model.layers), model.model.layers[0].mlp.up_proj.weight
     spared = 0 if checkpointing else blocks * tokens * 1024 * 4
-    assert held["activations"] - rebuilt["activations"] == spared
+    assert held.activations - rebuilt.activations == spared
     if checkpointing:
         # A block's backward: the same, and a merged weight that is not held.
-        assert rebuilt["loss or a block's backward"] - held["loss or a block's backward"] == up.nbytes
+        assert rebuilt.work - held.work == up.nbytes
 
 
 FAULTS = {
@@ -489,7 +489,7 @@ def test_a_run_from_files_goes_on_as_it_began_or_not_at_all(
     ):
         assert main(arguments(place, **PLAIN, offload="on", **changes)) == 2
         assert words in capsys.readouterr().err
-    monkeypatch.setattr(checks, "REPORT_BYTES", 10**18)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
     assert main(arguments(place, **PLAIN, offload="on", resume="true")) == 2
     assert "of disk are free" in capsys.readouterr().err
 

@@ -30,8 +30,10 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.config import Config, TextConfig
-from torch_impl.experiment.planning import scaling
 from torch_impl.experiment.planning.geometry import build
+from torch_impl.experiment.planning.phases import Place, phases
+from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.planning.traffic import step_traffic
 
 
 def options(small: bool, method: str) -> Config:
@@ -117,9 +119,9 @@ def main() -> int:
             several = work(model, family, config, device)
             cards = distributed.processes()
             peak = max(_gathered(several["peak"]))
-            layout = scaling.layout_of(model, family, torch.empty(0, dtype=dtype).element_size())
+            sizes = Sizes.of(Decoder(model), dtype)
             leads = distributed.is_main_process()
-    return _report(arguments, config, layout, cards, one, {**several, "peak": peak}) if leads else 0
+    return _report(arguments, config, sizes, Place(device.type, cards), one, {**several, "peak": peak}) if leads else 0
 
 
 def _gathered(value: int) -> list[int]:
@@ -129,9 +131,9 @@ def _gathered(value: int) -> list[int]:
 
 
 def _report(
-    arguments: Any, config: Config, layout: scaling.Layout, cards: int, one: dict[str, Any], several: dict[str, Any]
+    arguments: Any, config: Config, sizes: Sizes, place: Place, one: dict[str, Any], several: dict[str, Any]
 ) -> int:
-    figures = compare(several, one)
+    figures, cards = compare(several, one), place.cards
     print(f"{cards} processes, {arguments.blocks} blocks, torch {torch.__version__}\n")
     print(f"{'figure':<44}{'measured':>12}{'bound':>12}")
     for what, value in figures.items():
@@ -150,23 +152,24 @@ def _report(
     steps = sum(len(record.losses) for record in one["records"])
     times = [sum(record.seconds["train"] for record in side["records"]) / steps for side in (one, several)]
     print(f"{'an optimizer step':<44}{times[0]:>12.3f}{times[1]:>12.3f}")
-    taken = scaling.memory(layout, config, cards)
+    found = phases(config, sizes, place)
+    taken = max((found[phase] for phase in ("calibration", "training")), key=lambda parts: parts.total)
     print(f"\n{'bytes on the fullest card':<44}{'measured':>16}{'formula':>16}")
-    print(f"{'rows of the weights':<44}{several['held']:>16,}{taken['weights']:>16,}")
-    print(f"{'largest at once':<44}{several['peak']:>16,}{taken['largest at once']:>16,}")
-    step = scaling.training_traffic(layout, config, cards, config.adapter.initial_rank)
-    print(f"{'received in an optimizer step':<44}{'':>16}{sum(step.values()):>16,}")
+    print(f"{'rows of the weights':<44}{several['held']:>16,}{taken.weights:>16,}")
+    print(f"{'largest at once':<44}{several['peak']:>16,}{taken.total:>16,}")
+    step = step_traffic(config, sizes, cards, config.adapter.initial_rank)
+    print(f"{'received in an optimizer step':<44}{'':>16}{step.total:>16,}")
     if arguments.json:
         facts = {
             "figures": figures,
             "seconds": times,
             "peak": several["peak"],
-            "formula": taken,
+            "formula": taken.by_name(),
             "one_peak": one["peak"],
         }
         arguments.json.write_text(json.dumps(facts, indent=1))
     outside = any(not value <= GPU_STEP[what] for what, value in figures.items())
-    return int(outside or not same or several["held"] != taken["weights"])
+    return int(outside or not same or several["held"] != taken.weights)
 
 
 if __name__ == "__main__":

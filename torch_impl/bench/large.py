@@ -30,7 +30,7 @@ from torch_impl.experiment.job import run_in_memory
 from torch_impl.experiment.material import Material
 from torch_impl.experiment.offloaded_job import run_offloaded
 from torch_impl.experiment.planning import geometry
-from torch_impl.experiment.planning.footprint import footprint
+from torch_impl.experiment.planning.phases import Place, peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
 
@@ -209,17 +209,16 @@ def plan(
             config = _options(folder, device, dtype, rows, length, *short, *more)
             model = open_offloaded(folder, torch.device("cpu"), dtype)
             decoder = structure.check_structure(model, config.settings)
-            sizes = Sizes.of(model, decoder.family, dtype)
-            foretold = footprint(config, sizes, device)
-            work = run_offloaded if foretold.streamed else run_in_memory
+            foretold = peak(config, Sizes.of(decoder, dtype), Place.here(device))
+            work = run_offloaded if foretold.offloaded else run_in_memory
             with tempfile.TemporaryDirectory() as out:
-                peak, _ = device_peak(lambda c=config, o=out, w=work: w(c, Path(o)), device)  # type: ignore[misc]
+                taken, _ = device_peak(lambda c=config, o=out, w=work: w(c, Path(o)), device)  # type: ignore[misc]
             yield {
                 "case": case,
                 "phase": foretold.phase,
-                "foretold, GB": foretold.device_bytes / 1e9,
-                "measured, GB": peak / 1e9,
-                "foretold / measured": foretold.device_bytes / peak,
+                "foretold, GB": foretold.device.total / 1e9,
+                "measured, GB": taken / 1e9,
+                "foretold / measured": foretold.device.total / taken,
                 "seconds": time.perf_counter() - start,
             }
 

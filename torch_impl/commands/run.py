@@ -10,7 +10,7 @@ from torch_impl.experiment.command import command, process, say
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.job import run_in_memory, run_job
 from torch_impl.experiment.offloaded_job import run_offloaded
-from torch_impl.experiment.planning import dry_run
+from torch_impl.experiment.planning import dry_run, show
 
 
 @command
@@ -21,9 +21,9 @@ def main(arguments: Sequence[str]) -> None:
         make_deterministic()
     if config.output.dry_run:
         if not process():
-            say(dry_run.show_plan(dry_run.make_plan(config)))
+            say(show.plan_text(dry_run.make_plan(config)))
         return
-    result, folder = run_job(config, run_offloaded if dry_run.streams(config) else run_in_memory)
+    result, folder = run_job(config, run_offloaded if dry_run.offloads(config) else run_in_memory)
     if process():
         return
     say(report.table(result))

@@ -27,12 +27,6 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def bytes_in_training(itemsize: int) -> int:
-    """Bytes that reconstruction takes for one weight of `itemsize` bytes, beside it: see `Sizes.reconstruction`."""
-    rounded = 2 * itemsize if itemsize < 4 else 0
-    return 4 * max(4, itemsize) + 2 * itemsize + rounded + 1
-
-
 class Room:
     """Room for hidden states on a device, besides the `working` bytes that the computation itself needs.
 

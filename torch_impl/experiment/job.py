@@ -109,11 +109,11 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     journal = open_journal(config, folder)
     notes = journal.notes
     material = load_material(config)
-    model, decoder = material.model, Decoder(material.model)
+    model = material.model
     environment = environment_of(config, material)
     if notes:
         identity.check_material(notes["environment"], environment)
-    checks.check(model, decoder.family, config, folder)
+    checks.check(model, config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
 
     def measure(what: torch.nn.Module, **labels: Any) -> float:

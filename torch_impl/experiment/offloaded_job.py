@@ -28,6 +28,7 @@ from torch_impl.experiment.job import at_once, open_journal
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
+from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.result import summarise, write_results
 from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
 
@@ -41,9 +42,11 @@ def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
     environment = environment_of(config, material)
     if journal.notes:
         identity.check_material(journal.notes["environment"], environment)
-    checks.check_disk(_bytes_of(material.model) + checks.REPORT_BYTES, "pruned model", config, folder)
+    decoder = Decoder(material.model)
+    disk = checks.disk(config, Sizes.of(decoder, material.model.dtype), offloaded=True)
+    checks.check_disk(disk.total, "pruned model", config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
-    sweeps = Sweeps(Decoder(material.model), config, material)
+    sweeps = Sweeps(decoder, config, material)
     earlier = journal.notes.get("seconds", 0.0)
     with journal.stopping_at_points():
         dense = _dense(sweeps, journal, environment, metrics)

@@ -27,6 +27,7 @@ from torch_impl.engine.structure import check_weights
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import stream_perplexity
 from torch_impl.experiment.material import Material
+from torch_impl.experiment.planning.phases import working
 from torch_impl.experiment.planning.sizes import Sizes
 
 
@@ -61,21 +62,15 @@ class Sweeps:
         reader = reader_of(decoder)
         self.device = reader.device
         self._batch = config.calibration.calibration_batch_size
-        self._sizes = Sizes.of(decoder.model, decoder.family, reader.dtype)
-        text, tokens = config.text, self._batch * config.calibration.seqlen
-        working = self._sizes.working(config.prune.prune_method, tokens, (text.eval_batch_size, text.eval_seqlen))
-        if config.reconstruction.reconstruct_epochs:
-            sequences = min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples)
-            training = self._sizes.reconstruction(sequences * config.calibration.seqlen)
-            working = max(working, 2 * self._sizes.largest_block * self._sizes.itemsize + training)
-        self.room = memory.Room(self.device, working, budget)
+        self._sizes = Sizes.of(decoder, reader.dtype)
+        self.room = memory.Room(self.device, working(config, self._sizes).total, budget)
 
     def stream(self, ids: torch.Tensor, batch: int, copies: int = 1) -> calibration.Stream:
         wanted = copies * self._sizes.stream(ids.numel())
         return calibration.start_stream(self.decoder, ids, batch, on_host=not self.room.take(wanted))
 
     def _blocks(self, description: str) -> Iterator[nn.Module]:
-        blocks = tqdm(sweep(self.decoder), desc=description, total=len(self._sizes.prunable_of_blocks), leave=False)
+        blocks = tqdm(sweep(self.decoder), desc=description, total=len(self._sizes.blocks), leave=False)
         with calibration.compiled([self.decoder], self.config.training.compile_blocks):
             yield from blocks
         self.room.give_back()

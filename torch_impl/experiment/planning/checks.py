@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_impl import schedule
 from torch_impl.engine import distributed
-from torch_impl.engine.families import Family, decoder_blocks, position_limit, prunable_weights, weight_of
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import position_limit
+from torch_impl.engine.memory import free_bytes
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning import phases
+from torch_impl.experiment.planning.sizes import Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -22,60 +25,55 @@ GIB = 2**30
 REPORT_BYTES = 2**20
 
 
-def ranks_at_most(config: Config) -> int:
-    """The largest mean rank of any step."""
-    return config.adapter.initial_rank + config.prune.steps - 1
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on the disk at the end of a run, by what they are for."""
+
+    model: int
+    """The merged model."""
+    checkpoints: int = 0
+    """What an interrupted run resumes from."""
+    report: int = REPORT_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.model + self.checkpoints + self.report
 
 
-def adapter_numbers(model: nn.Module, family: Family, config: Config) -> int:
-    """Entries of all A and B at the largest mean rank; 0 without fine-tuning."""
-    if not config.training.finetune:
-        return 0
-    blocks = decoder_blocks(model, family)
-    return ranks_at_most(config) * len(blocks) * sum(sum(weight_of(blocks[0], n).shape) for n in family.projections)
-
-
-def disk(model: nn.Module, family: Family, config: Config, size: int) -> dict[str, int]:
-    """Bytes on the disk at the end, by what they are for; size: bytes of a weight."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    prunable = prunable_weights(model, family)
+def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
+    """The most that a run has on the disk at once. An offloaded one resumes from the model that it writes."""
+    if offloaded:
+        return Disk(sizes.weights())
     moved = (
         config.prune.method.moves_weights
         or config.adapter.rank_shrink == "fold"
         or config.reconstruction.reconstruct_epochs > 0
     )
-    # A base weight is one bit where it is the dense one under a mask. A point being written adds to those kept; points
+    # A base weight is one bit where it is the dense one under a mask. A checkpoint being written adds to those kept; they
     # take turns with two files of each block, and change one of them, or all by folding, in between.
-    block_bytes = max(prunable) * size if moved else max(prunable) // 8
+    most = sizes.largest_prunable
+    block = most * sizes.itemsize if moved else most // 8
     copies = config.output.keep_points + 1
     sets = copies if config.adapter.rank_shrink == "fold" else min(2, config.output.keep_points)
-    of_blocks = block_bytes * (len(prunable) * sets + copies)
-    return {
-        "merged model": parameters * size,
-        "points": of_blocks + copies * 12 * adapter_numbers(model, family, config),
-        "report": REPORT_BYTES,
-    }
+    rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if config.training.finetune else 0
+    # Values and two moments of the adapters.
+    return Disk(sizes.weights(), block * (len(sizes.blocks) * sets + copies) + copies * 3 * sizes.adapters(rank))
 
 
-def memory(model: nn.Module, family: Family, config: Config, size: int) -> dict[str, int]:
-    """Bytes on the device, beyond the loaded model, that no smaller batch can do without; size: bytes of a weight."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    hidden: Any = model.config.hidden_size  # type: ignore[union-attr]
-    tokens = config.calibration.nsamples * config.calibration.seqlen
-    # float32 value, gradient and two moments.
-    adapters = 16 * adapter_numbers(model, family, config)
-    return {
-        "dense copy": parameters * size,
-        "streams of hidden states and copies": 2 * tokens * int(hidden) * size,
-        "adapters and optimizer": adapters,
-    }
+def least_memory(config: Config, sizes: Sizes) -> int:
+    """Bytes on the device, beyond the loaded model, that no smaller batch can do without."""
+    found = phases.phases(config, sizes, phases.Place("cuda"))
+    calibration, training = found["calibration"], found.get("training", phases.Parts())
+    # The streams are there before the adapters are, and gone when these train.
+    return calibration.dense_copy + max(calibration.streams, training.adapters + training.gradients + training.moments)
 
 
 def check_lengths(model: PreTrainedModel, config: Config) -> None:
     """Errors: ValueError naming the options that ask for longer sequences than the model has positions for, or for more
     of them than the memory holds token ids of."""
     nsamples, seqlen = config.calibration.nsamples, config.calibration.seqlen
-    if (taken := 8 * nsamples * seqlen) > (there := psutil.virtual_memory().available):
+    if (taken := 8 * nsamples * seqlen) > (there := free_bytes(torch.device("cpu"))):
         raise ValueError(
             f"nsamples is {nsamples} and seqlen is {seqlen}: their token ids alone take {taken / GIB:,.0f} GiB of memory, and "
             f"{there / GIB:,.0f} GiB are free; take fewer"
@@ -111,19 +109,15 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *id
         )
 
 
-def check(model: nn.Module, family: Family, config: Config, folder: Path) -> None:
+def check(model: PreTrainedModel, config: Config, folder: Path) -> None:
     """Errors: ValueError naming need and supply if the disk or the device has too little for the run in `folder`."""
+    sizes = Sizes.of(Decoder(model), model.dtype)
     if distributed.is_main_process():
-        size = next(model.parameters()).element_size()
-        check_disk(
-            sum(disk(model, family, config, size).values()),
-            "merged model and points, fewer with keep_points",
-            config,
-            folder,
-        )
+        needed = disk(config, sizes, offloaded=False).total
+        check_disk(needed, "merged model and points, fewer with keep_points", config, folder)
     if distributed.processes() == 1:
         # Several hold a share each; the dry run says how much that is.
-        _check_memory(model, family, config)
+        _check_memory(least_memory(config, sizes), next(model.parameters()).device)
 
 
 def check_disk(needed: int, purpose: str, config: Config, folder: Path) -> None:
@@ -137,21 +131,10 @@ def check_disk(needed: int, purpose: str, config: Config, folder: Path) -> None:
         )
 
 
-def _check_memory(model: nn.Module, family: Family, config: Config) -> None:
-    weight = next(model.parameters())
-    parts = memory(model, family, config, weight.element_size())
-    streams, needed = parts["streams of hidden states and copies"], sum(parts.values())
-    there = _free_memory(weight.device)
-    # The streams are there before the adapters are, and gone when these train.
-    needed -= min(streams, parts["adapters and optimizer"])
-    if needed > there:
+def _check_memory(needed: int, device: torch.device) -> None:
+    free = free_bytes(device)
+    if needed > free:
         raise ValueError(
-            f"device {weight.device}: {there / GIB:.2f} GiB of memory are free; allowed: {needed / GIB:.2f} GiB beside the "
+            f"device {device}: {free / GIB:.2f} GiB of memory are free; allowed: {needed / GIB:.2f} GiB beside the "
             "model at the least, so take a smaller nsamples, seqlen or initial_rank, or a device with more memory"
         )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

@@ -1,33 +1,47 @@
-"""Sizes of one model, and the bytes that each piece of work on it takes. Peaks are of tensors, as PyTorch's allocator counts."""
+"""The shapes of one model, and the bytes that each piece of work on it takes.
+
+Peaks are those of tensors, as PyTorch's allocator counts them.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from torch_impl.engine.families import Family, decoder_blocks, prunable_weights, weight_of
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.loss import AT_ONCE
-from torch_impl.engine.memory import bytes_in_training
-from torch_impl.masks.select import SORTED_AT_ONCE
+from torch_impl.masks.method import Method
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockShapes:
+    """Shapes of one decoder block: of all its parameters, adapters left out, and of its projections, (out, in)."""
+
+    parameters: tuple[Shape, ...]
+    projections: tuple[tuple[int, int], ...]
+
+    @property
+    def prunable(self) -> int:
+        """Number of weights that may be pruned."""
+        return _numbers(self.projections)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one model in one dtype; numbers of elements unless they are said to be bytes."""
+    """Shapes of one model in one dtype. Methods return bytes, properties numbers of elements."""
 
     itemsize: int
-    parameters: int
-    outside: int
-    """Parameters that lie outside the decoder blocks."""
-    largest_block: int
-    prunable_of_blocks: list[int]
-    entries_per_rank: int
-    """Of all adapters, for one rank."""
-    largest_projection: int
-    inputs: list[int]
-    """Inputs of each group of projections that share them."""
+    """Bytes of a number."""
+    blocks: tuple[BlockShapes, ...]
+    outside: tuple[Shape, ...]
+    """Shapes of all parameters outside the decoder blocks."""
+    inputs: tuple[int, ...]
+    """Width of the input of each group of projections that share one; the largest of all blocks."""
     hidden: int
     width: int
     """Of the MLP inside."""
@@ -37,29 +51,81 @@ class Sizes:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: nn.Module, family: Family, dtype: torch.dtype) -> Sizes:
-        """Read off a model, which needs no weights."""
-        blocks = decoder_blocks(model, family)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        of_blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-        weights = [weight_of(blocks[0], name) for name in family.projections]
-        inputs = [weight_of(blocks[0], group[0]).shape[1] for group in family.inputs]
-        head = model.get_output_embeddings().weight  # type: ignore[operator]
+    def of(cls, decoder: Decoder, dtype: torch.dtype) -> Sizes:
+        """Read off a model, which needs no weights and may be sharded."""
+        family, model = decoder.family, decoder.model
+        weights = [family.weights_of(block) for block in decoder.blocks]
+        blocks = tuple(
+            BlockShapes(
+                parameters=tuple(tuple(p.shape) for n, p in block.named_parameters() if not n.endswith((".A", ".B"))),
+                projections=tuple((int(w.shape[0]), int(w.shape[1])) for w in of_block.values()),
+            )
+            for block, of_block in zip(decoder.blocks, weights, strict=True)
+        )
+        outside = (p for name, p in model.named_parameters() if not name.startswith(f"{family.blocks}."))
+        inputs = tuple(max(int(of_block[group[0]].shape[1]) for of_block in weights) for group in family.inputs)
+        names = family.projections
         return cls(
             itemsize=dtype.itemsize,
-            parameters=parameters,
-            outside=parameters - sum(of_blocks),
-            largest_block=max(of_blocks),
-            prunable_of_blocks=prunable_weights(model, family),
-            entries_per_rank=len(blocks) * sum(sum(weight.shape) for weight in weights),
-            largest_projection=max(weight.numel() for weight in weights),
+            blocks=blocks,
+            outside=tuple(tuple(parameter.shape) for parameter in outside),
             inputs=inputs,
-            hidden=weights[-1].shape[0],
+            hidden=int(weights[0][names[-1]].shape[0]),
             width=inputs[-1],
             gated=len(family.inputs[-2]) == 2,
-            keys=weights[1].shape[0],
-            vocabulary=head.shape[0],
+            keys=int(weights[0][names[1]].shape[0]),
+            vocabulary=int(model.get_output_embeddings().weight.shape[0]),  # type: ignore[operator]
         )
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        return _numbers(self.outside) + sum(_numbers(block.parameters) for block in self.blocks)
+
+    @property
+    def prunable(self) -> int:
+        """Weights that may be pruned."""
+        return sum(block.prunable for block in self.blocks)
+
+    @property
+    def largest_prunable(self) -> int:
+        """Weights that may be pruned of the block that has most of them."""
+        return max(block.prunable for block in self.blocks)
+
+    @property
+    def entries_per_rank(self) -> int:
+        """Entries of all adapters together, for one rank."""
+        return sum(sum(shape) for block in self.blocks for shape in block.projections)
+
+    @property
+    def largest_projection(self) -> int:
+        """Weights of the largest projection."""
+        return max(math.prod(shape) for block in self.blocks for shape in block.projections)
+
+    def rows(self, shapes: Iterable[Shape], cards: int) -> int:
+        """Bytes of the rows of parameters that a card holds: ⌈rows / N⌉ of each, as FSDP2 pads the last card's."""
+        return sum(math.ceil(shape[0] / cards) * math.prod(shape[1:]) for shape in shapes) * self.itemsize
+
+    def weights(self, cards: int = 1) -> int:
+        """Bytes of the rows of all weights that each of several cards holds."""
+        return sum(self.rows(block.parameters, cards) for block in self.blocks) + self.rows(self.outside, cards)
+
+    def block(self, cards: int = 1) -> int:
+        """Bytes of the largest block; gathered from several cards, with its padding."""
+        return cards * max(self.rows(block.parameters, cards) for block in self.blocks)
+
+    def outside_blocks(self, cards: int = 1) -> int:
+        """Bytes of what lies outside the blocks; gathered from several cards, with its padding."""
+        return cards * self.rows(self.outside, cards)
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of a number in float32 at least."""
+        return max(4, self.itemsize)
+
+    def adapters(self, rank: int) -> int:
+        """Bytes of all adapters at a mean rank; as many for their gradients, twice as many for their moments."""
+        return rank * self.entries_per_rank * self._wide
 
     def stream(self, tokens: int) -> int:
         """Bytes of the hidden states of so many tokens."""
@@ -72,60 +138,53 @@ class Sizes:
 
     def logits(self, windows: int, seqlen: int) -> int:
         """Bytes of the logits of evaluation windows, one of them in float32 at least and once more as log-probabilities."""
-        return self.vocabulary * seqlen * (windows * self.itemsize + 2 * max(4, self.itemsize))
+        return self.vocabulary * seqlen * (windows * self.itemsize + 2 * self._wide)
 
-    def pruning(self, method: str) -> int:
-        """Bytes that pruning one projection takes beside its weight, statistics of the block's inputs included."""
-        wide = max(4, self.itemsize)
-        entries = self.largest_projection
-        sorting = min(entries, SORTED_AT_ONCE) * 36 if method == "wanda" else entries * 36
-        if method != "sparsegpt":
-            return max(entries * (2 * wide + 3) + sorting, entries * (3 * wide + self.itemsize + 2))
-        return self._hessians() + max(5 * max(self.inputs) ** 2 * wide, entries * (4 * wide + 3))
+    def statistics(self, method: Method) -> int:
+        """Bytes of a pruning method's statistics of the inputs of one block."""
+        entries = method.statistic.entries if method.statistic is not None else lambda inputs: 0
+        return self._wide * sum(entries(inputs) for inputs in self.inputs)
 
-    def _hessians(self) -> int:
-        return sum(inputs**2 for inputs in self.inputs) * max(4, self.itemsize)
-
-    def calibration(self, method: str, tokens: int) -> int:
-        """Bytes that gathering a block's statistics from batches of so many tokens, or pruning it, takes at most."""
-        gathering = self.forward(tokens) + (self._hessians() if method == "sparsegpt" else 0)
-        return max(gathering, self.pruning(method))
+    def calibration(self, method: Method, tokens: int) -> int:
+        """Bytes that gathering a block's statistics from batches of so many tokens, then pruning a projection, takes at most."""
+        shapes = {shape for block in self.blocks for shape in block.projections}
+        pruning = max(method.workspace(rows, columns, self.itemsize) for rows, columns in shapes)
+        return self.statistics(method) + max(self.forward(tokens), pruning)
 
     def kept_for_backward(self, compiled: bool, recomputed: bool = False) -> int:
         """Bytes that a decoder block keeps of one token until its backward pass.
 
-        Queries, keys, values and output of the attention; and if the block is compiled, the inputs of its norms and of the
-        MLP's non-linear part, of which the rest is made again, and one of these too if it is recomputed; else the inputs
-        of its norms in float32, those of its projections, and all that the MLP's product is made of.
+        Queries, keys, values and output of the attention. A compiled block also keeps the inputs of its norms and of the
+        MLP's non-linear part and recomputes the rest, one of these too if `recomputed`. Any other block keeps the inputs
+        of its norms in float32, those of its projections, and all factors of the MLP's product.
         """
         attention = 2 * self.hidden + 2 * self.keys
         if compiled:
             inside = (2 if self.gated else 1) - recomputed
             return (2 * self.hidden + attention + inside * self.width) * self.itemsize
-        norms = 2 * self.hidden * max(4, self.itemsize)
+        norms = 2 * self.hidden * self._wide
         mlp = 4 * self.width if self.gated else 2 * self.width
         return norms + (2 * self.hidden + attention + mlp) * self.itemsize
 
     def reconstruction(self, tokens: int) -> int:
-        """Bytes that training the weights of one block takes beside them, with so many tokens at once: values, gradients and two
-        moments in float32 at least, the masks, the merged weights twice, in half precision also a rounded copy and its
-        gradients, what the block keeps for its backward pass, and its output's error."""
-        per_token = self.kept_for_backward(compiled=False) + 2 * max(4, self.itemsize) * self.hidden
-        return max(self.prunable_of_blocks) * bytes_in_training(self.itemsize) + tokens * per_token
+        """Bytes that training the weights of one block takes beside them, with so many tokens at once.
+
+        Of each weight: value, gradient and two moments in float32 at least, the merged weight twice, a byte of the mask,
+        and in half precision a rounded copy and its gradient. Of each token: what the block keeps for its backward pass,
+        and the error of its output in float32 twice.
+        """
+        rounded = 2 * self.itemsize if self.itemsize < 4 else 0
+        per_weight = 4 * self._wide + 2 * self.itemsize + rounded + 1
+        per_token = self.kept_for_backward(compiled=False) + 2 * self._wide * self.hidden
+        return self.largest_prunable * per_weight + tokens * per_token
 
     def loss(self, tokens: int, distilled: bool) -> int:
-        """Bytes of what the loss of a training micro-batch needs: logits, their gradient, the dense model's logits if it learns
+        """Bytes that the loss of a training micro-batch takes: logits, their gradient, the dense model's logits if it learns
         from them, and a part of each twice in float32 at least."""
-        wide, logits = max(4, self.itemsize), tokens * self.vocabulary
+        logits = tokens * self.vocabulary
         models = 2 if distilled else 1
-        return logits * (1 + models) * self.itemsize + min(logits, AT_ONCE) * 2 * models * wide
+        return logits * (1 + models) * self.itemsize + min(logits, AT_ONCE) * 2 * models * self._wide
 
-    def working(self, method: str, calibration_tokens: int, evaluation: tuple[int, int]) -> int:
-        """Bytes of the device that streamed pruning takes beside what lies outside the blocks and the hidden states:
-        a block, the next one, and the largest piece of work. evaluation: windows at once and their length."""
-        work = max(
-            self.calibration(method, calibration_tokens),
-            self.forward(evaluation[0] * evaluation[1]),
-            self.logits(*evaluation),
-        )
-        return 2 * self.largest_block * self.itemsize + work
+
+def _numbers(shapes: Iterable[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)

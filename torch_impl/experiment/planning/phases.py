@@ -1,0 +1,269 @@
+"""The byte model: what a run holds at once in each of its phases, on every card and on the host.
+
+One model for one card, for many cards and for offloading. It reads the configuration, the shapes of the model and the place,
+and nothing else. Host memory is counted beside what the libraries take.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from torch_impl import schedule
+from torch_impl.engine.calibration import compiles
+from torch_impl.engine.memory import SHARE, Room, free_bytes
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning.sizes import Sizes
+
+# Assumed length of an evaluation text whose windows are not counted yet: that of WikiText-2's test set, in tokens.
+EVALUATION_TOKENS = 340_000
+# Free bytes of a machine that nobody has seen: more than any has.
+UNBOUNDED = 2**60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run computes: cards of one kind (cuda or cpu), and the bytes free on each of them and on the host."""
+
+    kind: str
+    cards: int = 1
+    free: int = UNBOUNDED
+    free_host: int = UNBOUNDED
+
+    @classmethod
+    def here(cls, device: torch.device, cards: int = 1) -> Place:
+        """This machine as it is now."""
+        return cls(device.type, cards, free_bytes(device), free_bytes(torch.device("cpu")))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes held at the same time, by what they are for."""
+
+    weights: int = 0
+    """Of the model that is pruned: on each of several cards its rows, offloaded what lies outside the blocks."""
+    dense_copy: int = 0
+    reloaded: int = 0
+    """The weights that were written and read again."""
+    blocks: int = 0
+    """Whole blocks: gathered from all cards, or those between files and device."""
+    outside: int = 0
+    """What lies outside the blocks, gathered from all cards."""
+    merged: int = 0
+    """Merged weights that are held."""
+    adapters: int = 0
+    gradients: int = 0
+    moments: int = 0
+    streams: int = 0
+    """Hidden states of all sequences."""
+    activations: int = 0
+    """Kept for the backward pass."""
+    work: int = 0
+    """Computing or pruning a block, or its backward pass."""
+    logits: int = 0
+    """Logits, or the loss over them."""
+    reconstruction: int = 0
+    """Training the weights of a block."""
+    masks: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.by_name().values())
+
+    def by_name(self) -> dict[str, int]:
+        """Those that are not zero."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if getattr(self, part.name)}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a run holds when it holds most of a card, and what it holds of the host.
+
+    phase: calibration, reconstruction, training, evaluation or verification; offloaded: dense, pruning or verifying sweep.
+    """
+
+    offloaded: bool
+    phase: str
+    device: Parts
+    host: Parts
+
+
+def peak(config: Config, sizes: Sizes, place: Place) -> Peak:
+    """The largest of all phases, in memory or offloaded: as `offload` says, or else as it fits."""
+    in_memory = _in_memory(config, sizes, place)
+    if place.cards > 1 or not config.plain or config.model.offload == "off":
+        return in_memory
+    fits = in_memory.device.total <= SHARE * place.free and in_memory.host.total <= SHARE * place.free_host
+    return in_memory if fits and config.model.offload == "auto" else _offloaded(config, sizes, place)
+
+
+def _in_memory(config: Config, sizes: Sizes, place: Place) -> Peak:
+    found = phases(config, sizes, place)
+    phase = max(found, key=lambda name: found[name].total)
+    return Peak(False, phase, found[phase], _host(sizes, place) if place.kind == "cuda" else found[phase])
+
+
+def _host(sizes: Sizes, place: Place) -> Parts:
+    """What the host of a GPU holds: a model is read and saved through it, by several processes a block at a time."""
+    masks = math.ceil(sizes.prunable / place.cards)
+    if place.cards == 1:
+        return Parts(weights=sizes.weights(), masks=masks)
+    return Parts(blocks=max(sizes.block(), sizes.outside_blocks()), masks=masks)
+
+
+def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
+    """What each card holds in each phase of a run in memory."""
+    cards = place.cards
+    held = sizes.weights(cards)
+    base = Parts(weights=held, dense_copy=held, **_adapters(config, sizes, cards))
+    streams = 2 * sizes.stream(math.ceil(config.calibration.nsamples / cards) * config.calibration.seqlen)
+    passing = _gathered_by_a_pass(sizes, cards)
+    evaluation = {**passing, **_evaluation(config, sizes)}
+    # Merged and reloaded model are there at the end; on a GPU the masks are kept by the host.
+    masks = 0 if place.kind == "cuda" else math.ceil(sizes.prunable / cards)
+    found = {
+        "calibration": _calibration(replace(base, streams=streams), config, sizes, cards),
+        "evaluation": replace(base, **evaluation),
+        "verification": Parts(weights=held, reloaded=held, masks=masks, **evaluation),
+    }
+    if config.reconstruction.reconstruct_epochs:
+        # The pruned block, and the one that was gathered last.
+        blocks = 2 * sizes.block(cards) if cards > 1 else 0
+        work = _reconstruction(config, sizes, cards)
+        found["reconstruction"] = replace(base, streams=streams, blocks=blocks, reconstruction=work)
+    if config.training.finetune:
+        found["training"] = replace(base, **passing, **_training(config, sizes, place))
+    return found
+
+
+def _gathered_by_a_pass(sizes: Sizes, cards: int) -> dict[str, int]:
+    """What a card of several has whole during a forward or backward pass.
+
+    A unit is there twice while it is gathered: the message, and the unit itself. What lies outside the blocks is gathered
+    first; then a block computes while the next one is on its way.
+    """
+    if cards == 1:
+        return {}
+    block, outside = sizes.block(cards), sizes.outside_blocks(cards)
+    if outside > 2 * block:
+        return {"blocks": block, "outside": 2 * outside}
+    return {"blocks": 3 * block, "outside": outside}
+
+
+def _calibration(base: Parts, config: Config, sizes: Sizes, cards: int) -> Parts:
+    """Pruning a block; or, of several cards, embedding the sequences, for which what lies outside the blocks is gathered."""
+    sequences = min(config.calibration.calibration_batch_size, math.ceil(config.calibration.nsamples / cards))
+    merges = config.training.finetune and config.prune.steps > 1
+    pruning = replace(
+        base,
+        merged=sizes.block() if merges else 0,
+        work=sizes.calibration(config.prune.method, sequences * config.calibration.seqlen),
+    )
+    if cards == 1:
+        return pruning
+    # The pruned block, the dense one, and the message with one of them.
+    pruning = replace(pruning, blocks=3 * sizes.block(cards))
+    embedding = replace(base, outside=2 * sizes.outside_blocks(cards))
+    return max(pruning, embedding, key=lambda parts: parts.total)
+
+
+def _adapters(config: Config, sizes: Sizes, cards: int) -> dict[str, int]:
+    """Adapters at the last step, when they have most ranks; several cards also hold the gradients as one message."""
+    if not config.training.finetune:
+        return {}
+    size = sizes.adapters(schedule.mean_rank(config.prune.steps, config.adapter.initial_rank))
+    return {"adapters": size, "gradients": size * (2 if cards > 1 else 1), "moments": 2 * size}
+
+
+def _evaluation(config: Config, sizes: Sizes) -> dict[str, int]:
+    """A batch of windows in a block, or its logits."""
+    windows, seqlen = config.text.eval_batch_size, config.text.eval_seqlen
+    work, logits = sizes.forward(windows * seqlen), sizes.logits(windows, seqlen)
+    return {"work": work} if work > logits else {"logits": logits}
+
+
+def _reconstruction(config: Config, sizes: Sizes, cards: int = 1) -> int:
+    """Training one block, which is whole on every card, on a card's share of a batch."""
+    sequences = math.ceil(min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples) / cards)
+    return sizes.reconstruction(sequences * config.calibration.seqlen)
+
+
+def micro_batch(config: Config, cards: int) -> int:
+    """Sequences that a card trains on at once."""
+    training = config.training
+    return min(training.per_device_train_batch_size, math.ceil(training.batch_size / cards))
+
+
+def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
+    training = config.training
+    tokens = micro_batch(config, place.cards) * config.text.train_seqlen
+    merged = sizes.prunable * sizes.itemsize
+    holds = _holds_merged(config, sizes, place)
+    compiled = compiles(training.compile_blocks, sizes.prunable, torch.device(place.kind))
+    of_block = tokens * sizes.kept_for_backward(compiled, not holds and not training.gradient_checkpointing)
+    # A weight's gradient is a whole matrix until it is contracted; so is a merged weight that is not held.
+    work = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)
+    logits = sizes.loss(tokens, training.loss == "kl")
+    if training.gradient_checkpointing:
+        kept, work = sizes.stream(tokens), of_block + work
+    else:
+        kept = of_block
+    return {
+        "merged": merged if holds else 0,
+        "activations": kept * len(sizes.blocks),
+        **({"work": work} if work > logits else {"logits": logits}),
+    }
+
+
+def _holds_merged(config: Config, sizes: Sizes, place: Place) -> bool:
+    """Whether the merged weights are held while training: see `TrainingConfig.hold_merged`."""
+    wanted = config.training.hold_merged
+    if place.cards > 1 or wanted != "auto":
+        return place.cards == 1 and wanted == "on"
+    needed = 2 * sizes.weights() + 2 * sizes.prunable * sizes.itemsize
+    return place.kind != "cuda" or needed <= place.free
+
+
+def working(config: Config, sizes: Sizes) -> Parts:
+    """What a sweep of an offloaded run takes at most of the device, beside hidden states and what lies outside the blocks:
+    a block and the next one, and the largest piece of work on them."""
+    calibration = config.calibration
+    at_once = min(calibration.calibration_batch_size, calibration.nsamples) * calibration.seqlen
+    pieces = [Parts(work=sizes.calibration(config.prune.method, at_once)), Parts(**_evaluation(config, sizes))]
+    if config.reconstruction.reconstruct_epochs:
+        pieces.append(Parts(reconstruction=_reconstruction(config, sizes)))
+    return replace(max(pieces, key=lambda piece: piece.total), blocks=2 * sizes.block())
+
+
+def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
+    text, calibration = config.text, config.calibration
+    windows = text.eval_windows * text.eval_seqlen if text.eval_windows else EVALUATION_TOKENS
+    outside = sizes.outside_blocks()
+    working_parts = working(config, sizes)
+    room = Room(torch.device(place.kind), working_parts.total + outside, place.free)
+    rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0
+    probe = sizes.stream(2 * text.eval_seqlen)
+    sweeps = {
+        "dense": [sizes.stream(rmi), sizes.stream(windows)],
+        "pruning": [2 * sizes.stream(calibration.nsamples * calibration.seqlen), probe],
+        "verifying": [sizes.stream(windows), probe],
+    }
+    found: dict[str, Parts] = {}
+    hosted = 0
+    for name, streams in sweeps.items():
+        kept = sum(size for size in streams if room.take(size))
+        room.give_back()
+        hosted = max(hosted, sum(streams) - kept)
+        # The pruned model's parts outside the blocks are still there when the written model is read.
+        reloaded = outside if name == "verifying" else 0
+        found[name] = replace(working_parts, weights=outside, reloaded=reloaded, streams=kept)
+    phase = max(found, key=lambda name: found[name].total)
+    device = found[phase]
+    # A block being read, and one being written.
+    host = Parts(blocks=2 * sizes.block(), streams=hosted)
+    return Peak(
+        True, phase, device, host if place.kind == "cuda" else replace(device, blocks=device.blocks + sizes.block())
+    )

@@ -1,0 +1,139 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+
+from torch_impl.experiment.planning.dry_run import Plan
+from torch_impl.experiment.planning.phases import Parts
+
+GIB = 2**30
+
+PARTS = {
+    "weights": "weights",
+    "dense_copy": "dense copy",
+    "reloaded": "reloaded weights",
+    "blocks": "whole blocks",
+    "outside": "embeddings and head, whole",
+    "merged": "merged weights",
+    "adapters": "adapters",
+    "gradients": "gradients of the adapters",
+    "moments": "moments of the optimizer",
+    "streams": "hidden states",
+    "activations": "activations",
+    "work": "work on a block",
+    "logits": "logits",
+    "reconstruction": "training of a block",
+    "masks": "masks",
+}
+PHASES = {
+    "calibration": "calibration",
+    "reconstruction": "reconstruction",
+    "training": "training",
+    "evaluation": "evaluation",
+    "verification": "verification",
+    "dense": "the sweep over the dense model",
+    "pruning": "the sweep that prunes",
+    "verifying": "the sweep that verifies",
+}
+DISK = {"model": "merged model", "checkpoints": "checkpoints to resume from", "report": "report"}
+STEP = {"weights": "weights", "gradients": "gradients"}
+CALIBRATION = {
+    "weights": "weights",
+    "pruned": "pruned weights",
+    "statistics": "statistics",
+    "reconstruction": "gradients of reconstruction",
+    "features": "features",
+}
+WORK = {"sweeps": "sweeps", "reconstruction": "reconstruction", "training": "training"}
+
+
+def plan_text(plan: Plan) -> str:
+    """A line for each fact, and one for each part of memory, disk and traffic."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    for name, value in _facts(plan).items():
+        yield f"{name:<30}  {value}"
+    several = plan.cards > 1
+    yield from _parts(
+        f"memory of each of {plan.cards} cards" if several else "device memory", _named(plan.memory.device)
+    )
+    yield from _parts("host memory of each process" if several else "host memory", _named(plan.memory.host))
+    if several:
+        if plan.config.training.finetune:
+            yield from _amounts("received by each in an optimizer step", asdict(plan.step_traffic), STEP)
+        yield from _amounts(
+            "received by each in the calibration of a step", asdict(plan.calibration_traffic), CALIBRATION
+        )
+    yield from _parts("disk", {DISK[name]: size for name, size in asdict(plan.disk).items()})
+    for name, operations in asdict(plan.work).items():
+        yield f"work, {WORK[name]:<24}{operations / 1e12:>12.2f} TFLOP"
+    yield f"{'output':<30}  {plan.config.output_dir}"
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    config = plan.config
+    calibration, text = config.calibration, config.text
+    return {
+        "model": config.model.model,
+        "family": plan.family,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "blocks": f"{plan.blocks:,}",
+        "parameters": f"{plan.parameters:,}",
+        "prunable weights": f"{plan.prunable:,}",
+        "sparsity after each step": str([round(target, 4) for target in plan.sparsity]),
+        "mean rank of each step": str(list(plan.ranks)),
+        "calibration": f"{calibration.nsamples} × {calibration.seqlen} tokens of {text.calibration_data}",
+        "fine-tuning": _fine_tuning(plan),
+        **_reconstruction(plan),
+        "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
+        "weights": _where(plan),
+        "most memory is taken in": PHASES[plan.memory.phase],
+    }
+
+
+def _where(plan: Plan) -> str:
+    if plan.memory.offloaded:
+        return "one block at a time from the model's files"
+    return "in memory" if plan.cards == 1 else f"in memory, 1/{plan.cards} of the rows on each card"
+
+
+def _fine_tuning(plan: Plan) -> str:
+    text, training = plan.config.text, plan.config.training
+    if not training.finetune:
+        return "none"
+    shares = [round(share, 3) for share in text.shares(plan.config.prune.steps)]
+    return (
+        f"{text.train_examples} × {text.train_seqlen} tokens of {text.finetune_data}, shares {shares}, "
+        f"{training.optimizer_steps(text.train_examples)} optimizer steps"
+    )
+
+
+def _reconstruction(plan: Plan) -> dict[str, str]:
+    options = plan.config.reconstruction
+    if not options.reconstruct_epochs:
+        return {}
+    batches = math.ceil(plan.config.calibration.nsamples / options.reconstruct_batch_size)
+    return {
+        "reconstruction": f"{options.reconstruct_epochs} epochs of each block at each step, "
+        f"{options.reconstruct_epochs * batches} optimizer steps, learning rate {options.reconstruct_learning_rate:g}"
+    }
+
+
+def _named(parts: Parts) -> dict[str, int]:
+    return {PARTS[name]: size for name, size in parts.by_name().items()}
+
+
+def _parts(title: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    yield f"{title:<30}  {sum(sizes.values()) / GIB:.2f} GiB at once (estimated), of it"
+    yield from (f"  {name:<28}{size / GIB:>10.2f} GiB" for name, size in sizes.items())
+
+
+def _amounts(title: str, sizes: Mapping[str, int], names: Mapping[str, str]) -> Iterator[str]:
+    yield title
+    yield from (f"  {names[name]:<28}{size / GIB:>10.2f} GiB" for name, size in sizes.items())
