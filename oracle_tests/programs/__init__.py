@@ -1,1 +1,1 @@
-"""What is run by hand: checks that need a GPU, faults, mutants, comparisons of whole versions."""
+"""Programs to run by hand: checks on a GPU, broken runs, mutants, comparisons of versions."""

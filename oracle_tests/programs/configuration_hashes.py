@@ -1,12 +1,12 @@
-"""Hash the merged weights of ten runs, to show that a change of the code leaves every bit alone.
+"""Hash the merged weights of ten runs, to show that a code change keeps every bit.
 
     python -m oracle_tests.programs.configuration_hashes > before.txt
     python -m oracle_tests.programs.configuration_hashes --expect before.txt      after the change, on the same machine
 
-The runs are small, but each is a whole one of the command line: every pruning method, pattern, loss, rank rule and dtype occurs,
-with and without reconstruction, training and offloading, on models of every family whose weights come from seeds. Prints a
-SHA-256 of names, dtypes, shapes and bytes of each run's weights, and one of all. With `--expect` the exit status is 1 if any
-differs. Takes less than a minute on one core. Uses `torch_impl.run.main` and nothing else of production.
+The runs are small but complete and go through the command line. They cover every pruning method, pattern and loss, float32 and
+bfloat16, with and without reconstruction, training and offloading, on seeded models of every family. Prints a SHA-256 of names,
+dtypes, shapes and bytes of each run's weights, and one over all. With `--expect` the exit status is 1 if any differs. Takes less
+than a minute on one core. Uses only `torch_impl.run.main` of production.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on the mat 
 
 
 def write_text(file: Path) -> None:
-    """Forty short documents."""
+    """Write forty short documents."""
     file.write_text("\n<|endoftext|>\n".join(f"{WORDS}{n} {WORDS[n % 50 :]}" for n in range(40)), encoding="utf-8")
 
 
 def hash_of_weights(folder: Path) -> str:
-    """SHA-256 of all tensors of a folder, in the order of their names, however they are divided among files."""
+    """Hash all tensors of a folder by name, however they are divided among files."""
     found = hashlib.sha256()
     tensors = {}
     for file in folder.glob("*.safetensors"):

@@ -1,12 +1,12 @@
-"""Break runs of the main job in every way that a long run can break, go on with them, and compare the bits.
+"""Break runs in every way that a long run can break, resume them, and compare the bits.
 
     python -m oracle_tests.programs.faults [--faults 50] [--seed 0]
 
-A small run of the embedded model is broken again and again at points drawn from the seed: killed, killed while it writes,
-a write that fails, a disk that is full (a small tmpfs where one can be mounted), a file of a point cut short, a byte of one
-flipped, Ctrl-C, SIGTERM, a gradient of NaN. After every fault it goes on with `--resume`, perhaps into the next one. In the end the
-merged weights and the metrics, but for times, must be those of the run that nothing happened to. Prints a table and exits
-with 1 if anything was lost. Runs are forked from a process that has imported all and computed nothing.
+Breaks a small run of the embedded model repeatedly at random moments: killed, killed while writing, a failing write, a full disk
+(a small tmpfs where one can be mounted), a truncated file of a checkpoint, a flipped byte in one, Ctrl-C, SIGTERM, a NaN gradient.
+After every fault the run is resumed with `--resume`, possibly into the next fault. In the end its merged weights and metrics,
+except times, must equal those of an undisturbed run. Prints a table and exits with 1 if anything was lost. Runs are forked from a
+process that has imported everything and computed nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def start(arguments: Sequence[str], prepare: Callable[[], None], log: Path) -> i
         torch.set_num_threads(1)
         # A shell's background job ignores Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Pictures take longer than all the rest.
+        # Drawing pictures would take most of the time.
         report.write = lambda *_: None
         prepare()
         status = run_main(arguments)
@@ -117,7 +117,7 @@ def attempt(
 
 
 def at_write(number: int, act: Callable[[Path, bytes], None]) -> Callable[[], None]:
-    """Do something instead of the write of this number, from 1."""
+    """Call `act` before write N, counted from 1."""
     written = 0
 
     def prepare() -> None:
@@ -155,7 +155,7 @@ def _simulated_full(path: Path, data: bytes) -> None:
 
 
 def fill(filler: Path) -> None:
-    """Take all that is left of a small disk."""
+    """Fill a small disk."""
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -187,7 +187,7 @@ def nan_at(number: int) -> Callable[[], None]:
 
 @dataclass
 class Row:
-    """What became of the faults of one kind."""
+    """Outcomes of the faults of one kind."""
 
     tried: int = 0
     went_back: int = 0
@@ -197,7 +197,7 @@ class Row:
 
 @dataclass
 class Harness:
-    """Breaks runs in `place`; `plain` is the run that nothing happened to."""
+    """Break runs in `place`; `plain` is the undisturbed run."""
 
     place: Path
     small_disk: bool
@@ -208,7 +208,7 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.log = self.place.parent / "log.txt"
-        # Python's own sources take longer to read than such a run.
+        # Reading Python's own sources would take longer than such a run.
         text = self.place.parent / "text.txt"
         text.write_text("\n<|endoftext|>\n".join(part for _, part in itertools.islice(corpus.documents("train"), 12)))
         for kind in ("calibration", "finetune", "eval"):
@@ -252,7 +252,7 @@ class Harness:
         return [*self.options, "--output_dir", str(self.target), "--resume"]
 
     def break_once(self, kind: str) -> bool:
-        """One fault. Returns whether it came before the run's end."""
+        """Cause one fault. Returns whether it came before the run's end."""
         write = self.chance.randint(1, self.writes)
         moment = self.chance.uniform(0.0, self.plain.seconds)
         filler = self.place / "filler"
@@ -271,7 +271,7 @@ class Harness:
         allowed = {
             "killed": {-signal.SIGKILL},
             "Ctrl-C": {128 + signal.SIGINT},
-            # Before the first point SIGTERM does what it always does.
+            # Before the first checkpoint SIGTERM has its default effect.
             "SIGTERM": {128 + signal.SIGTERM, -signal.SIGTERM},
         }.get(kind, {2} if kind in ("write failed", "disk full", "NaN gradient") else {-signal.SIGKILL})
         had_points = points.has_points(self.points)
@@ -294,7 +294,7 @@ class Harness:
         return True
 
     def damage(self, kind: str) -> None:
-        """Change a file of a point at random."""
+        """Corrupt a random file of a checkpoint."""
         files = sorted(self.points.glob("*")) if self.points.is_dir() else []
         if not files:
             return
@@ -308,7 +308,7 @@ class Harness:
         file.write_bytes(data)
 
     def hear(self, done: Attempt, had_points: bool) -> None:
-        """What the run that went on after the last fault said of it."""
+        """Count what the run that was resumed after the last fault reports."""
         row = self.rows.get(getattr(self, "last", ""))
         if row is None:
             return
@@ -318,7 +318,7 @@ class Harness:
             row.went_back += 1
 
     def finish(self) -> None:
-        """Let the run end, and compare."""
+        """Let the run finish, and compare."""
         if not self.target.exists():
             had_points = points.has_points(self.points)
             done = attempt(self.arguments(), self.log)
@@ -349,7 +349,7 @@ KINDS = (
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on faults: weights by their hash, events but for their times."""
+    """What must not depend on faults: the hash of the weights, and events without times."""
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for event in events:
         event.pop("seconds", None)
@@ -357,12 +357,12 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def differs(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """The name of the first part that is not as expected."""
+    """Name the first part that is not as expected."""
     return next((f"{name} differ" for name in expected if found[name] != expected[name]), None)
 
 
 def run_faults(harness: Harness, count: int) -> None:
-    """Draw faults of all kinds in turn, some of them one after the other in one run."""
+    """Cause faults of all kinds in turn, sometimes several in one run."""
     tried = 0
     while tried < count:
         for _ in range(harness.chance.randint(1, 4)):
@@ -379,7 +379,7 @@ def run_faults(harness: Harness, count: int) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[tuple[Path, bool]]:
-    """A folder on a tmpfs of its own if one can be mounted, and whether it is."""
+    """Yield a folder, on its own tmpfs if one can be mounted, and whether it is."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name) / "disk"
         place.mkdir()
@@ -394,7 +394,7 @@ def small_disk() -> Iterator[tuple[Path, bool]]:
 
 def table(harness: Harness) -> str:
     """One line per kind of fault."""
-    lines = [f"{'fault':<24}{'tried':>7}{'went back a point':>20}{'began anew':>13}{'lost':>7}"]
+    lines = [f"{'fault':<24}{'tried':>7}{'previous checkpoint':>20}{'started over':>13}{'lost':>7}"]
     rows = {**harness.rows, "in all": Row()}
     for row in harness.rows.values():
         for name in vars(row):

@@ -1,11 +1,11 @@
-"""Text from a packed model against the plain one, on a GPU: the same tokens and logits, tokens/s and memory of both.
+"""Compare text from a packed model with the plain one's on a GPU: tokens, logits, tokens/s and memory.
 
     python -m oracle_tests.programs.gpu_generate [--device cuda] [--blocks 4] [--small]
 
 A random LLaMA with blocks of LLaMA-2-7B's shapes over a small vocabulary, pruned to 70 %, is saved, packed by
-`torch_impl.pack` and run by `torch_impl.generate`. Held: greedy tokens of a tiny model in float32 are the same; logits in
-bf16, of a prompt and of single tokens after it, are within `tolerances.PACKED_LOGITS`. Exits with 1 where they are not.
-`--small` is a quick run of the script.
+`torch_impl.pack` and run by `torch_impl.generate`. Checks that greedy tokens of a tiny model in float32 are the same, and that
+logits in bf16, of a prompt and of single tokens after it, are within `tolerances.PACKED_LOGITS`. Exits with 1 if not.
+`--small` is a quick test of the script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPT = "def main(arguments):"
 
 
 def save(folder: Path, geometry: str, blocks: int, dtype: torch.dtype) -> tuple[Path, Path]:
-    """Folders of a random model pruned to 70 % and of its packed form."""
+    """Save a random model pruned to 70 %, and pack it; returns both folders."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     shape = {**GEOMETRIES[geometry], "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
@@ -51,7 +51,7 @@ def save(folder: Path, geometry: str, blocks: int, dtype: torch.dtype) -> tuple[
 
 
 def text(folder: Path, device: str, tokens: int) -> tuple[PreTrainedModel, torch.Tensor, str]:
-    """(model, greedy token ids, what `generate` says of speed and memory); generated twice, the first time to warm up."""
+    """Generate twice, first to warm up. Returns model, greedy token ids and the figures that `generate` prints."""
     arguments = [str(folder), "--prompt", PROMPT, "--max_new_tokens", str(tokens), "--device", device]
     options = generate._parser().parse_args(arguments)
     if device != "cpu":
@@ -65,7 +65,7 @@ def text(folder: Path, device: str, tokens: int) -> tuple[PreTrainedModel, torch
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Of a prompt, and of four single tokens after it: (tokens, vocabulary), float32."""
+    """Logits of a prompt and of four single tokens after it: (tokens, vocabulary), float32."""
     ids, cache, found = ids[None].to(model.device), DynamicCache(config=model.config), []
     for part in (ids[:, :-4], *ids[:, -4:].split(1, dim=1)):
         found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].float().cpu())
@@ -73,12 +73,12 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def blocks_of(model: PreTrainedModel) -> float:
-    """Memory of the decoder blocks, which is that of the projections but for the norms, GiB."""
+    """Memory of the decoder blocks in GiB: projections and norms."""
     return resident(Decoder(model).blocks)
 
 
 def same_tokens(folder: Path, device: str) -> bool:
-    """A tiny model in float32."""
+    """Compare a tiny model in float32."""
     found = [text(path, device, 32)[1] for path in save(folder, "small", 3, torch.float32)]
     same = torch.equal(*found)
     print(f"float32, small: {len(found[0])} greedy tokens, {'the same' if same else f'not the same: {found}'}\n")
@@ -86,7 +86,7 @@ def same_tokens(folder: Path, device: str) -> bool:
 
 
 def same_logits(folder: Path, options: argparse.Namespace) -> bool:
-    """Blocks of 7B's shapes in bf16, with speed and memory of both."""
+    """Compare blocks of 7B's shapes in bf16, with speed and memory of both."""
     tokens, geometry = (8, "small") if options.small else (128, "llama-2-7b")
     found, sizes = [], []
     ids = torch.randint(0, 200, (24,), generator=torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def same_logits(folder: Path, options: argparse.Namespace) -> bool:
     apart = float((found[0] - found[1]).abs().max() / found[0].abs().max())
     bound = PACKED_LOGITS[torch.bfloat16]
     shape = GEOMETRIES["llama-2-7b"]
-    # Embeddings and head stay dense; the rest is projections but for the norms.
+    # Embeddings and head stay dense; the rest is projections and norms.
     others = 2 * 2 * shape["vocab_size"] * shape["hidden_size"] / 2**30
     dense = 2 * 4 * shape["hidden_size"] ** 2 + 2 * 3 * shape["hidden_size"] * shape["intermediate_size"]
     dense = dense * shape["num_hidden_layers"] / 2**30
@@ -112,7 +112,7 @@ def same_logits(folder: Path, options: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    """Run both; 1 if anything is not the same."""
+    """Run both comparisons. Returns 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--blocks", type=int, default=4)

@@ -1,12 +1,12 @@
-"""On a GPU: work in captured graphs against the same work launch by launch, with freed memory poisoned between replays.
+"""Compare work in captured CUDA graphs with the same work without graphs, with freed memory poisoned between replays.
 
     python -m oracle_tests.programs.gpu_graphs [--model FOLDER --records FILE] [--device cuda] [--examples 320]
 
-A LLaMA of SmolLM2-135M's shapes with random weights, or the model in FOLDER, trains under LoSA on records of many lengths: with
-cross-entropy and with KL, merged weights held and rebuilt, blocks compiled or not, with graphs, without, and with graphs but
-stopped in the middle and resumed. After every optimizer step all memory that nobody owns is filled with 0xFF, which is NaN in
-every float. Losses are compared step by step. Then: a model with dynamic rotary angles, which cannot be captured; a device too
-small for the micro-batch; decoding token by token; Gram matrices of hidden states that are kept on the host. Exits with 1 if
+A LLaMA of SmolLM2-135M's shapes with random weights, or the model in FOLDER, trains under LoSA on records of various lengths: with
+cross-entropy and with KL, merged weights held or rebuilt, blocks compiled or not, with graphs, without, and with graphs but
+stopped midway and resumed. After every optimizer step all free memory is filled with 0xFF, which is NaN in every float. Losses
+are compared step by step. Then: a model with dynamic rotary angles, which cannot be captured; a device too small for the
+micro-batch; decoding token by token; Gram matrices of hidden states on the host. Exits with 1 if
 anything differs.
 """
 
@@ -64,7 +64,7 @@ STEPS = 2
 
 
 def poison(device: torch.device) -> int:
-    """Fill all memory of the allocator that belongs to nobody with 0xFF. Returns its bytes."""
+    """Fill all free memory of the allocator with 0xFF. Returns its bytes."""
     if device.type != "cuda":
         return 0
     gc.collect()
@@ -83,14 +83,14 @@ def poison(device: torch.device) -> int:
 
 
 def random_llama(device: torch.device, shape: dict[str, object], **more: object) -> LlamaForCausalLM:
-    """Random weights in bf16 (float32 on a CPU)."""
+    """Make a model with random weights in bf16 (float32 on a CPU)."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return LlamaForCausalLM(LlamaConfig(**{**shape, **more})).to(device, dtype)
 
 
 def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor, list[Example]]:
-    """Calibration sequences, and examples of as many lengths as real records have."""
+    """Make calibration sequences, and examples of as many lengths as real records have."""
     generator = torch.Generator().manual_seed(1)
     length = 32 if options.small else 256
     ids = torch.randint(vocabulary, (16, length), generator=generator)
@@ -107,7 +107,7 @@ def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor,
 
 
 class Job:
-    """One model and its tokens; `losses` of a run with other training options."""
+    """One model and its tokens; `losses` trains it with other options."""
 
     def __init__(self, model: nn.Module, ids: torch.Tensor, examples: list[Example], device: torch.device) -> None:
         self._model, self._ids, self._device = model, ids, device
@@ -118,7 +118,7 @@ class Job:
     def losses(
         self, config: TrainingConfig, journal: Journal | None = None, found: list[float] | None = None
     ) -> list[float]:
-        """Of every optimizer step, behind those in `found`; freed memory is poisoned after each."""
+        """Losses of every optimizer step, appended to `found`; freed memory is poisoned after each."""
         heard = [] if found is None else found
 
         def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
@@ -134,7 +134,7 @@ class Job:
         return heard
 
     def resumed(self, config: TrainingConfig) -> list[float]:
-        """The same run stopped twice in the middle of training, and resumed in a fresh model each time."""
+        """Stop the same run twice during training, and resume it in a fresh model each time."""
         found: list[float] = []
         blocks = len(Decoder(self._model).blocks)
         with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ class Job:
 
 
 def apart(found: Sequence[float], expected: Sequence[float]) -> float:
-    """The largest relative difference; infinite if a loss is missing or not finite."""
+    """Largest relative difference; infinite if a loss is missing or not finite."""
     if len(found) != len(expected):
         return float("inf")
     values = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
@@ -153,7 +153,7 @@ def apart(found: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def check(name: str, difference: float, allowed: float, started: float, more: str = "") -> bool:
-    """Print a line. Whether it is right."""
+    """Print a line. Returns whether the check passed."""
     right = difference <= allowed
     seconds = time.perf_counter() - started
     print(
@@ -164,7 +164,7 @@ def check(name: str, difference: float, allowed: float, started: float, more: st
 
 
 def check_training(job: Job, compiles: bool) -> bool:
-    """All kinds of training, with graphs and resumed, against launch by launch."""
+    """Compare all kinds of training, with graphs and resumed, with training without graphs."""
     right = True
     for loss, hold, compiled in itertools.product(("ce", "kl"), ("on", "off"), ("off", "on") if compiles else ("off",)):
         config = TrainingConfig(learning_rate=1e-3, loss=loss, hold_merged=hold, compile_blocks=compiled)
@@ -186,7 +186,7 @@ def check_training(job: Job, compiles: bool) -> bool:
 
 
 def check_dynamic(device: torch.device, options: argparse.Namespace) -> bool:
-    """Rotary angles that depend on the length are computed with a look at the device, which no capture allows."""
+    """Length-dependent rotary angles synchronise with the device, which a capture does not allow."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = random_llama(
         device, {**SMOLLM2, "num_hidden_layers": 4} if not options.small else SMALL, rope_parameters=rope
@@ -199,7 +199,7 @@ def check_dynamic(device: torch.device, options: argparse.Namespace) -> bool:
     losses = [job.losses(replace(config, cuda_graphs=graphs)) for graphs in (True, False)]
     right = check("rotary angles by length", apart(*losses), 1e-4, started)
     if device.type == "cuda":
-        # A capture that broke must leave an allocator behind that gives memory back.
+        # After a failed capture the allocator must still release memory.
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
@@ -210,7 +210,7 @@ def check_dynamic(device: torch.device, options: argparse.Namespace) -> bool:
 
 
 def check_out_of_memory(device: torch.device, job: Job) -> bool:
-    """A device with room for less than the micro-batch: smaller ones, also where memory ends while a graph is captured."""
+    """On a device too small for the micro-batch use smaller ones, also if memory runs out during a capture."""
     started = time.perf_counter()
     config = TrainingConfig(learning_rate=1e-3, per_device_train_batch_size=16, gradient_accumulation_steps=1)
     expected = job.losses(config)
@@ -229,7 +229,7 @@ def check_out_of_memory(device: torch.device, job: Job) -> bool:
 
 @torch.no_grad()
 def check_decoding(model: nn.Module, device: torch.device, compiles: bool) -> bool:
-    """Logits of single tokens, in a graph and by compiled blocks, against the model called token by token."""
+    """Compare logits of single tokens, in a graph and by compiled blocks, with the model called token by token."""
     ids = torch.randint(model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2)).to(device)
     results: list[torch.Tensor] = []
     started = time.perf_counter()
@@ -251,7 +251,7 @@ def check_decoding(model: nn.Module, device: torch.device, compiles: bool) -> bo
 
 @torch.no_grad()
 def check_host_streams(model: nn.Module, ids: torch.Tensor) -> bool:
-    """Gram matrices of hidden states on the host, read as soon as a block is done, are those of the device."""
+    """Compare Gram matrices of hidden states on the host, read as soon as a block is done, with those on the device."""
     decoder = Decoder(model)
     started = time.perf_counter()
     worst = 0.0

@@ -1,11 +1,11 @@
-"""Every kernel on a GPU against the spec: Triton's of _kernels.py and the CUDA entries of decode/cuda.cu.
+"""Compare every kernel on a GPU with the spec: Triton kernels of _kernels.py and CUDA entries of decode/cuda.cu.
 
     python -m oracle_tests.programs.gpu_kernels [--device cuda] [--small]
 
-Shapes that fit no tile, one row and eight, rows without a weight and without a zero, every dtype. What a kernel writes to is NaN
-before each launch, and so is the memory on both sides of what it reads. Prints a line for every kernel and dtype: of all cases the
-error that comes closest to its bound, beside that bound, which is the entry's own. Exits with 1 if an error is beyond its bound.
-On a CPU, Triton's kernels run in its interpreter and the CUDA entries in torch; `--small` is a quick run of the script.
+Covers shapes that do not fit tiles, one and eight rows, rows with no weights and with no zeros, every dtype. Outputs are NaN
+before each launch, as is the memory on both sides of inputs. Prints a line for every kernel and dtype: over all cases, the
+error closest to its entry's bound, and that bound. Exits with 1 if an error exceeds its bound. On a CPU, Triton's kernels run
+in its interpreter and the CUDA entries in torch; `--small` is a quick test of the script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch_impl import _kernels
 from torch_impl.decode import cuda
 
 Case = tuple[str, torch.Tensor, np.ndarray, np.ndarray]
-"""Where, what was found, what the spec says, and how far apart the two may be, entry by entry."""
+"""A case: its name, the kernel's result, the spec's, and the bound of every entry."""
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -41,8 +41,8 @@ FENCE = 64
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried, each with each: shapes (rows, columns), and longer rows where a kernel takes them; ranks of adapters; shares
-    of weights that are kept."""
+    """Combinations to test: shapes (rows, columns), longer rows for kernels that take them, ranks of adapters, shares of kept
+    weights."""
 
     shapes: Sequence[tuple[int, int]]
     long: Sequence[tuple[int, int]]
@@ -59,14 +59,14 @@ SMALL = Grid(shapes=[(1, 7), (8, 63)], long=[(2, 300)], ranks=[1, 17], densities
 
 
 class Maker:
-    """Random tensors on the device, with NaN on both sides of each. Zeros are of either sign."""
+    """Random tensors on the device, with NaN on both sides of each. Zeros have either sign."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._generator = device, torch.Generator().manual_seed(0)
         self.interpreted = device.type != "cuda"
 
     def put(self, values: torch.Tensor, shift: int = 0) -> torch.Tensor:
-        """The values on the device, contiguous, `shift` numbers beyond a place that is a multiple of 64."""
+        """Put values on the device, contiguous, `shift` numbers beyond an aligned address."""
         buffer = torch.empty(values.numel() + 2 * FENCE + shift, dtype=values.dtype, device=self._device)
         fill(buffer)
         inside = buffer[FENCE + shift :][: values.numel()].view(values.shape)
@@ -78,7 +78,7 @@ class Maker:
         return self.put(torch.randn(shape, generator=self._generator).to(dtype), shift)
 
     def mask(self, rows: int, columns: int, density: float) -> torch.Tensor:
-        """Bool, on the CPU: kept at random; the last row, of several, has nothing, and the one before it, of three, all."""
+        """Random mask on the CPU; of several rows the last keeps nothing, of three or more the one before it keeps everything."""
         kept = torch.rand(rows, columns, generator=self._generator) < density
         if rows > 1:
             kept[-1] = False
@@ -87,18 +87,18 @@ class Maker:
         return kept
 
     def sparse(self, rows: int, columns: int, density: float, dtype: torch.dtype) -> torch.Tensor:
-        """Normal numbers where `mask` says, zeros elsewhere."""
+        """Normal numbers where `mask` is true, zeros elsewhere."""
         values = torch.randn(rows, columns, generator=self._generator) * self.mask(rows, columns, density)
         return self.put(values.to(dtype))
 
 
 def wide(*tensors: torch.Tensor) -> list[np.ndarray]:
-    """What tensors hold, in float64."""
+    """Convert tensors to float64 arrays."""
     return [tensor.double().cpu().numpy() for tensor in tensors]
 
 
 def merge(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """Into a new tensor and into one that is there."""
+    """Merge into a new tensor and into an existing one."""
     for (rows, columns), rank, density in itertools.product(grid.shapes, grid.ranks, grid.densities):
         weight = make.sparse(rows, columns, density, dtype)
         A, B = make.normal(rank, columns), make.normal(rows, rank)
@@ -106,7 +106,7 @@ def merge(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
         expected, terms = adapter.effective_weight(W, a, b, 0.5), abs(W) + 0.5 * abs(b) @ abs(a)
         allowed = tolerances.merged_by_kernel(dtype, abs(expected), terms)
         if make.interpreted:
-            # The interpreter cuts bf16 off.
+            # The interpreter truncates bf16.
             allowed *= 2
         there = make.put(torch.full_like(weight, float("nan")))
         _kernels.merge(weight, A, B, 0.5, there)
@@ -115,11 +115,11 @@ def merge(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
 
 
 def contract(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """Both gradients, and the same bits again."""
+    """Both gradients, computed twice with the same bits."""
     for (rows, columns), rank, density in itertools.product(grid.shapes, grid.ranks, grid.densities):
         G, weight = make.normal(rows, columns, dtype=dtype), make.sparse(rows, columns, density, dtype)
         if make.interpreted:
-            # To the interpreter, -0 in bf16 is not 0.
+            # The interpreter does not take -0 in bf16 for 0.
             weight.add_(0)
         A, B = make.normal(rank, columns), make.normal(rows, rank)
         g, W, a, b = wide(G, weight, A, B)
@@ -134,7 +134,7 @@ def contract(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
 
 
 def sweep(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """A block of columns inside a wider weight, in one call or in two; errors and the columns behind the block too."""
+    """A block of columns inside a wider weight, in one call or in two, with errors and the columns after the block."""
     for (rows, width), density, cuts in itertools.product(grid.shapes, grid.densities, (1, 2)):
         width = min(width, 128)
         weight, factor = make.normal(rows, width + 5), make.normal(width, width).div_(width**0.5).triu_(1)
@@ -151,8 +151,8 @@ def sweep(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
         places = [0, width // 2, width] if cuts == 2 else [0, width]
         for first, last in itertools.pairwise(places):
             _kernels.sweep(weight[:, :width], factor, kept[:, :width], errors, first, last)
-        # A column is rounded once for each before it, relative to the largest number that its row came to, and a quotient is
-        # off by up to two numbers.
+        # A column is rounded once for each column before it, relative to the largest number of its row so far, and a quotient has
+        # an error of up to two units.
         allowed = (2 * width + 8) * tolerances.UNIT[dtype] * size.max(1, keepdims=True) + 0 * expected
         allowed[:, width:] = 0
         where = f"{rows} x {width}, {cuts} calls"
@@ -161,7 +161,7 @@ def sweep(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
 
 
 def lowest(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """Scores that differ, that tie, of both signs, and the ends of what a float can be."""
+    """Scores that differ, that tie, of both signs, and the extremes of a float."""
     limits = torch.tensor([-torch.inf, -1e38, -1e-45, -0.0, 0.0, 1e-45, 1e38, torch.inf])
     for (rows, columns), kind in itertools.product([*grid.shapes, (1, _kernels.WIDEST_ROW)], range(4)):
         score = make.normal(rows, columns)
@@ -178,7 +178,7 @@ def lowest(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
 
 
 def hessian(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """The product that is not widened."""
+    """The product in the inputs' own dtype."""
     for tokens, columns in grid.shapes:
         X = make.normal(tokens, columns, dtype=dtype)
         [x] = wide(X)
@@ -187,7 +187,7 @@ def hessian(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
 
 
 def expand(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """The layout is the spec's, and what comes out of it the weight."""
+    """The layout equals the spec's, and unpacking it gives the weight."""
     for (rows, columns), density in itertools.product(grid.shapes, grid.densities):
         weight = make.sparse(rows, columns, density, dtype)
         layout = cuda.pack_rows(weight)
@@ -203,7 +203,7 @@ def expand(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
 
 
 def matvec(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
-    """Batches of one to eight rows, x and bias at even and odd places in memory."""
+    """Batches of one to eight rows, with x and bias at even and odd addresses."""
     for (rows, columns), density in itertools.product([*grid.shapes, *grid.long], grid.densities):
         weight = make.sparse(rows, columns, density, dtype)
         layout = cuda.pack_rows(weight)
@@ -230,7 +230,7 @@ CHECKS: dict[str, tuple[Check, list[torch.dtype]]] = {
 
 @dataclass
 class Worst:
-    """The error of all cases so far that comes closest to its bound."""
+    """The error closest to its bound, over all cases so far."""
 
     cases: int = 0
     share: float = -1.0
@@ -239,7 +239,7 @@ class Worst:
     where: str = ""
 
     def add(self, case: Case) -> None:
-        """One more case. A number that is not finite, or another shape, is infinitely wrong."""
+        """Add a case. A number that is not finite, or another shape, counts as an infinite error."""
         where, found, expected, allowed = case
         self.cases += 1
         [ours] = wide(found)
@@ -257,7 +257,7 @@ class Worst:
 
 
 def run(name: str, dtype: torch.dtype, device: torch.device, small: bool) -> Worst:
-    """All cases of one kernel and dtype."""
+    """Run all cases of one kernel and dtype."""
     check, worst = CHECKS[name][0], Worst()
     with poisoned():
         for case in check(Maker(device), dtype, SMALL if small else WHOLE):
@@ -266,7 +266,7 @@ def run(name: str, dtype: torch.dtype, device: torch.device, small: bool) -> Wor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check every kernel; 1 if one is wrong or cannot be run."""
+    """Check every kernel. Returns 1 if one is wrong or cannot run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")

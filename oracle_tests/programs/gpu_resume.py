@@ -1,10 +1,10 @@
-"""On a GPU with deterministic settings: a run that stops and goes on ends with the same bits; what these settings cost.
+"""Check on a GPU with deterministic settings that a resumed run ends with the same bits, and measure their cost.
 
     python -m oracle_tests.programs.gpu_resume [--device cuda] [--hidden 1024] [--blocks 6]
 
-A random LLaMA in bf16 is pruned and healed in two steps by Wanda and by SparseGPT, whole, and stopped at points in the middle
-of pruning and of training; each is then taken up in a fresh copy of the model. Timed in a process of its own each: the whole
-run with and without deterministic settings, after a first run that compiles kernels. Exits with 1 if any bit differs.
+Prunes and heals a random LLaMA in bf16 in two steps by Wanda and by SparseGPT, once without a stop and once stopped during pruning
+and during training and resumed in a fresh copy of the model. Times the run with and without deterministic settings, in separate
+processes, after a first run that compiles kernels. Exits with 1 if any bit differs.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ STEPS = 2
 
 
 class Stop(Exception):  # noqa: N818 - asked for
-    """The journal has reached the point at which it was to stop."""
+    """The journal has reached the checkpoint at which the run stops."""
 
 
 class Stopping(Journal):
-    """Stops behind a number of points."""
+    """Stop after a number of checkpoints."""
 
     def __init__(self, points: Points, after: int) -> None:
         super().__init__(points, save_every=2)
@@ -56,7 +56,7 @@ class Stopping(Journal):
 
 
 def build(hidden: int, blocks: int, device: torch.device) -> LlamaForCausalLM:
-    """Random weights in bf16."""
+    """Make a model with random weights in bf16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,
@@ -70,7 +70,7 @@ def build(hidden: int, blocks: int, device: torch.device) -> LlamaForCausalLM:
 
 
 def settings(method: str) -> Settings:
-    """Two steps; learning from the dense model's predictions, so that both models run in training."""
+    """Settings of two steps; distillation, so that both models run during training."""
     return Settings(
         prune=PruneConfig(prune_method=method, steps=STEPS),
         adapter=AdapterConfig(),
@@ -80,7 +80,7 @@ def settings(method: str) -> Settings:
 
 
 def tokens() -> tuple[torch.Tensor, list[list[Example]]]:
-    """Calibration sequences, and training examples of two lengths in two parts."""
+    """Make calibration sequences, and training examples of two lengths in two parts."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1000, (16, 256), generator=generator)
     rows = [torch.randint(1000, (256 if i % 4 else 192,), generator=generator) for i in range(EXAMPLES)]
@@ -89,7 +89,7 @@ def tokens() -> tuple[torch.Tensor, list[list[Example]]]:
 
 
 def run(model: LlamaForCausalLM, method: str, journal: Journal | None = None) -> str:
-    """The hash of the merged weights."""
+    """Hash the merged weights."""
     losa.run(model, *tokens(), settings(method), journal=journal)
     merge_adapters(Decoder(model))
     digest = hashlib.sha256()
@@ -99,7 +99,7 @@ def run(model: LlamaForCausalLM, method: str, journal: Journal | None = None) ->
 
 
 def resumed(model: LlamaForCausalLM, method: str, stops: Sequence[int]) -> str:
-    """The same run, stopped after so many points, and gone on with in a fresh model each time."""
+    """Stop the same run after the given numbers of checkpoints, and resume it in a fresh model each time."""
     with tempfile.TemporaryDirectory() as folder:
         for stop in stops:
             try:
@@ -110,7 +110,7 @@ def resumed(model: LlamaForCausalLM, method: str, stops: Sequence[int]) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:
-    """Seconds of a whole run by method, and with deterministic settings the hashes of runs whole, again, and in parts."""
+    """Seconds of a run by method; with deterministic settings also the hashes of a run, its repetition, and a resumed run."""
     if options.deterministic:
         make_deterministic()
     device = torch.device(options.device)
@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:
         hashes.append(run(copy.deepcopy(model), method))
         found[method] = {"seconds": time.perf_counter() - begin}
         if options.deterministic:
-            # In the middle of pruning, of training, and of the second step.
+            # During pruning, during training, and during the second step.
             hashes.append(resumed(model, method, [2, options.blocks, 4]))
         found[method]["hashes"] = hashes
     return found

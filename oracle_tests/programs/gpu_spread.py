@@ -1,9 +1,9 @@
-"""LoSA with LLaMA-2-7B's shapes on several GPUs, bf16, against one of them: the same run, its time, its bytes.
+"""Compare LoSA with LLaMA-2-7B's shapes in bf16 on several GPUs with one of them: results, time, bytes.
 
     torchrun --nproc_per_node 2 -m oracle_tests.programs.gpu_spread
     torchrun --nproc_per_node 2 -m oracle_tests.programs.gpu_spread --small --device cpu     float32 and gloo: runs anywhere
 
-Process 0 first does the run alone; then all do it together, from the same checkpoint, each with its own rows of it.
+Process 0 first runs alone; then all processes run together from the same model, each with its own rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch_impl.experiment.planning.traffic import step_traffic
 
 
 def options(small: bool, method: str) -> Config:
-    """Two LoSA steps of two optimizer steps each."""
+    """Options of two LoSA steps with two optimizer steps each."""
     samples, tokens, train_tokens = (8, 16, 16) if small else (32, 1024, 512)
     return Config(
         prune=losa.PruneConfig(prune_method=method, sparsity_ratio=0.5, steps=2),
@@ -77,7 +77,7 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def compare(several: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
-    """The figures that `GPU_STEP` bounds, several processes against one."""
+    """Figures that `GPU_STEP` bounds, several processes against one."""
     pairs = list(zip(several["records"], one["records"], strict=True))
     masks = [(several["merged"][name] != 0, weight != 0) for name, weight in one["merged"].items()]
     common = [(several["merged"][n], w, (several["merged"][n] != 0) & (w != 0)) for n, w in one["merged"].items()]
@@ -92,7 +92,7 @@ def compare(several: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Run both, compare, print."""
+    """Run both, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true", help="small shapes: runs anywhere in seconds")
@@ -105,7 +105,7 @@ def main() -> int:
     config = options(arguments.small, arguments.method)
     one: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as own:
-        # Before the processes join, so that this one is alone.
+        # Before the processes form a group, so that this one runs alone.
         if os.environ.get("RANK", "0") == "0":
             start = build("small" if arguments.small else "llama-2-7b", arguments.blocks, device, dtype)
             start.save_pretrained(own)

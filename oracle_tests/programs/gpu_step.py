@@ -1,10 +1,10 @@
-"""One LoSA step of two blocks with LLaMA-2-7B's shapes: bf16 on the GPU against float32 on the CPU, timed by part.
+"""Compare one LoSA step of two blocks with LLaMA-2-7B's shapes in bf16 on the GPU with float32 on the CPU, timed by part.
 
     python -m oracle_tests.programs.gpu_step [--device cuda] [--small]
 
-Both start from the same bf16 weights and the same tokens. Compared, within `tolerances.GPU_STEP`: every mask (an entry
-may differ only where its score is within the bound of its row's threshold), reconstruction errors, losses, gradients of
-every adapter. Prints a table and exits with 1 if anything is outside its bound. `--small` is a quick run of the script.
+Both start from the same bf16 weights and tokens. Compares, within `tolerances.GPU_STEP`: every mask (an entry may differ only
+if its score is within the bound of its row's threshold), reconstruction errors, losses, gradients of every adapter. Prints a table
+and exits with 1 if anything exceeds its bound. `--small` is a quick test of the script.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch_impl.masks import prune as masks
 
 
 def build(small: bool, blocks: int, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """Random LLaMA-2-7B blocks over a small vocabulary; activations of realistic spread (a few loud channels)."""
+    """Make random LLaMA-2-7B blocks over a small vocabulary, with realistic activations (a few loud channels)."""
     torch.manual_seed(0)
     size = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
     if not small:
@@ -49,7 +49,7 @@ def build(small: bool, blocks: int, dtype: torch.dtype = torch.bfloat16) -> Llam
 
 
 def settings(method: str, rows: int, length: int, batch: int) -> Settings:
-    """One step, uniform over two blocks (mutual information needs three)."""
+    """Settings of one step, uniform over two blocks (mutual information needs three)."""
     return Settings(
         prune=PruneConfig(prune_method=method, steps=1, layer_sparsity="uniform", sparsity_ratio=0.7),
         adapter=AdapterConfig(rank_allocation="uniform", initial_rank=8),
@@ -59,7 +59,7 @@ def settings(method: str, rows: int, length: int, batch: int) -> Settings:
 
 
 class Recorder:
-    """Remembers what every projection was pruned with."""
+    """Record the arguments with which every projection is pruned."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -80,7 +80,7 @@ class Recorder:
 
 
 def compare_masks(gpu: Recorder, cpu: Recorder) -> tuple[float, float]:
-    """(share of entries that differ, largest relative distance of such an entry's score from its row's threshold)."""
+    """Share of entries that differ, and the largest relative distance of such an entry's score from its row's threshold."""
     differing, total, worst = 0, 0, 0.0
     for (_, _, ours), (weight, norm, theirs) in zip(gpu.calls, cpu.calls, strict=True):
         score = weight.float().abs() * norm.float()
@@ -99,7 +99,7 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def gradients(model: nn.Module, dense: nn.Module, ids: torch.Tensor, seed: int) -> tuple[float, list[torch.Tensor]]:
-    """Loss and adapter gradients of one micro-batch, with B set so that both A and B have a gradient."""
+    """Compute loss and adapter gradients of one micro-batch, with B set so that both A and B have a gradient."""
     for number, layer in enumerate(adapters(model)):
         layer.resize(8, (seed, number))
         with torch.no_grad():
@@ -112,7 +112,7 @@ def gradients(model: nn.Module, dense: nn.Module, ids: torch.Tensor, seed: int) 
 
 
 def timed(action: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median milliseconds."""
+    """Measure the median in milliseconds."""
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -126,13 +126,13 @@ def timed(action: Callable[[], object], device: torch.device, repeats: int = 5) 
 
 
 def check(device: torch.device, small: bool) -> dict[str, float]:
-    """Run the step on both sides and return the figures that `GPU_STEP` bounds."""
+    """Run the step on both devices and return the figures that `GPU_STEP` bounds."""
     rows, length = (4, 64) if small else (8, 256)
     start = build(small, 2)
     ids = torch.randint(1000, (rows, length), generator=torch.Generator().manual_seed(1))
     train_ids = torch.randint(1000, (2, length), generator=torch.Generator().manual_seed(2))
     results = []
-    # Sides: the GPU in bf16, the CPU in float32, both from the same bf16 weights.
+    # The GPU in bf16 and the CPU in float32, both from the same bf16 weights.
     for place, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float32)):
         model = copy.deepcopy(start).to(place, dtype)
         with Recorder() as recorder:
@@ -140,7 +140,7 @@ def check(device: torch.device, small: bool) -> dict[str, float]:
         results.append((model, recorder, record))
     (gpu, gpu_masks, gpu_record), (cpu, cpu_masks, cpu_record) = results
     share, distance = compare_masks(gpu_masks, cpu_masks)
-    # Gradients are compared under one mask, or they would measure the masks again.
+    # Compare gradients under one mask, or differences of masks would show again.
     for ours, reference in zip(adapters(gpu), adapters(cpu), strict=True):
         ours.set_base(reference.weight.to(ours.weight))
     gpu_loss, gpu_grads = gradients(gpu, gpu, train_ids, 3)
@@ -157,7 +157,7 @@ def check(device: torch.device, small: bool) -> dict[str, float]:
 
 
 def measure(device: torch.device, small: bool) -> dict[str, float]:
-    """Milliseconds of every part of a step of two blocks, 16 × 2048 calibration tokens, 4 × 512 training tokens."""
+    """Measure milliseconds of every part of a step: two blocks, 16 × 2048 calibration tokens, 4 × 512 training tokens."""
     rows, length, train_length = (4, 64, 32) if small else (16, 2048, 512)
     model = build(small, 2).to(device)
     decoder = Decoder(model)
@@ -187,7 +187,7 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
 
 
 def main() -> int:
-    """Check, measure, print."""
+    """Check, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="small shapes: runs anywhere in seconds")

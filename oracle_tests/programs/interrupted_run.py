@@ -1,9 +1,9 @@
-"""Store a small unfinished run of this version, for later versions to resume in a test.
+"""Store a small unfinished run of this version, which later versions resume in a test.
 
     python -m oracle_tests.programs.interrupted_run oracle_tests/data/interrupted-VERSION
 
-The folder holds a tiny model, a text and `.out.partial`, as a run leaves it that was stopped by SIGTERM while it trained in
-its second step. Make one for every release whose runs must stay resumable; `test_upgrade` resumes all there are.
+The folder holds a tiny model, a text and the `.out.partial` of a run stopped by SIGTERM during the training of its second step.
+Make one for every release whose runs must stay resumable; `test_upgrade` resumes all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from tiny_models.random_models import save_random_model
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-# Paths are relative: an unfinished run is resumed with the same options from any place.
+# Paths are relative, so that the folder can be moved: options must be the same when a run is resumed.
 OPTIONS = """
     --model model --calibration_data text.txt --finetune_data text.txt --eval_data text.txt --output_dir out --device cpu
     --nsamples 4 --seqlen 16 --rmi_samples 4 --train_examples 48 --train_seqlen 16 --eval_seqlen 16 --eval_windows 2
@@ -34,7 +34,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and the cat sat on the mat 
 
 
 def last_state(place: Path) -> dict[str, Any] | None:
-    """State of the newest checkpoint, None before the first."""
+    """Read the state of the newest checkpoint; None before the first."""
     try:
         newest = max(place.glob(".out.partial/.points/*.json"))
         state: dict[str, Any] = json.loads(json.loads(newest.read_text())["body"])["state"]
@@ -44,13 +44,13 @@ def last_state(place: Path) -> dict[str, Any] | None:
 
 
 def training_in_step_two(place: Path) -> bool:
-    """Whether a few optimizer steps of the second step are done."""
+    """Whether two optimizer steps of the second step are done."""
     progress = (last_state(place) or {}).get("progress") or {}
     return progress.get("step") == 2 and len(progress["losses"]) >= 2
 
 
 def make(place: Path) -> None:
-    """Begin a run in a new folder and stop it. Raises RuntimeError if it ends by itself."""
+    """Start a run in a new folder and stop it. Raises RuntimeError if it ends by itself."""
     place.mkdir(parents=True)
     save_random_model(place / "model", "llama-gqa", **SIZES, num_key_value_heads=1, dtype=torch.bfloat16)
     documents = "\n<|endoftext|>\n".join(f"{number} {WORDS}" for number in range(32))

@@ -2,9 +2,9 @@
 
     python -m oracle_tests.programs.lowest_versions [--instead torch==2.13.0] [--tests oracle_tests/test_run.py ...]
 
-Makes build/lowest, a virtual environment with every dependency at its floor, and runs the tests that lean on dependencies most.
-`--instead` replaces a floor, where that release cannot be had or would be a large download. Warnings are not errors there: old
-releases warn of newer ones. triton is left out: each release of torch has its own.
+Makes build/lowest, a virtual environment with every dependency at its floor, and runs the tests that depend on them most.
+`--instead` replaces a floor if that release is not available or a large download. Warnings are not errors: old releases warn
+about newer ones. triton is omitted: each release of torch has its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TESTS = [
 
 
 def floors(project: str) -> dict[str, str]:
-    """Lowest version by package, of a pyproject.toml. Raises ValueError for a dependency without a floor."""
+    """Read the lowest version of every package from a pyproject.toml. Raises ValueError for a dependency without a floor."""
     declared = tomllib.loads(project)["project"]
     lines = declared["dependencies"] + [line for extra in EXTRAS for line in declared["optional-dependencies"][extra]]
     found = {}
@@ -47,7 +47,7 @@ def floors(project: str) -> dict[str, str]:
 
 
 def requirements(project: str, instead: Sequence[str]) -> list[str]:
-    """What pip is asked to install, with some floors replaced. Raises ValueError for a package that is not declared."""
+    """Requirements for pip, with some floors replaced. Raises ValueError for a package that is not declared."""
     chosen = floors(project)
     for word in instead:
         name, _, version = word.partition("==")

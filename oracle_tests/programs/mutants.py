@@ -1,13 +1,13 @@
-"""Break production in a random sample of small ways, one at a time, and see whether a test fails: the mutation score.
+"""Make small random mistakes in production, one at a time, and count those that a test notices: the mutation score.
 
     python -m oracle_tests.programs.mutants --part experiment [--sample 150] [--seed 0] [--jobs N]
 
-Works on copies of this checkout, never on it. First every test is run once to record which functions it starts (`reach`; kept
-in build/mutants/reach.json, and recorded again for the test files that have changed since; `--record`: for all). Then each
-mutant (`mutations`) gets the tests that start its function, the quickest first, until one fails. They run in a process forked
-from this one, which has imported the libraries and computed nothing, under a time limit; a test that hangs has noticed too.
-Printed are the score, its 95 % interval and the survivors as diffs; all of it goes to build/mutants/PART-SEED.json.
-`--again FILE` tries the survivors of such a file, as far as they are still in the code.
+Works on copies of this checkout. First runs every test once and records which functions it calls (`reach`; kept in
+build/mutants/reach.json and updated for test files that changed; `--record`: for all). Then runs for each mutant (`mutations`) the
+tests that call its function, fastest first, until one fails. They run under a time limit in a process forked from this one, which
+has imported the libraries and computed nothing; a test that hangs counts as noticed. Prints the score, its 95 % interval and the
+survivors as diffs, and writes everything to build/mutants/PART-SEED.json. `--again FILE` repeats the survivors of such a file that
+are still in the code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PARTS = {
     "experiment": ["torch_impl/experiment/**/*.py"],
     "commands": ["torch_impl/api.py", "torch_impl/commands/*.py"],
 }
-# Run on a GPU alone, or are Triton's, whose interpreter looks at the source.
+# These need a GPU, or are Triton's, whose interpreter reads the source.
 ELSEWHERE = ("torch_impl/_kernels.py", "torch_impl/decode/cuda.py")
 OWN = ("oracle_tests", "reference", "tiny_models", "torch_impl")
 IMPORTS = (
@@ -55,12 +55,12 @@ IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "mutants", "runs", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info"
 )
 PYTEST = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--profile", "mutants"]
-# No GPU: a forked process could not use it, and a score is to be the same everywhere.
+# No GPU: a forked process could not use it, and a score must be the same everywhere.
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def files_of(part: str) -> list[Path]:
-    """The files that a part breaks."""
+    """Files that belong to a part."""
     found = [file for pattern in PARTS[part] for file in sorted(ROOT.glob(pattern))]
     names = {file: file.relative_to(ROOT).as_posix() for file in found}
     own = () if part == "commands" else PARTS["commands"]
@@ -68,28 +68,28 @@ def files_of(part: str) -> list[Path]:
 
 
 def import_libraries() -> None:
-    """Import all that production and tests import of others, so that a forked process has it."""
+    """Import the libraries of production and tests, for forked processes."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in done.stdout.split():
         if name.partition(".")[0] not in (*OWN, "__main__"):
-            # Some names are no modules of their own.
+            # Some names are not modules.
             with suppress(Exception):
                 importlib.import_module(name)
 
 
-# --- which tests start which function ---
+# --- which tests call which function ---
 
 
 @dataclass
 class Reach:
-    """What `record` found: seconds of every test that passes, the tests of every function, hashes of the test files."""
+    """Result of `record`: seconds of every passing test, the tests of every function, hashes of the test files."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     tests: dict[str, list[str]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests to run on a mutant, the quickest first: those of its function, else of any of the same file."""
+        """Tests to run on a mutant, fastest first: those of its function, else of any function of its file."""
         found = set(self.tests.get(f"{mutant.file}::{mutant.function}", ())) if mutant.function else set()
         if not found:
             found = {t for name, tests in self.tests.items() if name.startswith(f"{mutant.file}::") for t in tests}
@@ -97,7 +97,7 @@ class Reach:
 
 
 def record(place: Path, jobs: int, every: bool) -> Reach:
-    """Run the tests whose files have changed since the last time, or all, and note what they start."""
+    """Run all tests, or those whose files changed since the last time, and record what they call."""
     store = KEPT / "reach.json"
     known = Reach(**json.loads(store.read_text())) if store.is_file() and not every else Reach()
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in _test_files()}
@@ -150,7 +150,7 @@ def _run_recorded(place: Path, jobs: int, files: list[str], known: Reach) -> Non
 
 
 class Chosen:
-    """A plugin of pytest: only these tests, in this order; the first failure is written to a file."""
+    """A pytest plugin: run these tests in this order; write the first failure to a file."""
 
     def __init__(self, tests: Sequence[str], said: Path) -> None:
         self._order = {test: number for number, test in enumerate(tests)}
@@ -166,7 +166,7 @@ class Chosen:
 
 @dataclass
 class Outcome:
-    """What became of a mutant: killed, timeout, survived, or unreached by any test."""
+    """Outcome of a mutant: killed, timeout, survived, or unreached by any test."""
 
     mutant: Mutant
     result: str
@@ -214,7 +214,7 @@ class Attempt:
 
     @property
     def log(self) -> Path:
-        """What the process printed."""
+        """File with the output of the process."""
         return self.place.with_name(self.place.name + ".log")
 
     @property
@@ -238,7 +238,7 @@ class Attempt:
         return int(pytest.main([*PYTEST, *more, *files], plugins=[Chosen(self.tests, self._said)]))
 
     def ended(self) -> Outcome | None:
-        """None while it runs; what was left running of it is ended too."""
+        """Return the outcome, None while it runs; end child processes that are left."""
         child, waited = os.waitpid(self.child, os.WNOHANG)
         late = time.monotonic() - self.begun > self.limit
         if not child and not late:
@@ -256,7 +256,7 @@ class Attempt:
 
 
 def check_control(reach: Reach, place: Path) -> None:
-    """Errors: RuntimeError if tests fail on an unchanged file here, where they passed when recorded."""
+    """Check that tests pass on an unchanged file. Errors: RuntimeError if one fails that passed when recorded."""
     file = "torch_impl/schedule.py"
     tests = sorted(reach.seconds, key=lambda test: reach.seconds[test])[:100]
     control = Attempt(Mutant(file, "", 0, "", (ROOT / file).read_text(encoding="utf-8"), ""), place, tests, 0, 600)
@@ -270,7 +270,7 @@ def check_control(reach: Reach, place: Path) -> None:
 
 
 def attempts(mutants: Sequence[Mutant], reach: Reach, budget: float, places: list[Path]) -> list[Outcome]:
-    """Try them all, one in each place at a time."""
+    """Test all mutants, one per place at a time."""
     outcomes: list[Outcome] = []
     waiting, running = list(mutants)[::-1], list[Attempt]()
     while waiting or running:
@@ -307,7 +307,7 @@ def _tell(outcome: Outcome, done: int, of: int) -> None:
 
 
 def interval(killed: int, tried: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, of which `killed` of `tried` were seen."""
+    """Wilson's 95 % interval of the share `killed` / `tried`."""
     z, share = 1.96, killed / tried
     middle = (share + z * z / (2 * tried)) / (1 + z * z / tried)
     half = z / (1 + z * z / tried) * math.sqrt(share * (1 - share) / tried + z * z / (4 * tried * tried))
@@ -320,7 +320,7 @@ def _folder(file: str) -> str:
 
 
 def report(outcomes: Sequence[Outcome], population: int) -> str:
-    """Survivors as diffs, then what became of how many in each folder."""
+    """Format the survivors as diffs, and the counts of outcomes by folder."""
     lines = []
     for outcome in sorted(outcomes, key=lambda o: (o.mutant.file, o.mutant.line)):
         if outcome.result in ("survived", "unreached"):
@@ -343,7 +343,7 @@ def report(outcomes: Sequence[Outcome], population: int) -> str:
 
 
 def draw(options: argparse.Namespace) -> tuple[list[Mutant], int]:
-    """The mutants to try, and how many there are in all."""
+    """Sample mutants. Returns them and the number of all mutants."""
     parts = list(PARTS) if options.part == "all" else [options.part]
     files = [file for part in parts for file in files_of(part) if options.file in file.as_posix()]
     every = [
@@ -361,16 +361,16 @@ def draw(options: argparse.Namespace) -> tuple[list[Mutant], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 if the score is below the one asked for."""
+    """Returns 1 if the score is below `--least`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
-    parser.add_argument("--file", default="", help="only files whose path holds this")
-    parser.add_argument("--sample", type=int, default=150, help="how many mutants are drawn")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
-    parser.add_argument("--budget", type=float, default=240, help="seconds of tests at most for one mutant")
-    parser.add_argument("--record", action="store_true", help="record again what every test starts")
-    parser.add_argument("--again", help="a file of results: try its survivors again")
+    parser.add_argument("--file", default="", help="only files whose path contains this")
+    parser.add_argument("--sample", type=int, default=150, help="number of mutants to sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of parallel processes")
+    parser.add_argument("--budget", type=float, default=240, help="most seconds of tests for one mutant")
+    parser.add_argument("--record", action="store_true", help="record again what every test calls")
+    parser.add_argument("--again", help="a file of results: test its survivors again")
     parser.add_argument("--least", type=float, default=0.0, help="fail if the score is below this share")
     options = parser.parse_args(arguments)
     os.environ |= QUIET

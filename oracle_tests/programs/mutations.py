@@ -1,7 +1,7 @@
-"""Small changes of a source file, one at a time, each of which should make some test fail.
+"""Make small changes of a source file, one at a time; each should make some test fail.
 
-An edit replaces a piece of the text, so that a mutant differs from its original in nothing else. Left alone: annotations,
-docstrings, decorators, words meant for people, and what only makes a mistake loud (`strict` of zip, `encoding`).
+An edit replaces a piece of the text, so that a mutant differs from its original only there. Not changed: annotations, docstrings,
+decorators, words for people, and arguments that only make mistakes visible (`strict` of zip, `encoding`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """Tells it from all others of its file, whatever lines come before it."""
+        """Identifies the mutant in its file, independent of line numbers."""
         return f"{self.file}::{self.function}\n{self.diff}"
 
 
@@ -73,7 +73,7 @@ class _Edit:
 
 
 def mutants_of(file: str, source: str) -> list[Mutant]:
-    """All mutants of a file, in the order of its text. file: its name, which is only remembered."""
+    """Make all mutants of a file, in the order of its text. file: its name, for `Mutant.file`."""
     maker = _Maker(source)
     maker.visit(ast.parse(source))
     found: dict[str, Mutant] = {}
@@ -96,7 +96,7 @@ def _diff(before: str, after: str) -> str:
 
 
 class _Maker(ast.NodeVisitor):
-    """Walks a file and collects its edits."""
+    """Walk a file and collect its edits."""
 
     def __init__(self, source: str) -> None:
         self._data = source.encode()
@@ -124,7 +124,7 @@ class _Maker(ast.NodeVisitor):
         self._edit(self._start(node), self._end(node), text, node, kind)
 
     def _operator(self, left: ast.AST, right: ast.AST, pair: tuple[str, str], kind: str) -> None:
-        """Replace the operator that stands between two operands."""
+        """Replace the operator between two operands."""
         between = self._data[self._end(left) : self._start(right)].decode()
         words = r"\s+".join(re.escape(word) for word in pair[0].split())
         found = re.search(
@@ -135,7 +135,7 @@ class _Maker(ast.NodeVisitor):
             at = self._end(left) + len(between[: found.start()].encode())
             self._edit(at, at + len(found.group()), pair[1], right, kind)
 
-    # --- scopes, and what is left alone ---
+    # --- scopes, and what is not changed ---
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer, bound = self._function, self._bound
@@ -164,7 +164,7 @@ class _Maker(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Words are left alone, what is put between them is not; before Python 3.12 its place in the text is not known."""
+        """Skip f-strings: before Python 3.12 the position of their expressions is unknown."""
 
     def visit_keyword(self, node: ast.keyword) -> None:
         if node.arg not in QUIET_KEYWORDS:
@@ -291,7 +291,7 @@ class _Maker(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _arguments(self, node: ast.Call) -> None:
-        """Leave out each keyword; swap each two neighbours without one."""
+        """Drop each keyword argument; swap each two adjacent positional ones."""
         spans = [*node.args, *node.keywords]
         for index, keyword in enumerate(spans):
             if not isinstance(keyword, ast.keyword) or keyword.arg in QUIET_KEYWORDS:

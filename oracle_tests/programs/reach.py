@@ -1,7 +1,7 @@
-"""Which functions of torch_impl each test starts, in its own process and in those it starts; a plugin of pytest.
+"""A pytest plugin that records which functions of torch_impl each test calls, in its own process and its child processes.
 
-`mutants` loads it with LOSA_REACH set to a folder. Every process appends its finds there, one a line: test, tab,
-function. What a fixture of a wider scope than one test starts counts for every test of the file.
+`mutants` loads it with LOSA_REACH set to a folder. Every process appends lines there: test, tab, function. Calls of a fixture with
+a wider scope than one test count for every test of the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _file: IO[str] | None = None
 
 
 def function_name(code: CodeType) -> str:
-    """The innermost function around some code, as `mutations` names it: a lambda or a comprehension is part of one."""
+    """Name the innermost function around some code as `mutations` does: lambdas and comprehensions belong to it."""
     parts = code.co_qualname.split(".")
     while parts and parts[-1].startswith("<"):
         parts.pop()
@@ -58,7 +58,7 @@ def _forked() -> None:
 
 
 def start() -> None:
-    """Watch this process from now on, and those forked from it."""
+    """Trace this process from now on, and those forked from it."""
     os.register_at_fork(after_in_child=_forked)
     threading.settrace(_on_call)
     sys.settrace(_on_call)
@@ -67,7 +67,7 @@ def start() -> None:
 def _now(test: str) -> None:
     os.environ[TEST] = test
     _seen.clear()
-    # A test may have turned it off, as a debugger would.
+    # A test may have switched tracing off, as a debugger would.
     sys.settrace(_on_call)
 
 
@@ -96,6 +96,6 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Iterator[Any]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Outcome and seconds of every phase, in the process of the test."""
+    """Record outcome and seconds of every phase."""
     if FOLDER in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
         _write(json.dumps([report.nodeid, report.outcome, report.duration]) + "\n")
