@@ -15,7 +15,7 @@ from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
 
@@ -27,7 +27,7 @@ class Counting(Journal):
     """Count checkpoints, and stop right after checkpoint `after`."""
 
     def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
-        super().__init__(Points(folder), save_every, attached)
+        super().__init__(RunCheckpoints(folder), save_every, attached)
         self.after, self.count = after, 0
 
     def _save(self) -> None:

@@ -27,7 +27,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, sum_loss
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.config import Config
 
@@ -81,7 +81,7 @@ class Fatal(Journal):
     """A journal with a checkpoint at every opportunity; one process dies by SIGKILL before the n-th is written."""
 
     def __init__(self, folder: Path, n: int | None = None) -> None:
-        super().__init__(Points(folder), save_every=1)
+        super().__init__(RunCheckpoints(folder), save_every=1)
         self._left = n
 
     def _save(self) -> None:
@@ -92,13 +92,15 @@ class Fatal(Journal):
         super()._save()
 
 
-def run(case: Settings, folder: Path | None = None, points: Path | None = None, fatal: int | None = None) -> Outcome:
-    """Run LoSA on all processes; process 0 returns the outcome. points, fatal: see `Fatal`."""
+def run(
+    case: Settings, folder: Path | None = None, checkpoints: Path | None = None, fatal: int | None = None
+) -> Outcome:
+    """Run LoSA on all processes; process 0 returns the outcome. checkpoints, fatal: see `Fatal`."""
     ours = model()
     decoder = Decoder(ours)
     ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
     with float64_llama():
-        journal = None if points is None else Fatal(points, fatal)
+        journal = None if checkpoints is None else Fatal(checkpoints, fatal)
         records = losa.run(ours, ids, parts(), case, journal=journal)
     if not distributed.is_sharded(ours):
         adapted_linear.merge_adapters(decoder)

@@ -19,7 +19,7 @@ from tiny_models.random_models import random_model
 from torch_impl.engine import calibration, distributed, files
 from torch_impl.engine.checkpoints import offload
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.resume import points
+from torch_impl.engine.resume import run_checkpoints
 from torch_impl.experiment import job, metrics
 from torch_impl.experiment.evaluate import perplexity, stream_perplexity
 from torch_impl.run import main
@@ -181,7 +181,7 @@ def test_a_figure_that_is_not_finite_is_named_and_not_written(value: float, tmp_
     with pytest.raises(FloatingPointError, match=r"^metrics\.jsonl, errors\[0\] is"):
         lines.log("step", errors=[value])
     with pytest.raises(FloatingPointError, match=r"^state, state, value is"):
-        points.Points(tmp_path / "points").commit({"value": value})
+        run_checkpoints.RunCheckpoints(tmp_path / "points").commit({"value": value})
     assert not list(tmp_path.rglob("*.json*"))
 
 

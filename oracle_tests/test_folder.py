@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from oracle_tests.small_runs import WORDS, arguments, fails
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.resume import points
+from torch_impl.engine.resume import run_checkpoints
 from torch_impl.engine.resume import run_folder as folder
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.experiment import config
@@ -62,14 +62,14 @@ def test_a_run_behind_a_link_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
 
     def stop(partial: Path) -> None:
-        points.Points(partial / folder.POINTS).commit({})
+        run_checkpoints.RunCheckpoints(partial / folder.CHECKPOINTS).commit({})
         raise KeyError
 
     with pytest.raises(KeyError) as caught, run_folder(tmp_path / "link", False) as partial:
         stop(partial)
     assert any("--resume" in note for note in caught.value.__notes__)
     with run_folder(tmp_path / "disk" / "out", False, resume=True) as partial:
-        assert points.has_points(partial / folder.POINTS)
+        assert run_checkpoints.has_checkpoints(partial / folder.CHECKPOINTS)
     assert names(tmp_path / "disk") == {"out"}
 
 

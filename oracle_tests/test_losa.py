@@ -19,7 +19,7 @@ from torch_impl import hsic, losa, rank
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
 from torch_impl.engine.record import Clock
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import lr_factor
 
@@ -206,7 +206,7 @@ class Stopping(Journal):
     """A journal at whose point number `last` a run ends."""
 
     def __init__(self, folder: Path, last: int) -> None:
-        super().__init__(Points(folder), save_every=1)
+        super().__init__(RunCheckpoints(folder), save_every=1)
         self._left = last
 
     def _save(self) -> None:
@@ -253,7 +253,7 @@ def test_a_run_goes_on_behind_a_step_without_training(tmp_path: Path) -> None:
             with pytest.raises(InterruptedError):
                 losa.run(model, ids, parts, setup, on_loss=listen, journal=Stopping(tmp_path / str(last), last))
             model = random_model("llama")
-        journal = None if last is None else Journal(Points(tmp_path / str(last)))
+        journal = None if last is None else Journal(RunCheckpoints(tmp_path / str(last)))
         records = losa.run(model, ids, parts, setup, on_loss=listen, journal=journal)
         assert [len(record.losses) for record in records] == [0, 2, 2, 2, 2]
         results.append((heard, [layer.merged() for layer in adapters(model)]))

@@ -20,7 +20,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import sum_loss
 from torch_impl.engine.memory import halving
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 
 
 def test_training_goes_on_in_smaller_micro_batches(
@@ -42,7 +42,7 @@ def test_training_goes_on_in_smaller_micro_batches(
         return sum_loss(model, batch, dense)
 
     monkeypatch.setattr(gradients, "sum_loss", limited)
-    journal = Journal(Points(tmp_path))
+    journal = Journal(RunCheckpoints(tmp_path))
     smaller = losa.run(model, ids, parts, setup, journal=journal)
     assert calls == [2, 1, 2, 2, 1, 1, 1, 1, 1]
     assert "reducing per_device_train_batch_size from 2 to 1" in caplog.text
@@ -119,7 +119,9 @@ def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monke
         begin()
         with pytest.raises(Stop):
             outcome(setup, Counting(tmp_path / str(stop), stop))
-        assert same(outcome(setup, Journal(Points(tmp_path / str(stop)))), plain), f"stopped at checkpoint {stop}"
+        assert same(outcome(setup, Journal(RunCheckpoints(tmp_path / str(stop)))), plain), (
+            f"stopped at checkpoint {stop}"
+        )
         assert full == {"training", "calibration"}
         assert set(sizes["training"]) == {1}, f"stopped at checkpoint {stop}"
         assert set(sizes["calibration"]) <= {1, 2}, f"stopped at checkpoint {stop}"

@@ -17,7 +17,7 @@ from tiny_models.random_models import save_random_model
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.rates import RULES
-from torch_impl.engine.resume import points
+from torch_impl.engine.resume import run_checkpoints
 from torch_impl.experiment import config, job
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_before_the_first_point_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(points, "write_atomically", full)
+    monkeypatch.setattr(run_checkpoints, "write_atomically", full)
     fails(capsys, place, arguments(place), ["No space left on device"])
 
 

@@ -36,7 +36,7 @@ import torch
 from tiny_models import corpus
 from torch_impl.engine import training
 from torch_impl.engine.files import UNFINISHED, sha256_of
-from torch_impl.engine.resume import points
+from torch_impl.engine.resume import run_checkpoints
 from torch_impl.engine.resume import run_folder as run_folder
 from torch_impl.experiment import report
 from torch_impl.run import main as run_main
@@ -121,7 +121,7 @@ def at_write(number: int, act: Callable[[Path, bytes], None]) -> Callable[[], No
     written = 0
 
     def prepare() -> None:
-        plain = points.write_atomically
+        plain = run_checkpoints.write_atomically
 
         def write(path: Path, data: bytes) -> None:
             nonlocal written
@@ -130,7 +130,7 @@ def at_write(number: int, act: Callable[[Path, bytes], None]) -> Callable[[], No
                 act(path, data)
             plain(path, data)
 
-        points.write_atomically = run_folder.write_atomically = write
+        run_checkpoints.write_atomically = run_folder.write_atomically = write
 
     return prepare
 
@@ -218,7 +218,7 @@ class Harness:
 
         def prepare() -> None:
             at_write(0, lambda *_: None)()
-            plain_write, plain_clip = points.write_atomically, training._clip
+            plain_write, plain_clip = run_checkpoints.write_atomically, training._clip
 
             def write(path: Path, data: bytes) -> None:
                 counted["writes"] += 1
@@ -229,7 +229,7 @@ class Harness:
                 counted["steps"] += 1
                 plain_clip(*arguments)
 
-            points.write_atomically = run_folder.write_atomically = write
+            run_checkpoints.write_atomically = run_folder.write_atomically = write
             training._clip = clip
 
         out = self.place.parent / "plain"
@@ -246,7 +246,7 @@ class Harness:
 
     @property
     def points(self) -> Path:
-        return self.place / ".out.partial" / run_folder.POINTS
+        return self.place / ".out.partial" / run_folder.CHECKPOINTS
 
     def arguments(self) -> list[str]:
         return [*self.options, "--output_dir", str(self.target), "--resume"]
@@ -274,10 +274,10 @@ class Harness:
             # Before the first checkpoint SIGTERM has its default effect.
             "SIGTERM": {128 + signal.SIGTERM, -signal.SIGTERM},
         }.get(kind, {2} if kind in ("write failed", "disk full", "NaN gradient") else {-signal.SIGKILL})
-        had_points = points.has_points(self.points)
+        had_checkpoints = run_checkpoints.has_checkpoints(self.points)
         done = attempt(self.arguments(), self.log, **plans[kind])
         filler.unlink(missing_ok=True)
-        self.hear(done, had_points)
+        self.hear(done, had_checkpoints)
         if done.status == 0:
             return False
         row = self.rows.setdefault(kind, Row())
@@ -307,12 +307,12 @@ class Harness:
             data[position] ^= 1 << self.chance.randrange(8)
         file.write_bytes(data)
 
-    def hear(self, done: Attempt, had_points: bool) -> None:
+    def hear(self, done: Attempt, had_checkpoints: bool) -> None:
         """Count what the run that was resumed after the last fault reports."""
         row = self.rows.get(getattr(self, "last", ""))
         if row is None:
             return
-        if had_points and "from the beginning" in done.said:
+        if had_checkpoints and "from the beginning" in done.said:
             row.started_over += 1
         elif "skipping corrupt checkpoint" in done.said:
             row.went_back += 1
@@ -320,9 +320,9 @@ class Harness:
     def finish(self) -> None:
         """Let the run finish, and compare."""
         if not self.target.exists():
-            had_points = points.has_points(self.points)
+            had_checkpoints = run_checkpoints.has_checkpoints(self.points)
             done = attempt(self.arguments(), self.log)
-            self.hear(done, had_points)
+            self.hear(done, had_checkpoints)
             if done.status:
                 self.rows[self.last].lost += 1
                 self.problems.append(f"after {self.last}: ended with {done.status}: {done.said[-600:]}")

@@ -38,7 +38,7 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.text.sources import load_documents
 from torch_impl.experiment.text.windows import training_examples
@@ -140,8 +140,8 @@ class Job:
         with tempfile.TemporaryDirectory() as folder:
             for stop in (blocks + 3, 4):
                 with suppress(Stop):
-                    self.losses(config, Stopping(Points(Path(folder)), stop), found)
-            return self.losses(config, Journal(Points(Path(folder)), save_every=2), found)
+                    self.losses(config, Stopping(RunCheckpoints(Path(folder)), stop), found)
+            return self.losses(config, Journal(RunCheckpoints(Path(folder)), save_every=2), found)
 
 
 def apart(found: Sequence[float], expected: Sequence[float]) -> float:

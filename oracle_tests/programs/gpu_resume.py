@@ -30,7 +30,7 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
 EXAMPLES = 48
@@ -44,8 +44,8 @@ class Stop(Exception):  # noqa: N818 - asked for
 class Stopping(Journal):
     """Stop after a number of checkpoints."""
 
-    def __init__(self, points: Points, after: int) -> None:
-        super().__init__(points, save_every=2)
+    def __init__(self, checkpoints: RunCheckpoints, after: int) -> None:
+        super().__init__(checkpoints, save_every=2)
         self._left = after
 
     def _save(self) -> None:
@@ -103,10 +103,10 @@ def resumed(model: LlamaForCausalLM, method: str, stops: Sequence[int]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for stop in stops:
             try:
-                run(copy.deepcopy(model), method, Stopping(Points(Path(folder)), stop))
+                run(copy.deepcopy(model), method, Stopping(RunCheckpoints(Path(folder)), stop))
             except Stop:
                 continue
-        return run(copy.deepcopy(model), method, Journal(Points(Path(folder)), save_every=2))
+        return run(copy.deepcopy(model), method, Journal(RunCheckpoints(Path(folder)), save_every=2))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:

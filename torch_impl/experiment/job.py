@@ -21,8 +21,8 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import halving
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.journal import Journal
-from torch_impl.engine.resume.points import Points
-from torch_impl.engine.resume.run_folder import POINTS, run_folder
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
+from torch_impl.engine.resume.run_folder import CHECKPOINTS, run_folder
 from torch_impl.engine.settings import Settings
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
@@ -83,8 +83,8 @@ def _folder(config: Config) -> Iterator[Path]:
 
 def open_journal(config: Config, folder: Path) -> Journal:
     """The journal of this run, at its last good point if it goes on. Errors: ValueError if it began with other options."""
-    points = Points(folder / POINTS, config.output.keep_points)
-    journal = Journal(points, config.output.save_every, attached=(folder / "metrics.jsonl",))
+    checkpoints = RunCheckpoints(folder / CHECKPOINTS, config.output.keep_points)
+    journal = Journal(checkpoints, config.output.save_every, attached=(folder / "metrics.jsonl",))
     if config.output.resume and not journal.notes:
         logger.warning("%s has no point to go on from: from the beginning", config.output_dir)
     if journal.notes:
@@ -141,7 +141,7 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
         metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
 
-    with journal.stopping_at_points():
+    with journal.stopping_at_checkpoints():
         if fresh:
             journal.noted()
         try:

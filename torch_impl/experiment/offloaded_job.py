@@ -48,7 +48,7 @@ def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
     metrics = Metrics(folder / "metrics.jsonl")
     sweeps = Sweeps(decoder, config, material)
     earlier = journal.notes.get("seconds", 0.0)
-    with journal.stopping_at_points():
+    with journal.stopping_at_checkpoints():
         dense = _dense(sweeps, journal, environment, metrics)
         pruned = _pruned(sweeps, journal, dense, folder, start)
     metrics.log("step", **pruned.record.as_dict())

@@ -17,7 +17,7 @@ import torch
 from torch_impl.engine import distributed
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import state
-from torch_impl.engine.resume.points import Points
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,14 @@ class Interrupted(KeyboardInterrupt):
 class Journal:
     """Tracks the progress of a run and saves checkpoints after the events named by its methods.
 
-    Without `points`, nothing is saved. save_every: optimizer steps between checkpoints. attached: files that grow during a
+    Without `checkpoints`, nothing is saved. save_every: optimizer steps between checkpoints. attached: files that grow during a
     run; each checkpoint holds a copy. `notes`: data of the caller to save, as JSON. `progress`: always up to date.
     """
 
-    def __init__(self, points: Points | None = None, save_every: int = 100, attached: tuple[Path, ...] = ()) -> None:
-        self._points, self._save_every, self._attached = points, save_every, attached
+    def __init__(
+        self, checkpoints: RunCheckpoints | None = None, save_every: int = 100, attached: tuple[Path, ...] = ()
+    ) -> None:
+        self._checkpoints, self._save_every, self._attached = checkpoints, save_every, attached
         self._changed: set[str] = set()
         self._stop: int | None = None
         self.progress = Progress()
@@ -91,10 +93,10 @@ class Journal:
         self._begun = False
         self._optimizer: torch.optim.Optimizer | None = None
         # Process 0 deletes corrupt checkpoints before the others read.
-        last = None if points is None or not distributed.is_main_process() else points.open_last()
+        last = None if checkpoints is None or not distributed.is_main_process() else checkpoints.open_last()
         distributed.all_reduce_number(0.0)
-        if points is not None and not distributed.is_main_process():
-            last = points.open_last()
+        if checkpoints is not None and not distributed.is_main_process():
+            last = checkpoints.open_last()
         if last is not None:
             self.notes = last["notes"]
             self._begun = last["progress"] is not None
@@ -104,31 +106,31 @@ class Journal:
         """Restore the attached files from the current checkpoint."""
         for path in self._attached if distributed.is_main_process() else ():
             path.unlink(missing_ok=True)
-            if self._points is not None and path.name in self._points.parts:
-                path.write_bytes(self._points.get_bytes(path.name))
+            if self._checkpoints is not None and path.name in self._checkpoints.parts:
+                path.write_bytes(self._checkpoints.get_bytes(path.name))
 
     def begin(self, decoder: Decoder, dense: Decoder, fresh: Progress) -> Progress:
         """Start a run at `fresh`, or restore model and random generators from the current checkpoint."""
         self._decoder, self._dense = decoder, dense
-        if not self._begun or self._points is None:
+        if not self._begun or self._checkpoints is None:
             self._begun = True
             self.progress = fresh
             return fresh
         pairs = zip(decoder.blocks, dense.blocks, strict=True)
         for index, (block, dense_block) in enumerate(pairs):
-            if _block_part(index) in self._points:
+            if _block_part(index) in self._checkpoints:
                 with distributed.unsharded(dense_block), distributed.unsharded_with_writeback(block, decoder.family):
-                    state.restore_block(block, dense_block, decoder.family, self._points.get(_block_part(index)))
-        if "adapters" in self._points:
-            state.restore_adapters(decoder.model, self._points.get("adapters"))
-        state.restore_random(self._points.get("random"))
+                    state.restore_block(block, dense_block, decoder.family, self._checkpoints.get(_block_part(index)))
+        if "adapters" in self._checkpoints:
+            state.restore_adapters(decoder.model, self._checkpoints.get("adapters"))
+        state.restore_random(self._checkpoints.get("random"))
         logger.warning("resuming at %s", self.progress)
         return self.progress
 
     def begin_training(self, optimizer: torch.optim.Optimizer) -> list[float]:
         """Restore the optimizer. Return the losses of the optimizer steps already done in this step."""
-        if self._points is not None and "optimizer" in self._points:
-            state.restore_optimizer(optimizer, self._points.get("optimizer"))
+        if self._checkpoints is not None and "optimizer" in self._checkpoints:
+            state.restore_optimizer(optimizer, self._checkpoints.get("optimizer"))
         self._optimizer = optimizer
         return self.progress.losses
 
@@ -160,29 +162,29 @@ class Journal:
         """Save after a step."""
         self.progress.finish_step(record)
         self._changed.discard("optimizer")
-        if self._points is not None:
-            self._points.drop("optimizer")
+        if self._checkpoints is not None:
+            self._checkpoints.drop("optimizer")
         self._save()
 
     def _save(self) -> None:
-        if self._points is not None:
+        if self._checkpoints is not None:
             for part in sorted(self._changed):
                 # All processes take part in gathering a sharded block; process 0 writes it.
                 tensors = self._tensors(part)
                 if distributed.is_main_process():
-                    self._points.put(part, tensors)
+                    self._checkpoints.put(part, tensors)
             self._changed.clear()
             if distributed.is_main_process():
-                self._commit(self._points)
+                self._commit(self._checkpoints)
         if distributed.all_reduce_number(0.0 if self._stop is None else 1.0):
             raise Interrupted(self._stop or signal.SIGINT)
 
-    def _commit(self, points: Points) -> None:
-        points.put("random", state.random_tensors())
+    def _commit(self, checkpoints: RunCheckpoints) -> None:
+        checkpoints.put("random", state.random_tensors())
         for path in self._attached:
             if path.exists():
-                points.put_bytes(path.name, path.read_bytes())
-        points.commit({"progress": asdict(self.progress) if self._begun else None, "notes": self.notes})
+                checkpoints.put_bytes(path.name, path.read_bytes())
+        checkpoints.commit({"progress": asdict(self.progress) if self._begun else None, "notes": self.notes})
 
     def _tensors(self, part: str) -> state.Tensors:
         if part == "adapters":
@@ -202,12 +204,12 @@ class Journal:
         self._optimizer = None
 
     @contextmanager
-    def stopping_at_points(self) -> Iterator[None]:
+    def stopping_at_checkpoints(self) -> Iterator[None]:
         """Within this context, Ctrl-C and SIGTERM stop the run at its next checkpoint; a second signal stops it at once.
 
         Errors: Interrupted after that checkpoint.
         """
-        if self._points is None or threading.current_thread() is not threading.main_thread():
+        if self._checkpoints is None or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}

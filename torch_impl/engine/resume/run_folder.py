@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from torch_impl.engine.files import flush_folder
-from torch_impl.engine.resume.points import has_points
+from torch_impl.engine.resume.run_checkpoints import has_checkpoints
 
-POINTS = ".points"
+CHECKPOINTS = ".points"
 LOCK = ".lock"
 
 
@@ -54,7 +54,7 @@ def run_folder(
     with _locked(partial, named):
         # Check again: another process may have finished in the meantime.
         check_target()
-        unfinished = has_points(partial / POINTS)
+        unfinished = has_checkpoints(partial / CHECKPOINTS)
         if unfinished and not (resume or overwrite):
             raise ValueError(
                 f"{named} has an unfinished run in {partial}; use --resume, --overwrite to start over, or another folder"
@@ -65,7 +65,7 @@ def run_folder(
             yield partial
             _publish(partial, target)
         except BaseException as error:
-            if has_points(partial / POINTS):
+            if has_checkpoints(partial / CHECKPOINTS):
                 error.add_note(f"progress saved in {partial}; rerun with --resume")
             else:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -151,5 +151,5 @@ def _publish(partial: Path, target: Path) -> None:
         shutil.rmtree(target)
     partial.rename(target)
     flush_folder(target.parent)
-    shutil.rmtree(target / POINTS, ignore_errors=True)
+    shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
     (target / LOCK).unlink(missing_ok=True)

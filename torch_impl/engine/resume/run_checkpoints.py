@@ -35,7 +35,7 @@ class Entry:
     sha256: str
 
 
-class Points:
+class RunCheckpoints:
     """The checkpoints of one run in their own folder. `parts` are the files of the current checkpoint."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -165,6 +165,6 @@ def _number(name: str) -> int:
     return int(head) if head.isdigit() else 0
 
 
-def has_points(folder: Path) -> bool:
+def has_checkpoints(folder: Path) -> bool:
     """Return whether a folder holds checkpoints, valid or not."""
     return any(file.stem.isdigit() for file in folder.glob("*.json"))

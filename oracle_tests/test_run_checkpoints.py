@@ -14,8 +14,8 @@ import torch
 
 from oracle_tests.interruptions import cut, flip
 from torch_impl.engine.files import UNFINISHED, write_atomically
-from torch_impl.engine.resume.points import Points
-from torch_impl.engine.resume.run_folder import POINTS, run_folder
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
+from torch_impl.engine.resume.run_folder import CHECKPOINTS, run_folder
 
 
 def some(value: float) -> dict[str, torch.Tensor]:
@@ -23,21 +23,21 @@ def some(value: float) -> dict[str, torch.Tensor]:
 
 
 def test_a_point_gives_back_what_was_put(tmp_path: Path) -> None:
-    first = Points(tmp_path)
+    first = RunCheckpoints(tmp_path)
     first.put("a", some(1))
     first.put_bytes("notes.txt", b"some")
     first.commit({"n": 0.1})
-    again = Points(tmp_path)
+    again = RunCheckpoints(tmp_path)
     assert again.open_last() == {"n": 0.1}
     assert torch.equal(again.get("a")["x"], some(1)["x"])
     assert again.get_bytes("notes.txt") == b"some"
     assert "a" in again
     assert "b" not in again
-    assert Points(tmp_path / "empty").open_last() is None
+    assert RunCheckpoints(tmp_path / "empty").open_last() is None
 
 
 def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tmp_path: Path) -> None:
-    run = Points(tmp_path, keep=2)
+    run = RunCheckpoints(tmp_path, keep=2)
     for number in range(4):
         run.put("same", some(1))
         run.put("other", some(number))
@@ -54,7 +54,7 @@ def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tm
     run.drop("other")
     assert run.commit({}) == 5
     assert not (tmp_path / "000003-other.safetensors").exists()
-    assert Points(tmp_path).open_last() == {}
+    assert RunCheckpoints(tmp_path).open_last() == {}
 
 
 @pytest.mark.parametrize("name", ["000002-a.safetensors", "000002.json"])
@@ -62,12 +62,12 @@ def test_what_has_not_changed_has_two_files_that_take_turns_and_old_points_go(tm
 def test_a_damaged_point_is_named_and_the_one_before_serves(
     tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Points(tmp_path)
+    run = RunCheckpoints(tmp_path)
     for number in (1, 2):
         run.put("a", some(number))
         run.commit({"n": number})
     damage(tmp_path / name)
-    again = Points(tmp_path)
+    again = RunCheckpoints(tmp_path)
     assert again.open_last() == {"n": 1}
     assert torch.equal(again.get("a")["x"], some(1)["x"])
     if (tmp_path / "000002.json").exists() or name != "000002.json" or damage is not Path.unlink:
@@ -77,11 +77,11 @@ def test_a_damaged_point_is_named_and_the_one_before_serves(
     again.put("a", some(3))
     # No file of a number in use is written over.
     assert again.commit({"n": 3}) == 3
-    assert Points(tmp_path).open_last() == {"n": 3}
+    assert RunCheckpoints(tmp_path).open_last() == {"n": 3}
 
 
 def test_a_write_that_fails_leaves_the_last_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Points(tmp_path)
+    run = RunCheckpoints(tmp_path)
     run.put("a", some(1))
     run.commit({"n": 1})
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_the_last_point(tmp_path: Path, monkeypatch: p
         run.put("a", some(2))
     monkeypatch.undo()
     assert list(tmp_path.glob(f"*{UNFINISHED}"))
-    assert Points(tmp_path).open_last() == {"n": 1}
+    assert RunCheckpoints(tmp_path).open_last() == {"n": 1}
     assert not list(tmp_path.glob(f"*{UNFINISHED}"))
 
 
@@ -142,7 +142,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_is_
 
 
 def test_the_manifest_is_written_after_every_part_that_it_names(tmp_path: Path, disk: list[tuple[str, str]]) -> None:
-    run = Points(tmp_path)
+    run = RunCheckpoints(tmp_path)
     for _ in range(2):
         run.put("changing", some(len(disk)))
         run.put("same", some(1))
@@ -167,7 +167,7 @@ def test_a_finished_run_is_on_the_disk_before_it_is_moved_and_its_checkpoints_go
         (folder / "model").mkdir()
         for name in ("result", "model/weights"):
             (folder / name).write_text(name)
-        run = Points(folder / POINTS)
+        run = RunCheckpoints(folder / CHECKPOINTS)
         run.commit({})
         disk.clear()
     moved = disk.index(("rename", str(target)))
@@ -175,7 +175,7 @@ def test_a_finished_run_is_on_the_disk_before_it_is_moved_and_its_checkpoints_go
     assert before >= {str(partial / name) for name in ("result", "model/weights")}
     assert before >= {str(partial), str(partial / "model")}
     assert disk[moved + 1] == ("fsync", str(tmp_path))
-    assert ("remove", str(target / POINTS)) in disk[moved + 1 :]
+    assert ("remove", str(target / CHECKPOINTS)) in disk[moved + 1 :]
     assert all(kind == "fsync" for kind, _ in disk[:moved])
     assert {entry.name for entry in target.iterdir()} == {"result", "model"}
 
@@ -190,17 +190,17 @@ def test_a_run_that_cannot_be_moved_to_its_place_keeps_its_checkpoints(
 
     def fail() -> None:
         with run_folder(tmp_path / "out", False, False) as folder:
-            Points(folder / POINTS).commit({"n": 1})
+            RunCheckpoints(folder / CHECKPOINTS).commit({"n": 1})
 
     with pytest.raises(OSError, match="Permission denied") as caught:
         fail()
     assert "--resume" in caught.value.__notes__[0]
-    assert Points(tmp_path / ".out.partial" / POINTS).open_last() == {"n": 1}
+    assert RunCheckpoints(tmp_path / ".out.partial" / CHECKPOINTS).open_last() == {"n": 1}
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_so_many_checkpoints_are_kept_and_no_file_but_theirs(tmp_path: Path, keep: int) -> None:
-    run = Points(tmp_path, keep)
+    run = RunCheckpoints(tmp_path, keep)
     for number in range(1, 6):
         run.put("changing", some(number))
         run.put("same", some(0))
@@ -214,7 +214,7 @@ def test_so_many_checkpoints_are_kept_and_no_file_but_theirs(tmp_path: Path, kee
         if keep == 2 and len(bodies) == 2:
             assert len(named) == len(set(named)) == 6, "two that follow each other share no file"
     for kept in range(number, number - keep, -1):
-        newest = Points(tmp_path, keep)
+        newest = RunCheckpoints(tmp_path, keep)
         assert newest.open_last() == {"n": kept}
         assert newest.get_bytes("notes.txt") == b"x" * kept
         flip(tmp_path / newest.parts["notes.txt"].file)
