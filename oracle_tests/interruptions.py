@@ -14,7 +14,7 @@ from torch_impl.engine import batches
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
@@ -23,7 +23,7 @@ class Stop(Exception):  # noqa: N818 - asked for
     """The run has reached the checkpoint at which the test stops it."""
 
 
-class Counting(Journal):
+class Counting(Checkpointer):
     """Count checkpoints, and stop right after checkpoint `after`."""
 
     def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
@@ -64,10 +64,10 @@ def settings(method: str = "wanda", pattern: str = "unstructured", **changes: An
     )
 
 
-def outcome(setup: Settings, journal: Journal | None = None) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def outcome(setup: Settings, checkpointer: Checkpointer | None = None) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Run Algorithm 1; return its records without times and the merged model's tensors."""
     model, ids, parts = tiny()
-    records = [record.as_dict() for record in losa.run(model, ids, parts, setup, journal=journal)]
+    records = [record.as_dict() for record in losa.run(model, ids, parts, setup, checkpointer=checkpointer)]
     for record in records:
         record.pop("seconds")
     merge_adapters(Decoder(model))

@@ -26,7 +26,7 @@ from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, sum_loss
 from torch_impl.engine.reconstruction import ReconstructionConfig
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.config import Config
@@ -77,8 +77,8 @@ class Outcome:
     weights: dict[str, np.ndarray]
 
 
-class Fatal(Journal):
-    """A journal with a checkpoint at every opportunity; one process dies by SIGKILL before the n-th is written."""
+class Fatal(Checkpointer):
+    """A checkpointer with a checkpoint at every opportunity; one process dies by SIGKILL before the n-th is written."""
 
     def __init__(self, folder: Path, n: int | None = None) -> None:
         super().__init__(RunCheckpoints(folder), save_every=1)
@@ -100,8 +100,8 @@ def run(
     decoder = Decoder(ours)
     ids = torch.tensor(np.random.default_rng(2).integers(SIZES.vocabulary, size=(7, 6)))
     with float64_llama():
-        journal = None if checkpoints is None else Fatal(checkpoints, fatal)
-        records = losa.run(ours, ids, parts(), case, journal=journal)
+        checkpointer = None if checkpoints is None else Fatal(checkpoints, fatal)
+        records = losa.run(ours, ids, parts(), case, checkpointer=checkpointer)
     if not distributed.is_sharded(ours):
         adapted_linear.merge_adapters(decoder)
         return Outcome(records, {n: p.detach().numpy() for n, p in ours.named_parameters()})

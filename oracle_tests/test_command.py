@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from torch_impl.commands import generate, pack, run
-from torch_impl.engine.resume.journal import Interrupted
+from torch_impl.engine.resume.checkpointer import Interrupted
 from torch_impl.experiment import command, compare
 
 COMMANDS = {"run": run.main, "generate": generate.main, "pack": pack.main, "compare": compare.main}

@@ -18,7 +18,7 @@ from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
 from torch_impl.engine.record import Clock
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import lr_factor
@@ -202,8 +202,8 @@ def test_observers_hear_every_step_as_it_was() -> None:
     assert all(0 < rate < 1 for _, number, _, rate in heard if number)
 
 
-class Stopping(Journal):
-    """A journal at whose point number `last` a run ends."""
+class Stopping(Checkpointer):
+    """A checkpointer at whose point number `last` a run ends."""
 
     def __init__(self, folder: Path, last: int) -> None:
         super().__init__(RunCheckpoints(folder), save_every=1)
@@ -251,10 +251,10 @@ def test_a_run_goes_on_behind_a_step_without_training(tmp_path: Path) -> None:
         listen = lambda *what, heard=heard: heard.append(what)  # noqa: E731
         if last is not None:
             with pytest.raises(InterruptedError):
-                losa.run(model, ids, parts, setup, on_loss=listen, journal=Stopping(tmp_path / str(last), last))
+                losa.run(model, ids, parts, setup, on_loss=listen, checkpointer=Stopping(tmp_path / str(last), last))
             model = random_model("llama")
-        journal = None if last is None else Journal(RunCheckpoints(tmp_path / str(last)))
-        records = losa.run(model, ids, parts, setup, on_loss=listen, journal=journal)
+        checkpointer = None if last is None else Checkpointer(RunCheckpoints(tmp_path / str(last)))
+        records = losa.run(model, ids, parts, setup, on_loss=listen, checkpointer=checkpointer)
         assert [len(record.losses) for record in records] == [0, 2, 2, 2, 2]
         results.append((heard, [layer.merged() for layer in adapters(model)]))
     # The schedule of ten optimizer steps goes on behind the two that are left out.

@@ -19,7 +19,7 @@ from torch_impl.engine.batches import Example
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import sum_loss
 from torch_impl.engine.memory import halving
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 
 
@@ -42,12 +42,12 @@ def test_training_goes_on_in_smaller_micro_batches(
         return sum_loss(model, batch, dense)
 
     monkeypatch.setattr(gradients, "sum_loss", limited)
-    journal = Journal(RunCheckpoints(tmp_path))
-    smaller = losa.run(model, ids, parts, setup, journal=journal)
+    checkpointer = Checkpointer(RunCheckpoints(tmp_path))
+    smaller = losa.run(model, ids, parts, setup, checkpointer=checkpointer)
     assert calls == [2, 1, 2, 2, 1, 1, 1, 1, 1]
     assert "reducing per_device_train_batch_size from 2 to 1" in caplog.text
     assert caplog.text.count("reducing ") == 1, "once for the whole run"
-    assert journal.progress.micro_batch_size == 1
+    assert checkpointer.progress.micro_batch_size == 1
     for record, expected in zip(smaller, plain, strict=True):
         assert record.losses == pytest.approx(expected.losses, rel=1e-5)
 
@@ -67,10 +67,10 @@ def test_calibration_goes_on_in_smaller_batches(
         return forward(self, block, index, batch, rows)
 
     monkeypatch.setattr(calibration.Stream, "forward", limited)
-    journal = Counting(tmp_path)
-    records, tensors = outcome(setup, journal)
+    checkpointer = Counting(tmp_path)
+    records, tensors = outcome(setup, checkpointer)
     assert "reducing calibration_batch_size from 4 to 2" in caplog.text
-    assert journal.progress.calibration_batch_size == 2
+    assert checkpointer.progress.calibration_batch_size == 2
     for record, expected in zip(records, plain[0], strict=True):
         assert record["errors"] == pytest.approx(expected["errors"], rel=1e-4)
     assert all(float((tensors[name] != tensor).float().mean()) < 0.01 for name, tensor in plain[1].items())
@@ -119,7 +119,7 @@ def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monke
         begin()
         with pytest.raises(Stop):
             outcome(setup, Counting(tmp_path / str(stop), stop))
-        assert same(outcome(setup, Journal(RunCheckpoints(tmp_path / str(stop)))), plain), (
+        assert same(outcome(setup, Checkpointer(RunCheckpoints(tmp_path / str(stop)))), plain), (
             f"stopped at checkpoint {stop}"
         )
         assert full == {"training", "calibration"}

@@ -28,7 +28,7 @@ from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, attach_adapters
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import state
-from torch_impl.engine.resume.journal import Interrupted, Journal, Progress
+from torch_impl.engine.resume.checkpointer import Checkpointer, Interrupted, Progress
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.settings import TrainingConfig
@@ -91,7 +91,7 @@ def test_a_run_goes_on_from_any_point_to_the_same_bits(tmp_path: Path, method: s
         with pytest.raises(Stop):
             outcome(setup, Counting(folder, stop))
         torch.manual_seed(stop)
-        assert same(outcome(setup, Journal(RunCheckpoints(folder))), plain), f"stopped at point {stop}"
+        assert same(outcome(setup, Checkpointer(RunCheckpoints(folder))), plain), f"stopped at point {stop}"
 
 
 def test_a_run_that_stops_at_every_point_ends_too(tmp_path: Path) -> None:
@@ -130,11 +130,11 @@ def test_damage_to_a_file_of_any_kind_goes_back_one_checkpoint(
     whole.open_last()
     names = {"adapters", "block-000", "block-001", "block-002", "optimizer", "random"}
     assert set(whole.parts) == {"metrics.jsonl", *(f"{name}.safetensors" for name in names)}
-    assert len(Journal(whole).progress.losses) == 2
+    assert len(Checkpointer(whole).progress.losses) == 2
     for part, entry in whole.parts.items():
         damaged = shutil.copytree(tmp_path / "points", tmp_path / f"damaged {part}")
         flip(damaged / entry.file)
-        assert len(Journal(RunCheckpoints(damaged)).progress.losses) == 1, f"a damaged {part} is used"
+        assert len(Checkpointer(RunCheckpoints(damaged)).progress.losses) == 1, f"a damaged {part} is used"
         assert f"{entry.file} does not match its SHA-256" in caplog.text
 
 
@@ -143,13 +143,13 @@ def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -
     model = copy.deepcopy(dense)
     for one in (model, other):
         attach_adapters(Decoder(one), 1.0)
-    journal = Journal(RunCheckpoints(tmp_path))
-    journal.begin(Decoder(model), Decoder(dense), Progress())
+    checkpointer = Checkpointer(RunCheckpoints(tmp_path))
+    checkpointer.begin(Decoder(model), Decoder(dense), Progress())
     for layer in adapters(model):
         layer.set_base(layer.weight + 1)
-    journal.resized(base_moved=True)
-    journal.noted()
-    Journal(RunCheckpoints(tmp_path)).begin(Decoder(other), Decoder(dense), Progress())
+    checkpointer.resized(base_moved=True)
+    checkpointer.noted()
+    Checkpointer(RunCheckpoints(tmp_path)).begin(Decoder(other), Decoder(dense), Progress())
     for ours, theirs in zip(adapters(other), adapters(model), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
 

@@ -24,7 +24,7 @@ from torch_impl.engine.checkpoints import offload, safetensors_files
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
@@ -376,16 +376,16 @@ class Killed(BaseException):
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End the run right after the point of this number; back to normal behind it."""
-    noted, seen = Journal.noted, []
+    noted, seen = Checkpointer.noted, []
 
-    def counted(self: Journal) -> None:
+    def counted(self: Checkpointer) -> None:
         noted(self)
         seen.append(1)
         if len(seen) == count:
-            monkeypatch.setattr(Journal, "noted", noted)
+            monkeypatch.setattr(Checkpointer, "noted", noted)
             raise Killed
 
-    monkeypatch.setattr(Journal, "noted", counted)
+    monkeypatch.setattr(Checkpointer, "noted", counted)
 
 
 def flip_a_byte(place: Path) -> None:

@@ -23,7 +23,7 @@ from torch_impl.engine.lockstep import Lockstep
 from torch_impl.engine.memory import halving
 from torch_impl.engine.reconstruction import Reconstructor
 from torch_impl.engine.record import Clock, StepRecord
-from torch_impl.engine.resume.journal import Journal, Progress
+from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.structure import check_model
 from torch_impl.masks import prune as masks
@@ -139,14 +139,14 @@ def _prune_block(
 
 
 @torch.no_grad()
-def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, journal: Journal) -> None:
+def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpointer: Checkpointer) -> None:
     """Prune block by block, and reconstruct if asked, with dense and pruned streams in lockstep.
 
     e of LoSA, Eq. 6, of every block goes to `progress.errors`. start: sparsity of each block (L,) at the start of the run.
     A checkpoint is saved after every block. Blocks that an interrupted run has already pruned at this step are not pruned
     again.
     """
-    progress, count, family = journal.progress, len(blocks.weights), blocks.decoder.family
+    progress, count, family = checkpointer.progress, len(blocks.weights), blocks.decoder.family
     if progress.block == count:
         return
     lockstep = Lockstep(blocks, progress.calibration_batch_size or settings.calibration.calibration_batch_size)
@@ -164,7 +164,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, journal
             blocks.pruned(index, block)
             progress.errors.append(error)
             progress.calibration_batch_size = lockstep.batch_size
-            journal.pruned(index)
+            checkpointer.pruned(index)
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:
@@ -178,18 +178,18 @@ def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> l
     return [int(r) for r in allocated]
 
 
-def _give_ranks(blocks: Blocks, step: int, settings: Settings, journal: Journal) -> None:
+def _give_ranks(blocks: Blocks, step: int, settings: Settings, checkpointer: Checkpointer) -> None:
     """Allocate the ranks of a step and resize the adapters, unless an interrupted run has done so."""
-    if journal.progress.ranks:
+    if checkpointer.progress.ranks:
         return
-    ranks = journal.progress.ranks = _allocate_ranks(settings, step, journal.progress.errors)
+    ranks = checkpointer.progress.ranks = _allocate_ranks(settings, step, checkpointer.progress.errors)
     fold = settings.adapter.rank_shrink == "fold"
     for index, block in enumerate(blocks.decoder.blocks):
         # Folding changes the base weight, which must be gathered for it.
         with distributed.unsharded_with_writeback(block, blocks.decoder.family) if fold else nullcontext():
             for number, layer in enumerate(block_adapters(block, blocks.decoder.family).values()):
                 layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
-    journal.resized(base_moved=fold)
+    checkpointer.resized(base_moved=fold)
 
 
 def _lr_positions(parts: Sequence[Sequence[Example]], settings: Settings) -> list[tuple[int, int]]:
@@ -222,12 +222,12 @@ def _train_adapters(
     position: tuple[int, int],
     settings: Settings,
     start: torch.Tensor,
-    journal: Journal,
+    checkpointer: Checkpointer,
     on_loss: LossObserver | None,
 ) -> None:
     """Allocate ranks, resize the adapters and train them on this step's part of the examples."""
-    step, steps = journal.progress.step, settings.prune.steps
-    _give_ranks(blocks, step, settings, journal)
+    step, steps = checkpointer.progress.step, settings.prune.steps
+    _give_ranks(blocks, step, settings, checkpointer)
     if _nothing_to_train(blocks, start, settings.training):
         logger.warning(
             "step %d of %d: nothing is pruned yet, so training is skipped; its %d examples are not used",
@@ -243,7 +243,7 @@ def _train_adapters(
         position,
         f"train {step}/{steps}",
         heard,
-        journal,
+        checkpointer,
     )
 
 
@@ -268,24 +268,24 @@ def run(
     on_step: Observer | None = None,
     on_loss: LossObserver | None = None,
     dense: PreTrainedModel | None = None,
-    journal: Journal | None = None,
+    checkpointer: Checkpointer | None = None,
     blocks: Blocks | None = None,
 ) -> list[StepRecord]:
     """Prune and adapt `model` in place with LoSA, Algorithm 1; the adapters are not merged at the end.
 
     calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one per step; not empty if fine-tuning
     is on. on_step is called with each step's record, on_loss with (step, optimizer step, loss, learning rate). dense: the
-    original model; default a copy. journal: saves checkpoints and resumes from the last one; then the callbacks get only the
+    original model; default a copy. checkpointer: saves checkpoints and resumes from the last one; then the callbacks get only the
     remaining steps. blocks: the source of the blocks if they are not in memory; it holds model and ids.
 
     Returns one record per step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
     positions = _lr_positions(parts, settings)
     blocks = blocks or _in_memory(model, dense, calibration_ids, settings)
-    config, start, journal = settings.prune, blocks.zero_shares(), journal or Journal()
+    config, start, checkpointer = settings.prune, blocks.zero_shares(), checkpointer or Checkpointer()
     initial, rates = initial_rates(start, blocks.weights, config)
     torch.manual_seed(settings.seed)
-    progress = journal.begin(blocks.decoder, blocks.dense, Progress(sparsity=rates.tolist()))
+    progress = checkpointer.begin(blocks.decoder, blocks.dense, Progress(sparsity=rates.tolist()))
     with calibration.compiled([blocks.decoder, blocks.dense], settings.training.compile_blocks):
         for step in range(progress.step, config.steps + 1):
             clock = Clock(next(model.parameters()).device, progress.seconds)
@@ -293,14 +293,14 @@ def run(
             if progress.block == 0:
                 _set_targets(blocks, target, settings, progress)
             clock.lap("importance")
-            prune_model(blocks, settings, start, journal)
+            prune_model(blocks, settings, start, checkpointer)
             clock.lap("prune")
             if settings.training.finetune:
-                _train_adapters(blocks, parts[step - 1], positions[step - 1], settings, start, journal, on_loss)
+                _train_adapters(blocks, parts[step - 1], positions[step - 1], settings, start, checkpointer, on_loss)
             clock.lap("train")
             record = StepRecord.of(progress, target, blocks.zero_shares().tolist())
             if on_step is not None:
                 on_step(record)
-            journal.step_done(record.as_dict())
-    journal.end()
+            checkpointer.step_done(record.as_dict())
+    checkpointer.end()
     return [StepRecord(**record) for record in progress.records]

@@ -37,7 +37,7 @@ from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.text.sources import load_documents
@@ -116,7 +116,7 @@ class Job:
         self.poisoned = 0
 
     def losses(
-        self, config: TrainingConfig, journal: Journal | None = None, found: list[float] | None = None
+        self, config: TrainingConfig, checkpointer: Checkpointer | None = None, found: list[float] | None = None
     ) -> list[float]:
         """Losses of every optimizer step, appended to `found`; freed memory is poisoned after each."""
         heard = [] if found is None else found
@@ -130,7 +130,9 @@ class Job:
             calibration=CalibrationConfig(nsamples=16, seqlen=self._ids.shape[1], rmi_samples=16),
             training=config,
         )
-        losa.run(copy.deepcopy(self._model), self._ids, self._parts, settings, on_loss=on_loss, journal=journal)
+        losa.run(
+            copy.deepcopy(self._model), self._ids, self._parts, settings, on_loss=on_loss, checkpointer=checkpointer
+        )
         return heard
 
     def resumed(self, config: TrainingConfig) -> list[float]:
@@ -141,7 +143,7 @@ class Job:
             for stop in (blocks + 3, 4):
                 with suppress(Stop):
                     self.losses(config, Stopping(RunCheckpoints(Path(folder)), stop), found)
-            return self.losses(config, Journal(RunCheckpoints(Path(folder)), save_every=2), found)
+            return self.losses(config, Checkpointer(RunCheckpoints(Path(folder)), save_every=2), found)
 
 
 def apart(found: Sequence[float], expected: Sequence[float]) -> float:

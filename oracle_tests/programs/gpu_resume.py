@@ -29,7 +29,7 @@ from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 
@@ -38,10 +38,10 @@ STEPS = 2
 
 
 class Stop(Exception):  # noqa: N818 - asked for
-    """The journal has reached the checkpoint at which the run stops."""
+    """The checkpointer has reached the checkpoint at which the run stops."""
 
 
-class Stopping(Journal):
+class Stopping(Checkpointer):
     """Stop after a number of checkpoints."""
 
     def __init__(self, checkpoints: RunCheckpoints, after: int) -> None:
@@ -88,9 +88,9 @@ def tokens() -> tuple[torch.Tensor, list[list[Example]]]:
     return ids, [examples[: EXAMPLES // 2], examples[EXAMPLES // 2 :]]
 
 
-def run(model: LlamaForCausalLM, method: str, journal: Journal | None = None) -> str:
+def run(model: LlamaForCausalLM, method: str, checkpointer: Checkpointer | None = None) -> str:
     """Hash the merged weights."""
-    losa.run(model, *tokens(), settings(method), journal=journal)
+    losa.run(model, *tokens(), settings(method), checkpointer=checkpointer)
     merge_adapters(Decoder(model))
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
@@ -106,7 +106,7 @@ def resumed(model: LlamaForCausalLM, method: str, stops: Sequence[int]) -> str:
                 run(copy.deepcopy(model), method, Stopping(RunCheckpoints(Path(folder)), stop))
             except Stop:
                 continue
-        return run(copy.deepcopy(model), method, Journal(RunCheckpoints(Path(folder)), save_every=2))
+        return run(copy.deepcopy(model), method, Checkpointer(RunCheckpoints(Path(folder)), save_every=2))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:

@@ -23,7 +23,7 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.rates import MutualInformation
-from torch_impl.engine.resume.journal import Journal, Progress
+from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 
 RATE = 0.7
@@ -83,14 +83,15 @@ def _prune_ours(
         calibration=CalibrationConfig(nsamples=len(ids), seqlen=ids.shape[1]),
     )
     pruned = copy.deepcopy(model)
-    blocks, journal = ModelBlocks(Decoder(pruned), decoder, ids, len(ids), 1.0), Journal()
+    blocks, checkpointer = ModelBlocks(Decoder(pruned), decoder, ids, len(ids), 1.0), Checkpointer()
     count = len(blocks.weights)
-    journal.progress = Progress(sparsity=[RATE] * count, groups=[None] * count)
+    checkpointer.progress = Progress(sparsity=[RATE] * count, groups=[None] * count)
     with calibration.compiled([blocks.decoder, decoder], "auto"):
         elapsed, peak, _ = once(
-            lambda: losa.prune_model(blocks, settings, torch.zeros(count, dtype=torch.float64), journal), work.device
+            lambda: losa.prune_model(blocks, settings, torch.zeros(count, dtype=torch.float64), checkpointer),
+            work.device,
         )
-    return pruned, elapsed, peak, journal.progress.errors
+    return pruned, elapsed, peak, checkpointer.progress.errors
 
 
 def _weights(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_impl.engine.resume.journal import Progress
+from torch_impl.engine.resume.checkpointer import Progress
 
 
 @dataclass

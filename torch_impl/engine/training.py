@@ -15,7 +15,7 @@ from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.batches import Example, split
 from torch_impl.engine.gradients import Gradients, trainable
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -52,12 +52,12 @@ def train(
     schedule: tuple[int, int],
     description: str = "train",
     on_loss: Callable[[int, float, float], None] | None = None,
-    journal: Journal | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> list[float]:
     """Train one epoch over `examples` in order. Return the mean loss per predicted token of every optimizer step.
 
     schedule: (optimizer steps done, optimizer steps in total) of the learning-rate schedule. The optimizer starts with fresh
-    state, because the adapters' shapes have changed. on_loss(step, loss, learning rate) is called after every step. journal:
+    state, because the adapters' shapes have changed. on_loss(step, loss, learning rate) is called after every step. checkpointer:
     resume after the optimizer steps that it has recorded; each step may save a checkpoint.
 
     Errors: FloatingPointError naming the step if loss or gradient norm is not finite; that step changes no adapter.
@@ -69,9 +69,9 @@ def train(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
     )
     gradients = Gradients(model, dense if config.loss == "kl" else None, config)
-    journal = journal or Journal()
-    losses = journal.begin_training(optimizer)
-    gradients.micro_batch_size = journal.progress.micro_batch_size or gradients.micro_batch_size
+    checkpointer = checkpointer or Checkpointer()
+    losses = checkpointer.begin_training(optimizer)
+    gradients.micro_batch_size = checkpointer.progress.micro_batch_size or gradients.micro_batch_size
     model.train()
     try:
         batches = list(split(examples, config.batch_size))
@@ -81,7 +81,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = gradients.of(batches[step])
-            journal.progress.micro_batch_size = gradients.micro_batch_size
+            checkpointer.progress.micro_batch_size = gradients.micro_batch_size
             _clip(parameters, loss, config, f"{description}, optimizer step {step + 1}")
             optimizer.step()
             # Zero in place: captured graphs add to these tensors.
@@ -89,7 +89,7 @@ def train(
             losses.append(loss)
             if on_loss is not None:
                 on_loss(step, loss, rate)
-            journal.trained(last=step + 1 == len(batches))
+            checkpointer.trained(last=step + 1 == len(batches))
     finally:
         gradients.close()
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import halving
 from torch_impl.engine.record import StepRecord
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.resume.run_folder import CHECKPOINTS, run_folder
 from torch_impl.engine.settings import Settings
@@ -81,16 +81,18 @@ def _folder(config: Config) -> Iterator[Path]:
         yield folder
 
 
-def open_journal(config: Config, folder: Path) -> Journal:
-    """The journal of this run, at its last good point if it goes on. Errors: ValueError if it began with other options."""
+def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
+    """The checkpointer of this run, at its last good point if it goes on. Errors: ValueError if it began with other options."""
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, config.output.keep_points)
-    journal = Journal(checkpoints, config.output.save_every, attached=(folder / "metrics.jsonl",))
-    if config.output.resume and not journal.notes:
+    checkpointer = Checkpointer(checkpoints, config.output.save_every, attached=(folder / "metrics.jsonl",))
+    if config.output.resume and not checkpointer.notes:
         logger.warning("%s has no point to go on from: from the beginning", config.output_dir)
-    if journal.notes:
-        identity.check_options(journal.notes["options"], identity.options(config), config.output.accept_changes or ())
-    journal.restore_attached()
-    return journal
+    if checkpointer.notes:
+        identity.check_options(
+            checkpointer.notes["options"], identity.options(config), config.output.accept_changes or ()
+        )
+    checkpointer.restore_attached()
+    return checkpointer
 
 
 def _baselines(config: Config, material: Material, measure: Callable[..., float]) -> dict[str, Any]:
@@ -106,8 +108,8 @@ def _baselines(config: Config, material: Material, measure: Callable[..., float]
 def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     """The main job with the whole model in memory. Returns the result, as losa_result.json holds it."""
     start = time.perf_counter()
-    journal = open_journal(config, folder)
-    notes = journal.notes
+    checkpointer = open_checkpointer(config, folder)
+    notes = checkpointer.notes
     material = load_material(config)
     model = material.model
     environment = environment_of(config, material)
@@ -141,13 +143,15 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
     def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
         metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
 
-    with journal.stopping_at_checkpoints():
+    with checkpointer.stopping_at_checkpoints():
         if fresh:
-            journal.noted()
+            checkpointer.noted()
         try:
-            records = losa.run(model, material.calibration, parts, config.settings, on_step, on_loss, journal=journal)
+            records = losa.run(
+                model, material.calibration, parts, config.settings, on_step, on_loss, checkpointer=checkpointer
+            )
         except FloatingPointError as error:
-            trained = journal.progress.losses or journal.progress.records
+            trained = checkpointer.progress.losses or checkpointer.progress.records
             if trained or not isinstance(error, finite.NotFiniteError):
                 error.add_note(
                     "a lower rate or norm goes on from there with --accept_changes learning_rate max_grad_norm"

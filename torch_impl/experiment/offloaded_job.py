@@ -21,10 +21,10 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.resume.journal import Journal
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.job import at_once, open_journal
+from torch_impl.experiment.job import at_once, open_checkpointer
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
@@ -37,20 +37,20 @@ from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
 def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
     """The main job, block by block. Returns the result, as losa_result.json holds it."""
     start = time.perf_counter()
-    journal = open_journal(config, folder)
+    checkpointer = open_checkpointer(config, folder)
     material = load_material(config, offloaded=True)
     environment = environment_of(config, material)
-    if journal.notes:
-        identity.check_material(journal.notes["environment"], environment)
+    if checkpointer.notes:
+        identity.check_material(checkpointer.notes["environment"], environment)
     decoder = Decoder(material.model)
     disk = checks.disk(config, Sizes.of(decoder, material.model.dtype), offloaded=True)
     checks.check_disk(disk.total, "pruned model", config, folder)
     metrics = Metrics(folder / "metrics.jsonl")
     sweeps = Sweeps(decoder, config, material)
-    earlier = journal.notes.get("seconds", 0.0)
-    with journal.stopping_at_checkpoints():
-        dense = _dense(sweeps, journal, environment, metrics)
-        pruned = _pruned(sweeps, journal, dense, folder, start)
+    earlier = checkpointer.notes.get("seconds", 0.0)
+    with checkpointer.stopping_at_checkpoints():
+        dense = _dense(sweeps, checkpointer, environment, metrics)
+        pruned = _pruned(sweeps, checkpointer, dense, folder, start)
     metrics.log("step", **pruned.record.as_dict())
     _save_rest(folder / "model", material)
     perplexity, verification = _read_again(folder / "model", sweeps, pruned)
@@ -76,12 +76,12 @@ def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _dense(sweeps: Sweeps, journal: Journal, environment: dict[str, Any], metrics: Metrics) -> Dense:
+def _dense(sweeps: Sweeps, checkpointer: Checkpointer, environment: dict[str, Any], metrics: Metrics) -> Dense:
     """What the sweep over the dense model finds, now or before the run was interrupted.
 
     Errors: ValueError, before anything is written down, if the model is sparser than asked.
     """
-    notes, config = journal.notes, sweeps.config
+    notes, config = checkpointer.notes, sweeps.config
     if notes:
         return Dense(**notes["dense"])
     dense = sweeps.dense()
@@ -90,19 +90,19 @@ def _dense(sweeps: Sweeps, journal: Journal, environment: dict[str, Any], metric
     metrics.log("perplexity", value=dense.perplexity, model="dense")
     notes.update(dense=dataclasses.asdict(dense), environment=environment, blocks=[])
     notes.update(options=identity.options(config), seconds=0.0, prune_seconds=0.0)
-    journal.noted()
+    checkpointer.noted()
     return dense
 
 
-def _pruned(sweeps: Sweeps, journal: Journal, dense: Dense, folder: Path, start: float) -> Pruned:
+def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Path, start: float) -> Pruned:
     """Prune into the folder's model, and note every block that is on the disk. start: of this attempt."""
-    notes, begin = journal.notes, time.perf_counter()
+    notes, begin = checkpointer.notes, time.perf_counter()
     earlier = notes["seconds"], notes["prune_seconds"]
 
     def noted() -> None:
         now = time.perf_counter()
         notes["seconds"], notes["prune_seconds"] = earlier[0] + now - start, earlier[1] + now - begin
-        journal.noted()
+        checkpointer.noted()
 
     (folder / "model").mkdir(exist_ok=True)
     output = Output(folder / "model", sweeps.decoder, notes["blocks"], noted)

@@ -75,7 +75,7 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-class Journal:
+class Checkpointer:
     """Tracks the progress of a run and saves checkpoints after the events named by its methods.
 
     Without `checkpoints`, nothing is saved. save_every: optimizer steps between checkpoints. attached: files that grow during a
