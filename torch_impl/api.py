@@ -185,6 +185,9 @@ def evaluate(
     _model(model)
     ids = given.evaluation_of(text, tokenizer, seqlen, windows)
     given.check_ids(model, {"text": [ids]})
+    limit = position_limit(model)
+    if limit is not None and ids.shape[1] > limit:
+        raise ValueError(f"seqlen is {ids.shape[1]}; this model has {limit} positions, so take {limit} or fewer")
     return {"perplexity": perplexity(model, ids, batch_size), **describe_windows(ids)}
 
 

@@ -1,6 +1,6 @@
-"""Benchmark speed and memory: python -m torch_impl.bench [--geometry llama-2-7b] [--blocks N] [--parts …].
+"""Benchmark speed and memory: losa bench [--geometry llama-2-7b] [--blocks N] [--parts …].
 
-`python -m torch_impl.bench decode` benchmarks decoding with sparse weights (see its own --help).
+`losa bench decode` benchmarks decoding with sparse weights (see its own --help).
 
 Compares our code with the plain formulation of research code, in one process, with the same weights and tokens. The device's
 limits are measured first. A ratio is printed only if both sides computed the same numbers.
@@ -34,7 +34,7 @@ STEPS, MICRO_BATCHES = 5, 2500
 def _parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
-        prog="python -m torch_impl.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="losa bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--geometry", choices=list(geometry.GEOMETRIES), default="llama-2-7b" if cuda else "small")
     parser.add_argument("--blocks", type=int, help="Number of decoder blocks (default: all of the geometry).")

@@ -1,4 +1,4 @@
-"""Benchmark decoding with sparse against dense weights: python -m torch_impl.bench decode [--geometries …] [--whole_model …].
+"""Benchmark decoding with sparse against dense weights: losa bench decode [--geometries …] [--whole_model …].
 
 Kernels: each projection of a block, ours against the fastest dense product in the same dtype, over copies that exceed any
 cache. On a GPU that is cuBLAS, both in CUDA graphs; on a CPU torch or an optimised loop, in turns (decode_cpu.py). On a GPU,
@@ -217,7 +217,7 @@ def _ratios(times: tuple[float, float, float] | None, several: bool) -> str:
 def _parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
-        prog="python -m torch_impl.bench decode",
+        prog="losa bench decode",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Generate text with a packed or plain model: python -m torch_impl.generate MODEL --prompt "..."."""
+"""Generate text with a packed or plain model: losa generate MODEL --prompt "..."."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from transformers import (
 )
 
 from torch_impl._checks import MOST
-from torch_impl.decode import next_token, packed_folder
+from torch_impl.commands.loading import load
+from torch_impl.decode import next_token
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
 from torch_impl.experiment.command import Parser, command
@@ -55,7 +55,7 @@ class _TimedStreamer(TextStreamer):  # type: ignore[misc]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m torch_impl.generate", description=__doc__)
+    parser = Parser(prog="losa generate", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="Folder of a packed model, or a plain folder or hub id.")
     parser.add_argument("--prompt", required=True, help="Text to continue.")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="Maximum number of new tokens (default 128).")
@@ -97,12 +97,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    device = pretrained.choose_device(options.device)
-    folder = Path(options.model)
-    if packed_folder.is_packed(folder):
-        return packed_folder.load(folder, device, pretrained.DTYPES.get(options.dtype), options.trust_remote_code)
-    dtype = "stored" if options.dtype == "auto" else options.dtype
-    return pretrained.load(options.model, device, dtype, options.trust_remote_code)
+    return load(options.model, options.device, options.dtype, options.trust_remote_code)
 
 
 def _prompt_ids(

@@ -1,4 +1,4 @@
-"""Pack a sparse model without its zeros, or unpack it: python -m torch_impl.pack MODEL OUT [--unpack]."""
+"""Pack a sparse model without its zeros, or unpack it: losa pack MODEL OUT [--unpack]."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OF_A_MODEL = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m torch_impl.pack", description=__doc__)
+    parser = Parser(prog="losa pack", description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a sparse model")
     parser.add_argument("out", type=Path, metavar="OUT", help="Folder to write; it appears when complete.")
     parser.add_argument(
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
             device = pretrained.choose_device(options.device)
             savings = packed_folder.pack_folder(options.model, folder, device, options.trust_remote_code)
             closing = (
-                f"{table(savings)}\n\n{options.out}: packed model. Run it with python -m torch_impl.generate; "
-                "restore the plain folder with python -m torch_impl.pack --unpack"
+                f"{table(savings)}\n\n{options.out}: packed model. Run it with losa generate; "
+                "restore the plain folder with losa pack --unpack"
             )
     say(closing)

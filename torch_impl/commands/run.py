@@ -1,4 +1,4 @@
-"""Prune a model from the command line: python -m torch_impl.run [options]; see --help."""
+"""Prune a model from the command line: losa run [options]; see --help."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def main(arguments: Sequence[str]) -> None:
         return
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    say(f"To store and run it without its zeros: python -m torch_impl.pack {folder / 'model'} {folder / 'packed'}")
+    say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")

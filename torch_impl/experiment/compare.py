@@ -1,6 +1,6 @@
 """Compare LoSA with one-shot pruning: same adapters, data and number of training tokens, learning rates tuned for both.
 
-    python -m torch_impl.experiment.compare [options of torch_impl.run] --learning_rates 1e-3 2e-3 --seeds 0 1 2
+    losa compare [options of losa run] --learning_rates 1e-3 2e-3 --seeds 0 1 2
 
 One shot prunes to full sparsity at once, with uniform sparsities and ranks, then trains the same masked adapters on all parts
 together. Learning rates are tuned with the first seed, by the perplexity on the first half of the evaluation windows. All
@@ -192,7 +192,7 @@ def check_material(config: Config, names: Sequence[str], material: Material) -> 
 def main(arguments: Sequence[str]) -> None:
     """Print one line per variant; write the figures to --json."""
     parser = Parser(
-        prog="python -m torch_impl.experiment.compare",
+        prog="losa compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -213,11 +213,11 @@ SECTIONS: dict[str, type] = {
 
 DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-rank adapters that merge without filling zeros.
 
-  python -m torch_impl.run                                      prune the embedded model: Wanda, 70 %, five steps
-  python -m torch_impl.run --model DIR --sparsity_type 2:4      prune your model; keep two of every four weights
-  python -m torch_impl.run --model DIR --preset best            use the recipe with the lowest perplexity
-  python -m torch_impl.run --model DIR --steps 1 --finetune false   prune in one shot, without training
-  python -m torch_impl.run --config llama_7b.toml --model DIR --dry_run   show memory and work, and stop
+  losa run                                          prune the embedded model: Wanda, 70 %, five steps
+  losa run --model DIR --sparsity_type 2:4          prune your model; keep two of every four weights
+  losa run --model DIR --preset best                use the recipe with the lowest perplexity
+  losa run --model DIR --steps 1 --finetune false   prune in one shot, without training
+  losa plan --config llama_7b --model DIR           show memory and work, and stop
 
 Flags override --config, --config overrides --preset, and --preset overrides the defaults. torch_impl/configs/ has
 configuration files with the paper's settings.
@@ -266,7 +266,7 @@ def _make_parser() -> _Parser:
         _document(section)
     return _Parser(
         list(SECTIONS.values()),  # type: ignore[arg-type]
-        prog="python -m torch_impl.run",
+        prog="losa run",
         description=DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,122 @@
+"""The one command: what it lists, what it starts, what it says to a word that it does not know."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import torch_impl
+from oracle_tests.small_runs import arguments, make_place
+from tiny_models.random_models import save_random_model
+from torch_impl import cli
+from torch_impl.commands import evaluate, generate, pack, run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("cli"))
+
+
+def test_help_is_one_screen_and_needs_no_torch() -> None:
+    """Also: the version, and what an unknown command may have meant."""
+    program = (
+        "import sys; from torch_impl import cli; codes = [cli.main(['--help']), cli.main(['--version']), cli.main(['plam'])]; "
+        "heavy = {'torch', 'transformers', 'numpy', 'argparse'} & set(sys.modules); print(codes, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [f"losa {torch_impl.__version__}", "[0, 0, 2] set()"]
+    assert len(lines) - 2 <= 30
+    assert max(map(len, lines)) <= 120
+    for name in cli.COMMANDS:
+        assert any(line.startswith(f"  {name} ") for line in lines)
+    assert done.stderr == "error: plam is not a command of losa; did you mean plan?; see losa --help\n"
+
+
+def test_no_word_is_help(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out == cli.HELP
+
+
+def test_the_console_script() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"losa": "torch_impl.cli:main"}
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "given"),
+    [
+        ("run", run, []),
+        ("plan", run, ["--dry_run"]),
+        ("pack", pack, []),
+        ("generate", generate, []),
+        ("eval", evaluate, []),
+    ],
+)
+def test_a_command_gets_its_words(name: str, module: Any, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(module, "main", lambda words: seen.append(words) or 7)
+    assert cli.main([name, "--seed", "3"]) == 7
+    assert seen == [[*given, "--seed", "3"]]
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "serve"])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: losa {'run' if name == 'plan' else name}" in capsys.readouterr().out
+
+
+def test_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "fly", SimpleNamespace(module="torch_impl.commands.fly", words=()))
+    assert cli.main(["fly"]) == 2
+    assert capsys.readouterr().err == "error: this version has no losa fly\n"
+
+
+def test_perplexity_of_a_plain_and_a_packed_model(place: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--text", str(place / "text.txt"), "--seqlen", "32", "--windows", "3", "--device", "cpu"]
+    assert cli.main(["pack", str(place / "model"), str(place / "packed"), "--device", "cpu"]) == 0
+    found = []
+    for model in ("model", "packed"):
+        capsys.readouterr()
+        assert cli.main(["eval", str(place / model), *options, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
+    assert math.isfinite(found[0]["perplexity"])
+    assert [found[0][name] for name in ("windows", "seqlen", "tokens")] == [3, 32, 96]
+    assert cli.main(["eval", str(place / "model"), *options]) == 0
+    assert f"model: perplexity {found[0]['perplexity']:.4f} on 3 windows of 32 tokens of " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["--seqlen", "1"], "seqlen is 1; allowed"),
+        (["--windows", "0"], "windows is 0; allowed"),
+        (["--batch_size", "0"], "batch_size is 0; allowed"),
+        (["--dtype", "half"], "dtype is 'half'; allowed: auto"),
+        (["--text", "wikitext"], "text is 'wikitext'; allowed: stdlib"),
+        (["--text", "stdlib", "--seqlen", "4096", "--windows", "1"], "seqlen is 4096; this model has 128 positions"),
+    ],
+)
+def test_bad_options_of_eval(tmp_path: Path, changes: list[str], line: str, capsys: pytest.CaptureFixture) -> None:
+    save_random_model(tmp_path / "model", "opt")
+    assert cli.main(["eval", str(tmp_path / "model"), "--device", "cpu", *changes]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_plan_writes_nothing(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", *arguments(place, output_dir=place / "planned")]) == 0
+    assert "prunable weights" in capsys.readouterr().out
+    assert not (place / "planned").exists()

@@ -1,0 +1,25 @@
+"""Load the model that a command line names, packed or plain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from torch_impl import _checks
+from torch_impl.decode import packed_folder
+from torch_impl.engine.checkpoints import pretrained
+
+
+def load(
+    name: str, device: str, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer. name: folder of a packed or plain model, or hub id. dtype: auto means as stored.
+
+    Errors: ValueError or FileNotFoundError naming the problem.
+    """
+    _checks.choice("dtype", dtype, ("auto", *pretrained.DTYPES))
+    place, folder = pretrained.choose_device(device), Path(name)
+    if packed_folder.is_packed(folder):
+        return packed_folder.load(folder, place, pretrained.DTYPES.get(dtype), trust_remote_code)
+    return pretrained.load(name, place, "stored" if dtype == "auto" else dtype, trust_remote_code)
