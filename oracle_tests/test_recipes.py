@@ -5,6 +5,7 @@ The code comes from the page. A recipe for a new file runs by itself, one for an
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import json
@@ -25,9 +26,12 @@ from oracle_tests.whole_runs import Case, run_production, special
 from reference import losa as reference_losa
 from reference import rates as reference_rates
 from reference.masks import prune as reference_masks
-from tiny_models.random_models import byte_tokenizer
+from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl.engine import families, rates
+from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import parse
+from torch_impl.experiment.planning import checks
+from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.text import sources
 from torch_impl.masks import prune as masks
 from torch_impl.run import main
@@ -134,6 +138,43 @@ def test_a_method_takes_part_in_runs(method: str, place: Path) -> None:
     assert len(parted) == sum(".layers." in name and "proj" in name for name in ours), "every projection"
 
 
+@pytest.mark.parametrize("choice", ["off", "on"])
+def test_a_method_is_planned_with_its_own_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, place: Path, method: str, choice: str
+) -> None:
+    """3 GiB to prune a projection, and 2²⁶ numbers in float32 for each of a block's four inputs."""
+    added, argv = (
+        masks.METHODS[method],
+        arguments(place, **ONE_SHOT, prune_method=method, offload=choice, dry_run="true"),
+    )
+
+    def plan(**changes: Any) -> str:
+        monkeypatch.setitem(masks.METHODS, method, replace(added, **changes))
+        assert main(argv) == 0
+        return str(capsys.readouterr().out)
+
+    assert added.statistic is not None
+    statistic = replace(added.statistic, entries=lambda inputs: 2**26)
+    assert "3.00 GiB" not in plan()
+    assert "3.00 GiB" in plan(workspace=lambda rows, columns, itemsize: 3 * 2**30)
+    assert "4.00 GiB" in plan(workspace=lambda rows, columns, itemsize: 3 * 2**30, statistic=statistic)
+
+
+def test_a_method_that_moves_weights_needs_room_for_them(
+    monkeypatch: pytest.MonkeyPatch, place: Path, method: str
+) -> None:
+    """A checkpoint of a base weight is one bit where it is the dense one under a mask, and the weight itself where it moves."""
+    config, sizes = (
+        parse(arguments(place, prune_method=method)),
+        Sizes.of(Decoder(random_model("llama")), torch.float32),
+    )
+    plain = checks.disk(config, sizes, offloaded=False).checkpoints
+    monkeypatch.setitem(masks.METHODS, method, replace(masks.METHODS[method], moves_weights=True))
+    moved = checks.disk(config, sizes, offloaded=False).checkpoints
+    # Of the largest block, for three blocks in two sets and three more that change meanwhile: 4 bytes for each bit.
+    assert moved - plain == 9 * (4 * sizes.largest_prunable - sizes.largest_prunable // 8)
+
+
 def test_a_name_that_nobody_registered(capsys: pytest.CaptureFixture, place: Path, method: str, rule: str) -> None:
     """The messages list what is registered."""
     argv = arguments(place, **ONE_SHOT, prune_method="energetic")
@@ -234,3 +275,22 @@ def test_a_text_source(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     assert main(arguments(place, **ONE_SHOT, **argv)) == 0
     facts = json.loads((place / "out" / "losa_result.json").read_text())["evaluation"]
     assert (facts["source"], facts["split"]) == (name, sources.HELD_OUT)
+
+
+def test_nothing_compares_a_registered_name() -> None:
+    """Only then does a record have all that a method, rule or source is asked for.
+
+    Ranks may be uniform, too; and the benchmark names its parts after what they measure.
+    """
+    names = {*masks.METHODS, *rates.RULES, *sources.SOURCES, *(family.name for family in families.FAMILIES)}
+    found = []
+    for file in sorted([*(ROOT / "reference").rglob("*.py"), *(ROOT / "torch_impl").rglob("*.py")]):
+        if file.is_relative_to(ROOT / "torch_impl" / "bench"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Compare | ast.match_case):
+                continue
+            words = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            if words & names and "rank_allocation" not in ast.unparse(node):
+                found.append(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
+    assert not found

@@ -2,7 +2,7 @@
 
     for t = 1 .. T:
         importance of each block: the less its output shares with other blocks', the higher   hsic.py, rmi.py
-        sparsity of each block, from its importance and this step's target                    schedule.py, sparsity.py
+        sparsity of each block, from its importance and this step's target                    schedule.py, rates.py, sparsity.py
         block by block, after the pruned ones: prune, reconstruct; error of its output        masks/, reconstruct.py, rank.py
         rank of each block, from its error; resize its adapters                               rank.py
         train the adapters on the t-th part of the examples, once anything is pruned          llama.py, adamw.py
