@@ -62,7 +62,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def share_of_zeros(model: PreTrainedModel) -> float:
-    found = [w for block in Decoder(model).blocks for w in Decoder(model).family.weights_of(block).values()]
+    found = Decoder(model).weights
     return sum(int((w == 0).sum()) for w in found) / sum(w.numel() for w in found)
 
 

@@ -25,6 +25,7 @@ def test_projections_are_the_linears_of_a_block_by_their_names_in_the_model(name
     }
     assert found.keys() == linears.keys() - {head}
     assert all(found[place] is linears[place] for place in found)
+    assert [id(weight) for weight in decoder.weights] == [id(module.weight) for module in found.values()]
     assert decoder.prunable_weights == [
         sum(
             linear.weight.numel()

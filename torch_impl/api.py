@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.batches import Example
+from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
@@ -106,7 +107,7 @@ def prune(
     with _as_it_was(decoder):
         model.requires_grad_(False)
         steps = losa.run(model, windows, parts, config.settings, on_step, on_loss)
-    return PruneResult(model, steps, _sparsity(decoder), config.as_dict(), time.perf_counter() - started)
+    return PruneResult(model, steps, zero_share(decoder.weights), config.as_dict(), time.perf_counter() - started)
 
 
 def keep_zeros(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -114,7 +115,7 @@ def keep_zeros(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Remo
 
     Returns a handle; its remove() ends this. Errors: ValueError if the model's structure is unknown.
     """
-    weights = [weight for block in Decoder(model).blocks for weight in Decoder(model).family.weights_of(block).values()]
+    weights = Decoder(model).weights
     zeros = [weight == 0 for weight in weights]
 
     @torch.no_grad()
@@ -277,8 +278,3 @@ def _as_it_was(decoder: Decoder) -> Iterator[None]:
             parameter.requires_grad_(trainable.get(name, False))
         for name, module in model.named_modules():
             module.training = training.get(name, module.training)
-
-
-def _sparsity(decoder: Decoder) -> float:
-    weights: Sequence[torch.Tensor] = [w for b in decoder.blocks for w in decoder.family.weights_of(b).values()]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

@@ -94,19 +94,14 @@ def _prune_ours(
     return pruned, elapsed, peak, checkpointer.progress.errors
 
 
-def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights of all projections."""
-    decoder = Decoder(model)
-    return [weight for block in decoder.blocks for weight in decoder.family.weights_of(block).values()]
-
-
 def masks_apart(model: PreTrainedModel, work: Work, method: str) -> float:
     """Return the largest difference between the sides in mask entries (share) or errors (relative), small float32 model."""
     ids = work.ids(model, min(8, work.sequences), min(512, work.length))
     pruned, _, _, errors = _prune_ours(model, work, ids, method)
-    other = copy.deepcopy(model)
-    other_errors = plain.prune(Decoder(other), ids, method, RATE)
-    apart = [float((a != 0).ne(b != 0).float().mean()) for a, b in zip(_weights(pruned), _weights(other), strict=True)]
+    other = Decoder(copy.deepcopy(model))
+    other_errors = plain.prune(other, ids, method, RATE)
+    pairs = zip(Decoder(pruned).weights, other.weights, strict=True)
+    apart = [float((a != 0).ne(b != 0).float().mean()) for a, b in pairs]
     return max([*apart, relative(torch.tensor(errors), torch.tensor(other_errors))])
 
 

@@ -78,7 +78,7 @@ class ModelBlocks:
         self._ids, self._rmi_rows = ids, rmi_rows
 
     def zero_shares(self) -> torch.Tensor:
-        shares = [zero_share(block, self.decoder.family) for block in self.decoder.blocks]
+        shares = [zero_share(self.decoder.family.weights_of(block).values()) for block in self.decoder.blocks]
         return torch.tensor(shares, dtype=torch.float64)
 
     def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
@@ -122,8 +122,8 @@ def advance(stream: calibration.Stream, block: nn.Module, index: int, family: Fa
         stream.advance(block, index)
 
 
-def zero_share(block: nn.Module, family: Family) -> float:
-    """Compute the share of zeros in a block's projections."""
-    weights = family.weights_of(block).values()
+def zero_share(weights: Iterable[torch.Tensor]) -> float:
+    """Compute the share of zeros in these weights together."""
+    weights = list(weights)
     zeros = distributed.all_reduce_number(sum(int((distributed.local(weight) == 0).sum()) for weight in weights))
     return zeros / sum(weight.numel() for weight in weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,6 +40,11 @@ class Decoder:
     def full_name(self, index: int, name: str = "") -> str:
         """Return the full name of module `name` of block `index`; by default that of the block itself."""
         return self.family.full_name(index, name)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The weights (out, in) of all projections, block by block."""
+        return [weight for block in self.blocks for weight in self.family.weights_of(block).values()]
 
     @property
     def prunable_weights(self) -> list[int]:

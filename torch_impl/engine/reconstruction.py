@@ -50,7 +50,9 @@ class Reconstructor:
         self._damaged = False
 
     def _lost(self, block: nn.Module, index: int) -> bool:
-        return bool(self._config.reconstruct_epochs) and zero_share(block, self._family) > float(self._start[index])
+        if not self._config.reconstruct_epochs:
+            return False
+        return zero_share(self._family.weights_of(block).values()) > float(self._start[index])
 
     def for_block(self, block: nn.Module, index: int) -> Reconstruct | None:
         """Return the function that reconstructs this pruned block, the next in order; None if there is nothing to do."""

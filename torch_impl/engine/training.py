@@ -64,10 +64,8 @@ def train(
     """
     done, total = schedule
     parameters = trainable(model)
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
-    )
+    on_cuda = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=on_cuda)
     gradients = Gradients(model, dense if config.loss == "kl" else None, config)
     checkpointer = checkpointer or Checkpointer()
     losses = checkpointer.begin_training(optimizer)

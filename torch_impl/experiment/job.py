@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine import distributed, finite
+from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import halving
@@ -97,11 +98,17 @@ def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
 
 def _baselines(config: Config, material: Material, measure: Callable[..., float]) -> dict[str, Any]:
     """The dense model and the one pruned at once: perplexity, sparsity and seconds of each."""
-    dense = {"perplexity": measure(material.model, model="dense"), "sparsity": _sparsity(material.model)}
+    dense = {
+        "perplexity": measure(material.model, model="dense"),
+        "sparsity": zero_share(Decoder(material.model).weights),
+    }
     start = time.perf_counter()
     pruned_model = prune_at_once(config, material)
     seconds = time.perf_counter() - start
-    pruned = {"perplexity": measure(pruned_model, model="pruned at once"), "sparsity": _sparsity(pruned_model)}
+    pruned = {
+        "perplexity": measure(pruned_model, model="pruned at once"),
+        "sparsity": zero_share(Decoder(pruned_model).weights),
+    }
     return {"dense": {**dense, "seconds": 0.0}, "pruned_at_once": {**pruned, "seconds": seconds}}
 
 
@@ -185,21 +192,15 @@ def _finish(
     merged, verification = pretrained.verify(
         folder / "model", masks, probe, unmerged, model.device, config.model.trust_remote_code
     )
-    healed = {"perplexity": measure(merged, model="losa, merged and reloaded"), "sparsity": _sparsity(merged)}
+    healed = {
+        "perplexity": measure(merged, model="losa, merged and reloaded"),
+        "sparsity": zero_share(Decoder(merged).weights),
+    }
     sizes = _sizes(merged, masks)
     rows = {"dense": notes["dense"], "pruned_at_once": notes["pruned_at_once"], "losa": healed}
     several = distributed.processes()
     how = f"over {several} processes" if several > 1 else "with transformers alone"
     return summarise(config, decoder.family.name, rows, sizes, notes["after_step"], material, verification, how)
-
-
-@torch.no_grad()
-def _sparsity(model: PreTrainedModel) -> float:
-    """Share of zeros of all prunable weights."""
-    decoder = Decoder(model)
-    weights = [weight for block in decoder.blocks for weight in decoder.family.weights_of(block).values()]
-    zeros = sum(int((distributed.local(weight) == 0).sum()) for weight in weights)
-    return distributed.all_reduce_number(zeros) / sum(weight.numel() for weight in weights)
 
 
 def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, int]:

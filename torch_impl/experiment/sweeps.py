@@ -85,7 +85,7 @@ class Sweeps:
         shares = []
         for index, block in enumerate(self._blocks("dense")):
             check_weights(block, index, self.decoder.family)
-            shares.append(zero_share(block, self.decoder.family))
+            shares.append(zero_share(self.decoder.family.weights_of(block).values()))
             windows.advance(block, index)
             if measure is not None and measured is not None:
                 measure.advance(measured, block, index)
@@ -185,6 +185,6 @@ class OffloadedBlocks:
 
     def pruned(self, index: int, block: nn.Module) -> None:
         self._followed.advance(block, index)
-        self._shares[index] = zero_share(block, self.decoder.family)
+        self._shares[index] = zero_share(self.decoder.family.weights_of(block).values())
         if self._output is not None:
             self._output.write(index, block)
