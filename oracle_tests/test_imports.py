@@ -78,3 +78,20 @@ def test_what_is_private_stays_in_its_file() -> None:
             if name.split(".")[0] in PACKAGES and name.rpartition(".")[2].startswith("_") and not is_module:
                 found.add((str(path.relative_to(ROOT)), name))
     assert found == INTERNALS.keys()
+
+
+def test_a_model_and_its_family_are_one_decoder() -> None:
+    """Whoever needs both takes a `Decoder`, and only that looks for the family."""
+    pairs, looking = [], set()
+    for path in files("torch_impl"):
+        place = str(path.relative_to(ROOT))
+        looking |= {place for name in imports(path) if name.endswith(".find_family")}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                names = {argument.arg for argument in arguments}
+                has_family = any(a.arg == "family" or "Family" in ast.dump(a) for a in arguments)
+                if has_family and names & {"model", "models"}:
+                    pairs.append(f"{place}: {node.name}")
+    assert not pairs
+    assert looking == {"torch_impl/engine/decoder.py"}

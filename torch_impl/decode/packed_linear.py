@@ -273,9 +273,10 @@ def group_projections(model: PreTrainedModel) -> None:
     A layer leaves its group when it is moved, cast or loaded. Errors: ValueError if the model's family is unknown.
     """
     decoder = Decoder(model)
-    for block in decoder.blocks:
+    for index in range(len(decoder.blocks)):
+        projections = decoder.projections(index)
         for names in decoder.family.inputs:
-            join([block.get_submodule(name) for name in names])
+            join([projections[name] for name in names])
 
 
 def join(modules: Sequence[nn.Module]) -> None:

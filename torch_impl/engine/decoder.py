@@ -43,7 +43,7 @@ class Decoder:
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        """The weights (out, in) of all projections, block by block."""
+        """Return the weights (out, in) of all projections, block by block."""
         return [weight for block in self.blocks for weight in self.family.weights_of(block).values()]
 
     @property

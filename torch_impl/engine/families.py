@@ -7,6 +7,7 @@ a block. Its name and class do not matter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,8 @@ class Family:
 
     def weights_of(self, block: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights (out, in) of a block's projections by name, in order of use."""
-        return {name: weight_of(block, name) for name in self.projections}
+        weights: dict[str, Any] = {name: module.weight for name, module in self.projections_of(block).items()}
+        return weights
 
     def full_name(self, index: int, name: str = "") -> str:
         """Return the full name of module `name` of block `index`; by default that of the block itself."""
@@ -96,13 +98,6 @@ def _matrices(block: nn.Module) -> set[str]:
     }
 
 
-def decoder_blocks(model: nn.Module, family: Family) -> nn.ModuleList:
-    """Return the list of decoder blocks."""
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
-
-
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the maximum sequence length of a model with learned positions; None if positions are computed, as rotary ones."""
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -110,17 +105,3 @@ def position_limit(model: PreTrainedModel) -> int | None:
     # Learned positions are an embedding with one row per position and a few extra rows (OPT: two).
     learned = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     return positions if positions and any(positions <= rows <= positions + 8 for rows in learned) else None
-
-
-def prunable_weights(model: nn.Module, family: Family) -> list[int]:
-    """Count the prunable weights of each block: the w of LoSA, Eq. 5."""
-    return [
-        sum(weight_of(block, name).numel() for name in family.projections) for block in decoder_blocks(model, family)
-    ]
-
-
-def weight_of(block: nn.Module, projection: str) -> torch.Tensor:
-    """Return the weight (out, in) of one projection."""
-    weight = block.get_submodule(projection).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
