@@ -63,7 +63,7 @@ def lines_of_runs(place: Path, capsys: pytest.CaptureFixture, **changes: Any) ->
 @pytest.mark.usefixtures("no_weights")
 def test_learned_positions_bound_every_length(place: Path, capsys: pytest.CaptureFixture) -> None:
     save_random_model(place / "model", "opt", max_position_embeddings=64)
-    words = "; this model has 64 learned positions, so take 64 tokens or fewer"
+    words = "; this model has only 64 learned positions, use 64 or less"
     for name in ("seqlen", "eval_seqlen"):
         for line in lines_of_runs(place, capsys, **{name: 65}).values():
             assert line == f"error: {name} is 65{words}"
@@ -78,7 +78,7 @@ def test_learned_positions_bound_every_length(place: Path, capsys: pytest.Captur
 def test_more_calibration_than_any_memory_holds(place: Path, capsys: pytest.CaptureFixture) -> None:
     for line in lines_of_runs(place, capsys, nsamples=10**9, seqlen=10**6, rmi_samples=2).values():
         assert line.startswith(
-            "error: nsamples is 1000000000 and seqlen is 1000000: their token ids alone take 7,450,581 GiB"
+            "error: nsamples is 1000000000 and seqlen is 1000000: the token ids alone need 7,450,581 GiB"
         )
 
 
@@ -99,7 +99,7 @@ def test_computed_positions_go_on_with_one_warning(
     save_random_model(place / "model", "llama", max_position_embeddings=16)
     load(parse(arguments(place, **PLAIN)))
     expected = (
-        "seqlen is 32, eval_seqlen is 32; this model was trained on sequences of up to 16 tokens and may do worse"
+        "seqlen is 32, eval_seqlen is 32; this model was trained on at most 16 tokens, expect worse results beyond"
     )
     assert [record.message for record in caplog.records] == [expected]
     caplog.clear()
@@ -136,7 +136,7 @@ def test_tokens_that_the_model_does_not_know(place: Path, capsys: pytest.Capture
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["fox jumps"])
     tokenizer.save_pretrained(place / "model")
-    words = "the tokenizer makes token 257, 'fox jumps', of the text, and the model knows 257; use the tokenizer that belongs"
+    words = "the tokenizer returns token 257, 'fox jumps', but the model knows only 257 tokens; use the tokenizer of"
     for kind in ({}, {**PLAIN, "offload": "on"}):
         assert words in one_line(main(arguments(place, **kind)), capsys)
 

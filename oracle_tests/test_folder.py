@@ -112,7 +112,7 @@ def test_overwriting_never_removes_the_model_that_is_read(place: Path, capsys: p
     (place / "run" / "losa_result.json").write_text("{}")
     (place / "model").rename(place / "run" / "model")
     options = arguments(place, model=place / "run" / "model", output_dir=place / "run", **PLAIN)
-    fails(capsys, place, [*options, "--overwrite"], ["output_dir", "holds model", "another folder"])
+    fails(capsys, place, [*options, "--overwrite"], ["output_dir", "contains model", "another folder"])
     assert (place / "run" / "model" / "config.json").is_file()
 
 

@@ -256,7 +256,7 @@ def test_prompts_that_are_no_tokens_of_the_model(tmp_path: Path, capsys: pytest.
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(model)
-    words = ["the tokenizer makes token 257, '<new>'", "the model knows 257", "belongs to this model"]
+    words = ["the tokenizer returns token 257, '<new>'", "the model knows only 257", "use the tokenizer of this model"]
     refused(model, capsys, words, prompt="a <new> one")
     assert run(model, capsys)[0] == 0
 

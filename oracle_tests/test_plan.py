@@ -86,16 +86,16 @@ def test_too_little_of_either_is_refused_to_the_byte(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checks, "free_bytes", lambda device: free["memory"])
     checks.check(model, some, tmp_path)
     free["memory"] -= 1
-    with pytest.raises(ValueError, match=r"device cpu: 0\.00 GiB of memory are free"):
+    with pytest.raises(ValueError, match=r"device cpu: only 0\.00 GiB of memory are free"):
         checks.check(model, some, tmp_path)
     free["disk"] -= 1
-    with pytest.raises(ValueError, match=r"output_dir losa-b-wanda-0\.7: 0\.00\d GiB of disk are free"):
+    with pytest.raises(ValueError, match=r"output_dir losa-b-wanda-0\.7: only 0\.00\d GiB of disk are free"):
         checks.check(model, some, tmp_path)
     free.update(disk=3 * 2**30, memory=5 * 2**30)
     monkeypatch.setattr(checks, "least_memory", lambda *_: 6 * 2**30)
-    with pytest.raises(ValueError, match=r"5\.00 GiB of memory are free; allowed: 6\.00 GiB"):
+    with pytest.raises(ValueError, match=r"5\.00 GiB of memory are free, but the run needs at least 6\.00 GiB"):
         checks.check(model, some, tmp_path)
-    with pytest.raises(ValueError, match=r"3\.000 GiB of disk are free; allowed: about 7\.500 GiB \(so\)"):
+    with pytest.raises(ValueError, match=r"3\.000 GiB of disk are free, but the run needs about 7\.500 GiB \(so\)"):
         checks.check_disk(15 * 2**29, "so", some, tmp_path / "nothing here")
 
 
@@ -240,13 +240,13 @@ def test_a_plan_as_text() -> None:
         "fine-tuning                     8 × 2 tokens of stdlib, shares [0.1, 0.9], 2 optimizer steps",
         "evaluation                      windows of 2 tokens of wikitext2",
         "weights                         in memory",
-        "most memory is taken in         training",
-        "device memory                   3.50 GiB at once (estimated), of it",
+        "peak memory in                  training",
+        "device memory                   3.50 GiB at the peak (estimated):",
         "  weights                           3.00 GiB",
         "  dense copy                        0.50 GiB",
-        "host memory                     1.00 GiB at once (estimated), of it",
+        "host memory                     1.00 GiB at the peak (estimated):",
         "  masks                             1.00 GiB",
-        "disk                            4.25 GiB at once (estimated), of it",
+        "disk                            4.25 GiB at the peak (estimated):",
         "  merged model                      1.25 GiB",
         "  checkpoints to resume from        2.00 GiB",
         "  report                            1.00 GiB",
@@ -260,9 +260,9 @@ def test_a_plan_as_text() -> None:
 def test_a_plan_for_many_cards_as_text() -> None:
     lines = show.plan_text(replace(SHOWN, cards=8)).splitlines()
     assert "weights                         in memory, 1/8 of the rows on each card" in lines
-    start = lines.index("memory of each of 8 cards       3.50 GiB at once (estimated), of it")
+    start = lines.index("memory of each of 8 cards       3.50 GiB at the peak (estimated):")
     assert lines[start + 3 : start + 14] == [
-        "host memory of each process     1.00 GiB at once (estimated), of it",
+        "host memory of each process     1.00 GiB at the peak (estimated):",
         "  masks                             1.00 GiB",
         "received by each in an optimizer step",
         "  weights                           5.00 GiB",
@@ -287,8 +287,8 @@ def test_other_plans_as_text() -> None:
     )
     offloaded = replace(SHOWN.memory, offloaded=True, phase="pruning")
     lines = show.plan_text(replace(SHOWN, memory=offloaded)).splitlines()
-    assert "weights                         one block at a time from the model's files" in lines
-    assert "most memory is taken in         the sweep that prunes" in lines
+    assert "weights                         offloaded: one block at a time from disk" in lines
+    assert "peak memory in                  the pruning sweep" in lines
 
 
 def test_everything_that_a_plan_may_hold_has_a_name() -> None:

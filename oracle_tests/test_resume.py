@@ -288,10 +288,10 @@ def test_too_little_disk_or_memory_is_told_first(
     with monkeypatch.context() as patch:
         patch.setattr(checks.shutil, "disk_usage", lambda _: usage)
         assert main(arguments(place)) == 2
-    assert re.search(r"output_dir .*GiB of disk are free; allowed: about", capsys.readouterr().err)
+    assert re.search(r"output_dir .*GiB of disk are free, but the run needs about", capsys.readouterr().err)
     monkeypatch.setattr(checks, "free_bytes", lambda _: 50_000)
     assert main(arguments(place)) == 2
-    assert re.search(r"device cpu: .*GiB of memory are free; allowed", capsys.readouterr().err)
+    assert re.search(r"device cpu: .*GiB of memory are free, but the run needs", capsys.readouterr().err)
     assert {entry.name for entry in place.iterdir()} == {"model", "text.txt"}
 
 

@@ -312,7 +312,7 @@ class Harness:
         row = self.rows.get(getattr(self, "last", ""))
         if row is None:
             return
-        if had_checkpoints and "from the beginning" in done.said:
+        if had_checkpoints and "starting over" in done.said:
             row.started_over += 1
         elif "skipping corrupt checkpoint" in done.said:
             row.went_back += 1

@@ -1,4 +1,4 @@
-"""The main job with the whole model in memory: prune, adapt, merge, save, verify, report."""
+"""The job of a run in memory: prune, adapt, merge, save, verify, report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def at_once(settings: Settings) -> Settings:
-    """The same method at the same sparsity in one shot: uniform, without reconstruction and fine-tuning."""
+    """Return settings for one-shot pruning at the same sparsity: uniform, without reconstruction and fine-tuning."""
     return dataclasses.replace(
         settings.without_reconstruction(),
         prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity="uniform"),
@@ -47,7 +47,7 @@ def at_once(settings: Settings) -> Settings:
 
 
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
-    """A copy of the model that is only pruned, in one shot."""
+    """Copy the model and prune it in one shot."""
     model: PreTrainedModel = fsdp.copy_model(material.model)
     losa.run(model, material.calibration, [], at_once(config.settings), dense=material.model)
     fsdp.merge(Decoder(model))
@@ -55,9 +55,9 @@ def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
 
 
 def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> tuple[dict[str, Any], Path]:
-    """Do all of it, in memory or block by block, or what an interrupted run has left to do.
+    """Run `work`, in memory or offloaded, or resume an interrupted run.
 
-    Returns the result, as losa_result.json holds it, and the folder of the run.
+    Returns the content of losa_result.json and the folder of the run.
     """
     target = config.output_dir
     with distributed.process_group(pretrained.choose_device(config.model.device)), _folder(config) as folder:
@@ -67,27 +67,30 @@ def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> t
 
 @contextmanager
 def _folder(config: Config) -> Iterator[Path]:
-    """The folder to write into, made by process 0 and known to all.
+    """Create the folder to write into, in process 0, and yield it in all processes.
 
-    Errors: ValueError as for `run_folder`, or if overwriting it would remove the model that is read.
+    Errors: ValueError as `run_folder`, or if --overwrite would delete the model to prune.
     """
     if not distributed.is_main_process():
         yield Path(distributed.broadcast_text(""))
         return
     model = Path(config.model.model).resolve()
     if config.output.overwrite and model.exists() and config.output_dir.resolve() in (model, *model.parents):
-        raise ValueError(f"output_dir {config.output_dir} holds model {config.model.model}; name another folder")
+        raise ValueError(
+            f"output_dir {config.output_dir} contains model {config.model.model}, which --overwrite would delete; "
+            "use another folder"
+        )
     with run_folder(config.output_dir, config.output.overwrite, config.output.resume) as folder:
         distributed.broadcast_text(str(folder))
         yield folder
 
 
 def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
-    """The checkpointer of this run, at its last good point if it goes on. Errors: ValueError if it began with other options."""
+    """Open the checkpoints of this run, at the last valid one. Errors: ValueError if the run began with other options."""
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, config.output.keep_points)
     checkpointer = Checkpointer(checkpoints, config.output.save_every, attached=(folder / "metrics.jsonl",))
     if config.output.resume and not checkpointer.notes:
-        logger.warning("%s has no point to go on from: from the beginning", config.output_dir)
+        logger.warning("no checkpoint found for %s; starting over", config.output_dir)
     if checkpointer.notes:
         identity.check_options(
             checkpointer.notes["options"], identity.options(config), config.output.accept_changes or ()
@@ -97,7 +100,7 @@ def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
 
 
 def _baselines(config: Config, material: Material, measure: Callable[..., float]) -> dict[str, Any]:
-    """The dense model and the one pruned at once: perplexity, sparsity and seconds of each."""
+    """Measure perplexity, sparsity and seconds of the dense model and of the model pruned in one shot."""
     dense = {
         "perplexity": measure(material.model, model="dense"),
         "sparsity": zero_share(Decoder(material.model).weights),
@@ -113,7 +116,7 @@ def _baselines(config: Config, material: Material, measure: Callable[..., float]
 
 
 def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
-    """The main job with the whole model in memory. Returns the result, as losa_result.json holds it."""
+    """Run the job in memory. Return the content of losa_result.json."""
     start = time.perf_counter()
     checkpointer = open_checkpointer(config, folder)
     notes = checkpointer.notes
@@ -161,7 +164,7 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
             trained = checkpointer.progress.losses or checkpointer.progress.records
             if trained or not isinstance(error, finite.NotFiniteError):
                 error.add_note(
-                    "a lower rate or norm goes on from there with --accept_changes learning_rate max_grad_norm"
+                    "to change learning_rate or max_grad_norm, add --accept_changes learning_rate max_grad_norm"
                 )
             raise
     result = _finish(config, material, folder, measure, notes)
@@ -174,13 +177,13 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
 def _finish(
     config: Config, material: Material, folder: Path, measure: Callable[..., float], notes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Merge, save, reload and verify. Returns the result but for the time it took in all."""
+    """Merge, save, reload and verify. Return the result without the total time."""
     model, decoder = material.model, Decoder(material.model)
     probe = material.evaluation[:2]
     unmerged = pretrained.logits_of(model, probe)
     masks = fsdp.merge(decoder)
     if distributed.is_main_process():
-        # An interrupted attempt may have left parts of it.
+        # Delete leftovers of an interrupted attempt.
         shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "model").mkdir()
         material.tokenizer.save_pretrained(folder / "model")
@@ -204,7 +207,7 @@ def _finish(
 
 
 def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Bytes of all weights as saved, and with the pruned projections as a bitmap and their kept values."""
+    """Return the bytes of all weights as saved, and with the pruned projections packed."""
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     size = torch.empty(0, dtype=model.dtype).element_size()
     saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())

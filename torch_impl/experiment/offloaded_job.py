@@ -1,8 +1,8 @@
-"""Plain pruning of a model larger than the memory: its blocks come from its files and go to the output's as they are done.
+"""The job of an offloaded run: plain pruning of a model larger than memory, block by block from disk to disk.
 
-The checkpoint is read once for the dense perplexity, the mutual information and a look at its zeros, once to be pruned,
-and the result once more to be verified and evaluated. Files, table and report are those of every other run. An interrupted
-run resumes behind the last pruned block: it is in its place in the output, and hidden states are computed again.
+The first sweep measures the dense perplexity, the mutual information and the zeros. The second prunes. The third verifies
+and evaluates the written model. Files, table and report are the same as for other runs. An interrupted run resumes after the
+last pruned block, which is already in the output; hidden states are recomputed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
 
 @torch.no_grad()
 def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
-    """The main job, block by block. Returns the result, as losa_result.json holds it."""
+    """Run the job block by block. Return the content of losa_result.json."""
     start = time.perf_counter()
     checkpointer = open_checkpointer(config, folder)
     material = load_material(config, offloaded=True)
@@ -77,9 +77,9 @@ def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _dense(sweeps: Sweeps, checkpointer: Checkpointer, environment: dict[str, Any], metrics: Metrics) -> Dense:
-    """What the sweep over the dense model finds, now or before the run was interrupted.
+    """Run the sweep over the dense model, or return its result from a checkpoint.
 
-    Errors: ValueError, before anything is written down, if the model is sparser than asked.
+    Errors: ValueError, before anything is written, if the model is already sparser than the target.
     """
     notes, config = checkpointer.notes, sweeps.config
     if notes:
@@ -95,7 +95,7 @@ def _dense(sweeps: Sweeps, checkpointer: Checkpointer, environment: dict[str, An
 
 
 def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Path, start: float) -> Pruned:
-    """Prune into the folder's model, and note every block that is on the disk. start: of this attempt."""
+    """Prune into the folder's model and save a checkpoint after every written block. start: time when this attempt began."""
     notes, begin = checkpointer.notes, time.perf_counter()
     earlier = notes["seconds"], notes["prune_seconds"]
 
@@ -113,14 +113,14 @@ def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Pa
 
 
 def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pretrained.Verification]:
-    """`Sweeps.verify` of a model opened from this folder, of which nothing is left on the device afterwards."""
+    """Open the written model, verify it with `Sweeps.verify`, and free its device memory."""
     model = open_offloaded(folder, sweeps.device, None, sweeps.config.model.trust_remote_code)
     material = dataclasses.replace(sweeps.material, model=model)
     return Sweeps(Decoder(model), sweeps.config, material).verify(folder, pruned)
 
 
 def _at_once(sweeps: Sweeps, dense: Dense, weights: torch.Tensor) -> dict[str, float]:
-    """The row of a run that has another rate rule, or reconstructs: only pruned, at one rate for all."""
+    """Measure one-shot pruning at uniform sparsity, for comparison with a run that uses importances or reconstruction."""
     start = time.perf_counter()
     found = sweeps.prune(at_once(sweeps.config.settings), dense)
     return {
@@ -135,7 +135,7 @@ def _bytes_of(model: PreTrainedModel) -> int:
 
 
 def _save_rest(folder: Path, material: Material) -> None:
-    """What is no weight: configuration, generation settings, tokenizer."""
+    """Save everything except the weights: configuration, generation settings, tokenizer."""
     model = material.model
     model.config.save_pretrained(folder)
     source = pretrained.folder_of(model)
@@ -150,7 +150,7 @@ def _mean(shares: Sequence[float], weights: torch.Tensor) -> float:
 
 
 def _sizes(model: PreTrainedModel, realised: Sequence[float], weights: torch.Tensor) -> dict[str, int]:
-    """Bytes of all weights as saved, and with the pruned projections as a bitmap and their kept values."""
+    """Return the bytes of all weights as saved, and with the pruned projections packed."""
     size, dense = model.dtype.itemsize, _bytes_of(model)
     zeros = int((torch.tensor(realised, dtype=torch.float64) * weights).sum().round())
     return {"dense": dense, "packed": dense - zeros * size + int(weights.sum()) // 8}

@@ -1,4 +1,4 @@
-"""Sweeps over a model larger than the memory, whose blocks come from its files: measure it, prune it, verify what was written."""
+"""Sweeps over the blocks of an offloaded model: measure it, prune it, verify the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from torch_impl.experiment.planning.sizes import Sizes
 
 @dataclass
 class Dense:
-    """What the first sweep has found out: shares of zeros and importances have one entry per block."""
+    """The result of the sweep over the dense model: shares of zeros and importances have one entry per block."""
 
     perplexity: float
     shares: list[float]
@@ -43,7 +43,7 @@ class Dense:
 
 @dataclass
 class Pruned:
-    """What a sweep that prunes has done. masks: fingerprint by projection; logits: of the probe, None without an output."""
+    """The result of a pruning sweep. masks: fingerprint by projection; logits: of the probe, None without an output."""
 
     record: StepRecord
     masks: dict[str, tuple[str, float]] = field(default_factory=dict)
@@ -52,9 +52,9 @@ class Pruned:
 
 
 class Sweeps:
-    """The sweeps over one streamed model. Which hidden states are kept on the device is decided by what is free there.
+    """The sweeps over one offloaded model. Hidden states stay on the device if they fit, otherwise on the host.
 
-    budget: bytes of the device to get by with, if not all that is free.
+    budget: device memory to use in bytes; default all free memory.
     """
 
     def __init__(self, decoder: Decoder, config: Config, material: Material, budget: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Sweeps:
         self.room.give_back()
 
     def dense(self) -> Dense:
-        """Look at every block, measure perplexity and, if rates depend on it, mutual information."""
+        """Check every block; measure perplexity and, if the rate rule needs it, mutual information."""
         start = time.perf_counter()
         start_measure, rows = self.config.prune.rule.measure, self.config.calibration.rmi_rows
         measure = None if start_measure is None else start_measure(self.decoder.family)
@@ -97,9 +97,9 @@ class Sweeps:
         )
 
     def prune(self, settings: Settings, dense: Dense, output: Output | None = None) -> Pruned:
-        """Prune and reconstruct every block by Algorithm 1 and write it to the output; without one, measure the perplexity.
+        """Prune and reconstruct every block with Algorithm 1 and write it to the output; without one, measure the perplexity.
 
-        dense: what `dense` has found.
+        dense: the result of `dense`.
         """
         ids, batch = self.material.evaluation, self.config.text.eval_batch_size
         calibrated = self.stream(self.material.calibration, self._batch, copies=2)
@@ -110,14 +110,14 @@ class Sweeps:
         if output is None:
             return Pruned(record, perplexity=stream_perplexity(self.decoder, ids, followed, "pruned at once"))
         masks = output.finish()
-        # On the host: they wait there until the checkpoint is read again.
+        # Keep them on the host until the checkpoint is read again.
         logits = calibration.finish(self.decoder, ids[:2], followed.states(slice(None))).cpu()
         return Pruned(record, masks, logits=logits)
 
     def verify(self, folder: Path, pruned: Pruned) -> tuple[float, pretrained.Verification]:
-        """Perplexity of the checkpoint in this folder, after holding it against what was pruned.
+        """Verify the checkpoint in this folder against the pruned blocks; return its perplexity and the figures.
 
-        Errors: RuntimeError naming the projection whose zeros are not where its mask says, or what the logits differ by.
+        Errors: RuntimeError naming a projection with other zeros than its mask, or the difference of the logits.
         """
         ids = self.material.evaluation
         windows, probe = self.stream(ids, self.config.text.eval_batch_size), self.stream(ids[:2], 2)
@@ -127,7 +127,9 @@ class Sweeps:
                 full = self.decoder.full_name(index, name)
                 saved, share = fingerprint(weight != 0)
                 if saved != pruned.masks[full][0]:
-                    raise RuntimeError(f"{folder}, {full}: the zeros are not where the mask says")
+                    raise RuntimeError(
+                        f"{folder}, {full}: the saved zeros differ from the mask; check the disk and run again"
+                    )
                 zeros[full] = (pruned.masks[full][1], share)
             windows.advance(block, index)
             probe.advance(block, index)
@@ -140,10 +142,10 @@ class Sweeps:
 
 
 class OffloadedBlocks:
-    """Blocks that come from a model's files one at a time and go to the output's as soon as they are pruned: see `Blocks`.
+    """Offloaded blocks, see `Blocks`: read one at a time and written to the output as soon as they are pruned.
 
-    calibrated: the calibration sequences before the first block. followed: a stream that goes through the pruned blocks.
-    output: where they are written to, and where those that an interrupted run has written are; None keeps none of them.
+    calibrated: the calibration sequences before the first block. followed: another stream to run through the pruned blocks.
+    output: the checkpoint to write to, which may have blocks of an interrupted run; None: do not save the blocks.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class OffloadedBlocks:
         return torch.tensor(self._shares, dtype=torch.float64)
 
     def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
-        """As the sweep over the dense model has measured it."""
+        """Return the importance measured by the sweep over the dense model."""
         return torch.tensor(self._found.importance, dtype=torch.float64)
 
     def start(self, batch_size: int) -> calibration.Stream:

@@ -1,4 +1,4 @@
-"""What a run will do and take, from the model's configuration alone: no weights are loaded."""
+"""The plan of a run: what it will do and need, from the model's configuration, without loading weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and take. sparsity, ranks: the target and the mean rank of each step, no ranks without fine-tuning."""
+    """The plan of a run. sparsity, ranks: target sparsity and mean rank of each step; no ranks without fine-tuning."""
 
     config: Config
     family: str
@@ -43,7 +43,7 @@ class Plan:
     sparsity: tuple[float, ...]
     ranks: tuple[int, ...]
     memory: Peak
-    """Of each card, and of the host: of the share of one process."""
+    """Of each card, and of the host memory of one process."""
     step_traffic: StepTraffic
     calibration_traffic: CalibrationTraffic
     disk: checks.Disk
@@ -51,12 +51,12 @@ class Plan:
 
 
 def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
-    """The model without weights in the dtype of the run, where it will be, and its sizes.
+    """Build the model without weights; return it with the device of the run and its sizes.
 
-    Errors: ValueError or FileNotFoundError for what can be seen without its weights: model, options, names of texts.
+    Errors: ValueError or FileNotFoundError for anything that shows without weights: model, options, names of texts.
     """
     options, text = config.model, config.text
-    # --devices plans for GPUs that need not be here.
+    # --devices plans for GPUs that this machine may lack.
     gpus = config.output.devices is not None and options.device == "auto"
     device = torch.device("cuda") if gpus else choose_device(options.device)
     model = outline(options.model, device, options.dtype, options.trust_remote_code)
@@ -70,12 +70,12 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
 
 
 def check(config: Config) -> None:
-    """Errors: what `offloads` would raise, before any weight is loaded."""
+    """Check model, options and names of texts without loading weights. Errors: as `offloads`."""
     _described(config)
 
 
 def _place(config: Config, device: torch.device, cards: int) -> Place:
-    """Errors: ValueError naming an option that several cards cannot follow."""
+    """Describe the devices of the run. Errors: ValueError naming an option that several cards do not support."""
     if cards > 1 and config.model.offload == "on":
         raise ValueError(
             "offload is 'on', which several processes do not support (each holds its rows of the weights); use auto or off"
@@ -87,14 +87,14 @@ def _place(config: Config, device: torch.device, cards: int) -> Place:
 
 
 def offloads(config: Config) -> bool:
-    """Whether the run leaves the model on disk and prunes it block by block."""
+    """Return whether the run is offloaded: the model stays on disk and is pruned block by block."""
     cards = distributed.launched()
     _, device, sizes = _described(config)
     return peak(config, sizes, _place(config, device, cards)).offloaded
 
 
 def make_plan(config: Config) -> Plan:
-    """The plan of a run. Errors: ValueError or FileNotFoundError naming what is wrong with model, options or texts."""
+    """Plan a run. Errors: ValueError or FileNotFoundError naming a problem with model, options or texts."""
     model, device, sizes = _described(config)
     checks.warn_of_lengths(model, config)
     cards = config.output.devices or distributed.launched()
@@ -120,7 +120,7 @@ def make_plan(config: Config) -> Plan:
 
 
 def _work(config: Config, sizes: Sizes) -> Work:
-    """2 operations a weight and token in a forward pass, 4 in a backward pass; with kl one forward pass of the dense model."""
+    """Count operations: 2 per weight and token forward, 4 backward; with loss kl one forward pass of the dense model more."""
     calibration, text, training, steps = config.calibration, config.text, config.training, config.prune.steps
     tokens = calibration.nsamples * calibration.seqlen
     of_rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0

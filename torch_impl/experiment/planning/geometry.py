@@ -1,4 +1,4 @@
-"""Shapes of the models people prune, with random weights made on the device; any number of blocks."""
+"""Shapes of common models, and models of these shapes with random weights and any number of blocks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def build(geometry: str, blocks: int | None, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A LLaMA of that geometry; `blocks` of its decoder blocks, all by default. A few embedding channels are loud."""
+    """Build a LLaMA of this geometry with `blocks` decoder blocks, default all. Some embedding channels are large."""
     shape = {**GEOMETRIES[geometry], "max_position_embeddings": 4096}
     if blocks is not None:
         shape["num_hidden_layers"] = blocks

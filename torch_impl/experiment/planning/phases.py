@@ -1,7 +1,7 @@
-"""The byte model: what a run holds at once in each of its phases, on every card and on the host.
+"""The memory model: how much memory a run needs in each phase, on each card and on the host.
 
-One model for one card, for many cards and for offloading. It reads the configuration, the shapes of the model and the place,
-and nothing else. Host memory is counted beside what the libraries take.
+It covers one card, several cards and offloading. Its inputs are the configuration, the shapes of the model and the devices.
+Host memory does not include the libraries themselves.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch_impl.engine.memory import SHARE, Room, free_bytes
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning.sizes import Sizes
 
-# Assumed length of an evaluation text whose windows are not counted yet: that of WikiText-2's test set, in tokens.
+# Assumed length of an evaluation text that is not loaded yet: WikiText-2's test set, in tokens.
 EVALUATION_TOKENS = 340_000
-# Free bytes of a machine that nobody has seen: more than any has.
+# Free memory to assume for an unknown machine: more than any machine has.
 UNBOUNDED = 2**60
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run computes: cards of one kind (cuda or cpu), and the bytes free on each of them and on the host."""
+    """The devices of a run: cards of one kind (cuda or cpu), and the free bytes on each of them and on the host."""
 
     kind: str
     cards: int = 1
@@ -34,23 +34,23 @@ class Place:
 
     @classmethod
     def here(cls, device: torch.device, cards: int = 1) -> Place:
-        """This machine as it is now."""
+        """Describe this machine with its current free memory."""
         return cls(device.type, cards, free_bytes(device), free_bytes(torch.device("cpu")))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes held at the same time, by what they are for."""
+    """Memory in use at the same time, in bytes, by purpose."""
 
     weights: int = 0
-    """Of the model that is pruned: on each of several cards its rows, offloaded what lies outside the blocks."""
+    """Weights of the pruned model: with several cards, the card's rows; offloaded, those outside the blocks."""
     dense_copy: int = 0
     reloaded: int = 0
-    """The weights that were written and read again."""
+    """Weights of the reloaded result."""
     blocks: int = 0
-    """Whole blocks: gathered from all cards, or those between files and device."""
+    """Whole blocks: gathered from all cards, or between disk and device."""
     outside: int = 0
-    """What lies outside the blocks, gathered from all cards."""
+    """Weights outside the blocks, gathered from all cards."""
     merged: int = 0
     """Merged weights that are held."""
     adapters: int = 0
@@ -59,30 +59,30 @@ class Parts:
     streams: int = 0
     """Hidden states of all sequences."""
     activations: int = 0
-    """Kept for the backward pass."""
+    """Activations kept for the backward pass."""
     work: int = 0
-    """Computing or pruning a block, or its backward pass."""
+    """Work on a block: computing it, pruning it, or its backward pass."""
     logits: int = 0
-    """Logits, or the loss over them."""
+    """Logits, and the loss over them."""
     reconstruction: int = 0
     """Training the weights of a block."""
     masks: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum."""
         return sum(self.by_name().values())
 
     def by_name(self) -> dict[str, int]:
-        """Those that are not zero."""
+        """Return the nonzero entries by name."""
         return {part.name: getattr(self, part.name) for part in fields(self) if getattr(self, part.name)}
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a run holds when it holds most of a card, and what it holds of the host.
+    """Memory in use when a run needs most of a card, and on the host.
 
-    phase: calibration, reconstruction, training, evaluation or verification; offloaded: dense, pruning or verifying sweep.
+    phase: calibration, reconstruction, training, evaluation or verification; offloaded: the dense, pruning or verifying sweep.
     """
 
     offloaded: bool
@@ -92,7 +92,7 @@ class Peak:
 
 
 def peak(config: Config, sizes: Sizes, place: Place) -> Peak:
-    """The largest of all phases, in memory or offloaded: as `offload` says, or else as it fits."""
+    """Find the phase with the largest memory, in memory or offloaded, by the option `offload` or by what fits."""
     in_memory = _in_memory(config, sizes, place)
     if place.cards > 1 or not config.plain or config.model.offload == "off":
         return in_memory
@@ -107,7 +107,7 @@ def _in_memory(config: Config, sizes: Sizes, place: Place) -> Peak:
 
 
 def _host(sizes: Sizes, place: Place) -> Parts:
-    """What the host of a GPU holds: a model is read and saved through it, by several processes a block at a time."""
+    """Return the host memory of a GPU run: the model is read and saved through it, block by block with several processes."""
     masks = math.ceil(sizes.prunable / place.cards)
     if place.cards == 1:
         return Parts(weights=sizes.weights(), masks=masks)
@@ -115,14 +115,14 @@ def _host(sizes: Sizes, place: Place) -> Parts:
 
 
 def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
-    """What each card holds in each phase of a run in memory."""
+    """Return each card's memory in each phase of a run in memory."""
     cards = place.cards
     held = sizes.weights(cards)
     base = Parts(weights=held, dense_copy=held, **_adapters(config, sizes, cards))
     streams = 2 * sizes.stream(math.ceil(config.calibration.nsamples / cards) * config.calibration.seqlen)
     passing = _gathered_by_a_pass(sizes, cards)
     evaluation = {**passing, **_evaluation(config, sizes)}
-    # Merged and reloaded model are there at the end; on a GPU the masks are kept by the host.
+    # The merged and the reloaded model coexist at the end. On a GPU the masks are in host memory.
     masks = 0 if place.kind == "cuda" else math.ceil(sizes.prunable / cards)
     found = {
         "calibration": _calibration(replace(base, streams=streams), config, sizes, cards),
@@ -130,7 +130,7 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
         "verification": Parts(weights=held, reloaded=held, masks=masks, **evaluation),
     }
     if config.reconstruction.reconstruct_epochs:
-        # The pruned block, and the one that was gathered last.
+        # The pruned block and the last gathered one.
         blocks = 2 * sizes.block(cards) if cards > 1 else 0
         work = _reconstruction(config, sizes, cards)
         found["reconstruction"] = replace(base, streams=streams, blocks=blocks, reconstruction=work)
@@ -140,10 +140,10 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
 
 
 def _gathered_by_a_pass(sizes: Sizes, cards: int) -> dict[str, int]:
-    """What a card of several has whole during a forward or backward pass.
+    """Return the gathered weights on each of several cards during a forward or backward pass.
 
-    A unit is there twice while it is gathered: the message, and the unit itself. What lies outside the blocks is gathered
-    first; then a block computes while the next one is on its way.
+    A unit needs its size twice while it is gathered: for the message and for the unit itself. The weights outside the blocks
+    are gathered first. Then a block computes while the next one is being gathered.
     """
     if cards == 1:
         return {}
@@ -154,7 +154,7 @@ def _gathered_by_a_pass(sizes: Sizes, cards: int) -> dict[str, int]:
 
 
 def _calibration(base: Parts, config: Config, sizes: Sizes, cards: int) -> Parts:
-    """Pruning a block; or, of several cards, embedding the sequences, for which what lies outside the blocks is gathered."""
+    """Return the memory for pruning a block; with several cards, or for embedding, which gathers weights outside the blocks."""
     sequences = min(config.calibration.calibration_batch_size, math.ceil(config.calibration.nsamples / cards))
     merges = config.training.finetune and config.prune.steps > 1
     pruning = replace(
@@ -164,14 +164,14 @@ def _calibration(base: Parts, config: Config, sizes: Sizes, cards: int) -> Parts
     )
     if cards == 1:
         return pruning
-    # The pruned block, the dense one, and the message with one of them.
+    # The pruned block, the dense block, and the message with one of them.
     pruning = replace(pruning, blocks=3 * sizes.block(cards))
     embedding = replace(base, outside=2 * sizes.outside_blocks(cards))
     return max(pruning, embedding, key=lambda parts: parts.total)
 
 
 def _adapters(config: Config, sizes: Sizes, cards: int) -> dict[str, int]:
-    """Adapters at the last step, when they have most ranks; several cards also hold the gradients as one message."""
+    """Return the adapters at the last step, with the highest ranks; several cards also hold the gradients as one message."""
     if not config.training.finetune:
         return {}
     size = sizes.adapters(schedule.mean_rank(config.prune.steps, config.adapter.initial_rank))
@@ -179,20 +179,20 @@ def _adapters(config: Config, sizes: Sizes, cards: int) -> dict[str, int]:
 
 
 def _evaluation(config: Config, sizes: Sizes) -> dict[str, int]:
-    """A batch of windows in a block, or its logits."""
+    """Return the memory for a batch of windows in a block, or for its logits if larger."""
     windows, seqlen = config.text.eval_batch_size, config.text.eval_seqlen
     work, logits = sizes.forward(windows * seqlen), sizes.logits(windows, seqlen)
     return {"work": work} if work > logits else {"logits": logits}
 
 
 def _reconstruction(config: Config, sizes: Sizes, cards: int = 1) -> int:
-    """Training one block, which is whole on every card, on a card's share of a batch."""
+    """Return the memory for training one block, gathered on every card, with a card's share of a batch."""
     sequences = math.ceil(min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples) / cards)
     return sizes.reconstruction(sequences * config.calibration.seqlen)
 
 
 def micro_batch(config: Config, cards: int) -> int:
-    """Sequences that a card trains on at once."""
+    """Return the number of sequences that a card trains on at once."""
     training = config.training
     return min(training.per_device_train_batch_size, math.ceil(training.batch_size / cards))
 
@@ -204,7 +204,7 @@ def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
     holds = _holds_merged(config, sizes, place)
     compiled = compiles(training.compile_blocks, sizes.prunable, torch.device(place.kind))
     of_block = tokens * sizes.kept_for_backward(compiled, not holds and not training.gradient_checkpointing)
-    # A weight's gradient is a whole matrix until it is contracted; so is a merged weight that is not held.
+    # The gradient of a weight is a full matrix until it is contracted, and so is a merged weight that is not held.
     work = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)
     logits = sizes.loss(tokens, training.loss == "kl")
     if training.gradient_checkpointing:
@@ -219,7 +219,7 @@ def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
 
 
 def _holds_merged(config: Config, sizes: Sizes, place: Place) -> bool:
-    """Whether the merged weights are held while training: see `TrainingConfig.hold_merged`."""
+    """Return whether merged weights are held during training; see `TrainingConfig.hold_merged`."""
     wanted = config.training.hold_merged
     if place.cards > 1 or wanted != "auto":
         return place.cards == 1 and wanted == "on"
@@ -228,8 +228,10 @@ def _holds_merged(config: Config, sizes: Sizes, place: Place) -> bool:
 
 
 def working(config: Config, sizes: Sizes) -> Parts:
-    """What a sweep of an offloaded run takes at most of the device, beside hidden states and what lies outside the blocks:
-    a block and the next one, and the largest piece of work on them."""
+    """Return the peak device memory of an offloaded sweep, besides hidden states and weights outside the blocks.
+
+    It consists of a block and the next one, and of the largest piece of work on them.
+    """
     calibration = config.calibration
     at_once = min(calibration.calibration_batch_size, calibration.nsamples) * calibration.seqlen
     pieces = [Parts(work=sizes.calibration(config.prune.method, at_once)), Parts(**_evaluation(config, sizes))]
@@ -257,7 +259,7 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
         kept = sum(size for size in streams if room.take(size))
         room.give_back()
         hosted = max(hosted, sum(streams) - kept)
-        # The pruned model's parts outside the blocks are still there when the written model is read.
+        # The pruned model's weights outside the blocks are still in memory when the written model is read.
         reloaded = outside if name == "verifying" else 0
         found[name] = replace(working_parts, weights=outside, reloaded=reloaded, streams=kept)
     phase = max(found, key=lambda name: found[name].total)

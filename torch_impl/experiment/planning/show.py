@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Format a plan as text."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ PHASES = {
     "evaluation": "evaluation",
     "verification": "verification",
     "dense": "the sweep over the dense model",
-    "pruning": "the sweep that prunes",
-    "verifying": "the sweep that verifies",
+    "pruning": "the pruning sweep",
+    "verifying": "the verifying sweep",
 }
 DISK = {"model": "merged model", "checkpoints": "checkpoints to resume from", "report": "report"}
 STEP = {"weights": "weights", "gradients": "gradients"}
@@ -51,7 +51,7 @@ WORK = {"sweeps": "sweeps", "reconstruction": "reconstruction", "training": "tra
 
 
 def plan_text(plan: Plan) -> str:
-    """A line for each fact, and one for each part of memory, disk and traffic."""
+    """Format one line per fact and per part of memory, disk and traffic."""
     return "\n".join(_lines(plan))
 
 
@@ -93,13 +93,13 @@ def _facts(plan: Plan) -> dict[str, str]:
         **_reconstruction(plan),
         "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
         "weights": _where(plan),
-        "most memory is taken in": PHASES[plan.memory.phase],
+        "peak memory in": PHASES[plan.memory.phase],
     }
 
 
 def _where(plan: Plan) -> str:
     if plan.memory.offloaded:
-        return "one block at a time from the model's files"
+        return "offloaded: one block at a time from disk"
     return "in memory" if plan.cards == 1 else f"in memory, 1/{plan.cards} of the rows on each card"
 
 
@@ -130,7 +130,7 @@ def _named(parts: Parts) -> dict[str, int]:
 
 
 def _parts(title: str, sizes: Mapping[str, int]) -> Iterator[str]:
-    yield f"{title:<30}  {sum(sizes.values()) / GIB:.2f} GiB at once (estimated), of it"
+    yield f"{title:<30}  {sum(sizes.values()) / GIB:.2f} GiB at the peak (estimated):"
     yield from (f"  {name:<28}{size / GIB:>10.2f} GiB" for name, size in sizes.items())
 
 

@@ -1,6 +1,6 @@
-"""The shapes of one model, and the bytes that each piece of work on it takes.
+"""The shapes of a model, and the memory that each piece of work on it needs.
 
-Peaks are those of tensors, as PyTorch's allocator counts them.
+Peaks count the memory of tensors, like PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BlockShapes:
-    """Shapes of one decoder block: of all its parameters, adapters left out, and of its projections, (out, in)."""
+    """Shapes of one decoder block: all its parameters without adapters, and its projections (out, in)."""
 
     parameters: tuple[Shape, ...]
     projections: tuple[tuple[int, int], ...]
 
     @property
     def prunable(self) -> int:
-        """Number of weights that may be pruned."""
+        """Return the number of prunable weights."""
         return _numbers(self.projections)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of one model in one dtype. Methods return bytes, properties numbers of elements."""
+    """Shapes of a model in one dtype. Methods return bytes, properties numbers of elements."""
 
     itemsize: int
     """Bytes of a number."""
@@ -41,18 +41,18 @@ class Sizes:
     outside: tuple[Shape, ...]
     """Shapes of all parameters outside the decoder blocks."""
     inputs: tuple[int, ...]
-    """Width of the input of each group of projections that share one; the largest of all blocks."""
+    """Width of each input that projections share; the largest of all blocks."""
     hidden: int
     width: int
-    """Of the MLP inside."""
+    """Inner width of the MLP."""
     gated: bool
     keys: int
-    """Key channels of the attention: fewer than hidden ones with grouped queries."""
+    """Key channels of the attention; fewer than hidden channels with grouped queries."""
     vocabulary: int
 
     @classmethod
     def of(cls, decoder: Decoder, dtype: torch.dtype) -> Sizes:
-        """Read off a model, which needs no weights and may be sharded."""
+        """Read the shapes of a model, which may have no weights or be sharded."""
         family, model = decoder.family, decoder.model
         weights = [family.weights_of(block) for block in decoder.blocks]
         blocks = tuple(
@@ -79,84 +79,84 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Return the number of parameters of the model."""
         return _numbers(self.outside) + sum(_numbers(block.parameters) for block in self.blocks)
 
     @property
     def prunable(self) -> int:
-        """Weights that may be pruned."""
+        """Return the number of prunable weights."""
         return sum(block.prunable for block in self.blocks)
 
     @property
     def largest_prunable(self) -> int:
-        """Weights that may be pruned of the block that has most of them."""
+        """Return the largest number of prunable weights of a block."""
         return max(block.prunable for block in self.blocks)
 
     @property
     def entries_per_rank(self) -> int:
-        """Entries of all adapters together, for one rank."""
+        """Return the number of entries of all adapters per rank."""
         return sum(sum(shape) for block in self.blocks for shape in block.projections)
 
     @property
     def largest_projection(self) -> int:
-        """Weights of the largest projection."""
+        """Return the number of weights of the largest projection."""
         return max(math.prod(shape) for block in self.blocks for shape in block.projections)
 
     def rows(self, shapes: Iterable[Shape], cards: int) -> int:
-        """Bytes of the rows of parameters that a card holds: ⌈rows / N⌉ of each, as FSDP2 pads the last card's."""
+        """Return the bytes of the parameters on one of several cards: ⌈rows / N⌉ of each, as FSDP2 pads the last card."""
         return sum(math.ceil(shape[0] / cards) * math.prod(shape[1:]) for shape in shapes) * self.itemsize
 
     def weights(self, cards: int = 1) -> int:
-        """Bytes of the rows of all weights that each of several cards holds."""
+        """Return the bytes of all weights on each of several cards."""
         return sum(self.rows(block.parameters, cards) for block in self.blocks) + self.rows(self.outside, cards)
 
     def block(self, cards: int = 1) -> int:
-        """Bytes of the largest block; gathered from several cards, with its padding."""
+        """Return the bytes of the largest block; gathered from several cards, with padding."""
         return cards * max(self.rows(block.parameters, cards) for block in self.blocks)
 
     def outside_blocks(self, cards: int = 1) -> int:
-        """Bytes of what lies outside the blocks; gathered from several cards, with its padding."""
+        """Return the bytes of all weights outside the blocks; gathered from several cards, with padding."""
         return cards * self.rows(self.outside, cards)
 
     @property
     def _wide(self) -> int:
-        """Bytes of a number in float32 at least."""
+        """Return the bytes of a number in float32 at least."""
         return max(4, self.itemsize)
 
     def adapters(self, rank: int) -> int:
-        """Bytes of all adapters at a mean rank; as many for their gradients, twice as many for their moments."""
+        """Return the bytes of all adapters at a mean rank; gradients need as much, moments twice as much."""
         return rank * self.entries_per_rank * self._wide
 
     def stream(self, tokens: int) -> int:
-        """Bytes of the hidden states of so many tokens."""
+        """Return the bytes of the hidden states of `tokens` tokens."""
         return tokens * self.hidden * self.itemsize
 
     def forward(self, tokens: int) -> int:
-        """Bytes that one decoder block takes to be computed for so many tokens, without gradients."""
+        """Return the bytes to compute one decoder block for `tokens` tokens, without gradients."""
         in_mlp = 2 * self.hidden + (3 if self.gated else 2) * self.width
         return tokens * max(in_mlp, 9 * self.hidden) * self.itemsize
 
     def logits(self, windows: int, seqlen: int) -> int:
-        """Bytes of the logits of evaluation windows, one of them in float32 at least and once more as log-probabilities."""
+        """Return the bytes of the logits of evaluation windows, with one window's float32 copy and log-probabilities."""
         return self.vocabulary * seqlen * (windows * self.itemsize + 2 * self._wide)
 
     def statistics(self, method: Method) -> int:
-        """Bytes of a pruning method's statistics of the inputs of one block."""
+        """Return the bytes of a pruning method's statistics of the inputs of one block."""
         entries = method.statistic.entries if method.statistic is not None else lambda inputs: 0
         return self._wide * sum(entries(inputs) for inputs in self.inputs)
 
     def calibration(self, method: Method, tokens: int) -> int:
-        """Bytes that gathering a block's statistics from batches of so many tokens, then pruning a projection, takes at most."""
+        """Return the peak bytes for gathering a block's statistics from batches of `tokens` tokens and pruning a projection."""
         shapes = {shape for block in self.blocks for shape in block.projections}
         pruning = max(method.workspace(rows, columns, self.itemsize) for rows, columns in shapes)
         return self.statistics(method) + max(self.forward(tokens), pruning)
 
     def kept_for_backward(self, compiled: bool, recomputed: bool = False) -> int:
-        """Bytes that a decoder block keeps of one token until its backward pass.
+        """Return the bytes that a decoder block keeps per token until its backward pass.
 
-        Queries, keys, values and output of the attention. A compiled block also keeps the inputs of its norms and of the
-        MLP's non-linear part and recomputes the rest, one of these too if `recomputed`. Any other block keeps the inputs
-        of its norms in float32, those of its projections, and all factors of the MLP's product.
+        It keeps queries, keys, values and output of the attention. A compiled block also keeps the inputs of its norms and of
+        the MLP's non-linear part and recomputes the rest; with `recomputed` one of these too. An uncompiled block keeps the
+        inputs of its norms in float32, the inputs of its projections, and all factors of the MLP's product.
         """
         attention = 2 * self.hidden + 2 * self.keys
         if compiled:
@@ -167,11 +167,11 @@ class Sizes:
         return norms + (2 * self.hidden + attention + mlp) * self.itemsize
 
     def reconstruction(self, tokens: int) -> int:
-        """Bytes that training the weights of one block takes beside them, with so many tokens at once.
+        """Return the additional bytes for training the weights of one block with `tokens` tokens at once.
 
-        Of each weight: value, gradient and two moments in float32 at least, the merged weight twice, a byte of the mask,
-        and in half precision a rounded copy and its gradient. Of each token: what the block keeps for its backward pass,
-        and the error of its output in float32 twice.
+        Per weight: value, gradient and two moments in float32 at least, the merged weight twice, a byte of the mask, and in
+        half precision a rounded copy and its gradient. Per token: the activations kept for the backward pass, and the error
+        of the output in float32 twice.
         """
         rounded = 2 * self.itemsize if self.itemsize < 4 else 0
         per_weight = 4 * self._wide + 2 * self.itemsize + rounded + 1
@@ -179,8 +179,10 @@ class Sizes:
         return self.largest_prunable * per_weight + tokens * per_token
 
     def loss(self, tokens: int, distilled: bool) -> int:
-        """Bytes that the loss of a training micro-batch takes: logits, their gradient, the dense model's logits if it learns
-        from them, and a part of each twice in float32 at least."""
+        """Return the bytes for the loss of a training micro-batch.
+
+        They are logits, their gradient, the dense model's logits with `distilled`, and a part of each twice in float32.
+        """
         logits = tokens * self.vocabulary
         models = 2 if distilled else 1
         return logits * (1 + models) * self.itemsize + min(logits, AT_ONCE) * 2 * models * self._wide

@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md: `python -m torch_impl.experiment.planning.table` prints it."""
+"""Print the table of docs/scaling.md: python -m torch_impl.experiment.planning.table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch_impl.experiment.planning.traffic import calibration_traffic, step_tra
 GIB, MIB = 2**30, 2**20
 CARDS = (1, 2, 4, 8, 16, 32, 64)
 CARD = 80 * 10**9
-"""Bytes of a card: whether it holds merged weights while training depends on them."""
+"""Memory of a card in bytes; it decides whether merged weights are held during training."""
 
 
 def sizes_of(geometry: str, itemsize: int = 2) -> Sizes:
-    """The sizes of a LLaMA of that geometry with an untied head, as `Sizes.of` reads them off the model."""
+    """Return the sizes of a LLaMA of this geometry with an untied head, as `Sizes.of` reads them from the model."""
     shape = GEOMETRIES[geometry]
     h, m, v = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     keys = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
@@ -34,7 +34,7 @@ def sizes_of(geometry: str, itemsize: int = 2) -> Sizes:
 
 
 def table() -> str:
-    """Memory and traffic of LLaMA-2 on 1 to 64 cards with the paper's settings, in Markdown."""
+    """Format memory and traffic of LLaMA-2 on 1 to 64 cards with the paper's settings, in Markdown."""
     lines = [
         "| model | cards | memory a card, GiB | of it weights and dense copy | most in | received in an optimizer step, GiB "
         "| its gradients, MiB | received in a calibration, GiB |",

@@ -1,7 +1,7 @@
-"""Bytes that each of several cards receives from the others: see docs/scaling.md.
+"""The traffic between cards: bytes that each card receives from the others. See docs/scaling.md.
 
-Gathering P bytes brings a card P · (N − 1)/N; summing P bytes 2 P · (N − 1)/N (each gets its part of the sum, then the
-others' parts); a broadcast by another card P.
+Per card, an all-gather of P bytes receives P · (N − 1)/N, an all-reduce 2 P · (N − 1)/N (its part of the sum, then the other
+parts), and a broadcast from another card P.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ FLOAT64 = 8
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Bytes received in one optimizer step."""
+    """Bytes received by a card in one optimizer step."""
 
     weights: int
     gradients: int
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Return the sum."""
         return sum(astuple(self))
 
 
 @dataclass(frozen=True)
 class CalibrationTraffic:
-    """Bytes received while one LoSA step measures importance, prunes and measures errors."""
+    """Bytes received by a card while one LoSA step measures importance, prunes and measures errors."""
 
     weights: int
     pruned: int
@@ -45,23 +45,23 @@ class CalibrationTraffic:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum."""
         return sum(astuple(self))
 
 
 def _micro_batches(config: Config, cards: int) -> int:
-    """Micro-batches that each card does in an optimizer step."""
+    """Return the number of micro-batches per card in an optimizer step."""
     return math.ceil(math.ceil(config.training.batch_size / cards) / micro_batch(config, cards))
 
 
 def step_traffic(config: Config, sizes: Sizes, cards: int, rank: int | None = None) -> StepTraffic:
-    """One optimizer step, at a mean rank; by default at the largest."""
+    """Compute the traffic of one optimizer step at a mean rank, by default the largest."""
     if cards == 1 or not config.training.finetune:
         return StepTraffic(0, 0)
     rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if rank is None else rank
-    # The model in forward and in backward, the dense one in forward.
+    # Forward and backward of the model; with kl, forward of the dense model.
     passes = 2 + (config.training.loss == "kl")
-    # The loss is summed as well, in float64.
+    # The loss is summed too, in float64.
     summed = sizes.adapters(rank) + FLOAT64
     return StepTraffic(
         weights=_micro_batches(config, cards) * passes * sizes.weights(cards) * (cards - 1),
@@ -70,7 +70,7 @@ def step_traffic(config: Config, sizes: Sizes, cards: int, rank: int | None = No
 
 
 def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> CalibrationTraffic:
-    """The calibration of one LoSA step."""
+    """Compute the traffic of the calibration of one LoSA step."""
     if cards == 1:
         return CalibrationTraffic(0, 0, 0, 0, 0)
     others = cards - 1
@@ -81,15 +81,15 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     samples = calibration.rmi_rows
     columns = math.ceil(calibration.seqlen * sizes.hidden / cards)
     here = math.ceil(samples / cards)
-    # Of each block: the method's statistics, both sums of the error and the Gram matrix.
+    # Per block: the method's statistics, both sums of the error, and the Gram matrix.
     sums = sizes.statistics(config.prune.method) + FLOAT64 * (2 * sizes.hidden + samples**2 * rmi)
     reconstructs = options.reconstruct_epochs > 0
     steps = options.reconstruct_epochs * math.ceil(calibration.nsamples / options.reconstruct_batch_size)
-    # Of each block: the gradients of every optimizer step, and the energy of its channels.
+    # Per block: the gradients of every optimizer step, and the energy of its channels.
     wide = max(4, sizes.itemsize)
     trained = steps * wide * sizes.prunable + len(sizes.blocks) * FLOAT64 * sizes.hidden * reconstructs
     return CalibrationTraffic(
-        # Importance, dense stream, pruned stream; the last two start from one embedding.
+        # Importance, dense stream and pruned stream; the last two share one embedding.
         weights=((2 + rmi) * blocks + (1 + rmi + reconstructs) * outside) * others,
         pruned=sizes.prunable * sizes.itemsize,
         statistics=2 * len(sizes.blocks) * sums * others // cards,
