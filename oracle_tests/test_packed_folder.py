@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from oracle_tests import tolerances
+from oracle_tests.packed_models import assert_same_bits, save_sparse
 from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model
 from torch_impl.bench.measure import resident
 from torch_impl.commands import generate, pack
-from torch_impl.decode import cpu, packed_folder
+from torch_impl.decode import cpu, packed_config, packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.decoder import Decoder
 
@@ -27,39 +27,6 @@ CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FILE = "packed-00001-of-00001.safetensors"
 KEY = "model.layers.1.mlp.up_proj.weight"
-
-
-def save_sparse(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """A random model, pruned to 40 to 90 %, one projection left dense, with a negative zero and a NaN payload's worth of bits."""
-    model = random_model(family, dtype=dtype)
-    decoder = Decoder(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for index, block in enumerate(decoder.blocks):
-            for number, weight in enumerate(decoder.family.weights_of(block).values()):
-                sparsity = 0.0 if (index, number) == (0, 0) else 0.4 + 0.1 * ((index + number) % 6)
-                weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0
-        decoder.projections(0)[decoder.family.projections[-1]].weight[0, :2] = -0.0
-    model.save_pretrained(folder, **options)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def bits(folder: Path) -> dict[str, dict[str, tuple[torch.dtype, torch.Tensor]]]:
-    """Every tensor of every file: dtype and bytes."""
-    return {
-        path.name: {name: (t.dtype, t.contiguous().view(torch.uint8)) for name, t in load_file(path).items()}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    before, after = bits(one), bits(other)
-    assert {file: set(tensors) for file, tensors in before.items()} == {file: set(t) for file, t in after.items()}
-    for file, tensors in before.items():
-        for name, (dtype, content) in tensors.items():
-            assert after[file][name][0] == dtype
-            assert torch.equal(after[file][name][1], content), name
 
 
 @pytest.fixture(scope="module")
@@ -275,16 +242,50 @@ def test_the_table_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert size - header == sum(after for _, after in BYTES.values())
 
 
-def test_what_is_no_weight_is_copied_as_it_is(plain: Path, packed_model: Path) -> None:
+def test_what_is_no_weight_is_copied_as_it_is(plain: Path, packed_model: Path, tmp_path: Path) -> None:
+    """But for two entries of config.json, which unpacking takes out again."""
     config = json.loads((packed_model / "config.json").read_text())
     assert "sparsity_config" not in config
+    added = {name: config.pop(name) for name in ("quantization_config", "transformers_weights")}
+    assert added["quantization_config"] == {"quant_method": "losa-packed"}
     assert config == json.loads((plain / "config.json").read_text())
+    assert (packed_model / "tokenizer.json").read_bytes() == (plain / "tokenizer.json").read_bytes()
+    assert pack.main([str(packed_model), str(tmp_path / "back"), "--unpack"]) == 0
+    assert (tmp_path / "back" / "config.json").read_text() == (plain / "config.json").read_text()
+    assert not (tmp_path / "back" / "packed.safetensors.index.json").exists()
 
 
-def test_transformers_alone_refuses_a_packed_folder(packed_model: Path) -> None:
-    """It must not fill the gaps with random weights."""
+def as_packed_before(folder: Path) -> Path:
+    """The folder as the first version packed it: nothing for transformers."""
+    packed_config.unmark(folder)
+    (folder / "packed.safetensors.index.json").unlink()
+    return folder
+
+
+def test_a_folder_without_what_transformers_needs(packed_model: Path, tmp_path: Path) -> None:
+    """transformers refuses it, and does not fill the gaps with random weights; the own loader reads it."""
+    old = as_packed_before(Path(shutil.copytree(packed_model, tmp_path / "old")))
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(packed_model)
+        AutoModelForCausalLM.from_pretrained(old)
+    new, now = packed_folder.load(old, CPU)[0].state_dict(), packed_folder.load(packed_model, CPU)[0].state_dict()
+    assert all(torch.equal(new[name], now[name]) for name in now)
+    assert pack.main([str(old), str(tmp_path / "back"), "--unpack"]) == 0
+
+
+def test_values_that_a_narrower_dtype_rounds_to_zero(packed_model: Path, tmp_path: Path) -> None:
+    """They are dropped: a packed weight keeps no zeros, whoever casts it."""
+    tiny = Path(shutil.copytree(packed_model, tmp_path / "tiny"))
+    tensors = load_file(tiny / FILE)
+    tensors[f"{KEY}.values"][3:5] = 1e-9
+    save_file(tensors, tiny / FILE)
+    loaded, _ = packed_folder.load(tiny, CPU, torch.float16)
+    layer = loaded.model.layers[1].mlp.up_proj
+    assert len(layer.values) == layer.kept == len(tensors[f"{KEY}.values"]) - 2
+    assert bool(layer.values.all())
+    wide = packed_folder.load(tiny, CPU)[0].model.layers[1].mlp.up_proj
+    assert wide.kept == layer.kept + 2
+    assert torch.equal(wide.half().unpacked(), layer.unpacked())
+    assert wide.kept == layer.kept
 
 
 def turn_a_bit(tensors: dict[str, torch.Tensor]) -> None:

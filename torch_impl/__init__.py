@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch_impl.decode import hf_quantizer
+
 if TYPE_CHECKING:
     from torch_impl.api import PruneResult, Saving, StepRecord, evaluate, load_packed, pack, prune
 
@@ -22,3 +24,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+# So that transformers loads packed folders; this imports neither torch nor transformers.
+hf_quantizer.register()

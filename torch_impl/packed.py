@@ -10,6 +10,8 @@ from torch import nn
 from torch_impl import _checks
 
 WORD = 32
+PARTS = ("bitmap", "values", "offsets")
+"""The names of what `pack` returns."""
 _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 

@@ -11,13 +11,13 @@ from torch_impl import _checks
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.contents import INDEX, PACKED, SINGLE
+from torch_impl.engine.checkpoints.contents import INDEX, PACKED, PACKED_INDEX, SINGLE
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.experiment.command import Parser, command, say
 
 # The files of a model's folder. A folder with any other file is never replaced.
 OF_A_MODEL = (
-    "config.json", "generation_config.json", "model*.safetensors", "packed-*.safetensors", INDEX, PACKED,
+    "config.json", "generation_config.json", "model*.safetensors", "packed-*.safetensors", INDEX, PACKED, PACKED_INDEX,
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
     "modeling_*.py", "configuration_*.py", "tokenization_*.py", "README.md", "LICENSE*", "NOTICE*", ".gitattributes",
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
     packed-00001-of-00002.safetensors   one per original file; a packed NAME is NAME.bitmap, NAME.values, NAME.offsets
     packed.json                         the original name of each file, and the original dtype and shape of each tensor
-    config.json, tokenizer, ...         unchanged
+    config.json                         with two more entries, and an index of the files: packed_config.py
+    tokenizer, ...                      unchanged
 
 The file names are not those of transformers' weights: it would load them and fill missing tensors with random numbers.
 """
@@ -24,14 +25,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import _checks, packed
-from torch_impl.decode.packed_linear import PARTS, PackedLinear, group_projections
+from torch_impl.decode import packed_config
+from torch_impl.decode.packed_linear import PackedLinear, group_projections
+from torch_impl.decode.packed_writer import FORMAT, VERSION, Writer, bytes_of, dtype_name, keep_packed
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.contents import CODES, INDEX, PACKED, Entry, check_finite, find, read_config
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
 from torch_impl.engine.decoder import Decoder
-
-FORMAT, VERSION = "losa-packed", 1
+from torch_impl.packed import PARTS
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Saving:
         self.kept += int((tensor != 0).sum())
         if is_packed:
             self.negative_zeros += int(((tensor == 0) & tensor.signbit()).sum())
-        self.before += _bytes(tensor)
-        self.after += _bytes(*stored.values())
+        self.before += bytes_of(tensor)
+        self.after += bytes_of(*stored.values())
 
 
 def is_packed(folder: Path) -> bool:
@@ -80,10 +82,8 @@ def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_c
     found = lay_out(source, files.entries, trust_remote_code)
     kinds = _projections(found)
     savings: dict[str, Saving] = {}
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "index": files.index, "files": {}, "tensors": {}}
+    writer = Writer(target, files.index)
     for number, (shard, metadata) in enumerate(files.metadata.items(), 1):
-        name = f"packed-{number:05d}-of-{len(files.metadata):05d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
         with _opened(source / shard) as file:
             for key in tqdm(file.keys(), desc=f"packing {shard}", unit=" tensors", leave=False, disable=None):
                 tensor = file.get_tensor(key)
@@ -91,18 +91,11 @@ def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_c
                     check_finite([(key, tensor)], source)
                 kind = kinds.get(key, "other")
                 stored = _smallest(key, tensor, kind != "other", device)
-                manifest["tensors"][key] = {
-                    "file": name,
-                    "shape": list(tensor.shape),
-                    "dtype": _dtype_name(tensor),
-                    "packed": key not in stored,
-                }
                 savings.setdefault(kind, Saving(kind)).add(tensor, stored, key not in stored)
-                tensors |= stored
-        manifest["files"][name] = {"source": shard, "metadata": metadata}
-        save_tensors(tensors, target / name)
-    (target / PACKED).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+                writer.add(key, tensor, stored)
+        writer.end_file(f"packed-{number:05d}-of-{len(files.metadata):05d}.safetensors", shard, metadata)
     _copy_others(source, target)
+    writer.end()
     return sorted(savings.values(), key=lambda saving: saving.kind == "other")
 
 
@@ -125,6 +118,7 @@ def unpack_folder(source: Path, target: Path) -> None:
     if manifest["index"] is not None:
         (target / INDEX).write_text(json.dumps(manifest["index"], indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _copy_others(source, target)
+    packed_config.unmark(target)
 
 
 def load(
@@ -150,14 +144,14 @@ def load_model(
     for file in manifest["files"]:
         for key, parts in _tensors(folder, manifest, file):
             if key in places:
-                parts = [part.to(model.dtype) if part.is_floating_point() else part for part in parts]
-                check_finite(((key, part) for part in parts), folder)
+                check_finite(((key, part.to(model.dtype)) for part in parts if part.is_floating_point()), folder)
                 with _naming(folder / file, key):
-                    _place(model, places[key], [part.to(device) for part in parts])
+                    _place(model, places[key], parts, device)
     found.tie(model)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
     group_projections(model)
+    keep_packed(model)
     return model
 
 
@@ -186,22 +180,26 @@ def _smallest(key: str, tensor: torch.Tensor, projection: bool, device: torch.de
         return {key: tensor}
     parts = dict(zip(PARTS, (part.cpu() for part in packed.pack(tensor.to(device))), strict=True))
     stored = {f"{key}.{part}": value for part, value in parts.items()}
-    return stored if _bytes(*stored.values()) < _bytes(tensor) else {key: tensor}
+    return stored if bytes_of(*stored.values()) < bytes_of(tensor) else {key: tensor}
 
 
-def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor]) -> None:
-    """Put a tensor, or the parts of a packed one, into the empty model, in the model's dtype."""
+def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor], device: torch.device) -> None:
+    """Put a tensor, or the parts of a packed one, into the empty model, on a device and in the model's dtype."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     room = getattr(module, leaf)
     if len(parts) == len(PARTS):
         bitmap, values, offsets = parts
-        layer = PackedLinear(bitmap, values, offsets, room.shape[1], getattr(module, "bias", None))
+        layer = PackedLinear(bitmap, values, offsets, room.shape[1])
         if layer.out_features != len(room):
             raise ValueError(f"bitmap has {layer.out_features} rows, but {PACKED} lists {len(room)}")
+        layer.to(device=device, dtype=model.dtype)
+        # The bias may not be loaded yet.
+        bias = getattr(module, "bias", None)
+        layer.register_buffer("bias", None if bias is None else bias.detach())
         model.set_submodule(path, layer)
         return
-    value = parts[0].to(room.dtype)
+    value = parts[0].to(device=device, dtype=room.dtype)
     setattr(module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(room, nn.Parameter) else value)
 
 
@@ -261,8 +259,8 @@ def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tupl
 
 def _fits(value: torch.Tensor, facts: dict[str, Any]) -> None:
     """Check the dtype against packed.json; also the shape, unless the tensor is the kept values."""
-    if _dtype_name(value) != facts["dtype"]:
-        raise ValueError(f"dtype is {_dtype_name(value)}, but {PACKED} lists {facts['dtype']}")
+    if dtype_name(value) != facts["dtype"]:
+        raise ValueError(f"dtype is {dtype_name(value)}, but {PACKED} lists {facts['dtype']}")
     if list(value.shape) != facts["shape"] and not (facts["packed"] and value.dim() == 1):
         raise ValueError(f"shape is {tuple(value.shape)}, but {PACKED} lists {tuple(facts['shape'])}")
 
@@ -286,14 +284,6 @@ def _naming(path: Path, key: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}, {key}: {error}") from error
-
-
-def _dtype_name(value: torch.Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
-
-
-def _bytes(*values: torch.Tensor) -> int:
-    return sum(value.numel() * value.element_size() for value in values)
 
 
 def _copy_others(source: Path, target: Path) -> None:

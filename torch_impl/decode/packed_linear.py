@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from torch_impl import packed
 from torch_impl.decode import cpu, cuda
 from torch_impl.engine.decoder import Decoder
+from torch_impl.packed import PARTS
 
 # Up to this many rows of input, the CPU kernels are faster than unpacking. They read the weight once per eight rows.
 DECODE_ROWS = 32
-PARTS = ("bitmap", "values", "offsets")
 
 _numbers = itertools.count()
 _numbered: weakref.WeakValueDictionary[int, _Packed] = weakref.WeakValueDictionary()
@@ -56,7 +56,7 @@ class _Packed(nn.Module):
         The number is a tensor: all blocks share the compiled code, and a Python number would be compiled in.
         """
         number = next(_numbers)
-        self.handle = torch.tensor(number)
+        self.handle = torch.tensor(number, device="cpu")
         _numbered[number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class PackedLinear(_Packed):
     `layout` replaces them, or the layout of a `group` of layers, in which this weight's rows begin at `start`. A state_dict
     always holds bitmap, values and offsets, without kept zeros.
 
-    Errors: as `packed.check`.
+    Errors: as `packed.check`. Tensors on the meta device are not checked: fill the buffers, then call `loaded`.
     """
 
     bitmap: torch.Tensor
@@ -104,7 +104,8 @@ class PackedLinear(_Packed):
         bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__(len(bitmap))
-        packed.check(bitmap, values, offsets, columns)
+        if not bitmap.is_meta:
+            packed.check(bitmap, values, offsets, columns)
         self.in_features, self.kept = columns, len(values)
         self.group: PackedGroup | None = None
         self.start = 0
@@ -117,6 +118,21 @@ class PackedLinear(_Packed):
         """Pack a linear layer."""
         bitmap, values, offsets = packed.pack(linear.weight.detach())
         return cls(bitmap, values, offsets, linear.in_features, linear.bias)
+
+    @property
+    def positions(self) -> int:
+        """Return the size of the matrix, zeros included."""
+        return self.in_features * self.out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the weight's dtype."""
+        return self.values.dtype if self._on_gpu is None else self._on_gpu.dtype
+
+    def loaded(self, dtype: torch.dtype) -> None:
+        """Check the buffers that have been filled, and cast them. Errors: as `packed.check`."""
+        packed.check(self.bitmap, self.values, self.offsets, self.in_features)
+        self._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def unpacked(self) -> torch.Tensor:
         """Unpack the weight (out, in)."""
@@ -151,16 +167,24 @@ class PackedLinear(_Packed):
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""
-        sparsity = 1 - self.kept / (self.in_features * self.out_features)
+        sparsity = 1 - self.kept / self.positions
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={sparsity:.4f}"
 
     def _settle(self) -> None:
         """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`."""
-        if self._on_gpu is not None or not _has_kernels(self.values):
+        if self._on_gpu is not None or self.values.is_meta or not _has_kernels(self.values):
             return
         self._hold(cuda.pack_rows(self.unpacked()))
         for name in PARTS:
             self.register_buffer(name, None)
+
+    def _drop_zeros(self) -> None:
+        """Remove kept values that a cast to a narrower dtype has rounded to 0."""
+        if not self.values.is_meta and not bool(self.values.all()):
+            dense = packed.expand(self.bitmap, self.values, self.in_features)
+            for name, value in zip(PARTS, packed.pack(dense), strict=True):
+                self.register_buffer(name, value)
+            self.kept = len(self.values)
 
     def _restore(self) -> None:
         """Convert back to bitmap, values and offsets, and leave the group."""
@@ -190,8 +214,11 @@ class PackedLinear(_Packed):
             new = fn(old)
             if (new.device, new.dtype) != (old.device, old.dtype):
                 self._restore()
+        values = self.values
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow()
+        if values is not None and values.dtype != self.values.dtype:
+            self._drop_zeros()
         self._settle()
         return self
 

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch_impl import _checks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PACKED = "packed.json"
+# Of a packed model: the list of its tensors, and the index and the quantization method that transformers sees.
+PACKED, PACKED_INDEX, METHOD = "packed.json", "packed.safetensors.index.json", "losa-packed"
 # Files that are downloaded from a hub repository besides the weights.
 BESIDE = ["*.json", "*.model", "*.txt", "*.py", "*.jinja"]
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -103,6 +104,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model {folder}: no config.json in this folder; give a Hugging Face model folder")
     config = _read_json(folder / "config.json")
+    if (folder / PACKED).is_file():
+        config = without_packed(config)
     quantised = config.get("quantization_config")
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -122,6 +125,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"rename the file to {SINGLE} and remove that line"
         )
     return config
+
+
+def without_packed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without what packing adds to it."""
+    method = config.get("quantization_config")
+    if not isinstance(method, dict) or method.get("quant_method") != METHOD:
+        return config
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_weights")}
 
 
 def find(folder: Path) -> CheckpointFiles:
@@ -169,7 +180,7 @@ def find_files(folder: Path) -> CheckpointFiles:
             f"model {folder}: {len(missing)} of the {len(files)} files that {INDEX} names "
             f"{'is' if len(missing) == 1 else 'are'} missing ({_checks.few(missing)}); download the model again"
         )
-    metadata, entries = _headers(folder, files)
+    metadata, entries = headers(folder, files)
     unheld = [] if index is None else [name for name in _weight_map(folder, index) if name not in entries]
     if unheld:
         raise ValueError(
@@ -179,7 +190,11 @@ def find_files(folder: Path) -> CheckpointFiles:
     return CheckpointFiles(folder, metadata, entries, index)
 
 
-def _headers(folder: Path, files: Iterable[str]) -> tuple[dict[str, dict[str, str] | None], dict[str, Entry]]:
+def headers(folder: Path, files: Iterable[str]) -> tuple[dict[str, dict[str, str] | None], dict[str, Entry]]:
+    """Read the headers of safetensors files: the metadata of each, and all tensors.
+
+    Errors: ValueError naming a corrupt file, or tensors that are stored twice.
+    """
     metadata: dict[str, dict[str, str] | None] = {}
     entries: dict[str, Entry] = {}
     twice = []

@@ -64,7 +64,11 @@ def lay_out(
 ) -> Checkpoint:
     """Describe the checkpoint in a folder, given the tensors that its files hold."""
     stored = dtype_of(folder, entries)
-    model = skeleton(folder, trust_remote_code, dtype, stored)
+    return match(folder, skeleton(folder, trust_remote_code, dtype, stored), entries)
+
+
+def match(folder: Path, model: PreTrainedModel, entries: Entries) -> Checkpoint:
+    """Match the tensors that a checkpoint's files hold to the parameters of a model without weights."""
     names, unplaced = _names(folder, model, entries)
     stored_apart, merged = _merged_on_loading(model)
     unplaced = {key for key in unplaced if not stored_apart.search(key)}
@@ -73,10 +77,12 @@ def lay_out(
     _refuse_unplaced(folder, unplaced - left_over)
     _refuse_other_shapes(folder, model, entries, names)
     tied = _stand_ins(model, names)
+    module: nn.Module = model
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     missing = [
         name
-        for name, tensor in model.state_dict().items()
-        if name not in names and (tensor.is_meta or not _may_be_missing(model, name)) and not merged.search(name)
+        for name in model.state_dict()
+        if name not in names and (name in parameters or not _may_be_missing(model, name)) and not merged.search(name)
     ]
     if missing:
         raise ValueError(
