@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from oracle_tests.small_runs import arguments, make_place
 from tiny_models.random_models import save_random_model
 from torch_impl import cli
 from torch_impl.commands import evaluate, generate, pack, run
+from torch_impl.experiment import config
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +79,68 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> Non
         cli.main([name, "--help"])
     assert ended.value.code == 0
     assert f"usage: losa {'run' if name == 'plan' else name}" in capsys.readouterr().out
+
+
+def shown(name: str, capsys: pytest.CaptureFixture, everything: str = "--help") -> list[str]:
+    """Options that the help of a command lists."""
+    with pytest.raises(SystemExit):
+        cli.main([name, everything])
+    return re.findall(r"^ {2,4}(?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
+
+
+FROZEN = dict(line.split(": ") for line in (ROOT / "oracle_tests/data/command_line.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_no_command_or_option_is_lost(name: str, capsys: pytest.CaptureFixture) -> None:
+    """command_line.txt lists what users rely on. A new option joins it with the release that brings it; none ever leaves."""
+    found = shown(name, capsys, "--help-all" if name in ("run", "plan") else "--help")
+    assert not set(FROZEN[name].split()) - set(found), "scripts and configurations of users would break"
+    assert len(found) == len(set(found)), "each once"
+
+
+def test_the_frozen_commands() -> None:
+    assert set(FROZEN) <= set(cli.COMMANDS)
+    assert len(FROZEN) >= 7
+
+
+def test_help_in_groups(capsys: pytest.CaptureFixture) -> None:
+    """The sections of a TOML file, every option once with its default, the rare ones on request."""
+    usual, everything = shown("run", capsys), shown("run", capsys, "--help-all")
+    assert [name for name in everything if name not in usual] == [
+        f"--{item.name}" for section in config.SECTIONS.values() for item in fields(section) if item.name in config.RARE
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help-all"])
+    text = capsys.readouterr().out
+    assert [name for name in re.findall(r"^(\w+):$", text, re.MULTILINE) if name != "options"] == list(config.SECTIONS)
+    for name, section in config.SECTIONS.items():
+        assert f"\n{name}:\n  {section.__doc__}\n" in text
+        for item in fields(section):
+            [entry] = re.findall(rf"^  --{item.name} .*(?:\n {{5,}}.*)*", text, re.MULTILINE)
+            if item.default is not None and "default" not in item.metadata["help"]:
+                default = str(item.default).lower() if isinstance(item.default, bool) else str(item.default)
+                assert f"(default {default})" in " ".join(entry.split()), item.name
+    assert "--finetune [true|false]" in text
+    assert "--no_" not in text
+    assert "--nsamples N" in text
+    assert "--learning_rate X" in text
+
+
+def test_shipped_configurations_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("llama_70b", "llama_70b.toml", str(config.CONFIGS / "llama_70b.toml")):
+        assert config.parse(["--config", name, "--model", "x"]).training.gradient_checkpointing
+    Path("llama_70b").write_text("seed = 5\n")
+    found = config.parse(["--config", "llama_70b", "--model", "x"])
+    assert (found.output.seed, found.training.gradient_checkpointing) == (5, False), "a file of that name comes first"
+    with pytest.raises(FileNotFoundError, match=r"one of llama_13b, llama_70b, llama_7b; did you mean llama_7b"):
+        config.parse(["--config", "lama_7b", "--model", "x"])
+
+
+def test_an_option_is_named_once(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["run", "--train-examples", "word"]) == 2
+    assert capsys.readouterr().err == "error: argument --train_examples: invalid int value: 'word'; see --help\n"
 
 
 def test_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

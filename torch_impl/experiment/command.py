@@ -6,6 +6,7 @@ import argparse
 import difflib
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -32,7 +33,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError."""
+        """Raise a ValueError, which names an option by its first spelling."""
+        message = re.sub(r"^argument (--[^/:]+)[^:]*:", r"argument \1:", message)
         raise ValueError(f"{message}; see --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

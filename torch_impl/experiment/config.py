@@ -7,7 +7,6 @@ import functools
 import inspect
 import textwrap
 import tomllib
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch_impl.engine.rates import RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.command import Parser, closest
+from torch_impl.experiment.help import GroupedHelp
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
 
@@ -130,7 +130,8 @@ class OutputConfig:
     """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: one-shot pruning and reconstruction
     without fine-tuning. --config and flags override it."""
     config: str | None = None
-    """TOML file with any of these options; flags override it."""
+    """TOML file with any of these options, or the name of one that ships: llama_7b, llama_13b, llama_70b (the paper's settings).
+    Flags override it."""
 
     def __post_init__(self) -> None:
         _checks.count("seed", self.seed, 0, MOST_SEED)
@@ -219,12 +220,20 @@ DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-r
   losa run --model DIR --steps 1 --finetune false   prune in one shot, without training
   losa plan --config llama_7b --model DIR           show memory and work, and stop
 
-Flags override --config, --config overrides --preset, and --preset overrides the defaults. torch_impl/configs/ has
-configuration files with the paper's settings.
+Flags override --config, --config overrides --preset, and --preset overrides the defaults. The groups below are the sections of
+a configuration file. --help-all also shows the options that are rarely needed.
 """
 
 
-class _Parser(Parser, HfArgumentParser):  # type: ignore[misc]
+# Options that --help leaves out and --help-all shows.
+RARE = (
+    "lora_alpha", "lora_r", "initial_rank", "min_rank", "max_rank", "rank_shrink", "rmi_samples", "calibration_batch_size",
+    "warmup_ratio", "weight_decay", "max_grad_norm", "hold_merged", "compile_blocks", "cuda_graphs", "reconstruct_batch_size",
+    "step_shares", "eval_batch_size", "accept_changes", "save_every", "keep_points", "deterministic", "devices",
+)  # fmt: skip
+
+
+class _Parser(Parser, GroupedHelp, HfArgumentParser):  # type: ignore[misc]
     """A parser whose options are the fields of the sections."""
 
 
@@ -235,7 +244,7 @@ def parse(arguments: Sequence[str]) -> Config:
     """
     parser = _make_parser()
     early = parser.parse_args(list(arguments))
-    from_file = _from_toml(Path(early.config)) if early.config is not None else {}
+    from_file = _from_toml(_config_file(early.config)) if early.config is not None else {}
     if early.preset is not None:
         _checks.choice("preset", early.preset, PRESETS)
         from_file = _from_toml(CONFIGS / f"preset_{early.preset}.toml") | from_file
@@ -262,14 +271,14 @@ def _shares_again(shares: list[str], steps: int) -> list[str]:
 
 @functools.cache
 def _make_parser() -> _Parser:
-    for section in SECTIONS.values():
+    descriptions = {}
+    for name, section in SECTIONS.items():
         _document(section)
-    return _Parser(
-        list(SECTIONS.values()),  # type: ignore[arg-type]
-        prog="losa run",
-        description=DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+        section._argument_group_name = name  # type: ignore[attr-defined]
+        descriptions[name] = str(section.__doc__)
+    parser = _Parser(list(SECTIONS.values()), prog="losa run", description=DESCRIPTION)  # type: ignore[arg-type]
+    parser.describe_groups(RARE, descriptions)
+    return parser
 
 
 def _document(section: type) -> None:
@@ -286,10 +295,21 @@ def _document(section: type) -> None:
         item.metadata = MappingProxyType({"help": text.replace("%", "%%")})
 
 
+def _config_file(name: str) -> Path:
+    """The TOML file of this path, or the one that ships under this name. Errors: FileNotFoundError if there is none."""
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob("llama_*.toml"))}
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name.removesuffix(".toml") not in shipped:
+        raise FileNotFoundError(
+            f"config {name} does not exist; give a TOML file or one of {', '.join(shipped)}{closest(name, shipped)}"
+        )
+    return shipped[name.removesuffix(".toml")]
+
+
 def _from_toml(path: Path) -> dict[str, list[str]]:
     """Read a TOML file (option = value, in sections or not) as the command-line words of each option."""
-    if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist; give a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
