@@ -172,11 +172,11 @@ def test_rows_sorted_in_parts_give_the_same_mask(monkeypatch: pytest.MonkeyPatch
 
 
 def test_room_is_given_while_there_is_some() -> None:
-    room = memory.Room(torch.device("cuda"), working=40, budget=200)
-    assert [room.take(100), room.take(50), room.take(40), room.take(1)] == [True, False, True, False]
-    room.give_back()
-    assert room.take(140)
-    assert memory.Room(torch.device("cpu"), working=0, budget=0).take(10**12), "there is no other place"
+    budget = memory.MemoryBudget(torch.device("cuda"), working=40, budget=200)
+    assert [budget.reserve(size) for size in (100, 50, 40, 1)] == [True, False, True, False]
+    budget.release_all()
+    assert budget.reserve(140)
+    assert memory.MemoryBudget(torch.device("cpu"), working=0, budget=0).reserve(10**12), "there is no other place"
 
 
 def test_a_block_has_weights_until_the_next_is_asked_for(place: Path) -> None:

@@ -27,8 +27,8 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-class Room:
-    """Room for hidden states on a device, besides the `working` bytes that the computation itself needs.
+class MemoryBudget:
+    """The memory budget for hidden states on a device, besides the `working` bytes that the computation itself needs.
 
     budget: bytes to use; default all free memory.
     """
@@ -38,14 +38,14 @@ class Room:
         # On the CPU there is no alternative.
         self._always = device.type != "cuda"
 
-    def take(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         """Reserve `size` bytes if they fit; return whether they do."""
         if self._always or size <= self._left:
             self._left -= size
             return True
         return False
 
-    def give_back(self) -> None:
+    def release_all(self) -> None:
         """Free all reserved bytes."""
         self._left = self._all
 

@@ -63,17 +63,17 @@ class Sweeps:
         self.device = reader.device
         self._batch = config.calibration.calibration_batch_size
         self._sizes = Sizes.of(decoder, reader.dtype)
-        self.room = memory.Room(self.device, working(config, self._sizes).total, budget)
+        self.budget = memory.MemoryBudget(self.device, working(config, self._sizes).total, budget)
 
     def stream(self, ids: torch.Tensor, batch: int, copies: int = 1) -> calibration.Stream:
         wanted = copies * self._sizes.stream(ids.numel())
-        return calibration.start_stream(self.decoder, ids, batch, on_host=not self.room.take(wanted))
+        return calibration.start_stream(self.decoder, ids, batch, on_host=not self.budget.reserve(wanted))
 
     def _blocks(self, description: str) -> Iterator[nn.Module]:
         blocks = tqdm(sweep(self.decoder), desc=description, total=len(self._sizes.blocks), leave=False)
         with calibration.compiled([self.decoder], self.config.training.compile_blocks):
             yield from blocks
-        self.room.give_back()
+        self.budget.release_all()
 
     def dense(self) -> Dense:
         """Check every block; measure perplexity and, if the rate rule needs it, mutual information."""
@@ -106,7 +106,7 @@ class Sweeps:
         followed = self.stream(ids, batch) if output is None else self.stream(ids[:2], 2)
         blocks = OffloadedBlocks(self, dense, calibrated, followed, output)
         [record] = losa.run(self.decoder.model, self.material.calibration, [], settings, blocks=blocks)
-        self.room.give_back()
+        self.budget.release_all()
         if output is None:
             return Pruned(record, perplexity=stream_perplexity(self.decoder, ids, followed, "pruned at once"))
         masks = output.finish()

@@ -13,7 +13,7 @@ import torch
 
 from torch_impl import schedule
 from torch_impl.engine.calibration import compiles
-from torch_impl.engine.memory import SHARE, Room, free_bytes
+from torch_impl.engine.memory import SHARE, MemoryBudget, free_bytes
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning.sizes import Sizes
 
@@ -245,7 +245,7 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     windows = text.eval_windows * text.eval_seqlen if text.eval_windows else EVALUATION_TOKENS
     outside = sizes.outside_blocks()
     working_parts = working(config, sizes)
-    room = Room(torch.device(place.kind), working_parts.total + outside, place.free)
+    budget = MemoryBudget(torch.device(place.kind), working_parts.total + outside, place.free)
     rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0
     probe = sizes.stream(2 * text.eval_seqlen)
     sweeps = {
@@ -256,8 +256,8 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     found: dict[str, Parts] = {}
     hosted = 0
     for name, streams in sweeps.items():
-        kept = sum(size for size in streams if room.take(size))
-        room.give_back()
+        kept = sum(size for size in streams if budget.reserve(size))
+        budget.release_all()
         hosted = max(hosted, sum(streams) - kept)
         # The pruned model's weights outside the blocks are still in memory when the written model is read.
         reloaded = outside if name == "verifying" else 0
