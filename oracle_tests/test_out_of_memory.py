@@ -18,7 +18,7 @@ from torch_impl.engine import calibration, gradients
 from torch_impl.engine.batches import Example
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import sum_loss
-from torch_impl.engine.memory import halving
+from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 
@@ -81,7 +81,7 @@ def test_a_batch_of_one_that_is_too_much_is_an_error() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        halving(never, 4, "size")
+        find_executable_batch_size(never, 4, "size")
 
 
 def test_smaller_batches_are_remembered_when_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch_impl.engine.blocks import Blocks, ModelBlocks, shown
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.lockstep import Lockstep
-from torch_impl.engine.memory import halving
+from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.reconstruction import Reconstructor
 from torch_impl.engine.record import Clock, StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
@@ -73,7 +73,7 @@ def _set_targets(blocks: Blocks, target: float, settings: Settings, progress: Pr
     importance, progress.importance = None, []
     if (measure := settings.prune.rule.measure) is not None:
         size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
-        importance, progress.calibration_batch_size = halving(
+        importance, progress.calibration_batch_size = find_executable_batch_size(
             lambda size: blocks.importance(measure(blocks.decoder.family), size), size, "calibration_batch_size"
         )
         progress.importance = importance.tolist()

@@ -21,7 +21,7 @@ from torch_impl.engine.calibration import block_arguments
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.graphs import Captured
 from torch_impl.engine.loss import summed_cross_entropy, summed_divergence
-from torch_impl.engine.memory import free_bytes, halving
+from torch_impl.engine.memory import find_executable_batch_size, free_bytes
 from torch_impl.engine.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,9 @@ class Gradients:
                 sum(self._micro(collate(micro, self._device, self._multiple), share) for micro in micro_batches)
             )
 
-        loss, self.micro_batch_size = halving(attempt, self.micro_batch_size, "per_device_train_batch_size")
+        loss, self.micro_batch_size = find_executable_batch_size(
+            attempt, self.micro_batch_size, "per_device_train_batch_size"
+        )
         distributed.all_reduce_gradients(self._trained)
         return distributed.all_reduce_number(loss)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from torch_impl.engine import calibration, statistics
 from torch_impl.engine.blocks import Blocks, advance
-from torch_impl.engine.memory import halving
+from torch_impl.engine.memory import find_executable_batch_size
 
 Result = TypeVar("Result")
 Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]], None]
@@ -73,7 +73,7 @@ class Lockstep:
 
         if not self._blocks.restartable:
             return attempt(self.batch_size)
-        result, self.batch_size = halving(attempt, self.batch_size, "calibration_batch_size")
+        result, self.batch_size = find_executable_batch_size(attempt, self.batch_size, "calibration_batch_size")
         return result
 
     def _reach(self, batch_size: int) -> None:

@@ -50,7 +50,7 @@ class MemoryBudget:
         self._left = self._all
 
 
-def halving(work: Callable[[int], Result], size: int, name: str) -> tuple[Result, int]:
+def find_executable_batch_size(work: Callable[[int], Result], size: int, name: str) -> tuple[Result, int]:
     """Run work(size); halve the size each time the device runs out of memory. Return (result, size).
 
     name: of the option, for the log. Errors: torch.OutOfMemoryError if a size of 1 is too large, or if there are several

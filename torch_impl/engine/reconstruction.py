@@ -18,7 +18,7 @@ from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.calibration import Stream
 from torch_impl.engine.families import Family
 from torch_impl.engine.lockstep import Reconstruct
-from torch_impl.engine.memory import halving
+from torch_impl.engine.memory import find_executable_batch_size
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def reconstruct_block(
             )
 
         try:
-            halving(attempt, here, "reconstruct_batch_size")
+            find_executable_batch_size(attempt, here, "reconstruct_batch_size")
         except FloatingPointError as error:
             raise FloatingPointError(f"block {index}: {error} (now {config.reconstruct_learning_rate:g})") from error
         better = {name: linear.weight.detach() for name, linear in linears.items()}

@@ -19,7 +19,7 @@ from torch_impl.engine import distributed, finite
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.memory import halving
+from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
@@ -130,7 +130,7 @@ def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
 
     def measure(what: torch.nn.Module, **labels: Any) -> float:
         name = f"{labels['model']} after step {labels['step']}" if "step" in labels else labels["model"]
-        value, _ = halving(
+        value, _ = find_executable_batch_size(
             lambda size: perplexity(what, material.evaluation, size, name),
             config.text.eval_batch_size,
             "eval_batch_size",
