@@ -16,7 +16,7 @@ from torch_impl import adapter, rank, schedule, sparsity
 from torch_impl.engine import calibration, distributed, finite, statistics, training
 from torch_impl.engine.adapted_linear import block_adapters, hold_merged_weights
 from torch_impl.engine.batches import Example
-from torch_impl.engine.blocks import Blocks, ModelBlocks, shown
+from torch_impl.engine.blocks import Blocks, ModelBlocks, progress_bar
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.lockstep import Lockstep
@@ -151,7 +151,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpo
         return
     lockstep = Lockstep(blocks, progress.calibration_batch_size or settings.calibration.calibration_batch_size)
     reconstructor = Reconstructor(family, start, settings.reconstruction)
-    for index, block in shown(lockstep, "prune", count):
+    for index, block in progress_bar(lockstep, "prune", count):
         done = index < progress.block
         with distributed.unsharded_with_writeback(block, family):
             earlier = done or blocks.restore(index, block)
