@@ -178,8 +178,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the perplexity of a model, plain or packed, on consecutive windows of a text.
 
-    text: token ids (n, t), a list of texts, or the name of a text source. seqlen: tokens per window of text. windows: only the
-    first so many. Returns perplexity, and windows, seqlen, tokens and sha256 of the token ids, by which measurements compare.
+    text: token ids (n, t), a list of texts, or the name of a text source. seqlen: tokens per window of text. windows: use only
+    the first N windows. Returns perplexity; and windows, seqlen, tokens and sha256 of the token ids, to compare measurements.
 
     Errors: TypeError or ValueError naming the argument; FloatingPointError if the perplexity is not finite.
     """
@@ -215,7 +215,7 @@ def _config(
     preset: str,
     options: dict[str, Any],
 ) -> Config:
-    """The options of a call, checked as those of the command line are."""
+    """Build and check the options of a call, like those of the command line."""
     _model(model)
     _check_names(options)
     options = {**options, "prune_method": method, "preset": preset}
@@ -254,7 +254,7 @@ def _material(
 
 
 def _as_given(config: Config, windows: torch.Tensor) -> Any:
-    """The calibration options, with the shape that the windows have."""
+    """Return the calibration options with the shape of the windows."""
     found = config.calibration
     rows = None if found.rmi_samples is None else min(found.rmi_samples, len(windows))
     return dataclasses.replace(found, nsamples=len(windows), seqlen=windows.shape[1], rmi_samples=rows)

@@ -8,5 +8,5 @@ from torch_impl.commands.pack import main
 if __name__ == "__main__":
     sys.exit(main())
 
-# `torch_impl.pack` stays the library's function, whoever imports this module.
+# Importing this module must not replace the library's function `torch_impl.pack`.
 sys.modules[__name__] = api.pack  # type: ignore[assignment]

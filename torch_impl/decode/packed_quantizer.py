@@ -1,8 +1,8 @@
 """The quantizer that `transformers.AutoModelForCausalLM.from_pretrained` uses for a packed folder.
 
-transformers reads the packed tensors as it reads all others, so `device_map` and the like work as for a plain model: before
-it does, the projections that are stored packed become `PackedLinear` on the meta device; afterwards their contents are
-checked and cast. transformers imports this file while it imports itself, so what needs a model is imported in the methods.
+transformers reads the packed tensors like all others, so `device_map` and the like work as for a plain model. Before that, the
+packed projections become `PackedLinear`s on the meta device; afterwards their contents are checked and cast. transformers
+imports this file while it is being imported itself, so modules that need its models are imported inside the methods.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads packed models; it packs none: `python -m torch_impl.pack` does.
+    """Loads packed models. To pack a model, use `python -m torch_impl.pack`.
 
     Errors of loading: ValueError naming the model, and some of the tensors concerned.
     """
@@ -38,15 +38,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Name the files to load, in the place of the sentence that stops transformers without this quantizer."""
+        """Set the files to load; they replace the entry that stops transformers without this quantizer."""
         config.transformers_weights = PACKED_INDEX
         return config
 
-    # The hook of transformers before 5.16 that sees the configuration before the files are looked for.
+    # In transformers before 5.16, this hook gets the configuration before the files are searched.
     update_tp_plan = update_attn_implementation
 
     def update_ep_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Leave the configuration as it is."""
+        """Do not change the configuration."""
         return config
 
     def _process_model_before_weight_loading(
@@ -99,7 +99,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_class(model: PreTrainedModel) -> None:
-    """Errors: ValueError if the model is of another class than the one that was packed."""
+    """Check the model's class. Errors: ValueError if it is not the class of the packed model."""
     classes = model.config.architectures
     if classes and type(model).__name__ not in classes:
         raise ValueError(
@@ -148,7 +148,7 @@ def _plain(model: PreTrainedModel, key: str, parts: list[Entry]) -> Entry:
 
 
 def _replace(model: PreTrainedModel, path: str, parts: list[Entry]) -> None:
-    """Put a packed layer without contents, on the meta device, in the place of a linear layer."""
+    """Replace a linear layer with an empty packed layer on the meta device."""
     from torch_impl.decode.packed_linear import PackedLinear
 
     linear: Any = model.get_submodule(path)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from torch_impl.engine.families import position_limit
 
 IGNORED = -100
-# On CUDA, rows are padded to a multiple of so many tokens: few shapes.
+# On CUDA, pad rows to a multiple of this many tokens, so that there are few shapes.
 FEW_SHAPES = 64
 Example = dict[str, torch.Tensor]
 

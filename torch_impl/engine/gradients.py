@@ -26,7 +26,7 @@ from torch_impl.engine.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-# At most so many shapes are captured.
+# Maximum number of captured shapes.
 MOST_GRAPHS = 16
 Work = TypeVar("Work")
 

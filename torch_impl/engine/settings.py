@@ -48,17 +48,17 @@ class PruneConfig:
 
     @property
     def method(self) -> Method:
-        """The record of `prune_method`."""
+        """Return the record of `prune_method`."""
         return masks.METHODS[self.prune_method]
 
     @property
     def rule(self) -> RateRule:
-        """The record of `layer_sparsity`."""
+        """Return the record of `layer_sparsity`."""
         return RULES[self.layer_sparsity]
 
     @property
     def pattern(self) -> Pattern:
-        """The pattern of `sparsity_type`."""
+        """Return the pattern of `sparsity_type`."""
         return Pattern.parse(self.sparsity_type)
 
     @property

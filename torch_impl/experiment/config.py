@@ -296,7 +296,7 @@ def _document(section: type) -> None:
 
 
 def _config_file(name: str) -> Path:
-    """The TOML file of this path, or the one that ships under this name. Errors: FileNotFoundError if there is none."""
+    """Find a TOML file by its path, or a shipped one by its name. Errors: FileNotFoundError if there is none."""
     shipped = {path.stem: path for path in sorted(CONFIGS.glob("llama_*.toml"))}
     path = Path(name)
     if path.is_file():

@@ -62,7 +62,7 @@ class GroupedHelp(argparse.ArgumentParser):
                 action.metavar = METAVARS.get(action.type)
 
     def format_help(self) -> str:
-        """The help, without the rare options."""
+        """Format the help without the rare options."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)

@@ -69,7 +69,7 @@ def evaluation_of(
 
 
 def check_ids(model: PreTrainedModel, named: Mapping[str, Iterable[torch.Tensor]]) -> None:
-    """Errors: ValueError naming the argument with token ids that the model has no embedding for."""
+    """Check token ids. Errors: ValueError naming the argument with an id for which the model has no embedding."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     for name, parts in named.items():
         for ids in parts:

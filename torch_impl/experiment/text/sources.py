@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def gives_way(self) -> bool:
-        """Whether a local file or folder of the same name is read instead."""
+        """Return whether a local file or folder of the same name takes precedence."""
 
     def load(self, name: str, purpose: Purpose, option: str) -> Found:
         """Load the documents for a purpose. name: the source as the user wrote it; option: its name in messages."""
@@ -49,7 +49,7 @@ class StandardLibrary:
     gives_way: bool = False
 
     def load(self, name: str, purpose: Purpose, option: str) -> Found:
-        """The embedded model was trained on the "train" files, so measure the others."""
+        """Load the standard library's documents. The embedded model was trained on the "train" files, so measure others."""
         return Found(list(_stdlib(purpose)), ALL if purpose == "train" else HELD_OUT)
 
 
