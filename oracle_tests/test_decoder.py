@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tiny_models.random_models import FAMILIES, random_model
+from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.decoder import Decoder
 
 
@@ -72,3 +73,8 @@ def test_blocks_are_those_that_the_model_has_now() -> None:
 def test_a_model_of_no_known_family_has_no_decoder() -> None:
     with pytest.raises(ValueError, match="match no known family"):
         Decoder(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_share_of_zeros_is_that_of_all_weights_together() -> None:
+    weights = [torch.zeros(2, 3), torch.ones(4, 5), torch.tensor([[0.0, -0.0, 1.0, 2.0]])]
+    assert zero_share(iter(weights)) == (6 + 0 + 2) / (6 + 20 + 4)
