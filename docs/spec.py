@@ -54,13 +54,12 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-nav { position: sticky; top: 0; z-index: 1; padding: .5rem 1.5rem; background: var(--paper); font-size: .9rem;
-  border-bottom: 1px solid var(--line); overflow-x: auto; white-space: nowrap; }
-nav a { margin-right: .9rem; }
+nav { position: sticky; top: 0; z-index: 1; padding: .4rem 1.5rem; background: var(--paper); font-size: .85rem;
+  border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .1rem .8rem; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 main { max-width: 96rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; }
-.guide { max-width: 50rem; }
+.picture svg { display: block; max-width: 60rem; width: 100%; height: auto; margin: 1rem 0; border-radius: 8px; }
 .guide h1 { margin-top: 1rem; }
 h2 { margin-top: 2.5rem; }
 h3 { margin: 0 0 .5rem; font: 600 1rem ui-monospace, monospace; }
@@ -70,22 +69,32 @@ math[display="block"] { margin: .9rem 0; overflow: auto hidden; padding: .3rem 0
 .equation { display: flex; align-items: center; gap: 1rem; } .equation math { flex: 1; }
 .equation span { color: var(--soft); }
 section.file { margin-top: 3.5rem; border-top: 2px solid var(--accent); }
-section.file > p { color: var(--soft); max-width: 50rem; }
+section.file > p { color: var(--soft); }
 article { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.15fr); gap: 1.5rem; padding: 1.2rem 0;
   border-top: 1px solid var(--line); }
 article p { margin: .4rem 0; }
 @media (max-width: 60rem) { article { grid-template-columns: minmax(0, 1fr); } }
 @media print { nav { position: static; } article { break-inside: avoid; } }
-pre { margin: .5rem 0; padding: .7rem .9rem; overflow-x: auto; background: var(--panel); border-radius: 6px;
+pre { margin: .5rem 0; padding: .7rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 6px;
+  background: var(--panel);
   font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre.formula { background: none; border-left: 3px solid var(--accent); border-radius: 0; font: italic 1.05rem/1.6 "STIX Two Math",
-  "Cambria Math", Cambria, "Times New Roman", serif; white-space: pre-wrap; }
+  "Cambria Math", Cambria, "Times New Roman", serif; }
+.frac { display: inline-flex; flex-direction: column; margin: 0 .25em; vertical-align: middle; text-align: center;
+  line-height: 1.25; }
+.frac > span:first-child { border-bottom: 1px solid currentColor; padding: 0 .25em; } .frac > span:last-child { padding: 0 .25em; }
+.root > span { border-top: 1px solid currentColor; padding: 0 .15em; }
 .label { color: var(--soft); font-weight: 600; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .88em; }
 """
 # A letter or one of a few words with a subscript: s_t, X²_{tok,j}, mask_j, but not kept_total.
 SUBSCRIPT = re.compile(
     r"((?<!\w)\w[\u0300-\u036f]*[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|mask|score|ceiling))_(\{[^}]*\}|\w+)"
+)
+# What a formula is made of: brackets with what they hold, words, and what separates factors.
+ATOM = re.compile(r"√ ?|\(|\)|⟨[^⟩]*⟩|(?:\{[^}]*\}|[^\s()√=,;·±×⊙⇒+−{}])+|[{}]|\s{2,}|\s|[=,;·±×⊙⇒+−]")
+SEPARATES = re.compile(
+    r"\s{2,}|[=,;·±×⊙⇒+−]|of|over|where|from|then|may|subject|to|min|a|one|per|is|has|row|rows|the|for"
 )
 LABELS = re.compile(r"^(Source|Parameters|Returns|Ties[^:]*|Errors|\*Deviation\*|Bounds|Attributes):")
 
@@ -127,6 +136,76 @@ def typeset(text: str) -> str:
     return SUBSCRIPT.sub(lambda m: f"{m[1]}<sub>{m[2].strip('{}')}</sub>", html.escape(text))
 
 
+def formula(line: str) -> str:
+    """Typeset one line of a formula: subscripts, fractions for ` / `, and radicals.
+
+    A numerator or denominator is what stands beside the slash without an operator between: Σ w ρ / Σ w, (n − k) / (n − w).
+    """
+    parts = _factors(line)
+    shown: list[str] = []
+    index = 0
+    while index < len(parts):
+        if parts[index] == "/" and shown and shown[-1].strip() and index + 1 < len(parts):
+            below = _inside(parts[index + 1])
+            shown[-1] = f'<span class="frac"><span>{_inside(shown[-1])}</span><span>{below}</span></span>'
+            index += 2
+        else:
+            shown.append(parts[index])
+            index += 1
+    return "".join(shown)
+
+
+def _factors(line: str) -> list[str]:
+    """Split a line at its operators into typeset runs of factors; ` / ` between two of them is a part of its own."""
+    atoms = ATOM.findall(line)
+    parts, run, index = [""], "", 0
+    while index < len(atoms):
+        atom = atoms[index]
+        if atom == "(":
+            end = _closing(atoms, index)
+            suffix = atoms[end + 1] if end + 1 < len(atoms) and re.match(r"[²³_ᵀ⁻]", atoms[end + 1]) else ""
+            run += f"({formula(''.join(atoms[index + 1 : end]))}){typeset(')' + suffix)[1:]}"
+            index = end + 1 + bool(suffix)
+            continue
+        if atom.startswith("√"):
+            rest = "".join(atoms[index + 1 :])
+            radicand = re.match(r"\([^)]*\)|Σ\S* \S+|\w+", rest)
+            under = radicand[0] if radicand else ""
+            run += f'<span class="root">√<span>{typeset(under.strip("()"))}</span></span>'
+            atoms = [*atoms[: index + 1], *ATOM.findall(rest[len(under) :])]
+        elif atom == "/" and index and atoms[index - 1] == " ":
+            parts += [run.strip(), "/"]
+            run = ""
+        elif SEPARATES.fullmatch(atom):
+            parts += [run, html.escape(atom)]
+            run = ""
+        else:
+            run += typeset(atom)
+        index += 1
+    return [part for part in [*parts, run] if part]
+
+
+def _closing(atoms: list[str], start: int) -> int:
+    """Return the index of the bracket that closes the one at `start`, or of the last atom."""
+    depth = 0
+    for index in range(start, len(atoms)):
+        depth += (atoms[index] == "(") - (atoms[index] == ")")
+        if not depth:
+            return index
+    return len(atoms) - 1
+
+
+def _inside(part: str) -> str:
+    """Return a numerator or denominator without brackets around all of it."""
+    part = part.strip()
+    whole = (
+        part.startswith("(")
+        and part.endswith(")")
+        and _closing(re.findall(r"\(|\)|[^()]+", part), 0) == len(re.findall(r"\(|\)|[^()]+", part)) - 1
+    )
+    return part[1:-1] if whole else part
+
+
 def prose(docstring: str) -> str:
     """Render a docstring: paragraphs, indented lines as formulas, examples as an interpreter session."""
     parts = []
@@ -136,7 +215,9 @@ def prose(docstring: str) -> str:
         elif all(line.startswith("    ") for line in block.splitlines()):
             # Indented pseudo-code names files; other indented text is a formula.
             kind = "box" if ".py" in block else "formula"
-            parts.append(f'<pre class="{kind}">{typeset(textwrap.dedent(block))}</pre>')
+            typesetter = typeset if kind == "box" else formula
+            lines = (typesetter(line) for line in textwrap.dedent(block).splitlines())
+            parts.append(f'<pre class="{kind}">{chr(10).join(lines)}</pre>')
         else:
             text = typeset(" ".join(line.strip() for line in block.splitlines()))
             text = LABELS.sub(lambda m: f'<span class="label">{m[1].strip("*")}:</span>', text)
@@ -178,11 +259,12 @@ def page() -> str:
     links = " ".join(f'<a href="#{name.replace("/", ".")}">{name}</a>' for name in FILES)
     palette = f"{colours('default')}\n@media (prefers-color-scheme: dark) {{\n{colours('monokai')}\n}}"
     sections = "\n".join(file_section(name) for name in FILES)
+    picture = (ROOT / "docs" / "method.svg").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>LoSA, file by file</title><style>{palette}
 {STYLE}</style></head>
-<body><nav><a href="#top">guide</a> {links}</nav><main id="top"><div class="guide">{guide()}</div>
+<body><nav><a href="#top">guide</a> {links}</nav><main id="top"><div class="picture">{picture}</div>{guide()}
 {sections}</main></body></html>
 """
 

@@ -54,8 +54,38 @@ def test_equations_are_typeset(page: str) -> None:
     assert "kept_total" in page
 
 
+def test_fractions_and_radicals_of_docstrings_are_typeset(spec: ModuleType, page: str) -> None:
+    """Between the operators beside a slash; a bracket around all of a numerator is not shown."""
+
+    def frac(above: str, below: str) -> str:
+        return f'<span class="frac"><span>{above}</span><span>{below}</span></span>'
+
+    sub = lambda letter, index: f"{letter}<sub>{index}</sub>"  # noqa: E731
+    assert spec.formula("(k + 1) / (w + 1)  while k < w") == f"{frac('k + 1', 'w + 1')}  while k &lt; w"
+    assert spec.formula("R̂ = R / Σ R,   I_l") == f"R̂ ={frac('R', 'Σ R')},   {sub('I', 'l')}"
+    assert frac(sub("e", "l"), "Σ e") in spec.formula("clip(rint(e_l / Σ e · L · r̄), r_min)")
+    both = spec.formula("e =  Σ_tok (D − S)²_{tok,c} / Σ_tok D²_{tok,c}")
+    assert both == "e =  " + frac(
+        f"{sub('Σ', 'tok')} (D − S)²<sub>tok,c</sub>", f"{sub('Σ', 'tok')} D²<sub>tok,c</sub>"
+    )
+    assert "/" not in spec.formula("⟨K, L⟩ / (‖K‖ ‖L‖)").replace("</span>", "")
+    assert (
+        spec.formula("a = √ Σ_t X²_t")
+        == f'a = <span class="root">√<span>{sub("Σ", "t")} {sub("X²", "t")}</span></span>'
+    )
+    assert spec.formula("4 (c // 32) + r // 8") == "4 (c // 32) + r // 8", "no division of numbers that are whole"
+    assert page.count('class="frac"') > 10
+
+
+def test_nothing_is_cut_off_and_the_picture_is_on_it(page: str) -> None:
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "white-space: pre-wrap" in style[style.rindex("\npre { ") :].splitlines()[1]
+    assert "nowrap" not in style
+    assert page.count("<svg") == 1
+
+
 def test_nothing_is_fetched(page: str) -> None:
-    assert not re.search(r"(?:src|srcset)=|<link|<script|@import|url\(", page)
+    assert not re.search(r"(?:src|srcset)=|<link|<script|@import|url\((?!#)", page)
     assert "https://" not in re.sub(r'<a href="https://[^"]*"', "", page)
 
 
