@@ -40,7 +40,7 @@ def settings(**changes: Any) -> Settings:
         name: changes.pop(name) for name in ("loss", "gradient_checkpointing", "hold_merged") if name in changes
     }
     shrink = changes.pop("rank_shrink", "truncate")
-    epochs = changes.pop("reconstruct_epochs", 0)
+    epochs, window = changes.pop("reconstruct_epochs", 0), changes.pop("reconstruct_window", 1)
     return Settings(
         prune=PruneConfig(steps=2, **{"sparsity_ratio": 0.6, **changes}),
         adapter=AdapterConfig(initial_rank=3, max_rank=5, rank_shrink=shrink),
@@ -48,7 +48,7 @@ def settings(**changes: Any) -> Settings:
         calibration=CalibrationConfig(nsamples=7, seqlen=6, rmi_samples=5, calibration_batch_size=2),
         training=TrainingConfig(gradient_accumulation_steps=2, **training),
         # Three batches of the seven sequences, which processes cannot share evenly.
-        reconstruction=ReconstructionConfig(epochs, reconstruct_learning_rate=1e-2, reconstruct_batch_size=3),
+        reconstruction=ReconstructionConfig(epochs, 1e-2, 3, window),
     )
 
 
@@ -163,10 +163,10 @@ class Received(TorchDispatchMode):
     """Bytes of the features of all sequences, which `alltoall_base_` exchanges."""
 
 
-def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], int]:
+def received(method: str, epochs: int, window: int) -> tuple[dict[str, int], dict[str, int], int]:
     """Measure bytes received in one calibration and one optimizer step of a float32 model, and bytes of frozen rows held."""
     ours = random_model("llama")
-    config = spread_config(method, epochs)
+    config = spread_config(method, epochs, window)
     calibration, training_config = config.calibration, config.training
     ids = torch.randint(257, (8, 16), generator=torch.Generator().manual_seed(0))
     case = Settings(
@@ -191,11 +191,11 @@ def received(method: str, epochs: int) -> tuple[dict[str, int], dict[str, int], 
     return dict(calibrating.bytes), dict(stepping.bytes), held
 
 
-def spread_config(method: str, epochs: int = 0) -> Config:
+def spread_config(method: str, epochs: int = 0, window: int = 1) -> Config:
     """Options of the run that is measured."""
     return Config(
         prune=PruneConfig(prune_method=method, steps=1),
         calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8, calibration_batch_size=4),
         training=TrainingConfig(loss="kl", per_device_train_batch_size=2, gradient_accumulation_steps=4),
-        reconstruction=ReconstructionConfig(reconstruct_epochs=epochs, reconstruct_batch_size=3),
+        reconstruction=ReconstructionConfig(epochs, 3e-3, 3, window),
     )

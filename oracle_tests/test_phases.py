@@ -76,6 +76,14 @@ CASES: list[tuple[str, dict[str, Any], str, Parts]] = [
         # and its error twice in float32.
         plus(BOTH, TRAINED, streams=STREAMS, reconstruction=280 * (16 + 4 + 4 + 1) + 64 * 32 * (240 + 2 * 4 * 8)),
     ),
+    (
+        "reconstruction in windows of two blocks",
+        {**LONG, "reconstruct_epochs": 1, "reconstruct_batch_size": 100, "reconstruct_window": 2}, "reconstruction",
+        # A third stream waits before the window; only the last block has an error.
+        plus(
+            BOTH, TRAINED, streams=3 * STREAMS // 2, reconstruction=2 * 280 * 25 + 64 * 32 * (2 * 240 + 2 * 4 * 8)
+        ),
+    ),
     ("training", {"train_seqlen": 50}, "training", TRAINING),
     (
         "training with the dense model's predictions", {"loss": "kl", "train_seqlen": 50}, "training",
@@ -258,6 +266,9 @@ def test_phases_of_one_of_three_cards() -> None:
     assert found["reconstruction"] == plus(
         ROWS, SPREAD, streams=streams, blocks=2 * BLOCK, reconstruction=280 * 25 + 2 * 50 * (240 + 64)
     )
+    two = phases.phases(replace(some, reconstruction=replace(some.reconstruction, reconstruct_window=2)), SIZES, THREE)
+    assert two["reconstruction"].streams == 3 * streams // 2
+    assert two["reconstruction"].blocks == 3 * BLOCK
     # Two of six sequences of two tokens.
     assert found["training"] == plus(ROWS, SPREAD, passing, activations=4 * 240 * 2, logits=4 * 17 * 12)
     assert found["evaluation"] == plus(ROWS, SPREAD, passing, logits=17 * 2 * 10)

@@ -39,11 +39,13 @@ RANK = 3 * (2 * 64 + 2 * 48 + 3 * 80)
 @pytest.mark.parametrize(
     ("changes", "block", "files", "written", "ranks"),
     [
-        # Of each block two files, and three of one or all that points may differ by; three points of adapters.
+        # Of each block two files, and three of one, of a window's two or of all that checkpoints may differ by; three checkpoints
+        # of adapters.
         ({}, PROJECTIONS // 8, 2, 3, 7),
         ({"steps": 5}, PROJECTIONS // 8, 2, 3, 10),
         ({"prune_method": "sparsegpt"}, PROJECTIONS * 4, 2, 3, 7),
         ({"reconstruct_epochs": 1}, PROJECTIONS * 4, 2, 3, 7),
+        ({"reconstruct_epochs": 1, "reconstruct_window": 2}, PROJECTIONS * 4, 3, 3, 7),
         ({"rank_shrink": "fold"}, PROJECTIONS * 4, 3, 3, 7),
         ({"keep_points": 1}, PROJECTIONS // 8, 1, 2, 7),
         ({"keep_points": 4}, PROJECTIONS // 8, 2, 5, 7),
@@ -150,6 +152,12 @@ def test_work_of_other_plans(tmp_path: Path, much: None) -> None:
         sweeps=2 * 2 * 3 * PROJECTIONS * (3 * 2 + 3 * 4 * 2),
         reconstruction=2 * 6 * 3 * PROJECTIONS * 4 * 2 * 5,
         training=8 * 3 * PROJECTIONS * 8 * 2,
+    )
+    # Windows of one, two and two blocks; the waiting stream, and one more pass after each later training.
+    assert plan(place, reconstruct_epochs=5, reconstruct_batch_size=3, reconstruct_window=2).work == Work(
+        sweeps=2 * 2 * 3 * PROJECTIONS * (3 * 2 + 5 * 4 * 2),
+        reconstruction=2 * 6 * 5 * PROJECTIONS * 4 * 2 * 5,
+        training=6 * 3 * PROJECTIONS * 8 * 2,
     )
     assert plan(place, layer_sparsity="uniform", finetune="false").work == Work(
         sweeps=2 * 2 * 3 * PROJECTIONS * 3 * 4 * 2, reconstruction=0, training=0
@@ -285,6 +293,8 @@ def test_other_plans_as_text() -> None:
         "reconstruction                  5 epochs of each block at each step, 10 optimizer steps, learning rate 0.003"
         in show.plan_text(replace(SHOWN, config=trained)).splitlines()
     )
+    windows = replace(trained, reconstruction=replace(trained.reconstruction, reconstruct_window=2))
+    assert "5 epochs of each window of 2 blocks at each step" in show.plan_text(replace(SHOWN, config=windows))
     offloaded = replace(SHOWN.memory, offloaded=True, phase="pruning")
     lines = show.plan_text(replace(SHOWN, memory=offloaded)).splitlines()
     assert "weights                         offloaded: one block at a time from disk" in lines

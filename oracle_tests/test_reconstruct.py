@@ -67,6 +67,29 @@ def test_a_block_is_reconstructed_as_by_the_spec(rows_at_once: int | None) -> No
         assert np.abs(found[name] - model.blocks[0].weights[name] * masks[name]).max() > 0.01
 
 
+@pytest.mark.parametrize("rows_at_once", [None, 3])
+def test_blocks_are_trained_together_as_by_the_spec(rows_at_once: int | None) -> None:
+    generator = np.random.default_rng(1)
+    model = random_llama(SIZES, 3, True, 0, biased=True)
+    masks = [{name: generator.random(w.shape) < 0.5 for name, w in block.weights.items()} for block in model.blocks]
+    inputs = generator.normal(size=(6, 5, SIZES.hidden))
+    targets = inputs + 0.5 * generator.normal(size=inputs.shape)
+    expected = spec.reconstruct_blocks(model.blocks, masks, inputs, targets, 3, 0.02, 4, SIZES)
+    twin = to_hugging_face(model)
+    arguments = calibration.block_arguments(Decoder(twin), torch.zeros(1, 5, dtype=torch.int64))
+    blocks = list(twin.model.layers)
+    given = [{HF_NAMES[name]: torch.from_numpy(mask) for name, mask in of_block.items()} for of_block in masks]
+    x, D = torch.from_numpy(inputs), torch.from_numpy(targets)
+    assert reconstruct.reconstruct_blocks(blocks, given, x, D, 3, 0.02, 4, arguments, rows_at_once) == blocks
+    for number, block in enumerate(expected):
+        for name, weight in block.weights.items():
+            found = blocks[number].get_submodule(HF_NAMES[name]).weight.detach().numpy()
+            np.testing.assert_allclose(found, weight, rtol=1e-4, atol=1e-5, err_msg=f"{number}, {name}")
+            assert not found[~masks[number][name]].any()
+    with pytest.raises(ValueError, match="masks has 1 entries for 3 blocks"):
+        reconstruct.reconstruct_blocks(blocks, given[:1], x, D, 3, 0.02, 4, arguments)
+
+
 def test_no_epoch_leaves_the_pruned_weights() -> None:
     model, masks, inputs, targets = problem()
     for name, weight in ours(model, masks, inputs, targets, epochs=0).items():
@@ -170,18 +193,18 @@ def test_merged_weights_are_the_reconstructed_ones(monkeypatch: pytest.MonkeyPat
     masks = {name: layer.mask for name, layer in layers.items()}
     made = {}
 
-    def moved(given: nn.Module, *_: object, **__: object) -> nn.Module:
+    def moved(given: list[nn.Module], *_: object, **__: object) -> list[nn.Module]:
         for name in masks:
-            weight = given.get_submodule(name).weight
+            weight = given[0].get_submodule(name).weight
             with torch.no_grad():
                 weight.copy_(torch.where(masks[name], weight + 1.0, 0.0))
             made[name] = weight.clone()
         return given
 
-    monkeypatch.setattr(reconstruct, "reconstruct_block", moved)
+    monkeypatch.setattr(reconstruct, "reconstruct_blocks", moved)
     stream = calibration.start_stream(decoder, tokens(model)[0], 4)
-    reconstruction.reconstruct_block(
-        block, 0, decoder.family, stream, stream, {}, ReconstructionConfig(reconstruct_epochs=1)
+    reconstruction.reconstruct_blocks(
+        [block], 0, decoder.family, stream, stream, [{}], ReconstructionConfig(reconstruct_epochs=1)
     )
     for name, layer in layers.items():
         assert block.get_submodule(name) is layer
@@ -195,13 +218,13 @@ def test_only_what_pruning_has_damaged_is_reconstructed(
 ) -> None:
     """1:2 prunes nothing at the first of five steps: there is only rounding to train on."""
     called: list[int] = []
-    original: Callable[..., None] = reconstruction.reconstruct_block
+    original: Callable[..., None] = reconstruction.reconstruct_blocks
 
-    def heard(block: nn.Module, index: int, *rest: object) -> None:
-        called.append(index)
-        original(block, index, *rest)
+    def heard(blocks: list[nn.Module], last: int, *rest: object) -> None:
+        called.append(last)
+        original(blocks, last, *rest)
 
-    monkeypatch.setattr(reconstruction, "reconstruct_block", heard)
+    monkeypatch.setattr(reconstruction, "reconstruct_blocks", heard)
     model = random_model("llama-gqa").eval()
     base = settings("wanda", pattern)
     setup = Settings(

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch_impl import losa
 from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import adapters, attach_adapters
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume import state
 from torch_impl.engine.resume.checkpointer import Checkpointer, Interrupted, Progress
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
@@ -77,9 +79,15 @@ def test_every_generator_goes_on_where_it_was() -> None:
 # --- Algorithm 1 ---
 
 
-@pytest.mark.parametrize(("method", "pattern", "every"), [("wanda", "unstructured", 1), ("sparsegpt", "mixed-2:4", 3)])
-def test_a_run_goes_on_from_any_point_to_the_same_bits(tmp_path: Path, method: str, pattern: str, every: int) -> None:
-    setup = settings(method, pattern)
+@pytest.mark.parametrize(
+    ("method", "pattern", "every", "epochs"),
+    [("wanda", "unstructured", 1, 0), ("sparsegpt", "mixed-2:4", 3, 0), ("wanda", "unstructured", 2, 1)],
+)
+def test_a_run_goes_on_from_any_point_to_the_same_bits(
+    tmp_path: Path, method: str, pattern: str, every: int, epochs: int
+) -> None:
+    """With reconstruction in windows of two blocks a point has both of them."""
+    setup = replace(settings(method, pattern), reconstruction=ReconstructionConfig(epochs, 1e-2, 4, 2))
     plain = outcome(setup)
     counted = Counting(tmp_path / "all")
     assert same(outcome(setup, counted), plain), "writing points changes nothing"

@@ -46,7 +46,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
     (2, {"prune_method": "sparsegpt", "rank_shrink": "fold", "loss": "ce"}),
     (4, {"prune_method": "magnitude", "gradient_checkpointing": True, "reconstruct_epochs": 2}),
-    (2, {"prune_method": "wanda", "reconstruct_epochs": 1}),
+    (2, {"prune_method": "wanda", "reconstruct_epochs": 1, "reconstruct_window": 2}),
     (4, {"sparsity_ratio": None, "sparsity_type": "mixed-2:4"}),
 ]
 
@@ -206,14 +206,16 @@ def test_one_process_needs_no_group() -> None:
     assert distributed.own_rows(5) == slice(0, 5)
 
 
-@pytest.mark.parametrize(("method", "epochs"), [("wanda", 0), ("sparsegpt", 0), ("wanda", 2)])
-def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "epochs", "window"), [("wanda", 0, 1), ("sparsegpt", 0, 1), ("wanda", 2, 1), ("wanda", 1, 2)]
+)
+def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int, window: int) -> None:
     """Exactly, apart from single numbers that are agreed on."""
     sizes = Sizes.of(Decoder(random_model("llama")), torch.float32)
-    config = spread_config(method, epochs)
+    config = spread_config(method, epochs, window)
     calibration, step = calibration_traffic(config, sizes, 2), step_traffic(config, sizes, 2, rank=6)
     fullest = 0
-    for calibrating, stepping, held in in_processes(2, received, method, epochs):
+    for calibrating, stepping, held in in_processes(2, received, method, epochs, window):
         assert stepping["_allgather_base_"] == step.weights
         assert stepping["allreduce_"] == step.gradients
         few = 1000

@@ -80,6 +80,7 @@ def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
         reconstruct_epochs=choose(0, 0, 1, 2),
         reconstruct_learning_rate=reconstruct_rate,
         reconstruct_batch_size=choose(2, 3, 8),
+        reconstruct_window=choose(1, 1, 2, 3),
         seed=draw(st.integers(0, 9)),
     )
     return Case(
@@ -220,6 +221,10 @@ SPECIAL = {
     "half of the rows silent": special(silent=0.5),
     "half of the rows silent, uniform": special(
         silent=0.5, start=(0.0, 0.6), layer_sparsity="uniform", prune_method="sparsegpt", loss="kl"
+    ),
+    "windows of two blocks": special(reconstruct_epochs=2, reconstruct_window=2, blocks=4, loss="kl"),
+    "windows of three, the first block dense": special(
+        reconstruct_epochs=1, reconstruct_window=3, blocks=5, prune_method="sparsegpt", steps=2, rank_shrink="fold"
     ),
     "an example without any label": special(unlabelled=True, batch_size=1, micro_batch=1, accumulation=1),
 }

@@ -48,7 +48,7 @@ class Settings:
     warmup_ratio, weight_decay, max_grad_norm: see adamw.py. batch_size: sequences per optimizer step. lr_schedule: per_step
     (paper) or whole_run. loss: ce (paper) or kl. seed: of the adapters' new rows. reconstruct_epochs: epochs over the
     calibration sequences for each block after it is pruned; 0 (paper): no reconstruction. reconstruct_learning_rate,
-    reconstruct_batch_size: see reconstruct.py.
+    reconstruct_batch_size: see reconstruct.py. reconstruct_window: blocks trained together, the pruned one and those before it.
     """
 
     prune_method: str = "wanda"
@@ -75,6 +75,7 @@ class Settings:
     reconstruct_epochs: int = 0
     reconstruct_learning_rate: float = 3e-3
     reconstruct_batch_size: int = 8
+    reconstruct_window: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ class Settings:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         _checks.integer("rmi_samples", self.rmi_samples, 2)
         _checks.integer("reconstruct_epochs", self.reconstruct_epochs, 0)
-        for name in ("steps", "lora_r", "batch_size", "reconstruct_batch_size"):
+        for name in ("steps", "lora_r", "batch_size", "reconstruct_batch_size", "reconstruct_window"):
             _checks.integer(name, getattr(self, name), 1)
         if _checks.number("lora_alpha", self.lora_alpha) <= 0:
             raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0")
@@ -252,32 +253,50 @@ def _prune_model(
 
     A stream is the hidden states of all calibration sequences between two blocks.
     """
-    stream = dense_stream = dense.embedding[ids]
+    dense_stream = dense.embedding[ids]
     hidden = dense.sizes.hidden
-    pruned, errors = [], []
-    damaged = False
+    pruned: list[Layers] = []
+    # The pruned stream before each block of `pruned`, and before the next.
+    streams, errors = [dense_stream], []
+    damaged: int | None = None
     for index, dense_block in enumerate(dense.blocks):
         block = _merged_block(dense_block, layers[index], settings)
-        done = _prune_block(block, layers[index], stream, dense, settings, rates[index], groups[index])
+        done = _prune_block(block, layers[index], streams[-1], dense, settings, rates[index], groups[index])
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
-        # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
-        damaged = damaged or any((layer.mask != (dense_block.weights[name] != 0)).any() for name, layer in done.items())
-        if settings.reconstruct_epochs and damaged:
-            done = _reconstruct_block(dense_block, done, stream, dense_stream, dense, settings)
         pruned.append(done)
-        stream = llama.block_forward(_merged_block(dense_block, done, settings), stream, dense.sizes).output
-        errors.append(rank.reconstruction_error(dense_stream.reshape(-1, hidden), stream.reshape(-1, hidden)))
+        # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
+        if damaged is None and any(
+            (layer.mask != (dense_block.weights[name] != 0)).any() for name, layer in done.items()
+        ):
+            damaged = index
+        first = index
+        if settings.reconstruct_epochs and damaged is not None:
+            first = max(damaged, index + 1 - settings.reconstruct_window)
+            window = slice(first, index + 1)
+            pruned[window] = _reconstruct_blocks(
+                dense.blocks[window], pruned[window], streams[first], dense_stream, dense, settings
+            )
+        del streams[first + 1 :]
+        for number in range(first, index + 1):
+            merged = _merged_block(dense.blocks[number], pruned[number], settings)
+            streams.append(llama.block_forward(merged, streams[-1], dense.sizes).output)
+        errors.append(rank.reconstruction_error(dense_stream.reshape(-1, hidden), streams[-1].reshape(-1, hidden)))
     return pruned, errors
 
 
-def _reconstruct_block(
-    block: Block, layers: Layers, stream: Array, targets: Array, model: Llama, settings: Settings
-) -> Layers:
-    """Train the kept merged weights of one pruned block; add the change to its base weights."""
-    merged = _merged_block(block, layers, settings)
-    better = reconstruct.reconstruct_block(
+def _reconstruct_blocks(
+    blocks: Sequence[Block],
+    layers: Sequence[Layers],
+    stream: Array,
+    targets: Array,
+    model: Llama,
+    settings: Settings,
+) -> list[Layers]:
+    """Train the kept merged weights of pruned blocks together; add the changes to their base weights."""
+    merged = [_merged_block(block, of_block, settings) for block, of_block in zip(blocks, layers, strict=True)]
+    better = reconstruct.reconstruct_blocks(
         merged,
-        {name: layer.mask for name, layer in layers.items()},
+        [{name: layer.mask for name, layer in of_block.items()} for of_block in layers],
         stream,
         targets,
         settings.reconstruct_epochs,
@@ -285,12 +304,13 @@ def _reconstruct_block(
         settings.reconstruct_batch_size,
         model.sizes,
     )
-    return {
-        name: replace(
-            layer, weight=adapter.rebase(layer.weight, merged.weights[name], better.weights[name], layer.mask)
-        )
-        for name, layer in layers.items()
-    }
+    return [
+        {
+            name: replace(layer, weight=adapter.rebase(layer.weight, old.weights[name], new.weights[name], layer.mask))
+            for name, layer in of_block.items()
+        }
+        for of_block, old, new in zip(layers, merged, better, strict=True)
+    ]
 
 
 def _merged_block(block: Block, layers: Layers, settings: Settings) -> Block:

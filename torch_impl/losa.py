@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpo
     progress, count, family = checkpointer.progress, len(blocks.weights), blocks.decoder.family
     if progress.block == count:
         return
-    lockstep = Lockstep(blocks, progress.calibration_batch_size or settings.calibration.calibration_batch_size)
+    batch_size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
+    lockstep = Lockstep(blocks, batch_size, settings.reconstruction.window)
     reconstructor = Reconstructor(family, start, settings.reconstruction)
     for index, block in progress_bar(lockstep, "prune", count):
         done = index < progress.block
@@ -158,13 +159,17 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpo
             if not earlier:
                 rate, group = progress.sparsity[index], progress.groups[index]
                 _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group)
-            reconstruct = reconstructor.for_block(block, index)
-            error = lockstep.advance(None if earlier else reconstruct)
+            window = reconstructor.for_block(block, index)
+            reconstruct = None if earlier else window
+            with ExitStack() as stack:
+                for other in () if reconstruct is None else reconstruct.blocks[:-1]:
+                    stack.enter_context(distributed.unsharded_with_writeback(other, family))
+                error = lockstep.advance(reconstruct)
         if not done:
             blocks.pruned(index, block)
             progress.errors.append(error)
             progress.calibration_batch_size = lockstep.batch_size
-            checkpointer.pruned(index)
+            checkpointer.pruned(index, index if reconstruct is None else reconstruct.first)
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:

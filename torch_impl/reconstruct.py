@@ -1,9 +1,9 @@
-"""Train the kept weights of a pruned block to reproduce the dense block's output. Spec: reference/reconstruct.py."""
+"""Train the kept weights of pruned blocks to reproduce the dense block's output. Spec: reference/reconstruct.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +64,43 @@ def reconstruct_block(
     Half-precision weights are trained in float32 and rounded after each step for the forward pass. Training takes 16 bytes
     per weight of this block. Errors: FloatingPointError if a trained weight is not finite; then no weight has changed.
     """
+    given = None if arguments is None else [arguments]
+    reconstruct_blocks([block], [masks], inputs, targets, epochs, learning_rate, batch_size, given, rows_at_once, share)
+    return block
+
+
+def reconstruct_blocks(
+    blocks: Sequence[nn.Module],
+    masks: Sequence[Mapping[str, torch.Tensor]],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    arguments: Sequence[Mapping[str, Any]] | None = None,
+    rows_at_once: int | None = None,
+    share: Share = Share(),
+) -> list[nn.Module]:
+    """Train the kept weights of blocks that follow each other, in place and together, for the output of the last.
+
+    masks, arguments: one for each block. inputs: the pruned stream before the first; targets: the dense stream after the last.
+    All else is as for `reconstruct_block`; training takes 16 bytes per weight of all these blocks.
+    """
     _checks.tensor("inputs", inputs, "n", "t", "d")
     _checks.same_shape("targets", _checks.tensor("targets", targets, "n", "t", "d"), inputs, "inputs")
     _checks.integer("epochs", epochs, 0)
     _checks.number("learning_rate", learning_rate, 0)
     _checks.integer("batch_size", batch_size, 1)
-    device = next(block.parameters()).device
+    if not blocks or len(masks) != len(blocks):
+        raise ValueError(
+            f"masks has {len(masks)} entries for {len(blocks)} blocks; give one for each of one or more blocks"
+        )
+    chain = _Chain(blocks, arguments or [{}] * len(blocks))
+    device = next(chain.parameters()).device
     omega = _weights_of(share.total(_energy(targets).to(device)))
     sequences = int(share.total(torch.tensor(len(inputs), dtype=torch.float64, device=device)))
-    weights = _Weights(block, masks)
+    named = {f"blocks.{i}.{name}": mask for i, of_block in enumerate(masks) for name, mask in of_block.items()}
+    weights = _Weights(chain, named)
     batches = math.ceil(sequences / batch_size)
     steps = epochs * batches
     try:
@@ -85,20 +113,35 @@ def reconstruct_block(
             for part in rows.split(rows_at_once or max(1, len(rows))) if len(rows) else ():
                 hidden, wanted = inputs[part].to(device), targets[part].to(device)
                 with torch.enable_grad():
-                    output = block(hidden, **arguments or {})
+                    output = chain(hidden)
                 weights.add_gradients(output, wanted, scale)
             weights.step(learning_rate * (steps - step) / steps, share)
         weights.keep()
     finally:
         weights.put_back()
-    return block
+    return list(blocks)
+
+
+class _Chain(nn.Module):
+    """Blocks called one after the other, each with its own arguments."""
+
+    def __init__(self, blocks: Sequence[nn.Module], arguments: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.blocks, self._arguments = nn.ModuleList(blocks), arguments
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block, given in zip(self.blocks, self._arguments, strict=True):
+            output = block(hidden, **given)
+            # Blocks of transformers 5 return a tensor, older ones a tuple that starts with it.
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 class _Weights:
     """The weights in training, Z = M⊙Z, and one Adam over all projections, in float32 at least."""
 
-    def __init__(self, block: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-        self._modules = {name: block.get_submodule(name) for name in masks}
+    def __init__(self, chain: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+        self._modules = {name: chain.get_submodule(name) for name in masks}
         self._before: dict[str, nn.Parameter] = {
             name: module.get_parameter("weight") for name, module in self._modules.items()
         }
@@ -122,8 +165,6 @@ class _Weights:
 
     def add_gradients(self, output: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
         """Add ∂/∂Z of Σ scale/2 · (S − D)² over the tokens of a part of a batch."""
-        # Blocks of transformers 5 return a tensor, older ones a tuple that starts with it.
-        output = output[0] if isinstance(output, tuple) else output
         with torch.no_grad():
             change = (output.to(self.dtype) - wanted).mul_(scale)
             # Scale to at most 1 for the backward pass: float16 would lose small numbers.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle_tests.llama_pair import random_llama
 from reference import llama, rank
 from reference.llama import Block, Sizes
-from reference.reconstruct import _gradients, channel_weights, reconstruct_block
+from reference.reconstruct import _gradients, channel_weights, reconstruct_block, reconstruct_blocks
 
 SIZES = Sizes(vocabulary=11, hidden=8, intermediate=12, heads=2, kv_heads=1)
 
@@ -41,30 +41,67 @@ def test_the_objective_is_the_reconstruction_error(seed: int) -> None:
     assert ours == pytest.approx(error(block, inputs, targets), rel=1e-12)
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_gradients_are_finite_differences_of_the_error(seed: int) -> None:
-    block, _, inputs, targets = problem(seed, n=2)
-    found = _gradients(block, inputs, targets, channel_weights(targets), SIZES)
+def through(blocks: list[Block], inputs: np.ndarray) -> np.ndarray:
+    """The output of the last of several blocks."""
+    for block in blocks:
+        inputs = llama.block_forward(block, inputs, SIZES).output
+    return inputs
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_gradients_are_finite_differences_of_the_error(seed: int, count: int) -> None:
+    """Of one block, and of several trained for the output of the last."""
+    _, _, inputs, targets = problem(seed, n=2)
+    blocks = list(random_llama(SIZES, count, True, seed, biased=True).blocks)
+    found = iter(_gradients(blocks, inputs, targets, channel_weights(targets), SIZES))
     generator = np.random.default_rng(seed)
-    for name, weight in block.weights.items():
-        direction = generator.normal(size=weight.shape)
-        step = 1e-5
-        sides = [
-            error(replace(block, weights={**block.weights, name: weight + side * direction}), inputs, targets)
-            for side in (step, -step)
-        ]
-        assert float((found[name] * direction).sum()) == pytest.approx(
-            (sides[0] - sides[1]) / (2 * step), rel=1e-5, abs=1e-7
-        )
+    for number, block in enumerate(blocks):
+        for name, weight in block.weights.items():
+            direction = generator.normal(size=weight.shape)
+            step = 1e-5
+            sides = []
+            for side in (step, -step):
+                moved = replace(block, weights={**block.weights, name: weight + side * direction})
+                output = through([*blocks[:number], moved, *blocks[number + 1 :]], inputs)
+                sides.append(float((channel_weights(targets) * (output - targets) ** 2).sum()))
+            assert float((next(found) * direction).sum()) == pytest.approx(
+                (sides[0] - sides[1]) / (2 * step), rel=1e-5, abs=1e-7
+            )
+
+
+def test_blocks_trained_together_come_closer_than_one_after_the_other() -> None:
+    """To the output of the last, in as many epochs; zeros stay, and the error of both is Eq. 6's."""
+    dense = list(random_llama(SIZES, 2, True, 0, biased=True).blocks)
+    generator = np.random.default_rng(0)
+    masks = [{name: generator.random(w.shape) < 0.5 for name, w in block.weights.items()} for block in dense]
+    pruned = [
+        replace(block, weights={name: w * mask[name] for name, w in block.weights.items()})
+        for block, mask in zip(dense, masks, strict=True)
+    ]
+    inputs = generator.normal(size=(6, 5, SIZES.hidden))
+    middle, targets = through(dense[:1], inputs), through(dense, inputs)
+    training = (10, 1e-2, 3, SIZES)
+    first = reconstruct_block(pruned[0], masks[0], inputs, middle, *training)
+    second = reconstruct_block(pruned[1], masks[1], through([first], inputs), targets, *training)
+    together = reconstruct_blocks([first, pruned[1]], masks, inputs, targets, *training)
+    apart = [error_of(blocks, inputs, targets) for blocks in (pruned, [first, second], together)]
+    assert apart[2] < 0.95 * apart[1] < 0.95 * apart[0]
+    for block, mask in zip(together, masks, strict=True):
+        assert not any(weight[~mask[name]].any() for name, weight in block.weights.items())
+
+
+def error_of(blocks: list[Block], inputs: np.ndarray, targets: np.ndarray) -> float:
+    output = through(blocks, inputs)
+    return rank.reconstruction_error(targets.reshape(-1, SIZES.hidden), output.reshape(-1, SIZES.hidden))
 
 
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_sequences() -> None:
     block, _, inputs, targets = problem(3)
     omega = channel_weights(targets)
-    whole = _gradients(block, inputs, targets, omega, SIZES)
-    parts = [_gradients(block, inputs[[i]], targets[[i]], omega, SIZES) for i in (4, 0, 5, 2, 1, 3)]
-    for name in whole:
-        np.testing.assert_allclose(sum(part[name] for part in parts), whole[name], rtol=1e-10, atol=1e-14)
+    whole = _gradients([block], inputs, targets, omega, SIZES)
+    parts = [_gradients([block], inputs[[i]], targets[[i]], omega, SIZES) for i in (4, 0, 5, 2, 1, 3)]
+    for number, gradient in enumerate(whole):
+        np.testing.assert_allclose(sum(part[number] for part in parts), gradient, rtol=1e-10, atol=1e-14)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 7))
@@ -106,7 +143,9 @@ def test_epochs_batches_and_rates_are_as_defined() -> None:
     for _ in range(epochs):
         for rows in ([0, 3], [1, 4], [2]):
             current = replace(block, weights=dict(Z))
-            g = _gradients(current, inputs[rows], targets[rows], omega * 5 / len(rows), SIZES)
+            g = dict(
+                zip(Z, _gradients([current], inputs[rows], targets[rows], omega * 5 / len(rows), SIZES), strict=True)
+            )
             for name in Z:
                 grad = g[name] * masks[name]
                 m[name] = 0.9 * m[name] + 0.1 * grad
@@ -162,3 +201,10 @@ def test_bad_arguments_are_named(change: dict[str, object], named: str) -> None:
     }
     with pytest.raises(ValueError, match=named):
         reconstruct_block(block, **{**arguments, **change}, sizes=SIZES)  # type: ignore[arg-type]
+
+
+def test_every_block_needs_its_masks() -> None:
+    block, masks, inputs, targets = problem(0)
+    for blocks, masks_of in (([block], []), ([], []), ([block, block], [masks])):
+        with pytest.raises(ValueError, match="masks has"):
+            reconstruct_blocks(blocks, masks_of, inputs, targets, 1, 0.1, 2, SIZES)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,7 +13,19 @@ from torch_impl.engine.blocks import Blocks, advance
 from torch_impl.engine.memory import find_executable_batch_size
 
 Result = TypeVar("Result")
-Reconstruct = Callable[[calibration.Stream, calibration.Stream, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Trains the blocks from number `first` to the one just pruned.
+
+    train: called with the pruned stream before the first, the dense stream after the last, and each block's arguments for
+    one sequence. If it fails, it must leave the blocks unchanged.
+    """
+
+    first: int
+    blocks: Sequence[nn.Module]
+    train: Callable[[calibration.Stream, calibration.Stream, Sequence[dict[str, Any]]], None]
 
 
 class Lockstep:
@@ -20,10 +33,14 @@ class Lockstep:
 
     If the device runs out of memory, both streams are recomputed in smaller batches from the tokens through the blocks before
     the current one, which are already pruned. So hidden states are never stored.
+
+    window: number of blocks reconstructed together, all in memory. If above 1, a third stream waits before the first of them.
     """
 
-    def __init__(self, blocks: Blocks, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, blocks: Blocks, batch_size: int, window: int = 1) -> None:
+        self.batch_size, self._window = batch_size, window
+        self._waiting: calibration.Stream | None = None
+        self._waits_at = 0
         self._blocks = blocks
         self._pairs: Iterator[tuple[nn.Module, nn.Module]] = iter(())
         self._streams: tuple[calibration.Stream, ...] = ()
@@ -49,8 +66,7 @@ class Lockstep:
     def advance(self, reconstruct: Reconstruct | None = None) -> float:
         """Advance the pruned stream through the current block. Return e of LoSA, Eq. 6, of its outputs.
 
-        reconstruct: trains the block before the pruned stream passes it. Called with the pruned stream before the block, the
-        dense stream after it, and the block's arguments for one sequence. If it fails, it must leave the block unchanged.
+        reconstruct: trains the current block, and those before it in its window, before the pruned stream passes them.
         """
         return self._attempt(lambda: self._advance(reconstruct))
 
@@ -58,13 +74,28 @@ class Lockstep:
         dense, pruned = self._streams
         assert self._block is not None
         if reconstruct is not None and not self._reconstructed:
-            # Recorded only when needed: for a sharded model it gathers the weights outside the blocks in every process.
-            self._arguments = self._arguments or self._blocks.arguments()
-            reconstruct(pruned, dense, self._arguments[self._index])
-            # Do not repeat it if memory runs out afterwards.
-            self._reconstructed = True
+            self._reconstruct(reconstruct)
         self._pass(self._block)
         return reconstruction_error(dense, pruned)
+
+    def _reconstruct(self, reconstruct: Reconstruct) -> None:
+        """Train the blocks of a window; advance the pruned stream to the current block through those before it."""
+        dense, pruned = self._streams
+        # Recorded only when needed: for a sharded model it gathers the weights outside the blocks in every process.
+        self._arguments = self._arguments or self._blocks.arguments()
+        first, family = reconstruct.first, self._blocks.decoder.family
+        if self._waiting is not None:
+            for number in range(self._waits_at, first):
+                advance(self._waiting, self._blocks.decoder.blocks[number], number, family)
+            self._waits_at = first
+        inputs = self._waiting or pruned
+        reconstruct.train(inputs, dense, self._arguments[first : self._index + 1])
+        # Do not repeat it if memory runs out afterwards.
+        self._reconstructed = True
+        if first < self._index:
+            pruned.hidden.copy_(inputs.hidden)
+        for number, block in enumerate(reconstruct.blocks[:-1], first):
+            advance(pruned, block, number, family)
 
     def _attempt(self, work: Callable[[], Result]) -> Result:
         def attempt(size: int) -> Result:
@@ -87,9 +118,10 @@ class Lockstep:
 
     def _start(self, batch_size: int) -> None:
         self._passed, self._opened = -1, False
-        self._streams, self._pairs = (), iter(())
+        self._streams, self._pairs, self._waiting = (), iter(()), None
         dense = self._blocks.start(batch_size)
         self._streams, self._pairs = (dense, dense.clone()), self._blocks.pairs()
+        self._waiting, self._waits_at = dense.clone() if self._window > 1 else None, 0
         self._passed = 0
         while self._passed < self._index:
             block = self._open()

@@ -1,10 +1,11 @@
-"""Reconstruct one block of a run: with its adapters and streams, and in smaller batches when memory is full."""
+"""Reconstruct blocks of a run: with their adapters and streams, and in smaller batches when memory is full."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,28 @@ class ReconstructionConfig:
     """Initial learning rate of Adam in reconstruction; it decays linearly to 0."""
     reconstruct_batch_size: int = 8
     """Sequences per optimizer step in reconstruction, over all processes together."""
+    reconstruct_window: int = 1
+    """Blocks trained together: the one just pruned and those before it; 1: each block by itself."""
 
     def __post_init__(self) -> None:
         _checks.count("reconstruct_epochs", self.reconstruct_epochs, 0)
         _checks.number("reconstruct_learning_rate", self.reconstruct_learning_rate, 0)
         _checks.count("reconstruct_batch_size", self.reconstruct_batch_size)
+        _checks.count("reconstruct_window", self.reconstruct_window)
+
+    @property
+    def window(self) -> int:
+        """Return the number of blocks trained together; 1 also without reconstruction."""
+        return self.reconstruct_window if self.reconstruct_epochs else 1
+
+    @property
+    def more_streams(self) -> int:
+        """Return 1 if a stream waits before each window."""
+        return int(self.window > 1)
+
+    def trainings(self, blocks: int) -> int:
+        """Return how many blocks are trained at a step, each counted once for every window it is in."""
+        return sum(min(index + 1, self.window) for index in range(blocks))
 
 
 class Reconstructor:
@@ -47,7 +65,7 @@ class Reconstructor:
 
     def __init__(self, family: Family, start: torch.Tensor, config: ReconstructionConfig) -> None:
         self._family, self._start, self._config = family, start, config
-        self._damaged = False
+        self._damaged: deque[nn.Module] = deque(maxlen=config.reconstruct_window)
 
     def _lost(self, block: nn.Module, index: int) -> bool:
         if not self._config.reconstruct_epochs:
@@ -55,40 +73,47 @@ class Reconstructor:
         return zero_share(self._family.weights_of(block).values()) > float(self._start[index])
 
     def for_block(self, block: nn.Module, index: int) -> Reconstruct | None:
-        """Return the function that reconstructs this pruned block, the next in order; None if there is nothing to do."""
-        self._damaged = self._damaged or self._lost(block, index)
+        """Return what reconstructs this pruned block, the next in order, with its window; None if there is nothing to do."""
+        if self._damaged or self._lost(block, index):
+            self._damaged.append(block)
         if not self._damaged:
             return None
-        return lambda pruned, dense, arguments: reconstruct_block(
-            block, index, self._family, pruned, dense, arguments, self._config
+        blocks = list(self._damaged)
+        return Reconstruct(
+            index + 1 - len(blocks),
+            blocks,
+            lambda pruned, dense, arguments: reconstruct_blocks(
+                blocks, index, self._family, pruned, dense, arguments, self._config
+            ),
         )
 
 
-def reconstruct_block(
-    block: nn.Module,
-    index: int,
+def reconstruct_blocks(
+    blocks: Sequence[nn.Module],
+    last: int,
     family: Family,
     inputs: Stream,
     targets: Stream,
-    arguments: Mapping[str, Any],
+    arguments: Sequence[Mapping[str, Any]],
     config: ReconstructionConfig,
 ) -> None:
-    """Train the merged weights of the pruned, gathered block `index` on its streams. The change goes into the base weights;
-    the adapters stay.
+    """Train the merged weights of pruned, gathered blocks that end with block `last`, together, on their streams. The change
+    goes into the base weights; the adapters stay.
 
-    inputs: the pruned stream before the block. targets: the dense stream after it. arguments: the block's arguments for one
-    sequence. Errors: FloatingPointError naming the block, which is then unchanged.
+    inputs: the pruned stream before the first. targets: the dense stream after the last. arguments: those of each block for
+    one sequence. Errors: FloatingPointError naming the last block; all are then unchanged.
     """
     share = reconstruct.Share(distributed.first_own_index(len(inputs.hidden)), distributed.all_reduce)
     here = math.ceil(config.reconstruct_batch_size / distributed.processes())
-    layers = block_adapters(block, family)
-    masks = {name: layer.mask for name, layer in layers.items()}
-    with _plain(block, layers) as linears:
-        merged = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    layers = [block_adapters(block, family) for block in blocks]
+    masks = [{name: layer.mask for name, layer in of_block.items()} for of_block in layers]
+    with ExitStack() as stack:
+        linears = [stack.enter_context(_plain(block, found)) for block, found in zip(blocks, layers, strict=True)]
+        merged = [{name: weight.clone() for name, weight in _weights(found).items()} for found in linears]
 
         def attempt(rows: int) -> None:
-            reconstruct.reconstruct_block(
-                block,
+            reconstruct.reconstruct_blocks(
+                blocks,
                 masks,
                 inputs.hidden,
                 targets.hidden,
@@ -103,10 +128,15 @@ def reconstruct_block(
         try:
             find_executable_batch_size(attempt, here, "reconstruct_batch_size")
         except FloatingPointError as error:
-            raise FloatingPointError(f"block {index}: {error} (now {config.reconstruct_learning_rate:g})") from error
-        better = {name: linear.weight.detach() for name, linear in linears.items()}
-    for name, layer in layers.items():
-        layer.set_base(adapter.rebase(layer.weight, merged[name], better[name], masks[name]))
+            raise FloatingPointError(f"block {last}: {error} (now {config.reconstruct_learning_rate:g})") from error
+        better = [_weights(of_block) for of_block in linears]
+    for found, old, new, kept in zip(layers, merged, better, masks, strict=True):
+        for name, layer in found.items():
+            layer.set_base(adapter.rebase(layer.weight, old[name], new[name], kept[name]))
+
+
+def _weights(linears: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
+    return {name: linear.weight.detach() for name, linear in linears.items()}
 
 
 @contextmanager

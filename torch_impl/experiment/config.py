@@ -168,6 +168,11 @@ class Config:
                 f"offload is 'on' and layer_sparsity {self.prune.layer_sparsity} needs the whole model in memory; "
                 f"use --offload off or another layer_sparsity: {', '.join(others)}"
             )
+        if self.model.offload == "on" and self.reconstruction.window > 1:
+            raise ValueError(
+                f"offload is 'on' with reconstruct_window {self.reconstruction.window}; it takes one block at a time: use "
+                "--reconstruct_window 1"
+            )
         if self.model.offload == "on" and not self.plain:
             raise ValueError(
                 f"offload is 'on' with steps {self.prune.steps} and finetune {self.training.finetune}; "
@@ -176,8 +181,10 @@ class Config:
 
     @property
     def plain(self) -> bool:
-        """Return whether this run works offloaded: one shot without fine-tuning, at rates that do not need the whole model."""
-        return self.prune.steps == 1 and not self.training.finetune and self.prune.rule.works_offloaded
+        """Return whether this run works offloaded: one shot without fine-tuning, one block at a time, at rates that do not need
+        the whole model."""
+        one_by_one = self.reconstruction.window == 1 and self.prune.rule.works_offloaded
+        return self.prune.steps == 1 and not self.training.finetune and one_by_one
 
     @property
     def settings(self) -> Settings:

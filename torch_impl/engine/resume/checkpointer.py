@@ -138,10 +138,10 @@ class Checkpointer:
         """Save after a change of the notes."""
         self._save()
 
-    def pruned(self, index: int) -> None:
-        """Save after block `index` is pruned and its error measured."""
+    def pruned(self, index: int, first: int) -> None:
+        """Save after block `index` is pruned and its error measured; with it the blocks from `first` on have changed."""
         self.progress.block = index + 1
-        self._changed.add(_block_part(index))
+        self._changed |= {_block_part(number) for number in range(first, index + 1)}
         self._save()
 
     def resized(self, base_moved: bool) -> None:

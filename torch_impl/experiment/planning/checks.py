@@ -51,15 +51,16 @@ def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
         or config.reconstruction.reconstruct_epochs > 0
     )
     # A checkpoint stores one bit per base weight if the weight is the dense one under a mask. Besides the checkpoints kept,
-    # one is being written. They alternate between two files of each block; between two checkpoints one block changes, or all
-    # blocks with folding.
+    # one is being written. They alternate between two files of each block; between two checkpoints the blocks of one window
+    # change, or all blocks with folding.
     most = sizes.largest_prunable
     block = most * sizes.itemsize if moved else most // 8
     copies = config.output.keep_points + 1
     sets = copies if config.adapter.rank_shrink == "fold" else min(2, config.output.keep_points)
     rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if config.training.finetune else 0
     # Values and two moments of the adapters.
-    return Disk(sizes.weights(), block * (len(sizes.blocks) * sets + copies) + copies * 3 * sizes.adapters(rank))
+    of_blocks = block * (len(sizes.blocks) * sets + copies * config.reconstruction.window)
+    return Disk(sizes.weights(), of_blocks + copies * 3 * sizes.adapters(rank))
 
 
 def least_memory(config: Config, sizes: Sizes) -> int:

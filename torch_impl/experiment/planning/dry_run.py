@@ -124,10 +124,18 @@ def _work(config: Config, sizes: Sizes) -> Work:
     calibration, text, training, steps = config.calibration, config.text, config.training, config.prune.steps
     tokens = calibration.nsamples * calibration.seqlen
     of_rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0
-    epochs = config.reconstruction.reconstruct_epochs
+    options, blocks = config.reconstruction, len(sizes.blocks)
+    # In windows, each block also computes the waiting stream, and the pruned one again after each later training.
+    passes = 3 + options.more_streams * options.window
     trained = text.train_examples * text.train_seqlen if training.finetune else 0
     return Work(
-        sweeps=2 * sizes.prunable * (of_rmi + 3 * tokens) * steps,
-        reconstruction=6 * sizes.prunable * tokens * epochs * steps,
+        sweeps=2 * sizes.prunable * (of_rmi + passes * tokens) * steps,
+        reconstruction=6
+        * sizes.prunable
+        * tokens
+        * options.reconstruct_epochs
+        * steps
+        * options.trainings(blocks)
+        // blocks,
         training=(8 if training.loss == "kl" else 6) * sizes.prunable * trained,
     )

@@ -119,7 +119,8 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
     cards = place.cards
     held = sizes.weights(cards)
     base = Parts(weights=held, dense_copy=held, **_adapters(config, sizes, cards))
-    streams = 2 * sizes.stream(math.ceil(config.calibration.nsamples / cards) * config.calibration.seqlen)
+    copies = 2 + config.reconstruction.more_streams
+    streams = copies * sizes.stream(math.ceil(config.calibration.nsamples / cards) * config.calibration.seqlen)
     passing = _gathered_by_a_pass(sizes, cards)
     evaluation = {**passing, **_evaluation(config, sizes)}
     # The merged and the reloaded model coexist at the end. On a GPU the masks are in host memory.
@@ -130,8 +131,8 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
         "verification": Parts(weights=held, reloaded=held, masks=masks, **evaluation),
     }
     if config.reconstruction.reconstruct_epochs:
-        # The pruned block and the last gathered one.
-        blocks = 2 * sizes.block(cards) if cards > 1 else 0
+        # The pruned blocks of a window and the last gathered one.
+        blocks = (1 + config.reconstruction.window) * sizes.block(cards) if cards > 1 else 0
         work = _reconstruction(config, sizes, cards)
         found["reconstruction"] = replace(base, streams=streams, blocks=blocks, reconstruction=work)
     if config.training.finetune:
@@ -186,9 +187,9 @@ def _evaluation(config: Config, sizes: Sizes) -> dict[str, int]:
 
 
 def _reconstruction(config: Config, sizes: Sizes, cards: int = 1) -> int:
-    """Return the memory for training one block, gathered on every card, with a card's share of a batch."""
+    """Return the memory for training a window of blocks, gathered on every card, with a card's share of a batch."""
     sequences = math.ceil(min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples) / cards)
-    return sizes.reconstruction(sequences * config.calibration.seqlen)
+    return sizes.reconstruction(sequences * config.calibration.seqlen, config.reconstruction.window)
 
 
 def micro_batch(config: Config, cards: int) -> int:

@@ -119,8 +119,9 @@ def _reconstruction(plan: Plan) -> dict[str, str]:
     if not options.reconstruct_epochs:
         return {}
     batches = math.ceil(plan.config.calibration.nsamples / options.reconstruct_batch_size)
+    what = "each block" if options.window == 1 else f"each window of {options.window} blocks"
     return {
-        "reconstruction": f"{options.reconstruct_epochs} epochs of each block at each step, "
+        "reconstruction": f"{options.reconstruct_epochs} epochs of {what} at each step, "
         f"{options.reconstruct_epochs * batches} optimizer steps, learning rate {options.reconstruct_learning_rate:g}"
     }
 

@@ -166,17 +166,17 @@ class Sizes:
         mlp = 4 * self.width if self.gated else 2 * self.width
         return norms + (2 * self.hidden + attention + mlp) * self.itemsize
 
-    def reconstruction(self, tokens: int) -> int:
-        """Return the additional bytes for training the weights of one block with `tokens` tokens at once.
+    def reconstruction(self, tokens: int, window: int = 1) -> int:
+        """Return the additional bytes for training the weights of a window of blocks with `tokens` tokens at once.
 
         Per weight: value, gradient and two moments in float32 at least, the merged weight twice, a byte of the mask, and in
-        half precision a rounded copy and its gradient. Per token: the activations kept for the backward pass, and the error
-        of the output in float32 twice.
+        half precision a rounded copy and its gradient. Per token: the activations of each block kept for the backward pass,
+        and the error of the last one's output in float32 twice.
         """
         rounded = 2 * self.itemsize if self.itemsize < 4 else 0
         per_weight = 4 * self._wide + 2 * self.itemsize + rounded + 1
-        per_token = self.kept_for_backward(compiled=False) + 2 * self._wide * self.hidden
-        return self.largest_prunable * per_weight + tokens * per_token
+        per_token = window * self.kept_for_backward(compiled=False) + 2 * self._wide * self.hidden
+        return window * self.largest_prunable * per_weight + tokens * per_token
 
     def loss(self, tokens: int, distilled: bool) -> int:
         """Return the bytes for the loss of a training micro-batch.

@@ -85,12 +85,15 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     sums = sizes.statistics(config.prune.method) + FLOAT64 * (2 * sizes.hidden + samples**2 * rmi)
     reconstructs = options.reconstruct_epochs > 0
     steps = options.reconstruct_epochs * math.ceil(calibration.nsamples / options.reconstruct_batch_size)
-    # Per block: the gradients of every optimizer step, and the energy of its channels.
-    wide = max(4, sizes.itemsize)
-    trained = steps * wide * sizes.prunable + len(sizes.blocks) * FLOAT64 * sizes.hidden * reconstructs
+    # Per training of a block: the gradients of every optimizer step. Per window: the energy of its channels.
+    wide, count = max(4, sizes.itemsize), len(sizes.blocks)
+    trainings = options.trainings(count)
+    trained = steps * wide * sizes.prunable * trainings // count + count * FLOAT64 * sizes.hidden * reconstructs
+    # In windows, a block is gathered again for each later block of its windows, and for the waiting stream.
+    again = (trainings - min(options.window, count)) * blocks // count if options.window > 1 else 0
     return CalibrationTraffic(
         # Importance, dense stream and pruned stream; the last two share one embedding.
-        weights=((2 + rmi) * blocks + (1 + rmi + reconstructs) * outside) * others,
+        weights=((2 + rmi) * blocks + again + (1 + rmi + reconstructs) * outside) * others,
         pruned=sizes.prunable * sizes.itemsize,
         statistics=2 * len(sizes.blocks) * sums * others // cards,
         reconstruction=2 * trained * others // cards,
