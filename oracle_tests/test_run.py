@@ -153,6 +153,10 @@ BAD = [
     ({"seed": -1}, ["seed", "0 or more"]),
     ({"offload": "maybe"}, ["offload", "maybe", "auto, on, off"]),
     ({"offload": "on"}, ["offload", "steps 2", "needs --steps 1 --finetune false"]),
+    (
+        {"offload": "on", "steps": 1, "finetune": "false", "reconstruct_epochs": 1, "reconstruct_window": 2},
+        ["offload", "reconstruct_window 2", "use --reconstruct_window 1"],
+    ),
 ]
 
 

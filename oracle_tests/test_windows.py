@@ -67,6 +67,19 @@ def test_calibration_windows_are_parts_of_the_stream(tokenizer: PreTrainedTokeni
     assert not torch.equal(windows, text.calibration_windows(documents, tokenizer, 16, 10, seed=2))
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_calibration_windows_do_not_overlap_while_the_text_lasts(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """95 different tokens hold ten windows of nine; what is drawn beyond them begins elsewhere."""
+    documents = [Document("".join(map(chr, range(ord("!"), ord("!") + 94))))]
+    windows = text.calibration_windows(documents, tokenizer, 27, 9, seed)
+    first, second = windows[:10], windows[10:20]
+    assert len(set(first.flatten().tolist())) == 90
+    assert len(set(second[:9].flatten().tolist())) == 81
+    assert {row[0] for row in first.tolist()} != {row[0] for row in second.tolist()}
+    assert first[:, 0].tolist() != sorted(first[:, 0].tolist())
+    assert text.calibration_windows(documents, tokenizer, 7, 9, seed).tolist() == windows[:7].tolist()
+
+
 def test_a_text_of_one_window_is_drawn_again_and_again(tokenizer: PreTrainedTokenizerFast) -> None:
     windows = text.calibration_windows(letters(3), tokenizer, 5, 4, seed=0)
     assert windows.tolist() == [windows[0].tolist()] * 5

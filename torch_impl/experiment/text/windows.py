@@ -28,7 +28,10 @@ _BATCH = 32
 def calibration_windows(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> torch.Tensor:
-    """Sample token ids (nsamples, seqlen): random windows of the token stream of the documents, shuffled by `seed`.
+    """Sample token ids (nsamples, seqlen): windows of the token stream of the documents, shuffled by `seed`.
+
+    The windows are drawn without replacement from the stream cut into pieces that follow each other. When all are used, the
+    stream is cut again from a random place within the first.
 
     Errors: ValueError if the text is shorter than one window.
     """
@@ -36,8 +39,12 @@ def calibration_windows(
     generator = np.random.default_rng(seed)
     shuffled = [documents[index] for index in generator.permutation(len(documents))]
     stream = _stream(shuffled, tokenizer, seqlen, CALIBRATION_POOL * nsamples * seqlen, "seqlen")
-    starts = torch.from_numpy(generator.integers(0, len(stream) - seqlen + 1, (nsamples, 1)))
-    return stream[starts + torch.arange(seqlen)]
+    starts: list[int] = []
+    last, offset = len(stream) - seqlen, 0
+    while len(starts) < nsamples:
+        starts += generator.permutation(np.arange(offset, last + 1, seqlen)).tolist()
+        offset = int(generator.integers(0, min(seqlen, last + 1)))
+    return stream[torch.tensor(starts[:nsamples])[:, None] + torch.arange(seqlen)]
 
 
 def training_examples(
