@@ -19,7 +19,7 @@ import torch_impl
 from oracle_tests.small_runs import arguments, make_place
 from tiny_models.random_models import save_random_model
 from torch_impl import cli
-from torch_impl.commands import evaluate, generate, pack, run
+from torch_impl.commands import evaluate, generate, pack, run, serve
 from torch_impl.experiment import config
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +64,7 @@ def test_the_console_script() -> None:
         ("pack", pack, []),
         ("generate", generate, []),
         ("eval", evaluate, []),
+        ("serve", serve, []),
     ],
 )
 def test_a_command_gets_its_words(name: str, module: Any, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_a_command_gets_its_words(name: str, module: Any, given: list[str], monk
     assert seen == [[*given, "--seed", "3"]]
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "serve"])
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])

@@ -1,0 +1,259 @@
+"""The server: OpenAI's API over HTTP with OpenAI's own client, bad requests answered, and what it will not do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from oracle_tests.packed_models import save_sparse
+from tiny_models.random_models import byte_tokenizer, save_random_model
+from torch_impl.commands import generate, pack, requests, serve
+from torch_impl.decode import packed_folder
+
+if any(serve.find_spec(name) is None for name in serve.NEEDED):
+    pytest.skip("needs the extra serve", allow_module_level=True)
+
+import openai
+import uvicorn
+
+from torch_impl.commands import server
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+)
+PROMPT, CHAT = "def main", [{"role": "user", "content": "def main"}]
+
+
+def with_template() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model whose configuration asks for beams and an early end, and whose tokenizer has a chat template."""
+    place = tmp_path_factory.mktemp("serve")
+    save_sparse(place / "plain", "llama")
+    with_template().save_pretrained(place / "plain")
+    settings = place / "plain" / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_beams": 2}))
+    assert pack.main([str(place / "plain"), str(place / "tiny"), "--device", "cpu"]) == 0
+    return place / "tiny"
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    """The server, on a free port, in a thread."""
+    model, tokenizer = packed_folder.load(folder, torch.device("cpu"))
+    listening = serve._listen("127.0.0.1", 0)
+    running = uvicorn.Server(uvicorn.Config(server.build("tiny", model, tokenizer), log_level="critical"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    running.should_exit = True
+    thread.join(20)
+    listening.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def greedy(folder: Path, prompt: str, new: int) -> str:
+    """The likeliest tokens, by the whole plain model again for each."""
+    model, tokenizer = packed_folder.load(folder, torch.device("cpu"))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_completions(client: openai.OpenAI, folder: Path) -> None:
+    """Whole and in pieces the same text, the model's likeliest."""
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=9)
+    assert answer.choices[0].text == greedy(folder, PROMPT, 9)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(PROMPT), 9)
+    assert answer.model == "tiny"
+    parts = list(client.completions.create(model="tiny", prompt=[PROMPT], max_tokens=9, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == answer.choices[0].text
+    assert len(parts) > 2
+
+
+def test_chat_completions(client: openai.OpenAI, folder: Path) -> None:
+    """Through the chat template."""
+    expected = greedy(folder, f"user: {PROMPT}\nassistant: ", 9)
+    answer = client.chat.completions.create(model="tiny", messages=CHAT, max_completion_tokens=9)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].message.role == "assistant"
+    pieces = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+    parts = list(client.chat.completions.create(model="tiny", messages=pieces, max_tokens=9, stream=True, tools=None))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+    assert parts[-1].choices[0].finish_reason == "length"
+
+
+def test_the_temperature_decides(client: openai.OpenAI, folder: Path) -> None:
+    def text(**options: Any) -> str:
+        return client.completions.create(model="tiny", prompt=PROMPT, max_tokens=9, **options).choices[0].text
+
+    assert text(temperature=2, seed=1) == text(temperature=2, seed=1) != text(temperature=2, seed=2)
+    assert text(temperature=0) == greedy(folder, PROMPT, 9) != text(temperature=2, seed=1)
+    letter = byte_tokenizer()("x")["input_ids"][0]
+    assert text(logit_bias={str(letter): 100}) == "x" * 9
+    assert text(stop=[text()[:1]]) == text()[:1]
+
+
+def test_the_length_if_nobody_says(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "TOKENS", 5)
+    assert client.completions.create(model="tiny", prompt=PROMPT).usage.completion_tokens <= 5
+
+
+def test_streams_end_as_openai_s(url: str) -> None:
+    lines = post(url, "completions", {"prompt": PROMPT, "max_tokens": 2, "stream": True})[1].strip().splitlines()
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines if line)
+
+
+def test_models(client: openai.OpenAI, url: str) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with urllib.request.urlopen(f"{url}/health", timeout=20) as answer:
+        assert json.load(answer) == {"status": "ok"}
+
+
+def post(url: str, route: str, body: Any, kind: str = "application/json") -> tuple[int, str]:
+    """(status, text). body: bytes as they are, anything else as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/v1/{route}", data, {"content-type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+CHATS = [
+    ({}, 400, "messages is missing or empty"),
+    ({"messages": []}, 400, "messages is missing or empty"),
+    ({"messages": "hello"}, 400, "messages is missing or empty"),
+    ({"messages": ["hello"]}, 400, "messages[0] has no role"),
+    ({"messages": [*CHAT, {"role": "user"}]}, 400, "messages[1] has no text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}]}, 400, "text alone"),
+    ({"messages": CHAT, "chat_template_kwargs": {"tokenize": False}}, 400, "may not set tokenize"),
+    ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "{% x"}}, 400, "may not set chat_template"),
+    ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "no such role"),
+    ({"messages": CHAT, "chat_template_kwargs": 3}, 400, "chat_template_kwargs is '3'"),
+    ({"messages": CHAT, "generation_config": "{}"}, 400, "generation_config is '{}'; allowed: nothing"),
+    ({"messages": CHAT, "colour": "red"}, 422, "colour"),
+]
+TEXTS = [
+    ({}, 400, "prompt is missing or empty"),
+    ({"prompt": ""}, 400, "prompt is missing or empty"),
+    ({"prompt": [PROMPT, PROMPT]}, 400, "give one text"),
+    ({"prompt": [1, 2]}, 400, "give one text"),
+    ({"prompt": PROMPT, "model": "gpt-4"}, 404, "model 'gpt-4' is not served here; the model is 'tiny'"),
+    ({"prompt": PROMPT, "max_tokens": 0}, 400, "max_tokens is '0'; allowed: 1 or more"),
+    ({"prompt": PROMPT, "max_tokens": "many"}, 400, "max_tokens is 'many'"),
+    ({"prompt": PROMPT, "temperature": -1}, 400, "temperature is '-1'; allowed: 0 to 2"),
+    ({"prompt": PROMPT, "temperature": float("nan")}, 400, "temperature is 'nan'"),
+    ({"prompt": PROMPT, "top_p": 0}, 400, "top_p is '0'; allowed: above 0, up to 1"),
+    ({"prompt": PROMPT, "frequency_penalty": -1}, 400, "frequency_penalty is '-1'; allowed: above -1"),
+    ({"prompt": PROMPT, "seed": "x"}, 400, "seed is 'x'"),
+    ({"prompt": PROMPT, "stop": [3]}, 400, "stop is '[3]'; allowed: a text"),
+    ({"prompt": PROMPT, "n": 2}, 400, "n is '2'; allowed: 1"),
+    ({"prompt": PROMPT, "stream": "yes"}, 400, "stream is 'yes'"),
+    ({"prompt": PROMPT, "logit_bias": {"9999": 1}}, 400, "logit_bias does not map token ids below 257"),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "words"),
+    [*(("chat/completions", *case) for case in CHATS), *(("completions", *case) for case in TEXTS)],
+)
+def test_bad_requests_are_answered(url: str, route: str, body: dict[str, Any], status: int, words: str) -> None:
+    """In OpenAI's format, also if a stream is asked for, and the next request is served."""
+    for more in ({}, {"stream": True}) if "stream" not in body else ({},):
+        code, text = post(url, route, {**body, **more})
+        assert code == status, text
+        assert words in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"), [(b"{", "application/json"), (b"[]", "application/json"), (b"{}", "text/plain")]
+)
+def test_bodies_that_are_none(url: str, body: bytes, kind: str) -> None:
+    """The last is what a web page elsewhere may send without being asked."""
+    code, text = post(url, "completions", body, kind)
+    assert code == 400
+    assert "not a JSON object" in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "route", ["load_model", "reset", "v1/responses", "v1/audio/transcriptions", "docs", "openapi.json"]
+)
+def test_nothing_else_is_served(url: str, route: str) -> None:
+    """transformers' server would load any model that a client names."""
+    code, text = post(url, f"../{route}", {"model": "x"})
+    assert code == 404
+    assert "error" in json.loads(text)
+
+
+def test_learned_positions_and_no_template(tmp_path: Path) -> None:
+    """128 of them; the tokenizer has no chat template."""
+    save_random_model(tmp_path / "model", "opt")
+    model, tokenizer = generate.load(str(tmp_path / "model"), "cpu", "auto")
+    ids = tokenizer("x" * 100, return_tensors="pt")["input_ids"]
+    body: dict[str, Any] = {}
+    requests.check_length(model, tokenizer, ids, body)
+    assert body == {"max_tokens": 28}
+    for tokens, asked in ((100, 29), (128, None)):
+        with pytest.raises(ValueError, match=f"has {tokens} tokens and .* only 128 positions"):
+            requests.check_length(model, tokenizer, torch.zeros(1, tokens, dtype=torch.long), {"max_tokens": asked})
+    with pytest.raises(ValueError, match="no chat template; use /v1/completions"):
+        requests.chat_ids(tokenizer, {"messages": CHAT})
+
+
+def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """It listens on this machine only unless told otherwise, and says where."""
+    seen: list[Any] = []
+    monkeypatch.setattr(server, "run", lambda app, listening: seen.append(listening.getsockname()))
+    assert serve.main([str(folder), "--port", "0", "--device", "cpu"]) == 0
+    assert seen[0][0] == "127.0.0.1"
+    assert f"tiny at http://127.0.0.1:{seen[0][1]}/v1: " in capsys.readouterr().out
+    assert serve.main([str(folder), "--port", "0", "--device", "cpu", "--host", "0.0.0.0"]) == 0
+    assert seen[1][0] == "0.0.0.0"
+
+
+def test_bad_options(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options, words in (
+            (["--port", "70000"], "port is 70000; allowed: 0 to 65535"),
+            (["--port", str(port)], f"cannot listen on 127.0.0.1, port {port}"),
+            (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+            (["--trust_remote_code"], "--trust_remote_code is not an option"),
+        ):
+            assert serve.main([str(folder), *options]) == 2
+            assert words in capsys.readouterr().err
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "openai") else sys)
+    assert serve.main([str(folder)]) == 2
+    line = 'error: serving needs fastapi, openai; install them: pip install "losa-oracle[serve]"\n'
+    assert capsys.readouterr().err == line

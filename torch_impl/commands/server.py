@@ -1,0 +1,163 @@
+"""The HTTP server of `losa serve`: transformers' handlers of OpenAI's API, for one model that is loaded already.
+
+Requests cannot name another model, load code or change the server. Bad ones are answered with status 400 and OpenAI's
+`{"error": {"message": …}}`. Needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jinja2
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerationState
+
+from torch_impl.commands import requests
+
+# What checks, chat templates and generation raise for requests that they cannot use.
+BAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.TemplateError)
+
+
+class _OneModel:
+    """What both handlers do in another way than transformers': one model, stricter checks, sampling by temperature."""
+
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Any) -> None:
+        # A class in the place of a manager: of models, only its static method is used.
+        super().__init__(ModelManager, state)  # type: ignore[call-arg]
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+
+    def ids(self, body: dict[str, Any]) -> torch.Tensor:
+        """Check what a request gives to continue; return its tokens (1, n)."""
+        raise NotImplementedError
+
+    async def answer(self, body: dict[str, Any], request_id: str) -> Response:
+        """Check a request and compute the answer. Errors: those of BAD."""
+        if body.get("model") not in (None, self.name):
+            raise HTTPException(
+                404, f"model {str(body['model'])[:80]!r} is not served here; the model is {self.name!r}"
+            )
+        requests.check_fields(body, self.model.config.get_text_config().vocab_size)
+        requests.check_length(self.model, self.tokenizer, self.ids(body), body)
+        response: Response = await self.handle_request(body, request_id)  # type: ignore[attr-defined]
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _ended(response.body_iterator)
+        return response
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
+        return self.name, self.model, self.tokenizer
+
+    def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> GenerationConfig:
+        config: GenerationConfig = super()._build_generation_config(body, *arguments, **options)  # type: ignore[misc]
+        if "temperature" in body:
+            config.do_sample = body["temperature"] > 0
+        if not config.do_sample:
+            # Settings of sampling that greedy decoding warns about.
+            config.temperature = config.top_p = config.top_k = None
+        config.sequence_bias = {(int(token),): bias for token, bias in body.get("logit_bias", {}).items()} or None
+        # Beams cannot be streamed.
+        config.num_beams = 1
+        return config
+
+
+class _Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
+    def ids(self, body: dict[str, Any]) -> torch.Tensor:
+        return requests.chat_ids(self.tokenizer, body)
+
+
+class _Completion(_OneModel, CompletionHandler):  # type: ignore[misc]
+    def ids(self, body: dict[str, Any]) -> torch.Tensor:
+        return requests.prompt_ids(self.tokenizer, body)
+
+
+async def _ended(parts: Any) -> AsyncIterator[Any]:
+    """Add the line with which OpenAI's streams end. If the client leaves, close the stream: that stops generation."""
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            yield part
+    yield "data: [DONE]\n\n"
+
+
+def build(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
+    """Build the application. name: of the model, for clients.
+
+    Errors: ValueError if the tokenizer is not a fast one, which streaming needs.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("serving needs a fast tokenizer; save the model with its tokenizer.json")
+    # Reads no documentation from elsewhere, and tells nobody the routes.
+    app = FastAPI(title="losa serve", docs_url=None, redoc_url=None, openapi_url=None)
+    state = GenerationState()
+    chat, completion = _Chat(name, model, tokenizer, state), _Completion(name, model, tokenizer, state)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: dict[str, Any]) -> Response:
+        return await chat.answer(body, f"chatcmpl-{uuid.uuid4().hex}")
+
+    @app.post("/v1/completions")
+    async def completions(body: dict[str, Any]) -> Response:
+        return await completion.answer(body, f"cmpl-{uuid.uuid4().hex}")
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "losa"}]}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    _answer_errors(app)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Answer errors in OpenAI's format."""
+
+    def answer(status: int, message: str) -> JSONResponse:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        text = " ".join(message.split())[:1000]
+        return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": None}}, status)
+
+    def bad(request: Request, error: Exception) -> JSONResponse:
+        words = f"unknown or missing key {error}" if isinstance(error, KeyError) else str(error)
+        return answer(400, words or type(error).__name__)
+
+    def malformed(request: Request, error: Exception) -> JSONResponse:
+        return answer(400, "the body is not a JSON object; send one, with content-type application/json")
+
+    def refused(request: Request, error: Any) -> JSONResponse:
+        return answer(error.status_code, str(error.detail))
+
+    def failed(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, f"{type(error).__name__}: {error}")
+
+    for kind in BAD:
+        app.add_exception_handler(kind, bad)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(404, refused)
+    app.add_exception_handler(405, refused)
+    app.add_exception_handler(Exception, failed)
+
+
+@torch.no_grad()
+def warm_up(model: PreTrainedModel) -> None:
+    """Compute one token, so that kernels are compiled before the first request."""
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+
+def run(app: FastAPI, listening: socket.socket) -> None:
+    """Answer requests until Ctrl-C or SIGTERM."""
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
