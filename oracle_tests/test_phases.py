@@ -303,6 +303,7 @@ def test_merged_weights_are_never_held_on_several_cards() -> None:
     """Not even one of the MLP's products if the blocks are compiled, unless they are computed again as a whole."""
     found = phases.phases(config(compile_blocks="on", train_seqlen=99), SIZES, THREE)["training"]
     assert (found.merged, found.activations) == (0, 2 * 99 * (16 + 24 + 12) * 2 * 2)
+    assert phases.phases(config(hold_merged="on"), SIZES, THREE)["training"].merged == 0
     again = phases.phases(
         config(compile_blocks="on", train_seqlen=99, gradient_checkpointing="true"), replace(SIZES, vocabulary=2), THREE
     )["training"]

@@ -20,33 +20,31 @@ from transformers import AutoModelForCausalLM
 from oracle_tests.small_runs import arguments, events, make_place
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import job, report
+from torch_impl.experiment.result import Result, Row, Verification
 from torch_impl.run import main
 
-RESULT: dict[str, Any] = {
-    "model": "some/where/tiny <model>",
-    "family": "llama",
-    "method": "wanda",
-    "sparsity_type": "unstructured",
-    "target_sparsity": 0.7,
-    "dense": {"perplexity": 5.123, "sparsity": 0.0, "seconds": 0.0, "bytes": 1_234_567, "packed_bytes": 1_234_567},
-    "pruned_at_once": {
-        "perplexity": 1234.5, "sparsity": 0.69996, "seconds": 12.34, "bytes": 1_234_567, "packed_bytes": 999_999
-    },
-    "losa": {
-        "perplexity": 10.876, "sparsity": 0.7012, "seconds": 99.96, "bytes": 1_234_567, "packed_bytes": 2_345_678_901
-    },
-    "perplexity_after_step": [7.25, 10.9],
-    "evaluation": {
+RESULT = Result(
+    model="some/where/tiny <model>",
+    family="llama",
+    method="wanda",
+    sparsity_type="unstructured",
+    target_sparsity=0.7,
+    dense=Row(perplexity=5.123, sparsity=0.0, seconds=0.0, bytes=1_234_567, packed_bytes=1_234_567),
+    pruned_at_once=Row(perplexity=1234.5, sparsity=0.69996, seconds=12.34, bytes=1_234_567, packed_bytes=999_999),
+    losa=Row(perplexity=10.876, sparsity=0.7012, seconds=99.96, bytes=1_234_567, packed_bytes=2_345_678_901),
+    perplexity_after_step=[7.25, 10.9],
+    evaluation={
         "source": "some.txt", "split": "held out", "windows": 17, "seqlen": 32, "sha256": "0123456789abcdef" * 4,
         "end_of_document": False, "documents": 3, "documents_of_source": 3, "first_windows_only": False,
         "documents_left_out": {},
     },
-    "train_examples": 24,
-    "lr_schedule": "whole_run",
-    "loss": "kl",
-    "step_shares": [0.25, 0.75],
-    "verification": {"reloaded": "with transformers alone", "largest_logit_difference": 1.24e-6, "projections": 21},
-}  # fmt: skip
+    train_examples=24,
+    lr_schedule="whole_run",
+    loss="kl",
+    step_shares=[0.25, 0.75],
+    verification=Verification("with transformers alone", 1.24e-6, 21, {}),
+    seconds_in_all=123.0,
+)  # fmt: skip
 CELLS = [
     ["", "perplexity", "sparsity", "on disk", "if packed", "time"],
     ["dense", "5.12", "0.00%", "1.23 MB", "1.23 MB", ""],
@@ -76,7 +74,7 @@ def test_the_table_holds_each_figure_in_its_row() -> None:
     assert [re.split(r"  +", line.strip()) for line in lines] == [[c for c in row if c] for row in CELLS]
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
     said(report.table(RESULT))
-    assert report.table({**RESULT, "dense": {**RESULT["dense"], "bytes": 10**9}}).count("1.00 GB") == 1
+    assert report.table(replace(RESULT, dense=replace(RESULT.dense, bytes=10**9))).count("1.00 GB") == 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_the_table_holds_each_figure_in_its_row() -> None:
     ],
 )
 def test_a_share_of_zeros_that_is_not_the_one_asked_for(found: float, pattern: str, why: str) -> None:
-    result = {**RESULT, "sparsity_type": pattern, "losa": {**RESULT["losa"], "sparsity": found}}
+    result = replace(RESULT, sparsity_type=pattern, losa=replace(RESULT.losa, sparsity=found))
     for text in (report.table(result), report.model_card(result)):
         assert (f"{found:.2%} (asked: 70.00%)" in text) == bool(why)
         assert why in text

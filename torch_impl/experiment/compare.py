@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from torch_impl import losa
 from torch_impl.engine import structure
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment import report
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.config import MOST_SEED, Config, parse
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.material import Material, load_material
 from torch_impl.experiment.metrics import write_json
 from torch_impl.experiment.planning import dry_run
+from torch_impl.experiment.result import Comparison
 from torch_impl.experiment.text.windows import split_parts
 
 logger = logging.getLogger(__name__)
@@ -125,39 +127,31 @@ def compare(
     seeds: Sequence[int],
     names: Sequence[str],
     materials: Mapping[int, Material],
-) -> list[dict[str, Any]]:
-    """Measure all variants. Return per variant: tuned learning rate, perplexity per seed, mean, stdev; None if diverged."""
-    records = []
+) -> Iterator[Comparison]:
+    """Measure the variants, one after the other."""
     for name in names:
         tuning = {rate: measure(variant_config(config, name, rate, seeds[0]), materials[seeds[0]]) for rate in rates}
         best = best_rate({rate: first for rate, (first, _) in tuning.items()})
         values = [tuning[best][1]]
         values += [measure(variant_config(config, name, best, seed), materials[seed])[1] for seed in seeds[1:]]
-        finite = all(map(math.isfinite, values))
-        mean = statistics.fmean(values)
-        spread = statistics.stdev(values) if finite and len(values) > 1 else 0.0
-        records.append(
-            {
-                "variant": name,
-                "learning_rate": best,
-                "perplexity": [_or_none(value) for value in values],
-                "mean": _or_none(mean),
-                "stdev": spread if finite else None,
-                "tuning": {str(rate): _or_none(first) for rate, (first, _) in tuning.items()},
-            }
-        )
-        shown = " ".join(map(_shown, values))
-        tried = ", ".join(f"{rate:g}: {_shown(first)}" for rate, (first, _) in tuning.items())
-        say(f"{name:<40}{_shown(mean):>8} ±{spread:.2f}  [{shown}]  at {best:g}  ({tried})")
-    return records
+        yield compared(name, best, values, {rate: first for rate, (first, _) in tuning.items()})
+
+
+def compared(name: str, best: float, values: Sequence[float], tuning: Mapping[float, float]) -> Comparison:
+    """Summarise a variant: values with its best learning rate, one per seed, and those that it was tuned by."""
+    finite = all(map(math.isfinite, values))
+    return Comparison(
+        variant=name,
+        learning_rate=best,
+        perplexity=[_or_none(value) for value in values],
+        mean=statistics.fmean(values) if finite else None,
+        stdev=None if not finite else statistics.stdev(values) if len(values) > 1 else 0.0,
+        tuning={str(rate): _or_none(value) for rate, value in tuning.items()},
+    )
 
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _shown(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "diverged"
 
 
 def check_options(own: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -219,9 +213,12 @@ def main(arguments: Sequence[str]) -> None:
     half = len(material.evaluation) // 2
     dense = perplexity(material.model, material.evaluation[half:], config.text.eval_batch_size, "dense")
     say(f"dense {dense:.2f}; {len(material.examples)} training sequences; torch {torch.__version__}")
-    records = compare(config, list(dict.fromkeys(own.learning_rates)), seeds, names, materials)
+    found = []
+    for comparison in compare(config, list(dict.fromkeys(own.learning_rates)), seeds, names, materials):
+        found.append(comparison)
+        say(report.compared(comparison))
     if own.json:
-        write_json(own.json, {"dense": dense, "variants": records})
+        write_json(own.json, {"dense": dense, "variants": [dataclasses.asdict(comparison) for comparison in found]})
     say(f"{time.perf_counter() - start:.0f} s")
 
 

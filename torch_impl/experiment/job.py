@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
-from torch_impl.experiment.result import summarise, write_results
+from torch_impl.experiment.result import Measured, Result, SavedBytes, summarise
+from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.text import windows
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,10 @@ def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
     return model
 
 
-def run_job(config: Config, work: Callable[[Config, Path], dict[str, Any]]) -> tuple[dict[str, Any], Path]:
+def run_job(config: Config, work: Callable[[Config, Path], Result]) -> tuple[Result, Path]:
     """Run `work`, in memory or offloaded, or resume an interrupted run.
 
-    Returns the content of losa_result.json and the folder of the run.
+    Return the result and the folder of the run.
     """
     target = config.output_dir
     with distributed.process_group(pretrained.choose_device(config.model.device)), _folder(config) as folder:
@@ -99,85 +100,111 @@ def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
     return checkpointer
 
 
-def _baselines(config: Config, material: Material, measure: Callable[..., float]) -> dict[str, Any]:
-    """Measure perplexity, sparsity and seconds of the dense model and of the model pruned in one shot."""
-    dense = {
-        "perplexity": measure(material.model, model="dense"),
-        "sparsity": zero_share(Decoder(material.model).weights),
-    }
+class _Evaluation:
+    """Measure models on the run's evaluation text and log their perplexity."""
+
+    def __init__(self, config: Config, material: Material, metrics: Metrics) -> None:
+        self._windows, self._size = material.evaluation, config.text.eval_batch_size
+        self.metrics = metrics
+
+    def perplexity(self, of: torch.nn.Module, **labels: Any) -> float:
+        """Measure the perplexity, in smaller batches if memory is full. labels: model, and step if several have its name."""
+        name = f"{labels['model']} after step {labels['step']}" if "step" in labels else labels["model"]
+        value, _ = find_executable_batch_size(
+            lambda size: perplexity(of, self._windows, size, name), self._size, "eval_batch_size"
+        )
+        self.metrics.log("perplexity", value=value, **labels)
+        return value
+
+    def measure(self, of: PreTrainedModel, name: str, seconds: float) -> Measured:
+        """Measure perplexity and sparsity. seconds: that it took to make the model."""
+        return Measured(self.perplexity(of, model=name), zero_share(Decoder(of).weights), seconds)
+
+
+def _baselines(config: Config, material: Material, evaluation: _Evaluation) -> dict[str, Any]:
+    """Measure the dense model and the model pruned in one shot. Return plain values, as checkpoints hold them."""
+    dense = evaluation.measure(material.model, "dense", 0.0)
     start = time.perf_counter()
-    pruned_model = prune_at_once(config, material)
-    seconds = time.perf_counter() - start
-    pruned = {
-        "perplexity": measure(pruned_model, model="pruned at once"),
-        "sparsity": zero_share(Decoder(pruned_model).weights),
-    }
-    return {"dense": {**dense, "seconds": 0.0}, "pruned_at_once": {**pruned, "seconds": seconds}}
+    pruned = prune_at_once(config, material)
+    shot = evaluation.measure(pruned, "pruned at once", time.perf_counter() - start)
+    return {"dense": dataclasses.asdict(dense), "pruned_at_once": dataclasses.asdict(shot)}
 
 
-def run_in_memory(config: Config, folder: Path) -> dict[str, Any]:
-    """Run the job in memory. Return the content of losa_result.json."""
+def run_in_memory(config: Config, folder: Path) -> Result:
+    """Run the job in memory."""
     start = time.perf_counter()
     checkpointer = open_checkpointer(config, folder)
     notes = checkpointer.notes
     material = load_material(config)
-    model = material.model
     environment = environment_of(config, material)
     if notes:
         identity.check_material(notes["environment"], environment)
-    checks.check(model, config, folder)
-    metrics = Metrics(folder / "metrics.jsonl")
-
-    def measure(what: torch.nn.Module, **labels: Any) -> float:
-        name = f"{labels['model']} after step {labels['step']}" if "step" in labels else labels["model"]
-        value, _ = find_executable_batch_size(
-            lambda size: perplexity(what, material.evaluation, size, name),
-            config.text.eval_batch_size,
-            "eval_batch_size",
-        )
-        metrics.log("perplexity", value=value, **labels)
-        return value
-
-    parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
+    checks.check(material.model, config, folder)
+    evaluation = _Evaluation(config, material, Metrics(folder / "metrics.jsonl"))
     fresh = not notes
     if fresh:
-        notes.update(_baselines(config, material, measure), after_step=[], seconds=0.0, environment=environment)
+        notes.update(_baselines(config, material, evaluation), after_step=[], seconds=0.0, environment=environment)
     earlier = notes["seconds"]
     notes["options"] = identity.options(config)
 
-    def on_step(record: StepRecord) -> None:
-        metrics.log("step", **record.as_dict())
-        notes["after_step"].append(measure(model, model="losa", step=record.step))
-        notes["seconds"] = earlier + time.perf_counter() - start
-
-    def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
-        metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
+    def seconds() -> float:
+        return earlier + time.perf_counter() - start
 
     with checkpointer.stopping_at_checkpoints():
         if fresh:
             checkpointer.noted()
-        try:
-            records = losa.run(
-                model, material.calibration, parts, config.settings, on_step, on_loss, checkpointer=checkpointer
-            )
-        except FloatingPointError as error:
-            trained = checkpointer.progress.losses or checkpointer.progress.records
-            if trained or not isinstance(error, finite.NotFiniteError):
-                error.add_note(
-                    "to change learning_rate or max_grad_norm, add --accept_changes learning_rate max_grad_norm"
-                )
-            raise
-    result = _finish(config, material, folder, measure, notes)
-    result["losa"]["seconds"] = sum(sum(record.seconds.values()) for record in records)
-    result["seconds_in_all"] = earlier + time.perf_counter() - start
+        records = _prune_and_train(config, material, evaluation, checkpointer, seconds)
+    healed, saved, verification = _finish(config, material, folder, evaluation, records)
+    several = distributed.processes()
+    result = summarise(
+        config,
+        material,
+        Decoder(material.model).family.name,
+        (Measured(**notes["dense"]), Measured(**notes["pruned_at_once"]), healed),
+        saved,
+        notes["after_step"],
+        verification,
+        f"over {several} processes" if several > 1 else "with transformers alone",
+        seconds(),
+    )
     write_results(folder, config, environment, result, records)
     return result
 
 
+def _prune_and_train(
+    config: Config,
+    material: Material,
+    evaluation: _Evaluation,
+    checkpointer: Checkpointer,
+    seconds: Callable[[], float],
+) -> list[StepRecord]:
+    """Run Algorithm 1 and measure the model after every step. seconds: that the run has taken so far."""
+    model, notes = material.model, checkpointer.notes
+    parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
+
+    def on_step(record: StepRecord) -> None:
+        evaluation.metrics.log("step", **record.as_dict())
+        notes["after_step"].append(evaluation.perplexity(model, model="losa", step=record.step))
+        notes["seconds"] = seconds()
+
+    def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
+        evaluation.metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
+
+    try:
+        return losa.run(
+            model, material.calibration, parts, config.settings, on_step, on_loss, checkpointer=checkpointer
+        )
+    except FloatingPointError as error:
+        trained = checkpointer.progress.losses or checkpointer.progress.records
+        if trained or not isinstance(error, finite.NotFiniteError):
+            error.add_note("to change learning_rate or max_grad_norm, add --accept_changes learning_rate max_grad_norm")
+        raise
+
+
 def _finish(
-    config: Config, material: Material, folder: Path, measure: Callable[..., float], notes: dict[str, Any]
-) -> dict[str, Any]:
-    """Merge, save, reload and verify. Return the result without the total time."""
+    config: Config, material: Material, folder: Path, evaluation: _Evaluation, records: Sequence[StepRecord]
+) -> tuple[Measured, SavedBytes, pretrained.Verification]:
+    """Merge, save, reload and verify. Return the measures of the reloaded model, its bytes and the verification."""
     model, decoder = material.model, Decoder(material.model)
     probe = material.evaluation[:2]
     unmerged = pretrained.logits_of(model, probe)
@@ -195,20 +222,14 @@ def _finish(
     merged, verification = pretrained.verify(
         folder / "model", masks, probe, unmerged, model.device, config.model.trust_remote_code
     )
-    healed = {
-        "perplexity": measure(merged, model="losa, merged and reloaded"),
-        "sparsity": zero_share(Decoder(merged).weights),
-    }
-    sizes = _sizes(merged, masks)
-    rows = {"dense": notes["dense"], "pruned_at_once": notes["pruned_at_once"], "losa": healed}
-    several = distributed.processes()
-    how = f"over {several} processes" if several > 1 else "with transformers alone"
-    return summarise(config, decoder.family.name, rows, sizes, notes["after_step"], material, verification, how)
+    seconds = sum(sum(record.seconds.values()) for record in records)
+    healed = evaluation.measure(merged, "losa, merged and reloaded", seconds)
+    return healed, _saved_bytes(merged, masks), verification
 
 
-def _sizes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> dict[str, int]:
+def _saved_bytes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> SavedBytes:
     """Return the bytes of all weights as saved, and with the pruned projections packed."""
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    size = torch.empty(0, dtype=model.dtype).element_size()
+    size = model.dtype.itemsize
     saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())
-    return {"dense": dense, "packed": dense - int(distributed.all_reduce_number(saved))}
+    return SavedBytes(dense, dense - int(distributed.all_reduce_number(saved)))

@@ -29,13 +29,14 @@ from torch_impl.experiment.material import Material, environment_of, load_materi
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.planning.sizes import Sizes
-from torch_impl.experiment.result import summarise, write_results
+from torch_impl.experiment.result import Measured, Result, SavedBytes, summarise
+from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
 
 
 @torch.no_grad()
-def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
-    """Run the job block by block. Return the content of losa_result.json."""
+def run_offloaded(config: Config, folder: Path) -> Result:
+    """Run the job block by block."""
     start = time.perf_counter()
     checkpointer = open_checkpointer(config, folder)
     material = load_material(config, offloaded=True)
@@ -56,22 +57,24 @@ def run_offloaded(config: Config, folder: Path) -> dict[str, Any]:
     perplexity, verification = _read_again(folder / "model", sweeps, pruned)
     metrics.log("perplexity", value=perplexity, model="pruned, written and read again")
 
-    weights = torch.tensor(sweeps.decoder.prunable_weights, dtype=torch.float64)
-    realised, seconds = pruned.record.realised, pruned.record.seconds["prune"]
-    healed = {"perplexity": perplexity, "sparsity": _mean(realised, weights), "seconds": seconds}
+    weights = torch.tensor(decoder.prunable_weights, dtype=torch.float64)
+    realised = pruned.record.realised
+    healed = Measured(perplexity, _mean(realised, weights), pruned.record.seconds["prune"])
     shot = healed
     if at_once(config.settings).prune != config.prune or config.reconstruction.reconstruct_epochs:
         shot = _at_once(sweeps, dense, weights)
-        metrics.log("perplexity", value=shot["perplexity"], model="pruned at once")
-    rows = {
-        "dense": {"perplexity": dense.perplexity, "sparsity": _mean(dense.shares, weights), "seconds": 0.0},
-        "pruned_at_once": shot,
-        "losa": healed,
-    }
-    sizes = _sizes(material.model, realised, weights)
-    family = sweeps.decoder.family.name
-    result = summarise(config, family, rows, sizes, [perplexity], material, verification, "block by block")
-    result["seconds_in_all"] = earlier + time.perf_counter() - start
+        metrics.log("perplexity", value=shot.perplexity, model="pruned at once")
+    result = summarise(
+        config,
+        material,
+        decoder.family.name,
+        (Measured(dense.perplexity, _mean(dense.shares, weights), 0.0), shot, healed),
+        _saved_bytes(material.model, realised, weights),
+        [perplexity],
+        verification,
+        "block by block",
+        earlier + time.perf_counter() - start,
+    )
     write_results(folder, config, environment, result, [pruned.record])
     return result
 
@@ -119,19 +122,11 @@ def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pr
     return Sweeps(Decoder(model), sweeps.config, material).verify(folder, pruned)
 
 
-def _at_once(sweeps: Sweeps, dense: Dense, weights: torch.Tensor) -> dict[str, float]:
+def _at_once(sweeps: Sweeps, dense: Dense, weights: torch.Tensor) -> Measured:
     """Measure one-shot pruning at uniform sparsity, for comparison with a run that uses importances or reconstruction."""
     start = time.perf_counter()
     found = sweeps.prune(at_once(sweeps.config.settings), dense)
-    return {
-        "perplexity": found.perplexity,
-        "sparsity": _mean(found.record.realised, weights),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def _bytes_of(model: PreTrainedModel) -> int:
-    return model.dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    return Measured(found.perplexity, _mean(found.record.realised, weights), time.perf_counter() - start)
 
 
 def _save_rest(folder: Path, material: Material) -> None:
@@ -149,8 +144,8 @@ def _mean(shares: Sequence[float], weights: torch.Tensor) -> float:
     return float((torch.tensor(shares, dtype=torch.float64) * weights).sum() / weights.sum())
 
 
-def _sizes(model: PreTrainedModel, realised: Sequence[float], weights: torch.Tensor) -> dict[str, int]:
-    """Return the bytes of all weights as saved, and with the pruned projections packed."""
-    size, dense = model.dtype.itemsize, _bytes_of(model)
+def _saved_bytes(model: PreTrainedModel, realised: Sequence[float], weights: torch.Tensor) -> SavedBytes:
+    size = model.dtype.itemsize
+    dense = size * sum(parameter.numel() for parameter in model.parameters())
     zeros = int((torch.tensor(realised, dtype=torch.float64) * weights).sum().round())
-    return {"dense": dense, "packed": dense - zeros * size + int(weights.sum()) // 8}
+    return SavedBytes(dense, dense - zeros * size + int(weights.sum()) // 8)

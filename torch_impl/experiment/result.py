@@ -1,69 +1,125 @@
-"""The result of a run: the figures in losa_result.json, and all files of its folder except the weights."""
+"""The result of a run, as losa_result.json holds it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import report
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
-from torch_impl.experiment.metrics import write_json
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model; seconds: that it took to make it."""
+
+    perplexity: float
+    sparsity: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """The same with the bytes of all weights, as saved and if the zeros were not stored."""
+
+    bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes of all weights of the saved model: dense, and with pruned projections as a bitmap and their kept values."""
+
+    dense: int
+    packed: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found when the saved model was read again. reloaded: how; sparsity_pruned_and_saved: of each projection."""
+
+    reloaded: str
+    largest_logit_difference: float
+    projections: int
+    sparsity_pruned_and_saved: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One variant of `compare`: its tuned learning rate and what it reaches there with each seed; None: it diverged.
+
+    tuning: perplexity on the other half of the windows by learning rate.
+    """
+
+    variant: str
+    learning_rate: float
+    perplexity: list[float | None]
+    mean: float | None
+    stdev: float | None
+    tuning: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures of a run, and the options that they depend on."""
+
+    model: str
+    family: str
+    method: str
+    sparsity_type: str
+    target_sparsity: float
+    dense: Row
+    pruned_at_once: Row
+    losa: Row
+    perplexity_after_step: list[float]
+    evaluation: dict[str, Any]
+    """Which text the perplexities are of."""
+    train_examples: int
+    lr_schedule: str
+    loss: str
+    step_shares: list[float]
+    verification: Verification
+    seconds_in_all: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
 
 
 def summarise(
     config: Config,
-    family: str,
-    rows: dict[str, dict[str, float]],
-    sizes: dict[str, int],
-    after_step: list[float],
     material: Material,
+    family: str,
+    measured: tuple[Measured, Measured, Measured],
+    saved: SavedBytes,
+    after_step: list[float],
     verification: pretrained.Verification,
     reloaded: str,
-) -> dict[str, Any]:
-    """Build the content of losa_result.json.
-
-    rows: perplexity, sparsity and seconds of dense, pruned_at_once and losa. reloaded: how the saved model was reloaded.
-    """
-    packed = {"dense": sizes["dense"], "pruned_at_once": sizes["packed"], "losa": sizes["packed"]}
-    return {
-        "model": config.model.model,
-        "family": family,
-        "method": config.prune.prune_method,
-        "sparsity_type": config.prune.sparsity_type,
-        "target_sparsity": config.prune.final_sparsity,
-        **{name: {**row, "bytes": sizes["dense"], "packed_bytes": packed[name]} for name, row in rows.items()},
-        "perplexity_after_step": after_step,
-        "evaluation": material.evaluation_facts,
-        "train_examples": len(material.examples),
-        "lr_schedule": config.training.lr_schedule,
-        "loss": config.training.loss,
-        "step_shares": config.text.shares(config.prune.steps),
-        "verification": {
-            "reloaded": reloaded,
-            "largest_logit_difference": verification.logit_difference,
-            "projections": len(verification.zeros),
-            "sparsity_pruned_and_saved": verification.zeros,
-        },
-    }
-
-
-def write_results(
-    folder: Path,
-    config: Config,
-    environment: dict[str, Any],
-    result: dict[str, Any],
-    records: list[StepRecord],
-) -> None:
-    """Write all files of a run's folder except the weights, in process 0."""
-    if not distributed.is_main_process():
-        return
-    write_json(folder / "losa_result.json", result)
-    write_json(folder / "steps.json", [record.as_dict() for record in records])
-    write_json(folder / "config.json", config.as_dict())
-    write_json(folder / "environment.json", environment)
-    report.write(folder, result, records)
-    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8", errors="backslashreplace")
+    seconds: float,
+) -> Result:
+    """Build the result of a run. measured: the dense model, the one pruned at once, LoSA's; seconds: in all."""
+    dense, at_once, losa = (asdict(found) for found in measured)
+    return Result(
+        model=config.model.model,
+        family=family,
+        method=config.prune.prune_method,
+        sparsity_type=config.prune.sparsity_type,
+        target_sparsity=config.prune.final_sparsity,
+        dense=Row(**dense, bytes=saved.dense, packed_bytes=saved.dense),
+        pruned_at_once=Row(**at_once, bytes=saved.dense, packed_bytes=saved.packed),
+        losa=Row(**losa, bytes=saved.dense, packed_bytes=saved.packed),
+        perplexity_after_step=after_step,
+        evaluation=material.evaluation_facts,
+        train_examples=len(material.examples),
+        lr_schedule=config.training.lr_schedule,
+        loss=config.training.loss,
+        step_shares=config.text.shares(config.prune.steps),
+        verification=Verification(
+            reloaded=reloaded,
+            largest_logit_difference=verification.logit_difference,
+            projections=len(verification.zeros),
+            sparsity_pruned_and_saved=verification.zeros,
+        ),
+        seconds_in_all=seconds,
+    )

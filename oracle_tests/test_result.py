@@ -1,0 +1,74 @@
+"""Results of runs and comparisons: each figure where it belongs, under the key that losa_result.json has always had."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from oracle_tests.plans import config
+from torch_impl.engine.checkpoints import pretrained
+from torch_impl.experiment import compare, report
+from torch_impl.experiment.result import Comparison, Measured, SavedBytes, summarise
+
+
+def test_the_result_of_a_run() -> None:
+    """losa_result.json by hand: the rows differ in every figure but the dense bytes."""
+    some = config(model="some/model", loss="kl", lr_schedule="whole_run", prune_method="sparsegpt", sparsity_ratio=0.6)
+    material = SimpleNamespace(evaluation_facts={"windows": 3}, examples=[1, 2, 3, 4, 5])
+    zeros = {"model.layers.0.mlp.up_proj": (0.25, 0.5)}
+    found = summarise(
+        some,
+        material,  # type: ignore[arg-type]
+        "gated",
+        (Measured(1.5, 0.125, 2.5), Measured(3.5, 0.25, 4.5), Measured(5.5, 0.5, 6.5)),
+        SavedBytes(dense=1000, packed=700),
+        [8.5, 9.5],
+        pretrained.Verification(logit_difference=0.75, zeros=zeros),
+        "over 2 processes",
+        99.5,
+    )
+    assert json.loads(json.dumps(found.as_dict())) == {
+        "model": "some/model",
+        "family": "gated",
+        "method": "sparsegpt",
+        "sparsity_type": "unstructured",
+        "target_sparsity": 0.6,
+        "dense": {"perplexity": 1.5, "sparsity": 0.125, "seconds": 2.5, "bytes": 1000, "packed_bytes": 1000},
+        "pruned_at_once": {"perplexity": 3.5, "sparsity": 0.25, "seconds": 4.5, "bytes": 1000, "packed_bytes": 700},
+        "losa": {"perplexity": 5.5, "sparsity": 0.5, "seconds": 6.5, "bytes": 1000, "packed_bytes": 700},
+        "perplexity_after_step": [8.5, 9.5],
+        "evaluation": {"windows": 3},
+        "train_examples": 5,
+        "lr_schedule": "whole_run",
+        "loss": "kl",
+        "step_shares": [0.1, 0.9],
+        "verification": {
+            "reloaded": "over 2 processes",
+            "largest_logit_difference": 0.75,
+            "projections": 1,
+            "sparsity_pruned_and_saved": {"model.layers.0.mlp.up_proj": [0.25, 0.5]},
+        },
+        "seconds_in_all": 99.5,
+    }
+
+
+TUNING = {1e-3: 5.0, 1e-2: 4.5, 1.0: math.inf}
+
+
+@pytest.mark.parametrize(
+    ("values", "found", "line"),
+    [
+        ([4.0, 6.0, 8.0], ([4.0, 6.0, 8.0], 6.0, 2.0), "    6.00 ±2.00  [4.00 6.00 8.00]"),
+        ([4.0], ([4.0], 4.0, 0.0), "    4.00 ±0.00  [4.00]"),
+        ([4.0, math.inf], ([4.0, None], None, None), "diverged ±0.00  [4.00 diverged]"),
+        ([math.nan], ([None], None, None), "diverged ±0.00  [diverged]"),
+    ],
+)
+def test_a_variant_of_a_comparison(values: list[float], found: tuple[list, float, float], line: str) -> None:
+    comparison = compare.compared("one shot", 1e-2, values, TUNING)
+    assert comparison == Comparison("one shot", 1e-2, *found, tuning={"0.001": 5.0, "0.01": 4.5, "1.0": None})
+    shown = f"{'one shot':<40}{line}  at 0.01  (0.001: 5.00, 0.01: 4.50, 1: diverged)"
+    assert report.compared(comparison) == shown
