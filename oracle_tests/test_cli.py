@@ -20,6 +20,7 @@ from oracle_tests.small_runs import arguments, make_place
 from tiny_models.random_models import save_random_model
 from torch_impl import cli
 from torch_impl.commands import evaluate, generate, pack, run, serve
+from torch_impl.engine.resume import run_folder
 from torch_impl.experiment import config
 
 ROOT = Path(__file__).parents[1]
@@ -186,3 +187,49 @@ def test_plan_writes_nothing(place: Path, capsys: pytest.CaptureFixture) -> None
     assert cli.main(["plan", *arguments(place, output_dir=place / "planned")]) == 0
     assert "prunable weights" in capsys.readouterr().out
     assert not (place / "planned").exists()
+
+
+REFUSED = {
+    "a dtype": ({"dtype": "bf16"}, "did you mean bfloat16?"),
+    "no such text": ({"eval_data": "nothing.txt"}, "eval_data is 'nothing.txt', which does not exist"),
+    "a text without text": ({"finetune_data": "PLACE/empty.txt"}, "which holds no text"),
+    "a text too short": ({"eval_seqlen": 9999}, "eval_seqlen is 9999; allowed: at most"),
+    "a pattern": ({"sparsity_type": "1:3"}, "sparsity_type '1:3' needs a multiple of 3 inputs"),
+    "too few examples": ({"train_examples": 1}, "1 training examples are too few"),
+    "a folder that exists": ({"output_dir": "PLACE/full"}, "full exists; use another folder or --overwrite"),
+    "a folder of others": ({"output_dir": "PLACE/full", "overwrite": "true"}, "is not the folder of a run"),
+    "the model's folder": ({"output_dir": "PLACE", "overwrite": "true"}, "contains model"),
+    "a folder in a file": ({"output_dir": "PLACE/text.txt/out"}, "cannot be written: Not a directory"),
+    "a packed model": ({"model": "PLACE/small"}, "is packed; unpack it first"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_plan_refuses_what_the_run_refuses(name: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "empty.txt").write_text(" ")
+    (place / "full").mkdir(exist_ok=True)
+    (place / "full" / "file").write_text("of somebody")
+    if not (place / "small").exists():
+        assert cli.main(["pack", str(place / "model"), str(place / "small"), "--device", "cpu"]) == 0
+    changes, line = REFUSED[name]
+    options = arguments(place, **{key: str(value).replace("PLACE", str(place)) for key, value in changes.items()})
+    before = sorted(place.iterdir())
+    lines = []
+    for command in ("plan", "run"):
+        capsys.readouterr()
+        assert cli.main([command, *options]) == 2
+        lines += [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert line in lines[0]
+    assert sorted(place.iterdir()) == before
+
+
+def test_plan_refuses_an_unfinished_run(place: Path, capsys: pytest.CaptureFixture) -> None:
+    out = place / "begun"
+    checkpoints = place / ".begun.partial" / run_folder.CHECKPOINTS
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "000001.json").write_text("{}")
+    assert cli.main(["plan", *arguments(place, output_dir=out)]) == 2
+    assert "has an unfinished run in" in capsys.readouterr().err
+    assert cli.main(["plan", *arguments(place, output_dir=out), "--resume"]) == 0

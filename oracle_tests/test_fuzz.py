@@ -94,7 +94,8 @@ def run_toml(data: bytes, model: Path, capsys: pytest.CaptureFixture) -> None:
     file = model.parent / "config.toml"
     file.write_bytes(data)
     before = contents(model.parent)
-    status = main(["--config", str(file), "--model", str(model), "--device", "cpu", "--dry_run", "true"])
+    data = ["--calibration_data", "c4", "--finetune_data", "c4", "--eval_data", "c4"]
+    status = main(["--config", str(file), "--model", str(model), "--device", "cpu", "--dry_run", "true", *data])
     said = capsys.readouterr()
     assert contents(model.parent) == before
     if status == 0:

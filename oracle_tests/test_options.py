@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from torch_impl.commands import generate, pack, run
+from torch_impl.commands import evaluate, generate, pack, run
 from torch_impl.experiment import compare, config
 from torch_impl.experiment.planning import dry_run
 
@@ -26,6 +26,7 @@ ACCEPTED: dict[str, set[str]] = {
     "temperature": {"0", "1000000000000", "1e300"},
 }
 ACCEPTED["learning_rate"] = ACCEPTED["reconstruct_learning_rate"] = ACCEPTED["weight_decay"]
+DATA = ["--calibration_data", "c4", "--finetune_data", "c4", "--eval_data", "c4"]
 FREE = {
     "help",
     "device",
@@ -102,14 +103,14 @@ def accepts(main: Callable[..., int], name: str, values: Sequence[str], needed: 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", numbers(config._make_parser()))
 def test_numbers_of_a_run(name: str, capsys: pytest.CaptureFixture) -> None:
-    assert accepts(run.main, name, NONSENSE, ["--model", "x", "--dry_run"], capsys) == ACCEPTED.get(name, set())
-    assert not accepts(compare.main, name, ["word"], ["--model", "x"], capsys)
+    assert accepts(run.main, name, NONSENSE, ["--model", "x", *DATA, "--dry_run"], capsys) == ACCEPTED.get(name, set())
+    assert not accepts(compare.main, name, ["word"], ["--model", "x", *DATA], capsys)
 
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", words(config._make_parser()))
 def test_words_of_a_run(name: str, capsys: pytest.CaptureFixture) -> None:
-    assert not accepts(run.main, name, ["word"], ["--model", "x", "--steps", "1", "--finetune", "false"], capsys)
+    assert not accepts(run.main, name, ["word"], ["--model", "x", *DATA, "--steps", "1", "--finetune", "false"], capsys)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -140,7 +141,7 @@ def test_options_of_compare(
     name: str, values: Sequence[str], accepted: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(dry_run, "check", lambda config: None)
-    assert accepts(compare.main, name, values, ["--model", "x"], capsys) == accepted
+    assert accepts(compare.main, name, values, ["--model", "x", *DATA], capsys) == accepted
 
 
 def test_pack_has_no_numbers() -> None:
@@ -177,6 +178,48 @@ def test_options_that_do_not_fit(words: str, named: str, capsys: pytest.CaptureF
     refuses(run.main, words.split(), named, capsys)
     if "--devices" not in words:
         refuses(compare.main, words.split(), named, capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "",
+            "calibration_data, finetune_data and eval_data are not given; choose text that suits the model, for example "
+            "--calibration_data c4 --finetune_data alpaca-gpt4 --eval_data wikitext2, or files (.txt",
+        ),
+        ("--calibration_data c4 --eval-data=c4", "finetune_data is not given; choose text"),
+        ("--finetune false --eval_data c4", "calibration_data is not given; choose text"),
+        ("--finetune false", "calibration_data and eval_data are not given; choose text"),
+        ("--preset best", "calibration_data, finetune_data and eval_data are not given"),
+    ],
+)
+def test_a_model_of_ones_own_needs_text_that_is_named(words: str, line: str, capsys: pytest.CaptureFixture) -> None:
+    """Python's standard library, the default, suits the embedded model alone."""
+    for main in (run.main, *([] if "finetune false" in words else [compare.main])):
+        refuses(main, ["--model", "x", *words.split()], f"error: {line}", capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_the_embedded_model_and_configurations_bring_their_text(capsys: pytest.CaptureFixture) -> None:
+    stdlib = ["--calibration_data", "stdlib", "--finetune_data", "stdlib", "--eval_data", "stdlib"]
+    for words in (
+        [],
+        ["--model", str(config.EMBEDDED_MODEL)],
+        ["--model", "x", "--config", "llama_7b"],
+        ["--model", "x", *stdlib],
+    ):
+        run.main([*words, "--dry_run"])
+        assert "Work" in capsys.readouterr().err, words
+
+
+@pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_short_names_of_dtypes(short: str, name: str, capsys: pytest.CaptureFixture) -> None:
+    line = f"dtype is '{short}'; allowed: auto, float32, bfloat16, float16, float64; did you mean {name}?"
+    refuses(run.main, ["--dtype", short, "--dry_run"], line, capsys)
+    refuses(generate.main, ["x", "--prompt", "x", "--dtype", short], line, capsys)
+    refuses(evaluate.main, ["x", "--dtype", short, "--text", "stdlib"], line, capsys)
 
 
 def test_few_calibration_sequences_need_no_second_option() -> None:

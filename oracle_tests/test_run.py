@@ -243,7 +243,7 @@ def test_overwrite_replaces_a_run(place: Path) -> None:
 
 
 def test_one_line_from_a_real_process(place: Path) -> None:
-    command = [sys.executable, "-m", "torch_impl.run", "--model", str(place / "nothing")]
+    command = [sys.executable, "-m", "torch_impl.run", *arguments(place, model=place / "nothing")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: model ")

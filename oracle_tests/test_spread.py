@@ -164,6 +164,7 @@ def test_fewer_sequences_than_processes_and_held_weights_are_refused() -> None:
 
 def test_the_plan_for_many_cards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--model", str(save_random_model(tmp_path / "model", "llama-gqa"))]
+    options += ["--calibration_data", "c4", "--finetune_data", "c4", "--eval_data", "c4"]
     assert main([*options, "--dry_run", "--devices", "8"]) == 0
     printed = capsys.readouterr().out
     assert "memory of each of 8 cards" in printed

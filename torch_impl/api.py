@@ -162,7 +162,7 @@ def load_packed(folder: str | Path, device: str = "auto", dtype: str | torch.dty
     Errors: ValueError or FileNotFoundError naming folder, file and tensor.
     """
     name = str(dtype).removeprefix("torch.")
-    _checks.choice("dtype", name, ("auto", *pretrained.DTYPES))
+    pretrained.check_dtype(name)
     wanted = None if name == "auto" else pretrained.DTYPES[name]
     return packed_folder.load_model(Path(folder), pretrained.choose_device(device), wanted)
 

@@ -90,10 +90,10 @@ def _check(options: argparse.Namespace) -> None:
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
         ("seed", 0 <= options.seed < 2**63, "0 or more, below 2**63"),
         ("compile", options.compile in ("auto", "on", "off"), "auto, on, off"),
-        ("dtype", options.dtype in ("auto", *pretrained.DTYPES), ", ".join(("auto", *pretrained.DTYPES))),
     ):
         if not right:
             raise ValueError(f"{name} is {getattr(options, name)!r}; allowed: {allowed}")
+    pretrained.check_dtype(options.dtype)
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_impl import _checks
 from torch_impl.decode import packed_folder
 from torch_impl.engine.checkpoints import pretrained
 
@@ -18,7 +17,7 @@ def load(
 
     Errors: ValueError or FileNotFoundError naming the problem.
     """
-    _checks.choice("dtype", dtype, ("auto", *pretrained.DTYPES))
+    pretrained.check_dtype(dtype)
     place, folder = pretrained.choose_device(device), Path(name)
     if packed_folder.is_packed(folder):
         return packed_folder.load(folder, place, pretrained.DTYPES.get(dtype), trust_remote_code)

@@ -8,7 +8,8 @@ from torch_impl.engine.determinism import make_deterministic
 from torch_impl.experiment import report
 from torch_impl.experiment.command import command, process, say
 from torch_impl.experiment.config import parse
-from torch_impl.experiment.job import run_in_memory, run_job
+from torch_impl.experiment.job import check_output, run_in_memory, run_job
+from torch_impl.experiment.material import check_text
 from torch_impl.experiment.offloaded_job import run_offloaded
 from torch_impl.experiment.planning import dry_run, show
 
@@ -16,12 +17,15 @@ from torch_impl.experiment.planning import dry_run, show
 @command
 def main(arguments: Sequence[str]) -> None:
     """Run the job of the command line."""
-    config = parse(arguments)
+    config = parse(arguments, data_required=True)
     if config.output.deterministic:
         make_deterministic()
     if config.output.dry_run:
         if not process():
-            say(show.plan_text(dry_run.make_plan(config)))
+            plan = dry_run.make_plan(config)
+            check_output(config)
+            check_text(config)
+            say(show.plan_text(plan))
         return
     result, folder = run_job(config, run_offloaded if dry_run.offloads(config) else run_in_memory)
     if process():

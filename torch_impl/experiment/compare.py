@@ -197,7 +197,7 @@ def main(arguments: Sequence[str]) -> None:
     own, rest = parser.parse_known_args(arguments)
     check_options(own, rest)
     start = time.perf_counter()
-    config = parse(rest)
+    config = parse(rest, data_required=True)
     if not config.training.finetune:
         raise ValueError("finetune is False, but this command tunes learning rates; leave out --finetune false")
     names = list(dict.fromkeys(own.variants))

@@ -17,12 +17,13 @@ from transformers import HfArgumentParser
 
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
-from torch_impl.engine.checkpoints.pretrained import DTYPES
+from torch_impl.engine.checkpoints.pretrained import check_dtype
 from torch_impl.engine.rates import RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.command import Parser, closest
 from torch_impl.experiment.help import GroupedHelp
+from torch_impl.experiment.text.files import KINDS
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
 
@@ -32,6 +33,8 @@ FIRST_SHARE = 0.1
 # Options whose values are the names in a registry.
 REGISTRIES: dict[str, Iterable[str]] = {"prune_method": METHODS, "layer_sparsity": RULES, "calibration_data": SOURCES}
 PRESETS = ("paper", "best", "quick")
+# Text as in the paper.
+EXAMPLE_DATA = {"calibration_data": "c4", "finetune_data": "alpaca-gpt4", "eval_data": "wikitext2"}
 # The largest seed that torch accepts.
 MOST_SEED = 2**63 - 1
 # Options that a resumed run may change: the work done so far stays valid.
@@ -56,7 +59,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _checks.choice("offload", self.offload, ("auto", "on", "off"))
-        _checks.choice("dtype", self.dtype, ("auto", *DTYPES))
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class TextConfig:
     """The text for calibration, training and evaluation, and how much of it."""
 
     calibration_data: str = "stdlib"
-    """Calibration text: {names} (stdlib is the sources of Python's standard library); a .txt, .jsonl, .json or .parquet file, or
-    a folder of them; hf:REPO[:CONFIG[:SPLIT]], a data set of the Hugging Face hub."""
+    """Calibration text: {names} (stdlib, the sources of Python's standard library, is the default of the embedded model alone); a
+    .txt, .jsonl, .json or .parquet file, or a folder of them; hf:REPO[:CONFIG[:SPLIT]], a data set of the Hugging Face hub."""
     finetune_data: str = "stdlib"
-    """Text or instruction records for fine-tuning; the same kinds of source."""
+    """Text or instruction records for fine-tuning; the same kinds of source and default."""
     eval_data: str = "stdlib"
-    """Text to measure perplexity on; the same kinds of source. It is kept out of calibration and fine-tuning."""
+    """Text to measure perplexity on; the same kinds of source and default. It is kept out of calibration and fine-tuning."""
     train_examples: int = 10000
     """Number of fine-tuning sequences over all steps (paper: 10,000 records)."""
     train_seqlen: int = 1024
@@ -221,11 +224,12 @@ SECTIONS: dict[str, type] = {
 
 DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-rank adapters that merge without filling zeros.
 
-  losa run                                          prune the embedded model: Wanda, 70 %, five steps
-  losa run --model DIR --sparsity_type 2:4          prune your model; keep two of every four weights
-  losa run --model DIR --preset best                use the recipe with the lowest perplexity
-  losa run --model DIR --steps 1 --finetune false   prune in one shot, without training
-  losa plan --config llama_7b --model DIR           show memory and work, and stop
+  losa run                                               prune the embedded model: Wanda, 70 %, five steps
+  losa run --model DIR DATA --sparsity_type 2:4          prune your model; keep two of every four weights
+  losa run --model DIR DATA --preset best                use the recipe with the lowest perplexity
+  losa run --model DIR DATA --steps 1 --finetune false   prune in one shot, without training
+  losa plan --config llama_7b --model DIR                show memory and work, and stop
+  DATA: --calibration_data c4 --finetune_data alpaca-gpt4 --eval_data wikitext2, or files of yours
 
 Flags override --config, --config overrides --preset, and --preset overrides the defaults. The groups below are the sections of
 a configuration file. --help-all also shows the options that are rarely needed.
@@ -244,8 +248,8 @@ class _Parser(Parser, GroupedHelp, HfArgumentParser):  # type: ignore[misc]
     """A parser whose options are the fields of the sections."""
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """Parse a command line.
+def parse(arguments: Sequence[str], data_required: bool = False) -> Config:
+    """Parse a command line. data_required: a model that is not the embedded one needs text that is named.
 
     Errors: ValueError naming option, value and what is allowed; FileNotFoundError for a missing TOML file.
     """
@@ -262,7 +266,20 @@ def parse(arguments: Sequence[str]) -> Config:
     words = [word for name, values in from_file.items() for word in (f"--{name}", *values)]
     config = Config(*parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False))
     _ = config.settings, config.text.shares(config.prune.steps)
+    if data_required and Path(config.model.model).resolve() != EMBEDDED_MODEL.resolve():
+        names = ("calibration_data", *(("finetune_data",) if config.training.finetune else ()), "eval_data")
+        _check_given([name for name in names if name not in from_file and not _names(name, arguments)])
     return config
+
+
+def _check_given(lacking: Sequence[str]) -> None:
+    """Errors: ValueError if options of text are lacking: Python's standard library suits the embedded model alone."""
+    if lacking:
+        examples = " ".join(f"--{name} {EXAMPLE_DATA[name]}" for name in lacking)
+        missing = f"{', '.join(lacking[:-1])} and {lacking[-1]} are" if lacking[1:] else f"{lacking[0]} is"
+        raise ValueError(
+            f"{missing} not given; choose text that suits the model, for example {examples}, or files ({', '.join(KINDS)})"
+        )
 
 
 def _names(option: str, arguments: Sequence[str]) -> bool:

@@ -23,7 +23,7 @@ from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
-from torch_impl.engine.resume.run_folder import CHECKPOINTS, run_folder
+from torch_impl.engine.resume.run_folder import CHECKPOINTS, check_folder, run_folder
 from torch_impl.engine.settings import Settings
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
@@ -66,6 +66,21 @@ def run_job(config: Config, work: Callable[[Config, Path], Result]) -> tuple[Res
     return result, target
 
 
+def check_output(config: Config) -> None:
+    """Errors: what `run_job` would raise about output_dir, as far as it shows without writing."""
+    _check_model_stays(config)
+    check_folder(config.output_dir, config.output.overwrite, config.output.resume)
+
+
+def _check_model_stays(config: Config) -> None:
+    model = Path(config.model.model).resolve()
+    if config.output.overwrite and model.exists() and config.output_dir.resolve() in (model, *model.parents):
+        raise ValueError(
+            f"output_dir {config.output_dir} contains model {config.model.model}, which --overwrite would delete; "
+            "use another folder"
+        )
+
+
 @contextmanager
 def _folder(config: Config) -> Iterator[Path]:
     """Create the folder to write into, in process 0, and yield it in all processes.
@@ -75,12 +90,7 @@ def _folder(config: Config) -> Iterator[Path]:
     if not distributed.is_main_process():
         yield Path(distributed.broadcast_text(""))
         return
-    model = Path(config.model.model).resolve()
-    if config.output.overwrite and model.exists() and config.output_dir.resolve() in (model, *model.parents):
-        raise ValueError(
-            f"output_dir {config.output_dir} contains model {config.model.model}, which --overwrite would delete; "
-            "use another folder"
-        )
+    _check_model_stays(config)
     with run_folder(config.output_dir, config.output.overwrite, config.output.resume) as folder:
         distributed.broadcast_text(str(folder))
         yield folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch_impl.engine.structure import check_structure
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import splitting, windows
+from torch_impl.experiment.text.sources import is_local
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ def load_material(config: Config, offloaded: bool = False) -> Material:
     device = pretrained.choose_device(options.device)
     model, tokenizer = load(options.model, device, options.dtype, options.trust_remote_code)
     check_structure(model, config.settings)
+    checks.check_lengths(model, config)
+    checks.warn_of_lengths(model, config)
     return with_text(config, model, tokenizer)
 
 
 def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
     """Load the text for a model. Errors: as `load_material`."""
-    checks.check_lengths(model, config)
-    checks.warn_of_lengths(model, config)
     options, calibration, seed = config.text, config.calibration, config.output.seed
     finetune = options.finetune_data if config.training.finetune else None
     texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
@@ -72,6 +74,23 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         **windows.describe_windows(measured[:limit]),
     }
     return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts)
+
+
+def check_text(config: Config) -> None:
+    """Load the text for a model on the disk, without its weights, unless some of it is on the hub.
+
+    Errors: as a run's, for text that cannot be read or is too short for the windows, the examples and the steps.
+    """
+    options, text = config.model, config.text
+    sources = [text.calibration_data, text.eval_data, *([text.finetune_data] if config.training.finetune else ())]
+    if not Path(options.model).is_dir() or not all(map(is_local, sources)):
+        return
+    device = torch.device("cpu")
+    model = pretrained.outline(options.model, device, options.dtype, options.trust_remote_code)
+    tokenizer = pretrained.load_tokenizer(Path(options.model), options.trust_remote_code)
+    examples = with_text(config, model, tokenizer).examples
+    if examples:
+        windows.split_parts(examples, text.shares(config.prune.steps))
 
 
 def environment_of(config: Config, material: Material) -> dict[str, Any]:

@@ -35,6 +35,23 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# What other tools call them.
+SHORT = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+}
+
+
+def check_dtype(name: str, more: tuple[str, ...] = ("auto",)) -> str:
+    """Return the name of a dtype, or one of the words in `more`. Errors: ValueError with the names; bf16 means bfloat16?"""
+    if name not in (allowed := (*more, *DTYPES)):
+        meant = f"; did you mean {SHORT[name]}?" if name in SHORT else ""
+        raise ValueError(f"dtype is {name!r}; allowed: {', '.join(allowed)}{meant}")
+    return name
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,8 +146,8 @@ def outline(name: str, device: torch.device, dtype: str, trust_remote_code: bool
 
 def _wanted(device: torch.device, dtype: str) -> torch.dtype | None:
     """Return the requested dtype, None for the checkpoint's own."""
-    if dtype not in ("auto", "stored", *DTYPES):
-        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    if dtype != "stored":
+        check_dtype(dtype)
     return torch.float32 if dtype == "auto" and device.type == "cpu" else DTYPES.get(dtype)
 
 

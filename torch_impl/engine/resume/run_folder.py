@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,28 +39,13 @@ def run_folder(
     """
     named = f"{option} {target}"
     target = _place_of(target, named)
-
-    def check_target() -> None:
-        if not target.exists() or _is_empty_folder(target):
-            return
-        if not overwrite:
-            finished = " and its run is finished" if resume and (target / marker).is_file() else ""
-            raise ValueError(f"{named} exists{finished}; use another folder or --overwrite")
-        if not (target / marker).is_file():
-            raise ValueError(
-                f"{named} is not the folder of {kind}, so --overwrite does not replace it; use another folder"
-            )
-
+    check_target = functools.partial(_check_target, target, named, overwrite, resume, marker, kind)
     check_target()
-    partial = target.parent / f".{target.name}.partial"
+    partial = _partial(target)
     with _locked(partial, named):
         # Check again: another process may have finished in the meantime.
         check_target()
-        unfinished = has_checkpoints(partial / CHECKPOINTS)
-        if unfinished and not (resume or overwrite):
-            raise ValueError(
-                f"{named} has an unfinished run in {partial}; use --resume, --overwrite to start over, or another folder"
-            )
+        unfinished = _check_unfinished(partial, named, overwrite, resume)
         if not (unfinished and resume):
             _empty(partial)
         try:
@@ -72,6 +59,43 @@ def run_folder(
                 if isinstance(error, KeyboardInterrupt):
                     error.add_note("nothing was written")
             raise
+
+
+def check_folder(target: Path, overwrite: bool, resume: bool = False) -> None:
+    """Check what `run_folder` would refuse of a run, as far as it shows without writing. Errors: as `run_folder`."""
+    named = f"output_dir {target}"
+    place = _place_of(target, named)
+    _check_target(place, named, overwrite, resume, "losa_result.json", "a run")
+    _check_unfinished(_partial(place), named, overwrite, resume)
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
+        raise ValueError(f"{named} cannot be written: {reason}; use a writable folder")
+
+
+def _partial(target: Path) -> Path:
+    """The folder of an unfinished run."""
+    return target.parent / f".{target.name}.partial"
+
+
+def _check_target(target: Path, named: str, overwrite: bool, resume: bool, marker: str, kind: str) -> None:
+    if not target.exists() or _is_empty_folder(target):
+        return
+    if not overwrite:
+        finished = " and its run is finished" if resume and (target / marker).is_file() else ""
+        raise ValueError(f"{named} exists{finished}; use another folder or --overwrite")
+    if not (target / marker).is_file():
+        raise ValueError(f"{named} is not the folder of {kind}, so --overwrite does not replace it; use another folder")
+
+
+def _check_unfinished(partial: Path, named: str, overwrite: bool, resume: bool) -> bool:
+    """Whether an unfinished run is there. Errors: ValueError if it is, without `resume` or `overwrite`."""
+    unfinished = has_checkpoints(partial / CHECKPOINTS)
+    if unfinished and not (resume or overwrite):
+        raise ValueError(
+            f"{named} has an unfinished run in {partial}; use --resume, --overwrite to start over, or another folder"
+        )
+    return unfinished
 
 
 def _place_of(target: Path, named: str) -> Path:

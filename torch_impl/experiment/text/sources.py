@@ -105,6 +105,11 @@ SOURCES: dict[str, Source] = {
 }
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is read without the hub."""
+    return Path(source).exists() or isinstance(SOURCES.get(source), StandardLibrary)
+
+
 def check_source(source: str, option: str = "source") -> None:
     """Check that a source exists; of a hub source, check only the form.
 
