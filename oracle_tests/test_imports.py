@@ -83,7 +83,7 @@ def test_what_is_private_stays_in_its_file() -> None:
 def test_a_model_and_its_family_are_one_decoder() -> None:
     """Whoever needs both takes a `Decoder`, and only that looks for the family."""
     pairs, looking = [], set()
-    for path in files("torch_impl"):
+    for path in [*files("torch_impl"), *files("oracle_tests")]:
         place = str(path.relative_to(ROOT))
         looking |= {place for name in imports(path) if name.endswith(".find_family")}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

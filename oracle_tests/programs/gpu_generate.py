@@ -37,11 +37,9 @@ def save(folder: Path, geometry: str, blocks: int, dtype: torch.dtype) -> tuple[
     tokenizer = byte_tokenizer()
     shape = {**GEOMETRIES[geometry], "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, eos_token_id=None)).to(dtype)
-    decoder = Decoder(model)
     with torch.no_grad():
-        for block in decoder.blocks:
-            for weight in decoder.family.weights_of(block).values():
-                weight.masked_fill_(torch.rand(weight.shape) < SPARSITY, 0)
+        for weight in Decoder(model).weights:
+            weight.masked_fill_(torch.rand(weight.shape) < SPARSITY, 0)
     plain, packed = folder / "plain", folder / "packed"
     model.save_pretrained(plain)
     tokenizer.save_pretrained(plain)

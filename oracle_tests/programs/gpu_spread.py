@@ -9,6 +9,7 @@ Process 0 first runs alone; then all processes run together from the same model,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -22,12 +23,11 @@ import torch
 from oracle_tests.tolerances import GPU_STEP
 from torch_impl import losa
 from torch_impl.engine import distributed
-from torch_impl.engine.adapted_linear import AdaptedLinear
+from torch_impl.engine.adapted_linear import block_adapters
 from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.families import Family
 from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.config import Config, TextConfig
 from torch_impl.experiment.planning.geometry import build
@@ -47,7 +47,7 @@ def options(small: bool, method: str) -> Config:
     )
 
 
-def work(model: Any, family: Family, config: Config, device: torch.device) -> dict[str, Any]:
+def work(model: Any, config: Config, device: torch.device) -> dict[str, Any]:
     """Run LoSA; records, merged weights (on the CPU), seconds and bytes."""
     ids = torch.randint(500, (config.calibration.nsamples, config.calibration.seqlen), generator=_seeded(1))
     rows = torch.randint(500, (32, config.text.train_seqlen), generator=_seeded(2))
@@ -58,18 +58,13 @@ def work(model: Any, family: Family, config: Config, device: torch.device) -> di
     records = losa.run(model, ids, [examples[:16], examples[16:]], config.settings)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    merged = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, AdaptedLinear):
-            with distributed.unsharded(_block_of(model, name)):
-                merged[name] = layer.merged().cpu()
+    merged, decoder = {}, Decoder(model)
+    for index, block in enumerate(decoder.blocks):
+        with distributed.unsharded(block):
+            for name, layer in block_adapters(block, decoder.family).items():
+                merged[decoder.full_name(index, name)] = layer.merged().cpu()
     held = sum(distributed.local(p).nbytes for n, p in model.named_parameters() if not n.endswith((".A", ".B")))
     return {"records": records, "merged": merged, "seconds": seconds, "peak": peak, "held": held}
-
-
-def _block_of(model: Any, name: str) -> torch.nn.Module:
-    block: torch.nn.Module = model.get_submodule(".".join(name.split(".")[:3]))
-    return block
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -109,14 +104,13 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             start = build("small" if arguments.small else "llama-2-7b", arguments.blocks, device, dtype)
             start.save_pretrained(own)
-            one = work(start, Decoder(start).family, config, device)
+            one = work(start, config, device)
             del start
         with distributed.process_group(device):
             model = fsdp.load(Path(distributed.broadcast_text(own)), device, dtype)
-            family = Decoder(model).family
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            several = work(model, family, config, device)
+            several = work(model, config, device)
             cards = distributed.processes()
             peak = max(_gathered(several["peak"]))
             sizes = Sizes.of(Decoder(model), dtype)
@@ -157,7 +151,8 @@ def _report(
     print(f"\n{'bytes on the fullest card':<44}{'measured':>16}{'formula':>16}")
     print(f"{'rows of the weights':<44}{several['held']:>16,}{taken.weights:>16,}")
     print(f"{'largest at once':<44}{several['peak']:>16,}{taken.total:>16,}")
-    step = step_traffic(config, sizes, cards, config.adapter.initial_rank)
+    first_step = dataclasses.replace(config, prune=dataclasses.replace(config.prune, steps=1))
+    step = step_traffic(first_step, sizes, cards)
     print(f"{'received in an optimizer step':<44}{'':>16}{step.total:>16,}")
     if arguments.json:
         facts = {

@@ -73,10 +73,8 @@ def train_kept(
     model: nn.Module, dense: nn.Module, examples: Sequence[batches.Example], config: TrainingConfig, peak: float
 ) -> None:
     """Train every kept weight of a merged model for one epoch to predict what the dense one does; zeros stay."""
-    decoder = Decoder(model)
     device = next(model.parameters()).device
-    modules = [block.get_submodule(name) for block in decoder.blocks for name in decoder.family.projections]
-    weights = [module.get_parameter("weight").requires_grad_(True) for module in modules]
+    weights = [weight.requires_grad_(True) for weight in Decoder(model).weights]
     masks = [weight != 0 for weight in weights]
     wide = [nn.Parameter(weight.detach().float()) for weight in weights]
     optimizer = torch.optim.AdamW(wide, lr=peak, weight_decay=config.weight_decay)

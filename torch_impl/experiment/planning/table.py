@@ -14,14 +14,14 @@ CARD = 80 * 10**9
 """Memory of a card in bytes; it decides whether merged weights are held during training."""
 
 
-def sizes_of(geometry: str, itemsize: int = 2) -> Sizes:
-    """Return the sizes of a LLaMA of this geometry with an untied head, as `Sizes.of` reads them from the model."""
+def sizes_of(geometry: str) -> Sizes:
+    """Return the sizes of a LLaMA of this geometry in bfloat16, with an untied head, as `Sizes.of` reads them from the model."""
     shape = GEOMETRIES[geometry]
     h, m, v = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     keys = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
     projections = ((h, h), (keys, h), (keys, h), (h, h), (m, h), (m, h), (h, m))
     return Sizes(
-        itemsize=itemsize,
+        itemsize=2,
         blocks=(BlockShapes((*projections, (h,), (h,)), projections),) * shape["num_hidden_layers"],
         outside=((v, h), (h,), (v, h)),
         inputs=(h, h, h, m),

@@ -54,11 +54,11 @@ def _micro_batches(config: Config, cards: int) -> int:
     return math.ceil(math.ceil(config.training.batch_size / cards) / micro_batch(config, cards))
 
 
-def step_traffic(config: Config, sizes: Sizes, cards: int, rank: int | None = None) -> StepTraffic:
-    """Compute the traffic of one optimizer step at a mean rank, by default the largest."""
+def step_traffic(config: Config, sizes: Sizes, cards: int) -> StepTraffic:
+    """Compute the traffic of one optimizer step of the last LoSA step, whose mean rank is the largest."""
     if cards == 1 or not config.training.finetune:
         return StepTraffic(0, 0)
-    rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if rank is None else rank
+    rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank)
     # Forward and backward of the model; with kl, forward of the dense model.
     passes = 2 + (config.training.loss == "kl")
     # The loss is summed too, in float64.
