@@ -1,11 +1,15 @@
-"""The CPU's decode benchmark compares with a dense loop: it must be a dense product."""
+"""The dense loop of the CPU's decode benchmark is a dense product; the first use of the kernels says that it compiles."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from torch_impl.bench import decode_cpu
+from torch_impl.decode import cpu, cuda
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -15,3 +19,30 @@ def test_the_dense_loop_is_a_dense_product(batch: int) -> None:
         pytest.skip("this CPU has no VDPBF16PS")
     x, weight = torch.randn(batch, 384).bfloat16(), torch.randn(9, 384).bfloat16()
     torch.testing.assert_close(loop(x, weight).float(), x.float() @ weight.float().T, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_compiling_is_announced(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Before it begins, and only if torch has nothing compiled that is newer than the source."""
+    source = {"cpu": cpu.SOURCE, "cuda": cpu.SOURCE.with_name("cuda.cu")}[kind]
+    start = {"cpu": lambda: cpu.build(cpu.SOURCE), "cuda": cuda._library.__wrapped__}[kind]
+    said = []
+
+    def load(name: str, *_: object, **__: object) -> None:
+        said.append((name, capsys.readouterr().err))
+        raise OSError("no compiler")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu.cpp_extension, "load", load)
+    line = f"compiling {source.name}: once on this machine, up to a minute\n"
+    for age, expected in ((None, line), (10, ""), (-10, line)):
+        if age is not None:
+            library = tmp_path / said[0][0] / f"{said[0][0]}.so"
+            library.touch()
+            when = source.stat().st_mtime + age
+            os.utime(library, (when, when))
+        with pytest.raises(OSError, match="no compiler"):
+            start()
+        assert said[-1][1] == expected

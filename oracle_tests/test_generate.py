@@ -283,3 +283,32 @@ def test_ctrl_c_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(next_token.NextToken, "__call__", interrupted)
     assert generate.main([str(model), "--prompt", PROMPT, "--device", "cpu"]) == 130
     assert capsys.readouterr().err.endswith("\nerror: interrupted\n")
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
+
+
+def with_template(model: Path, template: str) -> Path:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def test_chat_applies_the_template(tmp_path: Path, seen: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    """The prompt is a user's message; without the option it stays as it is."""
+    model = with_template(folder(tmp_path), TEMPLATE)
+    whole = f"<user>{PROMPT}<reply>"
+    status, _, said = run(model, capsys, "--chat")
+    assert status == 0
+    assert seen["new"] == greedy(model, whole)
+    assert f"prompt of {len(whole)} tokens" in said
+    assert run(model, capsys)[0] == 0
+    assert seen["new"] == greedy(model)
+
+
+def test_chat_without_a_template_that_works(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = folder(tmp_path)
+    refused(model, capsys, [str(model), "its tokenizer has no chat template; leave out --chat"], "--chat")
+    with_template(model, "{{ raise_exception('a system message comes first') }}")
+    refused(model, capsys, ["its chat template fails (a system message comes first); leave out --chat"], "--chat")

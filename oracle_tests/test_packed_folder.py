@@ -536,6 +536,7 @@ def test_generate_prints_the_same_text_for_packed_and_plain(
         assert generate.main([str(folder), "--prompt", "def", "--max_new_tokens", "8", "--device", "cpu", *more]) == 0
         text = capsys.readouterr()
         assert "compilation failed" not in text.err
+        assert ("compiling the blocks" in text.err) == bool(more)
         assert "tokens/s" in text.err
         assert "peak memory" in text.err
         shown.append(text.out)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -58,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="losa generate", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="Folder of a packed model, or a plain folder or hub id.")
     parser.add_argument("--prompt", required=True, help="Text to continue.")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="Give the prompt as a user's message, through the tokenizer's chat template.",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="Maximum number of new tokens (default 128).")
     parser.add_argument(
         "--temperature",
@@ -100,6 +106,27 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     return load(options.model, options.device, options.dtype, options.trust_remote_code)
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> torch.Tensor:
+    """Tokenize the prompt, with --chat as a user's message: ids (1, n).
+
+    Errors: ValueError if there is no chat template, or it fails.
+    """
+    if not options.chat:
+        ids: torch.Tensor = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
+        return ids
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {options.model}: its tokenizer has no chat template; leave out --chat")
+    message = {"role": "user", "content": options.prompt}
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:
+        raise ValueError(f"model {options.model}: its chat template fails ({error}); leave out --chat") from error
+    ids = found["input_ids"]
+    return ids
+
+
 def _prompt_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> torch.Tensor:
@@ -107,7 +134,7 @@ def _prompt_ids(
 
     Errors: ValueError if it has no token, a token unknown to the model, or too many tokens together with the new ones.
     """
-    ids: torch.Tensor = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
+    ids = _encode(tokenizer, options)
     given = ids.shape[1]
     if not given:
         raise ValueError(f"prompt is {options.prompt!r}, which has no token; give some text")
@@ -169,6 +196,8 @@ def generate(
     fixed = fuse or model.device.type == "cuda"
     model.generation_config, criteria = _settings(model, tokenizer, options, fixed)
     torch.manual_seed(options.seed)
+    if fuse:
+        print("compiling the blocks: some seconds, then every token is faster", file=sys.stderr, flush=True)
     try:
         ids: torch.Tensor = model.generate(  # type: ignore[operator]
             input_ids=inputs,
@@ -222,5 +251,4 @@ def main(arguments: Sequence[str]) -> None:
     _check(options)
     model, tokenizer = _load(options)
     _, times = generate(model, tokenizer, options)
-    given = len(tokenizer(options.prompt)["input_ids"])
-    print(f"\n{_summary(model, given, times)}", file=sys.stderr)
+    print(f"\n{_summary(model, _encode(tokenizer, options).shape[1], times)}", file=sys.stderr)

@@ -23,8 +23,15 @@ FLAGS = ["-O3"]
 THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
+def announce(name: str, source: Path) -> None:
+    """Say on standard error that an extension will be compiled now, unless torch has it compiled already."""
+    library = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}{cpp_extension.LIB_EXT}"
+    if not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
+        print(f"compiling {source.name}: once on this machine, up to a minute", file=sys.stderr, flush=True)
+
+
 def build(source: Path) -> None:
-    """Compile and load a C++ file of this package.
+    """Compile and load a C++ file of this package; if it is not compiled yet, say so.
 
     The extension's name contains a hash, so that another checkout or version does not replace a library in use.
 
@@ -38,6 +45,7 @@ def build(source: Path) -> None:
     try:
         # Find ninja even if the virtual environment is not activated.
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
+        announce(name, source)
         cpp_extension.load(
             name, [str(source)], extra_cflags=[*FLAGS, *THREADS], extra_ldflags=THREADS, is_python_module=False
         )

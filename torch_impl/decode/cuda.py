@@ -208,9 +208,12 @@ def _library() -> Any:
     """Build and load the kernels. Errors: OSError or RuntimeError if there is no compiler."""
     from torch.utils import cpp_extension
 
+    from torch_impl.decode.cpu import announce
+
     source = Path(__file__).with_name("cuda.cu")
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.
         warnings.simplefilter("ignore")
+        announce("losa_cuda_decode", source)
         path = cpp_extension.load("losa_cuda_decode", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
     return ctypes.CDLL(str(path))
