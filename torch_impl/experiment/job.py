@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine import distributed, finite
+from torch_impl.engine.batches import Example
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
@@ -146,6 +147,7 @@ def run_in_memory(config: Config, folder: Path) -> Result:
     checkpointer = open_checkpointer(config, folder)
     notes = checkpointer.notes
     material = load_material(config)
+    parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
     environment = environment_of(config, material)
     if notes:
         identity.check_material(notes["environment"], environment)
@@ -163,7 +165,7 @@ def run_in_memory(config: Config, folder: Path) -> Result:
     with checkpointer.stopping_at_checkpoints():
         if fresh:
             checkpointer.noted()
-        records = _prune_and_train(config, material, evaluation, checkpointer, seconds)
+        records = _prune_and_train(config, material, parts, evaluation, checkpointer, seconds)
     healed, saved, verification = _finish(config, material, folder, evaluation, records)
     several = distributed.processes()
     result = summarise(
@@ -184,13 +186,13 @@ def run_in_memory(config: Config, folder: Path) -> Result:
 def _prune_and_train(
     config: Config,
     material: Material,
+    parts: list[list[Example]],
     evaluation: _Evaluation,
     checkpointer: Checkpointer,
     seconds: Callable[[], float],
 ) -> list[StepRecord]:
     """Run Algorithm 1 and measure the model after every step. seconds: that the run has taken so far."""
     model, notes = material.model, checkpointer.notes
-    parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
 
     def on_step(record: StepRecord) -> None:
         evaluation.metrics.log("step", **record.as_dict())
