@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from oracle_tests.llama_pair import float64_llama, random_llama, to_hugging_face
 from reference import llama
 from tiny_models.random_models import random_model
 from torch_impl import losa
+from torch_impl.bench.large import device_peak
 from torch_impl.engine import adapted_linear, distributed, gradients, statistics
 from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.engine.calibration import CalibrationConfig
@@ -29,7 +31,8 @@ from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
-from torch_impl.experiment.config import Config
+from torch_impl.experiment.config import Config, TextConfig
+from torch_impl.experiment.evaluate import perplexity
 
 SIZES = llama.Sizes(vocabulary=32, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
 
@@ -199,3 +202,52 @@ def spread_config(method: str, epochs: int = 0, window: int = 1) -> Config:
         training=TrainingConfig(loss="kl", per_device_train_batch_size=2, gradient_accumulation_steps=4),
         reconstruction=ReconstructionConfig(epochs, 3e-3, 3, window),
     )
+
+
+def peak_config(tokens: int) -> Config:
+    """Options of an optimizer step and an evaluation whose memory is measured."""
+    return Config(
+        prune=PruneConfig(prune_method="magnitude", steps=1),
+        calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8),
+        training=TrainingConfig(loss="ce", per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        text=TextConfig(train_seqlen=tokens, eval_seqlen=tokens, eval_batch_size=2),
+    )
+
+
+def peak_model(vocabulary: int) -> Any:
+    """A float32 LLaMA whose weights are large beside a few tokens."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "num_hidden_layers": 6}
+    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocabulary, tie_word_embeddings=False)).eval()
+
+
+def peaks(vocabulary: int, tokens: int) -> dict[str, int]:
+    """Measure the bytes of all tensors of this process at the peak of an optimizer step and of an evaluation."""
+    ours, config = peak_model(vocabulary), peak_config(tokens)
+    dense = fsdp.copy_model(ours)
+    for part in (ours, dense):
+        adapted_linear.attach_adapters(Decoder(part), 1.0)
+        distributed.shard(Decoder(part), torch.device("cpu"))
+    for number, layer in enumerate(adapted_linear.adapters(ours)):
+        layer.resize(config.adapter.initial_rank, (number,))
+    ids = torch.randint(vocabulary, (4, tokens), generator=torch.Generator().manual_seed(0))
+    batch = [{"input_ids": row, "labels": row} for row in ids]
+    with Gradients(ours, None, config.training) as gradients:
+        gradients.of(batch)
+        held = _held(ours, dense)
+        training, _ = device_peak(lambda: gradients.of(batch), torch.device("cpu"))
+    for parameter in ours.parameters():
+        parameter.grad = None
+    evaluation, _ = device_peak(lambda: perplexity(ours, ids, 2), torch.device("cpu"))
+    return {"training": held + training, "evaluation": _held(ours, dense) + evaluation}
+
+
+def all_peaks(cases: list[tuple[int, int]]) -> list[dict[str, int]]:
+    return [peaks(*case) for case in cases]
+
+
+def _held(*models: Any) -> int:
+    """Bytes of the rows, adapters and gradients that a process holds."""
+    found = [parameter for model in models for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in found if parameter.grad is not None]
+    return sum(distributed.local(tensor.detach()).nbytes for tensor in (*found, *gradients))

@@ -228,6 +228,13 @@ def test_hidden_states_that_find_no_room_are_kept_by_the_host() -> None:
     assert peak(endless, SIZES, CUDA).device.streams == 16 * (340_000 + 14)
 
 
+def test_each_sweep_has_the_room_to_itself() -> None:
+    """The pruning sweep needs 16 · 74 bytes, more than what the others leave of just enough."""
+    enough = phases.working(config(**SOME), SIZES).total + 400 + 16 * 74
+    found = peak(config(**SOME), SIZES, replace(CUDA, free=-(-enough * 10 // 9)))
+    assert (found.device.streams, found.host.streams) == (16 * 74, 0)
+
+
 def test_the_largest_piece_of_work_on_a_block() -> None:
     """Pruning, a batch of windows, its logits, or training the block."""
     base = Parts(blocks=2 * 300 * 2)

@@ -17,7 +17,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oracle_tests.processes import in_processes
-from oracle_tests.spread_runs import Outcome, gram, received, run, settings, spread_config
+from oracle_tests.spread_runs import (
+    Outcome,
+    all_peaks,
+    gram,
+    peak_config,
+    peak_model,
+    received,
+    run,
+    settings,
+    spread_config,
+)
 from oracle_tests.tolerances import OTHER_ORDER, UNIT
 from tiny_models.random_models import random_model, save_random_model
 from torch_impl.engine import adapted_linear, distributed
@@ -230,6 +240,23 @@ def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int, wind
         fullest = max(fullest, held)
     # 257 rows of the vocabulary on two cards: the first holds one more.
     assert fullest == phases(config, sizes, Place("cpu", 2))["calibration"].weights
+
+
+def test_the_peak_memory_is_foretold() -> None:
+    """Of two processes, in an optimizer step and an evaluation, with small and large embeddings."""
+    cases = [(300, 16), (9000, 16)]
+    for (vocabulary, tokens), *found in zip(cases, *in_processes(2, all_peaks, cases), strict=True):
+        sizes = Sizes.of(Decoder(peak_model(vocabulary)), torch.float32)
+        foretold = phases(peak_config(tokens), sizes, Place("cpu", 2))
+        training, evaluation = foretold["training"], foretold["evaluation"]
+        # There is no optimizer.
+        training_bytes = training.total - training.moments
+        evaluation_bytes = evaluation.total - evaluation.moments - evaluation.gradients
+        for phase, expected in (("training", training_bytes), ("evaluation", evaluation_bytes)):
+            measured = max(peaks[phase] for peaks in found)
+            assert 0.95 < expected / measured < 1.15, (
+                f"{phase}, {vocabulary}, {tokens}: {expected:,} of {measured:,} bytes"
+            )
 
 
 def test_a_saved_model_that_lost_a_zero_is_caught(tmp_path: Path) -> None:
