@@ -273,7 +273,7 @@ def parse(arguments: Sequence[str], data_required: bool = False) -> Config:
 
 
 def _check_given(lacking: Sequence[str]) -> None:
-    """Errors: ValueError if options of text are lacking: Python's standard library suits the embedded model alone."""
+    """Check the text options. Errors: ValueError if some are missing: Python's standard library is only for the embedded model."""
     if lacking:
         examples = " ".join(f"--{name} {EXAMPLE_DATA[name]}" for name in lacking)
         missing = f"{', '.join(lacking[:-1])} and {lacking[-1]} are" if lacking[1:] else f"{lacking[0]} is"
