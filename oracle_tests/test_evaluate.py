@@ -167,7 +167,7 @@ def test_every_figure_has_a_name_and_every_file_of_a_run_is_strict_json(
     after_steps = ["losa after step 1", "losa after step 2"]
     assert names == ["dense", "pruned at once", *after_steps, "losa, merged and reloaded"]
     files = [file for file in (place / "out").rglob("*.json*")]
-    assert {"losa_result.json", "steps.json", "metrics.jsonl", "config.json"} <= {file.name for file in files}
+    assert {"losa_result.json", "steps.json", "metrics.jsonl", "environment.json"} <= {file.name for file in files}
     for file in files:
         for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
             strict(text)

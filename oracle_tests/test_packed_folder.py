@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from oracle_tests import tolerances
 from oracle_tests.packed_models import assert_same_bits, save_sparse
-from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model
+from tiny_models.random_models import FAMILIES, byte_tokenizer, random_model, save_random_model
 from torch_impl.bench.measure import resident
 from torch_impl.commands import generate, pack
 from torch_impl.decode import cpu, packed_config, packed_folder
@@ -475,7 +475,7 @@ def a_run(place: Path) -> Path:
     (place / "out").rename(place / "model")
     (place / "out").mkdir()
     (place / "model").rename(place / "out" / "model")
-    for name in ("config.json", "losa_result.json", "report.html"):
+    for name in ("losa_config.toml", "losa_result.json", "report.html"):
         (place / "out" / name).write_text("{}")
     return place / "out"
 
@@ -497,7 +497,7 @@ def a_link(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (a_run, "holds files that are not a model's (config.json, losa_result"),
+        (a_run, "holds files that are not a model's (losa_config.toml, losa_result"),
         (beside("losa_result.json"), "(losa_result.json)"),
         (beside("thesis.tex", "train.py", "data/a.txt", "notes.md"), "(data, notes.md, thesis.tex and 1 more)"),
         (beside("tokenizer/notes.txt"), "(tokenizer)"),
@@ -562,3 +562,28 @@ def test_what_prepares_for_later_tokens_is_told_apart() -> None:
     compiling = [0.0, 1.0, 4.0, 7.0, 10.0, *(10.0 + 0.5 * n for n in range(1, 21))]
     assert generate._rate(compiling) == "2.00 tokens/s, after 9.0 s for the first 3, which compile and capture"
     assert generate._rate([0.0, 1.0, 4.0]) == "0.33 tokens/s"
+
+
+def test_a_packed_folder_has_a_card_of_its_own(tmp_path: Path) -> None:
+    """The plain model's says "a dense file", and comes back when the folder is unpacked; so it is without one."""
+    plain = save_random_model(tmp_path / "plain", "llama")
+    for card in ("# Mine\n\nA dense file.\n", None):
+        if card is None:
+            (plain / "README.md").unlink()
+        else:
+            (plain / "README.md").write_text(card)
+        for name in ("packed", "again"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            (tmp_path / name).mkdir()
+        savings = packed_folder.pack_folder(plain, tmp_path / "packed", torch.device("cpu"))
+        text = (tmp_path / "packed" / "README.md").read_text()
+        inside = [saving for saving in savings if saving.kind != "other"]
+        bits = 8 * sum(saving.after for saving in inside) / sum(saving.positions for saving in inside)
+        assert f"{bits:.2f} bits a weight" in text
+        assert "0.0% zeros" in text
+        assert "A dense file" not in text
+        assert str(tmp_path) not in text
+        packed_folder.unpack_folder(tmp_path / "packed", tmp_path / "again")
+        found = tmp_path / "again" / "README.md"
+        assert (found.read_text() if found.exists() else None) == card
+        assert not (tmp_path / "again" / "README.plain.md").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import html
 import json
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import torch_impl
 from oracle_tests.small_runs import arguments, events, make_place
 from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import job, report
+from torch_impl.experiment import job, model_card, report, report_page
+from torch_impl.experiment.config import parse
 from torch_impl.experiment.result import Result, Row, Verification
 from torch_impl.run import main
 
@@ -44,6 +47,17 @@ RESULT = Result(
     step_shares=[0.25, 0.75],
     verification=Verification("with transformers alone", 1.24e-6, 21, {}),
     seconds_in_all=123.0,
+    seed=3,
+    learning_rate=2e-3,
+    ranks=[5, 9],
+    reconstruct_epochs=0,
+    rates="rmi",
+    finetuned=True,
+    steps=2,
+    peak_memory={"host": 3 * 2**30, "device": 5 * 2**29},
+    samples={"dense": {"prompt": "once <", "text": " upon & a"}, "losa": {"prompt": "once <", "text": " a time"}},
+    software={"name": "losa-oracle", "version": "9.8.7", "commit": "abc123"},
+    texts={"calibration": "c4", "evaluation": "some.txt", "fine-tuning": "records.json"},
 )  # fmt: skip
 CELLS = [
     ["", "perplexity", "sparsity", "on disk", "if packed", "time"],
@@ -59,11 +73,16 @@ RECORDS = [
 ]
 
 
+def write(folder: Path, records: list[StepRecord]) -> None:
+    config = {"training": {"learning_rate": 2e-3, "limit": None}}
+    report_page.write(folder, RESULT, records, config, {"device": "CPU <x>"})
+
+
 def said(text: str) -> None:
     """What the notes have to say of `RESULT`."""
     for words in (
         "17 windows of 32 tokens", "some.txt", "held out", "sha256 0123456789ab.",
-        "Trained on 24 sequences in parts of 25%, 75%; loss kl, learning rate whole run.",
+        "Trained on 24 sequences in parts of 25%, 75%; loss kl, learning rate 0.002 whole run.",
         "Reloaded with transformers alone: every pruned weight of 21 projections is zero, logits within 1.2e-06 of",
     ):  # fmt: skip
         assert words in text
@@ -97,31 +116,66 @@ def test_the_table_holds_each_figure_in_its_row() -> None:
 )
 def test_a_share_of_zeros_that_is_not_the_one_asked_for(found: float, pattern: str, why: str) -> None:
     result = replace(RESULT, sparsity_type=pattern, losa=replace(RESULT.losa, sparsity=found))
-    for text in (report.table(result), report.model_card(result)):
+    for text in (report.table(result), model_card.of_saved(result)):
         assert (f"{found:.2%} (asked: 70.00%)" in text) == bool(why)
         assert why in text
         assert ("Requested" in text) == bool(why)
 
 
 def test_the_model_card_holds_the_same_table() -> None:
-    card = report.model_card(RESULT)
+    card = model_card.of_saved(RESULT)
     assert card.startswith(
-        "---\nlibrary_name: transformers\ntags: [sparse, losa]\n---\n# tiny <model>, pruned to 70.1% by LoSA\n"
+        '---\nlibrary_name: transformers\nbase_model: "some/where/tiny <model>"\ntags: [sparse, pruned, losa]\n---\n'
+        "# tiny <model>, pruned to 70.1% zeros\n"
     )
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in card.splitlines() if line.startswith("|")]
     assert rows == [CELLS[0], ["---"] * 6, *CELLS[1:]]
-    assert "Method wanda, pattern unstructured. " in card
+    for words in (
+        "wanda masks, unstructured, rmi rates, 2 steps; trained by low-rank adapters on 24 sequences (learning rate 0.002, ",
+        "loss kl, ranks 5 to 9), which are merged.", "calibration: c4, evaluation: some.txt, fine-tuning: records.json. Seed 3.",
+        "losa-oracle 9.8.7", "Its licence applies", "arxiv.org/abs/2502.14816", 'from_pretrained("THIS FOLDER")',
+    ):  # fmt: skip
+        assert words in card
     said(card)
+
+
+def test_a_model_card_names_no_local_path(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    card = model_card.of_saved(replace(RESULT, model=str(tmp_path / "my-model")))
+    assert "my-model" in card
+    assert str(tmp_path) not in card
+    assert "base_model" not in card, "no name of the hub"
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({}, "LoSA"),
+        ({"finetuned": False}, "pruned in 2 steps, rmi rates"),
+        ({"finetuned": False, "steps": 1, "rates": "uniform"}, "pruned, uniform rates"),
+        ({"finetuned": False, "steps": 1, "reconstruct_epochs": 8}, "pruned and reconstructed, rmi rates"),
+    ],
+)
+def test_a_row_says_what_was_done(changes: dict[str, Any], title: str) -> None:
+    """Plain pruning is not LoSA, and nothing is said of training where there was none."""
+    result = replace(RESULT, **changes, learning_rate=None if changes else 2e-3, ranks=[] if changes else [5, 9])
+    shown = report.table(result)
+    assert f"{title}  " in shown.splitlines()[4]
+    assert ("Nothing was trained." in shown) == bool(changes)
+    assert ("Trained on" in shown) != bool(changes)
+    card = model_card.of_saved(result)
+    assert ("not trained." in card) == bool(changes)
+    assert ("each block reconstructed in 8 epochs" in card) == ("reconstruct_epochs" in changes)
 
 
 def test_the_page_holds_the_table_and_every_step(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report.write(tmp_path, RESULT, RECORDS)
+    write(tmp_path, RECORDS)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<h1>tiny &lt;model&gt;: 70.1% zeros, wanda, unstructured</h1>" in page
-    assert "<title>LoSA: tiny &lt;model&gt;</title>" in page
+    assert "<h1>some/where/tiny &lt;model&gt;: 70.1% zeros, wanda, unstructured</h1>" in page
+    assert "<title>LoSA: some/where/tiny &lt;model&gt;</title>" in page
     tables = re.findall("<table>(.*?)</table>", page, re.DOTALL)
-    closing, steps = (
+    closing, steps, blocks, *details = (
         [
             [html.unescape(cell) for cell in re.findall("<t[hd]>(.*?)</t[hd]>", row)]
             for row in table.split("</tr>")
@@ -135,22 +189,44 @@ def test_the_page_holds_the_table_and_every_step(tmp_path: Path) -> None:
         ["1", "50.00%", "41.00% – 59.00%", "6 – 7", "0.0222", "7.25", "3.2"],
         ["2", "70.00%", "65.00% – 75.00%", "5 – 9", "0.0444", "10.90", "0.5"],
     ]
+    assert blocks == [
+        ["block", "importance", "sparsity asked", "zeros", "error", "rank"],
+        ["0", "1.0000", "65.00%", "66.00%", "0.0330", "5"],
+        ["1", "2.0000", "75.00%", "76.00%", "0.0444", "9"],
+    ]
+    assert details == [
+        [["option", "value"], ["learning_rate", "0.002"], ["limit", ""]],
+        [["option", "value"], ["device", "CPU <x>"]],
+        [
+            ["option", "value"], ["name", "losa-oracle"], ["version", "9.8.7"], ["commit", "abc123"],
+            ["peak memory, host", "3.00 GiB"], ["peak memory, device", "2.50 GiB"],
+        ],
+    ]  # fmt: skip
     said(html.unescape(page))
-    pictures = re.findall('<img src="(.*?)" alt="(.+?)"><figcaption>(.+?)</figcaption>', page)
-    assert [name for name, *_ in pictures] == ["sparsity.png", "ranks.png", "errors.png", "loss.png", "perplexity.png"]
-    assert all((tmp_path / name).stat().st_size > 1000 and alt == caption for name, alt, caption in pictures)
-    report.write(tmp_path, RESULT, [replace(record, ranks=[], losses=[]) for record in RECORDS])
+    quotes = re.findall("<p>(.*?)</p><blockquote><span class=prompt>(.*?)</span>(.*?)</blockquote>", page)
+    assert quotes == [("dense", "once &lt;", " upon &amp; a"), ("LoSA", "once &lt;", " a time")]
+    names = ["sparsity", "ranks", "errors", "loss", "perplexity"]
+    pictures = re.findall('<img src="data:image/png;base64,(.*?)" alt="(.+?)"><figcaption>(.+?)</figcaption>', page)
+    assert [base64.b64decode(data) for data, *_ in pictures] == [(tmp_path / f"{n}.png").read_bytes() for n in names]
+    assert all(len(data) > 1000 and alt == caption for data, alt, caption in pictures)
+    write(tmp_path, [replace(record, ranks=[], losses=[]) for record in RECORDS])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall('<img src="(.*?)"', page) == ["sparsity.png", "errors.png", "perplexity.png"]
+    assert len(re.findall("<img src=", page)) == 3
     assert "<td>41.00% – 59.00%</td><td></td><td>0.0222</td>" in page
+    assert not re.search(r"src=\"(?!data:)", page), "one file"
 
 
 def test_the_pictures_show_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = pytest.importorskip("matplotlib.figure")
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: drawn.update({path.stem: self.axes[0]}))
+
+    def save(self: Any, path: Path, **_: Any) -> None:
+        drawn[path.stem] = self.axes[0]
+        path.write_bytes(b"a picture")
+
+    monkeypatch.setattr(figures.Figure, "savefig", save)
     losses = [float(k) for k in range(100, 0, -1)]
-    report.write(tmp_path, RESULT, [replace(RECORDS[0], losses=losses[:60]), replace(RECORDS[1], losses=losses[60:])])
+    write(tmp_path, [replace(RECORDS[0], losses=losses[:60]), replace(RECORDS[1], losses=losses[60:])])
 
     def curves(name: str) -> dict[str, tuple[list[float], list[float]]]:
         return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[name].lines}
@@ -177,7 +253,7 @@ def test_the_pictures_show_what_was_recorded(tmp_path: Path, monkeypatch: pytest
 
 def test_without_matplotlib_the_page_says_how_to_get_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report.write(tmp_path, RESULT, RECORDS)
+    write(tmp_path, RECORDS)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert '<code>pip install "losa-oracle[report]"</code>' in page
     assert "<img" not in page
@@ -196,6 +272,18 @@ def naive_perplexity(folder: Path, windows: torch.Tensor) -> float:
         probabilities = torch.softmax(model(row[None]).logits[0], -1)
         losses += [-math.log(probabilities[k - 1, row[k]]) for k in range(1, len(row))]
     return math.exp(sum(losses) / len(losses))
+
+
+def sampled(folder: Path, windows: torch.Tensor) -> dict[str, str]:
+    """Prompt and text, a greedy token at a time."""
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    row = windows[:1, :24]
+    for _ in range(40):
+        row = torch.cat([row, model(row).logits[:, -1:].argmax(-1)], 1)
+    return {
+        name: tokenizer.decode(part, skip_special_tokens=True)
+        for name, part in (("prompt", row[0, :24]), ("text", row[0, 24:]))
+    }
 
 
 def by_block(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -262,6 +350,18 @@ def test_a_run_s_figures_are_those_of_the_model_on_disk(tmp_path: Path, monkeypa
     warmup = [(k + 1) / 3 for k in range(2)]
     assert [event["learning_rate"] for event in trained] == pytest.approx([1e-2 * f for f in (*warmup, 1.0, 0.5)])
     assert (result["train_examples"], result["step_shares"]) == (24, [0.1, 0.9])
+
+    assert (result["seed"], result["learning_rate"], result["steps"]) == (0, 1e-2, 2)
+    assert result["ranks"] == steps[-1]["ranks"]
+    assert result["software"]["version"] == torch_impl.__version__
+    assert result["peak_memory"]["host"] > 10**8
+    assert result["texts"] == dict.fromkeys(("calibration", "evaluation", "fine-tuning"), "text.txt")
+    expected = sampled(out / "model", windows)
+    assert result["samples"]["losa"] == expected
+    assert result["samples"]["dense"] == sampled(place / "model", windows) != expected
+    again = parse(["--config", str(out / "losa_config.toml"), "--output_dir", "elsewhere"])
+    assert again.settings == parse(arguments(place, **options)).settings
+    assert again.text == parse(arguments(place, **options)).text
 
     checks = result["verification"]["sparsity_pruned_and_saved"]
     assert result["verification"]["projections"] == len(checks) == 3 * 7

@@ -7,17 +7,25 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import torch_impl
 from oracle_tests.plans import config
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.experiment import compare, report
+from torch_impl.engine.record import StepRecord
+from torch_impl.experiment import compare, provenance, report
 from torch_impl.experiment.result import Comparison, Measured, SavedBytes, summarise
 
 
-def test_the_result_of_a_run() -> None:
+def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """losa_result.json by hand: the rows differ in every figure but the dense bytes."""
     some = config(model="some/model", loss="kl", lr_schedule="whole_run", prune_method="sparsegpt", sparsity_ratio=0.6)
-    material = SimpleNamespace(evaluation_facts={"windows": 3}, examples=[1, 2, 3, 4, 5])
+    model = SimpleNamespace(device=torch.device("cpu"))
+    material = SimpleNamespace(evaluation_facts={"windows": 3}, examples=[1, 2, 3, 4, 5], model=model)
+    record = StepRecord(5, 0.6, [], [0.6], [0.6], [0.1], [7], [1.0], {})
+    samples = {"dense": {"prompt": "a", "text": "b"}}
+    monkeypatch.setattr(provenance, "commit", lambda: "abc")
+    monkeypatch.setattr(provenance, "peak_memory", lambda device: {"host": 5})
     zeros = {"model.layers.0.mlp.up_proj": (0.25, 0.5)}
     found = summarise(
         some,
@@ -29,6 +37,8 @@ def test_the_result_of_a_run() -> None:
         pretrained.Verification(logit_difference=0.75, zeros=zeros),
         "over 2 processes",
         99.5,
+        [record],
+        samples,
     )
     assert json.loads(json.dumps(found.as_dict())) == {
         "model": "some/model",
@@ -52,6 +62,21 @@ def test_the_result_of_a_run() -> None:
             "sparsity_pruned_and_saved": {"model.layers.0.mlp.up_proj": [0.25, 0.5]},
         },
         "seconds_in_all": 99.5,
+        "seed": 0,
+        "learning_rate": some.training.learning_rate,
+        "ranks": [7],
+        "reconstruct_epochs": 0,
+        "rates": "rmi",
+        "finetuned": True,
+        "steps": some.prune.steps,
+        "peak_memory": {"host": 5},
+        "samples": samples,
+        "software": {"name": "losa-oracle", "version": torch_impl.__version__, "commit": "abc"},
+        "texts": {
+            "calibration": some.text.calibration_data,
+            "evaluation": some.text.eval_data,
+            "fine-tuning": some.text.finetune_data,
+        },
     }
 
 

@@ -173,7 +173,7 @@ def weights(place: Path, name: str = "out") -> dict[str, torch.Tensor]:
 def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     place: Path, at_clip: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch_impl.experiment.report.write", lambda *_: None)
+    monkeypatch.setattr("torch_impl.experiment.report_page.write", lambda *_: None)
     assert main(arguments(place, output_dir=place / "whole")) == 0
     for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM)):
         at_clip(2, lambda _, number=number: os.kill(os.getpid(), number))

@@ -37,12 +37,13 @@ from torch_impl.run import main
 def test_a_run_leaves_a_whole_folder(place: Path, changes: dict, capsys: pytest.CaptureFixture) -> None:
     assert main(arguments(place, **changes)) == 0
     printed = capsys.readouterr().out
-    for row in ("dense", "pruned at once", "LoSA", "perplexity", "sparsity"):
+    ours = "pruned, rmi rates" if changes.get("finetune") == "false" else "LoSA"
+    for row in ("dense", "pruned at once", ours, "perplexity", "sparsity"):
         assert row in printed
     out = place / "out"
     expected = {
         "model",
-        "config.json",
+        "losa_config.toml",
         "environment.json",
         "metrics.jsonl",
         "steps.json",

@@ -38,7 +38,7 @@ from torch_impl.engine import training
 from torch_impl.engine.files import UNFINISHED, sha256_of
 from torch_impl.engine.resume import run_checkpoints
 from torch_impl.engine.resume import run_folder as run_folder
-from torch_impl.experiment import report
+from torch_impl.experiment import report_page
 from torch_impl.run import main as run_main
 
 OPTIONS = [
@@ -76,7 +76,7 @@ def start(arguments: Sequence[str], prepare: Callable[[], None], log: Path) -> i
         # A shell's background job ignores Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Drawing pictures would take most of the time.
-        report.write = lambda *_: None
+        report_page.write = lambda *_: None
         prepare()
         status = run_main(arguments)
     except BaseException:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import _checks, packed
-from torch_impl.decode import packed_config
+from torch_impl.decode import packed_card, packed_config
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.decode.packed_writer import FORMAT, VERSION, Writer, bytes_of, dtype_name, keep_packed
 from torch_impl.engine.checkpoints import pretrained
@@ -96,6 +96,10 @@ def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_c
         writer.end_file(f"packed-{number:05d}-of-{len(files.metadata):05d}.safetensors", shard, metadata)
     _copy_others(source, target)
     writer.end()
+    inside = [saving for kind, saving in savings.items() if kind != "other"]
+    places = max(1, sum(saving.positions for saving in inside))
+    zeros = 1 - sum(saving.kept for saving in inside) / places
+    packed_card.write(target, zeros, 8 * sum(saving.after for saving in inside) / places)
     return sorted(savings.values(), key=lambda saving: saving.kind == "other")
 
 
@@ -118,6 +122,7 @@ def unpack_folder(source: Path, target: Path) -> None:
     if manifest["index"] is not None:
         (target / INDEX).write_text(json.dumps(manifest["index"], indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _copy_others(source, target)
+    packed_card.restore(target)
     packed_config.unmark(target)
 
 

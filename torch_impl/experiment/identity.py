@@ -15,7 +15,6 @@ ELSEWHERE = (
     "output_dir",
     "overwrite",
     "dry_run",
-    "plan_for",
     "config",
     "preset",
     "resume",

@@ -34,6 +34,7 @@ from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.result import Measured, Result, SavedBytes, summarise
 from torch_impl.experiment.run_files import write_results
+from torch_impl.experiment.samples import sample
 from torch_impl.experiment.text import windows
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def run_job(config: Config, work: Callable[[Config, Path], Result]) -> tuple[Res
 
 
 def check_output(config: Config) -> None:
-    """Check output_dir without writing. Errors: as `run_job`."""
+    """Errors: what `run_job` would raise about output_dir, as far as it shows without writing."""
     _check_model_stays(config)
     check_folder(config.output_dir, config.output.overwrite, config.output.resume)
 
@@ -138,7 +139,12 @@ def _baselines(config: Config, material: Material, evaluation: _Evaluation) -> d
     start = time.perf_counter()
     pruned = prune_at_once(config, material)
     shot = evaluation.measure(pruned, "pruned at once", time.perf_counter() - start)
-    return {"dense": dataclasses.asdict(dense), "pruned_at_once": dataclasses.asdict(shot)}
+    found = {"dense": dataclasses.asdict(dense), "pruned_at_once": dataclasses.asdict(shot)}
+    return {**found, "sample": _sample(material.model, material)}
+
+
+def _sample(model: PreTrainedModel, material: Material) -> dict[str, str]:
+    return {} if distributed.processes() > 1 else sample(model, material.tokenizer, material.evaluation)
 
 
 def run_in_memory(config: Config, folder: Path) -> Result:
@@ -166,7 +172,8 @@ def run_in_memory(config: Config, folder: Path) -> Result:
         if fresh:
             checkpointer.noted()
         records = _prune_and_train(config, material, parts, evaluation, checkpointer, seconds)
-    healed, saved, verification = _finish(config, material, folder, evaluation, records)
+    healed, saved, verification, text = _finish(config, material, folder, evaluation, records)
+    samples = {"dense": notes.get("sample", {}), "losa": text}
     several = distributed.processes()
     result = summarise(
         config,
@@ -178,6 +185,8 @@ def run_in_memory(config: Config, folder: Path) -> Result:
         verification,
         f"over {several} processes" if several > 1 else "with transformers alone",
         seconds(),
+        records,
+        {name: found for name, found in samples.items() if found},
     )
     write_results(folder, config, environment, result, records)
     return result
@@ -215,8 +224,8 @@ def _prune_and_train(
 
 def _finish(
     config: Config, material: Material, folder: Path, evaluation: _Evaluation, records: Sequence[StepRecord]
-) -> tuple[Measured, SavedBytes, pretrained.Verification]:
-    """Merge, save, reload and verify. Return the measures of the reloaded model, its bytes and the verification."""
+) -> tuple[Measured, SavedBytes, pretrained.Verification, dict[str, str]]:
+    """Merge, save, reload and verify. Return the measures of the reloaded model, its bytes, the verification, and a sample."""
     model, decoder = material.model, Decoder(material.model)
     probe = material.evaluation[:2]
     unmerged = pretrained.logits_of(model, probe)
@@ -236,7 +245,7 @@ def _finish(
     )
     seconds = sum(sum(record.seconds.values()) for record in records)
     healed = evaluation.measure(merged, "losa, merged and reloaded", seconds)
-    return healed, _saved_bytes(merged, masks), verification
+    return healed, _saved_bytes(merged, masks), verification, _sample(merged, material)
 
 
 def _saved_bytes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> SavedBytes:

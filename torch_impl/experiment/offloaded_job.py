@@ -74,6 +74,8 @@ def run_offloaded(config: Config, folder: Path) -> Result:
         verification,
         "block by block",
         earlier + time.perf_counter() - start,
+        [pruned.record],
+        {},
     )
     write_results(folder, config, environment, result, [pruned.record])
     return result

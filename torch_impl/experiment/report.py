@@ -1,14 +1,9 @@
-"""Reports of a run: the closing table, the model card, and a page with plots."""
+"""The closing table of a run, and what is said of it."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import plots
 from torch_impl.experiment.result import Comparison, Result, Row
 from torch_impl.experiment.text.sources import ALL
 from torch_impl.masks.pattern import Pattern
@@ -18,10 +13,19 @@ VISIBLE = 5e-4
 
 
 def _rows(result: Result) -> list[tuple[Row, str]]:
-    return [(result.dense, "dense"), (result.pruned_at_once, "pruned at once"), (result.losa, "LoSA")]
+    return [(result.dense, "dense"), (result.pruned_at_once, "pruned at once"), (result.losa, title_of(result))]
 
 
-def _cells(result: Result) -> list[list[str]]:
+def title_of(result: Result) -> str:
+    """Name the row of the result by what was done: only a model that was trained is called LoSA."""
+    if result.finetuned:
+        return "LoSA"
+    how = "pruned and reconstructed" if result.reconstruct_epochs else "pruned"
+    steps = f" in {result.steps} steps" if result.steps > 1 else ""
+    return f"{how}{steps}, {result.rates} rates"
+
+
+def cells_of(result: Result) -> list[list[str]]:
     cells = [["", "perplexity", "sparsity", "on disk", "if packed", "time"]]
     for row, title in _rows(result):
         cells.append(
@@ -48,20 +52,22 @@ def _bytes(count: int) -> str:
 
 def table(result: Result) -> str:
     """Format the closing table as text."""
-    cells = _cells(result)
+    cells = cells_of(result)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join(["", *lines, "", *_notes(result)])
+    return "\n".join(["", *lines, "", *notes_of(result)])
 
 
-def _notes(result: Result) -> list[str]:
+def notes_of(result: Result) -> list[str]:
     facts, checks = result.evaluation, result.verification
     shares = ", ".join(f"{share:.0%}" for share in result.step_shares)
     return [
         *_why_not_as_asked(result),
         _measured_on(facts),
         f"Trained on {result.train_examples} sequences in parts of {shares}; loss {result.loss}, "
-        f"learning rate {result.lr_schedule.replace('_', ' ')}.",
+        f"learning rate {result.learning_rate:g} {result.lr_schedule.replace('_', ' ')}."
+        if result.finetuned
+        else "Nothing was trained.",
         f"Reloaded {checks.reloaded}: every pruned weight of {checks.projections} projections is zero, logits "
         f"within {checks.largest_logit_difference:.1e} of the unmerged model's.",
         "The saved model stores its zeros, so it is as large and as fast as before. To store a bitmap and the kept values "
@@ -98,68 +104,6 @@ def _measured_on(facts: dict[str, Any]) -> str:
         f"sha256 {facts['sha256'][:12]}."
         + (f" Evaluation documents removed from other texts: {', '.join(removed)}." if removed else "")
     )
-
-
-def model_card(result: Result) -> str:
-    """Write the text of the saved model's README.md."""
-    rows = _cells(result)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [sparse, losa]",
-            "---",
-            f"# {Path(result.model).name}, pruned to {result.losa.sparsity:.1%} by LoSA",
-            "",
-            f"Method {result.method}, pattern {result.sparsity_type}. A plain Hugging Face model: the adapters are merged.",
-            "",
-            *lines,
-            "",
-            *(f"- {note}" for note in _notes(result)),
-            "",
-        ]
-    )
-
-
-def write(folder: Path, result: Result, records: Sequence[StepRecord]) -> None:
-    """Write report.html and its plots; without matplotlib, the page says how to get them."""
-    try:
-        pictures = plots.draw(folder, result, records)
-        missing = ""
-    except ImportError:
-        pictures, missing = [], '<p>Plots need matplotlib: <code>pip install "losa-oracle[report]"</code>.</p>'
-    cells = _cells(result)
-    head = "".join(f"<th>{cell}</th>" for cell in cells[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in cells[1:])
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(result))
-    images = "".join(
-        f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>' for name, text in pictures
-    )
-    steps = "".join(
-        f"<tr><td>{r.step}</td><td>{r.target:.2%}</td><td>{min(r.sparsity):.2%} – {max(r.sparsity):.2%}</td>"
-        f"<td>{f'{min(r.ranks)} – {max(r.ranks)}' if r.ranks else ''}</td><td>{max(r.errors):.4f}</td>"
-        f"<td>{result.perplexity_after_step[r.step - 1]:.2f}</td><td>{sum(r.seconds.values()):.1f}</td></tr>"
-        for r in records
-    )
-    title = html.escape(Path(result.model).name)
-    page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>LoSA: {title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }}
-td:first-child {{ text-align: left }} figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
-</style>
-<h1>{title}: {result.losa.sparsity:.1%} zeros, {result.method}, {result.sparsity_type}</h1>
-<table><tr>{head}</tr>{body}</table><ul>{notes}</ul>
-<h2>Step by step</h2>
-<table><tr><th>step</th><th>sparsity</th><th>of blocks</th><th>ranks</th><th>largest error</th>
-<th>perplexity</th><th>seconds</th></tr>
-{steps}</table>{images}{missing}</html>
-"""
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def compared(found: Comparison) -> str:

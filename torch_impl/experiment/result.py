@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.record import StepRecord
+from torch_impl.experiment import provenance
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
 
@@ -81,6 +85,23 @@ class Result:
     step_shares: list[float]
     verification: Verification
     seconds_in_all: float
+    seed: int
+    learning_rate: float | None
+    """None without fine-tuning."""
+    ranks: list[int]
+    """Of the adapters at the last step; none without fine-tuning."""
+    reconstruct_epochs: int
+    rates: str
+    """layer_sparsity: how the sparsity of the blocks was chosen."""
+    finetuned: bool
+    steps: int
+    peak_memory: dict[str, int]
+    """Bytes."""
+    samples: dict[str, dict[str, str]]
+    """Prompt and text of dense and losa, if the models were in memory."""
+    software: dict[str, str | None]
+    texts: dict[str, str]
+    """Name of the text for each purpose, without the path."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -97,6 +118,8 @@ def summarise(
     verification: pretrained.Verification,
     reloaded: str,
     seconds: float,
+    records: Sequence[StepRecord],
+    samples: dict[str, dict[str, str]],
 ) -> Result:
     """Build the result of a run. measured: the dense model, the one pruned at once, LoSA's; seconds: in all."""
     dense, at_once, losa = (asdict(found) for found in measured)
@@ -122,4 +145,23 @@ def summarise(
             sparsity_pruned_and_saved=verification.zeros,
         ),
         seconds_in_all=seconds,
+        seed=config.output.seed,
+        learning_rate=config.training.learning_rate if config.training.finetune else None,
+        ranks=records[-1].ranks,
+        reconstruct_epochs=config.reconstruction.reconstruct_epochs,
+        rates=config.prune.layer_sparsity,
+        finetuned=config.training.finetune,
+        steps=config.prune.steps,
+        peak_memory=provenance.peak_memory(material.model.device),
+        samples=samples,
+        software=provenance.software(),
+        texts=_texts(config),
     )
+
+
+def _texts(config: Config) -> dict[str, str]:
+    options = config.text
+    named = {"calibration": options.calibration_data, "evaluation": options.eval_data}
+    if config.training.finetune:
+        named["fine-tuning"] = options.finetune_data
+    return {purpose: Path(name).name if Path(name).exists() else name for purpose, name in named.items()}

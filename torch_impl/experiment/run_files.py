@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch_impl.engine import distributed
+from torch_impl.engine.files import write_atomically
 from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import report
+from torch_impl.experiment import model_card, report_page
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.metrics import write_json
 from torch_impl.experiment.result import Result
+
+# Options of one start, not of the run.
+NOT_A_RUN_S = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "accept_changes",
+    "dry_run",
+    "devices",
+    "preset",
+    "config",
+    "plan_for",
+)
 
 
 def write_results(
@@ -22,7 +37,27 @@ def write_results(
         return
     write_json(folder / "losa_result.json", result.as_dict())
     write_json(folder / "steps.json", [record.as_dict() for record in records])
-    write_json(folder / "config.json", config.as_dict())
+    write_atomically(folder / "losa_config.toml", as_toml(config).encode())
     write_json(folder / "environment.json", environment)
-    report.write(folder, result, records)
-    (folder / "model" / "README.md").write_text(report.model_card(result), encoding="utf-8", errors="backslashreplace")
+    report_page.write(folder, result, records, config.as_dict(), environment)
+    card = model_card.of_saved(result)
+    (folder / "model" / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def as_toml(config: Config) -> str:
+    """Write the options that determine a run as a TOML file for --config; its output folder is left to the next run."""
+    lines = [
+        "# The options of this run: python -m torch_impl.run --config losa_config.toml --output_dir NEW repeats it."
+    ]
+    for section, values in config.as_dict().items():
+        shown = {name: value for name, value in values.items() if value is not None and name not in NOT_A_RUN_S}
+        if shown:
+            lines += ["", f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in shown.items())]
+    return "\n".join([*lines, ""])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    # What JSON and TOML write alike: strings, whole numbers, true and false; and floats as Python writes them.
+    return repr(value) if isinstance(value, float) else json.dumps(value, allow_nan=False)

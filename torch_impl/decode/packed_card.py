@@ -1,0 +1,46 @@
+"""The README.md of a packed folder: the plain model's own would say that it is a dense file, loadable by transformers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CARD, PLAIN = "README.md", "README.plain.md"
+TITLE = "# A language model packed without its zeros"
+
+
+def write(folder: Path, zeros: float, bits: float) -> None:
+    """Write the card of a packed folder, and keep the plain model's beside it. zeros: share of zeros; bits: per weight."""
+    if (folder / CARD).is_file():
+        (folder / CARD).rename(folder / PLAIN)
+    (folder / CARD).write_text(
+        f"""---
+tags: [sparse, packed, losa]
+---
+{TITLE}
+
+The projections of the decoder blocks have {zeros:.1%} zeros. They are stored as a bitmap and the kept values,
+{bits:.2f} bits a weight. The licence of the base model applies. {PLAIN} is the card of the plain model.
+
+The folder needs the package `losa-oracle`:
+
+```python
+import torch_impl
+
+model = torch_impl.load_packed("THIS FOLDER")
+```
+
+`python -m torch_impl.generate FOLDER --prompt TEXT` writes text, and `python -m torch_impl.pack --unpack FOLDER PLAIN`
+restores the plain Hugging Face folder, bit for bit.
+""",
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
+
+
+def restore(folder: Path) -> None:
+    """Replace the card of a folder that was unpacked by the plain model's, if it had one."""
+    # An older packed folder has the plain model's card.
+    if (folder / CARD).is_file() and TITLE in (folder / CARD).read_text(encoding="utf-8", errors="replace"):
+        (folder / CARD).unlink()
+    if (folder / PLAIN).is_file():
+        (folder / PLAIN).rename(folder / CARD)

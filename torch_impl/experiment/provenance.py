@@ -1,0 +1,40 @@
+"""Where a result comes from: version and commit of this software, and the memory that the run took."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from pathlib import Path
+
+import torch
+
+import torch_impl
+
+ROOT = Path(__file__).parents[2]
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout, with `+` if files differ from it; None for an installed package."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        found = [
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found[0].strip() + ("+" if found[1].strip() else "")
+
+
+def software() -> dict[str, str | None]:
+    """Return name, version and commit of this software."""
+    return {"name": "losa-oracle", "version": torch_impl.__version__, "commit": commit()}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the largest memory of this process so far, in bytes: of the host, and of a GPU's tensors."""
+    found = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.max_memory_allocated(device)
+    return found

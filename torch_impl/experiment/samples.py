@@ -1,0 +1,30 @@
+"""A text sample of a model, for the report: what it writes after the beginning of the evaluation text."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PROMPT, NEW = 24, 40
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: torch.Tensor) -> dict[str, str]:
+    """Return prompt and text: what the model writes, greedily, after the first tokens of the first evaluation window.
+
+    Returns nothing if the model cannot generate: a run does not fail for its sample.
+    """
+    ids = windows[:1, :PROMPT].to(model.device)
+    try:
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+        prompt, text = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], written[0, ids.shape[1] :]))
+    except Exception as error:
+        logger.warning("no text sample in the report: %s", error)
+        return {}
+    return {"prompt": str(prompt), "text": str(text)}
