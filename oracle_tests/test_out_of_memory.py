@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from torch_impl.engine.batches import Example
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import sum_loss
 from torch_impl.engine.memory import find_executable_batch_size
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
+from torch_impl.engine.settings import PruneConfig
 
 
 def test_training_goes_on_in_smaller_micro_batches(
@@ -74,6 +77,31 @@ def test_calibration_goes_on_in_smaller_batches(
     for record, expected in zip(records, plain[0], strict=True):
         assert record["errors"] == pytest.approx(expected["errors"], rel=1e-4)
     assert all(float((tensors[name] != tensor).float().mean()) < 0.01 for name, tensor in plain[1].items())
+
+
+def test_blocks_of_a_window_are_trained_once_wherever_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a window, in the stream that waits, and in the one that is computed again behind the training."""
+    setup = replace(
+        settings(finetune=False),
+        prune=PruneConfig(steps=1, layer_sparsity="uniform"),
+        reconstruction=ReconstructionConfig(1, 1e-2, 4, 2),
+    )
+    model, ids, _ = tiny(num_hidden_layers=5)
+    forward, calls, enough = calibration.Stream.forward, [0], 10**9
+
+    def limited(self: calibration.Stream, block: nn.Module, index: int, batch: int, rows: slice) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] > enough and rows.stop - rows.start > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, block, index, batch, rows)
+
+    monkeypatch.setattr(calibration.Stream, "forward", limited)
+    [plain] = losa.run(copy.deepcopy(model), ids, [], setup)
+    whole = calls[0]
+    for enough in range(2, whole, 4):
+        calls[0] = 0
+        [record] = losa.run(copy.deepcopy(model), ids, [], setup)
+        assert record.errors == pytest.approx(plain.errors, rel=1e-4), f"after {enough} batches"
 
 
 def test_a_batch_of_one_that_is_too_much_is_an_error() -> None:

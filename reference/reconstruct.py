@@ -152,12 +152,12 @@ def reconstruct_blocks(
 
 
 def _weights(blocks: Sequence[Block]) -> list[Array]:
-    """All projections' weights, block by block."""
+    """List all projections' weights, block by block."""
     return [weight for block in blocks for weight in block.weights.values()]
 
 
 def _with_weights(blocks: Sequence[Block], weights: Sequence[Array]) -> list[Block]:
-    """The same blocks with other weights, given in the order of `_weights`."""
+    """Return the blocks with other weights, given in the order of `_weights`."""
     values = iter(weights)
     return [replace(block, weights={name: next(values) for name in block.weights}) for block in blocks]
 

@@ -34,7 +34,7 @@ class _OneModel:
     """What both handlers do in another way than transformers': one model, stricter checks, sampling by temperature."""
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Any) -> None:
-        # A class in the place of a manager: of models, only its static method is used.
+        # A class instead of a manager of models, because only its static method is used.
         super().__init__(ModelManager, state)  # type: ignore[call-arg]
         self.name, self.model, self.tokenizer = name, model, tokenizer
 

@@ -1,7 +1,7 @@
 """What transformers finds in a packed folder besides the packed files: an index of them, and two entries of config.json.
 
 `quantization_config` names the quantizer that `import torch_impl` registers. Without it transformers only warns about an
-unknown method and goes on; `transformers_weights`, which must name a file, then stops it with the sentence `ADVICE`. The
+unknown method and continues; `transformers_weights`, which must name a file, then stops it with the sentence `ADVICE`. The
 quantizer puts the index in its place.
 """
 

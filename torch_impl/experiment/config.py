@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
-import textwrap
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -22,7 +18,8 @@ from torch_impl.engine.rates import RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.command import Parser, closest
-from torch_impl.experiment.help import GroupedHelp
+from torch_impl.experiment.help import GroupedHelp, document
+from torch_impl.experiment.planning.cards import find_card
 from torch_impl.experiment.text.files import KINDS
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
@@ -129,6 +126,9 @@ class OutputConfig:
     """Print the plan with its memory and work, and stop."""
     devices: int | None = None
     """With --dry_run: plan for N GPUs with one process each; default: the number of processes that torchrun started."""
+    plan_for: str | None = None
+    """With --dry_run: plan for a GPU that need not be here: H200, H100, "A100 80GB", "A100 40GB", L40S, "RTX 4090", or just "80GB".
+    Says whether the run fits, what would make it fit, and how long it takes."""
     preset: str | None = None
     """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: one-shot pruning and reconstruction
     without fine-tuning. --config and flags override it."""
@@ -146,6 +146,10 @@ class OutputConfig:
                 raise ValueError(
                     f"devices is {self.devices}; add --dry_run, or start that many processes with torchrun"
                 )
+        if self.plan_for is not None:
+            find_card(self.plan_for)
+            if not self.dry_run:
+                raise ValueError(f"plan_for is {self.plan_for!r}; it is for plans: losa plan, or add --dry_run")
         unknown = sorted(set(self.accept_changes or ()) - set(CHANGEABLE))
         if unknown:
             raise ValueError(f"accept_changes is {', '.join(unknown)}; allowed: {', '.join(CHANGEABLE)}")
@@ -273,7 +277,7 @@ def parse(arguments: Sequence[str], data_required: bool = False) -> Config:
 
 
 def _check_given(lacking: Sequence[str]) -> None:
-    """Errors: ValueError if options of text are lacking: Python's standard library suits the embedded model alone."""
+    """Check the text options. Errors: ValueError if some are missing: Python's standard library is only for the embedded model."""
     if lacking:
         examples = " ".join(f"--{name} {EXAMPLE_DATA[name]}" for name in lacking)
         missing = f"{', '.join(lacking[:-1])} and {lacking[-1]} are" if lacking[1:] else f"{lacking[0]} is"
@@ -297,26 +301,12 @@ def _shares_again(shares: list[str], steps: int) -> list[str]:
 def _make_parser() -> _Parser:
     descriptions = {}
     for name, section in SECTIONS.items():
-        _document(section)
+        document(section, REGISTRIES)
         section._argument_group_name = name  # type: ignore[attr-defined]
         descriptions[name] = str(section.__doc__)
     parser = _Parser(list(SECTIONS.values()), prog="losa run", description=DESCRIPTION)  # type: ignore[arg-type]
     parser.describe_groups(RARE, descriptions)
     return parser
-
-
-def _document(section: type) -> None:
-    """Use the docstring below each field as its --help text."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(definition, ast.ClassDef)
-    texts = {}
-    for before, after in zip(definition.body, definition.body[1:], strict=False):
-        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if is_text and isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
-            texts[before.target.id] = str(after.value.value)  # type: ignore[attr-defined]
-    for item in fields(section):
-        text = texts[item.name].replace("{names}", ", ".join(REGISTRIES.get(item.name, ())))
-        item.metadata = MappingProxyType({"help": text.replace("%", "%%")})
 
 
 def _config_file(name: str) -> Path:

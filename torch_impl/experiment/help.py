@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 METAVARS: dict[Any, str] = {int: "N", float: "X", str: "VALUE"}
@@ -72,3 +77,17 @@ class GroupedHelp(argparse.ArgumentParser):
             formatter.add_arguments([action for action in group._group_actions if action.dest not in self.rare])
             formatter.end_section()
         return formatter.format_help()
+
+
+def document(section: type, registries: Mapping[str, Iterable[str]]) -> None:
+    """Use the docstring below each field as its --help text."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for before, after in zip(definition.body, definition.body[1:], strict=False):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if is_text and isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
+            texts[before.target.id] = str(after.value.value)  # type: ignore[attr-defined]
+    for item in fields(section):
+        text = texts[item.name].replace("{names}", ", ".join(registries.get(item.name, ())))
+        item.metadata = MappingProxyType({"help": text.replace("%", "%%")})

@@ -15,6 +15,7 @@ ELSEWHERE = (
     "output_dir",
     "overwrite",
     "dry_run",
+    "plan_for",
     "config",
     "preset",
     "resume",

@@ -69,7 +69,7 @@ def run_job(config: Config, work: Callable[[Config, Path], Result]) -> tuple[Res
 
 
 def check_output(config: Config) -> None:
-    """Errors: what `run_job` would raise about output_dir, as far as it shows without writing."""
+    """Check output_dir without writing. Errors: as `run_job`."""
     _check_model_stays(config)
     check_folder(config.output_dir, config.output.overwrite, config.output.resume)
 

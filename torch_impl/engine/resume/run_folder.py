@@ -74,7 +74,7 @@ def check_folder(target: Path, overwrite: bool, resume: bool = False) -> None:
 
 
 def _partial(target: Path) -> Path:
-    """The folder of an unfinished run."""
+    """Return the folder of an unfinished run."""
     return target.parent / f".{target.name}.partial"
 
 
@@ -89,7 +89,7 @@ def _check_target(target: Path, named: str, overwrite: bool, resume: bool, marke
 
 
 def _check_unfinished(partial: Path, named: str, overwrite: bool, resume: bool) -> bool:
-    """Whether an unfinished run is there. Errors: ValueError if it is, without `resume` or `overwrite`."""
+    """Return whether there is an unfinished run. Errors: ValueError if there is one without `resume` or `overwrite`."""
     unfinished = has_checkpoints(partial / CHECKPOINTS)
     if unfinished and not (resume or overwrite):
         raise ValueError(

@@ -13,6 +13,8 @@ from torch_impl.engine.checkpoints.pretrained import choose_device, outline
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks
+from torch_impl.experiment.planning.cards import Card, card_of_device, find_card
+from torch_impl.experiment.planning.outlook import Outlook, outlook
 from torch_impl.experiment.planning.phases import Peak, Place, peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import CalibrationTraffic, StepTraffic, calibration_traffic, step_traffic
@@ -48,6 +50,8 @@ class Plan:
     calibration_traffic: CalibrationTraffic
     disk: checks.Disk
     work: Work
+    outlook: Outlook | None = None
+    """On the card of --plan_for, or the one that is here, if its speed is known."""
 
 
 def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
@@ -56,8 +60,11 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
     Errors: ValueError or FileNotFoundError for anything that shows without weights: model, options, names of texts.
     """
     options, text = config.model, config.text
-    # --devices plans for GPUs that this machine may lack.
-    gpus = config.output.devices is not None and options.device == "auto"
+    # --devices and --plan_for plan for GPUs that this machine may lack.
+    elsewhere = config.output.plan_for is not None
+    if elsewhere and options.device not in ("auto", "cuda"):
+        raise ValueError(f"device is {options.device!r} and plan_for is given, which is a GPU; leave out --device")
+    gpus = elsewhere or (config.output.devices is not None and options.device == "auto")
     device = torch.device("cuda") if gpus else choose_device(options.device)
     model = outline(options.model, device, options.dtype, options.trust_remote_code)
     decoder = structure.check_structure(model, config.settings)
@@ -82,8 +89,14 @@ def _place(config: Config, device: torch.device, cards: int) -> Place:
         )
     if cards > 1 and config.training.finetune and config.training.hold_merged == "on":
         raise ValueError("hold_merged is 'on', which several processes do not support; use auto or off")
-    seen = device.type == "cpu" or torch.cuda.is_available()
-    return Place.here(device, cards) if seen else Place(device.type, cards)
+    if config.output.plan_for is not None:
+        return Place("cuda", cards, find_card(config.output.plan_for).free)
+    return Place.here(device, cards) if _seen(device) else Place(device.type, cards)
+
+
+def _seen(device: torch.device) -> bool:
+    """Whether the device is on this machine."""
+    return device.type == "cpu" or torch.cuda.is_available()
 
 
 def offloads(config: Config) -> bool:
@@ -99,7 +112,9 @@ def make_plan(config: Config) -> Plan:
     checks.warn_of_lengths(model, config)
     cards = config.output.devices or distributed.launched()
     steps = range(1, config.prune.steps + 1)
-    memory = peak(config, sizes, _place(config, device, cards))
+    place, work = _place(config, device, cards), _work(config, sizes)
+    memory, card = peak(config, sizes, place), _card(config, device)
+    operations = work.sweeps + work.reconstruction + work.training
     return Plan(
         config=config,
         family=Decoder(model).family.name,
@@ -115,8 +130,15 @@ def make_plan(config: Config) -> Plan:
         step_traffic=step_traffic(config, sizes, cards),
         calibration_traffic=calibration_traffic(config, sizes, cards),
         disk=checks.disk(config, sizes, memory.offloaded),
-        work=_work(config, sizes),
+        work=work,
+        outlook=None if card is None else outlook(config, sizes, place, card, operations),
     )
+
+
+def _card(config: Config, device: torch.device) -> Card | None:
+    if config.output.plan_for is not None:
+        return find_card(config.output.plan_for)
+    return card_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" and _seen(device) else None
 
 
 def _work(config: Config, sizes: Sizes) -> Work:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from torch_impl.experiment.planning.dry_run import Plan
+from torch_impl.experiment.planning.outlook import REACHED, Outlook
 from torch_impl.experiment.planning.phases import Parts
 
 GIB = 2**30
@@ -72,7 +73,22 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _parts("disk", {DISK[name]: size for name, size in asdict(plan.disk).items()})
     for name, operations in asdict(plan.work).items():
         yield f"work, {WORK[name]:<24}{operations / 1e12:>12.2f} TFLOP"
+    if plan.outlook is not None:
+        yield from _outlook(plan.outlook, plan.cards)
     yield f"{'output':<30}  {plan.config.output_dir}"
+
+
+def _outlook(found: Outlook, cards: int) -> Iterator[str]:
+    named = f"{cards} × {found.card.name}" if cards > 1 else found.card.name
+    yield f"{f'fits {named}':<30}  {'yes' if found.fits else 'NO'}: {found.free / GIB:.1f} GiB of a card may be used"
+    yield from (f"  would fit at {needed / GIB:.1f} GiB with {options}" for options, needed in found.remedies)
+    if not found.fits and not found.remedies:
+        yield "  does not fit with smaller batches, more cards or offloading either"
+    if found.hours is not None:
+        yield (
+            f"{'hours (estimated)':<30}  {found.hours:.2f}, at {REACHED:.0%} of {found.card.tflops} TFLOP/s a card, sequences of "
+            "full length; small models take longer"
+        )
 
 
 def _facts(plan: Plan) -> dict[str, str]:

@@ -106,7 +106,7 @@ SOURCES: dict[str, Source] = {
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is read without the hub."""
+    """Return whether a source is read without the hub."""
     return Path(source).exists() or isinstance(SOURCES.get(source), StandardLibrary)
 
 

@@ -1,0 +1,87 @@
+"""Whether a run fits on a card, what would make it fit, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch_impl.engine.memory import SHARE
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning.cards import Card
+from torch_impl.experiment.planning.phases import Place, peak
+from torch_impl.experiment.planning.sizes import Sizes
+
+# Share of a card's bfloat16 speed that a run reaches: 2.58e17 operations of a 7B run in 7.1 minutes on an H200 (README.md).
+REACHED = 0.6
+CARDS_TRIED = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """How a run does on cards of one kind.
+
+    free: bytes of each that a run may use. fits: whether they suffice. remedies: options with which they would, and the bytes
+    that each card then needs. hours: None if the speed of the card in this dtype is unknown.
+    """
+
+    card: Card
+    free: int
+    fits: bool
+    remedies: tuple[tuple[str, int], ...]
+    hours: float | None
+
+
+def outlook(config: Config, sizes: Sizes, place: Place, card: Card, operations: int) -> Outlook:
+    """Hold a run's largest phase against the memory of the cards, and its operations against their speed."""
+    usable = int(SHARE * place.free)
+    fits = peak(config, sizes, place).device.total <= usable
+    remedies = () if fits else tuple(_remedies(config, sizes, place, usable))
+    speed = None if card.tflops is None or sizes.itemsize != 2 else REACHED * card.tflops * 1e12 * place.cards
+    return Outlook(card, usable, fits, remedies, None if speed is None else operations / speed / 3600)
+
+
+def _remedies(config: Config, sizes: Sizes, place: Place, usable: int) -> Iterator[tuple[str, int]]:
+    """Changes that make the run fit: the first of each kind, with what a card then needs."""
+    smaller = _smaller(config)
+    kinds = (
+        [(words, changed, place) for words, changed in smaller],
+        [(f"--devices {cards}", config, replace(place, cards=cards)) for cards in CARDS_TRIED if cards > place.cards],
+        [("--steps 1 --finetune false (offloaded, a block at a time)", _one_shot(config), replace(place, cards=1))],
+    )
+    for kind in kinds:
+        for words, changed, where in kind:
+            needed = peak(changed, sizes, where).device.total
+            if needed <= usable:
+                yield words, needed
+                break
+
+
+def _smaller(config: Config) -> list[tuple[str, Config]]:
+    """The same run in smaller batches, then also with activations computed again."""
+    training, calibration, text = config.training, config.calibration, config.text
+    batch = {"calibration_batch_size": 1, "eval_batch_size": 1}
+    words = " ".join(f"--{name} {value}" for name, value in batch.items())
+    changed = replace(
+        config,
+        calibration=replace(calibration, calibration_batch_size=1),
+        text=replace(text, eval_batch_size=1),
+    )
+    if not training.finetune:
+        return [(words, changed)]
+    one = replace(training, per_device_train_batch_size=1, gradient_accumulation_steps=training.batch_size)
+    words += f" --per_device_train_batch_size 1 --gradient_accumulation_steps {training.batch_size}"
+    again = replace(one, gradient_checkpointing=True)
+    return [
+        (words, replace(changed, training=one)),
+        (f"{words} --gradient_checkpointing true", replace(changed, training=again)),
+    ]
+
+
+def _one_shot(config: Config) -> Config:
+    rule = config.prune if config.prune.rule.works_offloaded else replace(config.prune, layer_sparsity="uniform")
+    return replace(
+        config,
+        prune=replace(rule, steps=1),
+        training=replace(config.training, finetune=False),
+        model=replace(config.model, offload="on"),
+    )
