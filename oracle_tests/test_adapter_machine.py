@@ -1,8 +1,7 @@
 """One adapted layer through prune, grow, shrink, fold, train, merge, unmerge, hold, save and load, in any order.
 
-The reference's functions mirror every rule on NumPy arrays. After each rule: the two states agree, masks have only
-shrunk, merged zeros are exact, what the layer puts out is what its merged weight says, and nothing is learned under the
-mask.
+The reference's functions mirror every rule on NumPy arrays. After each rule the two states agree, masks have only shrunk, merged
+zeros are exact, the layer's output equals that of its merged weight, and nothing is learned under the mask.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @rule(go_on=st.booleans())
     def merge(self, go_on: bool) -> None:
-        """A plain linear with the merged weight; either a new adapter starts on it, or it is put aside: unmerged."""
+        """Merge into a plain linear; then either start a new adapter on it, or drop it and continue unmerged."""
         before = self.output()
         merged_model = copy.deepcopy(self.model)
         masks = adapted_linear.merge_adapters(toy_decoder(merged_model))
@@ -199,7 +198,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @rule(seed=seeds, fresh=st.booleans())
     def load(self, seed: int, fresh: bool) -> None:
-        """Into this layer or a new one, whose rank is set first as a resumed run sets it."""
+        """Load into this layer or a new one, whose rank is set first, as a resumed run does."""
         state, self.mirror = self.saved
         tensors = load(state)
         if fresh:
@@ -208,7 +207,7 @@ class AdapterMachine(RuleBasedStateMachine):
         self.layer.load_state_dict(tensors)
         self.previous_mask = self.mirror.weight != 0
 
-    # --- what always holds ---
+    # --- invariants ---
 
     @invariant()
     def states_agree(self) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark on a CPU: every part runs, both sides agree, and a ratio is refused where they do not."""
+"""The benchmark on a CPU: every part runs, both sides agree, and no ratio is reported where they do not."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_side_that_gives_other_numbers_gets_no_ratio(
 def test_times_of_training_are_of_a_micro_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    """A step merges once, and has as many micro-batches of four sequences as are asked for."""
+    """A step merges once and has the requested number of micro-batches of four sequences."""
     sizes = []
     of = Gradients.of
 
@@ -210,7 +210,7 @@ def test_four_bits_are_the_product_they_claim(monkeypatch: pytest.MonkeyPatch) -
     codes, both, meant = int4.quantise(weight)
     assert int(codes.min()) >= 0
     assert int(codes.max()) <= 15
-    # Half a step off at most, but for the rounding of scale and middle; a constant group is met.
+    # Errors of at most half a step, plus the rounding of scale and middle; a constant group is exact.
     step = both[..., 0].T.repeat_interleave(int4.GROUP, 1).float()
     assert bool(((meant - weight.float()).abs() <= 0.6 * step + 1e-6).all())
     found = int4.pack(weight)

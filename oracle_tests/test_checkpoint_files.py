@@ -165,7 +165,7 @@ def test_every_reader_finds_what_transformers_finds(place: Path, situation: Call
 
 @pytest.mark.parametrize("family", ["qwen2", "opt"])
 def test_no_bias_is_lost(family: str, tmp_path: Path) -> None:
-    """Packed, read block by block, in shards and saved from them."""
+    """Pack, read block by block, shard, and save the shards."""
     save_sparse(tmp_path / "model", family)
     expected: Tensors = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     biases = [name for name in expected if name.endswith("bias")]
@@ -242,7 +242,7 @@ def twice(model: Path) -> None:
 
 
 def as_bytes(model: Path) -> None:
-    """What bitsandbytes leaves in the place of a weight."""
+    """What bitsandbytes stores instead of a weight."""
     edit(model, lambda t: t.update({KEY: t[KEY].abs().to(torch.uint8)}))
 
 
@@ -378,7 +378,7 @@ def test_names_are_shortened_and_counted() -> None:
 
 
 def test_a_parameter_that_may_be_missing_is_not_made_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would draw it at random where its class lets it be missing."""
+    """transformers would initialise it at random where its class lets it be missing."""
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"model\.norm"])
     edit(place / "model", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):

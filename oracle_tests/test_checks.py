@@ -23,7 +23,7 @@ from torch_impl.experiment.material import load_material
 from torch_impl.run import main
 
 PLAIN = {"steps": 1, "finetune": "false"}
-# How a model is asked for: a command and the options of a run that make the difference.
+# Each way to use a model: a command, and the options of a run that matter.
 RUNS: dict[str, dict[str, Any]] = {
     "healed": {},
     "plain": PLAIN,
@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody gets as far as the weights."""
+    """Fail if any weight is read."""
 
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were asked for")
@@ -51,7 +51,7 @@ def one_line(status: int, capsys: pytest.CaptureFixture) -> str:
 
 
 def lines_of_runs(place: Path, capsys: pytest.CaptureFixture, **changes: Any) -> dict[str, str]:
-    """What every kind of run says, and compare."""
+    """Messages of every kind of run, and of compare."""
     capsys.readouterr()
     said = {name: one_line(main(arguments(place, **{**kind, **changes})), capsys) for name, kind in RUNS.items()}
     options = {**changes, "output_dir": None, "learning_rate": None}

@@ -18,7 +18,7 @@ COMMANDS = {"run": run.main, "generate": generate.main, "pack": pack.main, "comp
 
 
 class Panic(BaseException):
-    """As the tokenizers raise it: no Exception."""
+    """A panic of the tokenizers library, which is not an Exception."""
 
 
 def ending_in(error: BaseException) -> Callable[..., int]:
@@ -85,7 +85,7 @@ def test_a_message_as_long_as_a_book_is_cut(capsys: pytest.CaptureFixture) -> No
 def test_who_speaks(
     rank: str, size: str, prefix: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A RANK left in the environment by something else counts for nothing."""
+    """A RANK left in the environment by something else is ignored."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     assert ending_in(ValueError("bad"))([]) == 2

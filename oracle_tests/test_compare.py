@@ -1,4 +1,4 @@
-"""The comparison of variants: which learning rate it takes, what it refuses before any work, what it writes."""
+"""The comparison of variants: which learning rate it chooses, what it refuses before any work, what it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled blocks: what they compute, how often they are compiled, what they keep for backward."""
+"""Compiled blocks: their results, how often they are compiled, what they keep for the backward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch_impl.engine.masked_linear import masked_linear
 from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.planning.sizes import Sizes
 
-# The compiler imports what is deprecated, and looks at gradients where there are none.
+# The compiler imports deprecated modules, and reads gradients of tensors that have none.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
@@ -67,7 +67,7 @@ def gradients(model: nn.Module, sequences: int, length: int, held: str, compiled
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    """Counts graphs. The partitioner is the one that is used; no code is generated, which takes long."""
+    """Count graphs. Uses the real partitioner but generates no code, which would take long."""
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     compile_ = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend=counter))
@@ -148,7 +148,7 @@ def test_no_more_is_kept_for_backward_than_products_and_attention_need(
     needed = 3 * 32 * 4 * (2 * HIDDEN + 4 * HIDDEN + (2 if held else 1) * INTERMEDIATE)
     small = 3 * 32 * 4 * (2 + 2)  # a number per token and norm, one per token and head
     assert needed <= one_block <= needed + small
-    # The dry run foretells it.
+    # The dry run predicts it.
     model = adapted_llama([4])
     sizes = Sizes.of(Decoder(model), torch.float32)
     foretold = 3 * 32 * sizes.kept_for_backward(True, recomputed=not held)

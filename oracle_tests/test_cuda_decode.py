@@ -1,4 +1,4 @@
-"""The GPU layout: walked lane by lane as the kernel does, unpacked, and through the kernels where there is a GPU."""
+"""The GPU layout: read lane by lane as the kernel does, unpacked, and through the kernels if there is a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoding loop draws what Hugging Face's own would, with either cache and every family."""
+"""The decoding loop generates the tokens of Hugging Face's own, with either cache and every family."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_rows_of_a_batch_do_not_meet() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_every_token_has_the_same_shapes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph needs of a static cache: a decoding step reads and writes the same tensors every time."""
+    """A graph needs a static cache: a decoding step must read and write the same tensors every time."""
     model = random_model(family).eval()
     cache = StaticCache(config=model.config, max_cache_len=16)
     following = next_token.NextToken(model, cache)

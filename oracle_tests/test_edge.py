@@ -1,4 +1,4 @@
-"""Numerics at the edge, both packages side by side: half precision, ten orders of magnitude, silence, singularity, ties."""
+"""Hard numerical cases in both packages: half precision, ten orders of magnitude, silent inputs, singularity, ties."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def both(spec: Callable[..., Any], production: Callable[..., Any], *values: Any,
 
 
 def exact(value: torch.Tensor) -> np.ndarray:
-    """What a tensor holds, in float64."""
+    """The values of a tensor in float64."""
     return value.double().numpy()
 
 

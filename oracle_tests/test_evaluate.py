@@ -1,4 +1,4 @@
-"""Perplexity against a computation by hand, and that nothing that is not finite is ever shown or written."""
+"""Perplexity against a computation by hand; figures that are not finite are never shown or written."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_largest_loss_that_has_a_perplexity_has_one() -> None:
 
 
 def scale_up(place: Path) -> None:
-    """Enlarge one block's weights: what it puts out is beyond 65504, and well within float32."""
+    """Enlarge one block's weights: its output exceeds 65504 but fits float32."""
     file = place / "model" / "model.safetensors"
     tensors = load_file(file)
     for projection in ("up_proj", "down_proj"):

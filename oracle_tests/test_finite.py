@@ -1,4 +1,4 @@
-"""Numbers that overflow stop everything at once: the place, the dtype and the way out are in one line."""
+"""Overflow stops every command at once, with one line that names the place, the dtype and the remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADVICE = "holds NaN or infinity in float16; float16 ends at 65,504: use --dtype 
 
 
 def loud(dtype: torch.dtype = torch.float16, block: int = 1) -> PreTrainedModel:
-    """What gate and up of a block multiply to is beyond float16, and within every other dtype."""
+    """A model where the product of gate and up in one block overflows float16, but no other dtype."""
     model = random_model("llama", dtype=dtype)
     with torch.no_grad():
         for name in ("gate_proj", "up_proj"):

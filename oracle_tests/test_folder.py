@@ -1,4 +1,4 @@
-"""Where a run's folder may be: links, empty folders, names and places that cannot be; what stays when writing fails."""
+"""Where a run's folder may be: links, empty folders, impossible names and places; what remains when writing fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is read from outside, broken in every way: one clear message, no code run, nothing written, no pickle opened."""
+"""Input files, broken in every way: one clear message, no code run, nothing written, no pickle opened."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def broken(draw: st.DrawFn, data: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as it should be."""
+    """A valid model folder."""
     folder = tmp_path_factory.mktemp("sound") / "model"
     save_random_model(folder, "llama-gqa")
     return folder

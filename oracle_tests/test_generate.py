@@ -1,4 +1,4 @@
-"""The command generate: what decides its text, and what a checkpoint may ask for that ends in one line."""
+"""The command generate: what decides its text, and which settings of a checkpoint are ignored or refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(model: Path, capsys: pytest.CaptureFixture, *options: str, prompt: str =
 
 
 def greedy(model: Path, prompt: str = PROMPT, new: int = 8) -> list[int]:
-    """The likeliest tokens, by the whole model again for each."""
+    """The most likely tokens, by a full forward pass for each."""
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = byte_tokenizer()(prompt, return_tensors="pt")["input_ids"]
     for _ in range(new):

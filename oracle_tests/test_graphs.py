@@ -1,4 +1,4 @@
-"""Captured graphs own what they read: on a CPU by emulated graphs; on a GPU by programs/gpu_graphs.py."""
+"""Captured graphs own the memory they read: tested here with emulated graphs, on a GPU by programs/gpu_graphs.py."""
 
 from __future__ import annotations
 

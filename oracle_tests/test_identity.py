@@ -1,4 +1,4 @@
-"""An unfinished run goes on only as what it was: the same options, model and texts; what has changed is named."""
+"""An unfinished run is resumed only with the same options, model and texts; the message names what has changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = {"calibration_data": "calibration", "finetune_data": "fine-tuning", "eva
 
 
 def options(place: Path, **changes: object) -> list[str]:
-    """A small run with a text of its own for every purpose."""
+    """Options of a small run with a separate text for every purpose."""
     texts = {name: place / f"{name}.txt" for name in TEXTS}
     return arguments(place, **{**texts, "train_examples": 8, "steps": 1, "prune_method": "magnitude", **changes})
 
@@ -35,7 +35,7 @@ def stopped(tmp_path: Path, at_clip: Callable, ctrl_c: None) -> Path:
     """A place with a run that was stopped while training."""
     place = make_place(tmp_path)
     for number, name in enumerate(TEXTS):
-        # Twice what is read of it, so that something may change behind that.
+        # Twice as long as the part that is read, so that the rest may change.
         (place / f"{name}.txt").write_text("\n<|endoftext|>\n".join(f"{number} {k} {WORDS * 3}" for k in range(20)))
     at_clip(1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(options(place)) == 128 + signal.SIGTERM
@@ -123,7 +123,7 @@ def test_other_versions_are_said_and_other_contents_refused(caplog: pytest.LogCa
 
 
 def material(rows: list[list[int]], labels: list[list[int]]) -> dict[str, object]:
-    """What a run with such examples remembers of its material."""
+    """The record of a run's material with such examples."""
     examples = [{"input_ids": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(rows, labels, strict=True)]
     some, tokenizer = torch.arange(4).view(2, 2), PreTrainedTokenizerFast
     found = Material(random_model("llama"), tokenizer, some, examples, some + 1, {})  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""The Triton kernels against the spec, under Triton's interpreter: shapes that fit no tile, ranks that fit no power of two.
+"""The Triton kernels against the spec, under Triton's interpreter: shapes that fit no tile, ranks that are no power of two.
 
-On a GPU the whole suite runs through them; there `python -m oracle_tests.programs.gpu_kernels` holds every one to the spec.
+On a GPU the whole suite uses them; there `python -m oracle_tests.programs.gpu_kernels` compares every one with the spec.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models in and out: nothing but numbers, dtypes as stored, code and tokenizers that come with a model, modes, hubs."""
+"""Reading and writing models: finite numbers, dtypes, code and tokenizers that come with a model, file modes, hubs."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 
 def test_every_place_that_loads_says_whether_code_is_trusted() -> None:
-    """Else transformers asks on standard input."""
+    """Otherwise transformers asks on standard input."""
     found = 0
     for path in Path(run.__file__).parent.rglob("*.py"):
         for call in calls(path):

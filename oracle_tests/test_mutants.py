@@ -1,4 +1,4 @@
-"""The program that breaks production: what it changes, what it leaves alone, which tests it picks, how it counts."""
+"""The mutation program: what it changes, what it does not change, which tests it picks, how it counts."""
 
 from __future__ import annotations
 

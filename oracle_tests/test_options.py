@@ -1,4 +1,4 @@
-"""Every option of every command with values that make no sense: one line that names it, before any work."""
+"""Every option of every command with invalid values: one line that names the option, before any work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch_impl.experiment import compare, config
 from torch_impl.experiment.planning import dry_run
 
 NONSENSE = ("nan", "inf", "-inf", "-1", "0", "1000000000000", "1e300", "word")
-# What is no nonsense after all: nothing pruned, nothing learned, no bound on the gradients, any seed.
+# Values that are valid after all: nothing pruned, nothing learned, no bound on the gradients, any seed.
 ACCEPTED: dict[str, set[str]] = {
     "sparsity_ratio": {"0"},
     "learning_rate": {"0", "1e300"},

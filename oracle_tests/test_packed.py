@@ -191,7 +191,7 @@ def test_the_layer_takes_any_number_of_rows(lead: tuple[int, ...], dtype: torch.
 
 
 def test_compiled_code_finds_the_layer_by_its_handle() -> None:
-    """As one operation that a copy does not share, whatever it is that the layer calls."""
+    """A copy does not share the operation that the layer calls."""
     linear = nn.Linear(48, 20)
     layer = PackedLinear.of(linear)
     other = copy.deepcopy(layer)

@@ -1,4 +1,4 @@
-"""Packed models on disk: the same bits back, the same tokens out, and one line for whatever was damaged."""
+"""Packed models on disk: unpacking restores the bits, tokens are the same, and corrupt files give one error line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every production function against its spec, on everything the strategies can think of."""
+"""Every production function against its spec, on all inputs of the strategies."""
 
 from __future__ import annotations
 

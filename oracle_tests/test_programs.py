@@ -1,4 +1,4 @@
-"""The programs that are run by hand and need no GPU."""
+"""The programs of oracle_tests/programs/ that need no GPU."""
 
 from __future__ import annotations
 

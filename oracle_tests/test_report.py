@@ -1,4 +1,4 @@
-"""Every figure that a user reads, against a computation of its own from hand-made results or from the model saved on disk."""
+"""Every figure that a user reads, recomputed from hand-made results or from the saved model."""
 
 from __future__ import annotations
 

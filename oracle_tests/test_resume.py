@@ -1,4 +1,4 @@
-"""Runs that stop, however they stop, and go on to the same bits; what they do when something is wrong."""
+"""Runs that are stopped in any way resume to the same bits; what they do when something is wrong."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_every_generator_goes_on_where_it_was() -> None:
 def test_a_run_goes_on_from_any_point_to_the_same_bits(
     tmp_path: Path, method: str, pattern: str, every: int, epochs: int
 ) -> None:
-    """With reconstruction in windows of two blocks a point has both of them."""
+    """With reconstruction in windows of two blocks a checkpoint holds both of them."""
     setup = replace(settings(method, pattern), reconstruction=ReconstructionConfig(epochs, 1e-2, 4, 2))
     plain = outcome(setup)
     counted = Counting(tmp_path / "all")
-    assert same(outcome(setup, counted), plain), "writing points changes nothing"
+    assert same(outcome(setup, counted), plain), "writing checkpoints changes nothing"
     blocks = len(plain[0][0]["sparsity"])
     # Every block, every optimizer step and the end of both steps.
     assert counted.count == 2 * blocks + sum(len(record["losses"]) for record in plain[0]) + 2
@@ -99,7 +99,7 @@ def test_a_run_goes_on_from_any_point_to_the_same_bits(
         with pytest.raises(Stop):
             outcome(setup, Counting(folder, stop))
         torch.manual_seed(stop)
-        assert same(outcome(setup, Checkpointer(RunCheckpoints(folder))), plain), f"stopped at point {stop}"
+        assert same(outcome(setup, Checkpointer(RunCheckpoints(folder))), plain), f"stopped at checkpoint {stop}"
 
 
 def test_a_run_that_stops_at_every_point_ends_too(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_every_so_many_optimizer_steps_and_the_last_of_a_step_are_saved(
 def test_damage_to_a_file_of_any_kind_goes_back_one_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of the same size, so that its SHA-256 alone tells; three blocks and two optimizer steps are saved."""
+    """The file keeps its size, so only its SHA-256 reveals the change; three blocks and two optimizer steps are saved."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("one event")
     with pytest.raises(Stop):
@@ -304,7 +304,7 @@ def test_too_little_disk_or_memory_is_told_first(
 
 
 def test_the_disk_estimate_covers_what_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With full base weights in every point: SparseGPT, and folding."""
+    """With full base weights in every checkpoint: SparseGPT and folding."""
     largest = 0
 
     class Watching(RunCheckpoints):
@@ -329,7 +329,7 @@ def test_an_interruption_is_a_keyboard_interrupt() -> None:
 
 
 def test_a_handful_of_faults() -> None:
-    """One of each kind that only another process can survive; `make faults` has more."""
+    """Some faults that only another process can survive; `make faults` has more."""
     done = subprocess.run(
         [sys.executable, "-m", "oracle_tests.programs.faults", "--faults", "6", "--seed", "3"],
         capture_output=True,

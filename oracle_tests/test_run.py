@@ -1,4 +1,4 @@
-"""The command line: whole runs on tiny models, what they leave behind, what bad input gets."""
+"""The command line: whole runs on tiny models, the folders they write, errors for bad input."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_a_whole_folder(place: Path, changes: dict, capsys: pytest.
     assert set(json.loads((out / "environment.json").read_text())) >= {"torch", "transformers", "model_sha256"}
     assert "sparsity_config" not in json.loads((out / "model" / "config.json").read_text())
 
-    # The saved model, in a fresh look: zeros as reported. Its perplexity: `test_a_pruned_model_can_be_pruned_further`.
+    # The saved model, read again, has the reported zeros. Its perplexity: `test_a_pruned_model_can_be_pruned_further`.
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
     assert model.dtype == pretrained.DTYPES[str(changes.get("dtype", "float32"))]
     zeros: dict[str, torch.Tensor] = {}

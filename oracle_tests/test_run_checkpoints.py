@@ -1,4 +1,4 @@
-"""Checkpoints of a run on disk: what is written, in which order, what is removed when, and what damage does."""
+"""Checkpoints of a run on disk: what is written in which order, what is removed when, and the effect of corruption."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_damaged_point_is_named_and_the_one_before_serves(
     if damage is not cut or name.endswith("safetensors"):
         assert name in caplog.text or damage is Path.unlink
     again.put("a", some(3))
-    # No file of a number in use is written over.
+    # No file of a checkpoint in use is overwritten.
     assert again.commit({"n": 3}) == 3
     assert RunCheckpoints(tmp_path).open_last() == {"n": 3}
 

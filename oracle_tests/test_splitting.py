@@ -1,4 +1,4 @@
-"""What is measured is in no text that calibrates or trains, whatever the sources; and what is said of it is true."""
+"""No measured document is in a calibration or training text, whatever the sources; and the report says so correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch_impl.experiment.text.splitting import Texts, load_texts, separate
 
 
 def same(one: Document, other: Document) -> bool:
-    """Whether two documents are the same text, or answer the same prompt; white space aside."""
+    """Whether two documents are the same text, or answer the same prompt; ignoring white space."""
 
     def plain(text: str) -> str:
         return " ".join(text.split())
@@ -248,7 +248,7 @@ def test_what_is_said_of_the_measured_text_is_true(name: str, limit: int | None,
     assert ("held out" in said) == (not whole)
     assert ("the first windows" in said) == facts["first_windows_only"] == (limit is not None)
     left_out = facts["documents_left_out"]
-    assert ("left out" in said) == any(left_out.values())
+    assert ("removed from other texts" in said) == any(left_out.values())
     assert all((f"{count} of {title}" in said) == (count > 0) for title, count in left_out.items())
 
 

@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same decisions, the same numbers up to the order of summation."""
+"""Several processes give the result of one: the same decisions, the same numbers up to the order of summation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_same(several: Outcome, one: Outcome) -> None:
             assert values == pytest.approx(wanted, rel=OTHER_ORDER, abs=OTHER_ORDER), f"step {record.step}: {name}"
     assert several.weights.keys() == one.weights.keys()
     for name, weight in one.weights.items():
-        assert np.array_equal(several.weights[name] == 0, weight == 0), f"{name}: masks part"
+        assert np.array_equal(several.weights[name] == 0, weight == 0), f"{name}: masks differ"
         np.testing.assert_allclose(several.weights[name], weight, rtol=0, atol=OTHER_ORDER)
 
 
@@ -199,7 +199,7 @@ def test_gram_matrices_are_of_all_sequences_in_their_order() -> None:
 
 @pytest.mark.parametrize("fatal", [2, 6, 10])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_any_number(fatal: int, tmp_path: Path) -> None:
-    """Killed while pruning, while training, in the second step; the last point is whole and serves one, two and four."""
+    """Killed while pruning, while training, in the second step; one, two or four processes resume from the last checkpoint."""
     case = settings(prune_method="sparsegpt", rank_shrink="fold") if fatal == 10 else settings()
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="process"):

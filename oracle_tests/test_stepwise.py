@@ -1,8 +1,8 @@
-"""Runs in float32 and bf16, step by step: what production makes of a step, against what the spec makes of the same state.
+"""Runs in float32 and bf16, step by step: production's result of a step against the spec's from the same state.
 
-A whole run in half precision parts from the spec's at the first score that rounding puts on the other side of a threshold.
-So every step here starts anew: the spec is handed the weights and adapters that production came with, exactly as they are,
-and computes the step in float64. Production's decisions are the spec's but for near ties, its numbers within `STEPWISE`.
+A run in half precision diverges from the spec's at the first score that rounding moves across a threshold. So the spec starts every
+step from production's exact weights and adapters, and computes it in float64. Production's decisions equal the spec's except near
+ties, and its numbers are within `STEPWISE`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def training(
 
 
 def figures(case: Case, dtype: torch.dtype) -> list[dict[str, float]]:
-    """Of every step, how far production's numbers are from the spec's; what it decides by them is checked here."""
+    """Differences between production's numbers and the spec's at every step; also checks production's decisions."""
     settings = case.settings
     production = run_production(case, dtype)
     dense = rounded(case.model(), dtype)

@@ -1,4 +1,4 @@
-"""A model whose blocks come from its files is pruned to the same bits as one in memory, and leaves the same folder."""
+"""An offloaded run prunes to the same bits as a run in memory, and writes the same folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def split_into_shards(folder: Path, parts: int) -> None:
-    """The same checkpoint in several files, tensors dealt out in turn, as no block would have it."""
+    """Split a checkpoint into several files, with the tensors of each block spread over all of them."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
     place_of = {name: f"model-{k % parts + 1:05}-of-{parts:05}.safetensors" for k, name in enumerate(sorted(tensors))}
@@ -371,11 +371,11 @@ def test_what_the_disk_made_of_it_is_noticed(
 
 
 class Killed(BaseException):
-    """As if the process had gone."""
+    """Raised to simulate a killed process."""
 
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the run right after the point of this number; back to normal behind it."""
+    """Stop the run right after checkpoint N."""
     noted, seen = Checkpointer.noted, []
 
     def counted(self: Checkpointer) -> None:
@@ -462,7 +462,7 @@ def test_a_run_from_files_goes_on_to_the_same_bits(
         stop_after(count, monkeypatch)
         assert main(arguments(place, **PLAIN, **split, **again)) == 1
         again = {"resume": "true"}
-    # Block 2 was pruned when the point behind block 1 was made, and again.
+    # Block 2 was pruned when the checkpoint after block 1 was written, and again.
     assert pruned == [0, 1, 2, 2]
     if damage:
         flip_a_byte(place)

@@ -1,4 +1,4 @@
-"""Text sources: every kind of file and record, the hub, and what is said of bad input."""
+"""Text sources: every kind of file and record, the hub, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_all_of_a_conversation_is_used(record: dict[str, Any], prompt: str) -> N
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """A stand-in for the hub's client that writes down what it is asked for."""
+    """A stand-in for the hub's client that records requests."""
     import datasets
 
     asked: list[tuple[Any, ...]] = []

@@ -21,7 +21,7 @@ from oracle_tests.whole_runs import PLAIN, SIZES, Case, run_production, special
 from reference import llama
 from reference import losa as reference_losa
 
-# Where the two may part after training, in float64 with u = 1e-16. Gradients are clipped to norm 1 over some thousand
+# How much the two may differ after training, in float64 with u = 1e-16. Gradients are clipped to norm 1 over some thousand
 # entries, so their partial sums are about 1e-2 and rounding leaves 10 · u · 1e-2 = 1e-17 in each. Adam divides an entry
 # by √v + ε, ε = 1e-8, so an entry that happens to be smaller than ε (one in a million; a run has 1e5) moves by
 # lr · 1e-17 / 1e-8 = 2e-11 with lr ≤ 2e-2. At most 5 · 8 optimizer steps add up to 40 times that, 1e-9, and the steps
@@ -144,7 +144,7 @@ ROUNDING = 1e-12
 
 
 def parts_at(name: str, theirs: Any, ours: Any, numbers: float = BOUND) -> str | None:
-    """Where and by how much two values differ beyond what their kind allows; None if they do not."""
+    """Say where and by how much two values differ beyond the bound of their kind; None if they do not."""
     theirs, ours = np.asarray(theirs, dtype=np.float64), np.asarray(ours, dtype=np.float64)
     if theirs.shape != ours.shape:
         return f"shape {theirs.shape} in production, {ours.shape} in the reference"
@@ -161,7 +161,7 @@ def parts_at(name: str, theirs: Any, ours: Any, numbers: float = BOUND) -> str |
 def first_parting(
     theirs: list[reference_losa.StepRecord], ours: list[reference_losa.StepRecord], reconstructed: bool = False
 ) -> str | None:
-    """The first step, block and quantity in which two runs part, in words. reconstructed: weights are trained from step 1 on."""
+    """Say in which step, block and quantity two runs first differ. reconstructed: weights are trained from step 1 on."""
     for record, expected in zip(theirs, ours, strict=True):
         trained = expected.step > 1 or reconstructed
         for name, *pair in decisions_and_numbers(record, expected):
@@ -232,7 +232,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_runs(name: str) -> None:
-    """What chance would seldom draw."""
+    """Cases that random sampling would seldom draw."""
     assert_same_run(SPECIAL[name])
 
 
@@ -255,7 +255,7 @@ def _with_layer(record: reference_losa.StepRecord, block: int, name: str, **arra
 
 
 def test_a_failure_names_the_first_step_block_and_quantity() -> None:
-    """The comparison itself can catch, and blames the cause and not what follows from it."""
+    """The comparison notices differences, and names the cause rather than its consequences."""
     case = replace(PLAIN, settings=replace(PLAIN.settings, steps=2))
     _, records = reference_losa.run(case.model(), case.calibration(), case.parts(), case.settings)
     assert first_parting(records, records) is None

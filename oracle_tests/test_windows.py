@@ -1,4 +1,4 @@
-"""Windows of tokens and training examples, and what is said of bad arguments."""
+"""Windows of tokens and training examples, and errors for bad arguments."""
 
 from __future__ import annotations
 
