@@ -38,7 +38,7 @@ def of_saved(result: Result) -> str:
         [
             "---",
             "library_name: transformers",
-            *([f"base_model: {json.dumps(name)}"] if on_hub else []),
+            *([f"base_model: {json.dumps(name, allow_nan=False)}"] if on_hub else []),
             "tags: [sparse, pruned, losa]",
             "---",
             f"# {name.rpartition('/')[2]}, pruned to {result.losa.sparsity:.1%} zeros",
