@@ -20,8 +20,9 @@ from oracle_tests.small_runs import arguments, make_place
 from tiny_models.random_models import save_random_model
 from torch_impl import cli
 from torch_impl.commands import evaluate, generate, pack, run, serve
+from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume import run_folder
-from torch_impl.experiment import config
+from torch_impl.experiment import config, progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,3 +234,26 @@ def test_plan_refuses_an_unfinished_run(place: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["plan", *arguments(place, output_dir=out)]) == 2
     assert "has an unfinished run in" in capsys.readouterr().err
     assert cli.main(["plan", *arguments(place, output_dir=out), "--resume"]) == 0
+
+
+def test_without_a_terminal_a_line_a_step(place: Path) -> None:
+    """Standard error of a real process: no carriage return, perplexity and time left after each step."""
+    command = [sys.executable, "-m", "torch_impl.cli", "run", *arguments(place, output_dir=place / "lines")]
+    done = subprocess.run(command, capture_output=True, timeout=240, cwd=ROOT)
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert b"\r" not in done.stderr
+    steps = [line for line in said.splitlines() if line.startswith("step ")]
+    assert len(steps) == 2
+    assert re.fullmatch(r"step 1 of 2: sparsity 0\.\d{3}, perplexity \d+\.\d\d, about \d+:\d\d left", steps[0])
+    assert re.fullmatch(r"step 2 of 2: sparsity 0\.\d{3}, perplexity \d+\.\d\d, saving and verifying", steps[1])
+
+
+def test_time_left_counts_the_shares_of_training() -> None:
+    """Step 1 of 3 took 10 s and 20 s of training on a tenth; the others train on two and seven tenths."""
+    record = StepRecord(1, 0.5, [], [], [0.25, 0.75], [], [], [], {"prune": 7.0, "errors": 3.0, "train": 20.0})
+    line = progress.step_line(record, 12.345, [0.1, 0.2, 0.7])
+    assert line == "step 1 of 3: sparsity 0.500, perplexity 12.35, about 3:20 left"
+    record.step = 3
+    assert progress.step_line(record, 9.0, [0.1, 0.2, 0.7]).endswith("perplexity 9.00, saving and verifying")
+    assert [progress.clock(seconds) for seconds in (0.2, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from torch_impl.engine import calibration, distributed
 from torch_impl.engine.adapted_linear import attach_adapters, block_adapters, hold_merged_weights
@@ -15,6 +14,7 @@ from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.checkpoints.offload import sweep
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
+from torch_impl.engine.progress import bar
 from torch_impl.engine.rates import Measure
 
 
@@ -103,7 +103,7 @@ class ModelBlocks:
 
 def progress_bar(blocks: Iterable[Any], description: str, total: int) -> Iterable[Any]:
     """Show a progress bar in process 0."""
-    return tqdm(blocks, desc=description, total=total, leave=False, disable=not distributed.is_main_process())
+    return bar(blocks, description, total)
 
 
 @torch.no_grad()

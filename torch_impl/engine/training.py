@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from torch_impl.engine import distributed
 from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.batches import Example, split
 from torch_impl.engine.gradients import Gradients, trainable
+from torch_impl.engine.progress import bar
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import TrainingConfig
 
@@ -74,7 +73,7 @@ def train(
     try:
         batches = list(split(examples, config.batch_size))
         left = range(len(losses), len(batches))
-        for step in tqdm(left, desc=description, leave=False, disable=not distributed.is_main_process()):
+        for step in bar(left, description):
             rate = config.learning_rate * lr_factor(done + step, total, config.warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -68,6 +68,10 @@ def command(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
     @functools.wraps(work)
     def main(arguments: Sequence[str] | None = None) -> int:
         transformers.utils.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            # Bars redraw their line; a log would keep every redraw.
+            transformers.utils.logging.disable_progress_bar()
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         for stream in (sys.stdout, sys.stderr):
             # Print characters that the terminal cannot show as escapes.
             if hasattr(stream, "reconfigure"):

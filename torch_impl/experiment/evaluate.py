@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from torch_impl.engine import distributed, finite
 from torch_impl.engine.calibration import Stream, finish
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.progress import bar
 
 # The largest mean loss with a finite exponential in float64.
 LARGEST = math.log(sys.float_info.max)
@@ -32,7 +32,7 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
     total = 0.0
     batches = windows.split(batch_size)
     rounds = range(distributed.process_index(), distributed.process_index() + len(batches), distributed.processes())
-    for own in tqdm(rounds, desc="perplexity", leave=False, disable=not distributed.is_main_process()):
+    for own in bar(rounds, "perplexity"):
         # A sharded model runs in all processes at once, so a process without a batch repeats the first one.
         ids = batches[own if own < len(batches) else 0].to(device)
         loss = _loss_sum(model(input_ids=ids, use_cache=False).logits, ids)

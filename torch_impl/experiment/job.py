@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
+from torch_impl.experiment.progress import step_line
 from torch_impl.experiment.result import Measured, Result, SavedBytes, summarise
 from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.samples import sample
@@ -207,6 +209,9 @@ def _prune_and_train(
         evaluation.metrics.log("step", **record.as_dict())
         notes["after_step"].append(evaluation.perplexity(model, model="losa", step=record.step))
         notes["seconds"] = seconds()
+        if distributed.is_main_process():
+            shares = config.text.shares(config.prune.steps)
+            print(step_line(record, notes["after_step"][-1], shares), file=sys.stderr, flush=True)
 
     def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
         evaluation.metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from torch_impl import losa
 from torch_impl.engine import calibration, memory
@@ -20,6 +19,7 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.offload import reader_of, sweep
 from torch_impl.engine.checkpoints.rewriting import Output, fingerprint
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.progress import bar
 from torch_impl.engine.rates import Measure
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.settings import Settings
@@ -70,7 +70,7 @@ class Sweeps:
         return calibration.start_stream(self.decoder, ids, batch, on_host=not self.budget.reserve(wanted))
 
     def _blocks(self, description: str) -> Iterator[nn.Module]:
-        blocks = tqdm(sweep(self.decoder), desc=description, total=len(self._sizes.blocks), leave=False)
+        blocks = bar(sweep(self.decoder), description, len(self._sizes.blocks))
         with calibration.compiled([self.decoder], self.config.training.compile_blocks):
             yield from blocks
         self.budget.release_all()
