@@ -34,4 +34,4 @@ def unmark(folder: Path) -> None:
 
 def _write(path: Path, content: Mapping[str, object]) -> None:
     """Write JSON as transformers does, which may hold infinities."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
