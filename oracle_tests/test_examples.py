@@ -66,7 +66,7 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small model, its folder as MODEL, and small sizes."""
     place = make_place(tmp_path)
-    [code] = re.findall(r"```python\n(import torch_impl.*?)```", README, flags=re.DOTALL)
+    code = re.findall(r"```python\n(import torch_impl.*?)```", README, flags=re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").rename(tmp_path / "MODEL")
     prune = torch_impl.prune
@@ -121,7 +121,7 @@ def test_the_picture_is_there() -> None:
 def test_a_shown_command_knows_its_options() -> None:
     from torch_impl.experiment.config import parse
 
-    commands = re.findall(r"python -m torch_impl\.run (--model MODEL.*?)\n(?:python|```)", README, flags=re.DOTALL)
+    commands = re.findall(r"losa run (--model MODEL.*?)\n(?:losa|```)", README, flags=re.DOTALL)
     assert commands
     for command in commands:
         config = parse(textwrap.dedent(command).replace("\\\n", " ").split())
