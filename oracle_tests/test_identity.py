@@ -86,7 +86,8 @@ def test_every_option_counts_but_those_that_say_where_and_how_often_to_write() -
     every = {field.name for section in SECTIONS.values() for field in dataclasses.fields(section)}
     before = identity.options(Config())
     assert every - set(before) == {
-        "output_dir", "overwrite", "dry_run", "config", "preset", "resume", "accept_changes", "save_every", "keep_points"
+        "output_dir", "overwrite", "dry_run", "plan_for", "config", "preset", "resume", "accept_changes", "save_every",
+        "keep_points",
     }  # fmt: skip
     identity.check_options(before, dict(before), ())
     for name in before:

@@ -197,7 +197,7 @@ def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     assert events(place) == events(place, "whole")
     assert {entry.name for entry in place.iterdir()} == {"model", "text.txt", "whole", "out"}
     assert {entry.name for entry in (place / "out").iterdir()} == {
-        "model", "config.json", "environment.json", "metrics.jsonl", "steps.json", "losa_result.json"
+        "model", "losa_config.toml", "environment.json", "metrics.jsonl", "steps.json", "losa_result.json"
     }  # fmt: skip
     assert main(arguments(place, resume="true")) == 2
     assert "its run is finished" in capsys.readouterr().err
