@@ -106,10 +106,9 @@ def reconstruct_blocks(
     try:
         for step in range(steps):
             batch = step % batches
-            of_batch = len(range(batch, sequences, batches))
             # The batch's sequences that this process has, by their local number.
             rows = torch.tensor(range((batch - share.first) % batches, len(inputs), batches), dtype=torch.int64)
-            scale = (2 * sequences / of_batch * omega).to(weights.dtype)
+            scale = (2 * sequences / len(range(batch, sequences, batches)) * omega).to(weights.dtype)
             for part in rows.split(rows_at_once or max(1, len(rows))) if len(rows) else ():
                 hidden, wanted = inputs[part].to(device), targets[part].to(device)
                 with torch.enable_grad():
