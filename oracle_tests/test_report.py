@@ -8,11 +8,13 @@ import html
 import json
 import math
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import torch_impl
 from oracle_tests.small_runs import arguments, events, make_place
+from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import job, model_card, report, report_page
+from torch_impl.experiment import job, model_card, provenance, report, report_page, samples
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.result import Result, Row, Verification
 from torch_impl.run import main
@@ -258,6 +261,52 @@ def test_without_matplotlib_the_page_says_how_to_get_pictures(tmp_path: Path, mo
     assert '<code>pip install "losa-oracle[report]"</code>' in page
     assert "<img" not in page
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a + where files differ from it; none without a checkout."""
+
+    def git(*words: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *name, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.commit() is None
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-q", "-m", "one")
+    assert provenance.commit() == git("rev-parse", "HEAD").strip()
+    (tmp_path / "a").write_text("2")
+    assert provenance.commit() == git("rev-parse", "HEAD").strip() + "+"
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    held = torch.ones(30_000_000)
+    found = provenance.peak_memory(torch.device("cpu"))
+    assert set(found) == {"host"}
+    assert held.nbytes < psutil.Process().memory_info().rss <= found["host"] * 1.01
+
+
+@pytest.mark.parametrize(("positions", "length"), [(30, 6), (24, 0), (128, 40)])
+def test_a_sample_stays_within_learned_positions(positions: int, length: int) -> None:
+    model = random_model("opt", max_position_embeddings=positions).eval()
+    model.generation_config.eos_token_id = None
+    [letter] = byte_tokenizer()("A", add_special_tokens=False)["input_ids"]
+    found = samples.sample(model, byte_tokenizer(), torch.full((2, 40), letter))
+    assert found.get("prompt", "A" * 24) == "A" * 24
+    assert bool(found) == bool(length)
+    if found:
+        prompt = torch.full((1, 24), letter)
+        [row] = model.generate(prompt, max_new_tokens=length, do_sample=False, pad_token_id=0)
+        assert found["text"] == byte_tokenizer().decode(row[24:], skip_special_tokens=True)
+
+
+def test_a_run_does_not_fail_for_its_sample(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model("llama")
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    assert samples.sample(model, byte_tokenizer(), torch.full((2, 40), 65)) == {}
+    assert "no text sample in the report: division by zero" in caplog.text
 
 
 # --- a whole run, against its model on disk ---

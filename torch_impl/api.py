@@ -32,6 +32,7 @@ from torch_impl.decode.packed_folder import Saving
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.batches import Example
 from torch_impl.engine.blocks import zero_share
+from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
@@ -253,7 +254,7 @@ def _material(
     return windows, split_parts(examples, config.text.shares(config.prune.steps)) if examples else []
 
 
-def _as_given(config: Config, windows: torch.Tensor) -> Any:
+def _as_given(config: Config, windows: torch.Tensor) -> CalibrationConfig:
     """Return the calibration options with the shape of the windows."""
     found = config.calibration
     rows = None if found.rmi_samples is None else min(found.rmi_samples, len(windows))

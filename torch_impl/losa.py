@@ -16,11 +16,12 @@ from torch_impl import adapter, rank, schedule, sparsity
 from torch_impl.engine import calibration, distributed, finite, statistics, training
 from torch_impl.engine.adapted_linear import block_adapters, hold_merged_weights
 from torch_impl.engine.batches import Example
-from torch_impl.engine.blocks import Blocks, ModelBlocks, progress_bar
+from torch_impl.engine.blocks import Blocks, ModelBlocks
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.lockstep import Lockstep
 from torch_impl.engine.memory import find_executable_batch_size
+from torch_impl.engine.progress import bar
 from torch_impl.engine.reconstruction import Reconstructor
 from torch_impl.engine.record import Clock, StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
@@ -152,7 +153,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpo
     batch_size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     lockstep = Lockstep(blocks, batch_size, settings.reconstruction.window)
     reconstructor = Reconstructor(family, start, settings.reconstruction)
-    for index, block in progress_bar(lockstep, "prune", count):
+    for index, block in bar(lockstep, "prune", count):
         done = index < progress.block
         with distributed.unsharded_with_writeback(block, family):
             earlier = done or blocks.restore(index, block)

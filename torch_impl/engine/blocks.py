@@ -101,16 +101,11 @@ class ModelBlocks:
         pass
 
 
-def progress_bar(blocks: Iterable[Any], description: str, total: int) -> Iterable[Any]:
-    """Show a progress bar in process 0."""
-    return bar(blocks, description, total)
-
-
 @torch.no_grad()
 def measure_importance(decoder: Decoder, measure: Measure, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Measure the importance (L,) of every block of the current model from token ids (n, tokens); keep no features."""
     stream = calibration.start_stream(decoder, distributed.own_sequences(ids, "rmi_samples"), batch_size)
-    for index, block in enumerate(progress_bar(decoder.blocks, "importance", len(decoder.blocks))):
+    for index, block in enumerate(bar(decoder.blocks, "importance")):
         with distributed.unsharded(block), hold_merged_weights(list(block_adapters(block, decoder.family).values())):
             measure.advance(stream, block, index)
     return distributed.broadcast(measure.importance())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ def software() -> dict[str, str | None]:
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the largest memory of this process so far, in bytes: of the host, and of a GPU's tensors."""
-    found = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    # macOS counts bytes, Linux KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"host": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     if device.type == "cuda":
         found["device"] = torch.cuda.max_memory_allocated(device)
     return found

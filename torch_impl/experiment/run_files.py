@@ -12,21 +12,9 @@ from torch_impl.engine.files import write_atomically
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import model_card, report_page
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.identity import ELSEWHERE
 from torch_impl.experiment.metrics import write_json
 from torch_impl.experiment.result import Result
-
-# Options of one start, not of the run.
-NOT_A_RUN_S = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "accept_changes",
-    "dry_run",
-    "devices",
-    "preset",
-    "config",
-    "plan_for",
-)
 
 
 def write_results(
@@ -50,7 +38,9 @@ def as_toml(config: Config) -> str:
         "# The options of this run: python -m torch_impl.run --config losa_config.toml --output_dir NEW repeats it."
     ]
     for section, values in config.as_dict().items():
-        shown = {name: value for name, value in values.items() if value is not None and name not in NOT_A_RUN_S}
+        shown = {
+            name: value for name, value in values.items() if value is not None and name not in (*ELSEWHERE, "devices")
+        }
         if shown:
             lines += ["", f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in shown.items())]
     return "\n".join([*lines, ""])

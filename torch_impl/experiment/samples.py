@@ -7,6 +7,8 @@ import logging
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_impl.engine.families import position_limit
+
 logger = logging.getLogger(__name__)
 
 PROMPT, NEW = 24, 40
@@ -19,9 +21,17 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: 
     Returns nothing if the model cannot generate: a run does not fail for its sample.
     """
     ids = windows[:1, :PROMPT].to(model.device)
+    # Beyond learned positions, a GPU would be of no more use to this process.
+    room = (position_limit(model) or ids.shape[1] + NEW) - ids.shape[1]
+    if room < 1:
+        return {}
     try:
         written = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(NEW, room),
+            do_sample=False,
+            pad_token_id=0,
         )
         prompt, text = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], written[0, ids.shape[1] :]))
     except Exception as error:
