@@ -14,10 +14,13 @@ from oracle_tests.emulated_graphs import FreedMemoryError
 from oracle_tests.programs import gpu_graphs
 from oracle_tests.tiny_material import adapted_model, examples_for
 from tiny_models.random_models import random_model
+from torch_impl import reconstruct
 from torch_impl.decode.next_token import NextToken
-from torch_impl.engine import adapted_linear, gradients, training
+from torch_impl.engine import adapted_linear, calibration, gradients, training
+from torch_impl.engine import graphs as graphs_module
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
-from torch_impl.engine.graphs import Captured
+from torch_impl.engine.graphs import Captured, Repeater
 from torch_impl.engine.settings import TrainingConfig
 
 # Sequences of five lengths, so that several shapes are captured and replayed in turn.
@@ -153,6 +156,59 @@ def test_out_of_memory_while_capturing_is_out_of_memory(monkeypatch: pytest.Monk
     with pytest.raises(torch.OutOfMemoryError):
         Captured(work, None, "pool")
     assert ended == [(0, "pool")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reconstruction_in_graphs_is_reconstruction_launch_by_launch(
+    dtype: torch.dtype, graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, with batches and parts of batches of several sizes; nothing that a graph reads is freed."""
+    monkeypatch.setattr(graphs_module, "_on_gpu", lambda owned: True)
+    before = random_model("llama-gqa", seed=1).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(7, 6, before.config.hidden_size, generator=generator).to(dtype)
+    targets = inputs + 0.5 * torch.randn(inputs.shape, generator=generator).to(dtype)
+    results = []
+    for captures in (True, False):
+        model = copy.deepcopy(before)
+        arguments = calibration.block_arguments(Decoder(model), torch.zeros(1, 6, dtype=torch.int64))
+        blocks = list(model.model.layers)[:2]
+        masks = [
+            {name: block.get_submodule(name).weight > 0 for name in Decoder(model).family.projections}
+            for block in blocks
+        ]
+        reconstruct.reconstruct_blocks(
+            blocks, masks, inputs, targets, 4, 0.01, 4, arguments[:2], 3, repeat=Repeater(captures)
+        )
+        results.append([parameter.detach().clone() for block in blocks for parameter in block.parameters()])
+    # Batches of 4 and 3 sequences in parts of 3 and 1: both shapes recur.
+    assert [graph.replays for graph in graphs] == [7, 3]
+    for captured, plain in zip(*results, strict=True):
+        torch.testing.assert_close(captured, plain, rtol=0, atol=0)
+
+
+def test_reconstruction_that_cannot_be_captured_goes_on_without_graphs(
+    graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graphs_module, "_on_gpu", lambda owned: True)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def work() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    repeat = Repeater(True)
+    for _ in range(2):
+        assert repeat(work, None) is work
+    assert len(graphs) == 1
+    assert caplog.text.count("CUDA graph capture failed, so reconstruction is slower") == 1
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    repeat = Repeater(True)
+    assert repeat(full, None) is full
+    assert repeat(lambda: None, None).__name__ == "replay"
 
 
 def test_decoding_in_a_graph_owns_its_cache_and_tokens(graphs: list[emulated_graphs.Graph]) -> None:

@@ -19,6 +19,7 @@ from torch_impl import losa, rank, reconstruct
 from torch_impl.engine import calibration, reconstruction
 from torch_impl.engine.adapted_linear import attach_adapters, block_adapters
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.graphs import Repeater
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import PruneConfig, Settings
 
@@ -204,7 +205,7 @@ def test_merged_weights_are_the_reconstructed_ones(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(reconstruct, "reconstruct_blocks", moved)
     stream = calibration.start_stream(decoder, tokens(model)[0], 4)
     reconstruction.reconstruct_blocks(
-        [block], 0, decoder.family, stream, stream, [{}], ReconstructionConfig(reconstruct_epochs=1)
+        [block], 0, decoder.family, stream, stream, [{}], ReconstructionConfig(reconstruct_epochs=1), Repeater(False)
     )
     for name, layer in layers.items():
         assert block.get_submodule(name) is layer

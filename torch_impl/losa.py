@@ -152,7 +152,7 @@ def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpo
         return
     batch_size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     lockstep = Lockstep(blocks, batch_size, settings.reconstruction.window)
-    reconstructor = Reconstructor(family, start, settings.reconstruction)
+    reconstructor = Reconstructor(family, start, settings.reconstruction, settings.training.cuda_graphs)
     for index, block in bar(lockstep, "prune", count):
         done = index < progress.block
         with distributed.unsharded_with_writeback(block, family):

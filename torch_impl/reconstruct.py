@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ class Share:
 
     first: int = 0
     total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+
+
+Repeat = Callable[[Callable[[], None], Any], Callable[[], None]]
+"""(work, all tensors that it uses) → the same work on the same tensors, to be called many times: as a CUDA graph, for example."""
+
+
+def _as_it_is(work: Callable[[], None], _: Any) -> Callable[[], None]:
+    return work
 
 
 def channel_weights(targets: torch.Tensor) -> torch.Tensor:
@@ -80,11 +89,13 @@ def reconstruct_blocks(
     arguments: Sequence[Mapping[str, Any]] | None = None,
     rows_at_once: int | None = None,
     share: Share = Share(),
+    repeat: Repeat = _as_it_is,
 ) -> list[nn.Module]:
     """Train the kept weights of blocks that follow each other, in place and together, for the output of the last.
 
     masks, arguments: one for each block. inputs: the pruned stream before the first; targets: the dense stream after the last.
-    All else is as for `reconstruct_block`; training takes 16 bytes per weight of all these blocks.
+    repeat: makes the forward and backward pass of a shape that recurs faster to repeat. All else is as for
+    `reconstruct_block`; training takes 16 bytes per weight of all these blocks.
     """
     _checks.tensor("inputs", inputs, "n", "t", "d")
     _checks.same_shape("targets", _checks.tensor("targets", targets, "n", "t", "d"), inputs, "inputs")
@@ -101,6 +112,7 @@ def reconstruct_blocks(
     sequences = int(share.total(torch.tensor(len(inputs), dtype=torch.float64, device=device)))
     named = {f"blocks.{i}.{name}": mask for i, of_block in enumerate(masks) for name, mask in of_block.items()}
     weights = _Weights(chain, named)
+    passes = _Passes(chain, weights, repeat)
     batches = math.ceil(sequences / batch_size)
     steps = epochs * batches
     try:
@@ -110,10 +122,7 @@ def reconstruct_blocks(
             rows = torch.tensor(range((batch - share.first) % batches, len(inputs), batches), dtype=torch.int64)
             scale = (2 * sequences / len(range(batch, sequences, batches)) * omega).to(weights.dtype)
             for part in rows.split(rows_at_once or max(1, len(rows))) if len(rows) else ():
-                hidden, wanted = inputs[part].to(device), targets[part].to(device)
-                with torch.enable_grad():
-                    output = chain(hidden)
-                weights.add_gradients(output, wanted, scale)
+                passes.run(inputs[part], targets[part], scale)
             weights.step(learning_rate * (steps - step) / steps, share)
         weights.keep()
     finally:
@@ -126,14 +135,48 @@ class _Chain(nn.Module):
 
     def __init__(self, blocks: Sequence[nn.Module], arguments: Sequence[Mapping[str, Any]]) -> None:
         super().__init__()
-        self.blocks, self._arguments = nn.ModuleList(blocks), arguments
+        self.blocks, self.arguments = nn.ModuleList(blocks), arguments
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        for block, given in zip(self.blocks, self._arguments, strict=True):
+        for block, given in zip(self.blocks, self.arguments, strict=True):
             output = block(hidden, **given)
             # Blocks of transformers 5 return a tensor, older ones a tuple that starts with it.
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
+
+
+class _Passes:
+    """Forward and backward passes of parts of batches, each adding to the gradients.
+
+    From its second time on, a shape has its own tensors for inputs, targets and scale, and its passes are repeated on them.
+    """
+
+    def __init__(self, chain: _Chain, weights: _Weights, repeat: Repeat) -> None:
+        self._chain, self._weights, self._repeat = chain, weights, repeat
+        self._device = next(chain.parameters()).device
+        self._seen: set[torch.Size] = set()
+        self._recurring: dict[torch.Size, tuple[list[torch.Tensor], Callable[[], None]]] = {}
+
+    def run(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> None:
+        """Add the gradients of a part (rows, t, d) of a batch. scale: ω times a factor of the batch (d,)."""
+        given, shape = (inputs, targets, scale), inputs.shape
+        if shape not in self._seen:
+            self._seen.add(shape)
+            self._pass(*(tensor.to(self._device) for tensor in given))
+            return
+        if shape not in self._recurring:
+            own = [torch.empty_like(tensor, device=self._device) for tensor in given]
+            used = own, self._chain.arguments, list(self._chain.parameters()), self._weights.tensors()
+            self._recurring[shape] = own, self._repeat(functools.partial(self._pass, *own), used)
+        own, work = self._recurring[shape]
+        for mine, tensor in zip(own, given, strict=True):
+            mine.copy_(tensor)
+        work()
+
+    def _pass(self, hidden: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
+        with torch.enable_grad():
+            output = self._chain(hidden)
+        self._weights.add_gradients(output, wanted, scale)
 
 
 class _Weights:
@@ -160,6 +203,8 @@ class _Weights:
         ]
         for module, used in zip(self._modules.values(), self._used, strict=True):
             module.weight = used
+        for wide in self._wide:
+            wide.grad = torch.zeros_like(wide)
         self._adam = torch.optim.Adam(self._wide, lr=0.0, fused=first.is_cuda)
 
     def add_gradients(self, output: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
@@ -171,18 +216,25 @@ class _Weights:
             change = change.div_(size).to(output.dtype)
         found = torch.autograd.grad(output, self._used, change)
         for wide, gradient, mask in zip(self._wide, found, self._masks, strict=True):
-            masked = gradient.to(self.dtype).mul_(size).mul_(mask)
-            wide.grad = masked if wide.grad is None else wide.grad.add_(masked)
+            assert wide.grad is not None
+            wide.grad.add_(gradient.to(self.dtype).mul_(size).mul_(mask))
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Return the tensors that `add_gradients` uses."""
+        return [*self._wide, *self._used, *self._masks, *(wide.grad for wide in self._wide)]
 
     @torch.no_grad()
     def step(self, learning_rate: float, share: Share) -> None:
         """Take one step of Adam with the gradients of all processes, then clear them."""
         for wide in self._wide:
-            wide.grad = share.total(torch.zeros_like(wide) if wide.grad is None else wide.grad)
+            assert wide.grad is not None
+            # In place: a repeated pass adds to this tensor.
+            if (total := share.total(wide.grad)) is not wide.grad:
+                wide.grad.copy_(total)
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()
-        self._adam.zero_grad()
+        self._adam.zero_grad(set_to_none=False)
         for wide, used in zip(self._wide, self._used, strict=True):
             if used is not wide:
                 used.copy_(wide)

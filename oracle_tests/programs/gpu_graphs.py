@@ -6,8 +6,8 @@ A LLaMA of SmolLM2-135M's shapes with random weights, or the model in FOLDER, tr
 cross-entropy and with KL, merged weights held or rebuilt, blocks compiled or not, with graphs, without, and with graphs but
 stopped midway and resumed. After every optimizer step all free memory is filled with 0xFF, which is NaN in every float. Losses
 are compared step by step. Then: a model with dynamic rotary angles, which cannot be captured; a device too small for the
-micro-batch; decoding token by token; Gram matrices of hidden states on the host. Exits with 1 if
-anything differs.
+micro-batch; decoding token by token; Gram matrices of hidden states on the host; two blocks reconstructed together. Exits with 1
+if anything differs.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from oracle_tests.programs.gpu_resume import Stop, Stopping
-from torch_impl import losa
+from torch_impl import losa, reconstruct
 from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import batches, calibration, statistics
 from torch_impl.engine.batches import Example
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.determinism import make_deterministic
+from torch_impl.engine.graphs import Repeater
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
@@ -267,6 +269,47 @@ def check_host_streams(model: nn.Module, ids: torch.Tensor) -> bool:
     return check("hidden states on the host", worst, 1e-4, started)
 
 
+class Poisoning(Repeater):
+    """Captures passes, and fills all freed memory before every replay."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(True)
+        self._device = device
+
+    def __call__(self, work: Callable[[], None], owned: Any) -> Callable[[], None]:
+        replay = super().__call__(work, owned)
+
+        def poisoned() -> None:
+            poison(self._device)
+            replay()
+
+        return poisoned
+
+
+def check_reconstruction(model: nn.Module, ids: torch.Tensor, device: torch.device) -> bool:
+    """Compare two blocks reconstructed together, with graphs and launch by launch, in batches of two sizes."""
+    decoder = Decoder(model)
+    stream = calibration.start_stream(decoder, ids.repeat(3, 1)[:46], 8)
+    inputs = stream.hidden.clone()
+    for index in range(2):
+        stream.advance(decoder.blocks[index], index)
+    found, seconds = [], []
+    for repeat in (Poisoning(device), Repeater(False), Repeater(True)):
+        blocks = list(copy.deepcopy(decoder.blocks[:2]))
+        arguments = calibration.block_arguments(decoder, ids[:1])[:2]
+        masks = [
+            {name: block.get_submodule(name).weight > 0 for name in decoder.family.projections} for block in blocks
+        ]
+        started = time.perf_counter()
+        reconstruct.reconstruct_blocks(blocks, masks, inputs, stream.hidden, 4, 1e-3, 8, arguments, repeat=repeat)
+        weights = torch.cat([weight.detach().flatten().float() for block in blocks for weight in block.parameters()])
+        found.append(weights.cpu())
+        seconds.append(time.perf_counter() - started)
+    sizes = f"{seconds[2]:.2f} s, launch by launch {seconds[1]:.2f} s"
+    apart = [float((weights - found[1]).norm() / found[1].norm()) for weights in (found[0], found[2])]
+    return check("reconstruction", max(apart), 1e-4, time.perf_counter() - sum(seconds), sizes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line per check. Returns 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,7 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--records", type=Path, help="records to train that model on")
     parser.add_argument("--examples", type=int, default=320)
     parser.add_argument("--small", action="store_true", help="a tiny model: a quick run of the script")
-    parser.add_argument("--checks", nargs="+", help="only these: training, dynamic, memory, decoding, host")
+    parser.add_argument(
+        "--checks", nargs="+", help="only these: training, dynamic, memory, decoding, host, reconstruction"
+    )
     parser.add_argument("--no_compile", action="store_true", help="without compiled blocks")
     options = parser.parse_args(arguments)
     device = torch.empty(0, device=options.device).device
@@ -297,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memory": functools.partial(check_out_of_memory, device, job),
         "decoding": functools.partial(check_decoding, model, device, compiles),
         "host": functools.partial(check_host_streams, model, ids),
+        "reconstruction": functools.partial(check_reconstruction, model, ids, device),
     }
     return int(not all([check() for name, check in checks.items() if name in (options.checks or checks)]))
 

@@ -6,12 +6,15 @@ before is freed with its last reference, and a replay would then read whatever i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -46,3 +49,31 @@ class Captured(Generic[Result]):
         """Run the work on the tensors' current values, without synchronising."""
         self._graph.replay()
         return self.result
+
+
+class Repeater:
+    """Turns work that is repeated on the same tensors into a CUDA graph, as `reconstruct.Repeat` asks; on a CPU, leaves it.
+
+    If the graph does not fit into memory, that work is done launch by launch; if it cannot be captured, all later work too.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def __call__(self, work: Callable[[], None], owned: Any) -> Callable[[], None]:
+        """Return what does `work`. owned: see `Captured`."""
+        if not self._enabled or not _on_gpu(owned):
+            return work
+        try:
+            return Captured(work, owned).replay
+        except torch.OutOfMemoryError:
+            return work
+        except RuntimeError as error:
+            self._enabled = False
+            reason = " ".join(str(error).split())[:160]
+            logger.warning("CUDA graph capture failed, so reconstruction is slower (%s)", reason)
+            return work
+
+
+def _on_gpu(owned: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves(owned))

@@ -18,6 +18,7 @@ from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.calibration import Stream
 from torch_impl.engine.families import Family
+from torch_impl.engine.graphs import Repeater
 from torch_impl.engine.lockstep import Reconstruct
 from torch_impl.engine.memory import find_executable_batch_size
 
@@ -60,11 +61,11 @@ class Reconstructor:
     """Chooses which blocks to reconstruct at a step: the first one that has lost a weight, and all after it.
 
     Before that block, the streams are equal up to rounding, so there is nothing to reconstruct. start: sparsity of each block
-    (L,) at the start of the run.
+    (L,) at the start of the run. cuda_graphs: whether to use them on a GPU.
     """
 
-    def __init__(self, family: Family, start: torch.Tensor, config: ReconstructionConfig) -> None:
-        self._family, self._start, self._config = family, start, config
+    def __init__(self, family: Family, start: torch.Tensor, config: ReconstructionConfig, cuda_graphs: bool) -> None:
+        self._family, self._start, self._config, self._repeat = family, start, config, Repeater(cuda_graphs)
         self._damaged: deque[nn.Module] = deque(maxlen=config.reconstruct_window)
 
     def _lost(self, block: nn.Module, index: int) -> bool:
@@ -83,7 +84,7 @@ class Reconstructor:
             index + 1 - len(blocks),
             blocks,
             lambda pruned, dense, arguments: reconstruct_blocks(
-                blocks, index, self._family, pruned, dense, arguments, self._config
+                blocks, index, self._family, pruned, dense, arguments, self._config, self._repeat
             ),
         )
 
@@ -96,12 +97,13 @@ def reconstruct_blocks(
     targets: Stream,
     arguments: Sequence[Mapping[str, Any]],
     config: ReconstructionConfig,
+    repeat: Repeater,
 ) -> None:
     """Train the merged weights of pruned, gathered blocks that end with block `last`, together, on their streams. The change
     goes into the base weights; the adapters stay.
 
     inputs: the pruned stream before the first. targets: the dense stream after the last. arguments: those of each block for
-    one sequence. Errors: FloatingPointError naming the last block; all are then unchanged.
+    one sequence. repeat: captures passes on a GPU. Errors: FloatingPointError naming the last block; all are then unchanged.
     """
     share = reconstruct.Share(distributed.first_own_index(len(inputs.hidden)), distributed.all_reduce)
     here = math.ceil(config.reconstruct_batch_size / distributed.processes())
@@ -123,6 +125,7 @@ def reconstruct_blocks(
                 arguments,
                 rows,
                 share,
+                repeat,
             )
 
         try:
