@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         default=2,
         help="Micro-batches per optimizer step; held weights are merged once for all of them (default: the paper's 2).",
     )
+    parser.add_argument(
+        "--reconstruct_epochs",
+        type=int,
+        default=0,
+        help="Epochs of reconstruction of each block, in parts stream and scale.",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="Timed repeats of each side; the median counts.")
     parser.add_argument("--ours_only", action="store_true", help="Skip the plain formulation; print no ratios.")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -128,12 +134,13 @@ def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, objec
     """Run and print the selected parts that write checkpoints to disk; return their figures by part."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     blocks, sizes = options.blocks or FEW, (options.sequences, options.length)
+    epochs = options.reconstruct_epochs
     found: dict[str, list[dict[str, object]]] = {}
     if "stream" in options.parts:
-        found["stream"] = [large.stream(options.geometry, blocks, device, dtype, *sizes)]
+        found["stream"] = [large.stream(options.geometry, blocks, device, dtype, *sizes, epochs=epochs)]
         print(f"\nstream\n{large.table(found['stream'])}", flush=True)
     if "scale" in options.parts:
-        found["scale"] = large.scale(device, dtype, blocks, *sizes)
+        found["scale"] = large.scale(device, dtype, blocks, *sizes, epochs)
         print(f"\nscale\n{large.table(found['scale'])}", flush=True)
     if "plan" in options.parts:
         print("\nplan", flush=True)

@@ -34,7 +34,7 @@ from torch_impl.experiment.planning.phases import Place, peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
 
-CARD = 24 * 10**9
+CARD, LARGE_CARD = 24 * 10**9, 80 * 10**9
 TEXT = 1 << 17
 """Letters in the jobs' text; each is a token."""
 WINDOWS = 8
@@ -129,16 +129,36 @@ def _random_text(config: Config, folder: Path, device: torch.device) -> Material
 
 
 def stream(
-    name: str, blocks: int, device: torch.device, dtype: torch.dtype, rows: int, length: int, method: str = "wanda"
+    name: str,
+    blocks: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    method: str = "wanda",
+    epochs: int = 0,
 ) -> dict[str, Any]:
-    """Prune a checkpoint block by block from disk, as on a GPU with 24 GB, and verify the result; figures per block."""
+    """Prune a checkpoint block by block from disk, as on a GPU with 24 GB, and verify the result; figures per block.
+
+    epochs: of reconstruction, as on a GPU with 80 GB.
+    """
     with checkpoint(name, blocks, device, dtype) as folder, tempfile.TemporaryDirectory() as out:
         # Do not compile: it takes as long as many blocks, and only few are measured.
-        more = ["--prune_method", method, "--offload", "on", "--compile_blocks", "off"]
+        more = [
+            "--prune_method",
+            method,
+            "--offload",
+            "on",
+            "--compile_blocks",
+            "off",
+            "--reconstruct_epochs",
+            str(epochs),
+        ]
         config = _options(folder, device, dtype, rows, length, *more)
         material = _random_text(config, folder, device)
         decoder = structure.check_structure(material.model, config.settings)
-        budget = CARD - torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+        card = LARGE_CARD if epochs else CARD
+        budget = card - torch.cuda.memory_allocated(device) if device.type == "cuda" else None
         sweeps = Sweeps(decoder, config, material, budget)
         reader = reader_of(decoder)
         size = sum(reader.bytes_of(index) for index in range(blocks)) / blocks
@@ -165,6 +185,7 @@ def stream(
         return {
             "geometry": name,
             "method": method,
+            "epochs of reconstruction": epochs,
             "blocks": blocks,
             "parameters of a block": int(size // dtype.itemsize),
             "bytes of a block": int(size),
@@ -177,9 +198,11 @@ def stream(
         }
 
 
-def scale(device: torch.device, dtype: torch.dtype, blocks: int, rows: int, length: int) -> list[dict[str, Any]]:
+def scale(
+    device: torch.device, dtype: torch.dtype, blocks: int, rows: int, length: int, epochs: int = 0
+) -> list[dict[str, Any]]:
     """Repeat `stream` for several model sizes: seconds and bytes per block should be linear in its parameters."""
-    return [stream(name, blocks, device, dtype, rows, length) for name in SCALES[device.type]]
+    return [stream(name, blocks, device, dtype, rows, length, epochs=epochs) for name in SCALES[device.type]]
 
 
 def plan(
