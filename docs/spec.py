@@ -44,6 +44,7 @@ FILES = (
     "tiles",
     "llama",
     "adamw",
+    "sora",
     "rates",
     "losa",
 )

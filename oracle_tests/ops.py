@@ -67,6 +67,7 @@ def to_torch(value: Any, dtype: torch.dtype = torch.float64) -> Any:
 W = np.array([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
 A, B = np.ones((2, 3)), np.ones((2, 2))
 LAYER = {"weight": W, "A": A, "B": B, "scale": 1.0}
+GATED = {"A": A, "B": B, "gate": np.ones(2), "scale": 1.0}
 EYE = np.eye(3)
 KEPT = W != 0
 ROW = np.array([0.2, 0.3, 0.5])
@@ -288,6 +289,19 @@ OPS = (
         s.adapter_inputs(gradient=True),
         Kind.CLOSE,
         ({"x": W, **LAYER, "grad_y": W}, "grad_y"),
+        low_precision=True,
+    ),
+    Op("sora.gated_lora", s.gated_adapters(), Kind.CLOSE, ({"x": B, **GATED}, "A"), low_precision=True),
+    Op(
+        "sora.soft_threshold",
+        _cases(
+            values=st.lists(st.sampled_from([0.0, -0.0, 0.25, -0.25, 1.0]) | st.floats(-2, 2), max_size=8).map(
+                np.array
+            ),
+            amount=st.sampled_from([0.0, 0.25, 3e-4, 1.0]),
+        ),
+        Kind.CLOSE,
+        ({"values": ROW, "amount": -1.0}, "amount"),
         low_precision=True,
     ),
     Op(

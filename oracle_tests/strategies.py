@@ -88,6 +88,15 @@ def adapter_inputs(draw: st.DrawFn, gradient: bool = False) -> dict[str, Any]:
 
 
 @st.composite
+def gated_adapters(draw: st.DrawFn) -> dict[str, Any]:
+    """x, A, B, gate, scale; some gates are 0, as after the threshold."""
+    case = draw(adapter_inputs())
+    del case["weight"]
+    gate = _rng(draw).standard_normal(len(case["A"]))
+    return {**case, "gate": gate * (np.abs(gate) > 0.5)}
+
+
+@st.composite
 def hessians(draw: st.DrawFn, size: int) -> np.ndarray:
     """2/N Σ x xᵀ from few or many tokens, with dead or loud inputs: singular about half of the time."""
     rng, tokens = _rng(draw), draw(st.integers(1, 3 * size))

@@ -46,7 +46,7 @@ def sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch
     return summed_divergence(logits.flatten(0, 1), teacher.flatten(0, 1), (targets != IGNORED).flatten())
 
 
-def _add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
+def add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """Do `loss.backward()`, but add the gradients of all parameters in a few kernel launches."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     totals, added = [], []
@@ -175,7 +175,7 @@ class Gradients:
             return self._graphs[shape].replay(batch, share)
         self._seen[shape] += 1
         loss = sum_loss(self._model, batch, self._teacher) * share
-        _add_gradients(loss, self._trained)
+        add_gradients(loss, self._trained)
         return loss.detach()
 
     def _worth_capturing(self, shape: torch.Size) -> bool:
@@ -243,7 +243,7 @@ class _Graph:
 
         def work() -> torch.Tensor:
             loss = sum_loss(model, self._batch, teacher) * self._share
-            _add_gradients(loss, trained)
+            add_gradients(loss, trained)
             return loss.detach()
 
         with ExitStack() as stack:

@@ -1,10 +1,11 @@
-"""Fine-tuning the adapters of one LoSA step: AdamW, warm-up and linear decay, clipping."""
+"""Fine-tuning, of the adapters of one LoSA step or of a baseline's parameters: AdamW, warm-up and linear decay, clipping."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.batches import Example, split
-from torch_impl.engine.gradients import Gradients, trainable
+from torch_impl.engine.gradients import Gradients, add_gradients, trainable
 from torch_impl.engine.progress import bar
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import TrainingConfig
@@ -21,6 +22,18 @@ logger = logging.getLogger(__name__)
 
 # A gradient norm above this multiple of max_grad_norm is logged.
 EXPLODING = 1e4
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a method adds to every optimizer step.
+
+    penalty: a loss of the parameters alone, without the tokens; its gradient is added before clipping. after: called with the
+    number of optimizer steps done, right after the optimizer's step and before the gradients are zeroed.
+    """
+
+    penalty: Callable[[], torch.Tensor] | None = None
+    after: Callable[[int], None] | None = None
 
 
 def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
@@ -52,15 +65,18 @@ def train(
     description: str = "train",
     on_loss: Callable[[int, float, float], None] | None = None,
     checkpointer: Checkpointer | None = None,
+    extra: Extra | None = None,
 ) -> list[float]:
     """Train one epoch over `examples` in order. Return the mean loss per predicted token of every optimizer step.
 
     schedule: (optimizer steps done, optimizer steps in total) of the learning-rate schedule. The optimizer starts with fresh
     state, because the adapters' shapes have changed. on_loss(step, loss, learning rate) is called after every step. checkpointer:
-    resume after the optimizer steps that it has recorded; each step may save a checkpoint.
+    resume after the optimizer steps that it has recorded; each step may save a checkpoint. extra: see `Extra`; its penalty is not
+    part of the losses.
 
     Errors: FloatingPointError naming the step if loss or gradient norm is not finite; that step changes no adapter.
     """
+    extra = extra or Extra()
     done, total = schedule
     parameters = trainable(model)
     on_cuda = model.device.type == "cuda"
@@ -79,8 +95,12 @@ def train(
                 group["lr"] = rate
             loss = gradients.of(batches[step])
             checkpointer.progress.micro_batch_size = gradients.micro_batch_size
+            if extra.penalty is not None:
+                add_gradients(extra.penalty(), parameters)
             _clip(parameters, loss, config, f"{description}, optimizer step {step + 1}")
             optimizer.step()
+            if extra.after is not None:
+                extra.after(step + 1)
             # Zero in place: captured graphs add to these tensors.
             optimizer.zero_grad(set_to_none=False)
             losses.append(loss)

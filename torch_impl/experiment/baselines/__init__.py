@@ -1,0 +1,25 @@
+"""Baselines of LoSA: ways to fine-tune a pruned model, each one record. All see the same tokens in the same optimizer steps.
+
+Every baseline but `losa` prunes in one shot, with the method, rates, pattern and reconstruction of the configuration, then trains
+once over all examples with one schedule of the learning rate. See docs/baselines.md.
+"""
+
+from __future__ import annotations
+
+from torch_impl.experiment.baselines import masked, peft_adapters, sora
+from torch_impl.experiment.baselines.baseline import Baseline, Trained
+
+BASELINES: dict[str, Baseline] = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("none", "no training", masked.none),
+        Baseline("lora", "LoRA", peft_adapters.lora, needs=("peft",)),
+        Baseline("adalora", "AdaLoRA", peft_adapters.adalora, needs=("peft",)),
+        Baseline("sora", "SoRA", sora.sora),
+        Baseline("sparse_lora", "Sparse LoRA", masked.sparse_lora),
+        Baseline("full", "every kept weight", masked.full),
+        Baseline("losa", "LoSA", masked.losa),
+    )
+}
+
+__all__ = ["BASELINES", "Baseline", "Trained"]

@@ -1,0 +1,161 @@
+"""What baselines have in common: the record of one, its result, one-shot pruning, training over all examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from torch_impl import losa
+from torch_impl.engine import training
+from torch_impl.engine.adapted_linear import merge_adapters
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradients import trainable
+from torch_impl.engine.record import Clock, StepRecord
+from torch_impl.engine.settings import Settings
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.material import Material
+
+OnProgress = Callable[[int, int, float], None]
+"""Called after every optimizer step with the steps done, the steps in total and the loss."""
+
+
+@dataclass
+class Costs:
+    """Seconds and, on CUDA, peak bytes on the device of the parts of a baseline."""
+
+    device: torch.device
+    seconds: Counter[str] = field(default_factory=Counter)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Measure one part."""
+        clock, on_cuda = Clock(self.device), self.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        clock.lap(part)
+        self.seconds.update(clock.laps)
+        if on_cuda:
+            self.peak_bytes[part] = torch.cuda.max_memory_allocated(self.device)
+
+    def add_records(self, records: Sequence[StepRecord]) -> None:
+        """Replace the seconds by those of the steps of Algorithm 1, which tell its parts apart."""
+        self.seconds = Counter()
+        for record in records:
+            self.seconds.update(record.seconds)
+
+
+@dataclass
+class Trained:
+    """The result of a baseline.
+
+    model: works with generate, lm-eval and perplexity. unmerged: its adapters stand beside the weights, because merging them would
+    fill zeros. trainable: number of parameters that were trained, at their largest. seconds: of the parts importance, prune and
+    train. peak_bytes: on the device, by part; empty on the CPU.
+    """
+
+    model: PreTrainedModel
+    unmerged: bool
+    trainable: int
+    optimizer_steps: int
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+
+
+class Run(Protocol):
+    """How a baseline prunes and trains."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        dense: PreTrainedModel,
+        material: Material,
+        config: Config,
+        on_progress: OnProgress | None = None,
+    ) -> Trained:
+        """Prune and train `model`, a copy of the dense one, in place. dense: the original, which stays as it is."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One way to fine-tune a pruned model. needs: packages that it imports; the extra `baselines` installs them."""
+
+    name: str
+    label: str
+    run: Run
+    needs: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Check that the packages are here. Errors: ValueError saying what to install."""
+        if missing := [name for name in self.needs if find_spec(name) is None]:
+            raise ValueError(
+                f'baseline {self.name} needs {", ".join(missing)}; install it: pip install "losa-oracle[baselines]"'
+            )
+
+
+def one_shot(settings: Settings, layer_sparsity: str | None = None) -> Settings:
+    """Return the settings that prune in one shot and train nothing. layer_sparsity: default the configuration's."""
+    rule = layer_sparsity or settings.prune.layer_sparsity
+    return dataclasses.replace(
+        settings,
+        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity=rule),
+        training=dataclasses.replace(settings.training, finetune=False),
+    )
+
+
+def mean_rank(settings: Settings) -> int:
+    """Return the mean rank over all steps of the configuration, the one rank of one-shot methods."""
+    return settings.adapter.initial_rank + (settings.prune.steps - 1) // 2
+
+
+def prune(model: PreTrainedModel, dense: PreTrainedModel, material: Material, config: Config, costs: Costs) -> Decoder:
+    """Prune in one shot; the model is plain again. Return its decoder."""
+    with costs.of("prune"):
+        records = losa.run(model, material.calibration, [], one_shot(config.settings), dense=dense)
+        decoder = Decoder(model)
+        merge_adapters(decoder)
+    costs.add_records(records)
+    return decoder
+
+
+def train(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    material: Material,
+    config: Config,
+    costs: Costs,
+    on_progress: OnProgress | None,
+    extra: training.Extra | None = None,
+) -> int:
+    """Train what requires gradients, one epoch over all examples with one schedule. Return the number of optimizer steps."""
+    total = config.training.optimizer_steps(len(material.examples))
+
+    def on_loss(step: int, loss: float, _: float) -> None:
+        if on_progress is not None:
+            on_progress(step + 1, total, loss)
+
+    with costs.of("train"):
+        losses = training.train(
+            model, dense, material.examples, config.training, (0, total), on_loss=on_loss, extra=extra
+        )
+    return len(losses)
+
+
+def finish(model: PreTrainedModel, unmerged: bool, count: int, steps: int, costs: Costs) -> Trained:
+    """Freeze the model and state what it took. count: of trained parameters."""
+    model.requires_grad_(False).eval()
+    return Trained(model, unmerged, count, steps, dict(costs.seconds), costs.peak_bytes)
+
+
+def trainable_count(model: PreTrainedModel) -> int:
+    """Count the numbers that are trained."""
+    return sum(parameter.numel() for parameter in trainable(model))

@@ -1,0 +1,110 @@
+"""LoRA and AdaLoRA by Hugging Face's peft. Their adapters fill zeros if merged, so they stay beside the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.training import Extra
+from torch_impl.experiment.baselines.baseline import (
+    Costs,
+    OnProgress,
+    Trained,
+    finish,
+    mean_rank,
+    prune,
+    train,
+    trainable_count,
+)
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.material import Material
+
+if TYPE_CHECKING:
+    from peft import AdaLoraModel
+
+NAME = "default"
+# AdaLoRA's budget: it starts at 3/2 of the final rank and falls between these shares of the optimizer steps.
+SURPLUS, WARM, SETTLED = 1.5, 0.1, 0.7
+# The ranks are chosen about this often.
+CHOICES = 100
+ORTHOGONALITY = 0.5
+
+
+def lora(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    material: Material,
+    config: Config,
+    on_progress: OnProgress | None = None,
+) -> Trained:
+    """Train dense low-rank adapters after one shot."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    costs = Costs(model.device)
+    decoder = prune(model, dense, material, config, costs)
+    torch.manual_seed(config.output.seed)
+    rank = mean_rank(config.settings)
+    inject_adapter_in_model(LoraConfig(r=rank, **_common(decoder, config.adapter.scale * rank)), model)
+    count = trainable_count(model)
+    steps = train(model, dense, material, config, costs, on_progress)
+    return finish(model, True, count, steps, costs)
+
+
+def adalora(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    material: Material,
+    config: Config,
+    on_progress: OnProgress | None = None,
+) -> Trained:
+    """Train adapters in the form of singular values, whose ranks fall to a budget while they train."""
+    costs = Costs(model.device)
+    total = config.training.optimizer_steps(len(material.examples))
+    if total < 2:
+        raise ValueError(f"adalora needs 2 or more optimizer steps, and {len(material.examples)} examples make {total}")
+    decoder = prune(model, dense, material, config, costs)
+    tuner = attach_adalora(decoder, mean_rank(config.settings), config.adapter.scale, total, config.output.seed)
+    count = trainable_count(model)
+    extra = Extra(lambda: ORTHOGONALITY * orthogonality(tuner), tuner.update_and_allocate)
+    steps = train(model, dense, material, config, costs, on_progress, extra)
+    return finish(model, True, count, steps, costs)
+
+
+def attach_adalora(decoder: Decoder, rank: int, scale: float, total: int, seed: int) -> AdaLoraModel:
+    """Give all projections adapters whose mean rank falls to `rank` within `total` optimizer steps, 2 or more."""
+    from peft import AdaLoraConfig, AdaLoraModel
+
+    torch.manual_seed(seed)
+    settings = AdaLoraConfig(
+        init_r=round(SURPLUS * rank),
+        target_r=rank,
+        total_step=total,
+        tinit=int(WARM * total),
+        tfinal=total - max(2, int(SETTLED * total)),
+        deltaT=max(1, total // CHOICES),
+        **_common(decoder, scale * rank),
+    )
+    return AdaLoraModel(decoder.model, {NAME: settings}, NAME)
+
+
+def _common(decoder: Decoder, alpha: float) -> dict[str, Any]:
+    """Return the options of both. alpha: peft scales by alpha / r."""
+    return {
+        "target_modules": list(decoder.family.projections),
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def orthogonality(tuner: AdaLoraModel) -> torch.Tensor:
+    """Compute mean ‖PᵀP − I‖_F over all A (rows) and B (columns)."""
+    distances = []
+    for name, matrix in tuner.model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            gram = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
+            distances.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+    return torch.stack(distances).mean()
