@@ -28,6 +28,7 @@ FILES = (
     "schedule",
     "hsic",
     "rmi",
+    "first_order",
     "sparsity",
     "masks/select",
     "masks/nm",

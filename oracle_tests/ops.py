@@ -147,6 +147,12 @@ OPS = (
         ({"redundancy": -ROW}, "redundancy"),
     ),
     Op(
+        "first_order.first_order_importance",
+        s.matrices().flatmap(lambda w: _cases(weight=st.just(w), gradient=s.matrices(*w.shape))),
+        Kind.CLOSE,
+        ({"weight": W, "gradient": EYE}, "gradient"),
+    ),
+    Op(
         "sparsity.allocate_sparsity",
         s.allocations(),
         Kind.OPTIMUM,

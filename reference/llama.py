@@ -364,6 +364,21 @@ def backward(model: Llama, trace: Trace, grad_logits: Array) -> list[dict[str, A
     return grads
 
 
+def weight_gradients(model: Llama, ids: Ids) -> list[dict[str, Array]]:
+    """Compute the gradient of the mean cross-entropy of predicting each next token, by every projection's weight.
+
+    Source: ∂loss/∂W = Σ_tok (∂loss/∂y) xᵀ for y = W x. ids: token ids (n, t); the first token of a sequence is not predicted.
+    Returns: for each block G (out, in) by projection. One token: nothing is predicted, and all gradients are 0.
+    *Deviation*: none.
+    """
+    trace = forward(model, ids)
+    grad_logits = cross_entropy(trace.logits, ids)[1] / max(1, label_count(ids))
+    return [
+        {name: np.einsum("nto,nti->oi", grad, block.inputs[INPUT_OF[name]]) for name, grad in backward_of_block.items()}
+        for block, backward_of_block in zip(trace.blocks, backward(model, trace, grad_logits), strict=True)
+    ]
+
+
 def _token_ids(name: str, value: Ids, vocabulary: int, least: int = 0) -> Ids:
     ids = np.asarray(value)
     if ids.dtype.kind not in "iu":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -154,6 +154,30 @@ def hold_merged_weights(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.release()
+
+
+@contextmanager
+def plain_linears(block: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, nn.Linear]]:
+    """Within this context, give the block plain linears with copies of the merged weights instead of its adapted `layers`.
+
+    It is called uncompiled and without the hooks of FSDP; a sharded block must be gathered.
+    """
+    linears = {}
+    for name, layer in layers.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.merged().clone(), requires_grad=False)
+        linear.bias = layer.bias
+        linears[name] = linear
+    compiled_call = block._compiled_call_impl
+    try:
+        for name, linear in linears.items():
+            block.set_submodule(name, linear)
+        block._compiled_call_impl = block.forward
+        yield linears
+    finally:
+        block._compiled_call_impl = compiled_call
+        for name, layer in layers.items():
+            block.set_submodule(name, layer)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch_impl.engine.checkpoints import fsdp
 from torch_impl.engine.checkpoints.offload import sweep
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
+from torch_impl.engine.gradient_sweep import Backward, Collector, Forward, GradientSweep
 from torch_impl.engine.progress import bar
 from torch_impl.engine.rates import Measure
 
@@ -105,10 +106,37 @@ class ModelBlocks:
 def measure_importance(decoder: Decoder, measure: Measure, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Measure the importance (L,) of every block of the current model from token ids (n, tokens); keep no features."""
     stream = calibration.start_stream(decoder, distributed.own_sequences(ids, "rmi_samples"), batch_size)
-    for index, block in enumerate(bar(decoder.blocks, "importance")):
-        with distributed.unsharded(block), hold_merged_weights(list(block_adapters(block, decoder.family).values())):
-            measure.advance(stream, block, index)
+    sweep_forward(decoder, stream, measure)
+    sweep_backward(decoder, measure)
     return distributed.broadcast(measure.importance())
+
+
+def sweep_forward(decoder: Decoder, stream: calibration.Stream, sweeper: Forward) -> None:
+    """Advance a stream through all blocks by `sweeper`."""
+    for index, block in enumerate(bar(sweep(decoder), "importance", len(decoder.blocks))):
+        with distributed.unsharded(block), hold_merged_weights(list(block_adapters(block, decoder.family).values())):
+            sweeper.advance(stream, block, index)
+
+
+def sweep_backward(decoder: Decoder, sweeper: object) -> None:
+    """Take `sweeper` back through all blocks, the last one first, if it is one that goes back."""
+    if isinstance(sweeper, Backward):
+        last = len(decoder.blocks) - 1
+        for place, block in enumerate(bar(sweep(decoder, backward=True), "gradients", last + 1)):
+            with distributed.unsharded(block):
+                sweeper.retreat(block, last - place)
+
+
+@torch.no_grad()
+def sweep_gradients(decoder: Decoder, ids: torch.Tensor, batch_size: int, collector: Collector) -> None:
+    """Give `collector` the gradients of the loss on token ids (n, tokens) by the current, merged weights of all blocks.
+
+    A process takes its share of the sequences; `distributed.all_reduce` sums what the collectors of all processes found.
+    """
+    stream = calibration.start_stream(decoder, distributed.own_sequences(ids, "nsamples"), batch_size)
+    gradients = GradientSweep(decoder, collector)
+    sweep_forward(decoder, stream, gradients)
+    sweep_backward(decoder, gradients)
 
 
 def advance(stream: calibration.Stream, block: nn.Module, index: int, family: Family) -> None:

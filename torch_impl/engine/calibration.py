@@ -68,6 +68,8 @@ class Stream:
     device: torch.device
     family: Family
     """Names the blocks in messages."""
+    ids: torch.Tensor
+    """The token ids (sequences, tokens) that the stream began with."""
 
     def clone(self) -> Stream:
         """Copy the stream with its hidden states."""
@@ -157,7 +159,7 @@ def start_stream(decoder: Decoder, ids: torch.Tensor, batch_size: int, on_host: 
     with distributed.unsharded(model), override_forwards(decoder.blocks, record):
         for rows in ids.split(batch_size):
             decoder.body(input_ids=rows.to(device), use_cache=False)
-    return Stream(hidden[0], arguments, batch_size, device, decoder.family)
+    return Stream(hidden[0], arguments, batch_size, device, decoder.family, ids)
 
 
 @torch.no_grad()
@@ -178,13 +180,16 @@ def block_arguments(decoder: Decoder, ids: torch.Tensor) -> list[dict[str, Any]]
     return found
 
 
-@torch.no_grad()
 def finish(decoder: Decoder, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Compute logits (n, t, vocabulary) of token ids (n, t) from the last block's output, by the model's norm and head."""
+    """Compute logits (n, t, vocabulary) of token ids (n, t) from the last block's output, by the model's norm and head.
+
+    Differentiable by `hidden`. The weights outside the blocks must be gathered.
+    """
     blocks = decoder.blocks
     last = len(blocks) - 1
     with override_forwards(blocks, lambda index, states, _: hidden if index == last else states):
-        logits: torch.Tensor = decoder.model(input_ids=ids.to(hidden.device), use_cache=False).logits
+        # Without the hooks of a sharded model, whose gathered weights no backward pass then frees.
+        logits: torch.Tensor = decoder.model.forward(input_ids=ids.to(hidden.device), use_cache=False).logits
     return logits
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from torch_impl import _checks, adapter, reconstruct
 from torch_impl.engine import distributed
-from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters
+from torch_impl.engine.adapted_linear import block_adapters, plain_linears
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.calibration import Stream
 from torch_impl.engine.families import Family
@@ -110,7 +110,9 @@ def reconstruct_blocks(
     layers = [block_adapters(block, family) for block in blocks]
     masks = [{name: layer.mask for name, layer in of_block.items()} for of_block in layers]
     with ExitStack() as stack:
-        linears = [stack.enter_context(_plain(block, found)) for block, found in zip(blocks, layers, strict=True)]
+        linears = [
+            stack.enter_context(plain_linears(block, found)) for block, found in zip(blocks, layers, strict=True)
+        ]
         merged = [{name: weight.clone() for name, weight in _weights(found).items()} for found in linears]
 
         def attempt(rows: int) -> None:
@@ -140,27 +142,3 @@ def reconstruct_blocks(
 
 def _weights(linears: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
     return {name: linear.weight.detach() for name, linear in linears.items()}
-
-
-@contextmanager
-def _plain(block: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, nn.Linear]]:
-    """Within this context, give the block plain linears with the merged weights, and call it uncompiled and without FSDP hooks.
-
-    A sharded block must be gathered.
-    """
-    linears = {}
-    for name, layer in layers.items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.merged().clone(), requires_grad=False)
-        linear.bias = layer.bias
-        linears[name] = linear
-    compiled_call = block._compiled_call_impl
-    try:
-        for name, linear in linears.items():
-            block.set_submodule(name, linear)
-        block._compiled_call_impl = block.forward
-        yield linears
-    finally:
-        block._compiled_call_impl = compiled_call
-        for name, layer in layers.items():
-            block.set_submodule(name, layer)

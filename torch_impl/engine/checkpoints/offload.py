@@ -87,16 +87,18 @@ class OffloadedModules(nn.ModuleList):
         super().__init__(blocks)
         self.reader = reader
 
-    def sweep(self) -> Iterator[nn.Module]:
+    def sweep(self, backward: bool = False) -> Iterator[nn.Module]:
         """Yield each block with its weights on the device, and read the next one meanwhile."""
         assert self.reader is not None
+        order = range(len(self))[::-1] if backward else range(len(self))
         with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as ahead:
-            coming: Future[_Loaded] | None = ahead.submit(self.reader.load, 0)
-            for index, skeleton in enumerate(self):
+            coming: Future[_Loaded] | None = ahead.submit(self.reader.load, order[0])
+            for place, index in enumerate(order):
                 assert coming is not None
                 loaded = coming.result()
-                coming = ahead.submit(self.reader.load, index + 1) if index + 1 < len(self) else None
-                block = _filled(skeleton, loaded, self.reader.device)
+                following = order[place + 1 : place + 2]
+                coming = ahead.submit(self.reader.load, following[0]) if following else None
+                block = _filled(self[index], loaded, self.reader.device)
                 del loaded
                 yield block
                 # Free the weights even if the caller still holds the block.
@@ -119,14 +121,17 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
     return block.to(device).requires_grad_(False).eval()
 
 
-def sweep(decoder: Decoder) -> Iterator[nn.Module]:
-    """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested."""
+def sweep(decoder: Decoder, backward: bool = False) -> Iterator[nn.Module]:
+    """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested.
+
+    backward: the last block first.
+    """
     blocks = decoder.blocks
     if not isinstance(blocks, OffloadedModules):
-        yield from blocks
+        yield from reversed(blocks) if backward else blocks
         return
     # Close the sweep here, so that stopping early also stops the reader thread.
-    with closing(blocks.sweep()) as found:  # type: ignore[type-var]
+    with closing(blocks.sweep(backward)) as found:  # type: ignore[type-var]
         yield from found
 
 
