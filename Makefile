@@ -20,7 +20,7 @@ help:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,serve,test,lint,spec]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,serve,eval,test,lint,spec]"
 	@touch $@
 
 demo: $(STAMP)

@@ -40,6 +40,11 @@ def _read_file(path: Path) -> Iterable[Document]:
     return [Document(piece) for piece in pieces if piece.strip()]
 
 
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) of a JSON file. Errors: ValueError naming file and line."""
+    return _parse_json(_read_text(path), path)
+
+
 def _read_text(path: Path) -> str:
     """Read a file's text, with line feeds as line endings."""
     try:
