@@ -307,7 +307,9 @@ def test_evaluation_is_of_the_windows_asked_for(model: PreTrainedModel, tokenize
         logits = model(windows).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
-    assert torch_impl.evaluate(model, text=windows.numpy()) == found
+    how = {name: found.pop(name) for name in ("protocol", "joined_by", "begin_of_text")}
+    assert how == {"protocol": "documents", "joined_by": None, "begin_of_text": "before each document"}
+    assert torch_impl.evaluate(model, text=windows.numpy()) == {**found, "protocol": "token ids"}
     with pytest.raises(TypeError, match="text has shape"):
         torch_impl.evaluate(model, text=np.zeros(3))
 

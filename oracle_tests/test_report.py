@@ -42,7 +42,8 @@ RESULT = Result(
     evaluation={
         "source": "some.txt", "split": "held out", "windows": 17, "seqlen": 32, "sha256": "0123456789abcdef" * 4,
         "end_of_document": False, "documents": 3, "documents_of_source": 3, "first_windows_only": False,
-        "documents_left_out": {},
+        "documents_left_out": {}, "protocol": "c4", "joined_by": " ", "begin_of_text": "before the text", "stride": 32,
+        "predicted_tokens": 1054,
     },
     train_examples=24,
     lr_schedule="whole_run",
@@ -84,7 +85,8 @@ def write(folder: Path, records: list[StepRecord]) -> None:
 def said(text: str) -> None:
     """What the notes have to say of `RESULT`."""
     for words in (
-        "17 windows of 32 tokens", "some.txt", "held out", "sha256 0123456789ab.",
+        "17 windows of 32 tokens", "some.txt", "held out", "sha256 0123456789ab. Protocol c4, documents joined by ' ',",
+        "begin-of-text token: before the text, stride 32, 1,054 tokens predicted.",
         "Trained on 24 sequences in parts of 25%, 75%; loss kl, learning rate 0.002 whole run.",
         "Reloaded with transformers alone: every pruned weight of 21 projections is zero, logits within 1.2e-06 of",
     ):  # fmt: skip

@@ -231,13 +231,19 @@ def test_what_is_said_of_the_measured_text_is_true(name: str, limit: int | None,
     found = material.with_text(settings(calibration, finetune, evaluation, limit), *MODEL)
     facts = found.evaluation_facts
     source = load_documents(evaluation, "measure")
-    stream = byte_tokenizer()("".join(d.prompt + d.text for d in source.documents))["input_ids"]
+    stream = len(byte_tokenizer()("".join(d.prompt + d.text for d in source.documents))["input_ids"])
+    if source.protocol.joined_by is None:
+        # Each document behind a token that begins it.
+        stream += len(source.documents)
+    else:
+        stream += len(source.protocol.joined_by) * (len(source.documents) - 1)
+    assert facts["protocol"] == source.protocol.name
     ids = found.evaluation
     whole = facts["documents"] == len(source.documents) and not facts["end_of_document"]
     assert facts["split"] == (source.part if whole else "held out")
     if whole and limit is None:
-        # All of its tokens, each document behind one that begins it, but for the last window's rest.
-        assert 0 <= len(stream) + len(source.documents) - ids.numel() < ids.shape[1]
+        # All of its tokens, but for the last window's rest.
+        assert 0 <= stream - ids.numel() < ids.shape[1]
     assert (facts["windows"], facts["tokens"], facts["documents_of_source"]) == (
         len(ids),
         ids.numel(),

@@ -169,7 +169,8 @@ def test_description_names_the_windows(tokenizer: PreTrainedTokenizerFast) -> No
     windows = text.evaluation_windows(letters(5, 4), tokenizer, 3)
     said = text.describe_windows(windows)
     digest = hashlib.sha256(b"".join(int(i).to_bytes(8, "little") for i in windows.flatten())).hexdigest()
-    assert said == {"windows": 3, "seqlen": 3, "tokens": 9, "sha256": digest}
+    counts = {"windows": 3, "seqlen": 3, "stride": 3, "tokens": 9, "predicted_tokens": 6}
+    assert said == {**counts, "sha256": digest}
     assert text.describe_windows(windows + 1)["sha256"] != digest
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,12 @@ from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.structure import check_structure
 from torch_impl.experiment import config as options_of
+from torch_impl.experiment import zero_shot
 from torch_impl.experiment.command import closest
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.evaluate import perplexity
+from torch_impl.experiment.evaluate import eval_mode, perplexity
 from torch_impl.experiment.text import given
-from torch_impl.experiment.text.windows import describe_windows, split_parts
+from torch_impl.experiment.text.windows import split_parts
 
 # Sections of options that a program may set; the others are about files and the command line.
 SECTIONS = ("prune", "adapter", "calibration", "training", "reconstruction")
@@ -172,25 +173,69 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    text: Any = "wikitext2",
+    text: Any = None,
     seqlen: int = 2048,
     windows: int | None = None,
+    protocol: str | None = None,
+    tasks: Sequence[str] | None = None,
+    tasks_data: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Measure the perplexity of a model, plain or packed, on consecutive windows of a text.
+    """Measure a model, plain, merged, packed or with adapters: perplexity on a text, accuracy on tasks, or both.
 
-    text: token ids (n, t), a list of texts, or the name of a text source. seqlen: tokens per window of text. windows: use only
-    the first N windows. Returns perplexity; and windows, seqlen, tokens and sha256 of the token ids, to compare measurements.
+    text: token ids (n, t), a list of texts, or the name of a text source; default wikitext2, unless there are tasks. seqlen:
+    tokens per window of text. windows: use only the first N windows. protocol: wikitext2, c4 or documents; default: that of
+    the text. Returns perplexity; protocol, joined_by, begin_of_text, stride, windows, seqlen, tokens, predicted_tokens and
+    the sha256 of the token ids, to compare measurements.
 
-    Errors: TypeError or ValueError naming the argument; FloatingPointError if the perplexity is not finite.
+    tasks: names of lm-eval's tasks; "paper" means its seven. tasks_data: folder with their documents (those of the paper's
+    seven), otherwise they come from the hub. limit: only the first N documents of each task. num_fewshot: examples in each
+    prompt. Returns tasks, with acc, stderr, documents, num_fewshot and source of each; average_acc; lm_eval, its version; limit.
+
+    Errors: TypeError or ValueError naming the argument; RuntimeError if there are tasks and lm-eval is missing;
+    FileNotFoundError for text or documents that are not there; FloatingPointError if the perplexity is not finite.
     """
-    _model(model)
-    ids = given.evaluation_of(text, tokenizer, seqlen, windows)
+    model = _measurable(model)
+    if tasks is None:
+        text = "wikitext2" if text is None else text
+    elif tokenizer is None:
+        raise ValueError("tasks are text and tokenizer is missing; give the model's tokenizer")
+    loaded = None if tasks is None else zero_shot.load_tasks(tasks, tasks_data, num_fewshot)
+    found: dict[str, Any] = {}
+    with eval_mode(model):
+        if text is not None:
+            found |= _perplexity(model, tokenizer, text, seqlen, windows, protocol, batch_size)
+        if loaded is not None and tokenizer is not None:
+            found |= zero_shot.measure(model, tokenizer, loaded, limit, batch_size).as_dict()
+    return found
+
+
+def _perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: Any,
+    seqlen: int,
+    windows: int | None,
+    protocol: str | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    ids, facts = given.evaluation_of(text, tokenizer, seqlen, windows, protocol)
     given.check_ids(model, {"text": [ids]})
     limit = position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(f"seqlen is {ids.shape[1]}; this model has {limit} positions, so take {limit} or fewer")
-    return {"perplexity": perplexity(model, ids, batch_size), **describe_windows(ids)}
+    return {"perplexity": perplexity(model, ids, batch_size), **facts}
+
+
+def _measurable(model: Any) -> PreTrainedModel:
+    """Return the transformers model; of one of peft's, the model that holds its adapters."""
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    _model(model)
+    found: PreTrainedModel = model
+    return found
 
 
 def _model(model: Any) -> None:

@@ -26,7 +26,7 @@ COMMANDS = {
     "pack": Command("store a sparse model without its zeros, or unpack it", "torch_impl.commands.pack"),
     "generate": Command("generate text with a packed or plain model", "torch_impl.commands.generate"),
     "serve": Command("serve a model over HTTP, with OpenAI's API", "torch_impl.commands.serve"),
-    "eval": Command("measure the perplexity of a packed or plain model", "torch_impl.commands.evaluate"),
+    "eval": Command("measure perplexity and accuracy on tasks", "torch_impl.commands.evaluate"),
     "compare": Command("compare LoSA with its parts and with plain pruning", "torch_impl.experiment.compare"),
     "bench": Command("benchmark speed and memory", "torch_impl.bench.__main__"),
 }

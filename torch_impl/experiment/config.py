@@ -21,6 +21,7 @@ from torch_impl.experiment.command import Parser, closest
 from torch_impl.experiment.help import GroupedHelp, document
 from torch_impl.experiment.planning.cards import find_card
 from torch_impl.experiment.text.files import KINDS
+from torch_impl.experiment.text.protocols import DOCUMENTS, protocol_named
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
 
@@ -80,6 +81,9 @@ class TextConfig:
     """Tokens per evaluation window (paper: 2048; 4096 for LLaMA-2 and 3)."""
     eval_windows: int | None = None
     """Evaluate only the first N windows; default: all."""
+    eval_protocol: str | None = None
+    """How the text is joined and cut into windows: wikitext2 or c4, as in the literature, or documents, each after the
+    begin-of-text token; default: that of eval_data. Use it for a local file of C4."""
     eval_batch_size: int = 8
     """Windows to evaluate at once."""
 
@@ -88,6 +92,7 @@ class TextConfig:
             _checks.count(name, getattr(self, name), least)
         if self.eval_windows is not None:
             _checks.count("eval_windows", self.eval_windows)
+        protocol_named(self.eval_protocol, DOCUMENTS, "eval_protocol")
 
     def shares(self, steps: int) -> list[float]:
         """Return the share of the fine-tuning sequences for each step."""
@@ -244,7 +249,7 @@ a configuration file. --help-all also shows the options that are rarely needed.
 RARE = (
     "lora_alpha", "lora_r", "initial_rank", "min_rank", "max_rank", "rank_shrink", "rmi_samples", "calibration_batch_size",
     "warmup_ratio", "weight_decay", "max_grad_norm", "hold_merged", "compile_blocks", "cuda_graphs", "reconstruct_batch_size",
-    "step_shares", "eval_batch_size", "accept_changes", "save_every", "keep_points", "deterministic", "devices",
+    "step_shares", "eval_protocol", "eval_batch_size", "accept_changes", "save_every", "keep_points", "deterministic", "devices",
 )  # fmt: skip
 
 

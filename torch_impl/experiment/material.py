@@ -19,6 +19,7 @@ from torch_impl.engine.structure import check_structure
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import splitting, windows
+from torch_impl.experiment.text.protocols import protocol_named
 from torch_impl.experiment.text.sources import is_local
 
 
@@ -63,13 +64,16 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
             texts.finetune, tokenizer, options.train_seqlen, seed, limit=options.train_examples
         )
     limit = options.eval_windows
+    protocol = protocol_named(options.eval_protocol, texts.protocol, "eval_protocol")
     # Read one window more to know whether the text is longer.
     measured = windows.evaluation_windows(
-        texts.evaluation, tokenizer, options.eval_seqlen, limit=None if limit is None else limit + 1
+        texts.evaluation, tokenizer, options.eval_seqlen, None if limit is None else limit + 1, protocol
     )
     checks.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
     facts = {
         **texts.facts,
+        "documents": len(texts.evaluation[: protocol.documents]),
+        **windows.describe_protocol(protocol, measured, tokenizer),
         "first_windows_only": limit is not None and len(measured) > limit,
         **windows.describe_windows(measured[:limit]),
     }

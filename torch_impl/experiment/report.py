@@ -101,9 +101,41 @@ def _measured_on(facts: dict[str, Any]) -> str:
     removed = [f"{count:,} of {text}" for text, count in facts["documents_left_out"].items() if count]
     return (
         f"Perplexity per token on {facts['source']} ({part}): {facts['windows']} windows of {facts['seqlen']} tokens, "
-        f"sha256 {facts['sha256'][:12]}."
+        f"sha256 {facts['sha256'][:12]}. {protocol_of(facts)}."
         + (f" Evaluation documents removed from other texts: {', '.join(removed)}." if removed else "")
     )
+
+
+def protocol_of(facts: dict[str, Any]) -> str:
+    """Describe how the windows were made."""
+    parts = [f"Protocol {facts['protocol']}"]
+    if facts.get("joined_by") is not None:
+        parts.append(f"documents joined by {facts['joined_by']!r}")
+    if "begin_of_text" in facts:
+        parts.append(f"begin-of-text token: {facts['begin_of_text']}")
+    return f"{', '.join(parts)}, stride {facts['stride']}, {facts['predicted_tokens']:,} tokens predicted"
+
+
+def accuracies(found: dict[str, Any]) -> str:
+    """Format zero-shot accuracies as a table, in percent."""
+    width = max(map(len, found["tasks"]))
+    lines = [f"{'':<{width}}     acc  ± stderr  documents  source"]
+    for name, task in found["tasks"].items():
+        error = "" if task["stderr"] is None else f"± {task['stderr']:.2%}"
+        shots = f", {task['num_fewshot']} examples in each prompt" if task["num_fewshot"] else ""
+        lines.append(
+            f"{name:<{width}}  {task['acc']:>6.2%}  {error:>8}  {task['documents']:>9,}  {_from(task['source'])}{shots}"
+        )
+    first = "" if found["limit"] is None else f", the first {found['limit']} documents of each task"
+    return "\n".join(
+        [*lines, f"{'average':<{width}}  {found['average_acc']:>6.2%}  (acc of lm-eval {found['lm_eval']}{first})"]
+    )
+
+
+def _from(source: dict[str, Any]) -> str:
+    if "file" in source:
+        return f"{source['file']} (sha256 {source['sha256'][:12]})"
+    return f"{source['hub']}, {source['split']} split"
 
 
 def compared(found: Comparison) -> str:

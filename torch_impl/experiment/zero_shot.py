@@ -13,7 +13,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch_impl import _checks
 from torch_impl.engine.files import sha256_of
 from torch_impl.experiment import task_files
 from torch_impl.experiment.command import closest
+from torch_impl.experiment.evaluate import eval_mode
 from torch_impl.experiment.text.files import one_line
 
 # Where lm-eval defines the paper's tasks. To read all of its definitions takes ten seconds.
@@ -65,8 +66,18 @@ class ZeroShot:
     limit: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON: by task, then what is common to all."""
+        tasks = {
+            name: {
+                "acc": self.accuracy[name],
+                "stderr": self.stderr[name],
+                "documents": self.documents[name],
+                "num_fewshot": self.num_fewshot[name],
+                "source": self.sources[name],
+            }
+            for name in self.accuracy
+        }
+        return {"tasks": tasks, "average_acc": self.mean, "lm_eval": self.version, "limit": self.limit}
 
 
 def zero_shot(
@@ -127,19 +138,12 @@ def measure(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with _quiet():
-            # A copy, because lm-eval gives the tokenizer a padding token.
-            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-            # Each task collects its requests, so the loaded ones stay as they are.
-            used = {name: copy.copy(task) for name, task in tasks.items()}
-            results = evaluate(
-                wrapped, {"tasks": used, "groups": {}}, limit=limit, bootstrap_iters=1, log_samples=False
-            )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with _quiet(), eval_mode(model):
+        # A copy, because lm-eval gives the tokenizer a padding token.
+        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        # Each task collects its requests, so the loaded ones stay as they are.
+        used = {name: copy.copy(task) for name, task in tasks.items()}
+        results = evaluate(wrapped, {"tasks": used, "groups": {}}, limit=limit, bootstrap_iters=1, log_samples=False)
     return _summarise(used, results, limit)
 
 

@@ -11,9 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.experiment.text.documents import Document, unix_newlines
+from torch_impl.experiment.text.protocols import protocol_named
 from torch_impl.experiment.text.records import from_records
-from torch_impl.experiment.text.sources import Purpose, load_documents
-from torch_impl.experiment.text.windows import calibration_windows, evaluation_windows, training_examples
+from torch_impl.experiment.text.sources import ALL, Found, Purpose, load_documents
+from torch_impl.experiment.text.windows import (
+    calibration_windows,
+    describe_protocol,
+    describe_windows,
+    evaluation_windows,
+    training_examples,
+)
 
 FORMS = "token ids (n, t), a list of texts or records, a data set, or the name of a text source"
 
@@ -29,7 +36,7 @@ def windows_of(
         if len(ids) < 2:
             raise ValueError(f"calibration has shape {tuple(ids.shape)}; give 2 or more sequences")
         return ids
-    documents = _documents(given, "calibration", tokenizer, "train")
+    documents = _documents(given, "calibration", tokenizer, "train").documents
     assert tokenizer is not None
     return calibration_windows(documents, tokenizer, nsamples, seqlen, seed)
 
@@ -47,25 +54,35 @@ def examples_of(
         given = list(_iterated(given, "train"))
         if given and all(isinstance(item, Mapping) and "input_ids" in item for item in given):
             return [_example(item, f"train[{index}]") for index, item in enumerate(given)]
-    documents = _documents(given, "train", tokenizer, "train")
+    documents = _documents(given, "train", tokenizer, "train").documents
     assert tokenizer is not None
     return training_examples(documents, tokenizer, seqlen, seed, limit)
 
 
 def evaluation_of(
-    given: Any, tokenizer: PreTrainedTokenizerBase | None, seqlen: int, limit: int | None
-) -> torch.Tensor:
-    """Evaluation windows: token ids (n, t) as they are; otherwise consecutive windows of seqlen tokens of the text.
+    given: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seqlen: int,
+    limit: int | None,
+    protocol: str | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Evaluation windows and what describes them: token ids (n, t) as they are; otherwise windows of seqlen tokens of the text.
 
-    Errors: TypeError or ValueError naming `text` and what is wrong with it.
+    protocol: a name in PROTOCOLS; None: that of the text.
+
+    Errors: TypeError or ValueError naming `text` or `protocol` and what is wrong with it.
     """
     if (ids := _token_ids(given, "text")) is not None:
+        if protocol is not None:
+            raise TypeError("protocol is given, and text is token ids, which are measured as they are; leave it out")
         if ids.shape[1] < 2:
             raise ValueError(f"text has shape {tuple(ids.shape)}; give windows of 2 or more tokens")
-        return ids[:limit]
-    documents = _documents(given, "text", tokenizer, "measure")
+        return ids[:limit], {"protocol": "token ids", **describe_windows(ids[:limit])}
+    found = _documents(given, "text", tokenizer, "measure")
     assert tokenizer is not None
-    return evaluation_windows(documents, tokenizer, seqlen, limit)
+    used = protocol_named(protocol, found.protocol)
+    windows = evaluation_windows(found.documents, tokenizer, seqlen, limit, used)
+    return windows, {**describe_protocol(used, windows, tokenizer), **describe_windows(windows)}
 
 
 def check_ids(model: PreTrainedModel, named: Mapping[str, Iterable[torch.Tensor]]) -> None:
@@ -107,17 +124,17 @@ def _example(item: Mapping[str, Any], name: str) -> Example:
     return {"input_ids": ids, "labels": labels}
 
 
-def _documents(given: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, purpose: Purpose) -> list[Document]:
+def _documents(given: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, purpose: Purpose) -> Found:
     if tokenizer is None:
         raise ValueError(f"{name} is text and tokenizer is missing; give the model's tokenizer, or token ids (n, t)")
     if isinstance(given, str):
-        return load_documents(given, purpose, name).documents
+        return load_documents(given, purpose, name)
     numbered = enumerate(_iterated(given, name))
     records = ((f"[{index}]", {"text": item} if isinstance(item, str) else item) for index, item in numbered)
     found = list(from_records(records, name))
     if not found:
         raise ValueError(f"{name} holds no text; give at least one document")
-    return [Document(unix_newlines(document.text), document.prompt) for document in found]
+    return Found([Document(unix_newlines(document.text), document.prompt) for document in found], ALL)
 
 
 def _iterated(given: Any, name: str) -> Iterable[Any]:

@@ -8,14 +8,16 @@ one record in SOURCES.
 from __future__ import annotations
 
 import functools
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from tiny_models import corpus
 from torch_impl.experiment.command import closest
 from torch_impl.experiment.text.documents import Document, unix_newlines
 from torch_impl.experiment.text.files import KINDS, one_line, read_path
+from torch_impl.experiment.text.protocols import C4, DOCUMENTS, WIKITEXT2, Protocol
 from torch_impl.experiment.text.records import from_records
 
 Purpose = Literal["train", "measure"]
@@ -25,13 +27,14 @@ HELD_OUT = "held out"
 
 @dataclass(frozen=True)
 class Found:
-    """Documents of a source, and a description of the part of the source they are."""
+    """Documents of a source, a description of the part of the source they are, and the protocol to measure them by."""
 
     documents: list[Document]
     part: str
+    protocol: Protocol = DOCUMENTS
 
 
-class Source(Protocol):
+class Source(typing.Protocol):
     """A source of text."""
 
     @property
@@ -61,7 +64,7 @@ def _stdlib(purpose: Purpose) -> tuple[Document, ...]:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set on the hub. heldout: the split for evaluation, if it has one."""
+    """A data set on the hub. heldout: the split for evaluation, if it has one. protocol: the literature's, to measure by."""
 
     repo: str
     config: str | None = None
@@ -69,14 +72,15 @@ class HubSource:
     heldout: str | None = None
     data_files: dict[str, str] | None = None
     rows_joined: bool = False
-    """The rows are lines of one text; join them with empty lines, as the papers do."""
+    """The rows are lines of one text; join them as the protocol does."""
+    protocol: Protocol = DOCUMENTS
     gives_way: bool = True
 
     def load(self, name: str, purpose: Purpose, option: str) -> Found:
         """Read the split for the purpose, through the hub's client."""
         if purpose == "train" or self.heldout is None:
-            return Found(self._read(name, self.train, option), ALL)
-        return Found(self._read(name, self.heldout, option), f"{self.heldout} split")
+            return Found(self._read(name, self.train, option), ALL, self.protocol)
+        return Found(self._read(name, self.heldout, option), f"{self.heldout} split", self.protocol)
 
     def _read(self, name: str, split: str, option: str) -> list[Document]:
         import datasets
@@ -90,7 +94,7 @@ class HubSource:
                 f"check its name and the network, or give a local file ({', '.join(KINDS)})"
             ) from error
         if self.rows_joined:
-            text = unix_newlines("\n\n".join(rows["text"]))
+            text = unix_newlines((self.protocol.joined_by or "").join(rows["text"]))
             return [Document(text)] if text.strip() else []
         return list(from_records(((f"record {number}", row) for number, row in enumerate(rows, 1)), name))
 
@@ -99,8 +103,10 @@ class HubSource:
 _C4 = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 SOURCES: dict[str, Source] = {
     "stdlib": StandardLibrary(),
-    "c4": HubSource("allenai/c4", heldout="validation", data_files=_C4),
-    "wikitext2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", heldout="test", rows_joined=True),
+    "c4": HubSource("allenai/c4", heldout="validation", data_files=_C4, protocol=C4),
+    "wikitext2": HubSource(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", heldout="test", rows_joined=True, protocol=WIKITEXT2
+    ),
     "alpaca-gpt4": HubSource("vicgalle/alpaca-gpt4"),
 }
 
@@ -143,12 +149,19 @@ def load_documents(source: str, purpose: Purpose = "train", option: str = "sourc
     check_source(source, option)
     place = SOURCES.get(source)
     if (place is None or place.gives_way) and Path(source).exists():
-        found = Found(read_path(Path(source)), ALL)
+        found = Found(read_path(Path(source)), ALL, _protocol_of(source, place))
     else:
         found = (place or _parse_hub(source)).load(source, purpose, option)
     if not found.documents:
         raise ValueError(f"{option} is {source!r}, which holds no text; give a source with at least one document")
     return found
+
+
+def _protocol_of(path: str, place: Source | None) -> Protocol:
+    """Choose the protocol of local text: WikiText's of its raw file; that of a source for its copy of the same name."""
+    if path.endswith(".raw"):
+        return WIKITEXT2
+    return place.protocol if isinstance(place, HubSource) else DOCUMENTS
 
 
 def _parse_hub(source: str) -> HubSource:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch_impl.experiment.text.documents import Document
+from torch_impl.experiment.text.protocols import Protocol
 from torch_impl.experiment.text.sources import HELD_OUT, load_documents
 
 HELDOUT_SHARE = 0.1
@@ -16,12 +17,14 @@ HELDOUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Texts:
-    """The documents of a run. facts: which documents are measured, and how many the other texts lost."""
+    """The documents of a run. facts: which documents are measured, and how many the other texts lost. protocol: that of the
+    evaluation text."""
 
     calibration: list[Document]
     finetune: list[Document]
     evaluation: list[Document]
     facts: dict[str, Any]
+    protocol: Protocol
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def load_texts(calibration: str, finetune: str | None, evaluation: str) -> Texts
         [] if finetune is None else found.training[finetune],
         found.evaluation,
         facts,
+        measured.protocol,
     )
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from torch_impl import _checks
 from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.experiment.text.documents import Document
+from torch_impl.experiment.text.protocols import DOCUMENTS, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +125,13 @@ def split_parts(examples: Sequence[Example], shares: Sequence[float]) -> list[li
 
 
 def evaluation_windows(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int | None = None
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    limit: int | None = None,
+    protocol: Protocol = DOCUMENTS,
 ) -> torch.Tensor:
-    """Cut the documents' token stream into consecutive windows, token ids (n, seqlen), at most `limit`.
+    """Cut the documents' tokens into consecutive windows by a protocol: token ids (n, seqlen), at most `limit`.
 
     The incomplete last window is dropped.
 
@@ -134,18 +139,43 @@ def evaluation_windows(
     """
     if limit is not None:
         _checks.integer("limit", limit, 1)
-    return _cut(_stream(documents, tokenizer, seqlen, limit and limit * seqlen, "eval_seqlen"), seqlen, limit)
+    used, most = documents[: protocol.documents], protocol.most(limit)
+    if protocol.joined_by is None:
+        stream = _stream(used, tokenizer, seqlen, most and most * seqlen, "eval_seqlen")
+    else:
+        _checks.integer("eval_seqlen", seqlen, 1)
+        text = protocol.joined_by.join(document.prompt + document.text for document in used)
+        stream = torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+        _check_length(len(stream), seqlen, "eval_seqlen")
+    return _cut(stream, seqlen, most)
 
 
 def describe_windows(windows: torch.Tensor) -> dict[str, str | int]:
-    """Describe evaluation windows by counts and a hash of the token ids, so that measurements can be compared."""
+    """Describe evaluation windows by counts and a hash of the token ids, so that measurements can be compared.
+
+    predicted_tokens: all but the first of each window. stride: from the beginning of a window to that of the next.
+    """
     ids = windows.cpu().numpy().astype("<i8").tobytes()
     return {
         "windows": len(windows),
         "seqlen": windows.shape[1],
+        "stride": windows.shape[1],
         "tokens": windows.numel(),
+        "predicted_tokens": windows[:, 1:].numel(),
         "sha256": hashlib.sha256(ids).hexdigest(),
     }
+
+
+def describe_protocol(
+    protocol: Protocol, windows: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str | None]:
+    """Describe how the windows were made: the protocol, what joins documents, where begin-of-text tokens are."""
+    begin = tokenizer.bos_token_id
+    if protocol.joined_by is None:
+        where = "none" if begin is None else "before each document"
+    else:
+        where = "before the text" if begin is not None and int(windows[0, 0]) == begin else "none"
+    return {"protocol": protocol.name, "joined_by": protocol.joined_by, "begin_of_text": where}
 
 
 def _cut(stream: torch.Tensor, seqlen: int, limit: int | None) -> torch.Tensor:
@@ -167,9 +197,13 @@ def _stream(
         texts = [document.prompt + document.text for document in documents[start : start + _BATCH]]
         for row in _encode(tokenizer, texts):
             ids += _bounded(row, tokenizer)
-    if len(ids) < seqlen:
-        raise ValueError(f"{option} is {seqlen}; allowed: at most {len(ids)}, the length of the text in tokens")
+    _check_length(len(ids), seqlen, option)
     return torch.tensor(ids)
+
+
+def _check_length(tokens: int, seqlen: int, option: str) -> None:
+    if tokens < seqlen:
+        raise ValueError(f"{option} is {seqlen}; allowed: at most {tokens}, the length of the text in tokens")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
