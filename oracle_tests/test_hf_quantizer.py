@@ -132,8 +132,12 @@ def test_as_on_a_gpu(tmp_path: Path, as_on_a_gpu: list[str]) -> None:
     model.save_pretrained(tmp_path / "again")
     assert_same_model(load(tmp_path / "again"), model)
     as_on_a_gpu.clear()
-    load(folder, dtype=torch.float32)
+    moved = load(folder, dtype=torch.float32)
     assert not as_on_a_gpu
+    # As `model.to("cuda")`, which brings layers of another device to the kernels; here they come from another dtype.
+    attention = moved.to(torch.bfloat16).model.layers[1].self_attn
+    assert attention.q_proj.group is attention.k_proj.group is attention.v_proj.group is not None
+    assert_same_model(moved, model)
 
 
 def test_several_files_and_what_was_there_before(tmp_path: Path) -> None:

@@ -391,13 +391,14 @@ def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: l
     model._apply(torch.clone)
     assert group.layout.data.data_ptr() == group.layout_data.data_ptr()
     x = torch.randn(2, 70, device=DEVICE)
-    # A copy that is cast works alone, with kernels and without.
+    # A copy that is cast works alone without kernels, and as a group again with kernels.
     other = copy.deepcopy(model)
     for dtype, bound in ((torch.float32, 1e-6), (torch.float16, tolerances.same_product(torch.float16))):
         other.to(dtype)
         for linear, layer in zip(linears, other, strict=True):
-            assert layer.group is None
-            assert (layer.layout is None) == (dtype == torch.float32)
+            assert (layer.group is None) == (dtype == torch.float32)
+            assert layer.group is other[0].group is not group
+            assert layer.layout is None
             assert torch.equal(layer.unpacked(), linear.weight.to(dtype))
             y = linear.to(dtype)(x.to(dtype)).detach()
             assert_close("cast", y.cpu(), layer(x.to(dtype)).cpu(), bound, floor=1e-30)
@@ -412,6 +413,10 @@ def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: l
     for linear, layer in zip(linears, layers, strict=True):
         y = linear.bfloat16()(x.bfloat16()).detach()
         assert_close("loaded", y.cpu(), layer(x.bfloat16()).cpu(), tolerances.same_product(y.dtype), floor=1e-30)
+    # When all of them are, they are a group again.
+    model.load_state_dict(model.state_dict())
+    assert layers[0].group is layers[1].group is layers[2].group is not group
+    assert torch.equal(layers[1].unpacked(), linears[1].weight)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -109,6 +109,8 @@ class PackedLinear(_Packed):
         self.in_features, self.kept = columns, len(values)
         self.group: PackedGroup | None = None
         self.start = 0
+        # The packed layers with the same input, this one among them.
+        self.together: list[PackedLinear] = []
         for name, value in (("bitmap", bitmap), ("values", values), ("offsets", offsets), ("bias", bias)):
             self.register_buffer(name, None if value is None else value.detach().contiguous())
         self._settle()
@@ -171,12 +173,17 @@ class PackedLinear(_Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={sparsity:.4f}"
 
     def _settle(self) -> None:
-        """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`."""
+        """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`.
+
+        The last of the layers with the same input to arrive groups them.
+        """
         if self._on_gpu is not None or self.values.is_meta or not _has_kernels(self.values):
             return
         self._hold(cuda.pack_rows(self.unpacked()))
         for name in PARTS:
             self.register_buffer(name, None)
+        if all(layer.layout is not None for layer in self.together):
+            _group(self.together)
 
     def _drop_zeros(self) -> None:
         """Remove kept values that a cast to a narrower dtype has rounded to 0."""
@@ -297,7 +304,8 @@ def _moment(x: torch.Tensor) -> tuple[int, bool]:
 def group_projections(model: PreTrainedModel) -> None:
     """Group the packed projections of a block that share an input into one product on a GPU: q, k and v; gate and up.
 
-    A layer leaves its group when it is moved, cast or loaded. Errors: ValueError if the model's family is unknown.
+    A layer leaves its group when it is moved, cast or loaded. When all of them are on a GPU, they form a group again.
+    Errors: ValueError if the model's family is unknown.
     """
     decoder = Decoder(model)
     for index in range(len(decoder.blocks)):
@@ -307,8 +315,15 @@ def group_projections(model: PreTrainedModel) -> None:
 
 
 def join(modules: Sequence[nn.Module]) -> None:
-    """Group the modules that are packed on a GPU, if they are two or more of one dtype. They must share one input."""
-    layers = [module for module in modules if isinstance(module, PackedLinear) and module.layout is not None]
+    """Group the modules that are packed, now and whenever all of them are on a GPU. They must share one input."""
+    layers = [module for module in modules if isinstance(module, PackedLinear)]
+    for layer in layers:
+        layer.together = layers
+    _group([layer for layer in layers if layer.layout is not None])
+
+
+def _group(layers: Sequence[PackedLinear]) -> None:
+    """Group layers, packed on a GPU, that share one input, if they are two or more of one dtype on one device."""
     if len(layers) < 2:
         return
     weights = [layer.unpacked() for layer in layers]
