@@ -23,6 +23,7 @@ from torch_impl.commands.run import main
 from torch_impl.engine import training
 from torch_impl.engine.batches import IGNORED
 from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text.records import document_of
 
 TEXTS = [f"{WORDS}{number} {WORDS[number % 50 :]}" for number in range(40)]
@@ -115,6 +116,12 @@ def test_the_library_and_the_command_line_give_the_same_bits(tmp_path: Path) -> 
     torch_impl.prune(model, tokenizer, calibration=windows, steps=2, rmi_samples=4)
     other = AutoModelForCausalLM.from_pretrained(place / "out" / "model")
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(model).items())
+    # Rates by mutual information are part of LoSA: without training they are for those who ask.
+    rates = [record["sparsity"] for record in json.loads((place / "out" / "steps.json").read_text())]
+    assert all(max(step) - min(step) < 1e-9 for step in rates)
+    asked = torch_impl.prune(other, calibration=windows, steps=1, layer_sparsity="rmi", sparsity=0.8)
+    assert asked.settings["prune"]["layer_sparsity"] == "rmi"
+    assert max(asked.steps[0].sparsity) - min(asked.steps[0].sparsity) > 1e-3
 
 
 # --- forms of text ---
@@ -226,6 +233,23 @@ def test_what_is_wrong_is_one_sentence_and_changes_nothing(name: str, model: Pre
     assert "\n" not in str(caught.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights(model).items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_memory_that_is_lacking_is_said_before_any_work(
+    model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command line says it; of the windows that were given, not of the default ones."""
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"nsamples is 1000000000 and seqlen is 1000000: the token ids alone need"):
+        torch_impl.prune(model, tokenizer, calibration=TEXTS, nsamples=10**9, seqlen=10**6, steps=1)
+    ids = torch.ones(6, 32, dtype=torch.long)
+    monkeypatch.setattr(checks, "free_bytes", lambda device: 2**21)
+    torch_impl.prune(model, calibration=ids, steps=1)
+    model.load_state_dict(before)
+    monkeypatch.setattr(checks, "free_bytes", lambda device: 2**10)
+    with pytest.raises(ValueError, match=r"device cpu: only 0\.00 GiB of memory are free, but the run needs at least"):
+        torch_impl.prune(model, calibration=ids, steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
 
 
 def test_a_model_of_another_kind(tokenizer: Any, tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def test_a_row_says_what_was_done(changes: dict[str, Any], title: str) -> None:
     """Plain pruning is not LoSA, and nothing is said of training where there was none."""
     result = replace(RESULT, **changes, learning_rate=None if changes else 2e-3, ranks=[] if changes else [5, 9])
     shown = report.table(result)
-    assert f"{title}  " in shown.splitlines()[4]
+    assert f"{title}  " in shown.splitlines()[4 - result.is_at_once]
+    assert ("pruned at once" in shown) != result.is_at_once, "the same model is one row"
     assert ("Nothing was trained." in shown) == bool(changes)
     assert ("Trained on" in shown) != bool(changes)
     card = model_card.of_saved(result)
@@ -302,6 +303,15 @@ def test_a_sample_stays_within_learned_positions(positions: int, length: int) ->
         prompt = torch.full((1, 24), letter)
         [row] = model.generate(prompt, max_new_tokens=length, do_sample=False, pad_token_id=0)
         assert found["text"] == byte_tokenizer().decode(row[24:], skip_special_tokens=True)
+
+
+def test_a_sample_is_greedy_whatever_the_model_s_settings_are() -> None:
+    model, windows = random_model("llama", num_hidden_layers=1).eval(), torch.full((2, 40), 65)
+    plain = samples.sample(model, byte_tokenizer(), windows)
+    model.generation_config.update(do_sample=True, temperature=9.0, num_beams=3, repetition_penalty=5.0, max_length=30)
+    theirs = model.generation_config.to_dict()
+    assert samples.sample(model, byte_tokenizer(), windows) == plain
+    assert model.generation_config.to_dict() == theirs, "it is saved with the model"
 
 
 def test_a_run_does_not_fail_for_its_sample(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

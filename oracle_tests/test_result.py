@@ -14,7 +14,7 @@ from oracle_tests.plans import config
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import compare, provenance, report
-from torch_impl.experiment.result import Comparison, Measured, SavedBytes, summarise
+from torch_impl.experiment.result import Comparison, Measured, MeasuredModels, SavedBytes, summarise
 
 
 def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,9 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         some,
         material,  # type: ignore[arg-type]
         "gated",
-        (Measured(1.5, 0.125, 2.5), Measured(3.5, 0.25, 4.5), Measured(5.5, 0.5, 6.5)),
+        MeasuredModels(
+            Measured(1.5, 0.125, 2.5), Measured(3.5, 0.25, 4.5), Measured(5.5, 0.5, 6.5), Measured(7.5, 0.75, 8.5)
+        ),
         SavedBytes(dense=1000, packed=700),
         [8.5, 9.5],
         pretrained.Verification(logit_difference=0.75, zeros=zeros),
@@ -48,6 +50,7 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         "target_sparsity": 0.6,
         "dense": {"perplexity": 1.5, "sparsity": 0.125, "seconds": 2.5, "bytes": 1000, "packed_bytes": 1000},
         "pruned_at_once": {"perplexity": 3.5, "sparsity": 0.25, "seconds": 4.5, "bytes": 1000, "packed_bytes": 700},
+        "one_shot": {"perplexity": 7.5, "sparsity": 0.75, "seconds": 8.5, "bytes": 1000, "packed_bytes": 700},
         "losa": {"perplexity": 5.5, "sparsity": 0.5, "seconds": 6.5, "bytes": 1000, "packed_bytes": 700},
         "perplexity_after_step": [8.5, 9.5],
         "evaluation": {"windows": 3},

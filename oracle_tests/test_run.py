@@ -37,9 +37,11 @@ from torch_impl.run import main
 def test_a_run_leaves_a_whole_folder(place: Path, changes: dict, capsys: pytest.CaptureFixture) -> None:
     assert main(arguments(place, **changes)) == 0
     printed = capsys.readouterr().out
-    ours = "pruned, rmi rates" if changes.get("finetune") == "false" else "LoSA"
-    for row in ("dense", "pruned at once", ours, "perplexity", "sparsity"):
+    plain = changes.get("finetune") == "false"
+    for row in ("dense", "pruned, uniform rates" if plain else "LoSA", "perplexity", "sparsity"):
         assert row in printed
+    # A run that is one-shot pruning does it once.
+    assert ("pruned at once" in printed) != plain
     out = place / "out"
     expected = {
         "model",
@@ -57,7 +59,8 @@ def test_a_run_leaves_a_whole_folder(place: Path, changes: dict, capsys: pytest.
     events = [json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == changes.get("steps", 2)
     assert events.count("train") == sum(len(step["losses"]) for step in steps)
-    assert events.count("perplexity") == 3 + len(steps)
+    assert events.count("perplexity") == 3 + len(steps) - plain
+    assert (result["pruned_at_once"] == result["losa"]) == plain
     assert set(json.loads((out / "environment.json").read_text())) >= {"torch", "transformers", "model_sha256"}
     assert "sparsity_config" not in json.loads((out / "model" / "config.json").read_text())
 
@@ -120,6 +123,29 @@ def test_file_then_flags(place: Path) -> None:
     assert found.text.shares(2) == [0.5, 0.5]
     assert config.parse(["--model", "x"]).training.learning_rate == 2e-4
     assert config.parse([]).calibration.seqlen == 256, "the embedded model has its own defaults"
+
+
+def test_rates_without_training(tmp_path: Path) -> None:
+    """Rates by mutual information are part of LoSA: without training they are for those who ask, by flag, file or pattern."""
+    file = tmp_path / "some.toml"
+    file.write_text("steps = 2\n[prune]\nlayer_sparsity = 'rmi'\n")
+    plain = ["--finetune", "false"]
+    for words, expected in (
+        ([], "rmi"),
+        (plain, "uniform"),
+        ([*plain, "--dry_run"], "uniform"),
+        ([*plain, "--layer_sparsity", "rmi"], "rmi"),
+        ([*plain, "--layer-sparsity=rmi"], "rmi"),
+        ([*plain, "--config", str(file)], "rmi"),
+        ([*plain, "--preset", "paper"], "uniform"),
+        ([*plain, "--preset", "best"], "uniform"),
+        (["--preset", "best"], "rmi"),
+        (["--preset", "quick"], "uniform"),
+        ([*plain, "--config", "llama_7b"], "uniform"),
+        ([*plain, "--sparsity_type", "mixed-2:4"], "rmi"),
+        ([*plain, "--sparsity_type", "2:4"], "uniform"),
+    ):
+        assert config.parse(["--model", "x", *words]).prune.layer_sparsity == expected, words
 
 
 @pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "llama_70b", "embedded"])

@@ -35,7 +35,7 @@ from torch_impl.experiment.sweeps import Sweeps
 from torch_impl.masks import select
 from torch_impl.run import main
 
-PLAIN = {"steps": 1, "finetune": "false", "eval_windows": 4}
+PLAIN: dict[str, object] = {"steps": 1, "finetune": "false", "layer_sparsity": "rmi", "eval_windows": 4}
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -241,7 +241,7 @@ def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: py
 
     monkeypatch.setattr(offloaded_job, "open_offloaded", noted)
     monkeypatch.setattr(offloaded_job, "_at_once", counted)
-    assert main(arguments(place, **PLAIN, layer_sparsity="rmi", offload="on")) == 0
+    assert main(arguments(place, **PLAIN, offload="on")) == 0
     assert (len(opened), left) == (1, [0])
 
 

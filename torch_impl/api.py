@@ -44,6 +44,7 @@ from torch_impl.experiment import zero_shot
 from torch_impl.experiment.command import closest
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import eval_mode, perplexity
+from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import given
 from torch_impl.experiment.text.windows import split_parts
 
@@ -98,13 +99,16 @@ def prune(
     The dense model is copied, so memory holds two models. The parameters' requires_grad and the training mode stay as they
     are, also if this fails; the model is then plain again, but may be pruned in part.
 
-    Errors: TypeError or ValueError naming the argument, before the model changes; FloatingPointError if training diverges.
+    Errors: TypeError or ValueError naming the argument, or the memory that is lacking, before the model changes;
+    FloatingPointError if training diverges.
     """
     started = time.perf_counter()
     config = _config(model, calibration, train, sparsity, method, preset, options)
     check_structure(model, config.settings)
+    checks.check_token_ids(config)
     windows, parts = _material(model, tokenizer, calibration, train, config)
     config = dataclasses.replace(config, calibration=_as_given(config, windows))
+    checks.check_memory(model, config)
     decoder = Decoder(model)
     with _as_it_was(decoder):
         model.requires_grad_(False)

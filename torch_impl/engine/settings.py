@@ -30,7 +30,8 @@ class PruneConfig:
     steps: int = 5
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     layer_sparsity: str = "rmi"
-    """How the blocks share the sparsity: {names}. rmi is by mutual information (LoSA), uniform gives all the same."""
+    """How the blocks share the sparsity: {names}. rmi is by mutual information (LoSA), uniform gives all the same. The default is
+    rmi; with --finetune false it is uniform, and rmi only if this option or a configuration file asks for it."""
 
     def __post_init__(self) -> None:
         _checks.choice("prune_method", self.prune_method, masks.METHODS)
@@ -117,7 +118,7 @@ class TrainingConfig:
     """Training of the adapters at each step."""
 
     finetune: bool = True
-    """Train the adapters. Without training, LoSA is progressive pruning."""
+    """Train the adapters. false: prune in steps, without training; layer_sparsity is then uniform unless it is given."""
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW (paper: 2e-4 at 7B; small models need much more)."""
     warmup_ratio: float = 0.3

@@ -69,7 +69,18 @@ NOT_HERE = {
     "learning_rate": "; use --learning_rates",
     "seed": "; use --seeds",
     **dict.fromkeys(
-        ("output_dir", "overwrite", "resume", "accept_changes", "save_every", "keep_points", "dry_run", "devices"),
+        (
+            "output_dir",
+            "overwrite",
+            "resume",
+            "accept_changes",
+            "save_every",
+            "keep_points",
+            "dry_run",
+            "devices",
+            "report_to",
+            "baselines",
+        ),
         ", which writes only the file of --json",
     ),
 }

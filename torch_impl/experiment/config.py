@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, Tra
 from torch_impl.experiment.command import Parser, closest
 from torch_impl.experiment.help import GroupedHelp, document
 from torch_impl.experiment.planning.cards import find_card
+from torch_impl.experiment.tensorboard import check_report_to
 from torch_impl.experiment.text.files import KINDS
 from torch_impl.experiment.text.protocols import DOCUMENTS, protocol_named
 from torch_impl.experiment.text.sources import SOURCES
@@ -37,6 +38,8 @@ EXAMPLE_DATA = {"calibration_data": "c4", "finetune_data": "alpaca-gpt4", "eval_
 MOST_SEED = 2**63 - 1
 # Options that a resumed run may change: the work done so far stays valid.
 CHANGEABLE = ("learning_rate", "max_grad_norm", "weight_decay")
+# Further rows of the report.
+BASELINES = ("one_shot",)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ class OutputConfig:
     """Save a checkpoint every N optimizer steps. One is also saved after every pruned block."""
     keep_points: int = 2
     """Number of checkpoints to keep. If the newest is corrupt, the run resumes from the one before."""
+    report_to: str = "none"
+    """tensorboard: also write loss, learning rate, perplexity, sparsity and errors for TensorBoard, in output_dir/tensorboard."""
+    baselines: list[str] | None = None
+    """Further rows of the report. one_shot: prune once, at uniform rates and ranks, and train on the same sequences with the same
+    options; takes about as long as the run again."""
     deterministic: bool = False
     """Bit-identical CUDA runs, at some cost in speed. CPU runs always are."""
     seed: int = 0
@@ -155,9 +163,11 @@ class OutputConfig:
             find_card(self.plan_for)
             if not self.dry_run:
                 raise ValueError(f"plan_for is {self.plan_for!r}; it is for plans: losa plan, or add --dry_run")
-        unknown = sorted(set(self.accept_changes or ()) - set(CHANGEABLE))
-        if unknown:
-            raise ValueError(f"accept_changes is {', '.join(unknown)}; allowed: {', '.join(CHANGEABLE)}")
+        check_report_to(self.report_to)
+        for name, allowed in (("accept_changes", CHANGEABLE), ("baselines", BASELINES)):
+            unknown = sorted(set(getattr(self, name) or ()) - set(allowed))
+            if unknown:
+                raise ValueError(f"{name} is {', '.join(unknown)}; allowed: {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,10 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        if self.output.baselines and not self.training.finetune:
+            raise ValueError(
+                f"baselines is {', '.join(self.output.baselines)}, which trains, with finetune False; leave out one of them"
+            )
         if self.model.offload == "on" and not self.prune.rule.works_offloaded:
             others = [rule.name for rule in RULES.values() if rule.works_offloaded]
             raise ValueError(
@@ -264,21 +278,40 @@ def parse(arguments: Sequence[str], data_required: bool = False) -> Config:
     """
     parser = _make_parser()
     early = parser.parse_args(list(arguments))
-    from_file = _from_toml(_config_file(early.config)) if early.config is not None else {}
-    if early.preset is not None:
-        _checks.choice("preset", early.preset, PRESETS)
-        from_file = _from_toml(CONFIGS / f"preset_{early.preset}.toml") | from_file
-    if "model" not in from_file and not _names("model", arguments):
-        from_file = _from_toml(CONFIGS / "embedded.toml") | from_file
+    own = _from_toml(_config_file(early.config)) if early.config is not None else {}
+    from_file = _with_preset(early.preset, own, arguments)
     if "step_shares" in from_file and _names("steps", arguments) and not _names("step_shares", arguments):
         from_file["step_shares"] = _shares_again(from_file["step_shares"], early.steps)
     words = [word for name, values in from_file.items() for word in (f"--{name}", *values)]
     config = Config(*parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False))
+    if "layer_sparsity" not in own and not _names("layer_sparsity", arguments):
+        config = _without_rates(config)
     _ = config.settings, config.text.shares(config.prune.steps)
     if data_required and Path(config.model.model).resolve() != EMBEDDED_MODEL.resolve():
         names = ("calibration_data", *(("finetune_data",) if config.training.finetune else ()), "eval_data")
         _check_given([name for name in names if name not in from_file and not _names(name, arguments)])
     return config
+
+
+def _with_preset(preset: str | None, own: dict[str, list[str]], arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Complete the options of the user's configuration file with those of the preset, and of the embedded model."""
+    found = own
+    if preset is not None:
+        _checks.choice("preset", preset, PRESETS)
+        found = _from_toml(CONFIGS / f"preset_{preset}.toml") | found
+    if "model" not in found and not _names("model", arguments):
+        found = _from_toml(CONFIGS / "embedded.toml") | found
+    return dict(found)
+
+
+def _without_rates(config: Config) -> Config:
+    """Choose uniform rates if nothing is trained: rates of their own are part of LoSA, and nobody asked for them.
+
+    A preset does not ask, as it describes the whole method. A mixed pattern does: it needs importances.
+    """
+    if config.training.finetune or config.prune.pattern.mixed:
+        return config
+    return replace(config, prune=replace(config.prune, layer_sparsity="uniform"))
 
 
 def _check_given(lacking: Sequence[str]) -> None:

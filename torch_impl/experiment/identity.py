@@ -22,6 +22,7 @@ ELSEWHERE = (
     "accept_changes",
     "save_every",
     "keep_points",
+    "report_to",
 )
 VERSIONS = ("torch", "transformers", "device", "threads")
 CONTENTS = {

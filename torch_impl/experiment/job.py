@@ -27,14 +27,14 @@ from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.resume.run_folder import CHECKPOINTS, check_folder, run_folder
 from torch_impl.engine.settings import Settings
-from torch_impl.experiment import identity
+from torch_impl.experiment import identity, one_shot
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.material import Material, environment_of, load_material
-from torch_impl.experiment.metrics import Metrics
+from torch_impl.experiment.metrics import METRICS, Metrics
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.progress import step_line
-from torch_impl.experiment.result import Measured, Result, SavedBytes, summarise
+from torch_impl.experiment.result import Measured, MeasuredModels, Result, SavedBytes, summarise
 from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.samples import sample
 from torch_impl.experiment.text import windows
@@ -49,6 +49,12 @@ def at_once(settings: Settings) -> Settings:
         prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity="uniform"),
         training=dataclasses.replace(settings.training, finetune=False),
     )
+
+
+def is_at_once(config: Config) -> bool:
+    """Return whether the run itself is one-shot pruning."""
+    plain = not (config.training.finetune or config.reconstruction.reconstruct_epochs)
+    return plain and at_once(config.settings).prune == config.prune
 
 
 def prune_at_once(config: Config, material: Material) -> PreTrainedModel:
@@ -103,7 +109,7 @@ def _folder(config: Config) -> Iterator[Path]:
 def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
     """Open the checkpoints of this run, at the last valid one. Errors: ValueError if the run began with other options."""
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, config.output.keep_points)
-    checkpointer = Checkpointer(checkpoints, config.output.save_every, attached=(folder / "metrics.jsonl",))
+    checkpointer = Checkpointer(checkpoints, config.output.save_every, attached=(folder / METRICS,))
     if config.output.resume and not checkpointer.notes:
         logger.warning("no checkpoint found for %s; starting over", config.output_dir)
     if checkpointer.notes:
@@ -136,31 +142,49 @@ class _Evaluation:
 
 
 def _baselines(config: Config, material: Material, evaluation: _Evaluation) -> dict[str, Any]:
-    """Measure the dense model and the model pruned in one shot. Return plain values, as checkpoints hold them."""
-    dense = evaluation.measure(material.model, "dense", 0.0)
-    start = time.perf_counter()
-    pruned = prune_at_once(config, material)
-    shot = evaluation.measure(pruned, "pruned at once", time.perf_counter() - start)
-    found = {"dense": dataclasses.asdict(dense), "pruned_at_once": dataclasses.asdict(shot)}
-    return {**found, "sample": _sample(material.model, material)}
+    """Measure the dense model and, unless the run is just that, the model pruned in one shot.
+
+    Return plain values, as checkpoints hold them.
+    """
+    found: dict[str, Any] = {"dense": dataclasses.asdict(evaluation.measure(material.model, "dense", 0.0))}
+    found["sample"] = _sample(material.model, material)
+    if not is_at_once(config):
+        start = time.perf_counter()
+        pruned = prune_at_once(config, material)
+        shot = evaluation.measure(pruned, "pruned at once", time.perf_counter() - start)
+        found["pruned_at_once"] = dataclasses.asdict(shot)
+    return found
 
 
 def _sample(model: PreTrainedModel, material: Material) -> dict[str, str]:
     return {} if distributed.processes() > 1 else sample(model, material.tokenizer, material.evaluation)
 
 
+def open_metrics(config: Config, folder: Path) -> Metrics:
+    """Open the metrics of a run, after `open_checkpointer`, which restores those of a resumed run."""
+    if config.output.report_to == "none":
+        return Metrics(folder / METRICS)
+    if distributed.is_main_process():
+        print(f"TensorBoard: tensorboard --logdir {folder.parent}", file=sys.stderr, flush=True)
+    return Metrics(folder / METRICS, folder / "tensorboard")
+
+
 def run_in_memory(config: Config, folder: Path) -> Result:
     """Run the job in memory."""
-    start = time.perf_counter()
     checkpointer = open_checkpointer(config, folder)
-    notes = checkpointer.notes
+    with open_metrics(config, folder) as metrics:
+        return _run(config, folder, checkpointer, metrics)
+
+
+def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metrics) -> Result:
+    start, notes = time.perf_counter(), checkpointer.notes
     material = load_material(config)
     parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
     environment = environment_of(config, material)
     if notes:
         identity.check_material(notes["environment"], environment)
     checks.check(material.model, config, folder)
-    evaluation = _Evaluation(config, material, Metrics(folder / "metrics.jsonl"))
+    evaluation = _Evaluation(config, material, metrics)
     fresh = not notes
     if fresh:
         notes.update(_baselines(config, material, evaluation), after_step=[], seconds=0.0, environment=environment)
@@ -176,12 +200,14 @@ def run_in_memory(config: Config, folder: Path) -> Result:
         records = _prune_and_train(config, material, parts, evaluation, checkpointer, seconds)
     healed, saved, verification, text = _finish(config, material, folder, evaluation, records)
     samples = {"dense": notes.get("sample", {}), "losa": text}
+    trained = _one_shot(config, material, evaluation) if config.output.baselines else None
+    shot = Measured(**notes["pruned_at_once"]) if "pruned_at_once" in notes else healed
     several = distributed.processes()
     result = summarise(
         config,
         material,
         Decoder(material.model).family.name,
-        (Measured(**notes["dense"]), Measured(**notes["pruned_at_once"]), healed),
+        MeasuredModels(Measured(**notes["dense"]), shot, healed, trained),
         saved,
         notes["after_step"],
         verification,
@@ -251,6 +277,14 @@ def _finish(
     seconds = sum(sum(record.seconds.values()) for record in records)
     healed = evaluation.measure(merged, "losa, merged and reloaded", seconds)
     return healed, _saved_bytes(merged, masks), verification, _sample(merged, material)
+
+
+def _one_shot(config: Config, material: Material, evaluation: _Evaluation) -> Measured:
+    """Measure the trained one-shot model, which takes the place of the run's model."""
+    if distributed.is_main_process():
+        print("one shot, trained, for comparison", file=sys.stderr, flush=True)
+    seconds = one_shot.prune_and_train(config, material)
+    return evaluation.measure(material.model, "one shot, trained", seconds)
 
 
 def _saved_bytes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> SavedBytes:

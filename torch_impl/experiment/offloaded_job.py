@@ -24,12 +24,12 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.job import at_once, open_checkpointer
+from torch_impl.experiment.job import at_once, is_at_once, open_checkpointer, open_metrics
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.planning.sizes import Sizes
-from torch_impl.experiment.result import Measured, Result, SavedBytes, summarise
+from torch_impl.experiment.result import Measured, MeasuredModels, Result, SavedBytes, summarise
 from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
 
@@ -37,8 +37,13 @@ from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
 @torch.no_grad()
 def run_offloaded(config: Config, folder: Path) -> Result:
     """Run the job block by block."""
-    start = time.perf_counter()
     checkpointer = open_checkpointer(config, folder)
+    with open_metrics(config, folder) as metrics:
+        return _run(config, folder, checkpointer, metrics)
+
+
+def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metrics) -> Result:
+    start = time.perf_counter()
     material = load_material(config, offloaded=True)
     environment = environment_of(config, material)
     if checkpointer.notes:
@@ -46,7 +51,6 @@ def run_offloaded(config: Config, folder: Path) -> Result:
     decoder = Decoder(material.model)
     disk = checks.disk(config, Sizes.of(decoder, material.model.dtype), offloaded=True)
     checks.check_disk(disk.total, "pruned model", config, folder)
-    metrics = Metrics(folder / "metrics.jsonl")
     sweeps = Sweeps(decoder, config, material)
     earlier = checkpointer.notes.get("seconds", 0.0)
     with checkpointer.stopping_at_checkpoints():
@@ -61,14 +65,14 @@ def run_offloaded(config: Config, folder: Path) -> Result:
     realised = pruned.record.realised
     healed = Measured(perplexity, _mean(realised, weights), pruned.record.seconds["prune"])
     shot = healed
-    if at_once(config.settings).prune != config.prune or config.reconstruction.reconstruct_epochs:
+    if not is_at_once(config):
         shot = _at_once(sweeps, dense, weights)
         metrics.log("perplexity", value=shot.perplexity, model="pruned at once")
     result = summarise(
         config,
         material,
         decoder.family.name,
-        (Measured(dense.perplexity, _mean(dense.shares, weights), 0.0), shot, healed),
+        MeasuredModels(Measured(dense.perplexity, _mean(dense.shares, weights), 0.0), shot, healed),
         _saved_bytes(material.model, realised, weights),
         [perplexity],
         verification,

@@ -13,7 +13,14 @@ VISIBLE = 5e-4
 
 
 def _rows(result: Result) -> list[tuple[Row, str]]:
-    return [(result.dense, "dense"), (result.pruned_at_once, "pruned at once"), (result.losa, title_of(result))]
+    """Return the rows of the closing table and their titles. A run that is one-shot pruning has no second row of it."""
+    rows = [(result.dense, "dense")]
+    if not result.is_at_once:
+        rows.append((result.pruned_at_once, "pruned at once"))
+    if result.one_shot is not None:
+        reconstructed = "reconstructed and " if result.reconstruct_epochs else ""
+        rows.append((result.one_shot, f"one shot, {reconstructed}trained"))
+    return [*rows, (result.losa, title_of(result))]
 
 
 def title_of(result: Result) -> str:

@@ -24,6 +24,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class MeasuredModels:
+    """The models of a run that were measured. one_shot: the trained one-shot model, if the run was asked for it."""
+
+    dense: Measured
+    pruned_at_once: Measured
+    losa: Measured
+    one_shot: Measured | None = None
+
+
+@dataclass(frozen=True)
 class Row(Measured):
     """The same with the bytes of all weights, as saved and if the zeros were not stored."""
 
@@ -102,6 +112,13 @@ class Result:
     software: dict[str, str | None]
     texts: dict[str, str]
     """Name of the text for each purpose, without the path."""
+    one_shot: Row | None = None
+    """The trained one-shot model; with --baselines one_shot."""
+
+    @property
+    def is_at_once(self) -> bool:
+        """Return whether the run itself is one-shot pruning; `pruned_at_once` then repeats its figures."""
+        return self.steps == 1 and self.rates == "uniform" and not (self.finetuned or self.reconstruct_epochs)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -112,7 +129,7 @@ def summarise(
     config: Config,
     material: Material,
     family: str,
-    measured: tuple[Measured, Measured, Measured],
+    measured: MeasuredModels,
     saved: SavedBytes,
     after_step: list[float],
     verification: pretrained.Verification,
@@ -121,17 +138,21 @@ def summarise(
     records: Sequence[StepRecord],
     samples: dict[str, dict[str, str]],
 ) -> Result:
-    """Build the result of a run. measured: the dense model, the one pruned at once, LoSA's; seconds: in all."""
-    dense, at_once, losa = (asdict(found) for found in measured)
+    """Build the result of a run. seconds: in all."""
+
+    def pruned(found: Measured) -> Row:
+        return Row(**asdict(found), bytes=saved.dense, packed_bytes=saved.packed)
+
     return Result(
         model=config.model.model,
         family=family,
         method=config.prune.prune_method,
         sparsity_type=config.prune.sparsity_type,
         target_sparsity=config.prune.final_sparsity,
-        dense=Row(**dense, bytes=saved.dense, packed_bytes=saved.dense),
-        pruned_at_once=Row(**at_once, bytes=saved.dense, packed_bytes=saved.packed),
-        losa=Row(**losa, bytes=saved.dense, packed_bytes=saved.packed),
+        dense=Row(**asdict(measured.dense), bytes=saved.dense, packed_bytes=saved.dense),
+        pruned_at_once=pruned(measured.pruned_at_once),
+        losa=pruned(measured.losa),
+        one_shot=None if measured.one_shot is None else pruned(measured.one_shot),
         perplexity_after_step=after_step,
         evaluation=material.evaluation_facts,
         train_examples=len(material.examples),

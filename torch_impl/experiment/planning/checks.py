@@ -76,15 +76,20 @@ def check_lengths(model: PreTrainedModel, config: Config) -> None:
 
     Errors: ValueError naming lengths beyond the model's learned positions, or token ids that do not fit into memory.
     """
+    check_token_ids(config)
+    limit = position_limit(model)
+    if limit is not None and (beyond := _beyond(config, limit)):
+        raise ValueError(f"{beyond}; this model has only {limit} learned positions, use {limit} or less")
+
+
+def check_token_ids(config: Config) -> None:
+    """Check that the calibration token ids fit into memory. Errors: ValueError naming nsamples and seqlen."""
     nsamples, seqlen = config.calibration.nsamples, config.calibration.seqlen
     if (taken := 8 * nsamples * seqlen) > (there := free_bytes(torch.device("cpu"))):
         raise ValueError(
             f"nsamples is {nsamples} and seqlen is {seqlen}: the token ids alone need {taken / GIB:,.0f} GiB of memory, but only "
             f"{there / GIB:,.0f} GiB are free; reduce them"
         )
-    limit = position_limit(model)
-    if limit is not None and (beyond := _beyond(config, limit)):
-        raise ValueError(f"{beyond}; this model has only {limit} learned positions, use {limit} or less")
 
 
 def warn_of_lengths(model: PreTrainedModel, config: Config) -> None:
@@ -115,13 +120,12 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *id
 
 def check(model: PreTrainedModel, config: Config, folder: Path) -> None:
     """Check disk and device memory for the run in `folder`. Errors: ValueError naming what is needed and what is free."""
-    sizes = Sizes.of(Decoder(model), model.dtype)
     if distributed.is_main_process():
-        needed = disk(config, sizes, offloaded=False).total
+        needed = disk(config, Sizes.of(Decoder(model), model.dtype), offloaded=False).total
         check_disk(needed, "merged model and checkpoints; fewer with --keep_points 1", config, folder)
     if distributed.processes() == 1:
         # Several processes hold a share each; --dry_run shows its size.
-        _check_memory(least_memory(config, sizes), next(model.parameters()).device)
+        check_memory(model, config)
 
 
 def check_disk(needed: int, purpose: str, config: Config, folder: Path) -> None:
@@ -135,8 +139,10 @@ def check_disk(needed: int, purpose: str, config: Config, folder: Path) -> None:
         )
 
 
-def _check_memory(needed: int, device: torch.device) -> None:
-    free = free_bytes(device)
+def check_memory(model: PreTrainedModel, config: Config) -> None:
+    """Check the memory of the model's device for a run. Errors: ValueError naming what is needed and what is free."""
+    device = next(model.parameters()).device
+    needed, free = least_memory(config, Sizes.of(Decoder(model), model.dtype)), free_bytes(device)
     if needed > free:
         raise ValueError(
             f"device {device}: only {free / GIB:.2f} GiB of memory are free, but the run needs at least {needed / GIB:.2f} GiB "

@@ -150,14 +150,12 @@ def _work(config: Config, sizes: Sizes) -> Work:
     # In windows, each block also computes the waiting stream, and the pruned one again after each later training.
     passes = 3 + options.more_streams * options.window
     trained = text.train_examples * text.train_seqlen if training.finetune else 0
+    # A trained baseline prunes once and trains on everything again.
+    others = len(config.output.baselines or ())
+    pruned = steps + others
+    reconstructed = tokens * options.reconstruct_epochs * pruned * options.trainings(blocks)
     return Work(
-        sweeps=2 * sizes.prunable * (of_rmi + passes * tokens) * steps,
-        reconstruction=6
-        * sizes.prunable
-        * tokens
-        * options.reconstruct_epochs
-        * steps
-        * options.trainings(blocks)
-        // blocks,
-        training=(8 if training.loss == "kl" else 6) * sizes.prunable * trained,
+        sweeps=2 * sizes.prunable * (of_rmi * steps + passes * tokens * pruned),
+        reconstruction=6 * sizes.prunable * reconstructed // blocks,
+        training=(8 if training.loss == "kl" else 6) * sizes.prunable * trained * (1 + others),
     )
