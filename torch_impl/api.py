@@ -105,7 +105,6 @@ def prune(
     started = time.perf_counter()
     config = _config(model, calibration, train, sparsity, method, preset, options)
     check_structure(model, config.settings)
-    checks.check_token_ids(config)
     windows, parts = _material(model, tokenizer, calibration, train, config)
     config = dataclasses.replace(config, calibration=_as_given(config, windows))
     checks.check_memory(model, config)
@@ -247,6 +246,10 @@ def _model(model: Any) -> None:
         raise TypeError(f"model is {type(model).__name__}; give a transformers model, as from_pretrained returns it")
 
 
+def _is_ids(given: Any) -> bool:
+    return isinstance(given, torch.Tensor | np.ndarray)
+
+
 def _check_names(options: Iterable[str]) -> None:
     allowed = {field.name for name in SECTIONS for field in dataclasses.fields(options_of.SECTIONS[name])} | set(MORE)
     for name in options:
@@ -273,7 +276,7 @@ def _config(
         options["sparsity_ratio"] = sparsity
     if train is None:
         options["finetune"] = False
-    if isinstance(calibration, torch.Tensor | np.ndarray):
+    if _is_ids(calibration):
         for name in ("seqlen", "nsamples"):
             if name in options:
                 raise TypeError(f"{name} is given, and calibration is token ids, which decide it; leave it out")
@@ -290,6 +293,8 @@ def _material(
 ) -> tuple[torch.Tensor, list[list[Example]]]:
     """Calibration windows and the parts of the training examples."""
     seed, found = config.output.seed, config.calibration
+    if not _is_ids(calibration):
+        checks.check_token_ids(config)
     windows = given.windows_of(calibration, tokenizer, found.nsamples, found.seqlen, seed)
     examples: list[Example] = []
     if config.training.finetune:
