@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from oracle_tests import emulated_graphs
 from oracle_tests.small_runs import arguments, make_place
 from torch_impl import losa
+from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.baselines import BASELINES, Trained
-from torch_impl.experiment.baselines.baseline import one_shot
+from torch_impl.engine.gradients import Gradients, trainable
+from torch_impl.experiment.baselines import BASELINES, Trained, sora
 from torch_impl.experiment.baselines.masked import whole_batches
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
@@ -40,7 +43,8 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     place = make_place(tmp_path_factory.mktemp("baselines"))
-    config = parse(arguments(place, output_dir=None, reconstruct_epochs=1), data_required=True)
+    changes = {"output_dir": None, "reconstruct_epochs": 1, "dtype": "float64", "weight_decay": 0.1}
+    config = parse(arguments(place, **changes), data_required=True)
     material = load_material(config)
     material.model.requires_grad_(False)
     return Setting(config, material, {name: t.clone() for name, t in material.model.state_dict().items()})
@@ -84,10 +88,137 @@ def test_every_baseline_sees_the_same_tokens_in_as_many_steps_and_can_be_used(se
     assert set(trained.seconds) >= {"importance", "prune", "train"}
 
 
+def changed(config: Config, **training: object) -> Config:
+    """The same configuration with five steps, so that the mean rank is 8, and other options of training."""
+    return dataclasses.replace(
+        config,
+        prune=dataclasses.replace(config.prune, steps=5),
+        training=dataclasses.replace(config.training, **training),
+    )
+
+
+def sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """(in, out) of every projection."""
+    return [(weight.shape[1], weight.shape[0]) for weight in Decoder(model).weights]
+
+
+def test_what_is_trained_is_counted_by_formula(setting: Setting) -> None:
+    config = changed(setting.config, per_device_train_batch_size=1)
+    shapes = sizes(setting.material.model)
+    pruned = setting.run("none", config)
+    kept = sum(int((weight != 0).sum()) for weight in Decoder(pruned.model).weights)
+    assert setting.run("full", config).trainable == kept
+    assert setting.run("lora", config).trainable == sum(8 * (i + o) for i, o in shapes)
+    assert setting.run("sparse_lora", config).trainable == sum(8 * (i + o) for i, o in shapes)
+    assert setting.run("adalora", config).trainable == sum(12 * (i + o + 1) for i, o in shapes)
+    assert setting.run("sora", config).trainable == sum(8 * (i + o + 1) for i, o in shapes)
+
+
+def test_a_run_gives_each_method_its_scale_and_what_it_adds_to_a_step(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale of 20 / 8; AdaLoRA's budget is reached; with a threshold above all gates, SoRA's adapters do nothing."""
+    config = changed(setting.config, per_device_train_batch_size=1)
+    config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, lora_alpha=20.0))
+
+    def scales(model: nn.Module) -> list[float]:
+        return [module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")]
+
+    assert set(scales(setting.run("lora", config).model)) == {2.5}
+    adalora = setting.run("adalora", config).model
+    # peft divides AdaLoRA's by the rank when it is used.
+    assert set(scaled := scales(adalora)) == {8 * 2.5}
+    ranks = [int((e != 0).sum()) for name, e in adalora.named_parameters() if ".lora_E." in name]
+    assert (len(ranks), sum(ranks)) == (len(scaled), 8 * len(scaled))
+    gates = [module for module in setting.run("sora", config).model.modules() if isinstance(module, sora.GatedLinear)]
+    assert {layer.scale for layer in gates} == {2.5}
+    assert all(layer.B.any() and layer.gate.any() for layer in gates)
+    monkeypatch.setattr(sora, "THRESHOLD", 10.0)
+    idle, pruned = setting.run("sora", config).model, setting.run("none", config).model
+    ids = setting.material.evaluation[:1]
+    assert torch.equal(idle(ids).logits, pruned(ids).logits)
+
+
+def test_sparse_lora_is_algorithm_1_in_one_step(setting: Setting) -> None:
+    config, model = setting.config, copy.deepcopy(setting.material.model)
+    settings = dataclasses.replace(
+        config.settings,
+        prune=dataclasses.replace(config.prune, steps=1, layer_sparsity="uniform"),
+        adapter=dataclasses.replace(config.adapter, rank_allocation="uniform"),
+    )
+    losa.run(model, setting.material.calibration, [setting.material.examples], settings)
+    merge_adapters(Decoder(model))
+    trained = setting.run("sparse_lora")
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_every_kept_weight_moves_and_every_zero_stays(setting: Setting) -> None:
+    pruned, trained = setting.run("none").model, setting.run("full").model
+    for before, after in zip(Decoder(pruned).weights, Decoder(trained).weights, strict=True):
+        assert torch.equal(before == 0, after == 0)
+        assert bool((before != after)[before != 0].all())
+    projections = {id(weight) for weight in Decoder(trained).weights}
+    for name, parameter in trained.named_parameters():
+        if id(parameter) not in projections:
+            assert torch.equal(parameter, pruned.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "sora", "full"])
+def test_half_precision_is_trained_in_float32(setting: Setting, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_in = set()
+
+    def watch(model: PreTrainedModel, *arguments: Any, **options: Any) -> list[float]:
+        trained_in.update(parameter.dtype for parameter in trainable(model))
+        return train(model, *arguments, **options)
+
+    train = training.train
+    monkeypatch.setattr(training, "train", watch)
+    half = copy.deepcopy(setting.material.model).bfloat16()
+    material = dataclasses.replace(setting.material, model=half)
+    result = BASELINES[name].run(copy.deepcopy(half), half, material, setting.config)
+    assert trained_in == {torch.float32}
+    assert {weight.dtype for weight in Decoder(result.model).weights} == {torch.bfloat16}
+    assert zero_share(Decoder(result.model).weights) == pytest.approx(0.7, abs=0.02)
+    assert perplexity(result.model, material.evaluation, 8) < 1000
+
+
+@pytest.mark.parametrize("name", ["lora", "sora"])
+def test_the_same_seed_gives_the_same_bits(setting: Setting, name: str) -> None:
+    torch.manual_seed(1)
+    first = setting.run(name).model.state_dict()
+    torch.manual_seed(2)
+    for key, tensor in setting.run(name).model.state_dict().items():
+        assert torch.equal(tensor, first[key]), key
+    other = dataclasses.replace(setting.config, output=dataclasses.replace(setting.config.output, seed=1))
+    again = setting.run(name, other).model.state_dict()
+    assert any(not torch.equal(again[key], first[key]) for key in first if ".A" in key or ".lora_A" in key)
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "sora", "full"])
+def test_training_in_cuda_graphs_is_training_launch_by_launch(
+    setting: Setting, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With emulated graphs, which also notice what a graph reads after it is freed."""
+    plain = setting.run(name, changed(setting.config, per_device_train_batch_size=1)).model.state_dict()
+    monkeypatch.setattr(Gradients, "_may_capture", lambda self: True)
+    graphs = emulated_graphs.emulate(monkeypatch)
+    captured = setting.run(name, changed(setting.config, per_device_train_batch_size=1)).model.state_dict()
+    assert sum(graph.replays for graph in graphs) >= 5
+    for key, tensor in captured.items():
+        torch.testing.assert_close(tensor, plain[key], rtol=1e-4, atol=1e-5)
+
+
 def test_no_training_is_one_shot_of_algorithm_1(setting: Setting) -> None:
     trained = setting.run("none")
     model = copy.deepcopy(setting.material.model)
-    losa.run(model, setting.material.calibration, [], one_shot(setting.config.settings))
+    config = setting.config
+    settings = dataclasses.replace(
+        config.settings,
+        prune=dataclasses.replace(config.prune, steps=1),
+        training=dataclasses.replace(config.training, finetune=False),
+    )
+    losa.run(model, setting.material.calibration, [], settings)
     merge_adapters(Decoder(model))
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name

@@ -165,6 +165,24 @@ def test_unknown_structures_are_named() -> None:
         Decoder(nn.Sequential(nn.Linear(2, 2)))
 
 
+class Wrapped(nn.Module):
+    """A linear inside another module, as peft makes one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = linear, nn.Linear(linear.in_features, 2)
+        self.in_features, self.weight = linear.in_features, linear.weight
+
+
+def test_a_wrapped_projection_belongs_to_the_family_and_is_not_pruned() -> None:
+    model = random_model("llama")
+    mlp = model.model.layers[2].mlp
+    mlp.up_proj = Wrapped(mlp.up_proj)
+    assert Decoder(model).projections(2)["mlp.up_proj"] is mlp.up_proj
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj is a Wrapped; give a plain model: merge"):
+        losa.run(model, token_ids(model, 6, 12), [], settings(steps=1, training={"finetune": False}))
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_every_block_is_looked_at(index: int) -> None:
     """A mixture of experts whose first blocks are dense; experts are linears or one parameter of three dimensions."""

@@ -89,13 +89,17 @@ def find_family(model: nn.Module) -> Family:
 
 
 def _matrices(block: nn.Module) -> set[str]:
-    """Return the names of a block's modules with a matrix: linears, their replacements and all others."""
-    return {
-        name
-        for name, module in block.named_modules()
+    """Return the names of a block's modules with a matrix: linears, their replacements and all others.
+
+    What a replacement is made of is its own affair: peft's linear holds the original and the adapter.
+    """
+    found: set[str] = set()
+    for name, module in block.named_modules():
         # Plain, adapted and packed linears all have in_features.
-        if hasattr(module, "in_features") or any(p.dim() > 1 for p in module.parameters(recurse=False))
-    }
+        matrix = hasattr(module, "in_features") or any(p.dim() > 1 for p in module.parameters(recurse=False))
+        if matrix and not any(name.startswith(f"{outer}.") for outer in found):
+            found.add(name)
+    return found
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_impl.engine import distributed
+from torch_impl.engine.adapted_linear import AdaptedLinear
 from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
@@ -16,8 +17,8 @@ from torch_impl.engine.settings import Settings
 def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
     """Check everything that does not need the weights; return the decoder of `model`.
 
-    Errors: ValueError for an unknown structure, too few blocks for layer_sparsity, or a number of inputs that is not a multiple
-    of M.
+    Errors: ValueError for an unknown structure, projections that are not plain linears, too few blocks for layer_sparsity, or a
+    number of inputs that is not a multiple of M.
     """
     decoder = Decoder(model)
     blocks, family = decoder.blocks, decoder.family
@@ -28,6 +29,12 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
             f"{len(blocks)}; use layer_sparsity {', '.join(others)}"
         )
     for index, block in enumerate(blocks):
+        for name, projection in family.projections_of(block).items():
+            if not isinstance(projection, nn.Linear | AdaptedLinear):
+                raise ValueError(
+                    f"{family.full_name(index, name)} is a {type(projection).__name__}; give a plain model: merge other "
+                    "adapters first, and take the model before packing or quantisation"
+                )
         for name, weight in family.weights_of(block).items():
             inputs = weight.shape[1]
             if settings.prune.group is not None and inputs % settings.prune.group[1]:

@@ -102,12 +102,11 @@ class Baseline:
             )
 
 
-def one_shot(settings: Settings, layer_sparsity: str | None = None) -> Settings:
-    """Return the settings that prune in one shot and train nothing. layer_sparsity: default the configuration's."""
-    rule = layer_sparsity or settings.prune.layer_sparsity
+def one_shot(settings: Settings) -> Settings:
+    """Return the settings that prune in one shot, with the configuration's rates, and train nothing."""
     return dataclasses.replace(
         settings,
-        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity=rule),
+        prune=dataclasses.replace(settings.prune, steps=1),
         training=dataclasses.replace(settings.training, finetune=False),
     )
 

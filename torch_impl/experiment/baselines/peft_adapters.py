@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from torch_impl.engine.decoder import Decoder
@@ -41,13 +43,9 @@ def lora(
     on_progress: OnProgress | None = None,
 ) -> Trained:
     """Train dense low-rank adapters after one shot."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     costs = Costs(model.device)
     decoder = prune(model, dense, material, config, costs)
-    torch.manual_seed(config.output.seed)
-    rank = mean_rank(config.settings)
-    inject_adapter_in_model(LoraConfig(r=rank, **_common(decoder, config.adapter.scale * rank)), model)
+    attach_lora(decoder, mean_rank(config.settings), config.adapter.scale, config.output.seed)
     count = trainable_count(model)
     steps = train(model, dense, material, config, costs, on_progress)
     return finish(model, True, count, steps, costs)
@@ -68,9 +66,18 @@ def adalora(
     decoder = prune(model, dense, material, config, costs)
     tuner = attach_adalora(decoder, mean_rank(config.settings), config.adapter.scale, total, config.output.seed)
     count = trainable_count(model)
-    extra = Extra(lambda: ORTHOGONALITY * orthogonality(tuner), tuner.update_and_allocate)
+    extra = Extra(penalty(tuner), tuner.update_and_allocate)
     steps = train(model, dense, material, config, costs, on_progress, extra)
     return finish(model, True, count, steps, costs)
+
+
+def attach_lora(decoder: Decoder, rank: int, scale: float, seed: int) -> None:
+    """Give all projections adapters of one rank."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=rank, **_common(decoder, scale * rank)), decoder.model)
+    _widen(decoder.model)
 
 
 def attach_adalora(decoder: Decoder, rank: int, scale: float, total: int, seed: int) -> AdaLoraModel:
@@ -87,7 +94,9 @@ def attach_adalora(decoder: Decoder, rank: int, scale: float, total: int, seed: 
         deltaT=max(1, total // CHOICES),
         **_common(decoder, scale * rank),
     )
-    return AdaLoraModel(decoder.model, {NAME: settings}, NAME)
+    tuner = AdaLoraModel(decoder.model, {NAME: settings}, NAME)
+    _widen(decoder.model)
+    return tuner
 
 
 def _common(decoder: Decoder, alpha: float) -> dict[str, Any]:
@@ -100,11 +109,23 @@ def _common(decoder: Decoder, alpha: float) -> dict[str, Any]:
     }
 
 
-def orthogonality(tuner: AdaLoraModel) -> torch.Tensor:
-    """Compute mean ‖PᵀP − I‖_F over all A (rows) and B (columns)."""
-    distances = []
-    for name, matrix in tuner.model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            gram = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
-            distances.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
-    return torch.stack(distances).mean()
+def _widen(model: nn.Module) -> None:
+    """Hold what is trained in float32 at least. Freeze AdaLoRA's count of ranks, which peft trains where dtypes differ."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def penalty(tuner: AdaLoraModel) -> Callable[[], torch.Tensor]:
+    """Return AdaLoRA's penalty: 0.5 · mean ‖PᵀP − I‖_F over all A (by rows) and B (by columns)."""
+    named = list(tuner.model.named_parameters())
+    rows = [matrix for name, matrix in named if ".lora_A." in name]
+    columns = [matrix for name, matrix in named if ".lora_B." in name]
+
+    def distance() -> torch.Tensor:
+        grams = [A @ A.T for A in rows] + [B.T @ B for B in columns]
+        return ORTHOGONALITY * torch.stack([torch.dist(gram, torch.eye(len(gram)).to(gram)) for gram in grams]).mean()
+
+    return distance

@@ -38,17 +38,22 @@ class GatedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, scale: float, seed: tuple[int, ...]) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scale = linear.in_features, linear.out_features, scale
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        self.base_layer = linear.requires_grad_(False)
         like = linear.weight.new_empty(0, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
         gate = np.random.default_rng([*seed, 1]).standard_normal(rank)
         self.A = nn.Parameter(adapter.initial_rows(rank, self.in_features, seed).to(like))
         self.B = nn.Parameter(like.new_zeros(self.out_features, rank))
         self.gate = nn.Parameter(torch.from_numpy(gate).to(like))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Return the frozen weight (out, in)."""
+        return self.base_layer.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., in) to (..., out)."""
-        update = gated_lora(x, self.A, self.B, self.gate, self.scale)
-        return nn.functional.linear(x, self.weight, self.bias) + update.to(x.dtype)
+        y: torch.Tensor = self.base_layer(x)
+        return y + gated_lora(x, self.A, self.B, self.gate, self.scale).to(y.dtype)
 
 
 def attach(decoder: Decoder, rank: int, scale: float, seed: int) -> list[GatedLinear]:
