@@ -34,13 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("perplexity")
     text.add_argument(
         "--text",
+        metavar="SOURCE",
         help=f"Text to measure on: {', '.join(SOURCES)}, a file, a folder or hf:REPO[:CONFIG[:SPLIT]] (default wikitext2, "
         "unless there are tasks).",
     )
-    text.add_argument("--seqlen", type=int, help="Tokens per window (default 2048).")
-    text.add_argument("--windows", type=int, help="Measure only the first N windows (default: all).")
+    text.add_argument("--seqlen", type=int, metavar="N", help="Tokens per window (default 2048).")
+    text.add_argument("--windows", type=int, metavar="N", help="Measure only the first N windows (default: all).")
     text.add_argument(
         "--protocol",
+        metavar="NAME",
         help=f"How the text becomes windows: {', '.join(PROTOCOLS)} (default: that of the text). wikitext2 and c4 are the "
         "papers'; documents puts the begin-of-text token before each document. Use c4 with a local file of C4.",
     )
@@ -58,11 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         help="Read the documents of the paper's tasks from FOLDER/piqa.jsonl and so on instead of the hub; a name may go on, "
         "as in piqa_validation.jsonl.",
     )
-    tasks.add_argument("--limit", type=int, help="Use only the first N documents of each task.")
+    tasks.add_argument("--limit", type=int, metavar="N", help="Use only the first N documents of each task.")
     tasks.add_argument(
-        "--num_fewshot", type=int, help="Examples in each prompt (default: none, or what the task says)."
+        "--num_fewshot", type=int, metavar="N", help="Examples in each prompt (default: none, or what the task says)."
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="Windows or prompts to measure at once (default 8).")
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", default=8, help="Windows or prompts to measure at once (default 8)."
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda or cuda:N.")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16 or float64.")
     pretrained.add_trust_remote_code(parser)

@@ -31,7 +31,7 @@ def find(task: str, folder: str | Path) -> Path:
 
 
 def load(task: str, folder: str, **_: Any) -> dict[str, Any]:
-    """Load a task's documents: split test, and train, which may be empty. lm-eval calls this for the tasks in tasks/.
+    """Load a task's splits: documents to measure, and train, which may be empty. lm-eval calls this for the tasks in tasks/.
 
     Errors: as `find`; ValueError naming file, line and field.
     """
@@ -39,7 +39,7 @@ def load(task: str, folder: str, **_: Any) -> dict[str, Any]:
 
     training = [file for file in _files(task, Path(folder)) if _is_training(file)]
     return {
-        "test": Dataset.from_list(_read(task, find(task, folder))),
+        "documents": Dataset.from_list(_read(task, find(task, folder))),
         "train": Dataset.from_list(_read(task, _only(training, task)) if training else []),
     }
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import io
 import logging
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,8 +155,8 @@ def _local(names: Sequence[str], folder: Path) -> dict[str, Any]:
     for name in names:
         if name not in PAPER:
             raise ValueError(
-                f"tasks has {name}, which cannot be read from tasks_data{closest(name, PAPER)}; from files there are "
-                f"{', '.join(PAPER)}; other tasks come from the hub, without tasks_data"
+                f"tasks has {name}, and from tasks_data come only {', '.join(PAPER)}; leave tasks_data out, so that it "
+                f"comes from the hub{closest(name, PAPER)}"
             )
         task_files.find(name, folder)
     manager = TaskManager(include_path=str(LOCAL), include_defaults=False, metadata={"folder": str(folder)})
@@ -239,13 +240,16 @@ def _source(name: str, task: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval's log, and its progress bars where no terminal shows them."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence logs, and progress bars where no terminal shows them; leave Python's random numbers as they are."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in ("lm_eval", "huggingface_hub")}
     shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    state = random.getstate()
     try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         with shown:
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        random.setstate(state)
