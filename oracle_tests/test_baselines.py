@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from oracle_tests import emulated_graphs
 from oracle_tests.small_runs import arguments, make_place
 from torch_impl import losa
+from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine import training
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, trainable
 from torch_impl.experiment.baselines import BASELINES, Trained, sora
+from torch_impl.experiment.baselines.decoding import decoding_cost, packed_weights
 from torch_impl.experiment.baselines.masked import whole_batches
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
@@ -256,3 +258,22 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
             BASELINES[name].check()
     for name in ("none", "sora", "sparse_lora", "full", "losa"):
         BASELINES[name].check()
+
+
+@pytest.mark.parametrize("name", ["none", "lora", "adalora", "sora"])
+def test_the_cost_of_decoding_is_measured_with_packed_weights_and_adapters_beside_them(
+    setting: Setting, name: str
+) -> None:
+    trained, dense = setting.run(name).model, setting.material.model
+    ids, before = setting.material.evaluation[:1], copy.deepcopy(trained.state_dict())
+    plain = trained(ids).logits
+    with packed_weights(trained):
+        packed = [module for module in trained.modules() if isinstance(module, PackedLinear)]
+        assert len(packed) == len(sizes(dense))
+        torch.testing.assert_close(trained(ids).logits, plain, rtol=1e-6, atol=1e-6)
+    cost = decoding_cost(trained, dense, batch=2, tokens=3, runs=1)
+    assert cost.dense > 0
+    assert cost.ratio == cost.packed / cost.dense > 0
+    after = trained.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())

@@ -160,7 +160,9 @@ def run_decode(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 
 @pytest.mark.usefixtures("few_copies")
 def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, figures = run_decode(tmp_path, "--geometries", "small", "--whole_model", "small", "--blocks", "1")
+    status, figures = run_decode(
+        tmp_path, "--geometries", "small", "--whole_model", "small", "--blocks", "1", "--adapters", "2"
+    )
     assert status == 0
     assert len(figures["kernels"]) == 4 * 2 * 2
     for cell in figures["kernels"]:
@@ -178,8 +180,10 @@ def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert row["ratio"] == pytest.approx(row["packed"] / row["dense"])
         assert row["packed_gib"] < row["dense_gib"]
         assert row["dense_joined"] is None
+        assert row["unmerged"] > 0
     shown = capsys.readouterr().out
     assert "the projections of a block" in shown
+    assert shown.count("adapters beside") == 2
     assert "refused" not in shown
 
 

@@ -228,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 4, 8])
     parser.add_argument("--whole_model", choices=known, help="Also measure tokens/s of this geometry.")
     parser.add_argument("--blocks", type=int, help="Number of decoder blocks of the whole model (default: all).")
+    parser.add_argument(
+        "--adapters", type=int, metavar="RANK", help="Also with unmerged adapters of this rank beside it."
+    )
     parser.add_argument("--tokens", type=int, default=64 if cuda else 4, help="Tokens of the whole model to time.")
     parser.add_argument(
         "--repeats", type=int, default=9, help="Timed repeats; the median counts on a GPU, the best on a CPU."

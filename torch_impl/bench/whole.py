@@ -43,6 +43,8 @@ class Speed:
     """Whether both sides are compiled between the projections."""
     disagreement: float
     bound: float
+    unmerged: float | None = None
+    """Packed, with low-rank adapters beside the projections, as LoRA leaves them; None if not measured."""
 
     @property
     def agrees(self) -> bool:
@@ -95,14 +97,31 @@ def _join_dense(decoder: Decoder) -> None:
                 block.set_submodule(name, _DenseRows(joined, slice(end - len(weight), end)))
 
 
-class _Decoder:
-    """Decodes greedily, token by token, with a static cache. `fast`: compiled and, on a GPU, with CUDA graphs."""
+class _Beside(nn.Module):
+    """A packed projection and an adapter beside it: y = x Wᵀ + (x Aᵀ) Bᵀ. B is 0, so that the output is the projection's."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, device: torch.device, fast: bool) -> None:
-        self.device = device
-        self.cache = StaticCache(config=model.config, max_cache_len=LONGEST)
-        self.following = NextToken(model, self.cache, batch, graph=fast, fuse=fast and device.type == "cuda")
-        self.ids = torch.ones(batch, 1, dtype=torch.long, device=device)
+    def __init__(self, base: PackedLinear, rank: int) -> None:
+        super().__init__()
+        self.in_features, self.base = base.in_features, base
+        like = next(tensor for tensor in base.buffers() if tensor.is_floating_point())
+        self.A = nn.Parameter(torch.randn(rank, base.in_features).to(like), requires_grad=False)
+        self.B = nn.Parameter(like.new_zeros(base.out_features, rank), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        return y + nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+
+
+class Decoding:
+    """Decodes greedily, token by token, with a static cache of `longest` tokens. graph, fuse: of `NextToken`."""
+
+    def __init__(
+        self, model: PreTrainedModel, batch: int, graph: bool, fuse: bool = False, longest: int = LONGEST
+    ) -> None:
+        self.device = model.device
+        self.cache = StaticCache(config=model.config, max_cache_len=longest)
+        self.following = NextToken(model, self.cache, batch, graph=graph, fuse=fuse)
+        self.ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
 
     def step(self) -> torch.Tensor:
         """Compute logits (b, vocabulary) of the next token, which becomes the next input."""
@@ -123,13 +142,13 @@ class _Decoder:
             self.cache.reset()
         self.ids = torch.ones_like(self.ids)
 
-    def tokens_per_second(self, tokens: int, repeats: int) -> float:
-        """Measure tokens per second of the whole batch; the fastest of several runs."""
+    def tokens_per_second(self, tokens: int, runs: int) -> float:
+        """Measure tokens per second of the whole batch; the fastest run counts."""
         self.restart()
         for _ in range(WARM_UP + 1):
             self.step()
         times = []
-        for _ in range(max(2, repeats // 3)):
+        for _ in range(runs):
             self.restart()
             synchronize(self.device)
             start = time.perf_counter()
@@ -153,13 +172,13 @@ class _Side:
 
 
 def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int) -> _Side:
-    device = torch.device(options.device)
-    eagerly, fast = (_Decoder(model, batch, device, fast) for fast in (False, True))
-    eager = eagerly.tokens_per_second(max(2, options.tokens // 8), options.repeats)
+    device, runs = torch.device(options.device), max(2, options.repeats // 3)
+    eagerly, fast = Decoding(model, batch, graph=False), Decoding(model, batch, True, fuse=device.type == "cuda")
+    eager = eagerly.tokens_per_second(max(2, options.tokens // 8), runs)
     logits = eagerly.given_logits()
     if not fast.following.captures:
         return _Side(eager, eager, False, False, logits, logits)
-    speed = fast.tokens_per_second(options.tokens, options.repeats)
+    speed = fast.tokens_per_second(options.tokens, runs)
     return _Side(speed, eager, True, fast.following.fuses, fast.given_logits(), logits)
 
 
@@ -171,6 +190,12 @@ def _compare(
     speeds = (packed.fast, dense.fast, joined.fast if joined.compiled else None, packed.eager, dense.eager)
     how = (packed.graph, packed.compiled and dense.compiled)
     return Speed(sparsity, batch, *speeds, *gib, *how, apart, bound)
+
+
+def _add_unmerged(row: Speed, unmerged: _Side, dense: _Side) -> None:
+    row.unmerged = unmerged.fast
+    row.compiled &= unmerged.compiled
+    row.disagreement = max(row.disagreement, relative(unmerged.fast_logits, dense.logits))
 
 
 def measure(options: argparse.Namespace) -> list[Speed]:
@@ -196,9 +221,17 @@ def measure(options: argparse.Namespace) -> list[Speed]:
             block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
         group_projections(model)
         gib = (resident(model), dense_gib)
-        for batch in options.batches:
-            packed = _side(model, options, batch)
-            rows.append(_compare(f"{percent:g}", batch, packed, dense[batch], joined[batch], gib, bound))
+        packed = {batch: _side(model, options, batch) for batch in options.batches}
+        found = [
+            _compare(f"{percent:g}", batch, packed[batch], dense[batch], joined[batch], gib, bound)
+            for batch in options.batches
+        ]
+        if options.adapters:
+            for block, name in places:
+                block.set_submodule(name, _Beside(block.get_submodule(name), options.adapters))  # type: ignore[arg-type]
+            for row in found:
+                _add_unmerged(row, _side(model, options, row.batch), dense[row.batch])
+        rows += found
         for (block, name), linear in zip(places, linears, strict=True):
             block.set_submodule(name, linear)
     return rows
@@ -218,4 +251,6 @@ def show(rows: Sequence[Speed]) -> None:
         shown = f"    {row.sparsity + ' %':<8}batch {row.batch}{row.packed:>31.1f}{row.dense:>9.1f}{ratio:>8}"
         shown += f"{'' if row.dense_joined is None else format(row.dense_joined, '.1f'):>27}"
         eager = f"{row.packed_eager:>15.1f}{row.dense_eager:>8.1f}{row.packed_gib:>15.2f}{row.dense_gib:>7.2f}"
+        if row.unmerged is not None:
+            eager += f"   adapters beside {row.unmerged:.1f} ({row.unmerged / row.dense:.2f}×)"
         print(f"{shown}{eager}   apart {row.disagreement:.1e}, allowed {row.bound:.1e}")
