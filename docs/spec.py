@@ -55,13 +55,17 @@ STYLE = """
   :root { --ink: #e4e4dd; --soft: #9aa1ad; --paper: #16181d; --panel: #1f2229; --line: #343842; --accent: #e0a070; }
 }
 * { box-sizing: border-box; }
+html { scroll-padding-top: 5rem; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 nav { position: sticky; top: 0; z-index: 1; padding: .4rem 1.5rem; background: var(--paper); font-size: .85rem;
   border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .1rem .8rem; }
+nav span { color: var(--soft); margin-right: -.6rem; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 main { max-width: 96rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; }
-.picture svg { display: block; max-width: 60rem; width: 100%; height: auto; margin: 1rem 0; border-radius: 8px; }
+.picture { overflow-x: auto; }
+.picture svg { display: block; max-width: 64rem; min-width: 40rem; width: 100%; height: auto; margin: 1rem auto;
+  border-radius: 8px; }
 .guide h1 { margin-top: 1rem; }
 h2 { margin-top: 2.5rem; }
 h3 { margin: 0 0 .5rem; font: 600 1rem ui-monospace, monospace; }
@@ -72,14 +76,19 @@ math[display="block"] { margin: .9rem 0; overflow: auto hidden; padding: .3rem 0
 .equation span { color: var(--soft); }
 section.file { margin-top: 3.5rem; border-top: 2px solid var(--accent); }
 section.file > p { color: var(--soft); }
-article { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.15fr); gap: 1.5rem; padding: 1.2rem 0;
+article { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.3fr); gap: 1.5rem; padding: 1.2rem 0;
   border-top: 1px solid var(--line); }
 article p { margin: .4rem 0; }
-@media (max-width: 60rem) { article { grid-template-columns: minmax(0, 1fr); } }
+article > div > pre:first-child { margin-top: 0; }
+@media (max-width: 60rem) { nav, article { position: static; } article { grid-template-columns: minmax(0, 1fr); }
+  html { scroll-padding-top: 1rem; } }
 @media print { nav { position: static; } article { break-inside: avoid; } }
 pre { margin: .5rem 0; padding: .7rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 6px;
   background: var(--panel);
-  font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+  font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+/* A long line goes on further in than it began. */
+pre .line { display: block; min-height: 1.5em;
+  padding-left: calc((var(--in) + 4) * 1ch); text-indent: calc((var(--in) + 4) * -1ch); }
 pre.formula { background: none; border-left: 3px solid var(--accent); border-radius: 0; font: italic 1.05rem/1.6 "STIX Two Math",
   "Cambria Math", Cambria, "Times New Roman", serif; }
 .frac { display: inline-flex; flex-direction: column; margin: 0 .25em; vertical-align: middle; text-align: center;
@@ -91,20 +100,35 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
 """
 # A letter or one of a few words with a subscript: s_t, X²_{tok,j}, mask_j, but not kept_total.
 SUBSCRIPT = re.compile(
-    r"((?<!\w)\w[\u0300-\u036f]*[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|mask|score|ceiling))_(\{[^}]*\}|\w+)"
+    r"((?<!\w)\w[\u0300-\u036f]*[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|mask|score|ceiling|floor)(?=_(?:\{|\w{1,2}\b)))"
+    r"_(\{[^}]*\}|\w+)"
 )
 # What a formula is made of: brackets with what they hold, words, and what separates factors.
 ATOM = re.compile(r"√ ?|\(|\)|⟨[^⟩]*⟩|(?:\{[^}]*\}|[^\s()√=,;·±×⊙⇒+−{}])+|[{}]|\s{2,}|\s|[=,;·±×⊙⇒+−]")
 SEPARATES = re.compile(
     r"\s{2,}|[=,;·±×⊙⇒+−]|of|over|where|from|then|may|subject|to|min|a|one|per|is|has|row|rows|the|for"
 )
-LABELS = re.compile(r"^(Source|Parameters|Returns|Ties[^:]*|Errors|\*Deviation\*|Bounds|Attributes):")
+_NAMES = r"(?:Source|Parameters|Returns|Ties[^:.]*|Errors|\*Deviation\*|Bounds|Attributes):"
+LABELS = re.compile(rf"^{_NAMES}")
+# Between a sentence and a label behind it.
+BEFORE_LABEL = re.compile(rf"(?<=[.;]) (?={_NAMES})")
 
 
 def coloured(code: str, console: bool = False) -> str:
     """Highlight code, or an interpreter session with its output."""
     inside = highlight(code, PythonConsoleLexer() if console else PythonLexer(), HtmlFormatter(nowrap=True))
-    return f'<pre class="highlight">{inside}</pre>'
+    lines = (
+        f'<span class="line" style="--in:{_indentation(re.sub("<[^>]*>", "", line), console)}">{line}</span>'
+        for line in inside.rstrip("\n").split("\n")
+    )
+    return f'<pre class="highlight">{"".join(lines)}</pre>'
+
+
+def _indentation(line: str, console: bool) -> int:
+    """Return the number of characters before the code of a line; a prompt counts if there is code behind it."""
+    line = html.unescape(line)
+    begun = re.match(r"(?:>>>|\.\.\.)? *" if console else " *", line)
+    return len(begun[0]) if begun else 0
 
 
 def colours(style: str) -> str:
@@ -148,13 +172,16 @@ def formula(line: str) -> str:
     index = 0
     while index < len(parts):
         if parts[index] == "/" and shown and shown[-1].strip() and index + 1 < len(parts):
-            below = _inside(parts[index + 1])
-            shown[-1] = f'<span class="frac"><span>{_inside(shown[-1])}</span><span>{below}</span></span>'
+            shown[-1] = _fraction(_inside(shown[-1]), _inside(parts[index + 1]))
             index += 2
         else:
             shown.append(parts[index])
             index += 1
     return "".join(shown)
+
+
+def _fraction(above: str, below: str) -> str:
+    return f'<span class="frac"><span>{above}</span><span>{below}</span></span>'
 
 
 def _factors(line: str) -> list[str]:
@@ -181,6 +208,8 @@ def _factors(line: str) -> list[str]:
         elif SEPARATES.fullmatch(atom):
             parts += [run, html.escape(atom)]
             run = ""
+        elif tight := re.fullmatch(r"([\wᵀ]+)/(\w+)", atom):
+            run += _fraction(*map(typeset, tight.groups()))
         else:
             run += typeset(atom)
         index += 1
@@ -218,15 +247,20 @@ def prose(docstring: str) -> str:
             # Indented pseudo-code names files; other indented text is a formula.
             kind = "box" if ".py" in block else "formula"
             typesetter = typeset if kind == "box" else formula
-            lines = (typesetter(line) for line in textwrap.dedent(block).splitlines())
+            lines = (_code(typesetter(line)) for line in textwrap.dedent(block).splitlines())
             parts.append(f'<pre class="{kind}">{chr(10).join(lines)}</pre>')
         else:
-            text = typeset(" ".join(line.strip() for line in block.splitlines()))
-            text = LABELS.sub(lambda m: f'<span class="label">{m[1].strip("*")}:</span>', text)
-            text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-            text = re.sub(r"[*]([^*]+)[*]", r"<em>\1</em>", text)
-            parts.append(f"<p>{text}</p>")
+            paragraph = " ".join(line.strip() for line in block.splitlines())
+            for text in map(typeset, BEFORE_LABEL.split(paragraph)):
+                text = LABELS.sub(lambda m: f'<span class="label">{m[0].replace("*", "")}</span>', text)
+                text = _code(text)
+                text = re.sub(r"[*]([^*]+)[*]", r"<em>\1</em>", text)
+                parts.append(f"<p>{text}</p>")
     return "\n".join(parts)
+
+
+def _code(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
 def without_docstring(source: str, node: ast.FunctionDef | ast.ClassDef) -> str:
@@ -256,9 +290,20 @@ def file_section(name: str) -> str:
     return "\n".join([*parts, "</section>"])
 
 
+def menu() -> str:
+    """Link to every file, with the name of a folder once."""
+    links, before = [], ""
+    for name in FILES:
+        folder, _, file = name.rpartition("/")
+        if folder and folder != before:
+            links.append(f"<span>{folder}/</span>")
+        links.append(f'<a href="#{name.replace("/", ".")}">{file}</a>')
+        before = folder
+    return " ".join(links)
+
+
 def page() -> str:
     """Render the whole page."""
-    links = " ".join(f'<a href="#{name.replace("/", ".")}">{name}</a>' for name in FILES)
     palette = f"{colours('default')}\n@media (prefers-color-scheme: dark) {{\n{colours('monokai')}\n}}"
     sections = "\n".join(file_section(name) for name in FILES)
     picture = (ROOT / "docs" / "method.svg").read_text(encoding="utf-8")
@@ -266,7 +311,7 @@ def page() -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>LoSA, file by file</title><style>{palette}
 {STYLE}</style></head>
-<body><nav><a href="#top">guide</a> {links}</nav><main id="top"><div class="picture">{picture}</div>{guide()}
+<body><nav><a href="#top">guide</a> {menu()}</nav><main id="top"><div class="picture">{picture}</div>{guide()}
 {sections}</main></body></html>
 """
 

@@ -52,6 +52,8 @@ def test_equations_are_typeset(page: str) -> None:
     assert not re.search(r"\\(?:frac|sum|tilde|operatorname|tag|quad)", page)
     assert "s<sub>t</sub> = s<sub>f</sub>" in page
     assert "kept_total" in page
+    assert "min<sub>rank</sub>" not in page, "a parameter, beside max_rank"
+    assert "floor<sub>l</sub>" in page
 
 
 def test_fractions_and_radicals_of_docstrings_are_typeset(spec: ModuleType, page: str) -> None:
@@ -73,8 +75,26 @@ def test_fractions_and_radicals_of_docstrings_are_typeset(spec: ModuleType, page
         spec.formula("a = √ Σ_t X²_t")
         == f'a = <span class="root">√<span>{sub("Σ", "t")} {sub("X²", "t")}</span></span>'
     )
+    assert frac("2", "N") in spec.formula("H = 2/N Σ x xᵀ")
+    assert frac("11ᵀ", "n") in spec.formula("H = I − 11ᵀ/n")
     assert spec.formula("4 (c // 32) + r // 8") == "4 (c // 32) + r // 8", "no division of numbers that are whole"
     assert page.count('class="frac"') > 10
+
+
+def test_every_label_begins_a_paragraph(spec: ModuleType, page: str) -> None:
+    shown = spec.prose("Do it.\n\nParameters: x `a/b`; n. Returns: y. Ties of I: the lower one. *Deviation*: none.")
+    labels = [f'<p><span class="label">{name}:</span>' for name in ("Parameters", "Returns", "Deviation")]
+    assert all(label in shown for label in labels)
+    assert "<code>a/b</code>" in shown
+    assert not re.search(r"[.] (?:Parameters|Returns|Errors|<em>Deviation</em>):", page)
+
+
+def test_a_long_line_of_code_goes_on_further_in(spec: ModuleType) -> None:
+    def starts(code: str, console: bool = False) -> list[str]:
+        return re.findall(r'style="--in:(\d+)">', spec.coloured(code, console))
+
+    assert starts('if a:\n    b = """c\n  d"""\n') == ["0", "4", "2"]
+    assert starts(">>> a\n...     b\n  1\n", console=True) == ["4", "8", "2"]
 
 
 def test_nothing_is_cut_off_and_the_picture_is_on_it(page: str) -> None:
