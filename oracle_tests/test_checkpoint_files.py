@@ -36,14 +36,13 @@ from oracle_tests.model_folders import (
 )  # fmt: skip
 from oracle_tests.small_runs import arguments
 from torch_impl import _checks
-from torch_impl.commands import generate, pack, run
+from torch_impl.commands import compare, generate, pack, run
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.adapted_linear import AdaptedLinear
 from torch_impl.engine.checkpoints import fsdp, offload, pretrained, skeleton
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment import compare
 
 __all__ = ["place", "sound"]  # fixtures
 CPU = torch.device("cpu")
@@ -349,7 +348,7 @@ def test_every_command_refuses_in_the_same_words(place: Path, fault: str, capsys
     lines.append(said(capsys, run.main([*options, "--dry_run"])))
     lines.append(said(capsys, pack.main([str(model), str(place / "packed"), "--device", "cpu"])))
     lines.append(said(capsys, generate.main([str(model), "--prompt", "x", "--device", "cpu"])))
-    lines.append(said(capsys, compare.main(arguments(place, learning_rate=None, output_dir=None))))
+    lines.append(said(capsys, compare.main(["quick", *arguments(place, learning_rate=None, output_dir=None)])))
     assert len(set(lines)) == 1, lines
     assert lines[0].startswith(f"error: model {model}")
     assert words in lines[0]

@@ -14,10 +14,9 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from oracle_tests.small_runs import arguments
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
-from torch_impl.commands import generate, pack
+from torch_impl.commands import compare, generate, pack
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
-from torch_impl.experiment import compare
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.material import load_material
 from torch_impl.run import main
@@ -55,7 +54,7 @@ def lines_of_runs(place: Path, capsys: pytest.CaptureFixture, **changes: Any) ->
     capsys.readouterr()
     said = {name: one_line(main(arguments(place, **{**kind, **changes})), capsys) for name, kind in RUNS.items()}
     options = {**changes, "output_dir": None, "learning_rate": None}
-    said["compare"] = one_line(compare.main(arguments(place, **options)), capsys)
+    said["compare"] = one_line(compare.main(["quick", *arguments(place, **options)]), capsys)
     assert not (place / "out").exists()
     return said
 

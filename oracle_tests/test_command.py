@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import pytest
 from safetensors import SafetensorError
 
-from torch_impl.commands import generate, pack, run
+from torch_impl.commands import compare, generate, pack, run
 from torch_impl.engine.resume.checkpointer import Interrupted
-from torch_impl.experiment import command, compare
+from torch_impl.experiment import command
 
 COMMANDS = {"run": run.main, "generate": generate.main, "pack": pack.main, "compare": compare.main}
 
@@ -134,7 +134,7 @@ def test_letters_that_a_terminal_lacks_are_numbers(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_unknown_options(name: str, words: list[str], line: str, capsys: pytest.CaptureFixture) -> None:
-    needed = {"generate": ["model", "--prompt", "x"], "pack": ["model", "out"]}.get(name, [])
+    needed = {"generate": ["model", "--prompt", "x"], "pack": ["model", "out"], "compare": ["quick"]}.get(name, [])
     assert COMMANDS[name]([*needed, *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {line}")

@@ -1,16 +1,27 @@
-"""The comparison of variants: which learning rate it chooses, what it refuses before any work, what it writes."""
+"""The command that compares: real runs of a tiny model, what it refuses before any work, what it writes."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from oracle_tests.small_runs import arguments, make_place
-from torch_impl.experiment import compare
-from torch_impl.experiment.config import parse
+from torch_impl.commands import compare
+from torch_impl.experiment.comparison import cells
+from torch_impl.experiment.comparison.matrix import Cell
+from torch_impl.experiment.comparison.results import Results
+
+FILE = """
+[[matrix]]
+sparsity = [0.5]
+recipes = ["none", "sparse_lora", "losa"]
+learning_rates = [1e30, 1e-2]
+[recipes.broken]
+options = { steps = 3, finetune = false, step_shares = [0.5, 0.25, 0.25] }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -18,75 +29,111 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("compare"))
 
 
-def words(place: Path, **changes: object) -> list[str]:
-    """Options of a small comparison."""
-    given = {"output_dir": None, "learning_rate": None, "learning_rates": "1e-2", "seeds": "0", **changes}
-    variants = given.pop("variants", "one shot")
-    return [*arguments(place, **given), "--variants", *([variants] if isinstance(variants, str) else variants)]
+def words(place: Path, text: str = FILE, **changes: object) -> list[str]:
+    """Words of a small comparison."""
+    (place / "some.toml").write_text(text)
+    given = {"output_dir": None, "learning_rate": None, "output": place / "out", "steps": None, **changes}
+    given |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    return [str(place / "some.toml"), *arguments(place, **given)]
 
 
-@pytest.mark.parametrize(
-    ("tuning", "best"),
-    [
-        ({1e-3: 5.0, 1e-2: 4.0, 1e-1: 6.0}, 1e-2),
-        ({1e-3: math.nan, 1e-2: 4.0}, 1e-2),
-        ({1e-3: 5.0, 1e-2: math.nan}, 1e-3),
-        ({1e-3: -math.inf, 1e-2: 4.0}, 1e-2),
-        ({1e-3: math.inf, 1e-2: math.nan, 1e-1: 1e9}, 1e-1),
-        ({1e-3: math.nan, 1e-2: math.inf}, 1e-3),
-    ],
-)
-def test_a_diverged_rate_is_never_the_best(tuning: dict[float, float], best: float) -> None:
-    assert compare.best_rate(tuning) == best
+def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two rates diverges. Tuning and reported windows never overlap; the command runs nothing twice."""
+    seen: list[torch.Tensor] = []
+    plain = cells.window_losses
+
+    def window_losses(model: torch.nn.Module, windows: torch.Tensor, *rest: object) -> list[float]:
+        seen.append(windows)
+        return plain(model, windows, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cells, "window_losses", window_losses)
+    given = words(place, eval_windows=7)
+    assert compare.main(given) == 0
+    said = capsys.readouterr()
+    assert "[1/8] 0.5, sparse_lora, seed 0, learning rate 1e+30: diverged (" in said.err
+    for reported, tuned in zip(seen[::2], seen[1::2], strict=True):
+        assert (len(tuned), len(reported)) == (3, 4)
+        assert not {tuple(row.tolist()) for row in reported} & {tuple(row.tolist()) for row in tuned}
+        assert torch.equal(reported, seen[0]), "the same windows for all"
+    found = json.loads((place / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert sorted(outcome["status"] for outcome in found.values()) == ["diverged"] * 2 + ["done"] * 4
+    table = [line for line in said.out.splitlines() if line.startswith("| LoSA, as in the paper")]
+    assert len(table) == 2
+    assert "| 0.01 |" in table[0]
+    assert table[1].endswith("** | diverged |")
+    assert "**Published in the paper" not in said.out
+    for name in ("tables.md", "tables.html"):
+        assert (place / "out" / name).stat().st_size > 1000
+
+    before = {path: path.stat().st_mtime_ns for path in (place / "out" / "cells").iterdir()}
+    monkeypatch.setattr(cells, "make", lambda *_: pytest.fail("it runs again"))
+    assert compare.main(given) == 0
+    assert {path: path.stat().st_mtime_ns for path in (place / "out" / "cells").iterdir()} == before
+    again = capsys.readouterr().out
+    assert again == said.out
+    assert compare.main([*words(place, eval_windows=7, output=None), "--tables", str(place / "out")]) == 0
+    assert capsys.readouterr().out == again
 
 
-def test_a_rate_that_diverges_counts_as_infinite(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+def test_what_fails_is_said_and_the_others_go_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of two rates diverges; of the two variants one has no other. Strict JSON, whatever comes out."""
-    file = tmp_path / "figures.json"
-    variants = ["one shot", "LoSA, one schedule, KL"]
-    assert compare.main(words(place, learning_rates="1e30 1e-2", json=file, variants=variants)) == 0
-    shown = capsys.readouterr().out
-    figures = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
-    assert figures["dense"] > 1
-    for record in figures["variants"]:
-        assert record["variant"] in shown
-        assert record["learning_rate"] == 1e-2
-        assert record["tuning"]["1e+30"] is None
-        assert record["mean"] == record["perplexity"][0] > 1
-        assert record["tuning"]["0.01"] != record["mean"], "tuned on one half, measured on the other"
-    assert "1e+30: diverged" in shown
-    assert "learning rate 1e+30: " in caplog.text
+    text = FILE.replace('"none", "sparse_lora", "losa"', '"none", "broken"')
+    plain = cells.make
 
-    assert compare.main(words(place, learning_rates="1e30", json=file)) == 0
-    [record] = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))["variants"]
-    assert (record["mean"], record["perplexity"], record["stdev"]) == (None, [None], None)
-    assert "diverged" in capsys.readouterr().out
+    def make(cell: Cell, material: cells.Material) -> cells.Trained:
+        if cell.config.prune.steps == 3:
+            raise RuntimeError("CUDA out of\nmemory")
+        return plain(cell, material)
+
+    monkeypatch.setattr(cells, "make", make)
+    out = tmp_path / "out"
+    assert compare.main(words(place, text, output=out)) == 2
+    said = capsys.readouterr()
+    assert "0.5, broken, seed 0: failed (RuntimeError: CUDA out of memory)" in said.err
+    assert said.err.splitlines()[-1].startswith("error: 1 runs failed; see the last table, and run the command again")
+    assert "| 0.5 | broken | 0 | failed | RuntimeError: CUDA out of memory |" in said.out
+    monkeypatch.setattr(cells, "make", plain)
+    assert compare.main(words(place, text, output=out)) == 0
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert compare.main([*words(place, output=out), "--dry_run", "--shard", "1/2", "--only", "recipe=losa"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["0.5, losa, seed 0, learning rate 1e+30", "dense, seed 0", "2 runs"]
+    assert not out.exists()
+
+
+def test_parts_have_their_seconds(place: Path) -> None:
+    found = [outcome for outcome in Results(place / "out").together().values() if outcome.status == "done"]
+    by_recipe = {outcome.labels["recipe"]: outcome.seconds for outcome in found}
+    assert by_recipe["dense"].keys() == {"evaluate"}
+    assert {"prune", "evaluate"} <= by_recipe["none"].keys() <= {"importance", "prune", "evaluate"}
+    assert {"importance", "prune", "train", "evaluate"} <= by_recipe["losa"].keys()
 
 
 BAD: list[tuple[dict[str, object], list[str]]] = [
     ({"learning_rates": "1e-3 nan"}, ["learning_rates", "nan"]),
     ({"learning_rates": "0"}, ["learning_rates", "0.0", "above 0"]),
-    ({"learning_rates": "1e-3 -1"}, ["learning_rates", "-1"]),
-    ({"learning_rates": "inf"}, ["learning_rates", "inf"]),
     ({"learning_rates": "fast"}, ["learning_rates", "fast"]),
     ({"seeds": "0 -1"}, ["seeds", "-1"]),
-    ({"seeds": "zero"}, ["seeds", "zero"]),
-    ({"json": "missing/folder/a.json"}, ["json", "missing/folder", "existing folder"]),
-    ({"json": "."}, ["json", "existing folder"]),
-    ({"variants": "two shots"}, ["two shots", "one shot, KL"]),
     ({"seed": 3}, ["--seed", "--seeds"]),
     ({"learning_rate": 1e-3}, ["--learning_rate", "--learning_rates"]),
-    ({"output_dir": "out"}, ["--output_dir", "--json"]),
+    ({"sparsity_ratio": 0.7}, ["--sparsity_ratio", "the comparison's file"]),
+    ({"output_dir": "out"}, ["--output_dir"]),
     ({"resume": "true"}, ["--resume"]),
     ({"colour": "blue"}, ["--colour"]),
-    ({"finetune": "false"}, ["finetune", "learning rates"]),
-    ({"steps": 30, "variants": "LoSA, one schedule, KL"}, ["steps", "max_rank"]),
+    ({"nsample": "4"}, ["--nsample", "did you mean --nsamples"]),
+    ({"steps": 30}, ["steps", "max_rank"]),
     ({"model": "no/such/model"}, ["no/such/model"]),
     ({"calibration_data": "nothing.txt"}, ["nothing.txt"]),
-    ({"eval_windows": 1}, ["1 window", "2 or more"]),
-    ({"train_examples": 3, "steps": 4, "variants": "LoSA, one schedule, KL"}, ["3 training examples", "too few"]),
+    ({"data": "nowhere"}, ["data nowhere is not a folder"]),
+    ({"tables": "nowhere"}, ["tables nowhere is not a folder"]),
+    ({"output": "/dev/null/out"}, ["output /dev/null/out cannot be written"]),
+    ({"shard": "3/2"}, ["shard is '3/2'; give I/N"]),
+    ({"only": "recipe=lossa"}, ["recipe=lossa", "this comparison has losa, none, sparse_lora"]),
 ]
 
 
@@ -98,16 +145,21 @@ def test_bad_input_is_refused_before_any_work(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compare.losa, "run", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(cells, "make", lambda *_: pytest.fail("it trains"))
     assert compare.main(words(place, **changes)) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     for word in said:
         assert word in line
 
 
-def test_one_shot_takes_the_labels_and_its_twin_the_dense_model() -> None:
-    """Whatever the configuration's own loss is: the embedded model's is kl."""
-    config = parse([])
-    assert config.training.loss == "kl"
-    losses = {name: compare.variant_config(config, name, 1e-3, 0).training.loss for name in compare.VARIANTS}
-    assert losses == {name: "kl" if "KL" in name else "ce" for name in compare.VARIANTS}
+def test_one_window_cannot_be_halved(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert compare.main(words(place, eval_windows=1, output=tmp_path)) == 2
+    assert "has only 1 window; give 2 or more" in capsys.readouterr().err
+
+
+def test_a_file_is_needed(capsys: pytest.CaptureFixture) -> None:
+    for given in ([], ["--seeds", "0"]):
+        assert compare.main(given) == 2
+        assert "FILE is missing; give a TOML file, or quick: losa compare quick" in capsys.readouterr().err
+    assert compare.main(["no.toml"]) == 2
+    assert "comparison no.toml does not exist; give a TOML file or quick" in capsys.readouterr().err

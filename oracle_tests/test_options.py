@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from torch_impl.commands import evaluate, generate, pack, run
-from torch_impl.experiment import compare, config
+from torch_impl.commands import compare, evaluate, generate, pack, run
+from torch_impl.experiment import config
+from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.planning import dry_run
 
 NONSENSE = ("nan", "inf", "-inf", "-1", "0", "1000000000000", "1e300", "word")
@@ -82,7 +83,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise Work
 
-    for module, name in ((dry_run, "make_plan"), (run, "run_job"), (compare, "load_material"), (generate, "_load")):
+    for module, name in ((dry_run, "make_plan"), (run, "run_job"), (cells, "load_material"), (generate, "_load")):
         monkeypatch.setattr(module, name, work)
 
 
@@ -104,7 +105,7 @@ def accepts(main: Callable[..., int], name: str, values: Sequence[str], needed: 
 @pytest.mark.parametrize("name", numbers(config._make_parser()))
 def test_numbers_of_a_run(name: str, capsys: pytest.CaptureFixture) -> None:
     assert accepts(run.main, name, NONSENSE, ["--model", "x", *DATA, "--dry_run"], capsys) == ACCEPTED.get(name, set())
-    assert not accepts(compare.main, name, ["word"], ["--model", "x", *DATA], capsys)
+    assert not accepts(compare.main, name, ["word"], ["quick", "--model", "x", *DATA], capsys)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -134,14 +135,15 @@ def test_options_of_generate(name: str, capsys: pytest.CaptureFixture) -> None:
     [
         ("learning_rates", NONSENSE, {"1000000000000", "1e300"}),
         ("seeds", (*NONSENSE, str(2**63)), {"0", "1000000000000"}),
-        ("variants", ("word",), set()),
+        ("shard", ("0/2", "3/2", "1", "word", "1/2/3", "-1/2"), set()),
+        ("only", ("word", "recipe=word", "word=losa", "seed=7"), set()),
     ],
 )
 def test_options_of_compare(
     name: str, values: Sequence[str], accepted: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(dry_run, "check", lambda config: None)
-    assert accepts(compare.main, name, values, ["--model", "x", *DATA], capsys) == accepted
+    assert accepts(compare.main, name, values, ["quick", "--model", "x", *DATA], capsys) == accepted
 
 
 def test_pack_has_no_numbers() -> None:
@@ -152,7 +154,7 @@ def test_pack_has_no_numbers() -> None:
 def test_a_device_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     refuses(run.main, ["--device", "word", "--output_dir", str(tmp_path / "out")], "device is 'word'", capsys)
     refuses(run.main, ["--device", "word", "--dry_run"], "device is 'word'", capsys)
-    refuses(compare.main, ["--device", "word"], "device is 'word'", capsys)
+    refuses(compare.main, ["quick", "--device", "word"], "device is 'word'", capsys)
     model = str(config.EMBEDDED_MODEL)
     refuses(generate.main, [model, "--prompt", "x", "--device", "word"], "device is 'word'", capsys)
     refuses(pack.main, [model, str(tmp_path / "out"), "--device", "word"], "device is 'word'", capsys)
@@ -176,8 +178,8 @@ def test_a_device_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) ->
 )
 def test_options_that_do_not_fit(words: str, named: str, capsys: pytest.CaptureFixture) -> None:
     refuses(run.main, words.split(), named, capsys)
-    if "--devices" not in words:
-        refuses(compare.main, words.split(), named, capsys)
+    if not {"--devices", "--config", "--sparsity_ratio"} & set(words.split()):
+        refuses(compare.main, ["quick", *words.split()], named, capsys)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -197,8 +199,9 @@ def test_options_that_do_not_fit(words: str, named: str, capsys: pytest.CaptureF
 )
 def test_a_model_of_ones_own_needs_text_that_is_named(words: str, line: str, capsys: pytest.CaptureFixture) -> None:
     """Python's standard library, the default, suits the embedded model alone."""
-    for main in (run.main, *([] if "finetune false" in words else [compare.main])):
-        refuses(main, ["--model", "x", *words.split()], f"error: {line}", capsys)
+    refuses(run.main, ["--model", "x", *words.split()], f"error: {line}", capsys)
+    if words and "finetune false" not in words and "--preset" not in words:
+        refuses(compare.main, ["quick", "--model", "x", *words.split()], f"error: {line}", capsys)
 
 
 @pytest.mark.usefixtures("no_work")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +12,8 @@ import torch_impl
 from oracle_tests.plans import config
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import compare, provenance, report
-from torch_impl.experiment.result import Comparison, Measured, MeasuredModels, SavedBytes, summarise
+from torch_impl.experiment import provenance
+from torch_impl.experiment.result import Measured, MeasuredModels, SavedBytes, summarise
 
 
 def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,22 +80,3 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
             "fine-tuning": some.text.finetune_data,
         },
     }
-
-
-TUNING = {1e-3: 5.0, 1e-2: 4.5, 1.0: math.inf}
-
-
-@pytest.mark.parametrize(
-    ("values", "found", "line"),
-    [
-        ([4.0, 6.0, 8.0], ([4.0, 6.0, 8.0], 6.0, 2.0), "    6.00 ±2.00  [4.00 6.00 8.00]"),
-        ([4.0], ([4.0], 4.0, 0.0), "    4.00 ±0.00  [4.00]"),
-        ([4.0, math.inf], ([4.0, None], None, None), "diverged ±0.00  [4.00 diverged]"),
-        ([math.nan], ([None], None, None), "diverged ±0.00  [diverged]"),
-    ],
-)
-def test_a_variant_of_a_comparison(values: list[float], found: tuple[list, float, float], line: str) -> None:
-    comparison = compare.compared("one shot", 1e-2, values, TUNING)
-    assert comparison == Comparison("one shot", 1e-2, *found, tuning={"0.001": 5.0, "0.01": 4.5, "1.0": None})
-    shown = f"{'one shot':<40}{line}  at 0.01  (0.001: 5.00, 0.01: 4.50, 1: diverged)"
-    assert report.compared(comparison) == shown

@@ -27,7 +27,7 @@ COMMANDS = {
     "generate": Command("generate text with a packed or plain model", "torch_impl.commands.generate"),
     "serve": Command("serve a model over HTTP, with OpenAI's API", "torch_impl.commands.serve"),
     "eval": Command("measure perplexity and accuracy on tasks", "torch_impl.commands.evaluate"),
-    "compare": Command("compare LoSA with its parts and with plain pruning", "torch_impl.experiment.compare"),
+    "compare": Command("compare methods, baselines and recipes, with tables and curves", "torch_impl.commands.compare"),
     "bench": Command("benchmark speed and memory", "torch_impl.bench.__main__"),
 }
 _LIST = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())

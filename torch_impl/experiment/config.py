@@ -281,7 +281,7 @@ def parse(arguments: Sequence[str], data_required: bool = False) -> Config:
     own = _from_toml(_config_file(early.config)) if early.config is not None else {}
     from_file = _with_preset(early.preset, own, arguments)
     if "step_shares" in from_file and _names("steps", arguments) and not _names("step_shares", arguments):
-        from_file["step_shares"] = _shares_again(from_file["step_shares"], early.steps)
+        from_file["step_shares"] = shares_again(from_file["step_shares"], early.steps)
     words = [word for name, values in from_file.items() for word in (f"--{name}", *values)]
     config = Config(*parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False))
     if "layer_sparsity" not in own and not _names("layer_sparsity", arguments):
@@ -298,7 +298,7 @@ def _with_preset(preset: str | None, own: dict[str, list[str]], arguments: Seque
     found = own
     if preset is not None:
         _checks.choice("preset", preset, PRESETS)
-        found = _from_toml(CONFIGS / f"preset_{preset}.toml") | found
+        found = preset_options(preset) | found
     if "model" not in found and not _names("model", arguments):
         found = _from_toml(CONFIGS / "embedded.toml") | found
     return dict(found)
@@ -312,6 +312,16 @@ def _without_rates(config: Config) -> Config:
     if config.training.finetune or config.prune.pattern.mixed:
         return config
     return replace(config, prune=replace(config.prune, layer_sparsity="uniform"))
+
+
+def option_names() -> list[str]:
+    """Return the names of all options of a run."""
+    return [item.name for section in SECTIONS.values() for item in fields(section)]
+
+
+def preset_options(name: str) -> dict[str, list[str]]:
+    """Return the options of a preset, as the words of the command line."""
+    return _from_toml(CONFIGS / f"preset_{name}.toml")
 
 
 def _check_given(lacking: Sequence[str]) -> None:
@@ -329,7 +339,7 @@ def _names(option: str, arguments: Sequence[str]) -> bool:
     return any(word.partition("=")[0] in spellings for word in arguments)
 
 
-def _shares_again(shares: list[str], steps: int) -> list[str]:
+def shares_again(shares: list[str], steps: int) -> list[str]:
     """Adapt a file's shares to another number of steps: equal shares stay equal, a single step gets all."""
     equal = len(set(shares)) == 1 or steps == 1
     return [str(1 / steps)] * steps if equal and 1 <= steps != len(shares) else shares
@@ -366,7 +376,7 @@ def _from_toml(path: Path) -> dict[str, list[str]]:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
-    known = {item.name for section in SECTIONS.values() for item in fields(section)} - {"config", "preset"}
+    known = set(option_names()) - {"config", "preset"}
     words: dict[str, list[str]] = {}
     for name, value in table.items():
         entries = value.items() if isinstance(value, dict) else [(name, value)]

@@ -57,6 +57,22 @@ def perplexity(model: nn.Module, windows: torch.Tensor, batch_size: int, name: s
 
 
 @torch.no_grad()
+def window_losses(model: nn.Module, windows: torch.Tensor, batch_size: int, name: str = "the model") -> list[float]:
+    """Compute the mean negative log-likelihood per predicted token of each window, as `perplexity`, in one process.
+
+    Errors: FloatingPointError if one is not finite, or if the perplexity of all is not.
+    """
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    for ids in bar(windows.to(device).split(batch_size), "perplexity"):
+        losses += _losses(model(input_ids=ids, use_cache=False).logits, ids).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise finite.locate(model, ids, name)
+    _perplexity(math.fsum(losses), windows, model, name, "output of the model")
+    return [loss / (windows.shape[1] - 1) for loss in losses]
+
+
+@torch.no_grad()
 def stream_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, name: str) -> float:
     """Compute the perplexity from a stream of the windows that has passed all blocks."""
     total = 0.0
@@ -67,13 +83,18 @@ def stream_perplexity(decoder: Decoder, windows: torch.Tensor, stream: Stream, n
 
 
 def _loss_sum(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """Sum the loss over the predicted tokens of windows (n, t), one window at a time: float32 logits are large."""
+    """Sum the loss over the predicted tokens of windows (n, t)."""
+    return float(_losses(logits, ids).sum())
+
+
+def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Sum the loss over the predicted tokens of each window (n, t), one at a time: float32 logits are large."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     losses = [
         functional.cross_entropy(window[:-1].to(wide), row[1:], reduction="sum")
         for window, row in zip(logits, ids, strict=True)
     ]
-    return float(torch.stack(losses).sum())
+    return torch.stack(losses)
 
 
 def _perplexity(total: float, windows: torch.Tensor, model: nn.Module, name: str, where: str) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from torch_impl.experiment.text.sources import is_local
 
 
 @dataclass(frozen=True)
+class OtherText:
+    """One more text to measure, beside the run's own. protocol: None for that of the source."""
+
+    source: str
+    protocol: str | None = None
+
+
+@dataclass(frozen=True)
 class Material:
     """The inputs of a run."""
 
@@ -33,10 +42,12 @@ class Material:
     examples: list[Example]
     evaluation: torch.Tensor
     evaluation_facts: dict[str, Any]
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Windows of other texts to measure, by name."""
 
 
-def load_material(config: Config, offloaded: bool = False) -> Material:
-    """Load model, tokenizer and all text. offloaded: leave the weights of the blocks on disk.
+def load_material(config: Config, offloaded: bool = False, others: Mapping[str, OtherText] | None = None) -> Material:
+    """Load model, tokenizer and all text. offloaded: leave the weights of the blocks on disk. others: more texts to measure.
 
     Errors: ValueError or FileNotFoundError naming the problem.
     """
@@ -47,14 +58,24 @@ def load_material(config: Config, offloaded: bool = False) -> Material:
     check_structure(model, config.settings)
     checks.check_lengths(model, config)
     checks.warn_of_lengths(model, config)
-    return with_text(config, model, tokenizer)
+    return with_text(config, model, tokenizer, others)
 
 
-def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Material:
+def with_text(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    others: Mapping[str, OtherText] | None = None,
+) -> Material:
     """Load the text for a model. Errors: as `load_material`."""
     options, calibration, seed = config.text, config.calibration, config.output.seed
     finetune = options.finetune_data if config.training.finetune else None
     texts = splitting.load_texts(options.calibration_data, finetune, options.eval_data)
+    more = {}
+    for name, source in (others or {}).items():
+        texts, documents, own = splitting.leave_out(texts, source.source)
+        chosen = protocol_named(source.protocol, own)
+        more[name] = windows.evaluation_windows(documents, tokenizer, options.eval_seqlen, options.eval_windows, chosen)
     calibration_ids = windows.calibration_windows(
         texts.calibration, tokenizer, calibration.nsamples, calibration.seqlen, seed
     )
@@ -69,7 +90,8 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
     measured = windows.evaluation_windows(
         texts.evaluation, tokenizer, options.eval_seqlen, None if limit is None else limit + 1, protocol
     )
-    checks.check_tokens(model, tokenizer, calibration_ids, measured, *(example["input_ids"] for example in examples))
+    training_ids = (example["input_ids"] for example in examples)
+    checks.check_tokens(model, tokenizer, calibration_ids, measured, *more.values(), *training_ids)
     facts = {
         **texts.facts,
         "documents": len(texts.evaluation[: protocol.documents]),
@@ -77,7 +99,7 @@ def with_text(config: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         "first_windows_only": limit is not None and len(measured) > limit,
         **windows.describe_windows(measured[:limit]),
     }
-    return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts)
+    return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts, more)
 
 
 def check_text(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch_impl.experiment.result import Comparison, Result, Row
+from torch_impl.experiment.result import Result, Row
 from torch_impl.experiment.text.sources import ALL
 from torch_impl.masks.pattern import Pattern
 
@@ -143,17 +143,3 @@ def _from(source: dict[str, Any]) -> str:
     if "file" in source:
         return f"{source['file']} (sha256 {source['sha256'][:12]})"
     return f"{source['hub']}, {source['split']} split"
-
-
-def compared(found: Comparison) -> str:
-    """Format a variant of `compare` as a line."""
-    values = " ".join(map(_perplexity, found.perplexity))
-    tried = ", ".join(f"{float(rate):g}: {_perplexity(value)}" for rate, value in found.tuning.items())
-    spread = f"±{found.stdev or 0.0:.2f}"
-    return (
-        f"{found.variant:<40}{_perplexity(found.mean):>8} {spread}  [{values}]  at {found.learning_rate:g}  ({tried})"
-    )
-
-
-def _perplexity(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.2f}"

@@ -60,21 +60,6 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One variant of `compare`: its tuned learning rate and what it reaches there with each seed; None: it diverged.
-
-    tuning: perplexity on the other half of the windows by learning rate.
-    """
-
-    variant: str
-    learning_rate: float
-    perplexity: list[float | None]
-    mean: float | None
-    stdev: float | None
-    tuning: dict[str, float | None]
-
-
-@dataclass(frozen=True)
 class Result:
     """The figures of a run, and the options that they depend on."""
 

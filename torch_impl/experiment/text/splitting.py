@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch_impl.experiment.text.documents import Document
@@ -67,6 +67,20 @@ def load_texts(calibration: str, finetune: str | None, evaluation: str) -> Texts
         facts,
         measured.protocol,
     )
+
+
+def leave_out(texts: Texts, evaluation: str) -> tuple[Texts, list[Document], Protocol]:
+    """Keep the documents of another source to measure out of calibration and fine-tuning; return both, and its protocol.
+
+    Errors: as `load_texts`.
+    """
+    measured = load_documents(evaluation, "measure", "eval_data")
+    training = {"calibration": texts.calibration, **({"fine-tuning": texts.finetune} if texts.finetune else {})}
+    found = separate(training, measured.documents)
+    rest = replace(
+        texts, calibration=found.training["calibration"], finetune=found.training.get("fine-tuning", texts.finetune)
+    )
+    return rest, found.evaluation, measured.protocol
 
 
 def separate(training: Mapping[str, Sequence[Document]], evaluation: Sequence[Document]) -> Separated:

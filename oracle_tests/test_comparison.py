@@ -1,0 +1,481 @@
+"""The figures of a comparison: statistics, the order of work, what a table says; and the files it is read from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics as plain
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tiny_models.random_models import random_model
+from torch_impl.experiment import config
+from torch_impl.experiment.comparison import curves, page, published, reading, recipes, running, statistics, tables
+from torch_impl.experiment.comparison.matrix import Cell, Comparison, Group
+from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome, Results
+from torch_impl.experiment.comparison.rows import row_of
+from torch_impl.experiment.evaluate import perplexity, window_losses
+from torch_impl.experiment.material import OtherText
+
+FILE = """
+title = "A comparison"
+[options]
+nsamples = 8
+seqlen = 32
+rmi_samples = 4
+[[matrix]]
+prune_method = ["wanda", "magnitude"]
+sparsity = [0.5, 0.7, "2:4"]
+recipes = ["none", "losa", "mine"]
+seeds = [0, 1]
+learning_rates = [1e-3, 1e-2]
+[recipes.mine]
+title = "mine | yours"
+preset = "paper"
+options = { steps = 3, loss = "kl" }
+"""
+
+
+def read(folder: Path, text: str = FILE, **options: Any) -> Comparison:
+    path = folder / "some.toml"
+    path.write_text(text, encoding="utf-8")
+    return reading.read(path, **{"options": {}, **options})
+
+
+def groups_of(comparison: Comparison, *only: str) -> list[list[Group]]:
+    return reading.select([comparison.groups(matrix) for matrix in comparison.matrices], only)
+
+
+class Pretended:
+    """Carries out cells by saying that they were: losses follow from the labels."""
+
+    def __init__(self, stop_at: int | None = None, ends: dict[str, str] | None = None) -> None:
+        self.ran: list[str] = []
+        self._stop_at, self._ends = stop_at, ends or {}
+
+    def run(self, cell: Cell) -> Outcome:
+        if len(self.ran) == self._stop_at:
+            raise KeyboardInterrupt
+        self.ran.append(cell.key)
+        status = self._ends.get(str(cell), DONE)
+        if status != DONE:
+            return Outcome(cell.labels, status, "loss nan")
+        rate = 0.0 if cell.rate is None else abs(math.log10(cell.rate) + 2)
+        base = (
+            2
+            + rate
+            + 0.1 * cell.seed
+            + 0.01 * len(cell.recipe.name)
+            + float(dict(cell.varied).get("sparsity", 0) == "0.7")
+        )
+        noise = np.random.default_rng(int(cell.key, 16)).normal(0, 0.01, 8)
+        return Outcome(
+            cell.labels, DONE, tuning=math.exp(base), losses={"stdlib": (base + noise).tolist()}, hashes={"stdlib": "same"},
+            unmerged=cell.recipe.name == "mine", seconds={"prune": 2.0, "train": 3.0}, facts=FACTS,
+        )  # fmt: skip
+
+
+FACTS = {
+    "hardware": "CPU",
+    "dtype": "float32",
+    "torch": "2",
+    "software": {"version": "1"},
+    "windows": {"seqlen": 32},
+}
+
+
+def done(folder: Path, comparison: Comparison, **how: Any) -> tuple[list[list[Group]], Results]:
+    groups, results = groups_of(comparison), Results(folder)
+    flat = list(itertools.chain.from_iterable(groups))
+    running.run(running.slots(flat), results, Pretended(**how), lambda _: None)  # type: ignore[arg-type]
+    return groups, results
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list[list[Group]], Results, tables.Section]:
+    """A comparison that is done, to read."""
+    folder = tmp_path_factory.mktemp("made")
+    comparison = read(folder)
+    groups, results = done(folder, comparison)
+    [section] = tables.sections(comparison, groups, results, "losa compare some.toml")
+    return comparison, groups, results, section
+
+
+@pytest.mark.parametrize("values", [[4.0, 6.0, 8.0], [1.5, 1.25], [3.0]])
+def test_mean_and_deviation(values: list[float]) -> None:
+    found = statistics.spread(values)
+    assert found.mean == pytest.approx(sum(values) / len(values))
+    if len(values) == 1:
+        assert found.deviation is None
+    else:
+        assert found.deviation == pytest.approx(plain.stdev(values)) == pytest.approx(np.std(values, ddof=1))
+    assert statistics.spread([*values, None]) == statistics.Spread(None, None, len(values) + 1)
+    assert statistics.spread([]) == statistics.Spread(None, None, 0)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_significance_is_scipy_s_paired_test_over_windows(seeds: int) -> None:
+    generator = np.random.default_rng(0)
+    ours, theirs = ({s: generator.normal(3, 0.5, 20).tolist() for s in range(seeds)} for _ in range(2))
+    found = statistics.paired({**ours, 7: [0.0] * 20}, {**theirs, 8: [9.0] * 20})
+    assert found is not None, "seeds that only one has do not count"
+    a, b = (np.mean([of[seed] for seed in range(seeds)], axis=0) for of in (ours, theirs))
+    expected = stats.ttest_rel(a, b)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.difference == pytest.approx((a - b).mean())
+    assert found.windows == 20
+
+
+def test_significance_needs_the_same_windows() -> None:
+    one = {0: [1.0, 2.0, 3.0]}
+    assert statistics.paired(one, {0: [1.0, 2.0]}) is None
+    assert statistics.paired(one, {1: [1.0, 2.0, 3.0]}) is None
+    assert statistics.paired({0: [1.0]}, {0: [2.0]}) is None
+    assert statistics.paired(one, one) == statistics.Paired(0.0, 1.0, 3)
+    assert statistics.paired(one, {0: [2.0, 3.0, 4.0]}) == statistics.Paired(-1.0, 0.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "best"),
+    [
+        ({1e-3: 5.0, 1e-2: 4.0, 1e-1: 6.0}, 1e-2),
+        ({1e-3: math.nan, 1e-2: 4.0}, 1e-2),
+        ({1e-3: 5.0, 1e-2: None}, 1e-3),
+        ({1e-3: -math.inf, 1e-2: 4.0}, 1e-2),
+        ({1e-3: math.inf, 1e-2: math.nan, 1e-1: 1e9}, 1e-1),
+        ({1e-3: math.nan, 1e-2: None}, None),
+    ],
+)
+def test_a_diverged_rate_is_never_the_best(tuning: dict[float, float | None], best: float | None) -> None:
+    assert statistics.best_rate(tuning) == best
+
+
+def test_losses_of_windows_are_those_of_their_tokens() -> None:
+    model = random_model("llama-gqa").eval()
+    ids = torch.randint(257, (5, 12), generator=torch.Generator().manual_seed(0))
+    found = window_losses(model, ids, 2)
+    with torch.no_grad():
+        chances = model(input_ids=ids).logits.double().log_softmax(-1)
+    for row, losses, loss in zip(ids, chances, found, strict=True):
+        expected = -sum(float(losses[t, row[t + 1]]) for t in range(11)) / 11
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert statistics.perplexity(found) == pytest.approx(perplexity(model, ids, 3), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_partition_the_matrix(tmp_path: Path, count: int) -> None:
+    flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))
+    work = running.slots(flat)
+    parts = [running.share(work, number, count) for number in range(1, count + 1)]
+    names = [(slot.cell.key, slot.seed, slot.group.recipe.name, slot.group.varied) for part in parts for slot in part]
+    assert len(names) == len(set(names)) == len(work)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    # 6 choices of 2 options; 2 rates of 2 recipes; 2 seeds of 3 recipes; the dense model.
+    assert len(work) == 6 * 2 * 2 + 6 * 3 * 2 + 1
+
+
+def test_what_is_done_is_never_run_again(tmp_path: Path) -> None:
+    """Stopped after five runs, continued in three shards, two of which wait for the others' learning rates at first."""
+    flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))
+    work, ran = running.slots(flat), []
+    first = Pretended(stop_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(work, Results(tmp_path), first, lambda _: None)  # type: ignore[arg-type]
+    ran += first.ran
+    waited = []
+    for turn in range(2):
+        for number in (1, 2, 3):
+            shard = Pretended()
+            waiting = running.run(running.share(work, number, 3), Results(tmp_path), shard, lambda _: None)  # type: ignore[arg-type]
+            ran += shard.ran
+            waited.append(waiting)
+            assert turn == 0 or waiting == 0
+    assert any(waited[:3])
+    assert len(ran) == len(set(ran))
+    # Of each tuned row, the run with the chosen rate and the first seed is one of those that chose it.
+    assert len(ran) == 6 * 2 * 2 + 6 * 2 * 1 + 6 * 2 + 1
+    nothing = Pretended()
+    running.run(work, Results(tmp_path), nothing, lambda _: None)  # type: ignore[arg-type]
+    assert nothing.ran == []
+
+
+def test_what_failed_is_tried_again_and_what_diverged_is_not(tmp_path: Path) -> None:
+    comparison = read(tmp_path)
+    name = "wanda, 0.5, none, seed 0"
+    ends = {
+        name: FAILED,
+        "wanda, 0.5, none, seed 1": DIVERGED,
+        "wanda, 0.5, losa, seed 0, learning rate 0.01": DIVERGED,
+    }
+    groups, results = done(tmp_path, comparison, ends=ends)
+    [row] = [
+        row_of(g, results) for g in groups[0] if (g.recipe.name, *dict(g.varied).values()) == ("losa", "wanda", "0.5")
+    ]
+    assert (row.rate, row.tuning[1e-2]) == (1e-3, None)
+    text = tables.markdown(tables.sections(comparison, groups, results, "losa"))
+    assert "| wanda, 0.5, no training | 0 | failed | loss nan |".replace("0.5, ", "0.5 | ", 1) in text
+    again = Pretended()
+    running.run(running.slots(groups[0]), Results(tmp_path), again, lambda _: None)  # type: ignore[arg-type]
+    assert len(again.ran) == 1
+    assert results.get(again.ran[0]).labels["recipe"] == "none"  # type: ignore[union-attr]
+
+
+def test_progress_counts_the_whole_matrix(tmp_path: Path) -> None:
+    flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))
+    lines: list[str] = []
+    running.run(running.slots(flat), Results(tmp_path), Pretended(), lines.append)  # type: ignore[arg-type]
+    assert lines[0].startswith("[1/61] wanda, 0.5, losa, seed 0, learning rate 0.001: perplexity 20")
+    assert "; about 0:" in lines[0]
+    assert "left" not in lines[-1]
+
+
+def test_a_row_s_figures(made: tuple[Any, ...]) -> None:
+    """Mean, deviation, change and p of the printed table, from the cells themselves."""
+    _, groups, results, section = made
+    table = next(table for table in section.tables if table.title == "70 %")
+    cells = [dict(zip(table.cells[0], line, strict=True)) for line in table.cells[1:]]
+    line = next(cell for cell in cells if cell["prune_method"] == "wanda" and cell[""].startswith("mine"))
+    chosen = {
+        name: {
+            seed: outcome.losses["stdlib"]
+            for seed in (0, 1)
+            for group in groups[0]
+            if (group.recipe.name, dict(group.varied).get("sparsity")) == (name, "0.7")
+            and dict(group.varied)["prune_method"] == "wanda"
+            and (outcome := results.get(group.final(seed, 1e-2).key))
+        }
+        for name in ("mine", "losa")
+    }
+    values = [math.exp(sum(losses) / len(losses)) for losses in chosen["mine"].values()]
+    assert line["stdlib"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    ours, theirs = (np.mean(list(chosen[name].values()), axis=0) for name in ("mine", "losa"))
+    p, change = stats.ttest_rel(ours, theirs).pvalue, 100 * (math.exp((ours - theirs).mean()) - 1)
+    words = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    assert line["against the paper's LoSA"] == f"{change:+.1f} %, {words}".replace("-", "−")
+    assert (line["learning rate"], line["seeds"]) == ("0.01", "2")
+    overview = section.tables[0]
+    assert overview.cells[0] == ("prune_method", "", "50 %", "70 %", "2:4")
+    assert next(row for row in overview.cells if row[1].startswith("mine"))[3] == line["stdlib"]
+
+
+def test_windows_that_differ_are_not_compared(made: tuple[Any, ...]) -> None:
+    comparison, groups, results, _ = made
+    rows = [row_of(group, results) for group in groups[0]]
+    row = next(row for row in rows if row.group.recipe.name == "none")
+    reference = tables.reference_of(row, rows, comparison.matrices[0])
+    assert reference is not None
+    assert row.compared(reference, "stdlib") is not None
+    other = replace(row, outcomes={s: replace(o, hashes={"stdlib": "other"}) for s, o in row.outcomes.items()})
+    assert other.compared(reference, "stdlib") is None
+    assert reference.compared(reference, "stdlib") is None
+
+
+def test_unmerged_and_published_rows_are_marked(made: tuple[Any, ...], tmp_path: Path) -> None:
+    section = made[-1]
+    for table in section.tables:
+        body = table.cells[1:]
+        marked = [line[0] == published.MARK for line in body]
+        assert all(marked) if table.published else not any(marked), "never ours and the paper's in one body"
+        for line in body:
+            named = [cell for cell in line if cell.startswith("mine")]
+            assert all(cell == "mine | yours (unmerged)" for cell in named)
+    beside = {table.title.split(",")[1].split(":")[0].strip() for table in section.tables if table.published}
+    assert beside == {"70 %", "2"}, "at 70 % and 2:4 the paper has rows, at 50 % it has none"
+    text = tables.markdown([section])
+    assert "mine \\| yours (unmerged)" in text
+    assert "    losa compare some.toml\n" in text
+    assert "on CPU, float32" in text
+    pictures = curves.draw(tmp_path, [section])
+    assert pictures == {"A comparison": ["1-perplexity-stdlib.png"]}
+    page.write(tmp_path / "tables.html", "A & B", [section], pictures)
+    html = (tmp_path / "tables.html").read_text(encoding="utf-8")
+    assert "<title>A &amp; B</title>" in html
+    assert html.count('<table class="published">') == 2
+    assert "data:image/png;base64," in html
+
+
+def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:
+    section = made[-1]
+    lines = curves.series(section, lambda row: row.perplexity("stdlib"))
+    assert len(lines) == 6
+    assert all([share for share, _, _ in points] == [0.5, 0.7] for points in lines.values())
+    spread = next(row for row in section.rows if row.group.recipe.name == "losa").perplexity("stdlib")
+    assert spread is not None
+    assert lines["wanda, LoSA, as in the paper"][0] == (0.5, spread.mean, spread.deviation)
+
+
+def test_published_averages_are_those_of_their_rows() -> None:
+    for row in published.ROWS:
+        assert sum(row.accuracy) / len(published.TASKS) == pytest.approx(row.average, abs=0.015), row
+
+
+def test_results_survive_without_their_cells(tmp_path: Path) -> None:
+    """results.json holds all, and is enough for tables."""
+    comparison = read(tmp_path)
+    groups, results = done(tmp_path, comparison)
+    keys = [cell.key for group in groups[0] for cell in running.cells_of(group, results)]
+    found = results.collect(keys)
+    for file in (tmp_path / "cells").iterdir():
+        file.unlink()
+    again = Results(tmp_path)
+    assert {key: again.get(key) for key in keys} == found
+    assert set(again.collect([])) == set()
+    assert Results(tmp_path).get(keys[0]) is not None, "runs of other comparisons stay"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"labels": {}}', '{"labels": {}, "status": "done", "colour": 1}'])
+def test_a_corrupt_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "abc.json").write_text(text)
+    with pytest.raises(ValueError, match=r"abc\.json is .*; delete it and run the comparison again"):
+        Results(tmp_path).get("abc")
+
+
+def keys(comparison: Comparison) -> set[str]:
+    return {cell.key for of_matrix in groups_of(comparison) for group in of_matrix for cell in group.tuning()}
+
+
+def test_changed_settings_are_new_cells_and_another_place_is_not(tmp_path: Path) -> None:
+    before = keys(read(tmp_path))
+    assert len(before) == 24
+    for old, new in (("nsamples = 8", "nsamples = 16"), ('loss = "kl"', 'loss = "ce"'), ("1e-3, 1e-2", "2e-3, 2e-2")):
+        after = keys(read(tmp_path, FILE.replace(old, new)))
+        assert (len(before & after) > 0) == (old == 'loss = "kl"')
+        assert before != after
+    options = {"device": ["cpu"], "eval_batch_size": ["3"], "model": ["a/b/tiny"], "calibration_data": ["c4"]}
+    options |= {"finetune_data": ["x/t.txt"], "eval_data": ["c4"]}
+    elsewhere = {
+        **options,
+        "device": ["cuda"],
+        "model": ["z/tiny"],
+        "finetune_data": ["y/t.txt"],
+        "eval_batch_size": ["9"],
+    }
+    assert keys(read(tmp_path, options=options)) == keys(read(tmp_path, options=elsewhere)) != before
+
+
+def test_recipes_steps_and_ranks(tmp_path: Path) -> None:
+    """The mean rank over all steps is 8 whatever the steps; varied options win over recipes, recipes over [options]."""
+    text = FILE.replace("nsamples = 8", 'nsamples = 8\nsteps = 2\nloss = "kl"\nstep_shares = [0.5, 0.5]')
+    text = text.replace('prune_method = ["wanda", "magnitude"]', "steps = [1, 3, 5, 10]").replace(
+        '0.5, 0.7, "2:4"', "0.5"
+    )
+    [groups] = groups_of(read(tmp_path, text), "recipe=losa,mine")
+    found = {(g.recipe.name, g.base.config.prune.steps): g.base.config for g in groups if g.recipe.name != "dense"}
+    assert {key: c.adapter.initial_rank for key, c in found.items() if key[0] == "losa"} == {
+        ("losa", 1): 8, ("losa", 3): 7, ("losa", 5): 6, ("losa", 10): 3,
+    }  # fmt: skip
+    assert {c.training.loss for key, c in found.items() if key[0] == "losa"} == {"ce"}
+    assert found["mine", 3].training.loss == "kl"
+    assert found["mine", 3].text.step_shares == [1 / 3] * 3
+
+
+def test_shipped_recipes_and_comparisons_can_be_read() -> None:
+    shipped = recipes.shipped()
+    assert {"none", "lora", "adalora", "sora", "sparse_lora", "losa", "best"} <= shipped.keys()
+    assert config.parse(_words(shipped["losa"])).settings == config.parse(["--preset", "paper"]).settings
+    assert config.parse(_words(shipped["best"])).settings == config.parse(["--preset", "best"]).settings
+    one = config.parse(_words(shipped["sparse_lora"]))
+    assert (one.prune.steps, one.prune.layer_sparsity, one.adapter.rank_allocation) == (1, "uniform", "uniform")
+    for path in (reading.find("quick"), *Path("docs/results").glob("*.toml")):
+        groups = groups_of(reading.read(path, {}))
+        assert all(of_matrix[0].recipe.name == "dense" and len(of_matrix) > 1 for of_matrix in groups)
+
+
+def _words(recipe: recipes.Recipe) -> list[str]:
+    return [word for name, values in recipe.options.items() for word in (f"--{name}", *values)]
+
+
+def test_only_narrows_down(tmp_path: Path) -> None:
+    comparison = read(tmp_path)
+    [groups] = groups_of(comparison, "recipe=losa,none", "sparsity=0.7,2:4", "seed=1", "learning_rate=0.01")
+    assert groups[0].recipe.name == "dense"
+    assert {(g.recipe.name, dict(g.varied)["sparsity"]) for g in groups[1:]} == {
+        (recipe, sparsity) for recipe in ("losa", "none") for sparsity in ("0.7", "2:4")
+    }
+    assert {g.seeds for g in groups[1:]} == {(1,)}
+    assert {g.rates for g in groups[1:]} == {(), (0.01,)}
+
+
+BAD: dict[str, tuple[str, str, str]] = {
+    "a key": ("[options]", "[option]", "'option' is not known; did you mean options?"),
+    "an option": ("nsamples", "nsample", "'nsample' is not an option of losa run; did you mean nsamples?"),
+    "a varied option": ("prune_method", "prune_methods", "'prune_methods' is not an option of losa run; did you mean prune_method"),
+    "an option of where": ("nsamples = 8", 'output_dir = "x"', "output_dir has no effect in a comparison"),
+    "a sparsity as an option": ("sparsity =", "sparsity_ratio =", "sparsity_ratio has no effect in a comparison; use sparsity"),
+    "a recipe": ('"losa", "mine"', '"loza", "mine"', "recipe 'loza' does not exist; did you mean losa"),
+    "no recipes": ('recipes = ["none", "losa", "mine"]', "", "has no recipes; give recipes = [...], of none"),
+    "a treatment": ('preset = "paper"', 'treatment = "lore"', "treatment is 'lore'; allowed: none, lora"),
+    "a preset": ('preset = "paper"', 'preset = "papers"', "preset is 'papers'; allowed: paper, best, quick"),
+    "a recipe's key": ('preset = "paper"', 'presets = "paper"', "'presets' is not known; did you mean preset"),
+    "a recipe's option": ("steps = 3", "step = 3", "'step' is not an option of losa run; did you mean steps?"),
+    "a seed": ("seeds = [0, 1]", "seeds = [0, -1]", "seeds has -1; allowed: 0 to"),
+    "no seeds": ("seeds = [0, 1]", "seeds = []", "seeds is empty; give one or more"),
+    "a rate": ("1e-3, 1e-2", "1e-3, -1e-2", "learning_rates has -0.01; allowed: finite numbers above 0"),
+    "a rate that is no number": ("1e-3, 1e-2", "1e-3, nan", "learning_rates has nan; allowed: finite numbers above 0"),
+    "twice the same": ("0.5, 0.7", "0.5, 0.5", "sparsity is [0.5, 0.5, '2:4']; give one or more values, each once"),
+    "no matrix": ("[[matrix]]", "[texts]", "has no [[matrix]]; give one"),
+    "no TOML": ("nsamples = 8", "nsamples = 8 8", "is not TOML: "),
+    "a value": ('"2:4"', '"2:5:3"', "sparsity_type is '2:5:3'; allowed: unstructured, N:M, mixed-N:M"),
+    "a share": ("0.5, 0.7", "50", "sparsity_ratio is 50.0; allowed: 0 up to, not including, 1; did you mean 0.5?"),
+    "a reference": ("seeds =", "reference = { steps = 5 }\nseeds =", "'steps' is not known; use recipe, prune_method, sparsity"),
+    "a text": ("[[matrix]]", "[texts]\na = 1\n[[matrix]]", "a is 1; give a source of text as eval_data takes it"),
+    "a protocol": ("[[matrix]]", "[texts]\na = { source = 'c4', protocol = 'c5' }\n[[matrix]]", "protocol is 'c5'"),
+    "tasks": ("[[matrix]]", "[tasks]\nnames = 'piqa'\n[[matrix]]", "names is 'piqa'; give a list of tasks"),
+    "a limit": ("[[matrix]]", "[tasks]\nnames = ['piqa']\nlimit = 0\n[[matrix]]", "limit is 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_clear_line(name: str, tmp_path: Path) -> None:
+    old, new, line = BAD[name]
+    assert old in FILE
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        groups_of(read(tmp_path, FILE.replace(old, new, 1)))
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reading.find("quick").name == "compare_quick.toml"
+    Path("quick").write_text(FILE)
+    assert reading.find("quick") == Path("quick")
+    with pytest.raises(
+        FileNotFoundError, match="comparison quik does not exist; give a TOML file or quick; did you mean quick"
+    ):
+        reading.find("quik")
+
+
+def test_the_data_folder_has_models_and_texts(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "tiny").mkdir(parents=True)
+    for name in ("a.txt", "b.txt"):
+        (data / name).write_text("words")
+    texts = '[texts]\nown = "b.txt"\nhub = { source = "c4", protocol = "documents" }\n'
+    text = FILE.replace("[[matrix]]", f'{texts}[tasks]\nnames = ["piqa"]\ndata = "zero"\n[[matrix]]')
+    text = text.replace(
+        "nsamples = 8", 'nsamples = 8\nmodel = "org/tiny"\ncalibration_data = "a.txt"\nfinetune_data = "c4"'
+    )
+    [groups] = groups_of(read(tmp_path, text, data=data))
+    cell = groups[1].base
+    assert cell.config.model.model == str(data / "tiny")
+    assert cell.config.text.calibration_data == str(data / "a.txt")
+    assert cell.config.text.finetune_data == "c4"
+    assert cell.config.text.eval_data == str(data / "b.txt")
+    assert cell.measures.texts == {"own": OtherText(str(data / "b.txt")), "hub": OtherText("c4", "documents")}
+    assert cell.measures.data == "zero"
+    [elsewhere] = groups_of(read(tmp_path, text))
+    assert [group.base.key for group in groups] == [group.base.key for group in elsewhere]
+
+
+def test_options_of_a_run_are_read_as_parsers_do() -> None:
+    assert reading.command_options(["--nsamples", "4", "--step-shares", "0.5", "0.5", "--dtype=float64", "--deterministic"]) == {
+        "nsamples": ["4"], "step_shares": ["0.5", "0.5"], "dtype": ["float64"], "deterministic": ["True"],
+    }  # fmt: skip

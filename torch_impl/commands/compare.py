@@ -1,0 +1,165 @@
+"""Compare ways to prune and train, over methods, sparsities and seeds:  losa compare FILE [--output FOLDER] [options]
+
+FILE is a TOML file that says what to compare, or `quick`, which takes under 20 minutes on the embedded model and two cores:
+docs/compare.md explains it. Every run writes its result at once, so the same command continues a comparison that was stopped,
+and runs what is new. Options of losa run after FILE override the file's [options], for example --model DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch_impl.engine import distributed
+from torch_impl.experiment import zero_shot
+from torch_impl.experiment.command import Parser, command, say
+from torch_impl.experiment.comparison import curves, page, reading, running, tables
+from torch_impl.experiment.comparison.cells import Workshop
+from torch_impl.experiment.comparison.matrix import Comparison, Group
+from torch_impl.experiment.comparison.recipes import DENSE
+from torch_impl.experiment.comparison.results import Results
+from torch_impl.experiment.planning import dry_run
+
+logger = logging.getLogger(__name__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="losa compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "losa compare FILE [options] [options of losa run]"
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder of results, tables and curves (default losa-compare-NAME).",
+    )
+    add("--only", nargs="+", default=[], metavar="NAME=VALUE", help="Only these: recipe=losa,best sparsity=0.7 seed=0.")
+    add("--shard", metavar="I/N", help="Do the I-th of N parts; N processes with the same FOLDER do all.")
+    add("--data", type=Path, metavar="FOLDER", help="Folder with the models, texts and tasks that FILE names.")
+    add("--seeds", type=int, nargs="+", metavar="N", help="Seeds, instead of the file's.")
+    add(
+        "--learning_rates",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="Learning rates to choose from, instead of the file's.",
+    )
+    add("--dry_run", action="store_true", help="Check everything, list the runs and stop.")
+    add("--tables", type=Path, metavar="FOLDER", help="Write the tables of the results in FOLDER again; run nothing.")
+    return parser
+
+
+@command
+def main(arguments: Sequence[str]) -> None:
+    """Run what is missing, then write tables and curves."""
+    words = list(arguments)
+    file = words.pop(0) if words and not words[0].startswith("-") else None
+    own, rest = _parser().parse_known_args(words)
+    if file is None:
+        raise ValueError("FILE is missing; give a TOML file, or quick: losa compare quick")
+    options = reading.command_options(rest)
+    if own.data is not None and not own.data.is_dir():
+        raise ValueError(f"data {own.data} is not a folder; give the one with models and texts")
+    comparison = reading.read(reading.find(file), options, own.data, own.seeds, own.learning_rates)
+    groups = reading.select([comparison.groups(matrix) for matrix in comparison.matrices], own.only)
+    flat = [group for of_matrix in groups for group in of_matrix]
+    shown = shlex.join(["losa", "compare", Path(file).name, *_shown(words)])
+    if own.tables is not None:
+        if not own.tables.is_dir():
+            raise ValueError(f"tables {own.tables} is not a folder; give the one with the results")
+        _report(comparison, groups, Results(own.tables), shown)
+        return
+    number, count = shard(own.shard)
+    work = running.share(running.slots(flat), number, count)
+    check(flat)
+    if own.dry_run:
+        say("\n".join([*(str(slot.cell) + _role(slot) for slot in work), f"{len(work)} runs"]))
+        return
+    results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
+    check_folder(results.folder)
+    waiting = running.run(work, results, Workshop(), lambda text: print(text, file=sys.stderr, flush=True))
+    failed = _report(comparison, groups, results, shown)
+    if waiting:
+        say(
+            f"{waiting} runs wait for learning rates that other processes choose; run the command again when they are done"
+        )
+    if failed:
+        raise RuntimeError(f"{failed} runs failed; see the last table, and run the command again to try them again")
+
+
+def _role(slot: running.Slot) -> str:
+    tuned = slot.seed is not None and len(slot.group.rates) > 1
+    return " (learning rate: the best)" if tuned else ""
+
+
+def _shown(words: Sequence[str]) -> list[str]:
+    """Return the options of the command that say what is compared, without those about where it runs."""
+    found: list[str] = []
+    skipping = False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] in ("--output", "--tables", "--shard", "--data", "--device")
+        if not skipping:
+            found.append(Path(word).name if "/" in word else word)
+    return found
+
+
+def shard(text: str | None) -> tuple[int, int]:
+    """Read I/N. Errors: ValueError if it is not that."""
+    if text is None:
+        return 1, 1
+    first, slash, last = text.partition("/")
+    if not slash or not first.isdecimal() or not last.isdecimal() or not 1 <= int(first) <= int(last):
+        raise ValueError(f"shard is {text!r}; give I/N with I from 1 to N, for example 1/4")
+    return int(first), int(last)
+
+
+def check_folder(folder: Path) -> None:
+    """Errors: ValueError if the folder of the results cannot be written."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"output {folder} cannot be written; give another folder")
+
+
+def check(groups: Sequence[Group]) -> None:
+    """Check options, models and names of texts before any work. Errors: as `losa run`."""
+    if distributed.launched() > 1:
+        raise ValueError("losa compare runs in one process; start it without torchrun and use --shard I/N")
+    if any(group.base.measures.tasks for group in groups):
+        zero_shot.check_installed()
+    seen = set()
+    # Those that train are checked for everything.
+    for group in sorted(groups, key=lambda group: not group.base.config.training.finetune):
+        for rate in group.rates or (None,):
+            config = group.final(group.seeds[0], rate).config
+            what = repr((config.model, config.prune, config.text, config.calibration, config.training.finetune))
+            if group.recipe.treatment != DENSE and what not in seen:
+                seen.add(what)
+                dry_run.check(config)
+
+
+def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, shown: str) -> int:
+    """Write tables and curves of the results that there are; print the tables. Return the number of failed runs."""
+    cells = [cell for of_matrix in groups for group in of_matrix for cell in running.cells_of(group, results)]
+    results.collect([cell.key for cell in cells])
+    results.folder.mkdir(parents=True, exist_ok=True)
+    found = tables.sections(comparison, groups, results, shown)
+    try:
+        pictures = curves.draw(results.folder, found)
+    except ImportError:
+        logger.warning('curves need matplotlib: pip install "losa-oracle[report]"')
+        pictures = {}
+    text = tables.markdown(found, pictures)
+    (results.folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    page.write(results.folder / "tables.html", comparison.title, found, pictures)
+    say(text)
+    return sum(len(row.failed) for section in found for row in section.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Carry out one cell: prune, train, measure."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import torch
+
+from torch_impl import losa
+from torch_impl.engine.adapted_linear import merge_adapters
+from torch_impl.engine.blocks import zero_share
+from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment import provenance, zero_shot
+from torch_impl.experiment.baselines import BASELINES, Trained
+from torch_impl.experiment.baselines.baseline import Costs, finish
+from torch_impl.experiment.comparison.matrix import Cell
+from torch_impl.experiment.comparison.recipes import DENSE
+from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome
+from torch_impl.experiment.comparison.statistics import perplexity
+from torch_impl.experiment.evaluate import window_losses
+from torch_impl.experiment.material import Material, load_material
+from torch_impl.experiment.text.windows import describe_windows
+
+logger = logging.getLogger(__name__)
+
+
+class Workshop:
+    """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Any, Material] | None = None
+        self._tasks: tuple[Any, dict[str, Any]] | None = None
+
+    def run(self, cell: Cell) -> Outcome:
+        """Carry out a cell. Whatever fails is part of the outcome, so that other cells go on."""
+        facts: dict[str, Any] = {"software": provenance.software()}
+        try:
+            material = self.material(cell)
+            facts |= _facts(material)
+            tasks = self.tasks(cell) if cell.tasks else {}
+            return _measured(cell, material, tasks, make(cell, material), facts)
+        except FloatingPointError as error:
+            logger.warning("%s: %s", cell, error)
+            return Outcome(cell.labels, DIVERGED, _line(error), facts=facts)
+        except Exception as error:
+            logger.warning("%s failed: %s", cell, error)
+            self._loaded = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return Outcome(cell.labels, FAILED, f"{type(error).__name__}: {_line(error)}", facts=facts)
+
+    def material(self, cell: Cell) -> Material:
+        """Load model and text of a cell. Errors: ValueError or FileNotFoundError, as a run's; too few windows to halve."""
+        config = cell.config
+        text = dataclasses.replace(config.text, step_shares=None)
+        training = dataclasses.replace(config.training, finetune=cell.finetunes)
+        texts = list(cell.measures.texts.items())
+        sizes = (config.calibration.nsamples, config.calibration.seqlen)
+        key = repr((config.model, text, sizes, cell.finetunes, config.output.seed, texts))
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            whole = dataclasses.replace(config, text=text, training=training)
+            material = load_material(whole, others=dict(texts[1:]))
+            for name, found in zip(cell.measures.texts, [material.evaluation, *material.others.values()], strict=True):
+                if len(found) < 2:
+                    raise ValueError(
+                        f"the text {name} has only {len(found)} window; give 2 or more, to tune on the first half and "
+                        "measure on the second"
+                    )
+            self._loaded = key, material
+        return self._loaded[1]
+
+    def tasks(self, cell: Cell) -> dict[str, Any]:
+        """Load the zero-shot tasks. Errors: as `zero_shot.load_tasks`."""
+        key = (cell.tasks, cell.measures.data)
+        if self._tasks is None or self._tasks[0] != key:
+            self._tasks = key, zero_shot.load_tasks(*key)
+        return self._tasks[1]
+
+
+def make(cell: Cell, material: Material) -> Trained:
+    """Make the model of a cell."""
+    treatment, config = cell.recipe.treatment, cell.config
+    if treatment == DENSE:
+        return Trained(material.model, False, 0, 0, {}, {})
+    model = copy.deepcopy(material.model)
+    if config.training.finetune:
+        return BASELINES[treatment].run(model, material.model, material, config)
+    costs = Costs(model.device)
+    with costs.of("prune"):
+        records = losa.run(model, material.calibration, [], config.settings, dense=material.model)
+        merge_adapters(Decoder(model))
+    costs.add_records(records)
+    return finish(model, unmerged=False, count=0, steps=0, costs=costs)
+
+
+def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Trained, facts: dict[str, Any]) -> Outcome:
+    """Measure a model: learning rates are chosen by the first half of the first text's windows, the second half is reported."""
+    start = time.perf_counter()
+    size, model = cell.config.text.eval_batch_size, made.model
+    windows = dict(zip(cell.measures.texts, [material.evaluation, *material.others.values()], strict=True))
+    losses = {}
+    for name, found in windows.items():
+        losses[name] = window_losses(model, found[len(found) // 2 :], size, name)
+    first = next(iter(windows.values()))
+    tuning = perplexity(window_losses(model, first[: len(first) // 2], size))
+    accuracy = zero_shot.measure(model, material.tokenizer, tasks, cell.measures.limit, size) if tasks else None
+    # A part that does nothing takes microseconds.
+    seconds = {part: round(value, 3) for part, value in made.seconds.items() if value >= 1e-3}
+    return Outcome(
+        labels=cell.labels,
+        status=DONE,
+        tuning=tuning,
+        losses={name: [float(f"{loss:.7g}") for loss in found] for name, found in losses.items()},
+        hashes={name: str(describe_windows(found)["sha256"])[:16] for name, found in windows.items()},
+        zero_shot={} if accuracy is None else accuracy.as_dict(),
+        sparsity=None if made.unmerged else zero_share(Decoder(model).weights),
+        unmerged=made.unmerged,
+        trained=made.trainable or None,
+        seconds={**seconds, "evaluate": round(time.perf_counter() - start, 3)},
+        gib={part: round(count / 2**30, 3) for part, count in made.peak_bytes.items()},
+        facts=facts,
+    )
+
+
+def _facts(material: Material) -> dict[str, Any]:
+    device = material.model.device
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "dtype": str(material.model.dtype).removeprefix("torch."),
+        "model": str(material.model.config.name_or_path).rstrip("/").rpartition("/")[2],
+        "torch": torch.__version__,
+        "windows": {"seqlen": material.evaluation.shape[1]},
+    }
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,103 @@
+"""Curves of perplexity and decoding speed against sparsity. They need matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_impl.experiment.comparison.recipes import DENSE
+from torch_impl.experiment.comparison.rows import Row
+from torch_impl.experiment.comparison.statistics import Spread
+from torch_impl.experiment.comparison.tables import Section, axes, name_of
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+MARKERS = "osD^vPX*"
+
+
+def draw(folder: Path, sections: Sequence[Section]) -> dict[str, list[str]]:
+    """Write a picture for each figure that was measured at several sparsities. Return file names by the title of the section.
+
+    Errors: ImportError without matplotlib.
+    """
+    return {section.title: list(_of_section(folder, section, number)) for number, section in enumerate(sections, 1)}
+
+
+def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
+    texts = list(section.rows[-1].group.base.measures.texts)
+    kinds: list[tuple[str, str, Callable[[Row], Spread | None], bool]] = [
+        (f"perplexity-{text}", f"perplexity on {text}", lambda row, text=text: row.perplexity(text), True)  # type: ignore[misc]
+        for text in texts
+    ]
+    kinds.append(("speed", "tokens/s", lambda row: _single(row.mean_of("tokens_per_second")), False))
+    for kind, label, value, logarithmic in kinds:
+        lines = series(section, value)
+        if any(len(points) > 1 for points in lines.values()):
+            name = f"{number}-{kind}.png"
+            _picture(folder / name, lines, _level(section, value), label, logarithmic)
+            yield name
+
+
+def _single(value: float | None) -> Spread | None:
+    return None if value is None else Spread(value, None, 1)
+
+
+def series(section: Section, value: Callable[[Row], Spread | None]) -> dict[str, list[tuple[float, float, float]]]:
+    """Return (share of zeros, mean, deviation) of every line of the picture, by name, in order of sparsity."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    columns = axes(section.matrix, beside=("sparsity",))
+    for row in section.rows:
+        varied = dict(row.group.varied)
+        spread = value(row)
+        if (
+            row.group.recipe.treatment == DENSE
+            or spread is None
+            or spread.mean is None
+            or ":" in varied.get("sparsity", ":")
+        ):
+            continue
+        name = ", ".join([*(varied[column] for column in columns), name_of(row)])
+        found.setdefault(name, []).append((float(varied["sparsity"]), spread.mean, spread.deviation or 0.0))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def _level(section: Section, value: Callable[[Row], Spread | None]) -> float | None:
+    dense = [row for row in section.rows if row.group.recipe.treatment == DENSE]
+    spread = value(dense[0]) if len(dense) == 1 else None
+    return None if spread is None else spread.mean
+
+
+def _picture(
+    path: Path,
+    lines: dict[str, list[tuple[float, float, float]]],
+    dense: float | None,
+    label: str,
+    logarithmic: bool,
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
+
+    drawing = Figure(figsize=(9, 5), layout="constrained")
+    axis: Any = drawing.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        shares, means, deviations = zip(*points, strict=True)
+        style = "-" if number < len(COLOURS) else "--"
+        axis.errorbar(
+            shares, means, deviations, label=name, color=COLOURS[number % len(COLOURS)], linestyle=style, capsize=3,
+            marker=MARKERS[number % len(MARKERS)], markersize=5,
+        )  # fmt: skip
+    if dense is not None:
+        axis.axhline(dense, color="0.45", linestyle=":", label="dense")
+    if logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_xticks(sorted({share for points in lines.values() for share, _, _ in points}))
+    axis.set_xlabel("share of zeros")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    drawing.savefig(path, dpi=130)

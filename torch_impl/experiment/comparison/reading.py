@@ -1,0 +1,256 @@
+"""Read a comparison from a TOML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch_impl import _checks
+from torch_impl.experiment import config
+from torch_impl.experiment.command import closest
+from torch_impl.experiment.comparison import recipes
+from torch_impl.experiment.comparison.matrix import PLACES, Comparison, Group, Matrix, Measures, label
+from torch_impl.experiment.comparison.recipes import NOT_HERE, Recipe, check_keys, check_options, rates_of, words
+from torch_impl.experiment.material import OtherText
+from torch_impl.experiment.text.protocols import PROTOCOLS
+
+KEYS = ("title", "options", "texts", "tasks", "speed", "recipes", "matrix")
+TASK_KEYS = ("names", "data", "limit")
+MATRIX_KEYS = ("title", "recipes", "seeds", "learning_rates", "reference")
+PREFIX = "compare_"
+
+
+def find(name: str) -> Path:
+    """Find a TOML file by its path, or one that ships by its name. Errors: FileNotFoundError if there is none."""
+    shipped = {path.stem.removeprefix(PREFIX): path for path in sorted(config.CONFIGS.glob(f"{PREFIX}*.toml"))}
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name not in shipped:
+        raise FileNotFoundError(
+            f"comparison {name} does not exist; give a TOML file or {', '.join(shipped)}{closest(name, shipped)}"
+        )
+    return shipped[name]
+
+
+def read(
+    path: Path,
+    options: Mapping[str, list[str]],
+    data: Path | None = None,
+    seeds: Sequence[int] | None = None,
+    rates: Sequence[float] | None = None,
+) -> Comparison:
+    """Read a file. options, seeds, rates: of the command line, instead of the file's. data: folder with models and texts.
+
+    Errors: ValueError naming the file, the key and what to do.
+    """
+    where = f"comparison {path.name}"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not TOML: {error}") from error
+    check_keys(where, table, KEYS)
+    check_options(f"{where}, [options]", table.get("options", {}))
+    known = recipes.shipped() | recipes.read(_table(where, table, "recipes"), where)
+    given = table.get("matrix", [])
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where} has no [[matrix]]; give one with recipes = [...]")
+    matrices = tuple(_matrix(f"{where}, matrix {n}", m, known) for n, m in enumerate(given, 1))
+    if seeds is not None:
+        matrices = tuple(dataclasses.replace(matrix, seeds=_seeds(where, list(seeds))) for matrix in matrices)
+    if rates is not None:
+        matrices = tuple(
+            dataclasses.replace(m, rates=rates_of(where, list(rates)), recipes=_tuned(m)) for m in matrices
+        )
+    base = words(table.get("options", {})) | dict(options)
+    if "eval_data" in base and "texts" in table:
+        raise ValueError(
+            f"--eval_data has no effect in this command with [texts] in {path.name}; change the texts there"
+        )
+    # A recipe may override an option, which would hide that it is wrong.
+    config.parse([word for name, values in base.items() for word in (f"--{name}", *values)])
+    found = Comparison(
+        path.stem.removeprefix(PREFIX),
+        str(table.get("title", path.stem)),
+        base,
+        matrices,
+        _measures(where, table, data),
+    )
+    return dataclasses.replace(found, places=dict(_places(found, data)))
+
+
+def _tuned(matrix: Matrix) -> tuple[Recipe, ...]:
+    """Return the recipes without learning rates of their own."""
+    return tuple(dataclasses.replace(recipe, learning_rates=None) for recipe in matrix.recipes)
+
+
+def _table(where: str, table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = table.get(key, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: {key} is {found!r}; give a table [{key}]")
+    return found
+
+
+def _measures(where: str, table: Mapping[str, Any], data: Path | None) -> Measures:
+    texts, tasks = _table(where, table, "texts"), _table(where, table, "tasks")
+    check_keys(f"{where}, [tasks]", tasks, TASK_KEYS)
+    limit = tasks.get("limit")
+    if limit is not None:
+        _checks.count(f"{where}, [tasks]: limit", limit)
+    names = tasks.get("names", [])
+    if not isinstance(names, list) or (tasks and not names):
+        raise ValueError(f"{where}, [tasks]: names is {names!r}; give a list of tasks")
+    folder = tasks.get("data")
+    return Measures(
+        {name: _text(f"{where}, [texts]: {name}", text, data) for name, text in texts.items()},
+        tuple(map(str, names)),
+        None if folder is None else _inside(str(folder), data) or str(folder),
+        limit,
+        table.get("speed", False) is True,
+    )
+
+
+def _text(where: str, text: Any, data: Path | None) -> OtherText:
+    """Read a text: a source, or a table of source and protocol."""
+    table = {"source": text} if isinstance(text, str) else text
+    if not isinstance(table, dict) or not isinstance(table.get("source"), str):
+        raise ValueError(f"{where} is {text!r}; give a source of text as eval_data takes it")
+    check_keys(where, table, ("source", "protocol"))
+    if "protocol" in table:
+        _checks.choice(f"{where}, protocol", table["protocol"], PROTOCOLS)
+    source = table["source"]
+    return OtherText(_inside(source, data) or source, table.get("protocol"))
+
+
+def _inside(name: str, data: Path | None) -> str | None:
+    """Return the path of a model or text in the data folder, if it is there: by its whole name or its last part."""
+    places = () if data is None else (data / name, data / Path(name).name)
+    return next((str(place) for place in places if place.exists()), None)
+
+
+def _places(comparison: Comparison, data: Path | None) -> Iterator[tuple[str, str]]:
+    named = [word for name in PLACES for word in comparison.options.get(name, ())]
+    for matrix in comparison.matrices:
+        named += [value for name in PLACES for value in matrix.varied.get(name, ())]
+        named += [word for recipe in matrix.recipes for name in PLACES for word in recipe.options.get(name, ())]
+    for name in named:
+        if (found := _inside(name, data)) is not None:
+            yield name, found
+
+
+def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
+    if not isinstance(table, dict) or not table.get("recipes"):
+        raise ValueError(f"{where} has no recipes; give recipes = [...], of {', '.join(known)}")
+    axes = {name: value for name, value in table.items() if name not in MATRIX_KEYS}
+    check_options(where, axes, ("sparsity", *MATRIX_KEYS))
+    varied = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in axes.items()}
+    for name, values in varied.items():
+        if not values or len({label(value) for value in values}) < len(values):
+            raise ValueError(f"{where}: {name} is {list(values)}; give one or more values, each once")
+    chosen = _recipes(where, table["recipes"], known)
+    reference = table.get("reference", {"recipe": recipes.LOSA})
+    reference = {"recipe": reference} if isinstance(reference, str) else {k: label(v) for k, v in reference.items()}
+    check_keys(f"{where}, reference", reference, ("recipe", *varied))
+    return Matrix(
+        title=str(table.get("title", "")),
+        recipes=chosen,
+        varied=varied,
+        seeds=_seeds(where, table.get("seeds", [0])),
+        rates=rates_of(where, table["learning_rates"]) if "learning_rates" in table else (),
+        reference={"recipe": recipes.LOSA, **reference},
+    )
+
+
+def _recipes(where: str, names: Any, known: Mapping[str, Recipe]) -> tuple[Recipe, ...]:
+    if not isinstance(names, list):
+        raise ValueError(f"{where}: recipes is {names!r}; give a list of names")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{where}: recipe {name!r} does not exist{closest(str(name), known)}; known: {', '.join(known)}"
+            )
+        recipes.check_treatment(known[name])
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
+    found = seeds if isinstance(seeds, list) else [seeds]
+    for seed in found:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= config.MOST_SEED:
+            raise ValueError(f"{where}: seeds has {seed!r}; allowed: 0 to {config.MOST_SEED}")
+    if not found:
+        raise ValueError(f"{where}: seeds is empty; give one or more")
+    return tuple(dict.fromkeys(found))
+
+
+def command_options(rest: Sequence[str]) -> dict[str, list[str]]:
+    """Read options of a run from the rest of a command line. Errors: ValueError naming one that has no place here."""
+    found: dict[str, list[str]] = {}
+    for word in rest:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found[name] = [value] if equals else []
+        elif not found:
+            raise ValueError(f"{word} is not an option; see losa compare --help")
+        else:
+            found[list(found)[-1]].append(word)
+    for name in found:
+        if name in NOT_HERE and name != "eval_data":
+            instead = {"learning_rate": "; use --learning_rates", "seed": "; use --seeds"}.get(name, "")
+            if name.startswith("sparsity_"):
+                instead = "; the comparison's file names sparsities"
+            raise ValueError(f"--{name} has no effect in this command{instead}; see losa compare --help")
+        if name not in config.option_names():
+            raise ValueError(
+                f"--{name} is not an option{closest(f'--{name}', [f'--{n}' for n in config.option_names()])}; see --help"
+            )
+    return {name: values or ["True"] for name, values in found.items()}
+
+
+def select(groups: Sequence[Sequence[Group]], only: Sequence[str]) -> list[list[Group]]:
+    """Keep of each matrix the groups that `only` asks for: NAME=VALUE[,VALUE...], where a name is a varied option, recipe, seed or
+    learning_rate. Several values of a name add up, several names narrow down; the dense model always stays.
+
+    Errors: ValueError naming an unknown name or value.
+    """
+    wanted: dict[str, set[str]] = {}
+    for word in only:
+        name, _, listed = word.partition("=")
+        if not listed:
+            raise ValueError(f"only has {word!r}; give NAME=VALUE, for example recipe=losa or sparsity=0.7")
+        wanted.setdefault(name, set()).update(listed.split(","))
+    flat = [group for of_matrix in groups for group in of_matrix if group.recipe.treatment != recipes.DENSE]
+    for name, values in wanted.items():
+        there = {value for group in flat for value in _values(group, name)}
+        if not there:
+            names = dict.fromkeys(["recipe", "seed", "learning_rate", *(n for g in flat for n, _ in g.varied)])
+            raise ValueError(f"only has {name!r}, which this comparison does not vary; give one of {', '.join(names)}")
+        if unknown := sorted(values - there):
+            raise ValueError(f"only has {name}={unknown[0]}; this comparison has {', '.join(sorted(there))}")
+    return [[kept for group in of_matrix if (kept := _narrow(group, wanted)) is not None] for of_matrix in groups]
+
+
+def _values(group: Group, name: str) -> list[str]:
+    if name == "seed":
+        return [str(seed) for seed in group.seeds]
+    if name == "learning_rate":
+        return [f"{rate:g}" for rate in group.rates]
+    return [group.recipe.name] if name == "recipe" else [value for key, value in group.varied if key == name]
+
+
+def _narrow(group: Group, wanted: Mapping[str, set[str]]) -> Group | None:
+    if group.recipe.treatment == recipes.DENSE:
+        return group
+    for name, values in wanted.items():
+        has = _values(group, name)
+        if name == "learning_rate" and not has:
+            continue
+        if not values & set(has):
+            return None
+    seeds = tuple(seed for seed in group.seeds if str(seed) in wanted.get("seed", {str(seed)}))
+    rates = tuple(rate for rate in group.rates if f"{rate:g}" in wanted.get("learning_rate", {f"{rate:g}"}))
+    return dataclasses.replace(group, seeds=seeds, rates=rates)

@@ -1,0 +1,105 @@
+"""The folder of a comparison: a file per cell, each written at once, and results.json with all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch_impl.experiment.comparison.statistics import perplexity
+from torch_impl.experiment.metrics import write_json
+
+CELLS, ALL = "cells", "results.json"
+DONE, DIVERGED, FAILED = "done", "diverged", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a cell.
+
+    status: done; diverged, with infinite perplexity; or failed, to be tried again. losses: of each text, per window of the half
+    that is reported, in nats per token. tuning: perplexity of the first text's other half. hashes: of each text's token ids.
+    zero_shot: accuracy by task in percent, its standard error, their mean, and who measured. unmerged: the model runs with
+    separate adapters. trained: parameters that were trained. seconds, gib: of each part of the work. tokens_per_second: of
+    decoding.
+    """
+
+    labels: dict[str, str]
+    status: str
+    error: str | None = None
+    tuning: float | None = None
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    zero_shot: dict[str, Any] = field(default_factory=dict)
+    sparsity: float | None = None
+    unmerged: bool = False
+    trained: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    gib: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Hardware, software, the model's name and sizes."""
+
+    @property
+    def finished(self) -> bool:
+        """Return whether there is no reason to run the cell again."""
+        return self.status in (DONE, DIVERGED)
+
+    def perplexity(self, text: str) -> float | None:
+        """Return the perplexity of a text; None if the run diverged."""
+        return perplexity(self.losses[text]) if text in self.losses else None
+
+
+class Results:
+    """The outcomes in a folder, by the key of the cell. Several processes may share the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._finished: dict[str, Outcome] = {}
+        self._earlier = self.together()
+
+    def get(self, key: str) -> Outcome | None:
+        """Return the outcome of a cell; None if it has not run. Errors: ValueError naming a file that is no outcome."""
+        if key in self._finished:
+            return self._finished[key]
+        path = self.folder / CELLS / f"{key}.json"
+        found = _outcome(path, _read(path)) if path.is_file() else self._earlier.get(key)
+        if found is not None and found.finished:
+            self._finished[key] = found
+        return found
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        """Write the outcome of a cell."""
+        (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / CELLS / f"{key}.json", asdict(outcome))
+
+    def collect(self, keys: Iterable[str]) -> dict[str, Outcome]:
+        """Return the outcomes of these cells that there are, and write them into results.json."""
+        found = {key: outcome for key in keys if (outcome := self.get(key)) is not None}
+        together = self.together() | found
+        if together:
+            write_json(self.folder / ALL, {key: asdict(outcome) for key, outcome in sorted(together.items())})
+        return found
+
+    def together(self) -> dict[str, Outcome]:
+        """Return the outcomes in results.json."""
+        path = self.folder / ALL
+        return {key: _outcome(path, value) for key, value in _read(path).items()} if path.is_file() else {}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); delete it and run the comparison again") from error
+
+
+def _outcome(path: Path, found: Any) -> Outcome:
+    names = {item.name for item in fields(Outcome)}
+    if not isinstance(found, dict) or not {"labels", "status"} <= found.keys() <= names:
+        raise ValueError(
+            f"{path} is not a result of this version of losa compare; delete it and run the comparison again"
+        )
+    return Outcome(**found)

@@ -1,0 +1,147 @@
+"""Run the cells of a comparison, or a share of them, in an order that lets learning rates be chosen first."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch_impl.experiment.comparison.cells import Workshop
+from torch_impl.experiment.comparison.matrix import Cell, Group
+from torch_impl.experiment.comparison.results import DIVERGED, FAILED, Outcome, Results
+from torch_impl.experiment.comparison.statistics import best_rate, perplexity
+from torch_impl.experiment.progress import clock
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the order of work. seed: None for a run to choose a learning rate by, `cell`; else the run that is reported."""
+
+    group: Group
+    cell: Cell
+    seed: int | None = None
+
+    def resolve(self, results: Results) -> Cell | None:
+        """Return the cell; None if the learning rate cannot be chosen yet, because a run of `Group.tuning` is missing."""
+        if self.seed is None or len(self.group.rates) <= 1:
+            return self.cell
+        if not tuned(self.group, results):
+            return None
+        return self.group.final(self.seed, chosen_rate(self.group, results))
+
+
+def tuned(group: Group, results: Results) -> bool:
+    """Return whether all runs to choose a learning rate by have ended, be it in failure."""
+    return all(results.get(cell.key) is not None for cell in group.tuning())
+
+
+def tuning_table(group: Group, results: Results) -> dict[float, float | None]:
+    """Return the perplexity that learning rates are chosen by, of the runs that have ended; None: diverged or failed."""
+    found = {cell.rate: results.get(cell.key) for cell in group.tuning()}
+    return {rate: outcome.tuning for rate, outcome in found.items() if rate is not None and outcome is not None}
+
+
+def chosen_rate(group: Group, results: Results) -> float | None:
+    """Return the learning rate to report; None if nothing is trained. If all diverged, the first."""
+    if len(group.rates) <= 1:
+        return group.rates[0] if group.rates else None
+    best = best_rate(tuning_table(group, results))
+    return group.rates[0] if best is None else best
+
+
+def cells_of(group: Group, results: Results) -> list[Cell]:
+    """Return the runs of a group, as far as they are known: what is reported only once the learning rate is chosen."""
+    found = group.tuning()
+    if not found or tuned(group, results):
+        rate = chosen_rate(group, results)
+        found += [group.final(seed, rate) for seed in group.seeds]
+    return found
+
+
+def slots(groups: Sequence[Group]) -> list[Slot]:
+    """Return the order of work, each run once: first all learning rates, then what is reported, one seed after the other."""
+    found: dict[str, Slot] = {}
+    for group in groups:
+        for cell in group.tuning():
+            found.setdefault(cell.key, Slot(group, cell))
+    for seed in dict.fromkeys(seed for group in groups for seed in group.seeds):
+        for group in groups:
+            if seed in group.seeds:
+                first = group.final(seed, group.rates[0] if group.rates else None)
+                name = f"reported {first.key} {sorted(group.rates)}" if len(group.rates) > 1 else first.key
+                found.setdefault(name, Slot(group, first, seed))
+    return list(found.values())
+
+
+def share(work: Sequence[Slot], number: int, count: int) -> list[Slot]:
+    """Return the part of the work that process `number` of `count` does, from 1: every count-th run."""
+    return list(work[number - 1 :: count])
+
+
+def run(work: Sequence[Slot], results: Results, workshop: Workshop, say: Say) -> int:
+    """Do the work that is not done. Return the number of runs that wait for learning rates of other processes.
+
+    Runs that failed before are tried again.
+    """
+    progress = _Progress(work, results)
+    waiting = 0
+    for number, slot in enumerate(work, 1):
+        cell = slot.resolve(results)
+        if cell is None:
+            waiting += 1
+            continue
+        before = results.get(cell.key)
+        if before is not None and before.finished:
+            continue
+        start = time.perf_counter()
+        outcome = workshop.run(cell)
+        results.put(cell.key, outcome)
+        progress.took(cell, time.perf_counter() - start)
+        say(f"[{number}/{len(work)}] {cell}: {result_of(outcome)}{progress.left(work[number:], results)}")
+    return waiting
+
+
+def result_of(outcome: Outcome) -> str:
+    """Describe a run's result in a few words."""
+    if outcome.status in (FAILED, DIVERGED):
+        return f"{outcome.status} ({outcome.error})"
+    name, losses = next(iter(outcome.losses.items()))
+    accuracy = f", accuracy {outcome.zero_shot['mean']:.2%}" if outcome.zero_shot else ""
+    return f"perplexity {perplexity(losses):.2f} on {name}{accuracy}, {clock(sum(outcome.seconds.values()))}"
+
+
+class _Progress:
+    """Estimates the time left from the runs of the same recipe, or of all, that have ended."""
+
+    def __init__(self, work: Sequence[Slot], results: Results) -> None:
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        for slot in work:
+            cell = slot.resolve(results)
+            outcome = None if cell is None else results.get(cell.key)
+            if cell is not None and outcome is not None and outcome.finished:
+                self.took(cell, sum(outcome.seconds.values()))
+
+    def took(self, cell: Cell, seconds: float) -> None:
+        """Record the duration of a run."""
+        self._seconds[cell.recipe.name].append(seconds)
+
+    def left(self, work: Sequence[Slot], results: Results) -> str:
+        """Describe the time that the rest of the work takes; nothing if it is all done."""
+        seconds = sum(self._expected(slot) for slot in _undone(work, results))
+        return f"; about {clock(seconds)} left" if seconds else ""
+
+    def _expected(self, slot: Slot) -> float:
+        own = self._seconds.get(slot.group.recipe.name)
+        return statistics.fmean(own or [value for values in self._seconds.values() for value in values])
+
+
+def _undone(work: Sequence[Slot], results: Results) -> Iterator[Slot]:
+    for slot in work:
+        cell = slot.resolve(results)
+        outcome = None if cell is None else results.get(cell.key)
+        if outcome is None or not outcome.finished:
+            yield slot

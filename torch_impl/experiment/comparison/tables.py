@@ -1,0 +1,313 @@
+"""The tables of a comparison, as text in cells; Markdown of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch_impl.experiment.comparison import published
+from torch_impl.experiment.comparison.matrix import Comparison, Group, Matrix
+from torch_impl.experiment.comparison.recipes import DENSE
+from torch_impl.experiment.comparison.results import DIVERGED, Outcome, Results
+from torch_impl.experiment.comparison.rows import Row, reference_of, row_of
+from torch_impl.experiment.comparison.statistics import Paired, Spread
+from torch_impl.experiment.progress import clock
+
+# Axes that get a table each; the others become columns.
+SPLIT = ("model", "sparsity")
+NOTHING = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, the first row is the head. published: the figures are the paper's."""
+
+    title: str
+    cells: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """The rows and tables of one matrix. facts: what was run, where, on what."""
+
+    matrix: Matrix
+    title: str
+    facts: tuple[str, ...]
+    rows: tuple[Row, ...]
+    tables: tuple[Table, ...]
+
+
+def sections(
+    comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, command: str
+) -> list[Section]:
+    """Return a section for each matrix. groups: of each matrix, as `select` left them. command: that runs them."""
+    found = []
+    for number, (matrix, of_matrix) in enumerate(zip(comparison.matrices, groups, strict=True), 1):
+        rows = tuple(row_of(group, results) for group in of_matrix)
+        if all(row.group.recipe.treatment == DENSE for row in rows):
+            continue
+        title = matrix.title or (comparison.title if len(groups) == 1 else f"{comparison.title}, part {number}")
+        found.append(Section(matrix, title, _facts(rows, command), rows, tuple(_tables(rows, matrix))))
+    return found
+
+
+def _percent(value: str) -> str:
+    return value if ":" in value or not _is_number(value) else f"{100 * float(value):g} %"
+
+
+def _is_number(value: str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _facts(rows: Sequence[Row], command: str) -> tuple[str, ...]:
+    outcomes = [outcome for row in rows for outcome in row.outcomes.values()]
+    hardware = sorted({f"{o.facts['hardware']}, {o.facts['dtype']}" for o in outcomes if "hardware" in o.facts})
+    versions = sorted(
+        {f"{o.facts['software']['version']}, torch {o.facts['torch']}" for o in outcomes if "torch" in o.facts}
+    )
+    seconds = sum(sum(outcome.seconds.values()) for outcome in outcomes)
+    lines = [f"    {command}"]
+    if hardware:
+        lines.append(
+            f"{len(outcomes)} runs, {clock(seconds)} in all, on {'; '.join(hardware)} (losa {'; '.join(versions)})."
+        )
+    return tuple(lines)
+
+
+def _tables(rows: Sequence[Row], matrix: Matrix) -> Iterator[Table]:
+    trained = [row for row in rows if row.group.recipe.treatment != DENSE]
+    split = [name for name in SPLIT if len(matrix.varied.get(name, ())) > 1]
+    if overview := _overview(rows, trained, matrix):
+        yield overview
+    for values in itertools.product(*(dict.fromkeys(dict(r.group.varied)[name] for r in trained) for name in split)):
+        chosen = dict(zip(split, values, strict=True))
+        inside = [row for row in rows if _belongs(row, chosen)]
+        yield _main(inside, rows, matrix, chosen)
+        fixed = {**{name: _label(value[0]) for name, value in matrix.varied.items() if len(value) == 1}, **chosen}
+        if beside := _published(fixed.get("sparsity", "")):
+            yield beside
+    if tuning := _tuning(trained, matrix):
+        yield tuning
+    if failures := _failures(rows):
+        yield failures
+
+
+def _label(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _belongs(row: Row, chosen: Mapping[str, str]) -> bool:
+    """Return whether a row is in the table of these values. The dense model has no sparsity."""
+    varied = dict(row.group.varied)
+    return all(varied.get(name, value) == value for name, value in chosen.items())
+
+
+def axes(matrix: Matrix, beside: Sequence[str] = SPLIT) -> list[str]:
+    """Return the varied options that rows are named by: those with several values, without `beside`."""
+    return [name for name, values in matrix.varied.items() if name not in beside and len(values) > 1]
+
+
+def name_of(row: Row) -> str:
+    """Name a row's recipe; say if its adapters are not merged."""
+    return row.group.recipe.title + (" (unmerged)" if row.unmerged else "")
+
+
+def _names(row: Row, columns: Sequence[str]) -> list[str]:
+    varied = dict(row.group.varied)
+    return [
+        *(_percent(varied.get(name, "")) if name == "sparsity" else varied.get(name, "") for name in columns),
+        name_of(row),
+    ]
+
+
+def figure(spread: Spread | None, digits: int = 2) -> str:
+    """Format mean ± deviation; nothing if there is none."""
+    if spread is None:
+        return NOTHING
+    if spread.mean is None:
+        return "diverged"
+    text = f"{spread.mean:,.{digits}f}"
+    return text if spread.deviation is None else f"{text} ± {spread.deviation:,.{digits}f}"
+
+
+def significance(found: Paired | None) -> str:
+    """Format the difference in perplexity and its p value."""
+    if found is None:
+        return NOTHING
+    change = f"{100 * math.expm1(found.difference):+.1f} %".replace("-", "−")
+    return f"{change}, p < 0.001" if found.p < 0.001 else f"{change}, p = {found.p:.3f}"
+
+
+def _overview(rows: Sequence[Row], trained: Sequence[Row], matrix: Matrix) -> Table | None:
+    """Return perplexity by sparsity, if there are several."""
+    sparsities = [_label(value) for value in matrix.varied.get("sparsity", ())]
+    if len(sparsities) < 2:
+        return None
+    columns = axes(matrix, beside=("sparsity",))
+    text = next(iter(trained[0].group.base.measures.texts))
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        values = {_label(dict(row.group.varied).get("sparsity", ""))} & set(sparsities) or set(sparsities)
+        line = found.setdefault(tuple(_names(row, columns)), {})
+        line.update(dict.fromkeys(values, figure(row.perplexity(text))))
+    head = [*columns, "", *map(_percent, sparsities)]
+    cells = [tuple(head), *((*names, *(line.get(s, NOTHING) for s in sparsities)) for names, line in found.items())]
+    return Table(f"Perplexity on {text} by sparsity", tuple(cells))
+
+
+def _main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Mapping[str, str]) -> Table:
+    """Return all figures of the rows of one sparsity and model."""
+    columns = axes(matrix)
+    measures = inside[-1].group.base.measures
+    texts = list(measures.texts)
+    tasks = _tasks(inside)
+    optional: list[tuple[str, Callable[[Row], str]]] = [
+        ("tokens/s", lambda row: _number(row.mean_of("tokens_per_second"), 1)),
+        ("learning rate", lambda row: NOTHING if row.rate is None else f"{row.rate:g}"),
+        ("seeds", lambda row: str(len(row.ended)) + (f" of {len(row.group.seeds)}" if row.missing else "")),
+    ]
+    compared = any(reference_of(row, rows, matrix) for row in inside)
+    head = [*columns, "", *texts, *(["against the paper's LoSA"] if compared else []), *tasks]
+    lines = []
+    for row in inside:
+        line = [*_names(row, columns), *(figure(row.perplexity(text)) for text in texts)]
+        if compared:
+            line.append(significance(row.compared(reference_of(row, rows, matrix), texts[0])))
+        line += [_accuracy(row, task) for task in tasks]
+        lines.append(line)
+    for name, value in optional:
+        values = [value(row) for row in inside]
+        if any(values):
+            head.append(name)
+            lines = [[*line, text] for line, text in zip(lines, values, strict=True)]
+    title = ", ".join(_percent(value) for value in chosen.values()) or "Results"
+    return Table(title, (tuple(head), *map(tuple, lines)), tuple(_notes(inside, compared, texts, tasks)))
+
+
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    found = dict.fromkeys(t for row in rows for o in row.ended.values() if o.zero_shot for t in o.zero_shot["accuracy"])
+    return [*found, "mean"] if found else []
+
+
+def _accuracy(row: Row, task: str) -> str:
+    return figure(row.accuracy(task), 1)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:,.{digits}f}"
+
+
+def _notes(rows: Sequence[Row], compared: bool, texts: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
+    several = max((len(row.ended) for row in rows), default=0) > 1
+    yield (
+        f"Perplexity per token on the second half of the windows{_windows(rows, texts)}; learning rates are chosen on the first "
+        f"half of {texts[0]}. " + ("± is the standard deviation over seeds." if several else "One seed.")
+    )
+    if compared:
+        yield (
+            f"Against the paper's LoSA: change in perplexity on {texts[0]}, two-sided paired t-test over its windows, not "
+            "corrected for the number of rows. It says whether these models differ on more text of this kind, not whether those "
+            "of other seeds would."
+        )
+    if tasks:
+        measured = next(o for row in rows for o in row.ended.values() if o.zero_shot)
+        limit = rows[-1].group.base.measures.limit
+        errors = [error for row in rows for task in tasks if task != "mean" and (error := row.standard_error(task))]
+        yield (
+            f"Zero-shot accuracy (plain acc) in percent by lm-eval {measured.zero_shot['version']}"
+            + (f", the first {limit} documents of each task" if limit else "")
+            + (f"; standard error of a task {min(errors):.1f} to {max(errors):.1f}." if errors else ".")
+        )
+    if any(row.unmerged for row in rows):
+        yield "Unmerged: the adapters stay beside the sparse weights, because merging them would fill zeros."
+
+
+def _windows(rows: Sequence[Row], texts: Sequence[str]) -> str:
+    outcome: Outcome | None = next((o for row in rows for o in row.ended.values() if o.losses), None)
+    if outcome is None:
+        return ""
+    counts = ", ".join(f"{len(outcome.losses[text])} of {text}" for text in texts if text in outcome.losses)
+    return f" of {outcome.facts['windows']['seqlen']} tokens ({counts})"
+
+
+def _published(sparsity: str) -> Table | None:
+    """Return the paper's figures at this sparsity."""
+    rows = published.rows(sparsity)
+    if not rows:
+        return None
+    head = ("", "model", "method", "", "WikiText-2", *published.TASKS, "mean")
+    cells = (
+        (
+            published.MARK,
+            r.model,
+            r.method,
+            r.treatment,
+            f"{r.perplexity:.2f}",
+            *(f"{a:.2f}" for a in r.accuracy),
+            f"{r.average:.2f}",
+        )
+        for r in rows
+    )
+    return Table(
+        f"Published in the paper, {_percent(sparsity)}: other models than ours",
+        (head, *cells),
+        ("The paper's own figures (arXiv 2502.14816 and its review page), nothing of them measured here.",),
+        published=True,
+    )
+
+
+def _tuning(rows: Sequence[Row], matrix: Matrix) -> Table | None:
+    """Return the perplexities that learning rates were chosen by."""
+    rates = sorted({rate for row in rows for rate in row.group.rates})
+    tuned = [row for row in rows if row.tuning]
+    if not tuned:
+        return None
+    columns = axes(matrix, beside=())
+    cells = []
+    for row in tuned:
+        values = {rate: "diverged" if v is None else f"{v:,.2f}" for rate, v in row.tuning.items()}
+        shown = (f"**{values[r]}**" if r == row.rate else values.get(r, NOTHING) for r in rates)
+        cells.append((*_names(row, columns), *shown))
+    head = (*columns, "", *(f"{rate:g}" for rate in rates))
+    return Table("Learning rates: perplexity on the windows they are chosen by", (head, *cells), ("Bold: chosen.",))
+
+
+def _failures(rows: Sequence[Row]) -> Table | None:
+    found = [
+        (
+            *(", ".join(value for _, value in row.group.varied), name_of(row)),
+            str(seed),
+            outcome.status,
+            outcome.error or "",
+        )
+        for row in rows
+        for seed, outcome in row.outcomes.items()
+        if outcome.status == DIVERGED or seed in row.failed
+    ]
+    if not found:
+        return None
+    return Table("Runs that diverged or failed", (("", "recipe", "seed", "", "error"), *found))
+
+
+def markdown(found: Sequence[Section], pictures: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Format sections in Markdown. pictures: files by the title of a section."""
+    lines: list[str] = []
+    for section in found:
+        lines += [f"## {section.title}", "", *(line for fact in section.facts for line in (fact, ""))]
+        for table in section.tables:
+            lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
+            lines += [line for note in table.notes for line in (note, "")]
+        lines += [line for name in (pictures or {}).get(section.title, ()) for line in (f"![{name}]({name})", "")]
+    return "\n".join(lines)
+
+
+def _markdown_table(table: Table) -> list[str]:
+    head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in table.cells]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
