@@ -377,7 +377,10 @@ def test_recipes_steps_and_ranks(tmp_path: Path) -> None:
 
 
 def test_shipped_recipes_and_comparisons_can_be_read() -> None:
-    shipped = recipes.shipped()
+    shipped = recipes.read({"lora": {"learning_rates": [0.5]}}, "here")
+    assert (shipped["lora"].title, shipped["lora"].learning_rates) == ("LoRA", (0.5,)), (
+        "an own recipe changes what it says"
+    )
     assert {"none", "lora", "adalora", "sora", "sparse_lora", "losa", "best"} <= shipped.keys()
     assert config.parse(_words(shipped["losa"])).settings == config.parse(["--preset", "paper"]).settings
     assert config.parse(_words(shipped["best"])).settings == config.parse(["--preset", "best"]).settings

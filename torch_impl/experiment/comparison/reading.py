@@ -54,7 +54,7 @@ def read(
         raise ValueError(f"{where} is not TOML: {error}") from error
     check_keys(where, table, KEYS)
     check_options(f"{where}, [options]", table.get("options", {}))
-    known = recipes.shipped() | recipes.read(_table(where, table, "recipes"), where)
+    known = recipes.read(_table(where, table, "recipes"), where)
     given = table.get("matrix", [])
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where} has no [[matrix]]; give one with recipes = [...]")

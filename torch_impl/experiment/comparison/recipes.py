@@ -94,14 +94,15 @@ def rates_of(where: str, values: Any) -> tuple[float, ...]:
     return tuple(dict.fromkeys(map(float, found)))
 
 
-def shipped() -> dict[str, Recipe]:
-    """Return the recipes that ship, by name."""
+def read(own: Mapping[str, Any], where: str) -> dict[str, Recipe]:
+    """Return the recipes that ship and a comparison's own, by name. An own one of the same name changes only what it says.
+
+    Errors: ValueError naming what is wrong in its own.
+    """
     path = config.CONFIGS / "recipes.toml"
-    return read(tomllib.loads(path.read_text(encoding="utf-8")), path.name)
-
-
-def read(tables: Mapping[str, Any], where: str) -> dict[str, Recipe]:
-    """Read recipes from the tables of a TOML file. Errors: ValueError naming what is wrong."""
+    tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    for name, table in own.items():
+        tables[name] = {**tables.get(name, {}), **table} if isinstance(table, dict) else table
     return {name: _read_one(name, table, f"{where}, recipe {name!r}") for name, table in tables.items()}
 
 
