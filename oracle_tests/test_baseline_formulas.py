@@ -14,6 +14,7 @@ from torch.nn import functional
 from oracle_tests.tiny_material import examples_for
 from reference import adamw
 from tiny_models.random_models import random_model
+from torch_impl import adapter
 from torch_impl.engine import training
 from torch_impl.engine.batches import Example
 from torch_impl.engine.decoder import Decoder
@@ -77,6 +78,7 @@ def test_sora_is_its_formula_over_several_steps() -> None:
     rng, steps, length, rank, scale = np.random.default_rng(0), 6, 5, 4, 2.0
     embedding, linear = rng.standard_normal((11, 6)), nn.Linear(6, 11, bias=False).double()
     layer = sora.GatedLinear(linear, rank, scale, (0,))
+    assert torch.equal(layer.A, adapter.initial_rows(rank, 6, (0,)))
     assert not layer.B.any()
     assert 0.1 < float(layer.gate.detach().std()) < 3
     with torch.no_grad():
@@ -103,9 +105,12 @@ def test_sora_is_its_formula_over_several_steps() -> None:
 def test_lora_by_peft_is_a_plain_loop() -> None:
     """Two optimizer steps, so that A moves, too; W stays, and what the projections add is s·BA x."""
     rank, scale, model = 3, 2.0, sparse_model()
-    plain, decoder = copy.deepcopy(model), Decoder(model)
+    plain, again, decoder = copy.deepcopy(model), copy.deepcopy(model), Decoder(model)
     names = [decoder.full_name(i, name) for i in range(len(decoder.blocks)) for name in decoder.family.projections]
     peft_adapters.attach_lora(decoder, rank, scale, seed=0)
+    torch.manual_seed(5)
+    peft_adapters.attach_lora(Decoder(again), rank, scale, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
     def trained(kind: str) -> dict[str, torch.Tensor]:
         return {name: model.get_parameter(f"{name}.lora_{kind}.default.weight").detach().clone() for name in names}

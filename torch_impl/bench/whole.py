@@ -100,10 +100,9 @@ def _join_dense(decoder: Decoder) -> None:
 class _Beside(nn.Module):
     """A packed projection and an adapter beside it: y = x Wᵀ + (x Aᵀ) Bᵀ. B is 0, so that the output is the projection's."""
 
-    def __init__(self, base: PackedLinear, rank: int) -> None:
+    def __init__(self, base: PackedLinear, rank: int, like: torch.Tensor) -> None:
         super().__init__()
         self.in_features, self.base = base.in_features, base
-        like = next(tensor for tensor in base.buffers() if tensor.is_floating_point())
         self.A = nn.Parameter(torch.randn(rank, base.in_features).to(like), requires_grad=False)
         self.B = nn.Parameter(like.new_zeros(base.out_features, rank), requires_grad=False)
 
@@ -227,8 +226,9 @@ def measure(options: argparse.Namespace) -> list[Speed]:
             for batch in options.batches
         ]
         if options.adapters:
+            like = torch.empty(0, dtype=dtype, device=device)
             for block, name in places:
-                block.set_submodule(name, _Beside(block.get_submodule(name), options.adapters))  # type: ignore[arg-type]
+                block.set_submodule(name, _Beside(block.get_submodule(name), options.adapters, like))  # type: ignore[arg-type]
             for row in found:
                 _add_unmerged(row, _side(model, options, row.batch), dense[row.batch])
         rows += found
