@@ -282,6 +282,36 @@ OPS = (
         ({"weight": W, "hessian": EYE, "n": 1, "m": 2}, "m"),
     ),
     Op(
+        "masks.least_squares.keep_largest",
+        s.supports(),
+        Kind.EXACT,
+        ({"values": W, "kept": KEPT, "amount": 1.5}, "sparsity"),
+    ),
+    Op(
+        "masks.least_squares.refine",
+        s.starts_of_refine(),
+        Kind.CLOSE,
+        ({"weight": W, "start": B, "hessian": EYE, "support": KEPT}, "start"),
+    ),
+    *(
+        Op(
+            f"masks.{name}.{name}",
+            s.searched_cases(),
+            Kind.CLOSE,
+            ({"weight": W, "hessian": -EYE, "sparsity": 0.5}, "hessian"),
+        )
+        for name in ("alps", "admm")
+    ),
+    *(
+        Op(
+            f"masks.{name}.{name}_nm",
+            s.searched_cases(group=True),
+            Kind.CLOSE,
+            ({"weight": W, "hessian": EYE, "n": 1, "m": 2}, "m"),
+        )
+        for name in ("alps", "admm")
+    ),
+    Op(
         "masks.prune.prune",
         s.prune_cases(),
         Kind.CLOSE,

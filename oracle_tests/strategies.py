@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from reference.masks.prune import METHODS
+from reference.masks.sparsegpt import hessian
 
 
 def examples(count: int) -> int:
@@ -130,6 +131,38 @@ def sparsegpt_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
 
 
 @st.composite
+def searched_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
+    """Arguments of alps and admm, or of their N:M forms.
+
+    No kept weight is 0, as in a run: two of them would tie up to what rounding leaves, and each may be chosen.
+    """
+    case = draw(sparsegpt_cases(group))
+    del case["block_size"]
+    kept = np.ones(case["weight"].shape, dtype=bool) if case["kept"] is None else case["kept"]
+    return case | {"kept": kept & (case["weight"] != 0)}
+
+
+@st.composite
+def starts_of_refine(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of refine: a start on its support, from none to all entries, and a damped Hessian."""
+    columns, rng = draw(SIZES), _rng(draw)
+    weight = rng.standard_normal((draw(SIZES), columns))
+    H, support = draw(hessians(columns)), draw(kept_masks(weight.shape))
+    start = weight * support * draw(st.sampled_from([0.0, 1.0, 0.5]))
+    damped = H + 0.1 * max(np.diag(H).mean(), 1e-6) * np.eye(columns)
+    return {"weight": weight, "start": start, "hessian": damped, "support": support, "steps": draw(st.integers(0, 4))}
+
+
+@st.composite
+def supports(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of keep_largest: a sparsity or N:M, and earlier masks."""
+    m = draw(st.sampled_from([2, 4, 8]))
+    values = draw(matrices(columns=8))
+    amount = draw(st.one_of(SPARSITIES, st.integers(0, m).map(lambda n: (n, m))))
+    return {"values": values, "kept": draw(kept_masks(values.shape)), "amount": amount}
+
+
+@st.composite
 def sparse_groups(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of rest_sparsity: groups of one size or several, none of them full, some, or all."""
     count = draw(st.integers(1, 8))
@@ -152,7 +185,7 @@ def prune_cases(draw: st.DrawFn) -> dict[str, Any]:
     statistic = None
     if method == "wanda":
         statistic = np.abs(draw(matrices(rows=1, columns=8)))[0]
-    elif method == "sparsegpt":
+    elif METHODS[method].statistic is hessian:
         statistic = draw(hessians(8))
     elif (made := METHODS[method].statistic) is not None:
         statistic = made(draw(matrices(columns=8)), 1)

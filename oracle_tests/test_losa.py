@@ -22,6 +22,7 @@ from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings
 from torch_impl.engine.training import lr_factor
+from torch_impl.masks.prune import METHODS
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
     [
         (
             lambda: PruneConfig(prune_method="best"),
-            "prune_method is 'best'; allowed: magnitude, wanda, sparsegpt",
+            f"prune_method is 'best'; allowed: {', '.join(METHODS)}",
         ),
         (lambda: PruneConfig(layer_sparsity="best"), "layer_sparsity is 'best'; allowed: rmi, uniform"),
         (lambda: PruneConfig(steps=0), "steps is 0; allowed: 1 or more"),

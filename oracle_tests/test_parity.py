@@ -38,8 +38,8 @@ def test_float64_is_the_same_algorithm(op: Op, data: st.DataObject) -> None:
     terms = (
         results(op.reference(**sizes_of(case))) if op.low_precision else (op.scale and op.scale(case),) * len(expected)
     )
-    loose = "sparsegpt" in (op.name.rpartition(".")[2], case.get("method"), op.name.split("_")[0].rpartition(".")[2])
-    bound = tolerances.SPARSEGPT_FLOAT64 if loose else tolerances.SAME_ALGORITHM
+    method = case.get("method", op.name.rpartition(".")[2].removesuffix("_nm"))
+    bound = tolerances.METHOD_FLOAT64.get(method, tolerances.SAME_ALGORITHM)
     for index, (ours, theirs, size) in enumerate(zip(found, expected, terms, strict=True)):
         what = f"{op}, result {index}"
         if op.kind is Kind.EXACT or to_numpy(theirs).dtype.kind in "bi":

@@ -238,7 +238,7 @@ def test_nan_stops_with_the_state_kept_and_a_lower_rate_can_go_on(
 def test_a_hessian_that_will_not_factor_later_keeps_the_state(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    plain, calls = losa.masks.prune, []
+    plain, calls = losa.masks.prune_prepared, []
 
     def prune(*given: Any, **named: Any) -> Any:
         calls.append(1)
@@ -246,7 +246,7 @@ def test_a_hessian_that_will_not_factor_later_keeps_the_state(
             raise ValueError("hessian is not positive definite with damping 0.01, 0.1, 1")
         return plain(*given, **named)
 
-    monkeypatch.setattr(losa.masks, "prune", prune)
+    monkeypatch.setattr(losa.masks, "prune_prepared", prune)
     assert main(arguments(place, prune_method="sparsegpt")) == 2
     said = capsys.readouterr().err
     assert re.search(

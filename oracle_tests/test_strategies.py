@@ -166,11 +166,21 @@ def test_arguments_of_pruning() -> None:
     square = {"one Hessian": lambda c: c["hessian"].shape == (c["weight"].shape[1],) * 2}
     check(s.sparsegpt_cases(), square, sizes | {"none kept": lambda c: c["sparsity"] == 1})
     groups = {
-        "whole groups": lambda c: not c["weight"].shape[1] % c["m"] and not c["block_size"] % c["m"],
+        "whole groups": lambda c: not c["weight"].shape[1] % c["m"] and not c.get("block_size", 0) % c["m"],
         "some of each group": lambda c: 0 <= c["n"] <= c["m"],
     }
     ends = {"none": lambda c: c["n"] == 0, "all": lambda c: c["n"] == c["m"]}
     check(s.sparsegpt_cases(group=True), square | groups, sizes | ends)
+    searched = square | {"no kept weight is 0": lambda c: bool(c["weight"][c["kept"]].all())}
+    check(s.searched_cases(), searched, {"an earlier mask": lambda c: not c["kept"].all()})
+    check(s.searched_cases(group=True), searched | groups, ends)
+    on_support = {"on its support": lambda c: not c["start"][~c["support"]].any()}
+    check(s.starts_of_refine(), square | on_support, {"nothing to do": lambda c: c["steps"] == 0})
+    check(
+        s.supports(),
+        {"one shape": lambda c: c["values"].shape == c["kept"].shape},
+        {"groups": lambda c: isinstance(c["amount"], tuple), "a share": lambda c: isinstance(c["amount"], float)},
+    )
     check(
         s.prune_cases(),
         {
@@ -180,7 +190,8 @@ def test_arguments_of_pruning() -> None:
         },
         {
             **{
-                method: lambda c, method=method: c["method"] == method for method in ("magnitude", "wanda", "sparsegpt")
+                method: lambda c, method=method: c["method"] == method
+                for method in ("magnitude", "wanda", "sparsegpt", "alps", "admm")
             },
             **{f"N:{m}": lambda c, m=m: c.get("nm", (0, 0))[1] == m for m in (2, 4, 8)},
         },

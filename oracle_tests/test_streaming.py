@@ -98,6 +98,8 @@ def test_every_family_gets_the_same_bits(place: Path, family: str) -> None:
     [
         {"prune_method": "magnitude", "sparsity_ratio": 0.5, "layer_sparsity": "uniform"},
         {"prune_method": "sparsegpt", "dtype": "bfloat16"},
+        {"prune_method": "alps", "dtype": "bfloat16"},
+        {"prune_method": "admm", "sparsity_type": "2:4"},
         {"prune_method": "sparsegpt", "sparsity_type": "mixed-2:4", "calibration_batch_size": 4},
         {"sparsity_type": "2:4", "dtype": "float64"},
     ],

@@ -10,7 +10,13 @@ import torch
 SAME_ALGORITHM = 1e-10
 # A Cholesky factor of a Hessian of condition κ amplifies rounding by κ; the strategies keep κ under 1e5 after damping.
 SPARSEGPT_FLOAT64 = 1e-8
-# The same in float32. Damping keeps κ of any Hessian under in / 0.01; with 12 inputs 2⁻²⁴ κ is 7e-5.
+# ALPS ends with ten steps of conjugate gradients. Near convergence they amplify rounding a millionfold and more (the Lanczos
+# vectors lose their orthogonality), so weights agree within the residual at which they stop, 1e-4; masks agree exactly.
+ALPS_FLOAT64 = 1e-4
+METHOD_FLOAT64 = {"sparsegpt": SPARSEGPT_FLOAT64, "alps": ALPS_FLOAT64}
+# The same through the blocks of a whole run, each pruned on what the one before puts out.
+ALPS_RUN = 10 * ALPS_FLOAT64
+# SparseGPT in float32. Damping keeps κ of any Hessian under in / 0.01; with 12 inputs 2⁻²⁴ κ is 7e-5.
 SPARSEGPT_FLOAT32 = 1e-4
 
 
@@ -85,6 +91,16 @@ def contracted_by_kernel(dtype: torch.dtype, left: np.ndarray, right: np.ndarray
     smallest = 2.0**-24 * (np.abs(left) @ np.ones(right.shape) + np.ones(left.shape) @ np.abs(right))
     return 2.0**-16 * terms + (smallest if dtype == torch.float16 else 0.0)
 
+
+# ALPS and ADMM in lower precision (test_searches.py): the error of the pruned weight relative to the spec's, decisive where near
+# ties flip. The iterations run in float32 at least, so only the rounding of the result is felt in half precision: its square
+# adds to the error what 2⁻⁹ or 2⁻¹² of each weight does, times the condition of the Hessian.
+SEARCH = {
+    "mask entries that differ (share)": 1e-3,
+    torch.float32: 1e-5,
+    torch.float16: 1e-4,
+    torch.bfloat16: 2e-3,
+}
 
 # Logits of a packed model against the plain one's, relative to the largest: sums in another order, then the same roundings.
 # In half precision a sum near the midpoint of two numbers may round to the other one, and three blocks propagate that.

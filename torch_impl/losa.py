@@ -123,14 +123,15 @@ def _prune_block(
     rate = rest_sparsity(sizes - kept, sizes, rate)
     with hold_merged_weights(list(layers.values())):
         gathered = on_pruned_input(lambda stream: _gather(config.method.statistic, block, index, family, stream))
+    # Projections that share an input follow each other, so one prepared statistic is kept at a time.
+    prepare = functools.lru_cache(maxsize=1)(config.method.prepare)
+    amount = {"nm": nm} if nm else {"sparsity": rate}
     for number, (name, layer) in enumerate(layers.items()):
         if not distributed.owns(number):
             continue
         merged = layer.merged()
         try:
-            updated, mask = masks.prune(
-                config.prune_method, merged, gathered[name], layer.mask, **({"nm": nm} if nm else {"sparsity": rate})
-            )
+            updated, mask = masks.prune_prepared(config.method, merged, prepare(gathered[name]), layer.mask, **amount)
         except ValueError as error:
             sequences = on_pruned_input(lambda stream: len(stream.hidden))
             raise ValueError(f"block {index}, {name}, {sequences} calibration sequences: {error}") from error

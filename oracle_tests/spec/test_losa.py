@@ -15,6 +15,7 @@ from oracle_tests.llama_pair import random_llama
 from oracle_tests.strategies import examples
 from reference import adapter, llama, losa, rates
 from reference.losa import Settings
+from reference.masks.prune import METHODS
 
 SIZES = llama.Sizes(vocabulary=13, hidden=8, intermediate=12, heads=4, kv_heads=2)
 QUICK = Settings(
@@ -49,7 +50,7 @@ def zeros_per_group(mask: np.ndarray, m: int) -> np.ndarray:
 
 @hypothesis_settings(deadline=None, max_examples=examples(12))
 @given(
-    method=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    method=st.sampled_from(list(METHODS)),
     pattern=st.sampled_from(["unstructured", "2:4", "mixed-2:4"]),
     shrink=st.sampled_from(["truncate", "fold"]),
     seed=st.integers(0, 99),
@@ -276,7 +277,7 @@ def test_diverging_training_stops() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prune_method": "random"}, "prune_method is 'random'; allowed: magnitude, wanda, sparsegpt"),
+        ({"prune_method": "random"}, f"prune_method is 'random'; allowed: {', '.join(METHODS)}"),
         ({"layer_sparsity": "owl"}, "layer_sparsity is 'owl'; allowed: rmi, uniform"),
         ({"rank_allocation": "x"}, "rank_allocation is 'x'; allowed: error, uniform"),
         ({"rank_shrink": "x"}, "rank_shrink is 'x'; allowed: truncate, fold"),

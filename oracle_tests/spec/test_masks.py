@@ -236,7 +236,7 @@ def test_the_rest_takes_as_much_as_it_may(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.7, 0.9])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps", "admm"])
 def test_what_is_zero_already_counts(method: str, sparsity: float) -> None:
     """Half of the rows, a tenth of the rest, and all of the first 128 inputs: the total is what was asked, or what was there."""
     rng = np.random.default_rng(0)
@@ -244,10 +244,10 @@ def test_what_is_zero_already_counts(method: str, sparsity: float) -> None:
     kept = rng.random(W.shape) < 0.9
     kept[: 6 if method != "sparsegpt" else 0] = False
     kept[:, : 128 if method == "sparsegpt" else 0] = False
-    statistic = {"magnitude": None, "wanda": np.ones(320), "sparsegpt": np.eye(320)}[method]
+    statistic = {"magnitude": None, "wanda": np.ones(320)}.get(method, np.eye(320))
     _, mask = prune(method, W * kept, statistic, kept, sparsity=sparsity)
     # Up to one of each row or block less.
-    slack = {"magnitude": 1, "wanda": len(W), "sparsegpt": 3}[method]
+    slack = {"wanda": len(W), "sparsegpt": 3}.get(method, 1)
     expected = max(sparsity * W.size, (~kept).sum())
     assert expected - slack <= (~mask).sum() <= expected
     if method == "wanda" and sparsity > 0.6:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from reference import _checks
 from reference._checks import Array, Mask
-from reference.masks import magnitude, sparsegpt, wanda
+from reference.masks import admm, alps, magnitude, sparsegpt, wanda
 
-METHODS = {method.name: method for method in (magnitude.METHOD, wanda.METHOD, sparsegpt.METHOD)}
+METHODS = {
+    method.name: method for method in (magnitude.METHOD, wanda.METHOD, sparsegpt.METHOD, alps.METHOD, admm.METHOD)
+}
 
 
 def prune(
@@ -22,9 +24,9 @@ def prune(
     Source: LoSA, Algorithm 1, with any of METHODS.
 
     Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input, as the
-    method's record makes it: `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt, None for
-    magnitude; kept bool (out, in), the current mask; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where
-    pruned and updated by a method that moves weights; mask bool (out, in), True = kept).
+    method's record makes it: `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt, alps
+    and admm, None for magnitude; kept bool (out, in), the current mask; either sparsity in [0, 1] or nm = (n, m). Returns:
+    (weight, zero where pruned and updated by a method that moves weights; mask bool (out, in), True = kept).
 
     Ties: as the method says; already pruned weights are pruned first.
 

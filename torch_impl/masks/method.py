@@ -18,7 +18,7 @@ Amount = float | tuple[int, int]
 """How much to prune: a sparsity ρ, or (n, m) to keep n of every m consecutive inputs."""
 
 Prune = Callable[[torch.Tensor, Any, torch.Tensor, Amount], tuple[torch.Tensor, torch.Tensor]]
-"""(W, S, kept, amount) → (new weight, zero where pruned; its mask, a subset of kept)."""
+"""(W, prepared S, kept, amount) → (new weight, zero where pruned; its mask, a subset of kept)."""
 
 Workspace = Callable[[int, int, int], int]
 """(rows, columns, bytes of a weight) → peak bytes for pruning one projection, besides its weight and S."""
@@ -44,6 +44,7 @@ class Method:
     name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S; None if the method needs
     no statistic. (A statistic of gradients would be a second class beside `InputStatistic`, with its own sweep in
     engine/statistics.) moves_weights: whether kept weights change too. workspace: the memory it needs.
+    prepare: S → what `prune` needs of it, computed once for the projections that share an input; default S itself.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     workspace: Workspace
     statistic: InputStatistic | None = None
     moves_weights: bool = False
+    prepare: Callable[[Any], Any] = lambda statistic: statistic
 
     @classmethod
     def by_score(
