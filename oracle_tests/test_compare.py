@@ -58,7 +58,7 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     found = json.loads((place / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert sorted(outcome["status"] for outcome in found.values()) == ["diverged"] * 2 + ["done"] * 4
     table = [line for line in said.out.splitlines() if line.startswith("| LoSA, as in the paper")]
-    assert len(table) == 2
+    assert len(table) == 3, "figures, learning rates, costs"
     assert "| 0.01 |" in table[0]
     assert table[1].endswith("** | diverged |")
     assert "**Published in the paper" not in said.out

@@ -16,7 +16,18 @@ from scipy import stats
 
 from tiny_models.random_models import random_model
 from torch_impl.experiment import config
-from torch_impl.experiment.comparison import curves, page, published, reading, recipes, running, statistics, tables
+from torch_impl.experiment.comparison import (
+    costs,
+    curves,
+    document,
+    page,
+    published,
+    reading,
+    recipes,
+    running,
+    statistics,
+    tables,
+)
 from torch_impl.experiment.comparison.matrix import Cell, Comparison, Group
 from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome, Results
 from torch_impl.experiment.comparison.rows import row_of
@@ -98,12 +109,12 @@ def done(folder: Path, comparison: Comparison, **how: Any) -> tuple[list[list[Gr
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list[list[Group]], Results, tables.Section]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list[list[Group]], Results, document.Section]:
     """A comparison that is done, to read."""
     folder = tmp_path_factory.mktemp("made")
     comparison = read(folder)
     groups, results = done(folder, comparison)
-    [section] = tables.sections(comparison, groups, results, "losa compare some.toml")
+    [section] = document.sections(comparison, groups, results, "losa compare some.toml")
     return comparison, groups, results, section
 
 
@@ -218,7 +229,7 @@ def test_what_failed_is_tried_again_and_what_diverged_is_not(tmp_path: Path) -> 
         row_of(g, results) for g in groups[0] if (g.recipe.name, *dict(g.varied).values()) == ("losa", "wanda", "0.5")
     ]
     assert (row.rate, row.tuning[1e-2]) == (1e-3, None)
-    text = tables.markdown(tables.sections(comparison, groups, results, "losa"))
+    text = document.markdown(document.sections(comparison, groups, results, "losa"))
     assert "| wanda, 0.5, no training | 0 | failed | loss nan |".replace("0.5, ", "0.5 | ", 1) in text
     again = Pretended()
     running.run(running.slots(groups[0]), Results(tmp_path), again, lambda _: None)  # type: ignore[arg-type]
@@ -287,7 +298,7 @@ def test_unmerged_and_published_rows_are_marked(made: tuple[Any, ...], tmp_path:
             assert all(cell == "mine | yours (unmerged)" for cell in named)
     beside = {table.title.split(",")[1].split(":")[0].strip() for table in section.tables if table.published}
     assert beside == {"70 %", "2"}, "at 70 % and 2:4 the paper has rows, at 50 % it has none"
-    text = tables.markdown([section])
+    text = document.markdown([section])
     assert "mine \\| yours (unmerged)" in text
     assert "    losa compare some.toml\n" in text
     assert "on CPU, float32" in text
@@ -298,6 +309,35 @@ def test_unmerged_and_published_rows_are_marked(made: tuple[Any, ...], tmp_path:
     assert "<title>A &amp; B</title>" in html
     assert html.count('<table class="published">') == 2
     assert "data:image/png;base64," in html
+
+
+def test_costs(made: tuple[Any, ...]) -> None:
+    """Measured: every part's mean seconds. Estimated: 6 operations per weight and token, 10,000 sequences, one A100."""
+    section = made[-1]
+    table = next(table for table in section.tables if table.title == "Cost of each part")
+    assert table.cells[0] == ("prune_method", "", "prune, s", "train, s", "in all, s")
+    assert ("wanda", "LoSA, as in the paper", "2.0", "3.0", "5.0") in table.cells
+    assert len(table.cells) == 1 + 2 * 3
+    estimated = costs.estimated()
+    cells = [dict(zip(estimated.cells[0], line, strict=True)) for line in estimated.cells[1:]]
+    losa = next(line for line in cells if line["parameters"] == "7B" and line[""] == "LoSA, as in the paper")
+    prunable = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert losa["train, s"] == f"{6 * prunable * 10_000 * 1024 / (0.6 * 312e12):,.0f}"
+    assert losa["rates, s"] == f"{5 * 2 * prunable * 64 * 2048 / (0.6 * 312e12):,.0f}"
+    assert (losa["published: rates, s"], losa["published: ranks, s"], losa["A100 80GB cards"]) == ("48", "46", "1")
+    assert {line["parameters"] for line in cells} == {"7B", "8B", "13B", "30B", "70B"}
+    assert section.tables[-1] == estimated
+
+
+def test_rows_without_a_result_are_left_out(tmp_path: Path) -> None:
+    comparison = read(tmp_path)
+    groups, results = groups_of(comparison, "recipe=none", "seed=0"), Results(tmp_path)
+    running.run(running.slots(groups[0]), results, Pretended(), lambda _: None)  # type: ignore[arg-type]
+    [section] = document.sections(comparison, groups_of(comparison), results, "losa")
+    assert {row.group.recipe.name for row in section.rows} == {"dense", "none"}
+    assert section.facts[-1] == "12 rows have no result yet and are left out."
+    table = next(table for table in section.tables if table.title == "50 %")
+    assert table.cells[-1][-1] == "1 of 2"
 
 
 def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
 from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.record import Clock
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
@@ -179,6 +181,29 @@ def test_the_clock_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, device: st
     assert waited == [torch.device(device)] * (2 if device == "cuda" else 0)
     assert list(clock.laps) == ["first", "second"]
     assert all(seconds >= 0 for seconds in clock.laps.values())
+
+
+def test_what_is_inside_a_part_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning takes 1 + 3 seconds, of which it is interrupted for 5 by reconstruction."""
+    now = iter([0.0, 1.0, 6.0, 9.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    heard: list[str] = []
+    clock = Clock(torch.device("cpu"), on_part=heard.append)
+    with clock.inside("reconstruct", "prune"):
+        pass
+    clock.lap("prune")
+    assert clock.laps == {"prune": 4.0, "reconstruct": 5.0}
+    assert heard == ["prune", "reconstruct", "prune"]
+
+
+def test_reconstruction_is_a_part_of_its_own() -> None:
+    model, heard = random_model("llama"), list[str]()
+    setup = replace(settings(steps=1), reconstruction=ReconstructionConfig(reconstruct_epochs=1))
+    [record] = losa.run(model, token_ids(model, 6, 12), parts_for(model, 1), setup, on_part=heard.append)
+    blocks = len(record.sparsity)
+    assert heard == ["importance", *["prune", "reconstruct"] * blocks, "prune", "train"]
+    assert record.seconds.keys() == set(heard)
+    assert all(seconds > 0 for seconds in record.seconds.values())
 
 
 def test_observers_hear_every_step_as_it_was() -> None:

@@ -23,7 +23,7 @@ from torch_impl.engine.lockstep import Lockstep
 from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.progress import bar
 from torch_impl.engine.reconstruction import Reconstructor
-from torch_impl.engine.record import Clock, StepRecord
+from torch_impl.engine.record import Clock, PartObserver, StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.structure import check_model
@@ -141,19 +141,22 @@ def _prune_block(
 
 
 @torch.no_grad()
-def prune_model(blocks: Blocks, settings: Settings, start: torch.Tensor, checkpointer: Checkpointer) -> None:
+def prune_model(
+    blocks: Blocks, settings: Settings, start: torch.Tensor, checkpointer: Checkpointer, clock: Clock | None = None
+) -> None:
     """Prune block by block, and reconstruct if asked, with dense and pruned streams in lockstep.
 
     e of LoSA, Eq. 6, of every block goes to `progress.errors`. start: sparsity of each block (L,) at the start of the run.
     A checkpoint is saved after every block. Blocks that an interrupted run has already pruned at this step are not pruned
-    again.
+    again. clock: counts reconstruction apart.
     """
     progress, count, family = checkpointer.progress, len(blocks.weights), blocks.decoder.family
     if progress.block == count:
         return
     batch_size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     lockstep = Lockstep(blocks, batch_size, settings.reconstruction.window)
-    reconstructor = Reconstructor(family, start, settings.reconstruction, settings.training.cuda_graphs)
+    apart = nullcontext if clock is None else functools.partial(clock.inside, "reconstruct", "prune")
+    reconstructor = Reconstructor(family, start, settings.reconstruction, settings.training.cuda_graphs, apart)
     for index, block in bar(lockstep, "prune", count):
         done = index < progress.block
         with distributed.unsharded_with_writeback(block, family):
@@ -277,13 +280,16 @@ def run(
     dense: PreTrainedModel | None = None,
     checkpointer: Checkpointer | None = None,
     blocks: Blocks | None = None,
+    on_part: PartObserver | None = None,
 ) -> list[StepRecord]:
     """Prune and adapt `model` in place with LoSA, Algorithm 1; the adapters are not merged at the end.
 
     calibration_ids: token ids (nsamples, seqlen). parts: T lists of training examples, one per step; not empty if fine-tuning
     is on. on_step is called with each step's record, on_loss with (step, optimizer step, loss, learning rate). dense: the
     original model; default a copy. checkpointer: saves checkpoints and resumes from the last one; then the callbacks get only the
-    remaining steps. blocks: the source of the blocks if they are not in memory; it holds model and ids.
+    remaining steps. blocks: the source of the blocks if they are not in memory; it holds model and ids. on_part: called with
+    importance, prune, reconstruct or train whenever some of it ends.
+    on_part: called with importance, prune, reconstruct or train whenever some of it ends.
 
     Returns one record per step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
@@ -295,12 +301,12 @@ def run(
     progress = checkpointer.begin(blocks.decoder, blocks.dense, Progress(sparsity=rates.tolist()))
     with calibration.compiled([blocks.decoder, blocks.dense], settings.training.compile_blocks):
         for step in range(progress.step, config.steps + 1):
-            clock = Clock(next(model.parameters()).device, progress.seconds)
+            clock = Clock(next(model.parameters()).device, progress.seconds, on_part)
             target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, initial)
             if progress.block == 0:
                 _set_targets(blocks, target, settings, progress)
             clock.lap("importance")
-            prune_model(blocks, settings, start, checkpointer)
+            prune_model(blocks, settings, start, checkpointer, clock)
             clock.lap("prune")
             if settings.training.finetune:
                 _train_adapters(blocks, parts[step - 1], positions[step - 1], settings, start, checkpointer, on_loss)

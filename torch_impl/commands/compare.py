@@ -18,7 +18,7 @@ from pathlib import Path
 from torch_impl.engine import distributed
 from torch_impl.experiment import zero_shot
 from torch_impl.experiment.command import Parser, command, say
-from torch_impl.experiment.comparison import curves, page, reading, running, tables
+from torch_impl.experiment.comparison import curves, document, page, reading, running
 from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Comparison, Group
 from torch_impl.experiment.comparison.recipes import DENSE
@@ -148,13 +148,13 @@ def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: 
     cells = [cell for of_matrix in groups for group in of_matrix for cell in running.cells_of(group, results)]
     results.collect([cell.key for cell in cells])
     results.folder.mkdir(parents=True, exist_ok=True)
-    found = tables.sections(comparison, groups, results, shown)
+    found = document.sections(comparison, groups, results, shown)
     try:
         pictures = curves.draw(results.folder, found)
     except ImportError:
         logger.warning('curves need matplotlib: pip install "losa-oracle[report]"')
         pictures = {}
-    text = tables.markdown(found, pictures)
+    text = document.markdown(found, pictures)
     (results.folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     page.write(results.folder / "tables.html", comparison.title, found, pictures)
     say(text)

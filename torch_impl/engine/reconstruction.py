@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,19 @@ class Reconstructor:
     """Chooses which blocks to reconstruct at a step: the first one that has lost a weight, and all after it.
 
     Before that block, the streams are equal up to rounding, so there is nothing to reconstruct. start: sparsity of each block
-    (L,) at the start of the run. cuda_graphs: whether to use them on a GPU.
+    (L,) at the start of the run. cuda_graphs: whether to use them on a GPU. apart: a context for each training.
     """
 
-    def __init__(self, family: Family, start: torch.Tensor, config: ReconstructionConfig, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        family: Family,
+        start: torch.Tensor,
+        config: ReconstructionConfig,
+        cuda_graphs: bool,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._family, self._start, self._config, self._repeat = family, start, config, Repeater(cuda_graphs)
+        self._apart = apart
         self._damaged: deque[nn.Module] = deque(maxlen=config.reconstruct_window)
 
     def _lost(self, block: nn.Module, index: int) -> bool:
@@ -80,13 +88,12 @@ class Reconstructor:
         if not self._damaged:
             return None
         blocks = list(self._damaged)
-        return Reconstruct(
-            index + 1 - len(blocks),
-            blocks,
-            lambda pruned, dense, arguments: reconstruct_blocks(
-                blocks, index, self._family, pruned, dense, arguments, self._config, self._repeat
-            ),
-        )
+
+        def train(pruned: Stream, dense: Stream, arguments: Sequence[Mapping[str, Any]]) -> None:
+            with self._apart():
+                reconstruct_blocks(blocks, index, self._family, pruned, dense, arguments, self._config, self._repeat)
+
+        return Reconstruct(index + 1 - len(blocks), blocks, train)
 
 
 def reconstruct_blocks(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,15 +50,31 @@ class StepRecord:
         return asdict(self)
 
 
+PartObserver = Callable[[str], None]
+"""Called with the name of a part of a step whenever some of it ends and another part begins."""
+
+
 class Clock:
     """Wall-clock seconds of the parts of a step."""
 
-    def __init__(self, device: torch.device, laps: dict[str, float] | None = None) -> None:
-        self._device, self.laps = device, {} if laps is None else laps
+    def __init__(
+        self, device: torch.device, laps: dict[str, float] | None = None, on_part: PartObserver | None = None
+    ) -> None:
+        self._device, self.laps, self._on_part = device, {} if laps is None else laps, on_part
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Count the time since the last lap as part `name`."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.laps[name], self._last = self.laps.get(name, 0.0) + now - self._last, now
+        if self._on_part is not None:
+            self._on_part(name)
+
+    @contextmanager
+    def inside(self, name: str, outer: str) -> Iterator[None]:
+        """Count what is done within this context as part `name`, in the middle of part `outer`."""
+        self.lap(outer)
+        yield
+        self.lap(name)

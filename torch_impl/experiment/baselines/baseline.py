@@ -35,21 +35,27 @@ class Costs:
     seconds: Counter[str] = field(default_factory=Counter)
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
         """Measure one part."""
-        clock, on_cuda = Clock(self.device), self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        clock = Clock(self.device, on_part=self.on_part)
         yield
         clock.lap(part)
         self.seconds.update(clock.laps)
-        if on_cuda:
-            self.peak_bytes[part] = torch.cuda.max_memory_allocated(self.device)
+
+    def on_part(self, part: str) -> None:
+        """Count the peak since the last call as that of a part which has ended."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.peak_bytes[part] = max(peak, self.peak_bytes.get(part, 0))
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def add_records(self, records: Sequence[StepRecord]) -> None:
-        """Replace the seconds by those of the steps of Algorithm 1, which tell its parts apart."""
-        self.seconds = Counter()
+        """Add the seconds of the steps of Algorithm 1, which tell its parts apart."""
         for record in records:
             self.seconds.update(record.seconds)
 
@@ -118,10 +124,9 @@ def mean_rank(settings: Settings) -> int:
 
 def prune(model: PreTrainedModel, dense: PreTrainedModel, material: Material, config: Config, costs: Costs) -> Decoder:
     """Prune in one shot; the model is plain again. Return its decoder."""
-    with costs.of("prune"):
-        records = losa.run(model, material.calibration, [], one_shot(config.settings), dense=dense)
-        decoder = Decoder(model)
-        merge_adapters(decoder)
+    records = losa.run(model, material.calibration, [], one_shot(config.settings), dense=dense, on_part=costs.on_part)
+    decoder = Decoder(model)
+    merge_adapters(decoder)
     costs.add_records(records)
     return decoder
 

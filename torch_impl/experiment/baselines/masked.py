@@ -78,8 +78,9 @@ def _by_algorithm_1(
             on_progress(next(done), total, loss)
 
     costs = Costs(model.device)
-    with costs.of("whole run"):
-        records = algorithm.run(model, material.calibration, parts, settings, on_loss=on_loss, dense=dense)
+    records = algorithm.run(
+        model, material.calibration, parts, settings, on_loss=on_loss, dense=dense, on_part=costs.on_part
+    )
     costs.add_records(records)
     count = sum(layer.A.numel() + layer.B.numel() for layer in adapters(model))
     merge_adapters(Decoder(model))

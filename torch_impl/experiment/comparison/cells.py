@@ -91,9 +91,8 @@ def make(cell: Cell, material: Material) -> Trained:
     if config.training.finetune:
         return BASELINES[treatment].run(model, material.model, material, config)
     costs = Costs(model.device)
-    with costs.of("prune"):
-        records = losa.run(model, material.calibration, [], config.settings, dense=material.model)
-        merge_adapters(Decoder(model))
+    records = losa.run(model, material.calibration, [], config.settings, dense=material.model, on_part=costs.on_part)
+    merge_adapters(Decoder(model))
     costs.add_records(records)
     return finish(model, unmerged=False, count=0, steps=0, costs=costs)
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_impl.experiment.comparison.document import Section
 from torch_impl.experiment.comparison.recipes import DENSE
 from torch_impl.experiment.comparison.rows import Row
 from torch_impl.experiment.comparison.statistics import Spread
-from torch_impl.experiment.comparison.tables import Section, axes, name_of
+from torch_impl.experiment.comparison.tables import axes, name_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 MARKERS = "osD^vPX*"

@@ -7,7 +7,8 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch_impl.experiment.comparison.tables import Section, Table
+from torch_impl.experiment.comparison.document import Section
+from torch_impl.experiment.comparison.tables import Table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

@@ -1,19 +1,16 @@
-"""The tables of a comparison, as text in cells; Markdown of them."""
+"""The tables of a comparison, as text in cells."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch_impl.experiment.comparison import published
-from torch_impl.experiment.comparison.matrix import Comparison, Group, Matrix
-from torch_impl.experiment.comparison.recipes import DENSE
-from torch_impl.experiment.comparison.results import DIVERGED, Outcome, Results
-from torch_impl.experiment.comparison.rows import Row, reference_of, row_of
+from torch_impl.experiment.comparison.matrix import Matrix
+from torch_impl.experiment.comparison.results import DIVERGED, Outcome
+from torch_impl.experiment.comparison.rows import Row, reference_of
 from torch_impl.experiment.comparison.statistics import Paired, Spread
-from torch_impl.experiment.progress import clock
 
 # Axes that get a table each; the others become columns.
 SPLIT = ("model", "sparsity")
@@ -30,32 +27,8 @@ class Table:
     published: bool = False
 
 
-@dataclass(frozen=True)
-class Section:
-    """The rows and tables of one matrix. facts: what was run, where, on what."""
-
-    matrix: Matrix
-    title: str
-    facts: tuple[str, ...]
-    rows: tuple[Row, ...]
-    tables: tuple[Table, ...]
-
-
-def sections(
-    comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, command: str
-) -> list[Section]:
-    """Return a section for each matrix. groups: of each matrix, as `select` left them. command: that runs them."""
-    found = []
-    for number, (matrix, of_matrix) in enumerate(zip(comparison.matrices, groups, strict=True), 1):
-        rows = tuple(row_of(group, results) for group in of_matrix)
-        if all(row.group.recipe.treatment == DENSE for row in rows):
-            continue
-        title = matrix.title or (comparison.title if len(groups) == 1 else f"{comparison.title}, part {number}")
-        found.append(Section(matrix, title, _facts(rows, command), rows, tuple(_tables(rows, matrix))))
-    return found
-
-
-def _percent(value: str) -> str:
+def percent(value: str) -> str:
+    """Name a sparsity: a share in percent, a pattern as it is."""
     return value if ":" in value or not _is_number(value) else f"{100 * float(value):g} %"
 
 
@@ -66,47 +39,9 @@ def _is_number(value: str) -> bool:
         return False
 
 
-def _facts(rows: Sequence[Row], command: str) -> tuple[str, ...]:
-    outcomes = [outcome for row in rows for outcome in row.outcomes.values()]
-    hardware = sorted({f"{o.facts['hardware']}, {o.facts['dtype']}" for o in outcomes if "hardware" in o.facts})
-    versions = sorted(
-        {f"{o.facts['software']['version']}, torch {o.facts['torch']}" for o in outcomes if "torch" in o.facts}
-    )
-    seconds = sum(sum(outcome.seconds.values()) for outcome in outcomes)
-    lines = [f"    {command}"]
-    if hardware:
-        lines.append(
-            f"{len(outcomes)} runs, {clock(seconds)} in all, on {'; '.join(hardware)} (losa {'; '.join(versions)})."
-        )
-    return tuple(lines)
-
-
-def _tables(rows: Sequence[Row], matrix: Matrix) -> Iterator[Table]:
-    trained = [row for row in rows if row.group.recipe.treatment != DENSE]
-    split = [name for name in SPLIT if len(matrix.varied.get(name, ())) > 1]
-    if overview := _overview(rows, trained, matrix):
-        yield overview
-    for values in itertools.product(*(dict.fromkeys(dict(r.group.varied)[name] for r in trained) for name in split)):
-        chosen = dict(zip(split, values, strict=True))
-        inside = [row for row in rows if _belongs(row, chosen)]
-        yield _main(inside, rows, matrix, chosen)
-        fixed = {**{name: _label(value[0]) for name, value in matrix.varied.items() if len(value) == 1}, **chosen}
-        if beside := _published(fixed.get("sparsity", "")):
-            yield beside
-    if tuning := _tuning(trained, matrix):
-        yield tuning
-    if failures := _failures(rows):
-        yield failures
-
-
-def _label(value: object) -> str:
+def label_of(value: object) -> str:
+    """Name a value of a varied option, as rows do."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _belongs(row: Row, chosen: Mapping[str, str]) -> bool:
-    """Return whether a row is in the table of these values. The dense model has no sparsity."""
-    varied = dict(row.group.varied)
-    return all(varied.get(name, value) == value for name, value in chosen.items())
 
 
 def axes(matrix: Matrix, beside: Sequence[str] = SPLIT) -> list[str]:
@@ -122,7 +57,7 @@ def name_of(row: Row) -> str:
 def _names(row: Row, columns: Sequence[str]) -> list[str]:
     varied = dict(row.group.varied)
     return [
-        *(_percent(varied.get(name, "")) if name == "sparsity" else varied.get(name, "") for name in columns),
+        *(percent(varied.get(name, "")) if name == "sparsity" else varied.get(name, "") for name in columns),
         name_of(row),
     ]
 
@@ -145,24 +80,24 @@ def significance(found: Paired | None) -> str:
     return f"{change}, p < 0.001" if found.p < 0.001 else f"{change}, p = {found.p:.3f}"
 
 
-def _overview(rows: Sequence[Row], trained: Sequence[Row], matrix: Matrix) -> Table | None:
+def overview(rows: Sequence[Row], trained: Sequence[Row], matrix: Matrix) -> Table | None:
     """Return perplexity by sparsity, if there are several."""
-    sparsities = [_label(value) for value in matrix.varied.get("sparsity", ())]
+    sparsities = [label_of(value) for value in matrix.varied.get("sparsity", ())]
     if len(sparsities) < 2:
         return None
     columns = axes(matrix, beside=("sparsity",))
     text = next(iter(trained[0].group.base.measures.texts))
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        values = {_label(dict(row.group.varied).get("sparsity", ""))} & set(sparsities) or set(sparsities)
+        values = {label_of(dict(row.group.varied).get("sparsity", ""))} & set(sparsities) or set(sparsities)
         line = found.setdefault(tuple(_names(row, columns)), {})
         line.update(dict.fromkeys(values, figure(row.perplexity(text))))
-    head = [*columns, "", *map(_percent, sparsities)]
+    head = [*columns, "", *map(percent, sparsities)]
     cells = [tuple(head), *((*names, *(line.get(s, NOTHING) for s in sparsities)) for names, line in found.items())]
     return Table(f"Perplexity on {text} by sparsity", tuple(cells))
 
 
-def _main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Mapping[str, str]) -> Table:
+def main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Mapping[str, str]) -> Table:
     """Return all figures of the rows of one sparsity and model."""
     columns = axes(matrix)
     measures = inside[-1].group.base.measures
@@ -187,7 +122,7 @@ def _main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Ma
         if any(values):
             head.append(name)
             lines = [[*line, text] for line, text in zip(lines, values, strict=True)]
-    title = ", ".join(_percent(value) for value in chosen.values()) or "Results"
+    title = ", ".join(percent(value) for value in chosen.values()) or "Results"
     return Table(title, (tuple(head), *map(tuple, lines)), tuple(_notes(inside, compared, texts, tasks)))
 
 
@@ -237,7 +172,7 @@ def _windows(rows: Sequence[Row], texts: Sequence[str]) -> str:
     return f" of {outcome.facts['windows']['seqlen']} tokens ({counts})"
 
 
-def _published(sparsity: str) -> Table | None:
+def beside(sparsity: str) -> Table | None:
     """Return the paper's figures at this sparsity."""
     rows = published.rows(sparsity)
     if not rows:
@@ -256,14 +191,14 @@ def _published(sparsity: str) -> Table | None:
         for r in rows
     )
     return Table(
-        f"Published in the paper, {_percent(sparsity)}: other models than ours",
+        f"Published in the paper, {percent(sparsity)}: other models than ours",
         (head, *cells),
         ("The paper's own figures (arXiv 2502.14816 and its review page), nothing of them measured here.",),
         published=True,
     )
 
 
-def _tuning(rows: Sequence[Row], matrix: Matrix) -> Table | None:
+def tuning(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     """Return the perplexities that learning rates were chosen by."""
     rates = sorted({rate for row in rows for rate in row.group.rates})
     tuned = [row for row in rows if row.tuning]
@@ -279,7 +214,7 @@ def _tuning(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     return Table("Learning rates: perplexity on the windows they are chosen by", (head, *cells), ("Bold: chosen.",))
 
 
-def _failures(rows: Sequence[Row]) -> Table | None:
+def failures(rows: Sequence[Row]) -> Table | None:
     found = [
         (
             *(", ".join(value for _, value in row.group.varied), name_of(row)),
@@ -294,20 +229,3 @@ def _failures(rows: Sequence[Row]) -> Table | None:
     if not found:
         return None
     return Table("Runs that diverged or failed", (("", "recipe", "seed", "", "error"), *found))
-
-
-def markdown(found: Sequence[Section], pictures: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Format sections in Markdown. pictures: files by the title of a section."""
-    lines: list[str] = []
-    for section in found:
-        lines += [f"## {section.title}", "", *(line for fact in section.facts for line in (fact, ""))]
-        for table in section.tables:
-            lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
-            lines += [line for note in table.notes for line in (note, "")]
-        lines += [line for name in (pictures or {}).get(section.title, ()) for line in (f"![{name}]({name})", "")]
-    return "\n".join(lines)
-
-
-def _markdown_table(table: Table) -> list[str]:
-    head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in table.cells]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]

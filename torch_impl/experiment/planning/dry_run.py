@@ -112,7 +112,7 @@ def make_plan(config: Config) -> Plan:
     checks.warn_of_lengths(model, config)
     cards = config.output.devices or distributed.launched()
     steps = range(1, config.prune.steps + 1)
-    place, work = _place(config, device, cards), _work(config, sizes)
+    place, work = _place(config, device, cards), work_of(config, sizes)
     memory, card = peak(config, sizes, place), _card(config, device)
     operations = work.sweeps + work.reconstruction + work.training
     return Plan(
@@ -141,7 +141,7 @@ def _card(config: Config, device: torch.device) -> Card | None:
     return card_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" and _seen(device) else None
 
 
-def _work(config: Config, sizes: Sizes) -> Work:
+def work_of(config: Config, sizes: Sizes) -> Work:
     """Count operations: 2 per weight and token forward, 4 backward; with loss kl one forward pass of the dense model more."""
     calibration, text, training, steps = config.calibration, config.text, config.training, config.prune.steps
     tokens = calibration.nsamples * calibration.seqlen

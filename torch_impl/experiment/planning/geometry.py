@@ -48,6 +48,14 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "num_hidden_layers": 32,
     },
+    "llama-30b": {
+        "hidden_size": 6656,
+        "intermediate_size": 17920,
+        "num_attention_heads": 52,
+        "num_key_value_heads": 52,
+        "vocab_size": 32000,
+        "num_hidden_layers": 60,
+    },
     "llama-2-70b": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
