@@ -44,6 +44,7 @@ FILES = (
     "adapter",
     "rank",
     "reconstruct",
+    "continuation",
     "packed",
     "tiles",
     "llama",

@@ -341,6 +341,18 @@ OPS = (
         low_precision=True,
     ),
     Op(
+        "continuation.next_token",
+        s.predictions(),
+        Kind.EXACT,
+        ({"logits": EYE, "uniforms": ROW, "excluded": [0, 1, 2]}, "excluded"),
+    ),
+    Op(
+        "continuation.continue_text",
+        s.continuations(),
+        Kind.EXACT,
+        ({"predict": s.successor, "prompts": np.array([1]), "uniforms": EYE}, "prompts"),
+    ),
+    Op(
         "adapter.initial_rows",
         _cases(
             count=st.integers(0, 5), in_features=st.integers(1, 20), seed=st.lists(st.integers(0, 2**40), max_size=4)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from reference.masks.prune import METHODS
 from reference.masks.sparsegpt import hessian
@@ -376,3 +378,39 @@ def tiled_weights(draw: st.DrawFn) -> dict[str, Any]:
         kept.append((panel, tile, lane, (1, 0, 2, 3)[place], weight[row, column]))
     values = np.array([value for *_, value in sorted(kept)], dtype=np.float64)
     return {"bitmaps": bitmaps, "values": values, "rows": rows, "columns": columns}
+
+
+# Never on the border between two tokens of a small vocabulary with equal logits, where rounding decides.
+_UNIFORMS = st.integers(0, 999).map(lambda number: (number + 0.37) / 1000)
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> dict[str, Any]:
+    """Logits with ties and far apart, uniforms, and excluded tokens, which are not all."""
+    n, v = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    logits = draw(arrays(np.float64, (n, v), elements=st.integers(-40, 40).map(float)))
+    uniforms = draw(arrays(np.float64, n, elements=_UNIFORMS))
+    return {"logits": logits, "uniforms": uniforms, "excluded": draw(st.lists(st.integers(0, v - 1), max_size=v - 1))}
+
+
+def successor(ids: Any) -> Any:
+    """Predict the sum of all tokens before, of five, more likely than others; in either package."""
+    library = np if isinstance(ids, np.ndarray) else torch
+    return library.where(library.arange(5) == (ids.sum(1)[:, None]) % 5, 2.0, 0.0)
+
+
+def continuations() -> st.SearchStrategy[dict[str, Any]]:
+    """Prompts and uniforms for `successor`."""
+
+    def of(shape: tuple[int, int, int]) -> st.SearchStrategy[dict[str, Any]]:
+        n, t, k = shape
+        return st.fixed_dictionaries(
+            {
+                "predict": st.just(successor),
+                "prompts": arrays(np.int64, (n, t), elements=st.integers(0, 4)),
+                "uniforms": arrays(np.float64, (n, k), elements=_UNIFORMS),
+                "excluded": st.sampled_from([[], [2]]),
+            }
+        )
+
+    return st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6)).flatmap(of)

@@ -47,6 +47,7 @@ from torch_impl.experiment.evaluate import eval_mode, perplexity
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import given
 from torch_impl.experiment.text.windows import split_parts
+from torch_impl.experiment.text.written import with_written
 
 # Sections of options that a program may set; the others are about files and the command line.
 SECTIONS = ("prune", "adapter", "calibration", "training", "reconstruction")
@@ -108,6 +109,7 @@ def prune(
     windows, parts = _material(model, tokenizer, calibration, train, config)
     config = dataclasses.replace(config, calibration=_as_given(config, windows))
     checks.check_memory(model, config)
+    windows = with_written(model, tokenizer, windows, config.calibration.written_samples, config.output.seed)
     decoder = Decoder(model)
     with _as_it_was(decoder):
         model.requires_grad_(False)

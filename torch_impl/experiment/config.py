@@ -199,6 +199,11 @@ class Config:
                 f"offload is 'on' with reconstruct_window {self.reconstruction.window}; it takes one block at a time: use "
                 "--reconstruct_window 1"
             )
+        if self.model.offload == "on" and self.calibration.written_samples:
+            raise ValueError(
+                f"offload is 'on' with written_samples {self.calibration.written_samples}; the model is not in memory to write: "
+                "use --written_samples 0"
+            )
         if self.model.offload == "on" and not self.plain:
             raise ValueError(
                 f"offload is 'on' with steps {self.prune.steps} and finetune {self.training.finetune}; "
@@ -208,9 +213,10 @@ class Config:
     @property
     def plain(self) -> bool:
         """Return whether this run works offloaded: one shot without fine-tuning, one block at a time, at rates that do not need
-        the whole model."""
+        the whole model, on given text."""
         one_by_one = self.reconstruction.window == 1 and self.prune.rule.works_offloaded
-        return self.prune.steps == 1 and not self.training.finetune and one_by_one
+        in_memory = self.training.finetune or self.calibration.written_samples
+        return self.prune.steps == 1 and not in_memory and one_by_one
 
     @property
     def settings(self) -> Settings:

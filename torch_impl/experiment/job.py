@@ -38,6 +38,7 @@ from torch_impl.experiment.result import Measured, MeasuredModels, Result, Saved
 from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.samples import sample
 from torch_impl.experiment.text import windows
+from torch_impl.experiment.text.written import WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def run_in_memory(config: Config, folder: Path) -> Result:
 
 def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metrics) -> Result:
     start, notes = time.perf_counter(), checkpointer.notes
-    material = load_material(config)
+    material = load_material(config, kept=folder / WRITTEN)
     parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps)) if material.examples else []
     environment = environment_of(config, material)
     if notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import splitting, windows
 from torch_impl.experiment.text.protocols import protocol_named
 from torch_impl.experiment.text.sources import is_local
+from torch_impl.experiment.text.written import with_written
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,16 @@ class Material:
     """Windows of other texts to measure, by name."""
 
 
-def load_material(config: Config, offloaded: bool = False, others: Mapping[str, OtherText] | None = None) -> Material:
-    """Load model, tokenizer and all text. offloaded: leave the weights of the blocks on disk. others: more texts to measure.
+def load_material(
+    config: Config,
+    offloaded: bool = False,
+    others: Mapping[str, OtherText] | None = None,
+    kept: Path | None = None,
+) -> Material:
+    """Load model, tokenizer and all text; let the model write what the options ask for.
+
+    offloaded: leave the weights of the blocks on disk. others: more texts to measure. kept: a file for what the model writes,
+    see `with_written`.
 
     Errors: ValueError or FileNotFoundError naming the problem.
     """
@@ -58,7 +67,9 @@ def load_material(config: Config, offloaded: bool = False, others: Mapping[str, 
     check_structure(model, config.settings)
     checks.check_lengths(model, config)
     checks.warn_of_lengths(model, config)
-    return with_text(config, model, tokenizer, others)
+    material = with_text(config, model, tokenizer, others)
+    ids, count = material.calibration, config.calibration.written_samples
+    return replace(material, calibration=with_written(model, tokenizer, ids, count, config.output.seed, kept))
 
 
 def with_text(

@@ -84,8 +84,9 @@ def check_lengths(model: PreTrainedModel, config: Config) -> None:
 
 def check_token_ids(config: Config) -> None:
     """Check that the calibration token ids fit into memory. Errors: ValueError naming nsamples and seqlen."""
-    nsamples, seqlen = config.calibration.nsamples, config.calibration.seqlen
-    if (taken := 8 * nsamples * seqlen) > (there := free_bytes(torch.device("cpu"))):
+    calibration = config.calibration
+    nsamples, seqlen = calibration.nsamples, calibration.seqlen
+    if (taken := 8 * calibration.sequences * seqlen) > (there := free_bytes(torch.device("cpu"))):
         raise ValueError(
             f"nsamples is {nsamples} and seqlen is {seqlen}: the token ids alone need {taken / GIB:,.0f} GiB of memory, but only "
             f"{there / GIB:,.0f} GiB are free; reduce them"

@@ -19,6 +19,7 @@ from torch_impl.experiment.planning.phases import Peak, Place, peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import CalibrationTraffic, StepTraffic, calibration_traffic, step_traffic
 from torch_impl.experiment.text.sources import check_source
+from torch_impl.experiment.text.written import check_can_write
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Work:
     sweeps: int
     reconstruction: int
     training: int
+    writing: int
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,11 @@ def make_plan(config: Config) -> Plan:
     model, device, sizes = _described(config)
     checks.warn_of_lengths(model, config)
     cards = config.output.devices or distributed.launched()
+    check_can_write(config.calibration.written_samples, cards)
     steps = range(1, config.prune.steps + 1)
     place, work = _place(config, device, cards), work_of(config, sizes)
     memory, card = peak(config, sizes, place), _card(config, device)
-    operations = work.sweeps + work.reconstruction + work.training
+    operations = work.sweeps + work.reconstruction + work.training + work.writing
     return Plan(
         config=config,
         family=Decoder(model).family.name,
@@ -144,7 +147,7 @@ def _card(config: Config, device: torch.device) -> Card | None:
 def work_of(config: Config, sizes: Sizes) -> Work:
     """Count operations: 2 per weight and token forward, 4 backward; with loss kl one forward pass of the dense model more."""
     calibration, text, training, steps = config.calibration, config.text, config.training, config.prune.steps
-    tokens = calibration.nsamples * calibration.seqlen
+    tokens = calibration.sequences * calibration.seqlen
     of_rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0
     options, blocks = config.reconstruction, len(sizes.blocks)
     # In windows, each block also computes the waiting stream, and the pruned one again after each later training.
@@ -158,4 +161,5 @@ def work_of(config: Config, sizes: Sizes) -> Work:
         sweeps=2 * sizes.prunable * (of_rmi * steps + passes * tokens * pruned),
         reconstruction=6 * sizes.prunable * reconstructed // blocks,
         training=(8 if training.loss == "kl" else 6) * sizes.prunable * trained * (1 + others),
+        writing=2 * sizes.prunable * calibration.written_samples * calibration.seqlen,
     )

@@ -120,7 +120,7 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
     held = sizes.weights(cards)
     base = Parts(weights=held, dense_copy=held, **_adapters(config, sizes, cards))
     copies = 2 + config.reconstruction.more_streams
-    streams = copies * sizes.stream(math.ceil(config.calibration.nsamples / cards) * config.calibration.seqlen)
+    streams = copies * sizes.stream(math.ceil(config.calibration.sequences / cards) * config.calibration.seqlen)
     passing = _gathered_by_a_pass(sizes, cards)
     evaluation = {**passing, **_evaluation(config, sizes)}
     # The merged and the reloaded model coexist at the end. On a GPU the masks are in host memory.
@@ -156,7 +156,7 @@ def _gathered_by_a_pass(sizes: Sizes, cards: int) -> dict[str, int]:
 
 def _calibration(base: Parts, config: Config, sizes: Sizes, cards: int) -> Parts:
     """Return the memory for pruning a block; with several cards, or for embedding, which gathers weights outside the blocks."""
-    sequences = min(config.calibration.calibration_batch_size, math.ceil(config.calibration.nsamples / cards))
+    sequences = min(config.calibration.calibration_batch_size, math.ceil(config.calibration.sequences / cards))
     merges = config.training.finetune and config.prune.steps > 1
     pruning = replace(
         base,
@@ -188,7 +188,7 @@ def _evaluation(config: Config, sizes: Sizes) -> dict[str, int]:
 
 def _reconstruction(config: Config, sizes: Sizes, cards: int = 1) -> int:
     """Return the memory for training a window of blocks, gathered on every card, with a card's share of a batch."""
-    sequences = math.ceil(min(config.reconstruction.reconstruct_batch_size, config.calibration.nsamples) / cards)
+    sequences = math.ceil(min(config.reconstruction.reconstruct_batch_size, config.calibration.sequences) / cards)
     return sizes.reconstruction(sequences * config.calibration.seqlen, config.reconstruction.window)
 
 
@@ -234,7 +234,7 @@ def working(config: Config, sizes: Sizes) -> Parts:
     It consists of a block and the next one, and of the largest piece of work on them.
     """
     calibration = config.calibration
-    at_once = min(calibration.calibration_batch_size, calibration.nsamples) * calibration.seqlen
+    at_once = min(calibration.calibration_batch_size, calibration.sequences) * calibration.seqlen
     pieces = [Parts(work=sizes.calibration(config.prune.method, at_once)), Parts(**_evaluation(config, sizes))]
     if config.reconstruction.reconstruct_epochs:
         pieces.append(Parts(reconstruction=_reconstruction(config, sizes)))
@@ -251,7 +251,7 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     probe = sizes.stream(2 * text.eval_seqlen)
     sweeps = {
         "dense": [sizes.stream(rmi), sizes.stream(windows)],
-        "pruning": [2 * sizes.stream(calibration.nsamples * calibration.seqlen), probe],
+        "pruning": [2 * sizes.stream(calibration.sequences * calibration.seqlen), probe],
         "verifying": [sizes.stream(windows), probe],
     }
     found: dict[str, Parts] = {}

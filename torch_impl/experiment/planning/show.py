@@ -48,7 +48,12 @@ CALIBRATION = {
     "reconstruction": "gradients of reconstruction",
     "features": "features",
 }
-WORK = {"sweeps": "sweeps", "reconstruction": "reconstruction", "training": "training"}
+WORK = {
+    "sweeps": "sweeps",
+    "reconstruction": "reconstruction",
+    "training": "training",
+    "writing": "text the model writes",
+}
 
 
 def plan_text(plan: Plan) -> str:
@@ -72,7 +77,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         )
     yield from _parts("disk", {DISK[name]: size for name, size in asdict(plan.disk).items()})
     for name, operations in asdict(plan.work).items():
-        yield f"work, {WORK[name]:<24}{operations / 1e12:>12.2f} TFLOP"
+        if name != "writing" or operations:
+            yield f"work, {WORK[name]:<24}{operations / 1e12:>12.2f} TFLOP"
     if plan.outlook is not None:
         yield from _outlook(plan.outlook, plan.cards)
     yield f"{'output':<30}  {plan.config.output_dir}"
@@ -93,7 +99,7 @@ def _outlook(found: Outlook, cards: int) -> Iterator[str]:
 
 def _facts(plan: Plan) -> dict[str, str]:
     config = plan.config
-    calibration, text = config.calibration, config.text
+    text = config.text
     return {
         "model": config.model.model,
         "family": plan.family,
@@ -104,13 +110,20 @@ def _facts(plan: Plan) -> dict[str, str]:
         "prunable weights": f"{plan.prunable:,}",
         "sparsity after each step": str([round(target, 4) for target in plan.sparsity]),
         "mean rank of each step": str(list(plan.ranks)),
-        "calibration": f"{calibration.nsamples} × {calibration.seqlen} tokens of {text.calibration_data}",
+        "calibration": _calibration(plan),
         "fine-tuning": _fine_tuning(plan),
         **_reconstruction(plan),
         "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
         "weights": _where(plan),
         "peak memory in": PHASES[plan.memory.phase],
     }
+
+
+def _calibration(plan: Plan) -> str:
+    calibration = plan.config.calibration
+    of_text = f"{calibration.nsamples} × {calibration.seqlen} tokens of {plan.config.text.calibration_data}"
+    written = calibration.written_samples
+    return f"{of_text}, and {written} × {calibration.seqlen} that the model writes" if written else of_text
 
 
 def _where(plan: Plan) -> str:
@@ -134,7 +147,7 @@ def _reconstruction(plan: Plan) -> dict[str, str]:
     options = plan.config.reconstruction
     if not options.reconstruct_epochs:
         return {}
-    batches = math.ceil(plan.config.calibration.nsamples / options.reconstruct_batch_size)
+    batches = math.ceil(plan.config.calibration.sequences / options.reconstruct_batch_size)
     what = "each block" if options.window == 1 else f"each window of {options.window} blocks"
     return {
         "reconstruction": f"{options.reconstruct_epochs} epochs of {what} at each step, "

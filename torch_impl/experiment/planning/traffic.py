@@ -84,7 +84,7 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     # Per block: the method's statistics, both sums of the error, and the Gram matrix.
     sums = sizes.statistics(config.prune.method) + FLOAT64 * (2 * sizes.hidden + samples**2 * rmi)
     reconstructs = options.reconstruct_epochs > 0
-    steps = options.reconstruct_epochs * math.ceil(calibration.nsamples / options.reconstruct_batch_size)
+    steps = options.reconstruct_epochs * math.ceil(calibration.sequences / options.reconstruct_batch_size)
     # Per training of a block: the gradients of every optimizer step. Per window: the energy of its channels.
     wide, count = max(4, sizes.itemsize), len(sizes.blocks)
     trainings = options.trainings(count)
