@@ -258,7 +258,7 @@ def test_presets_are_recipes_that_files_and_flags_win_over(name: str, tmp_path: 
     """Each by what it is, also on the embedded model, whose own settings it wins over."""
     recipe = {
         "paper": ("ce", "per_step", "error", 5, True, 0),
-        "best": ("kl", "whole_run", "uniform", 5, True, 4),
+        "best": ("kl", "whole_run", "uniform", 5, True, 2),
         "quick": ("kl", "whole_run", "error", 1, False, 32),
     }[name]
 
