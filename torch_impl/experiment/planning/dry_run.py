@@ -29,7 +29,7 @@ class Work:
     sweeps: int
     reconstruction: int
     training: int
-    writing: int
+    writing: int = 0
 
 
 @dataclass(frozen=True)
