@@ -191,6 +191,7 @@ SOME = {
     "nsamples": 10,
     "seqlen": 3,
     "rmi_samples": 6,
+    "layer_sparsity": "rmi",
     "eval_seqlen": 7,
     "eval_windows": 3,
     **PLAIN,
