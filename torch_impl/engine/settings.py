@@ -189,6 +189,11 @@ class Settings:
                 f"{self.adapter.max_rank}; use fewer steps, a lower initial_rank or a higher max_rank"
             )
 
+    @property
+    def mean_rank(self) -> int:
+        """Return the mean rank over all steps, rounded down: the one rank of methods that train once."""
+        return self.adapter.initial_rank + (self.prune.steps - 1) // 2
+
     def without_reconstruction(self) -> Settings:
         """Return the same settings without reconstruction."""
         return replace(self, reconstruction=ReconstructionConfig())

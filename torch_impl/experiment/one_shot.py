@@ -18,11 +18,10 @@ from torch_impl.experiment.material import Material
 
 def trained_one_shot(settings: Settings) -> Settings:
     """Return settings that prune once, at uniform rates, and train adapters of one rank: the run's mean over its steps."""
-    rank = settings.adapter.initial_rank + (settings.prune.steps - 1) // 2
     return replace(
         settings,
         prune=replace(settings.prune, steps=1, layer_sparsity="uniform"),
-        adapter=replace(settings.adapter, initial_rank=rank, rank_allocation="uniform"),
+        adapter=replace(settings.adapter, initial_rank=settings.mean_rank, rank_allocation="uniform"),
     )
 
 

@@ -65,8 +65,8 @@ class Trained:
     """The result of a baseline.
 
     model: works with generate, lm-eval and perplexity. unmerged: its adapters stand beside the weights, because merging them would
-    fill zeros. trainable: number of parameters that were trained, at their largest. seconds: of the parts importance, prune and
-    train. peak_bytes: on the device, by part; empty on the CPU.
+    fill zeros. trainable: number of parameters that were trained, at their largest. seconds: of the parts importance, prune,
+    reconstruct and train. peak_bytes: on the device, by part; empty on the CPU.
     """
 
     model: PreTrainedModel
@@ -115,11 +115,6 @@ def one_shot(settings: Settings) -> Settings:
         prune=dataclasses.replace(settings.prune, steps=1),
         training=dataclasses.replace(settings.training, finetune=False),
     )
-
-
-def mean_rank(settings: Settings) -> int:
-    """Return the mean rank over all steps of the configuration, the one rank of one-shot methods."""
-    return settings.adapter.initial_rank + (settings.prune.steps - 1) // 2
 
 
 def prune(model: PreTrainedModel, dense: PreTrainedModel, material: Material, config: Config, costs: Costs) -> Decoder:

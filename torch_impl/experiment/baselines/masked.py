@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -15,9 +14,10 @@ from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.batches import Example
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import Settings, TrainingConfig
-from torch_impl.experiment.baselines.baseline import Costs, OnProgress, Trained, finish, mean_rank, prune, train
+from torch_impl.experiment.baselines.baseline import Costs, OnProgress, Trained, finish, prune, train
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
+from torch_impl.experiment.one_shot import trained_one_shot
 
 
 def none(
@@ -41,13 +41,7 @@ def sparse_lora(
     on_progress: OnProgress | None = None,
 ) -> Trained:
     """Train our masked adapters after one shot, with uniform rates and ranks: Algorithm 1 with T = 1."""
-    settings = config.settings
-    settings = dataclasses.replace(
-        settings,
-        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity="uniform"),
-        adapter=dataclasses.replace(settings.adapter, initial_rank=mean_rank(settings), rank_allocation="uniform"),
-    )
-    return _by_algorithm_1(model, dense, material, settings, [1.0], on_progress)
+    return _by_algorithm_1(model, dense, material, trained_one_shot(config.settings), [1.0], on_progress)
 
 
 def losa(

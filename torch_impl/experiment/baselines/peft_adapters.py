@@ -16,7 +16,6 @@ from torch_impl.experiment.baselines.baseline import (
     OnProgress,
     Trained,
     finish,
-    mean_rank,
     prune,
     train,
     trainable_count,
@@ -45,7 +44,7 @@ def lora(
     """Train dense low-rank adapters after one shot."""
     costs = Costs(model.device)
     decoder = prune(model, dense, material, config, costs)
-    attach_lora(decoder, mean_rank(config.settings), config.adapter.scale, config.output.seed)
+    attach_lora(decoder, config.settings.mean_rank, config.adapter.scale, config.output.seed)
     count = trainable_count(model)
     steps = train(model, dense, material, config, costs, on_progress)
     return finish(model, True, count, steps, costs)
@@ -64,7 +63,7 @@ def adalora(
     if total < 2:
         raise ValueError(f"adalora needs 2 or more optimizer steps, and {len(material.examples)} examples make {total}")
     decoder = prune(model, dense, material, config, costs)
-    tuner = attach_adalora(decoder, mean_rank(config.settings), config.adapter.scale, total, config.output.seed)
+    tuner = attach_adalora(decoder, config.settings.mean_rank, config.adapter.scale, total, config.output.seed)
     count = trainable_count(model)
     extra = Extra(penalty(tuner), tuner.update_and_allocate)
     steps = train(model, dense, material, config, costs, on_progress, extra)

@@ -15,7 +15,6 @@ from torch_impl.experiment.baselines.baseline import (
     OnProgress,
     Trained,
     finish,
-    mean_rank,
     prune,
     train,
     trainable_count,
@@ -96,7 +95,7 @@ def sora(
     """Train gated adapters after one shot. They stay beside the weights."""
     costs = Costs(model.device)
     decoder = prune(model, dense, material, config, costs)
-    layers = attach(decoder, mean_rank(config.settings), config.adapter.scale, config.output.seed)
+    layers = attach(decoder, config.settings.mean_rank, config.adapter.scale, config.output.seed)
     count = trainable_count(model)
     steps = train(model, dense, material, config, costs, on_progress, gated(layers))
     return finish(model, True, count, steps, costs)
