@@ -359,7 +359,7 @@ def test_every_command_refuses_in_the_same_words(place: Path, fault: str, capsys
 def test_a_packed_model_is_not_pruned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = packed(place / "model")
     line = said(capsys, run.main(arguments(place, **PLAIN, model=folder)))
-    assert f"{folder} is packed; unpack it first: python -m torch_impl.pack {folder} FOLDER --unpack" in line
+    assert f"{folder} is packed; unpack it first: losa pack {folder} FOLDER --unpack" in line
 
 
 def test_an_adapter_beside_a_packed_model_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

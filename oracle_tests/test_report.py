@@ -87,7 +87,7 @@ def said(text: str) -> None:
     for words in (
         "17 windows of 32 tokens", "some.txt", "held out", "sha256 0123456789ab. Protocol c4, documents joined by ' ',",
         "begin-of-text token: before the text, stride 32, 1,054 tokens predicted.",
-        "Trained on 24 sequences in parts of 25%, 75%; loss kl, learning rate 0.002 whole run.",
+        "Trained on 24 sequences in parts of 25%, 75%; loss kl, learning rate 0.002, scheduled over all steps.",
         "Reloaded with transformers alone: every pruned weight of 21 projections is zero, logits within 1.2e-06 of",
     ):  # fmt: skip
         assert words in text
@@ -138,10 +138,30 @@ def test_the_model_card_holds_the_same_table() -> None:
     for words in (
         "wanda masks, unstructured, rmi rates, 2 steps; trained by low-rank adapters on 24 sequences (learning rate 0.002, ",
         "loss kl, ranks 5 to 9), which are merged.", "calibration: c4, evaluation: some.txt, fine-tuning: records.json. Seed 3.",
-        "losa-oracle 9.8.7", "Its licence applies", "arxiv.org/abs/2502.14816", 'from_pretrained("THIS FOLDER")',
+        "losa-oracle 9.8.7", "Its licence applies", "arxiv.org/abs/2502.14816",
+        "@inproceedings{huang2025dynamic,", 'from_pretrained("THIS FOLDER")',
     ):  # fmt: skip
         assert words in card
     said(card)
+
+
+@pytest.mark.parametrize(
+    ("front", "found"),
+    [
+        ("license: mit", "mit"),
+        ("license: other\nlicense_name: llama3.2", "llama3.2"),
+        ("tags: [a]", None),
+        ("license: [a: b", None),
+        ("license: 3", None),
+    ],
+)
+def test_the_licence_is_the_base_model_s(tmp_path: Path, front: str, found: str | None) -> None:
+    assert provenance.license_in(tmp_path) is None
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n", encoding="utf-8")
+    assert provenance.license_in(tmp_path) == found
+    card = model_card.of_saved(replace(RESULT, license=found))
+    assert (f'\nlicense: "{found}"\n' in card.split("\n---\n")[0] + "\n") == bool(found)
+    assert f"Its licence{f', {found},' if found else ''} applies to this model too." in card
 
 
 def test_a_model_card_names_no_local_path(tmp_path: Path) -> None:
@@ -209,7 +229,7 @@ def test_the_page_holds_the_table_and_every_step(tmp_path: Path) -> None:
         ],
     ]  # fmt: skip
     said(html.unescape(page))
-    quotes = re.findall("<p>(.*?)</p><blockquote><span class=prompt>(.*?)</span>(.*?)</blockquote>", page)
+    quotes = re.findall("<p>([^<]*)</p><blockquote><span class=prompt>(.*?)</span>(.*?)</blockquote>", page)
     assert quotes == [("dense", "once &lt;", " upon &amp; a"), ("LoSA", "once &lt;", " a time")]
     names = ["sparsity", "ranks", "errors", "loss", "perplexity"]
     pictures = re.findall('<img src="data:image/png;base64,(.*?)" alt="(.+?)"><figcaption>(.+?)</figcaption>', page)

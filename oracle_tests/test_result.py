@@ -19,7 +19,7 @@ from torch_impl.experiment.result import Measured, MeasuredModels, SavedBytes, s
 def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """losa_result.json by hand: the rows differ in every figure but the dense bytes."""
     some = config(model="some/model", loss="kl", lr_schedule="whole_run", prune_method="sparsegpt", sparsity_ratio=0.6)
-    model = SimpleNamespace(device=torch.device("cpu"))
+    model = SimpleNamespace(device=torch.device("cpu"), name_or_path="nowhere")
     material = SimpleNamespace(evaluation_facts={"windows": 3}, examples=[1, 2, 3, 4, 5], model=model)
     record = StepRecord(5, 0.6, [], [0.6], [0.6], [0.1], [7], [1.0], {})
     samples = {"dense": {"prompt": "a", "text": "b"}}
@@ -49,6 +49,7 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         "target_sparsity": 0.6,
         "dense": {"perplexity": 1.5, "sparsity": 0.125, "seconds": 2.5, "bytes": 1000, "packed_bytes": 1000},
         "pruned_at_once": {"perplexity": 3.5, "sparsity": 0.25, "seconds": 4.5, "bytes": 1000, "packed_bytes": 700},
+        "license": None,
         "one_shot": {"perplexity": 7.5, "sparsity": 0.75, "seconds": 8.5, "bytes": 1000, "packed_bytes": 700},
         "losa": {"perplexity": 5.5, "sparsity": 0.5, "seconds": 6.5, "bytes": 1000, "packed_bytes": 700},
         "perplexity_after_step": [8.5, 9.5],

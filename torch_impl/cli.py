@@ -13,16 +13,15 @@ import torch_impl
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its line of --help, the module whose `main` it runs, and words that always come first."""
+    """A command: its line of --help, and the module whose `main` it runs."""
 
     summary: str
     module: str
-    words: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "run": Command("prune a model, train it to restore quality, save and report", "torch_impl.commands.run"),
-    "plan": Command("show what a run would do and need, and stop", "torch_impl.commands.run", ("--dry_run",)),
+    "plan": Command("show what a run would do and need, and stop", "torch_impl.commands.plan"),
     "pack": Command("store a sparse model without its zeros, or unpack it", "torch_impl.commands.pack"),
     "generate": Command("generate text with a packed or plain model", "torch_impl.commands.generate"),
     "serve": Command("serve a model over HTTP, with OpenAI's API", "torch_impl.commands.serve"),
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: this version has no losa {name}", file=sys.stderr)
         return 2
-    status: int = module.main([*command.words, *words[1:]])
+    status: int = module.main(words[1:])
     return status
 
 

@@ -7,11 +7,20 @@ from collections.abc import Sequence
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.experiment import report
 from torch_impl.experiment.command import command, process, say
-from torch_impl.experiment.config import parse
+from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.job import check_output, run_in_memory, run_job
 from torch_impl.experiment.material import check_text
 from torch_impl.experiment.offloaded_job import run_offloaded
 from torch_impl.experiment.planning import dry_run, show
+
+
+def show_plan(config: Config) -> None:
+    """Print the plan of a run, in process 0. Errors: whatever the run would refuse, as far as it shows without weights."""
+    if not process():
+        plan = dry_run.make_plan(config)
+        check_output(config)
+        check_text(config)
+        say(show.plan_text(plan))
 
 
 @command
@@ -21,11 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     if config.output.deterministic:
         make_deterministic()
     if config.output.dry_run:
-        if not process():
-            plan = dry_run.make_plan(config)
-            check_output(config)
-            check_text(config)
-            say(show.plan_text(plan))
+        show_plan(config)
         return
     result, folder = run_job(config, run_offloaded if dry_run.offloads(config) else run_in_memory)
     if process():

@@ -10,8 +10,10 @@ TITLE = "# A language model packed without its zeros"
 
 def write(folder: Path, zeros: float, bits: float) -> None:
     """Write the card of a packed folder, and keep the plain model's beside it. zeros: share of zeros; bits: per weight."""
+    plain = ""
     if (folder / CARD).is_file():
         (folder / CARD).rename(folder / PLAIN)
+        plain = f" {PLAIN} is the card of the plain model."
     (folder / CARD).write_text(
         f"""---
 tags: [sparse, packed, losa]
@@ -19,18 +21,19 @@ tags: [sparse, packed, losa]
 {TITLE}
 
 The projections of the decoder blocks have {zeros:.1%} zeros. They are stored as a bitmap and the kept values,
-{bits:.2f} bits a weight. The licence of the base model applies. {PLAIN} is the card of the plain model.
+{bits:.2f} bits a weight. The licence of the base model applies.{plain}
 
 The folder needs the package `losa-oracle`:
 
 ```python
-import torch_impl
+import torch_impl  # without it, the folder does not load
+from transformers import AutoModelForCausalLM
 
-model = torch_impl.load_packed("THIS FOLDER")
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 ```
 
-`python -m torch_impl.generate FOLDER --prompt TEXT` writes text, and `python -m torch_impl.pack --unpack FOLDER PLAIN`
-restores the plain Hugging Face folder, bit for bit.
+`losa generate FOLDER --prompt TEXT` writes text, `losa serve FOLDER` answers OpenAI's clients, and
+`losa pack --unpack FOLDER PLAIN` restores the plain Hugging Face folder, bit for bit.
 """,
         encoding="utf-8",
         errors="backslashreplace",

@@ -30,7 +30,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads packed models. To pack a model, use `python -m torch_impl.pack`.
+    """Loads packed models. To pack a model, use `losa pack`.
 
     Errors of loading: ValueError naming the model, and some of the tensors concerned.
     """
@@ -104,7 +104,7 @@ def _check_class(model: PreTrainedModel) -> None:
     if classes and type(model).__name__ not in classes:
         raise ValueError(
             f"model {model.config.name_or_path} is packed and loads as {classes[0]} only, not as {type(model).__name__}; "
-            "use AutoModelForCausalLM, or unpack it first: python -m torch_impl.pack --unpack"
+            "use AutoModelForCausalLM, or unpack it first: losa pack --unpack"
         )
 
 

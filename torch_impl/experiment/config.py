@@ -277,12 +277,13 @@ class _Parser(Parser, GroupedHelp, HfArgumentParser):  # type: ignore[misc]
     """A parser whose options are the fields of the sections."""
 
 
-def parse(arguments: Sequence[str], data_required: bool = False) -> Config:
-    """Parse a command line. data_required: a model that is not the embedded one needs text that is named.
+def parse(arguments: Sequence[str], data_required: bool = False, prog: str = "losa run") -> Config:
+    """Parse a command line. data_required: a model that is not the embedded one needs text that is named. prog: for --help.
 
     Errors: ValueError naming option, value and what is allowed; FileNotFoundError for a missing TOML file.
     """
     parser = _make_parser()
+    parser.prog = prog
     early = parser.parse_args(list(arguments))
     own = _from_toml(_config_file(early.config)) if early.config is not None else {}
     from_file = _with_preset(early.preset, own, arguments)

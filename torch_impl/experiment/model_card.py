@@ -12,6 +12,15 @@ PAPER = (
     "[Dynamic Low-Rank Sparse Adaptation for Large Language Models](https://arxiv.org/abs/2502.14816) (LoSA, ICLR 2025)"
 )
 
+CITATION = """\
+@inproceedings{huang2025dynamic,
+  title     = {Dynamic Low-Rank Sparse Adaptation for Large Language Models},
+  author    = {Huang, Weizhong and Zhang, Yuxin and Zheng, Xiawu and Liu, Yang and Lin, Jing and Yao, Yiwu and Ji, Rongrong},
+  booktitle = {The Thirteenth International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2502.14816}
+}"""
+
 
 def name_of(model: str) -> str:
     """Return a model's name: a hub id as it is, of a folder only the last part."""
@@ -39,11 +48,12 @@ def of_saved(result: Result) -> str:
             "---",
             "library_name: transformers",
             *([f"base_model: {json.dumps(name, allow_nan=False)}"] if on_hub else []),
+            *([f"license: {json.dumps(result.license, allow_nan=False)}"] if result.license else []),
             "tags: [sparse, pruned, losa]",
             "---",
             f"# {name.rpartition('/')[2]}, pruned to {result.losa.sparsity:.1%} zeros",
             "",
-            f"- **Base model:** {name}. Its licence applies to this model too.",
+            f"- **Base model:** {name}. Its licence{f', {result.license},' if result.license else ''} applies to this model too.",
             f"- **Method:** {PAPER}; {result.method} masks, {result.sparsity_type}, {result.rates} rates, {result.steps} "
             f"step{'s' * (result.steps > 1)}{reconstructed}; {trained}.",
             f"- **Data:** {', '.join(f'{purpose}: {text}' for purpose, text in result.texts.items())}. Seed {result.seed}.",
@@ -57,6 +67,12 @@ def of_saved(result: Result) -> str:
             "from transformers import AutoModelForCausalLM",
             "",
             'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+            "```",
+            "",
+            "## Citation",
+            "",
+            "```bibtex",
+            *CITATION.splitlines(),
             "```",
             "",
         ]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
+from huggingface_hub import ModelCard
 
 import torch_impl
 
@@ -31,6 +33,16 @@ def commit() -> str | None:
 def software() -> dict[str, str | None]:
     """Return name, version and commit of this software."""
     return {"name": "losa-oracle", "version": torch_impl.__version__, "commit": commit()}
+
+
+def license_in(folder: Path) -> str | None:
+    """Return the licence that the card in a model's folder names; None if there is no card, or none in it."""
+    try:
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    named = data.get("license_name") if data.license == "other" else data.license
+    return named if isinstance(named, str) else None
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

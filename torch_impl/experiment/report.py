@@ -10,6 +10,7 @@ from torch_impl.masks.pattern import Pattern
 
 # Report a difference between two sparsities if it is larger than this.
 VISIBLE = 5e-4
+SCHEDULES = {"per_step": "in each step", "whole_run": "over all steps"}
 
 
 def _rows(result: Result) -> list[tuple[Row, str]]:
@@ -71,14 +72,14 @@ def notes_of(result: Result) -> list[str]:
     return [
         *_why_not_as_asked(result),
         _measured_on(facts),
-        f"Trained on {result.train_examples} sequences in parts of {shares}; loss {result.loss}, "
-        f"learning rate {result.learning_rate:g} {result.lr_schedule.replace('_', ' ')}."
+        f"Trained on {result.train_examples:,} sequences in parts of {shares}; loss {result.loss}, "
+        f"learning rate {result.learning_rate:g}, scheduled {SCHEDULES[result.lr_schedule]}."
         if result.finetuned
         else "Nothing was trained.",
         f"Reloaded {checks.reloaded}: every pruned weight of {checks.projections} projections is zero, logits "
         f"within {checks.largest_logit_difference:.1e} of the unmerged model's.",
-        "The saved model stores its zeros, so it is as large and as fast as before. To store a bitmap and the kept values "
-        "instead, run python -m torch_impl.pack.",
+        "The saved model stores its zeros, so it is as large and as fast as before. losa pack stores a bitmap and the kept values "
+        "instead.",
     ]
 
 

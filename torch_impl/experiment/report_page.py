@@ -16,8 +16,10 @@ from torch_impl.experiment.result import Result
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
+.table { overflow-x: auto; margin: 1rem 0 } .result tr:last-child { font-weight: 600 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+details td:last-child { white-space: normal; overflow-wrap: anywhere; text-align: left }
 td:first-child, th:first-child { text-align: left } figure { margin: 1.5rem 0 } img { max-width: 100% }
 figcaption { color: #555 } details { margin: 1rem 0 } summary { cursor: pointer; font-weight: 600 }
 blockquote { margin: .5rem 0; padding: .6rem 1rem; background: #f5f5f2; border-radius: 6px; white-space: pre-wrap;
@@ -40,10 +42,12 @@ def write(
     title = html.escape(name_of(result.model))
     cells = cells_of(result)
     page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>LoSA: {title}</title>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>LoSA: {title}</title>
 <style>{STYLE}</style>
 <h1>{title}: {result.losa.sparsity:.1%} zeros, {html.escape(result.method)}, {html.escape(result.sparsity_type)}</h1>
-{_table(cells[0], cells[1:])}<ul>{"".join(f"<li>{html.escape(note)}</li>" for note in notes_of(result))}</ul>
+<div class="result">{_table(cells[0], cells[1:])}</div>
+<ul>{"".join(f"<li>{html.escape(note)}</li>" for note in notes_of(result))}</ul>
 {_samples(result)}
 <h2>Step by step</h2>
 {_steps(result, records)}
@@ -61,7 +65,8 @@ def write(
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     shown = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>{shown}</table>"
+    titles = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    return f'<div class="table"><table><tr>{titles}</tr>{shown}</table></div>'
 
 
 def _samples(result: Result) -> str:
@@ -72,7 +77,8 @@ def _samples(result: Result) -> str:
         f"{html.escape(found['text'])}</blockquote>"
         for name, found in result.samples.items()
     ]
-    return f"<h2>What it writes</h2>{''.join(quotes)}" if quotes else ""
+    how = "<p>The most likely token each time, after the beginning of the evaluation text.</p>"
+    return f"<h2>What it writes</h2>{how}{''.join(quotes)}" if quotes else ""
 
 
 def _steps(result: Result, records: Sequence[StepRecord]) -> str:

@@ -97,6 +97,8 @@ class Result:
     software: dict[str, str | None]
     texts: dict[str, str]
     """Name of the text for each purpose, without the path."""
+    license: str | None = None
+    """Of the base model, if its card names one."""
     one_shot: Row | None = None
     """The trained one-shot model; with --baselines one_shot."""
 
@@ -162,6 +164,7 @@ def summarise(
         samples=samples,
         software=provenance.software(),
         texts=_texts(config),
+        license=provenance.license_in(pretrained.folder_of(material.model)),
     )
 
 

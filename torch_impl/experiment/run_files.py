@@ -34,9 +34,7 @@ def write_results(
 
 def as_toml(config: Config) -> str:
     """Write the options that determine a run as a TOML file for --config; its output folder is left to the next run."""
-    lines = [
-        "# The options of this run: python -m torch_impl.run --config losa_config.toml --output_dir NEW repeats it."
-    ]
+    lines = ["# The options of this run: losa run --config losa_config.toml --output_dir NEW repeats it."]
     for section, values in config.as_dict().items():
         shown = {
             name: value for name, value in values.items() if value is not None and name not in (*ELSEWHERE, "devices")

@@ -25,7 +25,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of a packed model: the list of its tensors, and the index and the quantization method that transformers sees.
 PACKED, PACKED_INDEX, METHOD = "packed.json", "packed.safetensors.index.json", "losa-packed"
 # Files that are downloaded from a hub repository besides the weights.
-BESIDE = ["*.json", "*.model", "*.txt", "*.py", "*.jinja"]
+BESIDE = ["README.md", "*.json", "*.model", "*.txt", "*.py", "*.jinja"]
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Configuration entries that cannot exceed the size of the weights in bytes.
 SIZES = (
@@ -141,9 +141,7 @@ def find(folder: Path) -> CheckpointFiles:
     Errors: FileNotFoundError or ValueError naming the folder and the problem.
     """
     if (folder / PACKED).is_file():
-        raise ValueError(
-            f"model {folder} is packed; unpack it first: python -m torch_impl.pack {folder} FOLDER --unpack"
-        )
+        raise ValueError(f"model {folder} is packed; unpack it first: losa pack {folder} FOLDER --unpack")
     config = read_config(folder)
     files = find_files(folder)
     for name in SIZES:

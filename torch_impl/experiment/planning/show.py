@@ -160,10 +160,15 @@ def _named(parts: Parts) -> dict[str, int]:
 
 
 def _parts(title: str, sizes: Mapping[str, int]) -> Iterator[str]:
-    yield f"{title:<30}  {sum(sizes.values()) / GIB:.2f} GiB at the peak (estimated):"
-    yield from (f"  {name:<28}{size / GIB:>10.2f} GiB" for name, size in sizes.items())
+    yield f"{title:<30}  {_size(sum(sizes.values()))} at the peak (estimated):"
+    yield from (f"  {name:<28}{_size(size):>14}" for name, size in sizes.items())
 
 
 def _amounts(title: str, sizes: Mapping[str, int], names: Mapping[str, str]) -> Iterator[str]:
     yield title
-    yield from (f"  {names[name]:<28}{size / GIB:>10.2f} GiB" for name, size in sizes.items())
+    yield from (f"  {names[name]:<28}{_size(size):>14}" for name, size in sizes.items())
+
+
+def _size(count: float) -> str:
+    """Format bytes: in MiB if they are less than a hundredth of a GiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
