@@ -297,6 +297,8 @@ def test_a_task_of_the_hub(model: PreTrainedModel, folder: Path, monkeypatch: py
     assert file == {"file": "arc_easy.jsonl", "sha256": digest, "requests_sha256": asked}
     assert zero_shot(model, TOKENIZER, ["arc_easy"], limit=19).sources["arc_easy"]["requests_sha256"] != asked
     assert found.version == importlib.metadata.version("lm_eval")
+    assert found.as_dict()["accuracy"] == found.accuracy
+    assert found.by_task()["tasks"]["arc_easy"]["acc"] == found.accuracy["arc_easy"]
 
 
 def test_examples_in_the_prompt(folder: Path, tmp_path: Path) -> None:

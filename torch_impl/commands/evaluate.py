@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=options.batch_size,
         )
     if tasks is not None:
-        found |= zero_shot.measure(model, tokenizer, tasks, options.limit, options.batch_size).as_dict()
+        found |= zero_shot.measure(model, tokenizer, tasks, options.limit, options.batch_size).by_task()
     say(files.dumps(found, "result") if options.json else _text(found))
 
 

@@ -14,7 +14,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,11 @@ class ZeroShot:
     limit: int | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: by task, then what is common to all."""
+        """Plain values by figure, for JSON."""
+        return asdict(self)
+
+    def by_task(self) -> dict[str, Any]:
+        """Plain values by task, then what is common to all."""
         tasks = {
             name: {
                 "acc": self.accuracy[name],
