@@ -98,6 +98,45 @@ def test_what_fails_is_said_and_the_others_go_on(
     assert "failed" not in capsys.readouterr().out
 
 
+def test_an_unmerged_baseline_with_tasks_and_speed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Tasks and speed are measured of what is reported alone, not to choose a learning rate."""
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    lines = [{"goal": f"the {n}", "sol1": "cat sat", "sol2": "dog sat", "label": n % 2} for n in range(4)]
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = f"""speed = true
+    [texts]
+    one = {json.dumps(str(place / "text.txt"))}
+    two = {{ source = "stdlib", protocol = "documents" }}
+    [tasks]
+    names = ["piqa"]
+    data = "zero"
+    limit = 3
+    [[matrix]]
+    sparsity = 0.5
+    recipes = ["sora"]
+    learning_rates = [1e-3, 1e-2]
+    """
+    given = words(place, text, eval_data=None, eval_windows=4, train_examples=8, output=tmp_path / "out", data=tmp_path)
+    assert compare.main(given) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("| SoRA (unmerged) |"))
+    head = next(line for line in out.splitlines() if line.startswith("|  | one | two |"))
+    shown = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert float(shown["piqa"]) == float(shown["mean"])
+    assert shown["tokens/s, packed"].endswith("×)")
+    outcomes = Results(tmp_path / "out").together().values()
+    measured = [outcome for outcome in outcomes if outcome.zero_shot]
+    assert [(o.labels["recipe"], bool(o.tokens_per_second)) for o in measured] in (
+        [("dense", False), ("sora", True)], [("sora", True), ("dense", False)],
+    )  # fmt: skip
+    assert {o.zero_shot["documents"]["piqa"] for o in measured} == {3}
+    assert len(outcomes) == 4
+    assert {name: len(losses) for name, losses in measured[0].losses.items()} == {"one": 2, "two": 2}
+    assert "lm-eval" in out
+    assert "the first 3 documents of each task" in out
+
+
 def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     assert compare.main([*words(place, output=out), "--dry_run", "--shard", "1/2", "--only", "recipe=losa"]) == 0

@@ -89,6 +89,11 @@ class Pretended:
         return Outcome(
             cell.labels, DONE, tuning=math.exp(base), losses={"stdlib": (base + noise).tolist()}, hashes={"stdlib": "same"},
             unmerged=cell.recipe.name == "mine", seconds={"prune": 2.0, "train": 3.0}, facts=FACTS,
+            tokens_per_second={} if cell.recipe.name == "dense" else {"packed": 45.0, "dense": 20.0},
+            gib={"prune": 1.5, "train": 2.5}, trained=1_500_000, zero_shot={
+                "accuracy": {"piqa": 0.5 + 0.02 * cell.seed, "boolq": 0.6}, "mean": 0.55 + 0.01 * cell.seed,
+                "stderr": {"piqa": 0.01, "boolq": 0.02}, "version": "0.4",
+            },
         )  # fmt: skip
 
 
@@ -269,7 +274,9 @@ def test_a_row_s_figures(made: tuple[Any, ...]) -> None:
     p, change = stats.ttest_rel(ours, theirs).pvalue, 100 * (math.exp((ours - theirs).mean()) - 1)
     words = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     assert line["against the paper's LoSA"] == f"{change:+.1f} %, {words}".replace("-", "−")
-    assert (line["learning rate"], line["seeds"]) == ("0.01", "2")
+    assert (line["learning rate"], line["seeds"], line["tokens/s, packed"]) == ("0.01", "2", "45.0 (2.25×)")
+    assert (line["piqa"], line["boolq"], line["mean"]) == ("51.0 ± 1.4", "60.0 ± 0.0", "55.5 ± 0.7")
+    assert "by lm-eval 0.4; standard error of a task 1.0 to 2.0." in table.notes[2]
     overview = section.tables[0]
     assert overview.cells[0] == ("prune_method", "", "50 %", "70 %", "2:4")
     assert next(row for row in overview.cells if row[1].startswith("mine"))[3] == line["stdlib"]
@@ -303,7 +310,7 @@ def test_unmerged_and_published_rows_are_marked(made: tuple[Any, ...], tmp_path:
     assert "    losa compare some.toml\n" in text
     assert "on CPU, float32" in text
     pictures = curves.draw(tmp_path, [section])
-    assert pictures == {"A comparison": ["1-perplexity-stdlib.png"]}
+    assert pictures == {"A comparison": ["1-perplexity-stdlib.png", "1-speed.png"]}
     page.write(tmp_path / "tables.html", "A & B", [section], pictures)
     html = (tmp_path / "tables.html").read_text(encoding="utf-8")
     assert "<title>A &amp; B</title>" in html
@@ -315,8 +322,9 @@ def test_costs(made: tuple[Any, ...]) -> None:
     """Measured: every part's mean seconds. Estimated: 6 operations per weight and token, 10,000 sequences, one A100."""
     section = made[-1]
     table = next(table for table in section.tables if table.title == "Cost of each part")
-    assert table.cells[0] == ("prune_method", "", "prune, s", "train, s", "in all, s")
-    assert ("wanda", "LoSA, as in the paper", "2.0", "3.0", "5.0") in table.cells
+    head = ("prune_method", "", "prune, s", "train, s", "in all, s", "prune, GiB", "train, GiB", "trained, millions")
+    assert table.cells[0] == head
+    assert ("wanda", "LoSA, as in the paper", "2.0", "3.0", "5.0", "1.50", "2.50", "1.50") in table.cells
     assert len(table.cells) == 1 + 2 * 3
     estimated = costs.estimated()
     cells = [dict(zip(estimated.cells[0], line, strict=True)) for line in estimated.cells[1:]]

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
@@ -17,6 +18,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment import provenance, zero_shot
 from torch_impl.experiment.baselines import BASELINES, Trained
 from torch_impl.experiment.baselines.baseline import Costs, finish
+from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.recipes import DENSE
 from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome
@@ -110,20 +112,30 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
     accuracy = zero_shot.measure(model, material.tokenizer, tasks, cell.measures.limit, size) if tasks else None
     # A part that does nothing takes microseconds.
     seconds = {part: round(value, 3) for part, value in made.seconds.items() if value >= 1e-3}
+    speed = _speed(model, material.model) if cell.measures.speed and cell.final else {}
     return Outcome(
         labels=cell.labels,
         status=DONE,
         tuning=tuning,
         losses={name: [float(f"{loss:.7g}") for loss in found] for name, found in losses.items()},
         hashes={name: str(describe_windows(found)["sha256"])[:16] for name, found in windows.items()},
-        zero_shot={} if accuracy is None else accuracy.as_dict(),
+        zero_shot={} if accuracy is None else dataclasses.asdict(accuracy),
         sparsity=None if made.unmerged else zero_share(Decoder(model).weights),
         unmerged=made.unmerged,
         trained=made.trainable or None,
         seconds={**seconds, "evaluate": round(time.perf_counter() - start, 3)},
         gib={part: round(count / 2**30, 3) for part, count in made.peak_bytes.items()},
+        tokens_per_second=speed,
         facts=facts,
     )
+
+
+def _speed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, float]:
+    """Measure decoding with packed weights, and of the dense model beside it: on a shared machine, their ratio counts."""
+    if model is dense:
+        return {}
+    found = decoding_cost(model, dense)
+    return {"packed": round(found.packed, 2), "dense": round(found.dense, 2)}
 
 
 def _facts(material: Material) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
         (f"perplexity-{text}", f"perplexity on {text}", lambda row, text=text: row.perplexity(text), True)  # type: ignore[misc]
         for text in texts
     ]
-    kinds.append(("speed", "tokens/s", lambda row: _single(row.mean_of("tokens_per_second")), False))
+    kinds.append(("speed", "tokens/s with packed weights", lambda row: _speed(row, "packed"), False))
     for kind, label, value, logarithmic in kinds:
         lines = series(section, value)
         if any(len(points) > 1 for points in lines.values()):
@@ -39,7 +39,8 @@ def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
             yield name
 
 
-def _single(value: float | None) -> Spread | None:
+def _speed(row: Row, side: str) -> Spread | None:
+    value = row.mean_of("tokens_per_second", side)
     return None if value is None else Spread(value, None, 1)
 
 

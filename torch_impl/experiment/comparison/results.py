@@ -23,7 +23,7 @@ class Outcome:
     that is reported, in nats per token. tuning: perplexity of the first text's other half. hashes: of each text's token ids.
     zero_shot: accuracy by task in percent, its standard error, their mean, and who measured. unmerged: the model runs with
     separate adapters. trained: parameters that were trained. seconds, gib: of each part of the work. tokens_per_second: of
-    decoding.
+    decoding, of the packed model and of the dense one beside it.
     """
 
     labels: dict[str, str]
@@ -38,7 +38,7 @@ class Outcome:
     trained: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     gib: dict[str, float] = field(default_factory=dict)
-    tokens_per_second: float | None = None
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     """Hardware, software, the model's name and sizes."""
 

@@ -104,7 +104,7 @@ def main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Map
     texts = list(measures.texts)
     tasks = _tasks(inside)
     optional: list[tuple[str, Callable[[Row], str]]] = [
-        ("tokens/s", lambda row: _number(row.mean_of("tokens_per_second"), 1)),
+        ("tokens/s, packed", _speed),
         ("learning rate", lambda row: NOTHING if row.rate is None else f"{row.rate:g}"),
         ("seeds", lambda row: str(len(row.ended)) + (f" of {len(row.group.seeds)}" if row.missing else "")),
     ]
@@ -135,8 +135,10 @@ def _accuracy(row: Row, task: str) -> str:
     return figure(row.accuracy(task), 1)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return NOTHING if value is None else f"{value:,.{digits}f}"
+def _speed(row: Row) -> str:
+    """Format tokens per second, and how many times that is the dense model's."""
+    packed, dense = (row.mean_of("tokens_per_second", side) for side in ("packed", "dense"))
+    return NOTHING if packed is None or dense is None else f"{packed:,.1f} ({packed / dense:.2f}×)"
 
 
 def _notes(rows: Sequence[Row], compared: bool, texts: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
