@@ -17,7 +17,7 @@ from torch_impl.masks.prune import METHODS
 
 OPT = replace(SIZES, gated=False)
 WIDE = replace(SIZES, itemsize=8, width=20)
-MAGNITUDE, WANDA, SPARSEGPT = (METHODS[name] for name in ("magnitude", "wanda", "sparsegpt"))
+MAGNITUDE, WANDA, SPARSEGPT, ALPS = (METHODS[name] for name in ("magnitude", "wanda", "sparsegpt", "alps"))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,17 @@ MAGNITUDE, WANDA, SPARSEGPT = (METHODS[name] for name in ("magnitude", "wanda", 
         (lambda: SIZES.calibration(SPARSEGPT, 1000), (3 * 64 + 144) * 4 + 1000 * 72 * 2),
         # The widest input, not the largest projection.
         (lambda: SIZES.calibration(SPARSEGPT, 1), (3 * 64 + 144) * 4 + SPARSEGPT.workspace(8, 12, 2)),
-        # Two wide copies, three bytes of masks, and 36 bytes of sorting, of at most 2²⁵ entries if rows are sorted.
-        (lambda: MAGNITUDE.workspace(12, 8, 2), 96 * (2 * 4 + 3) + 96 * 36),
-        (lambda: WANDA.workspace(12, 8, 2), 96 * (2 * 4 + 3) + 96 * 36),
-        (lambda: MAGNITUDE.workspace(2**13, 2**13, 2), 2**26 * (2 * 4 + 3 + 36)),
-        (lambda: WANDA.workspace(2**13, 2**13, 2), 2**26 * (2 * 4 + 3) + 2**25 * 36),
+        # Two wide copies, three bytes of masks, the lowest scores and their indices.
+        (lambda: MAGNITUDE.workspace(12, 8, 2), 96 * (2 * 4 + 3 + 12)),
+        (lambda: WANDA.workspace(12, 8, 2), 96 * (2 * 4 + 3 + 12)),
+        (lambda: MAGNITUDE.workspace(2**13, 2**13, 2), 2**26 * (2 * 4 + 3 + 12)),
+        (lambda: WANDA.workspace(2**13, 2**13, 2), 2**26 * (2 * 4 + 3 + 12)),
         # Five matrices of the Hessian's size, or the projection's copies.
         (lambda: SPARSEGPT.workspace(8, 12, 2), 5 * 144 * 4),
         (lambda: SPARSEGPT.workspace(2**20, 64, 2), 2**26 * (4 * 4 + 3)),
+        # Four matrices of the Hessian's size in float64; or two in float32 and eight copies of the projection, masks, choosing.
+        (lambda: ALPS.workspace(2, 12, 2), 33 * 144),
+        (lambda: ALPS.workspace(2**20, 64, 2), 2 * 4 * 2**12 + 2**26 * (8 * 4 + 6 + 12)),
         # Norms' inputs in float32; projections' inputs, attention and MLP in two bytes.
         (lambda: SIZES.kept_for_backward(compiled=False), 2 * 8 * 4 + (2 * 8 + 2 * 8 + 2 * 4 + 4 * 12) * 2),
         (lambda: OPT.kept_for_backward(compiled=False), 2 * 8 * 4 + (2 * 8 + 2 * 8 + 2 * 4 + 2 * 12) * 2),

@@ -200,7 +200,7 @@ SOME = {
 
 def test_an_offloaded_run() -> None:
     """Outside the blocks 200 weights, two blocks of 300; hidden states of 16 bytes a token."""
-    base = Parts(weights=400, blocks=2 * 300 * 2, work=NORMS + 96 * 47)
+    base = Parts(weights=400, blocks=2 * 300 * 2, work=NORMS + 96 * 23)
     found = peak(config(**SOME), SIZES, CUDA)
     assert (found.offloaded, found.phase) == (True, "pruning")
     assert found.device == replace(base, streams=16 * (2 * 30 + 2 * 7))
@@ -220,7 +220,7 @@ def test_an_offloaded_run() -> None:
 
 def test_hidden_states_that_find_no_room_are_kept_by_the_host() -> None:
     without = config(**{**SOME, "eval_seqlen": 2, "eval_windows": 60000})
-    found = peak(without, SIZES, replace(CUDA, free=1200 + NORMS + 96 * 47 + 400 + 16 * 4 + 10))
+    found = peak(without, SIZES, replace(CUDA, free=1200 + NORMS + 96 * 23 + 400 + 16 * 4 + 10))
     assert found.device.streams <= 16 * 4
     assert found.host.streams >= 16 * 120000
     dense = peak(config(**{**SOME, "rmi_samples": 10, "seqlen": 30}), SIZES, CUDA)
@@ -242,7 +242,7 @@ def test_each_sweep_has_the_room_to_itself() -> None:
 def test_the_largest_piece_of_work_on_a_block() -> None:
     """Pruning, a batch of windows, its logits, or training the block."""
     base = Parts(blocks=2 * 300 * 2)
-    assert phases.working(config(**SOME), SIZES) == replace(base, work=NORMS + 96 * 47)
+    assert phases.working(config(**SOME), SIZES) == replace(base, work=NORMS + 96 * 23)
     windows = config(**{**SOME, "eval_batch_size": 3, "eval_seqlen": 50})
     assert phases.working(windows, SIZES) == replace(base, work=150 * 72 * 2)
     assert phases.working(windows, replace(SIZES, vocabulary=500)) == replace(base, logits=500 * 50 * 14)

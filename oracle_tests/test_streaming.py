@@ -32,7 +32,6 @@ from torch_impl.experiment.material import load_material
 from torch_impl.experiment.planning import checks, dry_run, phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
-from torch_impl.masks import select
 from torch_impl.run import main
 
 PLAIN: dict[str, object] = {"steps": 1, "finetune": "false", "layer_sparsity": "rmi", "eval_windows": 4}
@@ -163,14 +162,6 @@ def test_states_kept_elsewhere_have_the_same_gram_matrix() -> None:
     # To torch, the CPU and the first CPU are two devices.
     elsewhere = statistics.gram_of(hidden, torch.device("cpu:0"))
     torch.testing.assert_close(elsewhere, statistics.gram_of(hidden), rtol=1e-12, atol=1e-12)
-
-
-def test_rows_sorted_in_parts_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    score = torch.randint(4, (7, 6), generator=torch.Generator().manual_seed(0)).double()
-    whole = select.row_mask(score, 0.5)
-    for entries in (1, 6, 13, 20):
-        monkeypatch.setattr(select, "SORTED_AT_ONCE", entries)
-        assert torch.equal(select.row_mask(score, 0.5), whole)
 
 
 def test_room_is_given_while_there_is_some() -> None:

@@ -14,6 +14,7 @@ from torch_impl import _checks
 from torch_impl.masks.method import Amount
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask
+from torch_impl.masks.select import workspace as choosing
 from torch_impl.masks.sparsegpt import DAMPING_RETRIES
 
 
@@ -128,7 +129,7 @@ def workspace(rows: int, columns: int, itemsize: int) -> int:
     """Return the peak bytes (see `Workspace`): decomposing the Hessian in float64, or the search with the result of that.
 
     The decomposition takes the matrix, its eigenvectors and two more for LAPACK. The search takes eight copies of the weight,
-    some masks and the sort of `matrix_mask`.
+    some masks and choosing.
     """
     wide, entries = max(4, itemsize), rows * columns
-    return max(33 * columns**2, 2 * wide * columns**2 + entries * (8 * wide + 6 + 36))
+    return max(33 * columns**2, 2 * wide * columns**2 + entries * (8 * wide + 6) + choosing(entries, wide))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from torch_impl.masks.nm import nm_mask
-from torch_impl.masks.select import SORTED_AT_ONCE, demote_pruned, matrix_mask, rest_sparsity, row_mask
+from torch_impl.masks.select import demote_pruned, matrix_mask, rest_sparsity, row_mask
+from torch_impl.masks.select import workspace as choosing
 
 Amount = float | tuple[int, int]
 """How much to prune: a sparsity ρ, or (n, m) to keep n of every m consecutive inputs."""
@@ -90,7 +91,6 @@ class LowestScores:
         return weight.masked_fill(~mask, 0.0), mask
 
     def workspace(self, rows: int, columns: int, itemsize: int) -> int:
-        """Return the peak bytes (see `Workspace`): two copies of the score and its sort, then the new weight."""
+        """Return the peak bytes (see `Workspace`): two copies of the score and choosing, then the new weight."""
         wide, entries = max(4, itemsize), rows * columns
-        sorting = 36 * (entries if self.whole_matrix else min(entries, SORTED_AT_ONCE))
-        return max(entries * (2 * wide + 3) + sorting, entries * (3 * wide + itemsize + 2))
+        return max(entries * (2 * wide + 3) + choosing(entries, wide), entries * (3 * wide + itemsize + 2))

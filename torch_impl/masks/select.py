@@ -8,9 +8,6 @@ import torch
 
 from torch_impl import _checks, _kernels
 
-# A sort takes about 30 bytes per entry, so large matrices are sorted in parts of this many entries.
-SORTED_AT_ONCE = 1 << 25
-
 
 def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Prune the floor(ρ·in + 1e-9) lowest of each row; return bool (out, in), True = kept. Ties by lower column."""
@@ -19,11 +16,18 @@ def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     k = math.floor(sparsity * score.shape[1] + 1e-9)
     if _kernels.usable(score) and score.dtype == torch.float32 and score.shape[1] <= _kernels.WIDEST_ROW:
         return _kernels.select(score, k)
-    mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
-    rows = max(1, SORTED_AT_ONCE // score.shape[1])
-    for part, kept in zip(score.split(rows), mask.split(rows), strict=True):
-        kept.scatter_(1, torch.sort(part, dim=1, stable=True).indices[:, :k], False)
-    return mask
+    if k == 0:
+        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    # What is below the k-th lowest score of a row goes, and the first of its equals.
+    threshold = score.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    pruned, equal = score < threshold, score == threshold
+    pruned |= equal & (equal.cumsum(1, dtype=torch.int32) <= k - pruned.sum(1, keepdim=True))
+    return pruned.logical_not_()
+
+
+def workspace(entries: int, wide: int) -> int:
+    """Return the bytes of `row_mask` and `matrix_mask` besides score and mask: the lowest scores and their indices in int64."""
+    return entries * (wide + 8)
 
 
 def matrix_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
