@@ -36,9 +36,11 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, figures = run(tmp_path, "--geometry", "small", "--dtype", "float32", "--sequences", "8", "--length", "64")
     assert status == 0
-    assert len(figures["rows"]) == 8
+    assert len(figures["rows"]) == 10
     for row in figures["rows"]:
         assert row["ours_ms"] > 0
+        if "KL" in row["part"]:
+            continue
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
         assert 0 <= row["disagreement"] <= row["bound"]
     shown = capsys.readouterr().out
@@ -115,6 +117,21 @@ def test_times_of_training_are_of_a_micro_batch(
     rows = run(tmp_path, *options)[1]["rows"]
     assert {(row["ours_ms"], row["plain_ms"]) for row in rows} == {(100 / accumulation, 300 / accumulation)}
     assert set(sizes[-2 * len(rows) :]) == {(4 * accumulation, 4)}
+
+
+def test_kl_is_measured_beside_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+
+    def timed(sides: Sequence[Callable[[], float]], *_: Any, **__: Any) -> list[tuple[float, float, list[float]]]:
+        losses.extend(side() for side in sides)
+        return [(300.0, 0.0, []), (200.0, 0.0, [])]
+
+    monkeypatch.setattr(parts, "alternate", timed)
+    rows = run(tmp_path, "--parts", "kl", "--train_lengths", "8", "--blocks", "1", "--accumulation", "2")[1]["rows"]
+    assert [row["ours_ms"] for row in rows] == [150.0, 150.0]
+    assert all(row["part"].endswith("KL, 1.50 × cross-entropy") for row in rows)
+    # Random predictions over 512 tokens: about log 512 nats, and far less from one model to another.
+    assert all(ce > 5 > kl > 0 for kl, ce in zip(losses[::2], losses[1::2], strict=True))
 
 
 def test_a_whole_run_is_the_sum_of_its_parts() -> None:

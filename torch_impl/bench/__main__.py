@@ -23,7 +23,7 @@ from torch_impl.bench.measure import Row, ceilings, host_peak
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 
-PARTS = ("rmi", *plain.METHODS, "train", "merge")
+PARTS = ("rmi", *plain.METHODS, "train", "kl", "merge")
 # Parts that write checkpoints to disk, and their default number of blocks.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
@@ -123,11 +123,20 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         if method in options.parts:
             yield parts.prune_sweep(model, work, method, compare, apart[method])
             gc.collect()
-    if "train" in options.parts or "merge" in options.parts:
-        lengths = tuple(options.train_lengths) if "train" in options.parts else ()
-        yield from parts.training_steps(model, work, lengths, compare, apart["train"], options.accumulation)
+    yield from _training(model, work, options, apart["train"])
     if "merge" in options.parts:
         yield parts.merge(model, work)
+
+
+def _training(
+    model: transformers.PreTrainedModel, work: parts.Work, options: argparse.Namespace, apart: float
+) -> Iterator[Row]:
+    if "train" in options.parts or "merge" in options.parts:
+        lengths = tuple(options.train_lengths) if "train" in options.parts else ()
+        yield from parts.training_steps(model, work, lengths, not options.ours_only, apart, options.accumulation)
+    if "kl" in options.parts:
+        teacher = geometry.build(options.geometry, options.blocks, work.device, work.dtype)
+        yield from parts.divergence_steps(model, teacher, work, tuple(options.train_lengths), options.accumulation)
 
 
 def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, object]]]:

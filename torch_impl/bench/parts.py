@@ -220,6 +220,30 @@ def training_steps(
             yield row
 
 
+def divergence_steps(
+    model: PreTrainedModel, teacher: PreTrainedModel, work: Work, lengths: tuple[int, ...], accumulation: int
+) -> Iterator[Row]:
+    """Measure a micro-batch of `training_steps` with KL to a teacher, and its ratio to cross-entropy; changes the model."""
+    if not adapters(model):
+        _adapted(model)
+    config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=accumulation)
+    for name, examples, _ in _batches(model, work, lengths):
+        both = [Gradients(model, dense, config) for dense in (teacher, None)]
+
+        def step(gradients: Gradients, batch: Any = examples) -> float:
+            _zero_gradients(model)
+            return float(gradients.of(batch * accumulation))
+
+        with calibration.compiled([Decoder(model), Decoder(teacher)], "auto"):
+            kl, ce = alternate([partial(step, gradients) for gradients in both], work.device, work.repeats, warm_up=4)
+        for gradients in both:
+            gradients.close()
+        part = f"training micro-batch, {name}, KL, {kl[0] / ce[0]:.2f} × cross-entropy"
+        row = Row(part, kl[0] / accumulation)
+        row.ours_gib = kl[1] + resident(model) + resident(teacher)
+        yield row
+
+
 def _batches(
     model: nn.Module, work: Work, lengths: tuple[int, ...]
 ) -> Iterator[tuple[str, list[Example], list[Example]]]:
