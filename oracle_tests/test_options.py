@@ -22,7 +22,7 @@ ACCEPTED: dict[str, set[str]] = {
     "weight_decay": {"0", "1e300", "1000000000000"},
     "warmup_ratio": {"0"},
     "reconstruct_epochs": {"0"},
-    "written_samples": {"0"},
+    "written_per_sample": {"0"},
     "max_grad_norm": {"0", "1e300", "1000000000000"},
     "seed": {"0", "1000000000000"},
     "temperature": {"0", "1000000000000", "1e300"},

@@ -116,28 +116,26 @@ def test_a_run_calibrates_on_both_and_keeps_what_was_written(
         return original(model, ids, *rest, **more)
 
     monkeypatch.setattr("torch_impl.losa.run", heard)
-    options = {"written_samples": 3, "nsamples": 4, "seqlen": 16, "output_dir": tmp_path / "out", "steps": 1}
+    options = {"written_per_sample": 1, "nsamples": 4, "seqlen": 16, "output_dir": tmp_path / "out", "steps": 1}
     assert main(arguments(place, **options, finetune="false")) == 0
     [tokens] = load_file(tmp_path / "out" / WRITTEN).values()
-    assert seen[0].shape == (7, 16)
+    assert seen[0].shape == (8, 16)
     assert torch.equal(seen[0][4:], tokens.long())
     assert torch.equal(seen[-1], seen[0])
 
 
 def test_the_library_writes_too(place: Path) -> None:
     model, tokenizer = random_model("llama-gqa"), byte_tokenizer()
-    options = {"sparsity": 0.5, "steps": 1, "nsamples": 3, "seqlen": 16, "written_samples": 2}
+    options = {"sparsity": 0.5, "steps": 1, "nsamples": 3, "seqlen": 16, "written_per_sample": 2}
     result = torch_impl.prune(model, tokenizer, calibration=["def f(x): return x + 1\n" * 30], **options)
-    assert result.settings["calibration"]["written_samples"] == 2
+    assert result.settings["calibration"]["written_per_sample"] == 2
     assert result.settings["calibration"]["nsamples"] == 3
 
 
 def test_a_plan_counts_it_and_says_it(place: Path) -> None:
     plans = [
-        make_plan(
-            parse(arguments(place, nsamples=8, seqlen=32, written_samples=written_samples, finetune="false", steps=1))
-        )
-        for written_samples in (0, 24)
+        make_plan(parse(arguments(place, nsamples=8, seqlen=32, written_per_sample=written, finetune="false", steps=1)))
+        for written in (0, 3)
     ]
     assert plans[1].work.sweeps > 3 * plans[0].work.sweeps
     assert plans[0].work.writing == 0
@@ -150,15 +148,15 @@ def test_a_plan_counts_it_and_says_it(place: Path) -> None:
 
 
 def test_what_cannot_write_is_said_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="written_samples is -1"):
-        parse(arguments(place, written_samples=-1))
-    with pytest.raises(ValueError, match=r"offload is 'on' with written_samples 2; .* use --written_samples 0"):
-        parse(arguments(place, written_samples=2, steps=1, finetune="false", offload="on"))
-    with pytest.raises(ValueError, match="written_samples is 2, and the model is spread over 4 processes"):
-        make_plan(parse(arguments(place, written_samples=2, devices=4, dry_run=True)))
+    with pytest.raises(ValueError, match="written_per_sample is -1"):
+        parse(arguments(place, written_per_sample=-1))
+    with pytest.raises(ValueError, match=r"offload is 'on' with written_per_sample 2; .* use --written_per_sample 0"):
+        parse(arguments(place, written_per_sample=2, steps=1, finetune="false", offload="on"))
+    with pytest.raises(ValueError, match="written_per_sample is above 0, and the model is spread over 4 processes"):
+        make_plan(parse(arguments(place, written_per_sample=2, devices=4, dry_run=True)))
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     model = random_model("llama-gqa")
-    with pytest.raises(ValueError, match="written_samples is 2, and the model is spread over 2 processes"):
+    with pytest.raises(ValueError, match="written_per_sample is above 0, and the model is spread over 2 processes"):
         with_written(model, None, windows_of(model), 2, 0)
 
 

@@ -109,7 +109,7 @@ def prune(
     windows, parts = _material(model, tokenizer, calibration, train, config)
     config = dataclasses.replace(config, calibration=_as_given(config, windows))
     checks.check_memory(model, config)
-    windows = with_written(model, tokenizer, windows, config.calibration.written_samples, config.output.seed)
+    windows = with_written(model, tokenizer, windows, config.calibration.written, config.output.seed)
     decoder = Decoder(model)
     with _as_it_was(decoder):
         model.requires_grad_(False)

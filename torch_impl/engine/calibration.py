@@ -32,9 +32,9 @@ class CalibrationConfig:
     """Number of calibration sequences (paper: 128)."""
     seqlen: int = 2048
     """Tokens per calibration sequence (paper: 2048)."""
-    written_samples: int = 0
-    """Further calibration sequences, which the dense model writes itself: it continues pieces of the calibration text. Helps
-    reconstruction where there is no more text."""
+    written_per_sample: int = 0
+    """Further calibration sequences for each of nsamples, which the dense model writes itself: it continues pieces of the
+    calibration text. Helps reconstruction where there is no more text."""
     rmi_samples: int | None = None
     """Calibration sequences for the mutual information between blocks (paper: 64, 32 for 13B); default: 64, or all if
     fewer."""
@@ -43,8 +43,8 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         _checks.count("nsamples", self.nsamples, 2)
-        _checks.count("written_samples", self.written_samples, 0)
-        _checks.count("seqlen", self.seqlen, 2 if self.written_samples else 1)
+        _checks.count("written_per_sample", self.written_per_sample, 0)
+        _checks.count("seqlen", self.seqlen, 2 if self.written_per_sample else 1)
         _checks.count("calibration_batch_size", self.calibration_batch_size)
         if self.rmi_samples is not None:
             _checks.integer("rmi_samples", self.rmi_samples, 2)
@@ -54,7 +54,12 @@ class CalibrationConfig:
     @property
     def sequences(self) -> int:
         """Return the number of calibration sequences, of the text and written."""
-        return self.nsamples + self.written_samples
+        return self.nsamples + self.written
+
+    @property
+    def written(self) -> int:
+        """Return the number of calibration sequences that the dense model writes."""
+        return self.nsamples * self.written_per_sample
 
     @property
     def rmi_rows(self) -> int:

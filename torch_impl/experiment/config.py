@@ -199,10 +199,10 @@ class Config:
                 f"offload is 'on' with reconstruct_window {self.reconstruction.window}; it takes one block at a time: use "
                 "--reconstruct_window 1"
             )
-        if self.model.offload == "on" and self.calibration.written_samples:
+        if self.model.offload == "on" and self.calibration.written_per_sample:
             raise ValueError(
-                f"offload is 'on' with written_samples {self.calibration.written_samples}; the model is not in memory to write: "
-                "use --written_samples 0"
+                f"offload is 'on' with written_per_sample {self.calibration.written_per_sample}; the model is not in memory to "
+                "write: use --written_per_sample 0"
             )
         if self.model.offload == "on" and not self.plain:
             raise ValueError(
@@ -215,7 +215,7 @@ class Config:
         """Return whether this run works offloaded: one shot without fine-tuning, one block at a time, at rates that do not need
         the whole model, on given text."""
         one_by_one = self.reconstruction.window == 1 and self.prune.rule.works_offloaded
-        in_memory = self.training.finetune or self.calibration.written_samples
+        in_memory = self.training.finetune or self.calibration.written_per_sample
         return self.prune.steps == 1 and not in_memory and one_by_one
 
     @property

@@ -68,7 +68,7 @@ def load_material(
     checks.check_lengths(model, config)
     checks.warn_of_lengths(model, config)
     material = with_text(config, model, tokenizer, others)
-    ids, count = material.calibration, config.calibration.written_samples
+    ids, count = material.calibration, config.calibration.written
     return replace(material, calibration=with_written(model, tokenizer, ids, count, config.output.seed, kept))
 
 

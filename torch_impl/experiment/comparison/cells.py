@@ -61,7 +61,7 @@ class Workshop:
         text = dataclasses.replace(config.text, step_shares=None)
         training = dataclasses.replace(config.training, finetune=cell.finetunes)
         texts = list(cell.measures.texts.items())
-        sizes = (config.calibration.nsamples, config.calibration.seqlen, config.calibration.written_samples)
+        sizes = (config.calibration.nsamples, config.calibration.seqlen, config.calibration.written_per_sample)
         key = repr((config.model, text, sizes, cell.finetunes, config.output.seed, texts))
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None

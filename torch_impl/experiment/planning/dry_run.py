@@ -113,7 +113,7 @@ def make_plan(config: Config) -> Plan:
     model, device, sizes = _described(config)
     checks.warn_of_lengths(model, config)
     cards = config.output.devices or distributed.launched()
-    check_can_write(config.calibration.written_samples, cards)
+    check_can_write(config.calibration.written_per_sample, cards)
     steps = range(1, config.prune.steps + 1)
     place, work = _place(config, device, cards), work_of(config, sizes)
     memory, card = peak(config, sizes, place), _card(config, device)
@@ -161,5 +161,5 @@ def work_of(config: Config, sizes: Sizes) -> Work:
         sweeps=2 * sizes.prunable * (of_rmi * steps + passes * tokens * pruned),
         reconstruction=6 * sizes.prunable * reconstructed // blocks,
         training=(8 if training.loss == "kl" else 6) * sizes.prunable * trained * (1 + others),
-        writing=2 * sizes.prunable * calibration.written_samples * calibration.seqlen,
+        writing=2 * sizes.prunable * calibration.written * calibration.seqlen,
     )

@@ -122,7 +122,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 def _calibration(plan: Plan) -> str:
     calibration = plan.config.calibration
     of_text = f"{calibration.nsamples} × {calibration.seqlen} tokens of {plan.config.text.calibration_data}"
-    written = calibration.written_samples
+    written = calibration.written
     return f"{of_text}, and {written} × {calibration.seqlen} that the model writes" if written else of_text
 
 

@@ -55,10 +55,10 @@ def with_written(
 
 
 def check_can_write(count: int, processes: int) -> None:
-    """Check that the model is in one process. Errors: ValueError naming written_samples."""
+    """Check that the model is in one process. Errors: ValueError naming written_per_sample."""
     if count and processes > 1:
         raise ValueError(
-            f"written_samples is {count}, and the model is spread over {processes} processes; use --written_samples 0 and "
+            f"written_per_sample is above 0, and the model is spread over {processes} processes; use --written_per_sample 0 and "
             "more text (--nsamples), or one process"
         )
 
