@@ -75,6 +75,7 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
         ),
         (lambda: AdapterConfig(rank_allocation="best"), "rank_allocation is 'best'; allowed: error, uniform"),
         (lambda: AdapterConfig(rank_shrink="best"), "rank_shrink is 'best'; allowed: truncate, fold"),
+        (lambda: AdapterConfig(adapted="none"), "adapted is 'none'; allowed: all, attention, mlp"),
         (lambda: AdapterConfig(lora_r=0), "lora_r is 0; allowed: 1 or more"),
         (
             lambda: AdapterConfig(initial_rank=17),

@@ -240,6 +240,8 @@ SPECIAL = {
     "admm, groups, windows of two blocks": special(
         prune_method="admm", sparsity_type="2:4", reconstruct_epochs=1, reconstruct_window=2, steps=2
     ),
+    "adapters in attention alone": special(adapted="attention", loss="kl"),
+    "adapters in the MLP alone": special(adapted="mlp", prune_method="sparsegpt", steps=2),
     "an example without any label": special(unlabelled=True, batch_size=1, micro_batch=1, accumulation=1),
 }
 

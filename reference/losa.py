@@ -32,6 +32,8 @@ from reference.masks.prune import METHODS, prune
 from reference.masks.select import rest_sparsity
 from reference.rates import RULES, RateRule
 
+ATTENTION = ("q", "k", "v", "o")
+
 Example = dict[str, Ids]
 """One training sequence: input_ids (t,) and labels (t,); the loss ignores tokens with label `llama.IGNORED`."""
 
@@ -44,6 +46,7 @@ class Settings:
     sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: rmi (LoSA) or uniform.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
+    adapted: the projections with adapters: all (LoSA), attention or mlp; the others are only pruned.
     rmi_samples: calibration sequences for the mutual information. finetune: train the adapters. learning_rate: the peak.
     warmup_ratio, weight_decay, max_grad_norm: see adamw.py. batch_size: sequences per optimizer step. lr_schedule: per_step
     (paper) or whole_run. loss: ce (paper) or kl. seed: of the adapters' new rows. reconstruct_epochs: epochs over the
@@ -63,6 +66,7 @@ class Settings:
     max_rank: int = 16
     rank_allocation: str = "error"
     rank_shrink: str = "truncate"
+    adapted: str = "all"
     rmi_samples: int = 64
     finetune: bool = True
     learning_rate: float = 2e-4
@@ -84,6 +88,7 @@ class Settings:
             ("layer_sparsity", tuple(RULES)),
             ("rank_allocation", ("error", "uniform")),
             ("rank_shrink", ("truncate", "fold")),
+            ("adapted", ("all", "attention", "mlp")),
             ("lr_schedule", ("per_step", "whole_run")),
             ("loss", ("ce", "kl")),
         ):
@@ -131,6 +136,10 @@ class Settings:
     def scale(self) -> float:
         """Return s = α / r₀, the same at every rank."""
         return self.lora_alpha / self.lora_r
+
+    def adapts(self, name: str) -> bool:
+        """Return whether a projection has an adapter."""
+        return self.adapted == "all" or (name in ATTENTION) == (self.adapted == "attention")
 
 
 @dataclass(frozen=True)
@@ -327,10 +336,12 @@ def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> l
 
 
 def _resize(layers: Sequence[Layers], ranks: Sequence[int], step: int, settings: Settings) -> list[Layers]:
-    """Give all projections of a block its rank. New rows depend only on run, step, block and projection."""
+    """Give all adapted projections of a block its rank. New rows depend only on run, step, block and projection."""
     return [
         {
             name: _resize_layer(layer, ranks[index], (settings.seed, step, index, number), settings)
+            if settings.adapts(name)
+            else layer
             for number, (name, layer) in enumerate(of_block.items())
         }
         for index, of_block in enumerate(layers)

@@ -197,8 +197,9 @@ def _give_ranks(blocks: Blocks, step: int, settings: Settings, checkpointer: Che
     for index, block in enumerate(blocks.decoder.blocks):
         # Folding changes the base weight, which must be gathered for it.
         with distributed.unsharded_with_writeback(block, blocks.decoder.family) if fold else nullcontext():
-            for number, layer in enumerate(block_adapters(block, blocks.decoder.family).values()):
-                layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
+            for number, (name, layer) in enumerate(block_adapters(block, blocks.decoder.family).items()):
+                if settings.adapter.adapts(blocks.decoder.family.in_attention(name)):
+                    layer.resize(ranks[index], (settings.seed, step, index, number), fold=fold)
     checkpointer.resized(base_moved=fold)
 
 

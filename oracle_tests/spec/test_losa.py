@@ -281,6 +281,7 @@ def test_diverging_training_stops() -> None:
         ({"layer_sparsity": "owl"}, "layer_sparsity is 'owl'; allowed: rmi, uniform"),
         ({"rank_allocation": "x"}, "rank_allocation is 'x'; allowed: error, uniform"),
         ({"rank_shrink": "x"}, "rank_shrink is 'x'; allowed: truncate, fold"),
+        ({"adapted": "x"}, "adapted is 'x'; allowed: all, attention, mlp"),
         ({"lr_schedule": "x"}, "lr_schedule is 'x'; allowed: per_step, whole_run"),
         ({"loss": "x"}, "loss is 'x'; allowed: ce, kl"),
         ({"sparsity_type": "2of4"}, "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M"),

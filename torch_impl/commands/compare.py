@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     number, count = shard(own.shard)
     work = running.share(running.slots(flat), number, count)
-    check(flat)
+    check([slot.group for slot in work])
     if own.dry_run:
         say("\n".join([*(str(slot.cell) + _role(slot) for slot in work), f"{len(work)} runs"]))
         return
@@ -127,7 +127,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check(groups: Sequence[Group]) -> None:
-    """Check options, models and names of texts before any work. Errors: as `losa run`."""
+    """Check options, models and names of texts of the work of this process before it begins. Errors: as `losa run`."""
     if distributed.launched() > 1:
         raise ValueError("losa compare runs in one process; start it without torchrun and use --shard I/N")
     if any(group.base.measures.tasks for group in groups):

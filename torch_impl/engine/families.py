@@ -42,6 +42,10 @@ class Family:
         weights: dict[str, Any] = {name: module.weight for name, module in self.projections_of(block).items()}
         return weights
 
+    def in_attention(self, name: str) -> bool:
+        """Return whether a projection belongs to the attention, not to the MLP."""
+        return name.startswith("self_attn.")
+
     def full_name(self, index: int, name: str = "") -> str:
         """Return the full name of module `name` of block `index`; by default that of the block itself."""
         return f"{self.blocks}.{index}.{name}".removesuffix(".")

@@ -290,5 +290,5 @@ def _fixed_block_arguments(model: PreTrainedModel, batch: Example) -> Iterator[l
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters, A and B of every projection; all others are frozen."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return the trainable parameters, A and B of every adapted projection; all others are frozen or empty."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]

@@ -93,10 +93,13 @@ class AdapterConfig:
     """error: allocate ranks by reconstruction error (LoSA); uniform: the mean rank for all blocks."""
     rank_shrink: str = "truncate"
     """truncate: drop surplus ranks (paper); fold: add them to the weight first."""
+    adapted: str = "all"
+    """Projections with adapters: all (LoSA), attention or mlp; the others are only pruned."""
 
     def __post_init__(self) -> None:
         _checks.choice("rank_allocation", self.rank_allocation, ("error", "uniform"))
         _checks.choice("rank_shrink", self.rank_shrink, ("truncate", "fold"))
+        _checks.choice("adapted", self.adapted, ("all", "attention", "mlp"))
         _checks.count("lora_r", self.lora_r)
         _checks.count("max_rank", self.max_rank)
         if not 0 < self.lora_alpha <= MOST_ALPHA:
@@ -111,6 +114,10 @@ class AdapterConfig:
     def scale(self) -> float:
         """Return s = α / r₀."""
         return self.lora_alpha / self.lora_r
+
+    def adapts(self, in_attention: bool) -> bool:
+        """Return whether a projection has an adapter."""
+        return self.adapted == "all" or in_attention == (self.adapted == "attention")
 
 
 @dataclass(frozen=True)
