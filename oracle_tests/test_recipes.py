@@ -6,6 +6,7 @@ The code comes from the page. A recipe for a new file runs by itself, one for an
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import itertools
 import json
@@ -29,7 +30,9 @@ from reference.masks import prune as reference_masks
 from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl.engine import families, rates
 from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment.baselines import BASELINES
 from torch_impl.experiment.config import parse
+from torch_impl.experiment.material import load_material
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.text import sources
@@ -294,3 +297,18 @@ def test_nothing_compares_a_registered_name() -> None:
             if words & names and "rank_allocation" not in ast.unparse(node):
                 found.append(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
     assert not found
+
+
+def test_a_baseline_trains_what_it_says(place: Path) -> None:
+    added = recipe("torch_impl/experiment/baselines/norms.py")["BASELINE"]
+    config = parse(arguments(place, output_dir=None), data_required=True)
+    material = load_material(config)
+    results = {
+        baseline.name: baseline.run(copy.deepcopy(material.model), material.model, material, config)
+        for baseline in (added, BASELINES["none"])
+    }
+    pruned = results["none"].model.state_dict()
+    parted = {n for n, tensor in results["norms"].model.state_dict().items() if not torch.equal(tensor, pruned[n])}
+    assert parted == {name for name in pruned if "norm" in name}
+    assert results["norms"].trainable == sum(pruned[name].numel() for name in parted)
+    assert results["norms"].optimizer_steps == config.training.optimizer_steps(len(material.examples))

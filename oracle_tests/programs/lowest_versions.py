@@ -28,7 +28,7 @@ TESTS = [
     for name in (
         "test_run", "test_streaming", "test_families", "test_checkpoint_files", "test_packed_folder", "test_hf_quantizer",
         "test_generate", "test_text", "test_windows", "test_report", "test_parity", "test_edge", "test_adapter_machine",
-        "spec/test_spec_page",
+        "test_baselines", "spec/test_spec_page",
     )
 ]  # fmt: skip
 
