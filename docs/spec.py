@@ -40,6 +40,7 @@ FILES = (
     "masks/least_squares",
     "masks/alps",
     "masks/admm",
+    "masks/pruner_zero",
     "masks/prune",
     "adapter",
     "rank",

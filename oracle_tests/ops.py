@@ -312,6 +312,27 @@ OPS = (
         for name in ("alps", "admm")
     ),
     Op(
+        "masks.pruner_zero.gradient_size",
+        _cases(gradients=s.gradients()),
+        Kind.CLOSE,
+        ({"gradients": W}, "gradients"),
+        low_precision=True,
+    ),
+    Op(
+        "masks.pruner_zero.pruner_zero_score",
+        s.weights_and_gradient_sizes(),
+        Kind.CLOSE,
+        ({"weight": W, "gradient_size": W}, "gradient_size"),
+    ),
+    Op(
+        "masks.pruner_zero.pruner_zero_mask",
+        s.weights_and_gradient_sizes().flatmap(
+            lambda case: _cases(**{k: st.just(v) for k, v in case.items()}, sparsity=s.SPARSITIES)
+        ),
+        Kind.EXACT,
+        ({"weight": W, "gradient_size": B, "sparsity": 0.5}, "gradient_size"),
+    ),
+    Op(
         "masks.prune.prune",
         s.prune_cases(),
         Kind.CLOSE,

@@ -189,11 +189,27 @@ def prune_cases(draw: st.DrawFn) -> dict[str, Any]:
         statistic = np.abs(draw(matrices(rows=1, columns=8)))[0]
     elif METHODS[method].statistic is hessian:
         statistic = draw(hessians(8))
+    elif METHODS[method].gradient_statistic is not None:
+        statistic = np.abs(draw(matrices(*weight.shape)))
     elif (made := METHODS[method].statistic) is not None:
         statistic = made(draw(matrices(columns=8)), 1)
     target = draw(st.one_of(st.none(), SPARSITIES))
     pattern = {"sparsity": target} if target is not None else {"nm": (draw(st.integers(0, m)), m)}
     return {"method": method, "weight": weight, "statistic": statistic, "kept": kept, **pattern}
+
+
+@st.composite
+def gradients(draw: st.DrawFn) -> np.ndarray:
+    """(n, out, in), the gradients of n sequences."""
+    first = draw(matrices())
+    return np.stack([first, *(draw(matrices(*first.shape)) for _ in range(draw(st.integers(0, 2))))])
+
+
+@st.composite
+def weights_and_gradient_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of pruner_zero_score: sizes that differ, tie, or are all equal."""
+    weight = draw(matrices())
+    return {"weight": weight, "gradient_size": np.abs(draw(matrices(*weight.shape)))}
 
 
 @st.composite

@@ -63,10 +63,10 @@ def test_a_weight_that_is_sparse_enough_keeps_its_bits(name: str) -> None:
     assert_exact("mask", kept, mask)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_one_decomposition_for_every_input(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_decomposition_for_every_input(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, keys and values share one, gate and up another: four for each of three blocks, not seven."""
-    calls, method = [], prune.METHODS[name]
+    calls, name = [], "admm"
+    method = prune.METHODS[name]
 
     def prepare(hessian: torch.Tensor) -> Any:
         calls.append(tuple(hessian.shape))

@@ -181,6 +181,15 @@ def test_arguments_of_pruning() -> None:
         {"one shape": lambda c: c["values"].shape == c["kept"].shape},
         {"groups": lambda c: isinstance(c["amount"], tuple), "a share": lambda c: isinstance(c["amount"], float)},
     )
+    check(s.gradients(), {"sequences": lambda g: g.ndim == 3}, {"one": lambda g: len(g) == 1})
+    check(
+        s.weights_and_gradient_sizes(),
+        {"sizes": lambda c: c["gradient_size"].min() >= 0 and c["gradient_size"].shape == c["weight"].shape},
+        {
+            "all equal": lambda c: np.ptp(c["gradient_size"]) == 0,
+            "ties": lambda c: len(np.unique(c["gradient_size"])) <= 3,
+        },
+    )
     check(
         s.prune_cases(),
         {
@@ -191,7 +200,7 @@ def test_arguments_of_pruning() -> None:
         {
             **{
                 method: lambda c, method=method: c["method"] == method
-                for method in ("magnitude", "wanda", "sparsegpt", "alps", "admm")
+                for method in ("magnitude", "wanda", "sparsegpt", "alps", "admm", "pruner_zero")
             },
             **{f"N:{m}": lambda c, m=m: c.get("nm", (0, 0))[1] == m for m in (2, 4, 8)},
         },

@@ -98,7 +98,7 @@ def test_every_family_gets_the_same_bits(place: Path, family: str) -> None:
         {"prune_method": "magnitude", "sparsity_ratio": 0.5, "layer_sparsity": "uniform"},
         {"prune_method": "sparsegpt", "dtype": "bfloat16"},
         {"prune_method": "alps", "dtype": "bfloat16"},
-        {"prune_method": "admm", "sparsity_type": "2:4"},
+        {"prune_method": "pruner_zero", "calibration_batch_size": 4},
         {"prune_method": "sparsegpt", "sparsity_type": "mixed-2:4", "calibration_batch_size": 4},
         {"sparsity_type": "2:4", "dtype": "float64"},
     ],
@@ -439,8 +439,10 @@ def test_an_output_that_changes_while_it_is_written_is_an_error(place: Path, tmp
         return
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize(
+    ("method", "damage"),
+    [("wanda", False), ("wanda", True), ("sparsegpt", False), ("sparsegpt", True), ("pruner_zero", False)],
+)
 def test_a_run_from_files_goes_on_to_the_same_bits(
     place: Path, method: str, damage: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

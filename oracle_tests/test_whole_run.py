@@ -242,6 +242,10 @@ SPECIAL = {
     ),
     "adapters in attention alone": special(adapted="attention", loss="kl"),
     "adapters in the MLP alone": special(adapted="mlp", prune_method="sparsegpt", steps=2),
+    "pruner_zero": special(prune_method="pruner_zero", start=(0.3, 0.0, 0.1), biased=True, loss="kl"),
+    "pruner_zero, mixed groups": special(
+        prune_method="pruner_zero", sparsity_type="mixed-2:4", rank_shrink="truncate", calibration_batch=16, steps=2
+    ),
     "an example without any label": special(unlabelled=True, batch_size=1, micro_batch=1, accumulation=1),
 }
 

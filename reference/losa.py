@@ -226,6 +226,17 @@ def _gather(method: Method, inputs: Array) -> Array | None:
     return method.statistic(inputs.reshape(-1, inputs.shape[-1]), len(inputs))
 
 
+def _gather_gradients(model: Llama, ids: Ids, method: Method) -> list[dict[str, Array]] | None:
+    """Compute the statistic that `method` needs of the gradients by each projection of the current, merged model."""
+    if method.gradient_statistic is None:
+        return None
+    apart = [llama.weight_gradients(model, row[None]) for row in ids]
+    return [
+        {name: method.gradient_statistic(np.stack([of_row[index][name] for of_row in apart])) for name in block.weights}
+        for index, block in enumerate(model.blocks)
+    ]
+
+
 def _prune_block(
     block: Block,
     layers: Layers,
@@ -234,8 +245,12 @@ def _prune_block(
     settings: Settings,
     rate: float,
     nm: tuple[int, int] | None,
+    gradients: dict[str, Array] | None,
 ) -> Layers:
-    """Prune the projections of one block further. All statistics come from the block before this pruning."""
+    """Prune the projections of one block further. All statistics come from the block before this pruning.
+
+    gradients: the statistic of each projection's gradients, for a method that needs it.
+    """
     trace = llama.block_forward(block, stream, model.sizes)
     # A projection that is already sparser reduces the share of the others.
     masks = [layer.mask for layer in layers.values()]
@@ -243,7 +258,8 @@ def _prune_block(
     pruned = {}
     for name, layer in layers.items():
         merged = block.weights[name]
-        statistic = _gather(settings.method, trace.inputs[llama.INPUT_OF[name]])
+        inputs = trace.inputs[llama.INPUT_OF[name]]
+        statistic = _gather(settings.method, inputs) if gradients is None else gradients[name]
         share = rate if nm is None else None
         updated, mask = prune(settings.prune_method, merged, statistic, layer.mask, sparsity=share, nm=nm)
         pruned[name] = replace(layer, weight=adapter.rebase(layer.weight, merged, updated, mask))
@@ -257,6 +273,7 @@ def _prune_model(
     settings: Settings,
     rates: Array,
     groups: Sequence[tuple[int, int] | None],
+    gradients: list[dict[str, Array]] | None = None,
 ) -> tuple[list[Layers], list[float]]:
     """Prune block by block, with dense and pruned streams in lockstep. Also return e of LoSA, Eq. 6, of every block.
 
@@ -270,7 +287,8 @@ def _prune_model(
     damaged: int | None = None
     for index, dense_block in enumerate(dense.blocks):
         block = _merged_block(dense_block, layers[index], settings)
-        done = _prune_block(block, layers[index], streams[-1], dense, settings, rates[index], groups[index])
+        of_block = None if gradients is None else gradients[index]
+        done = _prune_block(block, layers[index], streams[-1], dense, settings, rates[index], groups[index], of_block)
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
         pruned.append(done)
         # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
@@ -528,7 +546,8 @@ def run(
             current = merge_adapters(model, layers, settings.scale)
             importance = measure(current, calibration_ids[: settings.rmi_samples])
         rates, groups = _block_targets(settings, target, importance, weights, rates)
-        layers, errors = _prune_model(model, layers, calibration_ids, settings, rates, groups)
+        gradients = _gather_gradients(merge_adapters(model, layers, settings.scale), calibration_ids, settings.method)
+        layers, errors = _prune_model(model, layers, calibration_ids, settings, rates, groups, gradients)
         ranks: list[int] = []
         losses: list[float] = []
         if settings.finetune:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_impl import adapter, rank, schedule, sparsity
-from torch_impl.engine import calibration, distributed, finite, statistics, training
+from torch_impl.engine import calibration, distributed, statistics, training
 from torch_impl.engine.adapted_linear import block_adapters, hold_merged_weights
 from torch_impl.engine.batches import Example
 from torch_impl.engine.blocks import Blocks, ModelBlocks
@@ -28,7 +28,7 @@ from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.structure import check_model
 from torch_impl.masks import prune as masks
-from torch_impl.masks.method import InputStatistic
+from torch_impl.masks.method import GradientStatistic, InputStatistic
 from torch_impl.masks.nm import kept_per_group
 from torch_impl.masks.select import rest_sparsity
 
@@ -83,26 +83,20 @@ def _set_targets(blocks: Blocks, target: float, settings: Settings, progress: Pr
     progress.sparsity, progress.groups = rates.tolist(), groups
 
 
-def _gather(
-    statistic: InputStatistic | None, block: nn.Module, index: int, family: Family, stream: calibration.Stream
-) -> dict[str, torch.Tensor | None]:
-    """Compute the statistic of each projection's input, once per shared input; None if the method needs none."""
-    if statistic is None:
-        return dict.fromkeys(family.projections)
-    samples = int(distributed.all_reduce_number(len(stream.hidden)))
-    gathered = {group[0]: statistics.InputSum(statistic, samples) for group in family.inputs}
-    with calibration.input_hooks(
-        block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
-    ):
-        for batch, rows in stream.batches():
-            stream.run_for_inputs(block, index, batch, rows)
-    results = {name: accumulator.result() for name, accumulator in gathered.items()}
-    for name, result in results.items():
-        # A Hessian has its sums of squares on the diagonal. All processes have the same numbers.
-        squares = result if result.dim() == 1 else result.diagonal()
-        if not bool(torch.isfinite(squares).all()):
-            raise finite.NotFiniteError(f"input of {family.full_name(index, name)}", stream.hidden.dtype)
-    return {name: results[group[0]] for group in family.inputs for name in group}
+def _gather_gradients(blocks: Blocks, settings: Settings, progress: Progress) -> statistics.GradientSums | None:
+    """Compute the statistic of the gradients by every projection of the current model, if the method needs one."""
+    statistic = settings.prune.method.statistic
+    if not isinstance(statistic, GradientStatistic):
+        return None
+
+    def attempt(size: int) -> statistics.GradientSums:
+        sums = statistics.GradientSums(statistic, blocks.decoder.family)
+        blocks.gradients(sums, size)
+        return sums
+
+    size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
+    sums, progress.calibration_batch_size = find_executable_batch_size(attempt, size, "calibration_batch_size")
+    return sums
 
 
 @torch.no_grad()
@@ -114,15 +108,19 @@ def _prune_block(
     config: PruneConfig,
     rate: float,
     nm: tuple[int, int] | None,
+    gradients: statistics.GradientSums | None,
 ) -> None:
-    """Prune the projections of one block further, on inputs that come from already pruned blocks."""
+    """Prune the projections of one block further, on inputs that come from already pruned blocks, or by `gradients`."""
     layers = block_adapters(block, family)
     # A projection that is already sparser reduces the share of the others.
     sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.float64)
     kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
     rate = rest_sparsity(sizes - kept, sizes, rate)
-    with hold_merged_weights(list(layers.values())):
-        gathered = on_pruned_input(lambda stream: _gather(config.method.statistic, block, index, family, stream))
+    statistic = config.method.statistic
+    gathered = gradients.take(index, layers[family.projections[0]].weight.device) if gradients else {}
+    if isinstance(statistic, InputStatistic):
+        with hold_merged_weights(list(layers.values())):
+            gathered = on_pruned_input(lambda stream: statistics.of_inputs(statistic, block, index, family, stream))
     # Projections that share an input follow each other, so one prepared statistic is kept at a time.
     prepare = functools.lru_cache(maxsize=1)(config.method.prepare)
     amount = {"nm": nm} if nm else {"sparsity": rate}
@@ -131,7 +129,9 @@ def _prune_block(
             continue
         merged = layer.merged()
         try:
-            updated, mask = masks.prune_prepared(config.method, merged, prepare(gathered[name]), layer.mask, **amount)
+            updated, mask = masks.prune_prepared(
+                config.method, merged, prepare(gathered.get(name)), layer.mask, **amount
+            )
         except ValueError as error:
             sequences = on_pruned_input(lambda stream: len(stream.hidden))
             raise ValueError(f"block {index}, {name}, {sequences} calibration sequences: {error}") from error
@@ -153,6 +153,7 @@ def prune_model(
     progress, count, family = checkpointer.progress, len(blocks.weights), blocks.decoder.family
     if progress.block == count:
         return
+    gradients = _gather_gradients(blocks, settings, progress)
     batch_size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
     lockstep = Lockstep(blocks, batch_size, settings.reconstruction.window)
     apart = nullcontext if clock is None else functools.partial(clock.inside, "reconstruct", "prune")
@@ -163,7 +164,7 @@ def prune_model(
             earlier = done or blocks.restore(index, block)
             if not earlier:
                 rate, group = progress.sparsity[index], progress.groups[index]
-                _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group)
+                _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group, gradients)
             window = reconstructor.for_block(block, index)
             reconstruct = None if earlier else window
             with ExitStack() as stack:
@@ -174,7 +175,9 @@ def prune_model(
             blocks.pruned(index, block)
             progress.errors.append(error)
             progress.calibration_batch_size = lockstep.batch_size
-            checkpointer.pruned(index, index if reconstruct is None else reconstruct.first)
+            # The gradients of this step's first model cannot be computed again once some of its blocks are pruned.
+            save = gradients is None or index + 1 == count
+            checkpointer.pruned(index, index if reconstruct is None else reconstruct.first, save)
 
 
 def _allocate_ranks(settings: Settings, step: int, errors: Sequence[float]) -> list[int]:

@@ -25,17 +25,27 @@ Statistic = Callable[[Array, int], Array]
 """(calibration input (tokens, in), number of sequences) → S."""
 
 
+GradientStatistic = Callable[[Array], Array]
+"""gradient of the loss of each calibration sequence by the weight (n, out, in) → S."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One pruning method.
 
-    name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S; None if the method needs
-    no statistic.
+    name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S from the calibration input;
+    gradient_statistic: from the gradients of the loss; both None if the method needs no statistic.
     """
 
     name: str
     prune: Prune
     statistic: Statistic | None = None
+    gradient_statistic: GradientStatistic | None = None
+
+    @property
+    def needs_statistic(self) -> bool:
+        """Return whether `prune` needs S."""
+        return self.statistic is not None or self.gradient_statistic is not None
 
     @classmethod
     def by_score(
@@ -44,9 +54,10 @@ class Method:
         score: Callable[[Array, Any], Array],
         statistic: Statistic | None = None,
         whole_matrix: bool = False,
+        gradient_statistic: GradientStatistic | None = None,
     ) -> Method:
         """Make a method that prunes the weights of lowest `score(W, S)` (out, in) and does not change the others."""
-        return cls(name, LowestScores(score, whole_matrix), statistic)
+        return cls(name, LowestScores(score, whole_matrix), statistic, gradient_statistic)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from reference import _checks
 from reference._checks import Array, Mask
-from reference.masks import admm, alps, magnitude, sparsegpt, wanda
+from reference.masks import admm, alps, magnitude, pruner_zero, sparsegpt, wanda
 
 METHODS = {
-    method.name: method for method in (magnitude.METHOD, wanda.METHOD, sparsegpt.METHOD, alps.METHOD, admm.METHOD)
+    method.name: method
+    for method in (
+        magnitude.METHOD,
+        wanda.METHOD,
+        sparsegpt.METHOD,
+        alps.METHOD,
+        admm.METHOD,
+        pruner_zero.METHOD,
+    )
 }
 
 
@@ -23,10 +31,11 @@ def prune(
 
     Source: LoSA, Algorithm 1, with any of METHODS.
 
-    Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input, as the
-    method's record makes it: `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for sparsegpt, alps
-    and admm, None for magnitude; kept bool (out, in), the current mask; either sparsity in [0, 1] or nm = (n, m). Returns:
-    (weight, zero where pruned and updated by a method that moves weights; mask bool (out, in), True = kept).
+    Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input or of its
+    gradients, as the method's record makes it: `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for
+    sparsegpt, alps and admm, `pruner_zero.gradient_size` (out, in) for pruner_zero, None for magnitude; kept bool (out, in),
+    the current mask; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where pruned and updated by a method
+    that moves weights; mask bool (out, in), True = kept).
 
     Ties: as the method says; already pruned weights are pruned first.
 
@@ -44,7 +53,7 @@ def prune(
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     if (sparsity is None) == (nm is None):
         raise ValueError(f"sparsity is {sparsity} and nm is {nm}; give one of the two")
-    if (statistic is None) != (found.statistic is None):
+    if (statistic is None) == found.needs_statistic:
         raise ValueError(
             f"statistic is missing; {method} needs one"
             if statistic is None

@@ -44,6 +44,9 @@ class Blocks(Protocol):
     def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
         """Measure the importance (L,) of each block of the current model with `measure`, in batches of `batch_size`."""
 
+    def gradients(self, collector: Collector, batch_size: int) -> None:
+        """Give `collector` the gradients of the calibration loss by the weights of the current model."""
+
     def start(self, batch_size: int) -> calibration.Stream:
         """Return the calibration sequences' hidden states before the first block."""
 
@@ -84,6 +87,9 @@ class ModelBlocks:
 
     def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
         return measure_importance(self.decoder, measure, self._ids[: self._rmi_rows], batch_size)
+
+    def gradients(self, collector: Collector, batch_size: int) -> None:
+        sweep_gradients(self.decoder, self._ids, batch_size, collector)
 
     def start(self, batch_size: int) -> calibration.Stream:
         ids = distributed.own_sequences(self._ids, "nsamples")

@@ -5,11 +5,17 @@ Each process feeds its own sequences; results cover the sequences of all process
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 
 from torch_impl import hsic, rank
-from torch_impl.engine import distributed
-from torch_impl.masks.method import InputStatistic
+from torch_impl.engine import calibration, distributed, finite
+from torch_impl.engine.adapted_linear import block_adapters
+from torch_impl.engine.families import Family
+from torch_impl.engine.gradient_sweep import weight_gradient
+from torch_impl.masks.method import GradientStatistic, InputStatistic
 
 # Tokens of every sequence copied to the device at once, if the hidden states are elsewhere.
 PART = 128
@@ -31,6 +37,56 @@ class InputSum:
         """Return the statistic, as the method needs it."""
         assert self._sum is not None
         return self._statistic.finish(distributed.all_reduce(self._sum))
+
+
+def of_inputs(
+    statistic: InputStatistic, block: nn.Module, index: int, family: Family, stream: calibration.Stream
+) -> dict[str, torch.Tensor]:
+    """Compute the statistic of each projection's input, once per shared input."""
+    samples = int(distributed.all_reduce_number(len(stream.hidden)))
+    gathered = {group[0]: InputSum(statistic, samples) for group in family.inputs}
+    with calibration.input_hooks(
+        block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
+    ):
+        for batch, rows in stream.batches():
+            stream.run_for_inputs(block, index, batch, rows)
+    results = {name: accumulator.result() for name, accumulator in gathered.items()}
+    for name, result in results.items():
+        # A Hessian has its sums of squares on the diagonal. All processes have the same numbers.
+        squares = result if result.dim() == 1 else result.diagonal()
+        if not bool(torch.isfinite(squares).all()):
+            raise finite.NotFiniteError(f"input of {family.full_name(index, name)}", stream.hidden.dtype)
+    return {name: results[group[0]] for group in family.inputs for name in group}
+
+
+class GradientSums:
+    """A pruning method's statistic of the gradients by each projection, in host memory; see `gradient_sweep.Collector`.
+
+    A process keeps the statistics of the projections that it prunes.
+    """
+
+    def __init__(self, statistic: GradientStatistic, family: Family) -> None:
+        self._statistic, self._family = statistic, family
+        self._sums: dict[str, torch.Tensor] = {}
+        self._found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def add(self, index: int, name: str, x: torch.Tensor, grad_y: torch.Tensor) -> None:
+        """Add the gradients of some sequences, each on its own."""
+        for inputs, gradient in zip(x, grad_y, strict=True):
+            part = self._statistic.part(weight_gradient(inputs, gradient))
+            self._sums[name] = part if name not in self._sums else self._sums[name].add_(part)
+
+    def done(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Finish the statistics of a block."""
+        found = self._found[index] = {}
+        for number, name in enumerate(self._family.projections):
+            total = distributed.all_reduce(self._sums.pop(name))
+            if distributed.owns(number):
+                found[name] = self._statistic.finish(total).cpu()
+
+    def take(self, index: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the statistics of a block by projection, on a device."""
+        return {name: statistic.to(device) for name, statistic in self._found[index].items()}
 
 
 class ReconstructionError:

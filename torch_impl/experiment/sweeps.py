@@ -14,11 +14,12 @@ from torch import nn
 from torch_impl import losa
 from torch_impl.engine import calibration, memory
 from torch_impl.engine.adapted_linear import adapt_block
-from torch_impl.engine.blocks import zero_share
+from torch_impl.engine.blocks import sweep_backward, sweep_forward, zero_share
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.offload import reader_of, sweep
 from torch_impl.engine.checkpoints.rewriting import Output, fingerprint
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.gradient_sweep import Collector, GradientSweep
 from torch_impl.engine.progress import bar
 from torch_impl.engine.rates import Measure
 from torch_impl.engine.record import StepRecord
@@ -169,6 +170,13 @@ class OffloadedBlocks:
     def importance(self, measure: Measure, batch_size: int) -> torch.Tensor:
         """Return the importance measured by the sweep over the dense model."""
         return torch.tensor(self._found.importance, dtype=torch.float64)
+
+    def gradients(self, collector: Collector, batch_size: int) -> None:
+        """Sweep over the dense model: an offloaded run has one step."""
+        stream = self._sweeps.stream(self._sweeps.material.calibration, batch_size)
+        gradient_sweep = GradientSweep(self.decoder, collector)
+        sweep_forward(self.decoder, stream, gradient_sweep)
+        sweep_backward(self.decoder, gradient_sweep)
 
     def start(self, batch_size: int) -> calibration.Stream:
         first, self._calibrated = self._calibrated, None

@@ -39,19 +39,30 @@ class InputStatistic:
 
 
 @dataclass(frozen=True)
+class GradientStatistic:
+    """S as a sum over calibration sequences and processes.
+
+    part: gradient of the loss of one sequence by the weight (out, in) → its part of the sum (out, in), a new tensor.
+    finish: sum → S.
+    """
+
+    part: Callable[[torch.Tensor], torch.Tensor]
+    finish: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Method:
     """One pruning method.
 
-    name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S; None if the method needs
-    no statistic. (A statistic of gradients would be a second class beside `InputStatistic`, with its own sweep in
-    engine/statistics.) moves_weights: whether kept weights change too. workspace: the memory it needs.
+    name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S, of the input or of the
+    gradients; None if the method needs none. moves_weights: whether kept weights change too. workspace: the memory it needs.
     prepare: S → what `prune` needs of it, computed once for the projections that share an input; default S itself.
     """
 
     name: str
     prune: Prune
     workspace: Workspace
-    statistic: InputStatistic | None = None
+    statistic: InputStatistic | GradientStatistic | None = None
     moves_weights: bool = False
     prepare: Callable[[Any], Any] = lambda statistic: statistic
 
@@ -60,7 +71,7 @@ class Method:
         cls,
         name: str,
         score: Callable[[torch.Tensor, Any], torch.Tensor],
-        statistic: InputStatistic | None = None,
+        statistic: InputStatistic | GradientStatistic | None = None,
         whole_matrix: bool = False,
     ) -> Method:
         """Make a method that prunes the weights of lowest `score(W, S)` (out, in) and does not change the others."""

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 
 from torch_impl import _checks
-from torch_impl.masks import admm, alps, magnitude, sparsegpt, wanda
+from torch_impl.masks import admm, alps, magnitude, pruner_zero, sparsegpt, wanda
 from torch_impl.masks.method import Method
 
 METHODS = {
-    method.name: method for method in (magnitude.METHOD, wanda.METHOD, sparsegpt.METHOD, alps.METHOD, admm.METHOD)
+    method.name: method
+    for method in (
+        magnitude.METHOD,
+        wanda.METHOD,
+        sparsegpt.METHOD,
+        alps.METHOD,
+        admm.METHOD,
+        pruner_zero.METHOD,
+    )
 }
 
 

@@ -138,11 +138,12 @@ class Checkpointer:
         """Save after a change of the notes."""
         self._save()
 
-    def pruned(self, index: int, first: int) -> None:
-        """Save after block `index` is pruned and its error measured; with it the blocks from `first` on have changed."""
+    def pruned(self, index: int, first: int, save: bool = True) -> None:
+        """Note that block `index` is pruned, and the blocks from `first` on have changed with it; save unless told otherwise."""
         self.progress.block = index + 1
         self._changed |= {_block_part(number) for number in range(first, index + 1)}
-        self._save()
+        if save:
+            self._save()
 
     def resized(self, base_moved: bool) -> None:
         """Note that the adapters have new ranks. base_moved: dropped ranks were folded into the base weights."""

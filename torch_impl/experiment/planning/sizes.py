@@ -13,7 +13,7 @@ import torch
 
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.loss import AT_ONCE
-from torch_impl.masks.method import Method
+from torch_impl.masks.method import GradientStatistic, Method
 
 Shape = tuple[int, ...]
 
@@ -141,7 +141,9 @@ class Sizes:
         return self.vocabulary * seqlen * (windows * self.itemsize + 2 * self._wide)
 
     def statistics(self, method: Method) -> int:
-        """Return the bytes of a pruning method's statistics of the inputs of one block."""
+        """Return the bytes of a pruning method's statistics of the inputs of one block, or of the gradients by its weights."""
+        if isinstance(method.statistic, GradientStatistic):
+            return self._wide * self.largest_prunable
         entries = method.statistic.entries if method.statistic is not None else lambda inputs: 0
         return self._wide * sum(entries(inputs) for inputs in self.inputs)
 
