@@ -196,6 +196,16 @@ def test_shards_partition_the_matrix(tmp_path: Path, count: int) -> None:
     assert len(work) == 6 * 2 * 2 + 6 * 3 * 2 + 1
 
 
+def test_what_needs_the_same_text_follows_each_other(tmp_path: Path) -> None:
+    """The best recipe calibrates on text that the model writes, each seed on other text."""
+    text = FILE.replace('"none", "losa"', '"none", "best", "losa"')
+    work = running.slots(list(itertools.chain.from_iterable(groups_of(read(tmp_path, text)))))
+    materials = [slot.cell.material for slot in work]
+    changes = sum(before != after for before, after in itertools.pairwise(materials))
+    assert len(set(materials)) == 4, "two texts, with and without what the model writes"
+    assert changes == 4, "once while learning rates are chosen, three times for what is reported"
+
+
 def test_what_is_done_is_never_run_again(tmp_path: Path) -> None:
     """Stopped after five runs, continued in three shards, two of which wait for the others' learning rates at first."""
     flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))

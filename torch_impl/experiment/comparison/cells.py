@@ -34,7 +34,7 @@ class Workshop:
     """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once."""
 
     def __init__(self) -> None:
-        self._loaded: tuple[Any, Material] | None = None
+        self._loaded: tuple[str, Material] | None = None
         self._tasks: tuple[Any, dict[str, Any]] | None = None
 
     def run(self, cell: Cell) -> Outcome:
@@ -61,9 +61,7 @@ class Workshop:
         text = dataclasses.replace(config.text, step_shares=None)
         training = dataclasses.replace(config.training, finetune=cell.finetunes)
         texts = list(cell.measures.texts.items())
-        sizes = (config.calibration.nsamples, config.calibration.seqlen, config.calibration.written_per_sample)
-        key = repr((config.model, text, sizes, cell.finetunes, config.output.seed, texts))
-        if self._loaded is None or self._loaded[0] != key:
+        if self._loaded is None or self._loaded[0] != cell.material:
             self._loaded = None
             whole = dataclasses.replace(config, text=text, training=training)
             material = load_material(whole, others=dict(texts[1:]))
@@ -73,7 +71,7 @@ class Workshop:
                         f"the text {name} has only {len(found)} window; give 2 or more, to tune on the first half and "
                         "measure on the second"
                     )
-            self._loaded = key, material
+            self._loaded = cell.material, material
         return self._loaded[1]
 
     def tasks(self, cell: Cell) -> dict[str, Any]:

@@ -87,6 +87,14 @@ class Cell:
             what["speed"] = True
         return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
+    @functools.cached_property
+    def material(self) -> str:
+        """Return a name for the model and text that this cell needs: equal ones are loaded once if they follow each other."""
+        config = self.config
+        text = dataclasses.replace(config.text, step_shares=None)
+        calibration = (config.calibration.nsamples, config.calibration.seqlen, config.calibration.written)
+        return repr((config.model, text, calibration, self.finetunes, config.output.seed, self.measures.texts))
+
     @property
     def labels(self) -> dict[str, str]:
         """Return what tells this cell from the others of the comparison."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch_impl.experiment.comparison.cells import Workshop
@@ -63,18 +63,29 @@ def cells_of(group: Group, results: Results) -> list[Cell]:
 
 
 def slots(groups: Sequence[Group]) -> list[Slot]:
-    """Return the order of work, each run once: first all learning rates, then what is reported, one seed after the other."""
-    found: dict[str, Slot] = {}
+    """Return the order of work, each run once: first all learning rates, then what is reported, one seed after the other.
+
+    Runs that need the same model and text follow each other.
+    """
+    tuning: dict[str, Slot] = {}
     for group in groups:
         for cell in group.tuning():
-            found.setdefault(cell.key, Slot(group, cell))
+            tuning.setdefault(cell.key, Slot(group, cell))
+    found: dict[str, Slot] = {}
     for seed in dict.fromkeys(seed for group in groups for seed in group.seeds):
         for group in groups:
             if seed in group.seeds:
                 first = group.final(seed, group.rates[0] if group.rates else None)
                 name = f"reported {first.key} {sorted(group.rates)}" if len(group.rates) > 1 else first.key
                 found.setdefault(name, Slot(group, first, seed))
-    return list(found.values())
+    return [*_by_material(tuning.values()), *_by_material(found.values())]
+
+
+def _by_material(work: Iterable[Slot]) -> list[Slot]:
+    together: defaultdict[str, list[Slot]] = defaultdict(list)
+    for slot in work:
+        together[slot.cell.material].append(slot)
+    return [slot for of_material in together.values() for slot in of_material]
 
 
 def share(work: Sequence[Slot], number: int, count: int) -> list[Slot]:

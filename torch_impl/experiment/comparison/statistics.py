@@ -1,6 +1,6 @@
 """Figures of a comparison: perplexity, mean and deviation over seeds, a paired test over windows, the chosen learning rate.
 
-Decision record: docs/decisions/0038-significance-over-windows.md.
+Decision record: docs/decisions/0048-significance-over-windows.md.
 """
 
 from __future__ import annotations

@@ -92,6 +92,7 @@ def overview(rows: Sequence[Row], trained: Sequence[Row], matrix: Matrix) -> Tab
         values = {label_of(dict(row.group.varied).get("sparsity", ""))} & set(sparsities) or set(sparsities)
         line = found.setdefault(tuple(_names(row, columns)), {})
         line.update(dict.fromkeys(values, figure(row.perplexity(text))))
+    sparsities = [s for s in sparsities if any(dict(row.group.varied).get("sparsity") == s for row in trained)]
     head = [*columns, "", *map(percent, sparsities)]
     cells = [tuple(head), *((*names, *(line.get(s, NOTHING) for s in sparsities)) for names, line in found.items())]
     return Table(f"Perplexity on {text} by sparsity", tuple(cells))
