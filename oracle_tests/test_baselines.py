@@ -255,6 +255,15 @@ def test_fewer_batches_than_steps_are_refused(setting: Setting) -> None:
         whole_batches([{}] * 9, [0.2, 0.2, 0.6], setting.config.training)
 
 
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "none"])
+def test_nothing_to_train_on_is_refused_before_pruning(
+    setting: Setting, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losa, "run", lambda *_, **__: pytest.fail("it prunes"))
+    with pytest.raises(ValueError, match=r"no training examples|^0 training examples|0 examples make 0"):
+        setting.run(name, examples=0)
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_impl.experiment.baselines.baseline.find_spec", lambda name: None)
     for name in ("lora", "adalora"):

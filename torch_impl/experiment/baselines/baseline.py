@@ -117,8 +117,20 @@ def one_shot(settings: Settings) -> Settings:
     )
 
 
-def prune(model: PreTrainedModel, dense: PreTrainedModel, material: Material, config: Config, costs: Costs) -> Decoder:
-    """Prune in one shot; the model is plain again. Return its decoder."""
+def prune(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    material: Material,
+    config: Config,
+    costs: Costs,
+    trains: bool = True,
+) -> Decoder:
+    """Prune in one shot; the model is plain again. Return its decoder.
+
+    Errors: ValueError if it trains next, and there are no examples.
+    """
+    if trains and not material.examples:
+        raise ValueError("there are no training examples; leave out --finetune false, or take the baseline none")
     records = losa.run(model, material.calibration, [], one_shot(config.settings), dense=dense, on_part=costs.on_part)
     decoder = Decoder(model)
     merge_adapters(decoder)

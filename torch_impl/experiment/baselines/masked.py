@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from torch_impl import losa as algorithm
@@ -29,7 +30,7 @@ def none(
 ) -> Trained:
     """Prune, and train nothing."""
     costs = Costs(model.device)
-    prune(model, dense, material, config, costs)
+    prune(model, dense, material, config, costs, trains=False)
     return finish(model, unmerged=False, count=0, steps=0, costs=costs)
 
 
@@ -110,18 +111,21 @@ def full(
     decoder, dtype = prune(model, dense, material, config, costs), model.dtype
     module: nn.Module = model
     module.to(torch.promote_types(dtype, torch.float32))
-    kept = [_train_kept(weight) for weight in decoder.weights]
+    count = sum(int(weight.count_nonzero()) for weight in decoder.weights)
+    handles = [_train_kept(weight) for weight in decoder.weights]
     steps = train(model, dense, material, config, costs, on_progress)
+    for handle in handles:
+        handle.remove()
     module.to(dtype)
-    return finish(model, False, sum(int(mask.sum()) for mask in kept), steps, costs)
+    return finish(model, False, count, steps, costs)
 
 
-def _train_kept(weight: torch.Tensor) -> torch.Tensor:
-    """Let a weight (out, in) be trained where it is not 0. Return its mask.
+def _train_kept(weight: torch.Tensor) -> RemovableHandle:
+    """Let a weight (out, in) be trained where it is not 0. Return a handle to the hook that masks its gradient.
 
     A pruned weight has no gradient, so AdamW leaves it exactly 0: its moments and its decay are 0.
     """
     kept = weight != 0
     weight.requires_grad_(True)
-    weight.register_hook(lambda gradient: gradient * kept)
-    return kept
+    handle: RemovableHandle = weight.register_hook(lambda gradient: gradient * kept)
+    return handle
