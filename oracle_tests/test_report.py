@@ -40,7 +40,7 @@ RESULT = Result(
     losa=Row(perplexity=10.876, sparsity=0.7012, seconds=99.96, bytes=1_234_567, packed_bytes=2_345_678_901),
     perplexity_after_step=[7.25, 10.9],
     evaluation={
-        "source": "some.txt", "split": "held out", "windows": 17, "seqlen": 32, "sha256": "0123456789abcdef" * 4,
+        "source": "/some/where/some.txt", "split": "held out", "windows": 17, "seqlen": 32, "sha256": "0123456789abcdef" * 4,
         "end_of_document": False, "documents": 3, "documents_of_source": 3, "first_windows_only": False,
         "documents_left_out": {}, "protocol": "c4", "joined_by": " ", "begin_of_text": "before the text", "stride": 32,
         "predicted_tokens": 1054,
@@ -169,6 +169,7 @@ def test_a_model_card_names_no_local_path(tmp_path: Path) -> None:
     card = model_card.of_saved(replace(RESULT, model=str(tmp_path / "my-model")))
     assert "my-model" in card
     assert str(tmp_path) not in card
+    assert "/some/where/" not in card
     assert "base_model" not in card, "no name of the hub"
 
 

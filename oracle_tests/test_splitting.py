@@ -249,7 +249,7 @@ def test_what_is_said_of_the_measured_text_is_true(name: str, limit: int | None,
         ids.numel(),
         len(source.documents),
     )
-    said = report._measured_on(facts)
+    said = report._measured_on(facts, "a text")
     assert ("all of it" in said) == (whole and source.part == "all of it" and limit is None)
     assert ("held out" in said) == (not whole)
     assert ("the first windows" in said) == facts["first_windows_only"] == (limit is not None)

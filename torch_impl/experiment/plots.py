@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_impl.engine.record import StepRecord
+from torch_impl.experiment.report import rows_of, title_of
 from torch_impl.experiment.result import Result
 
 
@@ -67,13 +68,14 @@ def _losses(folder: Path, result: Result, records: Sequence[StepRecord]) -> None
     losses = [loss for record in records for loss in record.losses]
     drawing, axes = _figure("optimizer step", f"training loss ({result.loss}), per token")
     axes.plot(losses, color="0.75", linewidth=0.8, label="every optimizer step")
-    window = max(1, len(losses) // 40)
+    window = max(2, len(losses) // 40)
     smooth = [sum(losses[k - window : k]) / window for k in range(window, len(losses) + 1)]
     axes.plot(range(window - 1, len(losses)), smooth, color="#0072b2", label=f"mean of {window}")
     position = 0
     for record in records[:-1]:
         position += len(record.losses)
         axes.axvline(position, color="0.4", linestyle=":", linewidth=1)
+    _whole_numbers(axes.xaxis)
     axes.legend(frameon=False)
     drawing.savefig(folder / "loss.png", dpi=130)
 
@@ -82,11 +84,9 @@ def _perplexities(folder: Path, result: Result, records: Sequence[StepRecord]) -
     """Plot the perplexity after each step beside that of the other models."""
     drawing, axes = _figure("step", "held-out perplexity")
     steps = [record.step for record in records]
-    axes.plot(steps, result.perplexity_after_step, marker="o", color="#0072b2", label="LoSA")
-    for row, title, shade, style in (
-        (result.dense, "dense", "#009e73", "--"),
-        (result.pruned_at_once, "pruned at once", "#d55e00", "-."),
-    ):
+    axes.plot(steps, result.perplexity_after_step, marker="o", color="#0072b2", label=title_of(result))
+    looks = (("#009e73", "--"), ("#d55e00", "-."), ("#cc79a7", ":"))
+    for (row, title), (shade, style) in zip(rows_of(result)[:-1], looks, strict=False):
         axes.axhline(row.perplexity, color=shade, linestyle=style, label=f"{title}: {row.perplexity:,.2f}")
     axes.set_yscale("log")
     _whole_numbers(axes.xaxis)

@@ -13,7 +13,7 @@ VISIBLE = 5e-4
 SCHEDULES = {"per_step": "in each step", "whole_run": "over all steps"}
 
 
-def _rows(result: Result) -> list[tuple[Row, str]]:
+def rows_of(result: Result) -> list[tuple[Row, str]]:
     """Return the rows of the closing table and their titles. A run that is one-shot pruning has no second row of it."""
     rows = [(result.dense, "dense")]
     if not result.is_at_once:
@@ -35,7 +35,7 @@ def title_of(result: Result) -> str:
 
 def cells_of(result: Result) -> list[list[str]]:
     cells = [["", "perplexity", "sparsity", "on disk", "if packed", "time"]]
-    for row, title in _rows(result):
+    for row, title in rows_of(result):
         cells.append(
             [
                 title,
@@ -71,7 +71,7 @@ def notes_of(result: Result) -> list[str]:
     shares = ", ".join(f"{share:.0%}" for share in result.step_shares)
     return [
         *_why_not_as_asked(result),
-        _measured_on(facts),
+        _measured_on(facts, result.texts["evaluation"]),
         f"Trained on {result.train_examples:,} sequences in parts of {shares}; loss {result.loss}, "
         f"learning rate {result.learning_rate:g}, scheduled {SCHEDULES[result.lr_schedule]}."
         if result.finetuned
@@ -97,8 +97,8 @@ def _why_not_as_asked(result: Result) -> list[str]:
     return [f"Requested {asked:.2%} zeros, got {found:.2%}: {why}."]
 
 
-def _measured_on(facts: dict[str, Any]) -> str:
-    """Describe the evaluation text."""
+def _measured_on(facts: dict[str, Any], name: str) -> str:
+    """Describe the evaluation text. name: of the text, without a local path, as model cards repeat this."""
     part = facts["split"]
     if facts["end_of_document"]:
         part += ": the end of a document"
@@ -108,7 +108,7 @@ def _measured_on(facts: dict[str, Any]) -> str:
         part = "the first windows of it" if part == ALL else f"{part}, the first windows"
     removed = [f"{count:,} of {text}" for text, count in facts["documents_left_out"].items() if count]
     return (
-        f"Perplexity per token on {facts['source']} ({part}): {facts['windows']} windows of {facts['seqlen']} tokens, "
+        f"Perplexity per token on {name} ({part}): {facts['windows']} windows of {facts['seqlen']} tokens, "
         f"sha256 {facts['sha256'][:12]}. {protocol_of(facts)}."
         + (f" Evaluation documents removed from other texts: {', '.join(removed)}." if removed else "")
     )
