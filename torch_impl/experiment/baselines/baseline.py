@@ -77,8 +77,8 @@ class Trained:
     peak_bytes: dict[str, int]
 
 
-class Run(Protocol):
-    """How a baseline prunes and trains."""
+class Work(Protocol):
+    """How a baseline prunes and trains: see `Baseline.run`."""
 
     def __call__(
         self,
@@ -87,8 +87,7 @@ class Run(Protocol):
         material: Material,
         config: Config,
         on_progress: OnProgress | None = None,
-    ) -> Trained:
-        """Prune and train `model`, a copy of the dense one, in place. dense: the original, which stays as it is."""
+    ) -> Trained: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Baseline:
 
     name: str
     label: str
-    run: Run
+    work: Work
     needs: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -106,6 +105,21 @@ class Baseline:
             raise ValueError(
                 f'baseline {self.name} needs {", ".join(missing)}; install it: pip install "losa-oracle[baselines]"'
             )
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        dense: PreTrainedModel,
+        material: Material,
+        config: Config,
+        on_progress: OnProgress | None = None,
+    ) -> Trained:
+        """Prune and train `model`, a copy of the dense one, in place. dense: the original, which stays as it is.
+
+        Errors: as `check`; ValueError if there is too little to train on; FloatingPointError if training diverges.
+        """
+        self.check()
+        return self.work(model, dense, material, config, on_progress)
 
 
 def one_shot(settings: Settings) -> Settings:
