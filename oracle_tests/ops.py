@@ -57,7 +57,10 @@ def _find(package: str, name: str) -> Callable[..., Any]:
 
 
 def to_torch(value: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Convert an argument for production: float arrays to `dtype`, other arrays with their dtype, anything else unchanged."""
+    """Convert an argument for production: float arrays to `dtype`, other arrays with their dtype, lists of arrays alike, anything
+    else unchanged."""
+    if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+        return [to_torch(part, dtype) for part in value]
     if not isinstance(value, np.ndarray):
         return value
     tensor = torch.from_numpy(np.array(value))
@@ -169,6 +172,64 @@ OPS = (
         s.kept_allocations(),
         Kind.EXACT,
         ({"importance": ROW, "kept_total": 13, "m": 4}, "kept_total"),
+    ),
+    Op(
+        "sparsity.nearest_rates",
+        s.wanted_rates(),
+        Kind.CLOSE,
+        ({"wanted": ROW, "target": 0.5, "weights": np.ones(3), "floor": np.full(3, 0.9)}, "floor"),
+    ),
+    Op(
+        "sparsity.even_moves",
+        _cases(spread=s.SPARSITIES, blocks=st.integers(1, 80), m=st.integers(1, 8)),
+        Kind.EXACT,
+        ({"spread": 0.5, "blocks": 0, "m": 4}, "blocks"),
+    ),
+    Op(
+        "owl.outlier_share",
+        _cases(scores=st.lists(s.matrices().map(np.abs), min_size=1, max_size=3), factor=st.sampled_from([5.0, 1.5])),
+        Kind.CLOSE,
+        ({"scores": [np.ones(3)]}, "scores"),
+    ),
+    Op(
+        "owl.owl_rates",
+        s.wanted_rates().map(
+            lambda case: {"outliers": case.pop("wanted").clip(min=0), **case, "spread": 0.08},
+        ),
+        Kind.CLOSE,
+        ({"outliers": ROW, "target": 0.5, "weights": np.ones(2), "floor": np.zeros(3)}, "weights"),
+    ),
+    Op(
+        "atp.progression",
+        st.tuples(s.SPARSITIES, st.integers(1, 9), st.sampled_from([0.0, 0.5, 1.0])).map(
+            lambda drawn: {
+                "target": drawn[0],
+                "blocks": drawn[1],
+                "step": drawn[2] * 2 * min(drawn[0], 1 - drawn[0]) / max(1, drawn[1] - 1),
+            }
+        ),
+        Kind.CLOSE,
+        ({"target": 0.5, "blocks": 3, "step": 0.6}, "step"),
+    ),
+    Op(
+        "atp.largest_step",
+        _cases(target=s.SPARSITIES, blocks=st.integers(1, 80)),
+        Kind.EXACT,
+        ({"target": 0.5, "blocks": 0}, "blocks"),
+    ),
+    Op(
+        "atp.candidate_steps",
+        _cases(target=s.SPARSITIES, blocks=st.integers(1, 80), count=st.integers(2, 12)),
+        Kind.CLOSE,
+        ({"target": 0.5, "blocks": 3, "count": 1}, "count"),
+    ),
+    Op("lamp.lamp_score", _cases(weight=s.matrices()), Kind.CLOSE, ({"weight": np.ones(3)}, "weight")),
+    Op("lamp.lamp_levels", _cases(weight=s.matrices()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
+    Op(
+        "lamp.lamp_kept",
+        _cases(levels=st.lists(s.matrices(), min_size=1, max_size=4).map(s.levels_of), target=s.SPARSITIES),
+        Kind.CLOSE,
+        ({"levels": [np.ones(3, dtype=np.int64)], "target": 1.5}, "target"),
     ),
     Op(
         "rank.reconstruction_error",

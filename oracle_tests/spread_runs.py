@@ -166,14 +166,14 @@ class Received(TorchDispatchMode):
     """Bytes of the features of all sequences, which `alltoall_base_` exchanges."""
 
 
-def received(method: str, epochs: int, window: int) -> tuple[dict[str, int], dict[str, int], int]:
+def received(method: str, epochs: int, window: int, rule: str) -> tuple[dict[str, int], dict[str, int], int]:
     """Measure bytes received in one calibration and one optimizer step of a float32 model, and bytes of frozen rows held."""
     ours = random_model("llama")
-    config = spread_config(method, epochs, window)
+    config = spread_config(method, epochs, window, rule)
     calibration, training_config = config.calibration, config.training
     ids = torch.randint(257, (8, 16), generator=torch.Generator().manual_seed(0))
     case = Settings(
-        prune=PruneConfig(prune_method=method, steps=1),
+        prune=config.prune,
         calibration=calibration,
         training=dataclasses.replace(training_config, finetune=False),
         reconstruction=config.reconstruction,
@@ -194,10 +194,10 @@ def received(method: str, epochs: int, window: int) -> tuple[dict[str, int], dic
     return dict(calibrating.bytes), dict(stepping.bytes), held
 
 
-def spread_config(method: str, epochs: int = 0, window: int = 1) -> Config:
+def spread_config(method: str, epochs: int = 0, window: int = 1, rule: str = "rmi") -> Config:
     """Options of the run that is measured."""
     return Config(
-        prune=PruneConfig(prune_method=method, steps=1),
+        prune=PruneConfig(prune_method=method, steps=1, layer_sparsity=rule),
         calibration=CalibrationConfig(nsamples=8, seqlen=16, rmi_samples=8, calibration_batch_size=4),
         training=TrainingConfig(loss="kl", per_device_train_batch_size=2, gradient_accumulation_steps=4),
         reconstruction=ReconstructionConfig(epochs, 3e-3, 3, window),

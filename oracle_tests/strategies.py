@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from reference.lamp import lamp_levels
 from reference.masks.prune import METHODS
 from reference.masks.sparsegpt import hessian
 
@@ -286,7 +287,8 @@ def kept_allocations(draw: st.DrawFn) -> dict[str, Any]:
         for block in rng.permutation(L):  # raise until there is a solution
             if np.minimum(ceiling, most).sum() < kept_total:
                 ceiling[block] = m
-    return {"importance": importance, "kept_total": kept_total, "m": m, "spread": spread, "ceiling": ceiling}
+    case = {"importance": importance, "kept_total": kept_total, "m": m, "spread": spread, "ceiling": ceiling}
+    return case | {"moves": draw(st.none() | st.integers(0, 5))}
 
 
 @st.composite
@@ -430,3 +432,17 @@ def continuations() -> st.SearchStrategy[dict[str, Any]]:
         )
 
     return st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6)).flatmap(of)
+
+
+@st.composite
+def wanted_rates(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of nearest_rates that have a solution: rates beyond their bounds, equal ones, floors above them."""
+    L, rng, target = draw(st.integers(1, 9)), _rng(draw), draw(SPARSITIES)
+    wanted = draw(st.sampled_from([target + rng.normal(0, 0.1, L), rng.uniform(-0.5, 1.5, L), np.full(L, target)]))
+    floor = draw(st.sampled_from([np.zeros(L), target * rng.random(L), np.full(L, target)]))
+    return {"wanted": wanted, "target": target, "weights": rng.integers(1, 50, L).astype(float), "floor": floor}
+
+
+def levels_of(weights: list[np.ndarray]) -> list[np.ndarray]:
+    """What `lamp_levels` counts in each of these weights."""
+    return [lamp_levels(weight) for weight in weights]

@@ -59,7 +59,10 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
             lambda: PruneConfig(prune_method="best"),
             f"prune_method is 'best'; allowed: {', '.join(METHODS)}",
         ),
-        (lambda: PruneConfig(layer_sparsity="best"), "layer_sparsity is 'best'; allowed: rmi, uniform"),
+        (
+            lambda: PruneConfig(layer_sparsity="best"),
+            "layer_sparsity is 'best'; allowed: rmi, uniform, owl, atp, lamp, gradient",
+        ),
         (lambda: PruneConfig(steps=0), "steps is 0; allowed: 1 or more"),
         (lambda: PruneConfig(sparsity_ratio=1.0), "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
         (lambda: PruneConfig(sparsity_ratio=1.5), "sparsity_ratio is 1.5; allowed: 0 up to, not including, 1"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from oracle_tests.programs import configuration_hashes, lowest_versions
-from oracle_tests.small_runs import ROOT
+from oracle_tests.programs import configuration_hashes, importance_orders, lowest_versions
+from oracle_tests.small_runs import ROOT, arguments, make_place
 
 
 def test_hashes_are_compared_with_earlier_ones(
@@ -74,3 +75,17 @@ def test_every_declared_floor_is_installed_or_replaced() -> None:
 def test_the_project_s_own_floors_can_be_read_and_their_tests_exist() -> None:
     assert {"torch", "transformers", "pytest"} <= set(lowest_versions.floors((ROOT / "pyproject.toml").read_text()))
     assert all((ROOT / test).is_file() for test in lowest_versions.TESTS)
+
+
+def test_orders_of_importance_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a small model; and correlations by hand: swapping the lowest two of four costs 6 · 2 / (4 · 15) = 0.2."""
+    options = arguments(make_place(tmp_path), steps=1, finetune="false", eval_windows=2)
+    assert importance_orders.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    blocks = [line for line in lines if line.startswith("| ") and line[2].isdigit()]
+    assert sorted(int(line.split("(")[1].split(")")[0]) for line in blocks) == [1, 2, 3]
+    [row] = [line for line in lines if line.startswith("| gradient | ")]
+    assert row.split(" | ")[2] == "+1.00"
+    values = {"rmi": [1, 2, 3, 4], "gradient": [20, 10, 30, 40], "owl": [4, 3, 2, 1], "e": [5, 5, 5, 5]}
+    found = importance_orders.correlations({name: np.array(value) for name, value in values.items()})
+    np.testing.assert_allclose(found[0], [1, 0.8, -1, np.nan])

@@ -203,7 +203,7 @@ def test_a_rule_measures_what_it_says(rule: str) -> None:
         expected.append(1 - sum(cosines) / len(cosines))
     measure = reference_rates.RULES[rule].measure
     assert measure is not None
-    np.testing.assert_allclose(measure(model, ids), expected, rtol=1e-12)
+    np.testing.assert_allclose(measure(model, ids, 0.5), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "mixed-2:4"])
@@ -240,7 +240,7 @@ def test_a_rule_that_needs_the_whole_model(
 ) -> None:
     monkeypatch.setitem(rates.RULES, rule, replace(rates.RULES[rule], works_offloaded=False))
     argv = arguments(place, **ONE_SHOT, layer_sparsity=rule, offload="on")
-    fails(capsys, place, argv, [f"layer_sparsity {rule} needs the whole model", "--offload off", "rmi, uniform"])
+    fails(capsys, place, argv, [f"layer_sparsity {rule} needs the whole model", "--offload off", "rmi, uniform, owl"])
     assert not parse(arguments(place, **ONE_SHOT, layer_sparsity=rule)).plain
 
 

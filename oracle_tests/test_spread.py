@@ -58,7 +58,10 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"prune_method": "pruner_zero", "rank_shrink": "fold"}),
     (4, {"prune_method": "magnitude", "gradient_checkpointing": True, "reconstruct_epochs": 2}),
     (2, {"prune_method": "wanda", "reconstruct_epochs": 1, "reconstruct_window": 2}),
-    (4, {"sparsity_ratio": None, "sparsity_type": "mixed-2:4"}),
+    (4, {"sparsity_ratio": None, "sparsity_type": "mixed-2:4", "layer_sparsity": "gradient"}),
+    (4, {"layer_sparsity": "atp", "prune_method": "magnitude"}),
+    (2, {"layer_sparsity": "owl", "loss": "ce"}),
+    (2, {"layer_sparsity": "lamp", "prune_method": "magnitude"}),
 ]
 
 
@@ -224,17 +227,21 @@ def test_one_process_needs_no_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "epochs", "window"), [("wanda", 0, 1), ("sparsegpt", 0, 1), ("wanda", 2, 1), ("wanda", 1, 2)]
+    ("method", "epochs", "window", "rule"),
+    [
+        *(("wanda", 0, 1, "rmi"), ("sparsegpt", 0, 1, "rmi"), ("wanda", 2, 1, "owl"), ("wanda", 1, 2, "lamp")),
+        *(("magnitude", 0, 1, "gradient"), ("magnitude", 0, 1, "atp")),
+    ],
 )
-def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int, window: int) -> None:
+def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int, window: int, rule: str) -> None:
     """Exactly, apart from single numbers that are agreed on."""
     sizes = Sizes.of(Decoder(random_model("llama")), torch.float32)
-    config = spread_config(method, epochs, window)
+    config = spread_config(method, epochs, window, rule)
     calibration = calibration_traffic(config, sizes, 2)
     first_step = dataclasses.replace(config, prune=dataclasses.replace(config.prune, steps=1))
     step = step_traffic(first_step, sizes, 2)
     fullest = 0
-    for calibrating, stepping, held in in_processes(2, received, method, epochs, window):
+    for calibrating, stepping, held in in_processes(2, received, method, epochs, window, rule):
         assert stepping["_allgather_base_"] == step.weights
         assert stepping["allreduce_"] == step.gradients
         few = 1000
@@ -242,7 +249,7 @@ def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int, wind
         assert calibrating["_allgather_base_"] == calibration.weights + 2 * sizes.weights(cards=2)
         assert 0 <= calibrating["broadcast_"] - calibration.pruned < few
         assert 0 <= calibrating["allreduce_"] - calibration.statistics - calibration.reconstruction < few
-        assert calibrating["alltoall_base_"] == calibration.features
+        assert calibrating.get("alltoall_base_", 0) == calibration.features
         fullest = max(fullest, held)
     # 257 rows of the vocabulary on two cards: the first holds one more.
     assert fullest == phases(config, sizes, Place("cpu", 2))["calibration"].weights

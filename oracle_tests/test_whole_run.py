@@ -21,6 +21,7 @@ from oracle_tests.strategies import examples
 from oracle_tests.whole_runs import PLAIN, SIZES, Case, run_production, special
 from reference import llama
 from reference import losa as reference_losa
+from reference.rates import RULES
 
 # How much the two may differ after training, in float64 with u = 1e-16. Gradients are clipped to norm 1 over some thousand
 # entries, so their partial sums are about 1e-2 and rounding leaves 10 · u · 1e-2 = 1e-17 in each. Adam divides an entry
@@ -61,7 +62,7 @@ def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
         sparsity_type=pattern,
         sparsity_ratio=choose(0.4, 0.5, 0.65, 0.7, 0.8, 0.9),
         steps=steps,
-        layer_sparsity=choose("rmi", "rmi", "rmi", "uniform"),
+        layer_sparsity=choose("rmi", "rmi", *RULES),
         lora_alpha=alpha,
         lora_r=r,
         initial_rank=initial_rank,
@@ -235,7 +236,9 @@ SPECIAL = {
         reconstruct_epochs=1, reconstruct_window=3, blocks=5, prune_method="sparsegpt", steps=2, rank_shrink="fold"
     ),
     "alps": special(prune_method="alps", biased=True, loss="kl"),
-    "alps, mixed groups": special(prune_method="alps", sparsity_type="mixed-2:4", rank_shrink="truncate", seed=2),
+    "alps, mixed groups": special(
+        prune_method="alps", sparsity_type="mixed-2:8", blocks=5, rank_shrink="truncate", seed=2
+    ),
     "admm": special(prune_method="admm", start=(0.3, 0.0, 0.1), silent=0.25),
     "admm, groups, windows of two blocks": special(
         prune_method="admm", sparsity_type="2:4", reconstruct_epochs=1, reconstruct_window=2, steps=2
@@ -246,6 +249,17 @@ SPECIAL = {
     "pruner_zero, mixed groups": special(
         prune_method="pruner_zero", sparsity_type="mixed-2:4", rank_shrink="truncate", calibration_batch=16, steps=2
     ),
+    "rates by outliers": special(layer_sparsity="owl", blocks=5, steps=2, widths=(5, 13, 9), start=(0.3, 0.0, 0.1)),
+    "rates in a progression": special(
+        layer_sparsity="atp", blocks=5, steps=2, prune_method="sparsegpt", rank_shrink="fold"
+    ),
+    "rates by a threshold": special(
+        layer_sparsity="lamp", blocks=5, steps=2, widths=(24, 12), prune_method="magnitude"
+    ),
+    "rates by gradients, some blocks wider": special(
+        layer_sparsity="gradient", blocks=5, steps=2, widths=(24, 12), biased=True
+    ),
+    "mixed groups by gradients": special(layer_sparsity="gradient", blocks=7, sparsity_type="mixed-2:8", steps=2),
     "an example without any label": special(unlabelled=True, batch_size=1, micro_batch=1, accumulation=1),
 }
 

@@ -21,7 +21,7 @@ def first_order_importance(weight: Array, gradient: Array) -> float:
     Parameters: weight W (out, in); gradient G (out, in) of the loss over the whole calibration text. A pruned weight adds 0.
     Returns: I ≥ 0, in the unit of the loss. A block's importance is the sum over its projections.
 
-    *Deviation*: G is summed over the text before its size is taken. LLM-Pruner (arXiv 2305.11627) does the
+    *Deviation*: G is summed over the text before its size is taken (decision 47). LLM-Pruner (arXiv 2305.11627) does the
     same; sums of sizes per sequence would depend on how the text is cut.
 
     >>> first_order_importance([[2, -1], [0, 3]], [[1, 1], [5, -1]])  # 2 + 1 + 0 + 3

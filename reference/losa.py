@@ -43,11 +43,11 @@ class Settings:
     """All that determines a run, apart from model and tokens. Names and defaults are those of torch_impl/engine/settings.py.
 
     prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
-    sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: rmi (LoSA) or uniform.
+    sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: a name in rates.py; rmi is LoSA's.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
     adapted: the projections with adapters: all (LoSA), attention or mlp; the others are only pruned.
-    rmi_samples: calibration sequences for the mutual information. finetune: train the adapters. learning_rate: the peak.
+    rmi_samples: calibration sequences that measure the blocks' importance. finetune: train the adapters. learning_rate: peak.
     warmup_ratio, weight_decay, max_grad_norm: see adamw.py. batch_size: sequences per optimizer step. lr_schedule: per_step
     (paper) or whole_run. loss: ce (paper) or kl. seed: of the adapters' new rows. reconstruct_epochs: epochs over the
     calibration sequences for each block after it is pruned; 0 (paper): no reconstruction. reconstruct_learning_rate,
@@ -215,7 +215,8 @@ def _block_targets(
     kept = np.full(blocks, kept_per_group(target, m))
     if settings.pattern.mixed and importance is not None:
         ceiling = np.rint((1 - previous) * m).astype(np.int64)
-        kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling)
+        moves = sparsity.even_moves(schedule.sparsity_spread(target), blocks, m)
+        kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling, moves=moves)
     return 1 - kept / m, [(int(n), m) for n in kept]
 
 
@@ -544,7 +545,7 @@ def run(
         importance = None
         if (measure := settings.rule.measure) is not None:
             current = merge_adapters(model, layers, settings.scale)
-            importance = measure(current, calibration_ids[: settings.rmi_samples])
+            importance = measure(current, calibration_ids[: settings.rmi_samples], target)
         rates, groups = _block_targets(settings, target, importance, weights, rates)
         gradients = _gather_gradients(merge_adapters(model, layers, settings.scale), calibration_ids, settings.method)
         layers, errors = _prune_model(model, layers, calibration_ids, settings, rates, groups, gradients)

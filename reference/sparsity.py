@@ -101,8 +101,76 @@ def uniform_sparsity(target: float, weights: Array, floor: Array) -> Array:
     return np.maximum(rest_sparsity(np.rint(floor * w), w, target), floor)
 
 
+def nearest_rates(wanted: Array, target: float, weights: Array, floor: Array) -> Array:
+    """Move wanted rates as little as needed, so that the model reaches its target and no block falls below its floor.
+
+    Source: ours (decision 43), for rules that say what rate each block should have, such as OWL.
+
+        min_ρ Σ w_l (ρ_l − wanted_l)²   subject to   Σ w_l ρ_l / Σ w_l = s,   floor_l ≤ ρ_l ≤ 1
+
+    The optimum shifts all blocks by the same amount, up to their bounds: ρ_l = min(max(wanted_l + c, floor_l), 1). The mean
+    grows with c, linearly between the shifts at which a block meets a bound. So c is found between two of them.
+
+    Parameters: wanted (L,), any finite rates; target s in [0, 1]; weights w (L,), prunable weights per block, above 0;
+    floor (L,), the sparsity each block already has. Returns: ρ (L,).
+
+    Errors: ValueError if the floor alone exceeds the target.
+
+    *Deviation*: OWL and ATP prune once, so they know no floor; OWL balances blocks without their sizes.
+
+    >>> nearest_rates([0.2, 0.5, 0.8], 0.6, weights=[1, 1, 1], floor=[0.4, 0, 0])  # all + 0.1 would leave 0.3, below the floor
+    array([0.4 , 0.55, 0.85])
+    """
+    wanted = _checks.array("wanted", wanted, "L")
+    _checks.number("target", target, 0.0, 1.0)
+    w, floor = _checks.array("weights", weights, "L"), _checks.array("floor", floor, "L")
+    _checks.same_shape("weights", w, wanted, "wanted")
+    _checks.same_shape("floor", floor, wanted, "wanted")
+    if w.min() <= 0:
+        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
+    if floor.min() < 0 or floor.max() > 1:
+        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    w = w / w.sum()
+    if w @ floor > target + SLACK:
+        raise ValueError(f"floor has a mean of {w @ floor}; allowed: at most target, {target}")
+
+    def shifted(c: float) -> Array:
+        return np.minimum(np.maximum(wanted + c, floor), 1.0)
+
+    shifts = np.sort(np.concatenate([floor - wanted, 1 - wanted]))
+    means = np.array([w @ shifted(c) for c in shifts])
+    return shifted(float(np.interp(target, means, shifts)))
+
+
+def even_moves(spread: float, blocks: int, m: int) -> int:
+    """Count the weights of every m that a mixed N:M pattern may move between blocks: as many as Eq. 5 moves.
+
+    Source: ours (decision 44). Eq. 5 moves each block by up to δ, half of them up and half of them down, so that a share
+    of δ / 2 of all weights changes its block. In an N:M pattern a block moves by 1 / m or not at all:
+
+        moves = rint(δ · L · m / 2)
+
+    Parameters: spread δ in [0, 1] of `schedule.sparsity_spread`; blocks L; m. Returns: moves ≥ 0. A half is rounded to an
+    even number (slack 1e-9).
+
+    *Deviation*: the paper does not say how far N may differ between blocks.
+
+    >>> [even_moves(0.01, 32, 4), even_moves(0.04, 32, 8)]  # 2:4 is 50 % zeros and 2:8 is 75 %: 0.64 and 5.12
+    [1, 5]
+    """
+    _checks.number("spread", spread, 0.0, 1.0)
+    _checks.integer("blocks", blocks, 1)
+    _checks.integer("m", m, 1)
+    return int(np.rint(round(spread * blocks * m / 2, 9)))
+
+
 def allocate_kept(
-    importance: Array, kept_total: int, m: int, spread: int = 1, ceiling: ArrayLike | None = None
+    importance: Array,
+    kept_total: int,
+    m: int,
+    spread: int = 1,
+    ceiling: ArrayLike | None = None,
+    moves: int | None = None,
 ) -> NDArray[np.int64]:
     """Choose N of N:M for each block: the integer form of `allocate_sparsity`, for mixed N:M patterns.
 
@@ -113,8 +181,12 @@ def allocate_kept(
     In zeros Z = m − N this is the same knapsack. Start each block at its fewest zeros. Then raise the blocks to their
     most zeros, in order of increasing importance, until the budget is spent.
 
+    With `moves`, in addition Σ max(0, Z_l − ⌈Z̄⌉) ≤ moves, or as many as the ceiling forces. Raise the blocks to ⌈Z̄⌉ zeros
+    first. Then, `moves` times, move one zero from the most important block that has one to give to the least important one
+    that can take it, if that one is less important. So blocks of equal importance stay equal.
+
     Parameters: importance I (L,); kept_total from 0 to L·m; m; spread; ceiling (L,) integers, the N each block has now,
-    default m. A ceiling below N̄ − spread is also that block's lower bound.
+    default m; moves ≥ 0, default: no limit. A ceiling below N̄ − spread is also that block's lower bound.
 
     Returns: N (L,) int64. Ties of I: the lower index is pruned first.
 
@@ -124,6 +196,8 @@ def allocate_kept(
 
     >>> allocate_kept([0.9, 0.5, 0.7], kept_total=6, m=4)  # 3 each is 9, so 3 must go: second gives 2, third gives 1
     array([3, 1, 2])
+    >>> allocate_kept([0.9, 0.5, 0.7, 0.8], kept_total=8, m=4), allocate_kept([0.9, 0.5, 0.7, 0.8], 8, 4, moves=1)
+    (array([3, 1, 1, 3]), array([3, 1, 2, 2]))
     """
     importance = _checks.array("importance", importance, "L")
     L = len(importance)
@@ -144,6 +218,17 @@ def allocate_kept(
         raise ValueError(f"kept_total is {kept_total}; allowed: at most {most.sum()} with this spread and ceiling")
 
     kept = most.astype(np.int64)
-    for block in np.argsort(importance, kind="stable"):
-        kept[block] -= min(most[block] - least[block], kept.sum() - kept_total)
+    order = np.argsort(importance, kind="stable")
+    # ⌈Z̄⌉ zeros leave ⌊N̄⌋.
+    even = least if moves is None else np.minimum(np.maximum(least, kept_total // L), most)
+    for block in order:
+        kept[block] -= min(most[block] - even[block], kept.sum() - kept_total)
+    forced = np.maximum(0, kept_total // L - most).sum()
+    for _ in range(0 if moves is None else max(0, _checks.integer("moves", moves, 0) - forced)):
+        takers = [block for block in order if least[block] < kept[block] <= kept_total // L]
+        givers = [block for block in order[::-1] if kept[block] < most[block]]
+        if not takers or not givers or importance[givers[0]] <= importance[takers[0]]:
+            break
+        kept[takers[0]] -= 1
+        kept[givers[0]] += 1
     return kept

@@ -65,7 +65,8 @@ def block_targets(
     kept = torch.full((blocks,), kept_per_group(target, m))
     if config.pattern.mixed and importance is not None:
         ceiling = torch.round((1 - previous) * m).long()
-        kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling)
+        moves = sparsity.even_moves(schedule.sparsity_spread(target), blocks, m)
+        kept = sparsity.allocate_kept(importance, int(kept.sum()), m, ceiling=ceiling, moves=moves)
     return 1 - kept.double() / m, [(int(n), m) for n in kept]
 
 
@@ -75,7 +76,7 @@ def _set_targets(blocks: Blocks, target: float, settings: Settings, progress: Pr
     if (measure := settings.prune.rule.measure) is not None:
         size = progress.calibration_batch_size or settings.calibration.calibration_batch_size
         importance, progress.calibration_batch_size = find_executable_batch_size(
-            lambda size: blocks.importance(measure(blocks.decoder.family), size), size, "calibration_batch_size"
+            lambda size: blocks.importance(measure(blocks.decoder, target), size), size, "calibration_batch_size"
         )
         progress.importance = importance.tolist()
     previous = torch.tensor(progress.sparsity, dtype=torch.float64)

@@ -67,10 +67,54 @@ def uniform_sparsity(target: float, weights: torch.Tensor, floor: torch.Tensor) 
     return floor.clamp(min=rest_sparsity((floor * w).round(), w, target))
 
 
+def nearest_rates(wanted: torch.Tensor, target: float, weights: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Shift wanted rates by the same amount, up to their bounds, so that the mean is the target. All (L,); returns float64."""
+    wanted = _checks.finite("wanted", wanted, "L").double()
+    _checks.number("target", target, 0.0, 1.0)
+    w, floor = _checks.finite("weights", weights, "L").double(), _checks.finite("floor", floor, "L").double()
+    _checks.same_shape("weights", w, wanted, "wanted")
+    _checks.same_shape("floor", floor, wanted, "wanted")
+    if float(w.min()) <= 0:
+        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
+    if float(floor.min()) < 0 or float(floor.max()) > 1:
+        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    w = w / w.sum()
+    if float(w @ floor) > target + SLACK:
+        raise ValueError(f"floor has a mean of {float(w @ floor)}; allowed: at most target, {target}")
+
+    def shifted(c: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(wanted + c, floor).clamp(max=1.0)
+
+    # The mean is linear between the shifts at which a block meets a bound.
+    shifts = torch.cat([floor - wanted, 1 - wanted]).sort().values
+    means = shifted(shifts[:, None]) @ w
+    after = int((means < target).sum().clamp(max=len(means) - 1))
+    before = max(0, after - 1)
+    rise = float(means[after] - means[before])
+    part = min(1.0, max(0.0, (target - float(means[before])) / rise)) if rise > 0 else 0.0
+    return shifted(shifts[before] + part * (shifts[after] - shifts[before]))
+
+
+def even_moves(spread: float, blocks: int, m: int) -> int:
+    """Count the weights of every m that a mixed N:M pattern may move between blocks: rint(δ·L·m / 2), as many as Eq. 5 moves."""
+    _checks.number("spread", spread, 0.0, 1.0)
+    _checks.integer("blocks", blocks, 1)
+    _checks.integer("m", m, 1)
+    return round(round(spread * blocks * m / 2, 9))
+
+
 def allocate_kept(
-    importance: torch.Tensor, kept_total: int, m: int, spread: int = 1, ceiling: torch.Tensor | None = None
+    importance: torch.Tensor,
+    kept_total: int,
+    m: int,
+    spread: int = 1,
+    ceiling: torch.Tensor | None = None,
+    moves: int | None = None,
 ) -> torch.Tensor:
-    """Choose N (L,) int64 of each block's N:M, Σ N = kept_total: the knapsack of Eq. 5 in integers."""
+    """Choose N (L,) int64 of each block's N:M, Σ N = kept_total: the knapsack of Eq. 5 in integers.
+
+    moves: zeros above the even share that the blocks may have together; default: no limit.
+    """
     importance = _checks.finite("importance", importance, "L")
     L = len(importance)
     _checks.integer("m", m, 1)
@@ -89,8 +133,33 @@ def allocate_kept(
     if int(most.sum()) < kept_total:
         raise ValueError(f"kept_total is {kept_total}; allowed: at most {int(most.sum())} with this spread and ceiling")
     order = torch.sort(importance, stable=True).indices
-    room = (most - least)[order]
+    share = kept_total // L
+    even = least if moves is None else least.clamp(min=share).minimum(most)
+    room = (most - even)[order]
     before = torch.cumsum(room, 0) - room
     kept = most.clone()
     kept[order] -= torch.minimum((int(most.sum()) - kept_total - before).clamp(min=0), room)
+    if moves is not None:
+        _checks.integer("moves", moves, 0)
+        left = max(0, moves - int((share - most).clamp(min=0).sum()))
+        _move(kept, importance, order.tolist(), (least, most), share, left)
     return kept
+
+
+def _move(
+    kept: torch.Tensor,
+    importance: torch.Tensor,
+    order: list[int],
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    share: int,
+    moves: int,
+) -> None:
+    """Let the most important blocks take over weights of the least important ones, in place; order: by importance."""
+    least, most = bounds
+    for _ in range(moves):
+        taker = next((block for block in order if least[block] < kept[block] <= share), None)
+        giver = next((block for block in reversed(order) if kept[block] < most[block]), None)
+        if taker is None or giver is None or not importance[giver] > importance[taker]:
+            return
+        kept[taker] -= 1
+        kept[giver] += 1

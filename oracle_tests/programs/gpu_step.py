@@ -30,7 +30,7 @@ from torch_impl.engine.blocks import measure_importance
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
-from torch_impl.engine.rates import MutualInformation
+from torch_impl.engine.measures import MutualInformation
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.masks import prune as masks
 

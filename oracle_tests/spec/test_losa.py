@@ -242,7 +242,7 @@ def test_an_already_sparse_model_goes_on_from_where_it_is() -> None:
     assert record.sparsity == [0.0] * 4
 
 
-@pytest.mark.parametrize("layer_sparsity", ["rmi", "uniform"])
+@pytest.mark.parametrize("layer_sparsity", list(rates.RULES))
 def test_silent_rows_count_as_pruned(layer_sparsity: str) -> None:
     """Half of the rows, all of one block's q, or most of one block are zero: the total is what was asked for."""
     rows, projection, block = model(), model(), model()
@@ -278,7 +278,7 @@ def test_diverging_training_stops() -> None:
     ("changes", "message"),
     [
         ({"prune_method": "random"}, f"prune_method is 'random'; allowed: {', '.join(METHODS)}"),
-        ({"layer_sparsity": "owl"}, "layer_sparsity is 'owl'; allowed: rmi, uniform"),
+        ({"layer_sparsity": "x"}, "layer_sparsity is 'x'; allowed: rmi, uniform, owl, atp, lamp, gradient"),
         ({"rank_allocation": "x"}, "rank_allocation is 'x'; allowed: error, uniform"),
         ({"rank_shrink": "x"}, "rank_shrink is 'x'; allowed: truncate, fold"),
         ({"adapted": "x"}, "adapted is 'x'; allowed: all, attention, mlp"),

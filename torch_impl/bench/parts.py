@@ -22,7 +22,7 @@ from torch_impl.engine.blocks import ModelBlocks, measure_importance
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
-from torch_impl.engine.rates import MutualInformation
+from torch_impl.engine.measures import MutualInformation
 from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 

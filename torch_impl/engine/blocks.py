@@ -15,8 +15,8 @@ from torch_impl.engine.checkpoints.offload import sweep
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.gradient_sweep import Backward, Collector, Forward, GradientSweep
+from torch_impl.engine.measures import Measure
 from torch_impl.engine.progress import bar
-from torch_impl.engine.rates import Measure
 
 
 class Blocks(Protocol):

@@ -36,8 +36,8 @@ class CalibrationConfig:
     """Further calibration sequences for each of nsamples, which the dense model writes itself: it continues pieces of the
     calibration text. Helps reconstruction where there is no more text."""
     rmi_samples: int | None = None
-    """Calibration sequences for the mutual information between blocks (paper: 64, 32 for 13B); default: 64, or all if
-    fewer."""
+    """Calibration sequences that measure the importance of blocks for layer_sparsity (paper: 64, 32 for 13B); default: 64, or
+    all if fewer."""
     calibration_batch_size: int = 16
     """Sequences that go through a block at once: more is faster and needs more memory. It does not change the result."""
 
@@ -63,7 +63,7 @@ class CalibrationConfig:
 
     @property
     def rmi_rows(self) -> int:
-        """Return the number of calibration sequences for the mutual information."""
+        """Return the number of calibration sequences that measure the importance of blocks."""
         return min(RMI_SAMPLES, self.nsamples) if self.rmi_samples is None else self.rmi_samples
 
 

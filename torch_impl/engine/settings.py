@@ -26,7 +26,8 @@ class PruneConfig:
     sparsity_ratio: float | None = None
     """Final share of zeros, in [0, 1); default 0.7, or the share implied by an N:M sparsity_type."""
     sparsity_type: str = "unstructured"
-    """unstructured; N:M: keep N of every M inputs (2:4, 2:8, ...); mixed-N:M: choose N for each block by its importance."""
+    """unstructured; N:M: keep N of every M inputs (2:4, 2:8, ...); mixed-N:M: a few blocks keep one more or one
+    fewer of every M, by their importance."""
     steps: int = 5
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     layer_sparsity: str = "rmi"

@@ -20,8 +20,8 @@ from torch_impl.engine.checkpoints.offload import reader_of, sweep
 from torch_impl.engine.checkpoints.rewriting import Output, fingerprint
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradient_sweep import Collector, GradientSweep
+from torch_impl.engine.measures import Measure
 from torch_impl.engine.progress import bar
-from torch_impl.engine.rates import Measure
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.settings import Settings
 from torch_impl.engine.structure import check_weights
@@ -77,10 +77,12 @@ class Sweeps:
         self.budget.release_all()
 
     def dense(self) -> Dense:
-        """Check every block; measure perplexity and, if the rate rule needs it, mutual information."""
+        """Check every block; measure perplexity and, if the rate rule needs it, the blocks' importance."""
         start = time.perf_counter()
         start_measure, rows = self.config.prune.rule.measure, self.config.calibration.rmi_rows
-        measure = None if start_measure is None else start_measure(self.decoder.family)
+        # Offloaded runs prune in one step.
+        target = self.config.prune.final_sparsity
+        measure = None if start_measure is None else start_measure(self.decoder, target)
         measured = None if measure is None else self.stream(self.material.calibration[:rows], self._batch)
         windows = self.stream(self.material.evaluation, self.config.text.eval_batch_size)
         shares = []
@@ -90,6 +92,7 @@ class Sweeps:
             windows.advance(block, index)
             if measure is not None and measured is not None:
                 measure.advance(measured, block, index)
+        sweep_backward(self.decoder, measure)
         return Dense(
             perplexity=stream_perplexity(self.decoder, self.material.evaluation, windows, "dense"),
             shares=shares,

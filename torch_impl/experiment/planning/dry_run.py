@@ -148,7 +148,7 @@ def work_of(config: Config, sizes: Sizes) -> Work:
     """Count operations: 2 per weight and token forward, 4 backward; with loss kl one forward pass of the dense model more."""
     calibration, text, training, steps = config.calibration, config.text, config.training, config.prune.steps
     tokens = calibration.sequences * calibration.seqlen
-    of_rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0
+    measuring = round(config.prune.rule.planned.passes * calibration.rmi_rows * calibration.seqlen)
     options, blocks = config.reconstruction, len(sizes.blocks)
     # In windows, each block also computes the waiting stream, and the pruned one again after each later training.
     passes = 3 + options.more_streams * options.window
@@ -158,7 +158,7 @@ def work_of(config: Config, sizes: Sizes) -> Work:
     pruned = steps + others
     reconstructed = tokens * options.reconstruct_epochs * pruned * options.trainings(blocks)
     return Work(
-        sweeps=2 * sizes.prunable * (of_rmi * steps + passes * tokens * pruned),
+        sweeps=2 * sizes.prunable * (measuring * steps + passes * tokens * pruned),
         reconstruction=6 * sizes.prunable * reconstructed // blocks,
         training=(8 if training.loss == "kl" else 6) * sizes.prunable * trained * (1 + others),
         writing=2 * sizes.prunable * calibration.written * calibration.seqlen,

@@ -82,7 +82,8 @@ class Parts:
 class Peak:
     """Memory in use when a run needs most of a card, and on the host.
 
-    phase: calibration, reconstruction, training, evaluation or verification; offloaded: the dense, pruning or verifying sweep.
+    phase: importance, calibration, reconstruction, training, evaluation or verification; offloaded: the dense, pruning or
+    verifying sweep.
     """
 
     offloaded: bool
@@ -103,15 +104,39 @@ def peak(config: Config, sizes: Sizes, place: Place) -> Peak:
 def _in_memory(config: Config, sizes: Sizes, place: Place) -> Peak:
     found = phases(config, sizes, place)
     phase = max(found, key=lambda name: found[name].total)
-    return Peak(False, phase, found[phase], _host(sizes, place) if place.kind == "cuda" else found[phase])
+    return Peak(False, phase, found[phase], _host(config, sizes, place) if place.kind == "cuda" else found[phase])
 
 
-def _host(sizes: Sizes, place: Place) -> Parts:
-    """Return the host memory of a GPU run: the model is read and saved through it, block by block with several processes."""
-    masks = math.ceil(sizes.prunable / place.cards)
+def _host(config: Config, sizes: Sizes, place: Place) -> Parts:
+    """Return the host memory of a GPU run: the model is read and saved through it, block by block with several processes.
+
+    Hidden states before every block are kept there for gradients; the masks only come after that.
+    """
+    masks, kept = math.ceil(sizes.prunable / place.cards), _kept_states(config, sizes, place.cards)
     if place.cards == 1:
-        return Parts(weights=sizes.weights(), masks=masks)
-    return Parts(blocks=max(sizes.block(), sizes.outside_blocks()), masks=masks)
+        return Parts(weights=sizes.weights(), masks=max(0, masks - kept), streams=kept)
+    return Parts(blocks=max(sizes.block(), sizes.outside_blocks()), masks=max(0, masks - kept), streams=kept)
+
+
+def _importance_tokens(config: Config, cards: int = 1) -> int:
+    """Return the tokens that measure the importance on each card."""
+    return math.ceil(config.calibration.rmi_rows / cards) * config.calibration.seqlen
+
+
+def _kept_states(config: Config, sizes: Sizes, cards: int = 1) -> int:
+    """Return the bytes of the hidden states that a measure with gradients keeps in host memory."""
+    kept = sizes.stream(_importance_tokens(config, cards)) * len(sizes.blocks)
+    return kept if config.prune.rule.planned.backward else 0
+
+
+def _measuring(config: Config, sizes: Sizes, cards: int = 1) -> dict[str, int]:
+    """Return the memory for measuring the importance of a block, besides hidden states: computing it, or its gradients."""
+    calibration, measure = config.calibration, config.prune.rule.planned
+    tokens = min(calibration.calibration_batch_size, math.ceil(calibration.rmi_rows / cards)) * calibration.seqlen
+    work = measure.work(sizes.largest_prunable, sizes.largest_projection)
+    work = max(work, sizes.gradients(tokens) if measure.backward else sizes.forward(tokens))
+    logits = sizes.loss(calibration.seqlen, distilled=False) if measure.loss else 0
+    return {"work": work} if work > logits else {"logits": logits}
 
 
 def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
@@ -130,6 +155,8 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
         "evaluation": replace(base, **evaluation),
         "verification": Parts(weights=held, reloaded=held, masks=masks, **evaluation),
     }
+    if config.prune.rule.measure is not None:
+        found["importance"] = _importance(base, config, sizes, place)
     if config.reconstruction.reconstruct_epochs:
         # The pruned blocks of a window and the last gathered one.
         blocks = (1 + config.reconstruction.window) * sizes.block(cards) if cards > 1 else 0
@@ -138,6 +165,17 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
     if config.training.finetune:
         found["training"] = replace(base, **passing, **_training(config, sizes, place))
     return found
+
+
+def _importance(base: Parts, config: Config, sizes: Sizes, place: Place) -> Parts:
+    """Return the memory for measuring importances; on the CPU, the hidden states kept for gradients are part of it."""
+    cards, streams = place.cards, config.prune.rule.planned.streams
+    hidden = math.ceil(streams * sizes.stream(_importance_tokens(config, cards)))
+    kept = 0 if place.kind == "cuda" else _kept_states(config, sizes, cards)
+    # A gathered block, and the message with it.
+    blocks = 2 * sizes.block(cards) if cards > 1 else 0
+    work = _measuring(config, sizes, cards)
+    return replace(base, streams=hidden + kept, blocks=blocks, merged=sizes.block(), **work)
 
 
 def _gathered_by_a_pass(sizes: Sizes, cards: int) -> dict[str, int]:
@@ -236,6 +274,8 @@ def working(config: Config, sizes: Sizes) -> Parts:
     calibration = config.calibration
     at_once = min(calibration.calibration_batch_size, calibration.sequences) * calibration.seqlen
     pieces = [Parts(work=sizes.calibration(config.prune.method, at_once)), Parts(**_evaluation(config, sizes))]
+    if config.prune.rule.measure is not None:
+        pieces.append(Parts(**_measuring(config, sizes)))
     if config.reconstruction.reconstruct_epochs:
         pieces.append(Parts(reconstruction=_reconstruction(config, sizes)))
     return replace(max(pieces, key=lambda piece: piece.total), blocks=2 * sizes.block())
@@ -247,10 +287,10 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     outside = sizes.outside_blocks()
     working_parts = working(config, sizes)
     budget = MemoryBudget(torch.device(place.kind), working_parts.total + outside, place.free)
-    rmi = calibration.rmi_rows * calibration.seqlen if config.prune.rule.measure is not None else 0
+    measured = math.ceil(config.prune.rule.planned.streams * sizes.stream(_importance_tokens(config)))
     probe = sizes.stream(2 * text.eval_seqlen)
     sweeps = {
-        "dense": [sizes.stream(rmi), sizes.stream(windows)],
+        "dense": [measured, sizes.stream(windows)],
         "pruning": [2 * sizes.stream(calibration.sequences * calibration.seqlen), probe],
         "verifying": [sizes.stream(windows), probe],
     }
@@ -259,7 +299,10 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     for name, streams in sweeps.items():
         kept = sum(size for size in streams if budget.reserve(size))
         budget.release_all()
-        hosted = max(hosted, sum(streams) - kept)
+        before_blocks = _kept_states(config, sizes) if name == "dense" else 0
+        hosted = max(hosted, sum(streams) - kept + before_blocks)
+        if place.kind != "cuda":
+            kept += before_blocks
         # The pruned model's weights outside the blocks are still in memory when the written model is read.
         reloaded = outside if name == "verifying" else 0
         found[name] = replace(working_parts, weights=outside, reloaded=reloaded, streams=kept)

@@ -30,6 +30,7 @@ PARTS = {
     "masks": "masks",
 }
 PHASES = {
+    "importance": "measuring importances",
     "calibration": "calibration",
     "reconstruction": "reconstruction",
     "training": "training",

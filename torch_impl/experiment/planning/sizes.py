@@ -180,6 +180,16 @@ class Sizes:
         per_token = window * self.kept_for_backward(compiled=False) + 2 * self._wide * self.hidden
         return window * self.largest_prunable * per_weight + tokens * per_token
 
+    def gradients(self, tokens: int) -> int:
+        """Return the bytes for the gradients of a block's weights, and for their sum over batches of `tokens` tokens.
+
+        Per weight: the sum in float32 at least; once more for the projection at hand. Per token: the activations kept for the
+        backward pass, the block's input and the gradient of its output, and the gradients of the MLP's inner states.
+        """
+        weights = (self.largest_prunable + self.largest_projection) * self._wide
+        states = 2 * self.hidden + (3 if self.gated else 2) * self.width
+        return weights + tokens * (self.kept_for_backward(compiled=False) + states * self.itemsize)
+
     def loss(self, tokens: int, distilled: bool) -> int:
         """Return the bytes for the loss of a training micro-batch.
 

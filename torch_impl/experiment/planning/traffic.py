@@ -41,7 +41,7 @@ class CalibrationTraffic:
     reconstruction: int
     """Gradients of the reconstruction, and the energy of its targets."""
     features: int
-    """Hidden states exchanged for the Gram matrices."""
+    """Hidden states exchanged for the Gram matrices of the mutual information."""
 
     @property
     def total(self) -> int:
@@ -76,13 +76,14 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     others = cards - 1
     outside = sizes.rows(sizes.outside, cards)
     blocks = sizes.weights(cards) - outside
-    rmi = config.prune.rule.measure is not None
+    measure = config.prune.rule.planned
     calibration, options = config.calibration, config.reconstruction
     samples = calibration.rmi_rows
     columns = math.ceil(calibration.seqlen * sizes.hidden / cards)
     here = math.ceil(samples / cards)
-    # Per block: the method's statistics, both sums of the error, and the Gram matrix.
-    sums = sizes.statistics(config.prune.method) + FLOAT64 * (2 * sizes.hidden + samples**2 * rmi)
+    # Per block: the method's statistics, and both sums of the error.
+    sums = sizes.statistics(config.prune.method) + FLOAT64 * 2 * sizes.hidden
+    measured = sum(measure.summed(sum(sizes.inputs), block.prunable, samples) for block in sizes.blocks)
     reconstructs = options.reconstruct_epochs > 0
     steps = options.reconstruct_epochs * math.ceil(calibration.sequences / options.reconstruct_batch_size)
     # Per training of a block: the gradients of every optimizer step. Per window: the energy of its channels.
@@ -93,9 +94,9 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     again = (trainings - min(options.window, count)) * blocks // count if options.window > 1 else 0
     return CalibrationTraffic(
         # Importance, dense stream and pruned stream; the last two share one embedding.
-        weights=((2 + rmi) * blocks + again + (1 + rmi + reconstructs) * outside) * others,
+        weights=((2 + measure.weights) * blocks + again + (1 + measure.outside + reconstructs) * outside) * others,
         pruned=sizes.prunable * sizes.itemsize,
-        statistics=2 * len(sizes.blocks) * sums * others // cards,
+        statistics=2 * (len(sizes.blocks) * sums + measured) * others // cards,
         reconstruction=2 * trained * others // cards,
-        features=len(sizes.blocks) * (samples - here) * columns * sizes.itemsize * rmi,
+        features=len(sizes.blocks) * (samples - here) * columns * sizes.itemsize * measure.features,
     )
