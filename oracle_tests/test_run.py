@@ -148,6 +148,15 @@ def test_rates_without_training(tmp_path: Path) -> None:
         assert config.parse(["--model", "x", *words]).prune.layer_sparsity == expected, words
 
 
+def test_a_configuration_for_some_model_asks_for_it() -> None:
+    """`--config llama_7b` alone ran the embedded model with a 7B model's settings and text."""
+    for words in (["--config", "llama_7b"], ["--config", "llama_13b", "--preset", "best"]):
+        with pytest.raises(
+            ValueError, match=r"the configuration names text and no model; add --model, the folder or hub"
+        ):
+            config.parse(words)
+
+
 @pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "llama_70b", "embedded"])
 def test_ready_made_configurations_parse(name: str) -> None:
     found = config.parse(["--config", str(config.CONFIGS / f"{name}.toml"), "--model", "x"])

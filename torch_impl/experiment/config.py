@@ -308,6 +308,9 @@ def _with_preset(preset: str | None, own: dict[str, list[str]], arguments: Seque
         _checks.choice("preset", preset, PRESETS)
         found = preset_options(preset) | found
     if "model" not in found and not _names("model", arguments):
+        # Its text would calibrate the embedded model, which is another one.
+        if {"calibration_data", "finetune_data", "eval_data"} & set(own):
+            raise ValueError("the configuration names text and no model; add --model, the folder or hub id of yours")
         found = _from_toml(CONFIGS / "embedded.toml") | found
     return dict(found)
 

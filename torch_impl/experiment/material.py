@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,10 @@ def load_material(
     checks.warn_of_lengths(model, config)
     material = with_text(config, model, tokenizer, others)
     ids, count = material.calibration, config.calibration.written
+    if count and distributed.is_main_process():
+        print(
+            f"the model writes {count:,} calibration sequences of {ids.shape[1]:,} tokens", file=sys.stderr, flush=True
+        )
     return replace(material, calibration=with_written(model, tokenizer, ids, count, config.output.seed, kept))
 
 
