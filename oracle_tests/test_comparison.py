@@ -196,6 +196,20 @@ def test_shards_partition_the_matrix(tmp_path: Path, count: int) -> None:
     assert len(work) == 6 * 2 * 2 + 6 * 3 * 2 + 1
 
 
+def test_the_reference_is_named(tmp_path: Path) -> None:
+    """Rows of any values are compared with the row of the same values but for those of the reference."""
+    text = FILE.replace("seeds = [0, 1]", 'seeds = [0]\nreference = { recipe = "none", prune_method = "magnitude" }')
+    comparison = read(tmp_path, text)
+    groups, results = done(tmp_path, comparison)
+    [section] = document.sections(comparison, groups, results, "losa")
+    table = next(table for table in section.tables if table.title == "50 %")
+    column = table.cells[0].index("against no training, prune_method magnitude")
+    filled = {line[:2] for line in table.cells[1:] if line[column]}
+    assert ("wanda", "no training") in filled
+    assert ("magnitude", "no training") not in filled
+    assert table.notes[1].startswith("Against no training, prune_method magnitude: change in perplexity on stdlib")
+
+
 def test_what_needs_the_same_text_follows_each_other(tmp_path: Path) -> None:
     """The best recipe calibrates on text that the model writes, each seed on other text."""
     text = FILE.replace('"none", "losa"', '"none", "best", "losa"')

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch_impl.experiment.comparison import published
 from torch_impl.experiment.comparison.matrix import Matrix
+from torch_impl.experiment.comparison.recipes import LOSA
 from torch_impl.experiment.comparison.results import DIVERGED, Outcome
 from torch_impl.experiment.comparison.rows import Row, reference_of
 from torch_impl.experiment.comparison.statistics import Paired, Spread
@@ -110,7 +111,8 @@ def main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Map
         ("seeds", lambda row: str(len(row.ended)) + (f" of {len(row.group.seeds)}" if row.missing else "")),
     ]
     compared = any(reference_of(row, rows, matrix) for row in inside)
-    head = [*columns, "", *texts, *(["against the paper's LoSA"] if compared else []), *tasks]
+    against = f"against {_reference(matrix)}"
+    head = [*columns, "", *texts, *([against] if compared else []), *tasks]
     lines = []
     for row in inside:
         line = [*_names(row, columns), *(figure(row.perplexity(text)) for text in texts)]
@@ -124,7 +126,17 @@ def main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Map
             head.append(name)
             lines = [[*line, text] for line, text in zip(lines, values, strict=True)]
     title = ", ".join(percent(value) for value in chosen.values()) or "Results"
-    return Table(title, (tuple(head), *map(tuple, lines)), tuple(_notes(inside, compared, texts, tasks)))
+    return Table(
+        title, (tuple(head), *map(tuple, lines)), tuple(_notes(inside, against if compared else "", texts, tasks))
+    )
+
+
+def _reference(matrix: Matrix) -> str:
+    """Name the rows that the others are compared with."""
+    others = {name: value for name, value in matrix.reference.items() if name != "recipe"}
+    recipe = next((r for r in matrix.recipes if r.name == matrix.reference["recipe"]), None)
+    title = "the paper's LoSA" if recipe is None or recipe.name == LOSA else recipe.title
+    return ", ".join([title, *(f"{name} {value}" for name, value in others.items())])
 
 
 def _tasks(rows: Sequence[Row]) -> list[str]:
@@ -142,15 +154,15 @@ def _speed(row: Row) -> str:
     return NOTHING if packed is None or dense is None else f"{packed:,.1f} ({packed / dense:.2f}×)"
 
 
-def _notes(rows: Sequence[Row], compared: bool, texts: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
+def _notes(rows: Sequence[Row], against: str, texts: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
     several = max((len(row.ended) for row in rows), default=0) > 1
     yield (
         f"Perplexity per token on the second half of the windows{_windows(rows, texts)}; learning rates are chosen on the first "
         f"half of {texts[0]}. " + ("± is the standard deviation over seeds." if several else "One seed.")
     )
-    if compared:
+    if against:
         yield (
-            f"Against the paper's LoSA: change in perplexity on {texts[0]}, two-sided paired t-test over its windows, not "
+            f"{against[0].upper()}{against[1:]}: change in perplexity on {texts[0]}, two-sided paired t-test over its windows, not "
             "corrected for the number of rows. It says whether these models differ on more text of this kind, not whether those "
             "of other seeds would."
         )
