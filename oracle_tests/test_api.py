@@ -208,9 +208,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"train": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, ValueError, "train[0]: every label is -100"),
     "text without a tokenizer": ({"tokenizer": None}, ValueError, "tokenizer is missing"),
     "an unknown source": ({"calibration": "c5"}, ValueError, "calibration is 'c5'; allowed"),
-    "a method": ({"method": "wonda"}, ValueError, "prune_method is 'wonda'; allowed: magnitude, wanda"),
+    "a method": ({"method": "wonda"}, ValueError, "method is 'wonda'; allowed: magnitude, wanda"),
     "a preset": ({"preset": "worst"}, ValueError, "preset is 'worst'; allowed: paper"),
-    "percent": ({"sparsity": 70}, ValueError, "sparsity_ratio is 70"),
+    "percent": ({"sparsity": 70}, ValueError, "sparsity is 70.0; allowed: 0 up to"),
     "an option": ({"learning_rat": 1.0}, TypeError, "learning_rat is not an option of prune; did you mean learning_rate"),
     "an option of files": ({"output_dir": "x"}, TypeError, "output_dir is not an option of prune"),
     "an argument's other name": ({"prune_method": "wanda"}, TypeError, "prune_method is given by the argument method"),
@@ -230,6 +230,7 @@ def test_what_is_wrong_is_one_sentence_and_changes_nothing(name: str, model: Pre
     with pytest.raises(kind) as caught:
         torch_impl.prune(model, **given)
     assert words in str(caught.value)
+    assert "prune_method" not in str(caught.value) or "prune_method" in changes, "the caller said method"
     assert "\n" not in str(caught.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights(model).items())
     assert all(parameter.requires_grad for parameter in model.parameters())

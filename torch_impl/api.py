@@ -287,7 +287,13 @@ def _config(
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]
             words += [f"--{name}", *map(str, values)]
-    return options_of.parse(words)
+    try:
+        return options_of.parse(words)
+    except ValueError as error:
+        # The caller knows these options as arguments of this function.
+        text = str(error)
+        named = next((option for option in OWN if text.startswith(f"{option} is ")), "")
+        raise ValueError(OWN.get(named, named) + text.removeprefix(named)) from error
 
 
 def _material(
