@@ -84,6 +84,7 @@ def significance(found: Paired | None) -> str:
 def overview(rows: Sequence[Row], trained: Sequence[Row], matrix: Matrix) -> Table | None:
     """Return perplexity by sparsity, if there are several."""
     sparsities = [label_of(value) for value in matrix.varied.get("sparsity", ())]
+    sparsities = [s for s in sparsities if any(dict(row.group.varied).get("sparsity") == s for row in trained)]
     if len(sparsities) < 2:
         return None
     columns = axes(matrix, beside=("sparsity",))
@@ -93,7 +94,6 @@ def overview(rows: Sequence[Row], trained: Sequence[Row], matrix: Matrix) -> Tab
         values = {label_of(dict(row.group.varied).get("sparsity", ""))} & set(sparsities) or set(sparsities)
         line = found.setdefault(tuple(_names(row, columns)), {})
         line.update(dict.fromkeys(values, figure(row.perplexity(text))))
-    sparsities = [s for s in sparsities if any(dict(row.group.varied).get("sparsity") == s for row in trained)]
     head = [*columns, "", *map(percent, sparsities)]
     cells = [tuple(head), *((*names, *(line.get(s, NOTHING) for s in sparsities)) for names, line in found.items())]
     return Table(f"Perplexity on {text} by sparsity", tuple(cells))
