@@ -206,6 +206,21 @@ def test_the_published_rule(
             assert error(W, theirs, damped(H)) <= error(W, new, damped(H)) <= 1.002 * error(W, theirs, damped(H))
 
 
+@pytest.mark.parametrize("near", [2, 8, 12])
+def test_the_penalty_of_alps_falls_and_grows_by_its_rule(near: int) -> None:
+    """Half of the weights large, half small, a few in between: of a thousand entries only these few change. With two the search
+    starts again with a lower penalty, over and over; with more it comes to grow by 1.1."""
+    for seed in (0, 2):
+        rng = np.random.default_rng(seed)
+        X = rng.standard_normal((4000, 40)) @ (np.eye(40) + 0.05 * rng.standard_normal((40, 40)))
+        W, shape = rng.choice([-1, 1], (40, 40)), (40, 40)
+        W = W * np.where(rng.random(shape) < 0.5, rng.uniform(4, 5, shape), rng.uniform(0, 0.1, shape))
+        W[:near, 0] = 1 + 0.01 * rng.random(near)
+        sparsity = 1 - ((np.abs(W) > 3).sum() + near // 2) / W.size
+        _, mask = published_alps(W, X.T @ X, sparsity)
+        np.testing.assert_array_equal(alps(W, X.T @ X, sparsity)[1], mask)
+
+
 @given(strategies.starts_of_refine())
 def test_refining_ends_at_the_exact_solution(case: dict[str, Any]) -> None:
     """Every step lowers the error, and as many as there are entries solve the normal equations of every row."""
