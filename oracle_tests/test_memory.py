@@ -51,6 +51,8 @@ MAGNITUDE, WANDA, SPARSEGPT, ALPS = (METHODS[name] for name in ("magnitude", "wa
         (lambda: SIZES.statistics(MAGNITUDE), 0),
         (lambda: SIZES.statistics(WANDA), (3 * 8 + 12) * 4),
         (lambda: WIDE.statistics(SPARSEGPT), (3 * 64 + 144) * 8),
+        # Gradients by the weights of the larger block.
+        (lambda: SIZES.statistics(METHODS["pruner_zero"]), 280 * 4),
         # What the method says of the largest projection, or a batch in the block.
         (lambda: SIZES.calibration(MAGNITUDE, 10), MAGNITUDE.workspace(12, 8, 2)),
         (lambda: SIZES.calibration(WANDA, 10), (3 * 8 + 12) * 4 + WANDA.workspace(12, 8, 2)),

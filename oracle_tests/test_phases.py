@@ -218,6 +218,30 @@ def test_an_offloaded_run() -> None:
     assert uniform.device.streams == 16 * (2 * 30 + 2 * 7)
 
 
+def test_a_method_that_needs_gradients() -> None:
+    """Ten sequences of three tokens, 16 bytes each, and once more before each of two blocks; 520 sums of four bytes. A batch
+    of six tokens takes 240 bytes each for its activations (test_memory.py), the block's input, its output's gradient and three
+    states of the MLP's width 12; four bytes for each of 280 weights, and eight for each of 96 of one projection."""
+    some = {**SOME, "prune_method": "pruner_zero", "layer_sparsity": "uniform", "calibration_batch_size": 2}
+    work = 6 * (240 + (2 * 8 + 3 * 12) * 2) + 280 * 4 + 96 * 8
+    plain = {**some, "offload": "off"}
+    states, before, sums = 480, 2 * 480, 520 * 4
+    expected = plus(BOTH, merged=300 * 2, streams=states, work=work)
+    assert phases.phases(config(**plain), SIZES, CUDA)["gradients"] == expected
+    assert phases.phases(config(**plain), SIZES, CPU)["gradients"] == plus(expected, streams=before, statistics=sums)
+    assert phases.phases(config(**plain), SIZES, CPU)["calibration"].statistics == sums
+    assert peak(config(**plain), SIZES, CUDA).host == Parts(weights=WEIGHTS, streams=before, statistics=sums)
+    # Each of two cards has half of the sequences, and prunes half of the projections.
+    halves = phases.phases(config(**plain), SIZES, replace(CPU, cards=2))["gradients"]
+    assert (halves.streams, halves.statistics) == (states // 2 + before // 2, sums // 2)
+    found = peak(config(**some), SIZES, CUDA)
+    assert found.device == Parts(weights=400, blocks=2 * 300 * 2, work=work, streams=3 * states + 16 * 2 * 7)
+    assert found.host == Parts(blocks=1200, streams=before, statistics=sums)
+    # A long vocabulary makes the loss of a sequence, three tokens at 4 bytes a logit and 8 in part, larger.
+    large = phases.phases(config(**plain), replace(SIZES, vocabulary=500), CUDA)["gradients"]
+    assert (large.work, large.logits) == (0, 3 * 500 * (4 + 8))
+
+
 def test_hidden_states_that_find_no_room_are_kept_by_the_host() -> None:
     without = config(**{**SOME, "eval_seqlen": 2, "eval_windows": 60000})
     found = peak(without, SIZES, replace(CUDA, free=1200 + NORMS + 96 * 23 + 400 + 16 * 4 + 10))

@@ -47,6 +47,7 @@ RANK = 3 * (2 * 64 + 2 * 48 + 3 * 80)
         ({"reconstruct_epochs": 1}, PROJECTIONS * 4, 2, 3, 7),
         ({"reconstruct_epochs": 1, "reconstruct_window": 2}, PROJECTIONS * 4, 3, 3, 7),
         ({"rank_shrink": "fold"}, PROJECTIONS * 4, 3, 3, 7),
+        ({"prune_method": "pruner_zero"}, PROJECTIONS // 8, 3, 3, 7),
         ({"keep_points": 1}, PROJECTIONS // 8, 1, 2, 7),
         ({"keep_points": 4}, PROJECTIONS // 8, 2, 5, 7),
         ({"keep_points": 4, "rank_shrink": "fold"}, PROJECTIONS * 4, 5, 5, 7),
@@ -161,6 +162,10 @@ def test_work_of_other_plans(tmp_path: Path, much: None) -> None:
     )
     assert plan(place, layer_sparsity="uniform", finetune="false").work == Work(
         sweeps=2 * 2 * 3 * PROJECTIONS * 3 * 4 * 2, reconstruction=0, training=0
+    )
+    # Gradients of the calibration sequences: forward, forward again and backward, which counts as two.
+    assert plan(place, layer_sparsity="uniform", finetune="false", prune_method="pruner_zero").work == Work(
+        sweeps=2 * 2 * 3 * PROJECTIONS * 7 * 4 * 2, reconstruction=0, training=0
     )
 
 
@@ -308,6 +313,6 @@ def test_everything_that_a_plan_may_hold_has_a_name() -> None:
     assert show.WORK.keys() == Work.__dataclass_fields__.keys()
     assert show.STEP.keys() == StepTraffic.__dataclass_fields__.keys()
     assert show.CALIBRATION.keys() == CalibrationTraffic.__dataclass_fields__.keys()
-    every = config(reconstruct_epochs=1)
+    every = config(reconstruct_epochs=1, prune_method="pruner_zero")
     in_memory = set(phases.phases(every, _sizes(), Place("cuda")))
     assert show.PHASES.keys() == in_memory | {"dense", "pruning", "verifying"}

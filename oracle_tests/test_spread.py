@@ -230,7 +230,7 @@ def test_one_process_needs_no_group() -> None:
     ("method", "epochs", "window", "rule"),
     [
         *(("wanda", 0, 1, "rmi"), ("sparsegpt", 0, 1, "rmi"), ("wanda", 2, 1, "owl"), ("wanda", 1, 2, "lamp")),
-        *(("magnitude", 0, 1, "gradient"), ("magnitude", 0, 1, "atp")),
+        *(("magnitude", 0, 1, "gradient"), ("magnitude", 0, 1, "atp"), ("pruner_zero", 0, 1, "uniform")),
     ],
 )
 def test_bytes_received_and_held_are_the_formulas(method: str, epochs: int, window: int, rule: str) -> None:

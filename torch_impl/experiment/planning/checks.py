@@ -16,7 +16,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.memory import free_bytes
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.planning import phases
+from torch_impl.experiment.planning import gradients, phases
 from torch_impl.experiment.planning.sizes import Sizes
 
 logger = logging.getLogger(__name__)
@@ -52,11 +52,12 @@ def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
     )
     # A checkpoint stores one bit per base weight if the weight is the dense one under a mask. Besides the checkpoints kept,
     # one is being written. They alternate between two files of each block; between two checkpoints the blocks of one window
-    # change, or all blocks with folding.
+    # change, or all blocks with folding or gradients.
     most = sizes.largest_prunable
     block = most * sizes.itemsize if moved else most // 8
     copies = config.output.keep_points + 1
-    sets = copies if config.adapter.rank_shrink == "fold" else min(2, config.output.keep_points)
+    together = config.adapter.rank_shrink == "fold" or gradients.needed(config)
+    sets = copies if together else min(2, config.output.keep_points)
     rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if config.training.finetune else 0
     # Values and two moments of the adapters.
     of_blocks = block * (len(sizes.blocks) * sets + copies * config.reconstruction.window)

@@ -12,7 +12,7 @@ from torch_impl.engine import distributed, structure
 from torch_impl.engine.checkpoints.pretrained import choose_device, outline
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.planning import checks
+from torch_impl.experiment.planning import checks, gradients
 from torch_impl.experiment.planning.cards import Card, card_of_device, find_card
 from torch_impl.experiment.planning.outlook import Outlook, outlook
 from torch_impl.experiment.planning.phases import Peak, Place, peak
@@ -151,7 +151,8 @@ def work_of(config: Config, sizes: Sizes) -> Work:
     measuring = round(config.prune.rule.planned.passes * calibration.rmi_rows * calibration.seqlen)
     options, blocks = config.reconstruction, len(sizes.blocks)
     # In windows, each block also computes the waiting stream, and the pruned one again after each later training.
-    passes = 3 + options.more_streams * options.window
+    # Gradients take a forward pass, and a backward one that computes each block again.
+    passes = 3 + options.more_streams * options.window + 4 * gradients.needed(config)
     trained = text.train_examples * text.train_seqlen if training.finetune else 0
     # A trained baseline prunes once and trains on everything again.
     others = len(config.output.baselines or ())

@@ -15,6 +15,7 @@ from torch_impl import schedule
 from torch_impl.engine.calibration import compiles
 from torch_impl.engine.memory import SHARE, MemoryBudget, free_bytes
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning import gradients
 from torch_impl.experiment.planning.sizes import Sizes
 
 # Assumed length of an evaluation text that is not loaded yet: WikiText-2's test set, in tokens.
@@ -66,6 +67,8 @@ class Parts:
     """Logits, and the loss over them."""
     reconstruction: int = 0
     """Training the weights of a block."""
+    statistics: int = 0
+    """A pruning method's statistics of the gradients of all blocks."""
     masks: int = 0
 
     @property
@@ -112,10 +115,12 @@ def _host(config: Config, sizes: Sizes, place: Place) -> Parts:
 
     Hidden states before every block are kept there for gradients; the masks only come after that.
     """
-    masks, kept = math.ceil(sizes.prunable / place.cards), _kept_states(config, sizes, place.cards)
+    sums = gradients.sums(config, sizes, place.cards)
+    kept = max(_kept_states(config, sizes, place.cards), gradients.states(config, sizes, place.cards))
+    masks = max(0, math.ceil(sizes.prunable / place.cards) - kept - sums)
     if place.cards == 1:
-        return Parts(weights=sizes.weights(), masks=max(0, masks - kept), streams=kept)
-    return Parts(blocks=max(sizes.block(), sizes.outside_blocks()), masks=max(0, masks - kept), streams=kept)
+        return Parts(weights=sizes.weights(), masks=masks, streams=kept, statistics=sums)
+    return Parts(blocks=max(sizes.block(), sizes.outside_blocks()), masks=masks, streams=kept, statistics=sums)
 
 
 def _importance_tokens(config: Config, cards: int = 1) -> int:
@@ -157,6 +162,10 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
     }
     if config.prune.rule.measure is not None:
         found["importance"] = _importance(base, config, sizes, place)
+    if gradients.needed(config):
+        found["gradients"] = _gradients(base, config, sizes, place)
+        if place.kind != "cuda":
+            found["calibration"] = replace(found["calibration"], statistics=found["gradients"].statistics)
     if config.reconstruction.reconstruct_epochs:
         # The pruned blocks of a window and the last gathered one.
         blocks = (1 + config.reconstruction.window) * sizes.block(cards) if cards > 1 else 0
@@ -176,6 +185,20 @@ def _importance(base: Parts, config: Config, sizes: Sizes, place: Place) -> Part
     blocks = 2 * sizes.block(cards) if cards > 1 else 0
     work = _measuring(config, sizes, cards)
     return replace(base, streams=hidden + kept, blocks=blocks, merged=sizes.block(), **work)
+
+
+def _gradients(base: Parts, config: Config, sizes: Sizes, place: Place) -> Parts:
+    """Return the memory for a method's statistic of gradients; on the CPU, with what a GPU run keeps in host memory."""
+    cards, here = place.cards, place.kind != "cuda"
+    return replace(
+        base,
+        streams=gradients.stream(config, sizes, cards) + here * gradients.states(config, sizes, cards),
+        statistics=here * gradients.sums(config, sizes, cards),
+        # A gathered block, and the message with it.
+        blocks=2 * sizes.block(cards) if cards > 1 else 0,
+        merged=sizes.block(),
+        **gradients.work(config, sizes, cards),
+    )
 
 
 def _gathered_by_a_pass(sizes: Sizes, cards: int) -> dict[str, int]:
@@ -276,6 +299,8 @@ def working(config: Config, sizes: Sizes) -> Parts:
     pieces = [Parts(work=sizes.calibration(config.prune.method, at_once)), Parts(**_evaluation(config, sizes))]
     if config.prune.rule.measure is not None:
         pieces.append(Parts(**_measuring(config, sizes)))
+    if gradients.needed(config):
+        pieces.append(Parts(**gradients.work(config, sizes)))
     if config.reconstruction.reconstruct_epochs:
         pieces.append(Parts(reconstruction=_reconstruction(config, sizes)))
     return replace(max(pieces, key=lambda piece: piece.total), blocks=2 * sizes.block())
@@ -289,27 +314,30 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     budget = MemoryBudget(torch.device(place.kind), working_parts.total + outside, place.free)
     measured = math.ceil(config.prune.rule.planned.streams * sizes.stream(_importance_tokens(config)))
     probe = sizes.stream(2 * text.eval_seqlen)
+    of_gradients = [gradients.stream(config, sizes)] if gradients.needed(config) else []
     sweeps = {
         "dense": [measured, sizes.stream(windows)],
-        "pruning": [2 * sizes.stream(calibration.sequences * calibration.seqlen), probe],
+        "pruning": [2 * sizes.stream(calibration.sequences * calibration.seqlen), probe, *of_gradients],
         "verifying": [sizes.stream(windows), probe],
     }
     found: dict[str, Parts] = {}
-    hosted = 0
+    hosted, sums = 0, gradients.sums(config, sizes)
     for name, streams in sweeps.items():
         kept = sum(size for size in streams if budget.reserve(size))
         budget.release_all()
-        before_blocks = _kept_states(config, sizes) if name == "dense" else 0
+        before_blocks = {"dense": _kept_states(config, sizes), "pruning": gradients.states(config, sizes)}.get(name, 0)
         hosted = max(hosted, sum(streams) - kept + before_blocks)
         if place.kind != "cuda":
             kept += before_blocks
         # The pruned model's weights outside the blocks are still in memory when the written model is read.
         reloaded = outside if name == "verifying" else 0
         found[name] = replace(working_parts, weights=outside, reloaded=reloaded, streams=kept)
+        if name == "pruning" and place.kind != "cuda":
+            found[name] = replace(found[name], statistics=sums)
     phase = max(found, key=lambda name: found[name].total)
     device = found[phase]
     # A block being read, and one being written.
-    host = Parts(blocks=2 * sizes.block(), streams=hosted)
+    host = Parts(blocks=2 * sizes.block(), streams=hosted, statistics=sums)
     return Peak(
         True, phase, device, host if place.kind == "cuda" else replace(device, blocks=device.blocks + sizes.block())
     )

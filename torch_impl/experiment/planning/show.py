@@ -27,10 +27,12 @@ PARTS = {
     "work": "work on a block",
     "logits": "logits",
     "reconstruction": "training of a block",
+    "statistics": "statistics of gradients",
     "masks": "masks",
 }
 PHASES = {
     "importance": "measuring importances",
+    "gradients": "the gradients of the calibration loss",
     "calibration": "calibration",
     "reconstruction": "reconstruction",
     "training": "training",

@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 
 from torch_impl import schedule
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.planning import gradients
 from torch_impl.experiment.planning.phases import micro_batch
 from torch_impl.experiment.planning.sizes import Sizes
 
@@ -82,8 +83,11 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     columns = math.ceil(calibration.seqlen * sizes.hidden / cards)
     here = math.ceil(samples / cards)
     # Per block: the method's statistics, and both sums of the error.
-    sums = sizes.statistics(config.prune.method) + FLOAT64 * 2 * sizes.hidden
+    backward = gradients.needed(config)
+    sums = sizes.statistics(config.prune.method) * (not backward) + FLOAT64 * 2 * sizes.hidden
     measured = sum(measure.summed(sum(sizes.inputs), block.prunable, samples) for block in sizes.blocks)
+    # A method's gradients are summed once, in a sweep forward and one backward of their own.
+    measured += max(4, sizes.itemsize) * sizes.prunable * backward
     reconstructs = options.reconstruct_epochs > 0
     steps = options.reconstruct_epochs * math.ceil(calibration.sequences / options.reconstruct_batch_size)
     # Per training of a block: the gradients of every optimizer step. Per window: the energy of its channels.
@@ -94,7 +98,12 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     again = (trainings - min(options.window, count)) * blocks // count if options.window > 1 else 0
     return CalibrationTraffic(
         # Importance, dense stream and pruned stream; the last two share one embedding.
-        weights=((2 + measure.weights) * blocks + again + (1 + measure.outside + reconstructs) * outside) * others,
+        weights=(
+            (2 + measure.weights + 2 * backward) * blocks
+            + again
+            + (1 + measure.outside + 2 * backward + reconstructs) * outside
+        )
+        * others,
         pruned=sizes.prunable * sizes.itemsize,
         statistics=2 * (len(sizes.blocks) * sums + measured) * others // cards,
         reconstruction=2 * trained * others // cards,
