@@ -112,6 +112,8 @@ def the_same(
     return sparsity.uniform_sparsity(target, weights, floor)
 
 
+PLAIN = "uniform"
+"""The rule of plain one-shot pruning."""
 RULES = {
     rule.name: rule
     for rule in (
@@ -123,7 +125,7 @@ RULES = {
             least_blocks=3,
             cost=Cost(features=True, summed=lambda inputs, prunable, samples: 8 * samples**2),
         ),
-        RateRule("uniform", the_same),
+        RateRule(PLAIN, the_same),
         RateRule(
             "owl",
             by_outliers,

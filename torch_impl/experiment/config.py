@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from torch_impl import _checks
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints.pretrained import check_dtype
-from torch_impl.engine.rates import RULES
+from torch_impl.engine.rates import PLAIN, RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.command import Parser, closest
@@ -322,7 +322,7 @@ def _without_rates(config: Config) -> Config:
     """
     if config.training.finetune or config.prune.pattern.mixed:
         return config
-    return replace(config, prune=replace(config.prune, layer_sparsity="uniform"))
+    return replace(config, prune=replace(config.prune, layer_sparsity=PLAIN))
 
 
 def option_names() -> list[str]:

@@ -22,6 +22,7 @@ from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import find_executable_batch_size
+from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
@@ -47,7 +48,7 @@ def at_once(settings: Settings) -> Settings:
     """Return settings for one-shot pruning at the same sparsity: uniform, without reconstruction and fine-tuning."""
     return dataclasses.replace(
         settings.without_reconstruction(),
-        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity="uniform"),
+        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity=PLAIN),
         training=dataclasses.replace(settings.training, finetune=False),
     )
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from torch_impl import losa
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.settings import Settings
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
@@ -20,7 +21,7 @@ def trained_one_shot(settings: Settings) -> Settings:
     """Return settings that prune once, at uniform rates, and train adapters of one rank: the run's mean over its steps."""
     return replace(
         settings,
-        prune=replace(settings.prune, steps=1, layer_sparsity="uniform"),
+        prune=replace(settings.prune, steps=1, layer_sparsity=PLAIN),
         adapter=replace(settings.adapter, initial_rank=settings.mean_rank, rank_allocation="uniform"),
     )
 

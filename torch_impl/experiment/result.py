@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import provenance
 from torch_impl.experiment.config import Config
@@ -105,7 +106,7 @@ class Result:
     @property
     def is_at_once(self) -> bool:
         """Return whether the run itself is one-shot pruning; `pruned_at_once` then repeats its figures."""
-        return self.steps == 1 and self.rates == "uniform" and not (self.finetuned or self.reconstruct_epochs)
+        return self.steps == 1 and self.rates == PLAIN and not (self.finetuned or self.reconstruct_epochs)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
