@@ -145,6 +145,31 @@ def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert not out.exists()
 
 
+def test_a_part_of_the_work_writes_no_tables(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes share a folder. Whoever wants tables asks for them at the end."""
+    out, text = tmp_path / "out", FILE.replace('"none", "sparse_lora", "losa"', '"none"')
+
+    def make(cell: Cell, material: cells.Material) -> cells.Trained:
+        if cell.recipe.name == "none":
+            raise RuntimeError("no memory")
+        return cells.Trained(material.model, False, 0, 0, {}, {})
+
+    monkeypatch.setattr(cells, "make", make)
+    assert compare.main([*words(place, text, output=out), "--shard", "1/2"]) == 0
+    assert (
+        f"part 1 of 2 has ended; when all have: losa compare {place}/some.toml --tables {out}"
+        in capsys.readouterr().out
+    )
+    assert compare.main([*words(place, text, output=out), "--shard", "2/2"]) == 2
+    assert "error: 1 runs failed" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["cells"]
+    assert compare.main([*words(place, text, output=None), "--tables", str(out)]) == 0
+    assert "RuntimeError: no memory" in capsys.readouterr().out
+    assert (out / "tables.md").exists()
+
+
 def test_parts_have_their_seconds(place: Path) -> None:
     found = [outcome for outcome in Results(place / "out").together().values() if outcome.status == "done"]
     by_recipe = {outcome.labels["recipe"]: outcome.seconds for outcome in found}

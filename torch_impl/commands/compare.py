@@ -83,7 +83,12 @@ def main(arguments: Sequence[str]) -> None:
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
     check_folder(results.folder)
     waiting = running.run(work, results, Workshop(), lambda text: print(text, file=sys.stderr, flush=True))
-    failed = _report(comparison, groups, results, shown)
+    if count == 1:
+        failed = _report(comparison, groups, results, shown)
+    else:
+        # Several processes would write the same files.
+        failed = running.failures(work, results)
+        say(f"part {number} of {count} has ended; when all have: losa compare {file} --tables {results.folder}")
     if waiting:
         say(
             f"{waiting} runs wait for learning rates that other processes choose; run the command again when they are done"

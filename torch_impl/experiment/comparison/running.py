@@ -116,6 +116,13 @@ def run(work: Sequence[Slot], results: Results, workshop: Workshop, say: Say) ->
     return waiting
 
 
+def failures(work: Sequence[Slot], results: Results) -> int:
+    """Return the number of runs that failed."""
+    cells = [cell for slot in work if (cell := slot.resolve(results)) is not None]
+    outcomes = {cell.key: results.get(cell.key) for cell in cells}
+    return sum(outcome is not None and outcome.status == FAILED for outcome in outcomes.values())
+
+
 def result_of(outcome: Outcome) -> str:
     """Describe a run's result in a few words."""
     if outcome.status in (FAILED, DIVERGED):
