@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,11 @@ import torch
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
-from oracle_tests.small_runs import arguments
+from oracle_tests.tiny_material import settings, token_ids
 from reference.masks import prune as spec_prune
+from tiny_models.random_models import random_model
+from torch_impl import losa
 from torch_impl.bench.large import device_peak
-from torch_impl.commands.run import main
 from torch_impl.masks import prune
 from torch_impl.masks.least_squares import Problem
 
@@ -63,28 +63,28 @@ def test_a_weight_that_is_sparse_enough_keeps_its_bits(name: str) -> None:
     assert_exact("mask", kept, mask)
 
 
-def test_one_decomposition_for_every_input(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_decomposition_for_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, keys and values share one, gate and up another: four for each of three blocks, not seven."""
-    calls, name = [], "admm"
-    method = prune.METHODS[name]
+    calls, method = [], prune.METHODS["admm"]
 
     def prepare(hessian: torch.Tensor) -> Any:
         calls.append(tuple(hessian.shape))
         return method.prepare(hessian)
 
-    monkeypatch.setitem(prune.METHODS, name, replace(method, prepare=prepare))
-    assert main(arguments(place, prune_method=name, steps=1, finetune="false")) == 0
+    monkeypatch.setitem(prune.METHODS, "admm", replace(method, prepare=prepare))
+    model = random_model("llama-gqa")
+    setup = settings(prune_method="admm", steps=1, sparsity_ratio=0.5, training={"finetune": False})
+    losa.run(model, token_ids(model, 6, 12), [], setup)
     assert calls == [(32, 32), (32, 32), (32, 32), (48, 48)] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64)], ids=str)
 @pytest.mark.parametrize("name", SEARCHES)
-def test_the_workspace_holds_what_pruning_takes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_the_workspace_holds_what_pruning_takes(name: str, shape: tuple[int, int]) -> None:
     """Nothing above the formula, and at least half of it is needed."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator).to(dtype)
-    X = torch.randn(2 * shape[1], shape[1], generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    X = torch.randn(2 * shape[1], shape[1], generator=generator)
     H, kept = X.T @ X, torch.ones(shape, dtype=torch.bool)
     peaks = [
         device_peak(lambda how=how: prune.prune(name, weight, H, kept, **how), torch.device("cpu"))[0]  # type: ignore[misc]
