@@ -50,6 +50,7 @@ FILES = (
     "reconstruct",
     "continuation",
     "packed",
+    "quantise",
     "tiles",
     "llama",
     "adamw",

@@ -12,7 +12,7 @@ def to_numpy(value: Any) -> np.ndarray:
     """Convert a tensor of any dtype, an array or a number to an array; bf16 becomes float32, exactly."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        return value.float().numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
+        return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     return np.asarray(value)
 
 

@@ -65,6 +65,7 @@ def kept_masks(draw: st.DrawFn, shape: tuple[int, int]) -> np.ndarray:
 
 SPARSITIES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0, 1 / 3]), st.floats(0, 1))
 SCALES = st.sampled_from([2.0, 0.5, -1.0, 0.0])
+BITS = st.integers(2, 8)
 
 
 @st.composite
@@ -130,6 +131,9 @@ def sparsegpt_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
     case |= {"n": draw(st.integers(0, m)), "m": m} if group else {"sparsity": draw(SPARSITIES)}
     case["block_size"] = m * draw(st.integers(1, 8))
     case["kept"] = draw(st.one_of(st.none(), kept_masks(weight.shape)))
+    if not group:
+        divisors = [size for size in range(1, case["block_size"] + 1) if case["block_size"] % size == 0]
+        case |= {"bits": draw(st.none() | BITS), "group": draw(st.sampled_from(divisors))}
     return case
 
 
@@ -139,8 +143,8 @@ def searched_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
 
     No kept weight is 0, as in a run: two of them would tie up to what rounding leaves, and each may be chosen.
     """
-    case = draw(sparsegpt_cases(group))
-    del case["block_size"]
+    drawn = draw(sparsegpt_cases(group))
+    case = {name: value for name, value in drawn.items() if name not in ("block_size", "bits", "group")}
     kept = np.ones(case["weight"].shape, dtype=bool) if case["kept"] is None else case["kept"]
     return case | {"kept": kept & (case["weight"] != 0)}
 
@@ -289,6 +293,31 @@ def kept_allocations(draw: st.DrawFn) -> dict[str, Any]:
                 ceiling[block] = m
     case = {"importance": importance, "kept_total": kept_total, "m": m, "spread": spread, "ceiling": ceiling}
     return case | {"moves": draw(st.none() | st.integers(0, 5))}
+
+
+@st.composite
+def bit_allocations(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of allocate_bits that have a solution: the mean of some bits among the choices."""
+    importance = draw(importances())
+    choices = draw(st.sampled_from([(4, 8), (3, 4, 5), (2, 3, 8), (4,)]) | st.lists(BITS, min_size=1, max_size=4))
+    bits = draw(st.lists(st.sampled_from(choices), min_size=len(importance), max_size=len(importance)))
+    return {"importance": importance, "mean_bits": sum(bits) / len(bits), "choices": choices}
+
+
+@st.composite
+def scaled_values(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of nearest_codes: scales of 0, that make ties, too small, too large."""
+    values = draw(matrices())
+    scales = st.sampled_from([0.0, 0.5, 1.0, 2.0, 2.0**-24, 1e-3, 3.7e4])
+    return {"values": values, "scales": np.array([draw(scales) for _ in values]), "bits": draw(BITS)}
+
+
+@st.composite
+def codes_and_scales(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of dequantise: whole and short last groups, no codes at all."""
+    rng, group, n = _rng(draw), draw(st.integers(1, 5)), draw(st.integers(0, 12))
+    scales = rng.random(-(-n // group)).astype(np.float16)
+    return {"codes": rng.integers(-127, 128, n, dtype=np.int8), "scales": scales, "group": group}
 
 
 @st.composite

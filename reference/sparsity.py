@@ -6,6 +6,8 @@ Legend: L blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -232,3 +234,58 @@ def allocate_kept(
         kept[takers[0]] -= 1
         kept[givers[0]] += 1
     return kept
+
+
+def allocate_bits(importance: Array, mean_bits: float, choices: Sequence[int]) -> NDArray[np.int64]:
+    """Choose the bits of each block's weights: the more important a block, the more bits, with exactly the given mean.
+
+    Source: ours (decision 50), after Eq. 5.
+
+        max_b Σ I_l b_l   subject to   Σ b_l = L · b̄,   b_l one of the choices
+
+    The choices bound how far a block may be from the mean, as δ does in `allocate_sparsity`. Found block by block, in order of
+    increasing importance: for every sum of bits that the blocks so far can have, keep the best way to have it.
+
+    Parameters: importance I (L,); mean_bits b̄, between the smallest and the largest choice; choices, one or more numbers of
+    bits, 1 or more. Returns: b (L,) int64.
+
+    Ties: of equal sums Σ I b, that with the smallest Σ b², so that equally important blocks differ least; then that which
+    gives fewer bits to the less important blocks, equal importances by lower index. Sums are compared without rounding.
+
+    Errors: ValueError with the nearest means, if no choice of bits has this mean.
+
+    *Deviation*: the paper names bits as a further use of its importances, without a rule.
+
+    >>> allocate_bits([0.9, 0.5, 0.7, 0.8], mean_bits=5, choices=(3, 4, 8))
+    array([8, 4, 4, 4])
+    """
+    importance = _checks.array("importance", importance, "L")
+    L = len(importance)
+    if not len(choices):
+        raise ValueError(f"choices is {choices}; allowed: one or more numbers of bits")
+    choices = sorted({_checks.integer("choices", bits, 1) for bits in choices})
+    mean_bits = _checks.number("mean_bits", mean_bits, choices[0], choices[-1])
+
+    order = np.argsort(importance, kind="stable")
+    exact = [Fraction(value) for value in importance]
+    # All denominators are powers of two, so the largest makes every I an integer.
+    common = max(value.denominator for value in exact)
+    # By sum of bits: (−Σ I b, Σ b², bits in order of increasing importance), the smallest of its kind.
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for block in order:
+        ways: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        weight = int(exact[block] * common)
+        for total, (cost, squares, given) in best.items():
+            for bits in choices:
+                way = (cost - weight * bits, squares + bits**2, (*given, bits))
+                ways[total + bits] = min(way, ways.get(total + bits, way))
+        best = ways
+    total = round(L * mean_bits)
+    if abs(total - L * mean_bits) > SLACK * total or total not in best:
+        below, above = max(t for t in best if t < L * mean_bits), min(t for t in best if t > L * mean_bits)
+        raise ValueError(
+            f"mean_bits is {mean_bits}; allowed for {L} blocks: {below / L:g} or {above / L:g}, the nearest"
+        )
+    allocated = np.empty(L, dtype=np.int64)
+    allocated[order] = best[total][2]
+    return allocated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -144,6 +145,54 @@ def allocate_kept(
         left = max(0, moves - int((share - most).clamp(min=0).sum()))
         _move(kept, importance, order.tolist(), (least, most), share, left)
     return kept
+
+
+def allocate_bits(importance: torch.Tensor, mean_bits: float, choices: Sequence[int]) -> torch.Tensor:
+    """Choose the bits (L,) int64 of each block's weights, Σ b = L · mean_bits: max Σ I b, then min Σ b², without rounding.
+
+    Errors: ValueError with the nearest means, if no choice of bits has this mean.
+    """
+    importance = _checks.finite("importance", importance, "L").double()
+    L = len(importance)
+    if not len(choices):
+        raise ValueError(f"choices is {choices}; allowed: one or more numbers of bits")
+    choices = sorted({_checks.integer("choices", bits, 1) for bits in choices})
+    mean_bits = _checks.number("mean_bits", mean_bits, choices[0], choices[-1])
+    gains, order = _in_integers(importance)
+
+    # tables[k]: the best (Σ I b, −Σ b²) of the k most important blocks, by their sum of bits.
+    tables: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+    for gain in reversed(gains):
+        table: dict[int, tuple[int, int]] = {}
+        for total, (value, even) in tables[-1].items():
+            for bits in choices:
+                found = (value + gain * bits, even - bits * bits)
+                table[total + bits] = max(found, table.get(total + bits, found))
+        tables.append(table)
+    left = round(L * mean_bits)
+    reachable = tables.pop()
+    if abs(left - L * mean_bits) > SLACK * left or left not in reachable:
+        below, above = max(t for t in reachable if t < L * mean_bits), min(t for t in reachable if t > L * mean_bits)
+        raise ValueError(
+            f"mean_bits is {mean_bits}; allowed for {L} blocks: {below / L:g} or {above / L:g}, the nearest"
+        )
+    value, even = reachable[left]
+    allocated = torch.empty(L, dtype=torch.int64)
+    # The less important a block, the fewer of the bits that keep the best in reach.
+    for block, gain in zip(order, gains, strict=True):
+        rest = tables.pop()
+        bits = next(b for b in choices if rest.get(left - b) == (value - gain * b, even + b * b))
+        allocated[block] = bits
+        left, value, even = left - bits, value - gain * bits, even + bits * bits
+    return allocated.to(importance.device)
+
+
+def _in_integers(importance: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Return the importances in increasing order, times a common power of two that makes them integers, and the blocks."""
+    increasing, order = torch.sort(importance, stable=True)
+    ratios = [value.as_integer_ratio() for value in increasing.tolist()]
+    common = max(denominator for _, denominator in ratios)
+    return [numerator * (common // denominator) for numerator, denominator in ratios], order.tolist()
 
 
 def _move(

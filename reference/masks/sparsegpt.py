@@ -15,6 +15,7 @@ from reference._checks import Array, Mask
 from reference.masks.method import Amount, Method
 from reference.masks.nm import nm_mask
 from reference.masks.select import demote_pruned, matrix_mask, rest_sparsity
+from reference.quantise import FEWEST_BITS, GROUP, MOST_BITS, group_scales, nearest_codes
 
 # Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
@@ -50,6 +51,8 @@ def sparsegpt(
     block_size: int = BLOCK_SIZE,
     damping: float = 0.01,
     kept: Mask | None = None,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> tuple[Array, Mask]:
     """Prune a share of each block of columns; update the kept weights so that the output changes least.
 
@@ -61,11 +64,18 @@ def sparsegpt(
 
     The paper updates the columns of the block at once and the later ones when the block is done. The result is the same.
 
+    With `bits` the kept weights are rounded as their column is reached, and the later ones compensate for that error too
+    (Section 3.5). Each row has a scale for every `group` columns, chosen from its kept weights as they are when the first of
+    these columns is reached. At ρ = 0 this is GPTQ (arXiv 2210.17323).
+
+        Q_j = s · nearest code of W_j;   E_j = (W_j − mask_j ⊙ Q_j) / U_jj
+
     Parameters: weight W (out, in); hessian H (in, in); sparsity ρ in [0, 1]; block_size, columns whose mask is chosen
     together; damping, the share of mean(diag H) added to the diagonal; kept bool (out, in), the weights not yet pruned,
-    default all. The others are pruned first and stay pruned, even if they are more than k.
+    default all. The others are pruned first and stay pruned, even if they are more than k. bits from 2 to 8, default: no
+    rounding; group, a divisor of block_size.
 
-    Returns: (W' (out, in), zero where pruned; mask bool (out, in), True = kept).
+    Returns: (W' (out, in), zero where pruned; mask bool (out, in), True = kept). A kept weight may be rounded to 0.
 
     Ties: within a block of columns, the first in row-major order is pruned first. If H cannot be factored, the damping is
     raised to 10 and then 100 times its value.
@@ -74,7 +84,8 @@ def sparsegpt(
 
     *Deviation*: the published code first zeroes the weights of inputs that are always 0; here damping makes them cheap to
     prune. It ignores earlier masks, so a pruned weight can come back at the next step. It prunes k + 1 weights of each
-    block of columns, and more if scores tie; here exactly k are pruned.
+    block of columns, and more if scores tie; here exactly k are pruned. Its scales, one per row from the weights before any
+    update, include those that will be pruned.
 
     >>> W, mask = sparsegpt([[1.0, 2.0]], [[2.0, 2.0], [2.0, 4.0]], 0.5, damping=0.0)
     >>> mask  # U = [[1, −½], [0, ½]]: scores 1/1 and 4/¼
@@ -87,7 +98,11 @@ def sparsegpt(
     def choose(columns: Array, diagonal: Array, kept: Mask) -> Mask:
         return matrix_mask(demote_pruned(columns**2 / diagonal**2, kept), sparsity) & kept
 
-    return _prune(weight, hessian, block_size, damping, kept, choose, group=None)
+    if bits is not None:
+        _checks.integer("bits", bits, FEWEST_BITS, MOST_BITS)
+        if _checks.integer("block_size", block_size, 1) % _checks.integer("group", group, 1):
+            raise ValueError(f"group is {group}; allowed: a divisor of block_size {block_size}")
+    return _prune(weight, hessian, block_size, damping, kept, choose, None, bits, group)
 
 
 def sparsegpt_nm(
@@ -125,7 +140,7 @@ def sparsegpt_nm(
     def choose(columns: Array, diagonal: Array, kept: Mask) -> Mask:
         return nm_mask(demote_pruned(columns**2 / diagonal**2, kept), n, m) & kept
 
-    return _prune(weight, hessian, block_size, damping, kept, choose, group=m)
+    return _prune(weight, hessian, block_size, damping, kept, choose, m)
 
 
 def _prune(
@@ -135,9 +150,11 @@ def _prune(
     damping: float,
     kept: Mask | None,
     choose: Callable[[Array, Array, Mask], Mask],
-    group: int | None,
+    chosen_at_once: int | None,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> tuple[Array, Mask]:
-    """Run the column loop. `choose(weights, diagonal of U, kept)` returns the mask of the next `group` columns."""
+    """Run the column loop. `choose(weights, diagonal of U, kept)` returns the mask of the next `chosen_at_once` columns."""
     W = _checks.array("weight", weight, "out", "in").copy()
     H = _checks.square("hessian", hessian)
     if len(H) != W.shape[1]:
@@ -150,14 +167,21 @@ def _prune(
     mask = np.ones(W.shape, dtype=bool)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        step = stop - start if group is None else group
+        step = stop - start if chosen_at_once is None else chosen_at_once
         for j in range(start, stop):
             if (j - start) % step == 0:
                 chosen = slice(j, j + step)
                 mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
-            error = np.where(mask[:, j], 0.0, W[:, j]) / U[j, j]
+            target = np.where(mask[:, j], W[:, j], 0.0)
+            if bits is not None:
+                if j % group == 0:
+                    sharing = slice(j, min(j + group, stop))
+                    scales = group_scales(np.where(mask, W, 0.0)[:, sharing], bits).astype(np.float64)
+                target = scales * nearest_codes(target[:, None], scales, bits)[:, 0]
+            error = (W[:, j] - target) / U[j, j]
             W[:, j:] -= np.outer(error, U[j, j:])
-    return np.where(mask, W, 0.0), mask
+            W[:, j] = target
+    return W, mask
 
 
 def _inverse_factor(H: Array, damping: float) -> Array:

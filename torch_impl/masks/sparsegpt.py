@@ -10,6 +10,7 @@ from torch_impl import _checks, _kernels
 from torch_impl.masks.method import Amount, InputStatistic, Method
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask, rest_sparsity
+from torch_impl.quantise import FEWEST_BITS, GROUP, MOST_BITS, group_scales, nearest_codes
 
 # Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
@@ -33,10 +34,13 @@ def sparsegpt(
     block_size: int = BLOCK_SIZE,
     damping: float = 0.01,
     kept: torch.Tensor | None = None,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune and update a weight (SparseGPT, Algorithm 1, in float32 at least); return (weight, mask), both (out, in).
 
-    hessian: (in, in). kept: weights not yet pruned; the others are pruned first and stay pruned.
+    hessian: (in, in). kept: weights not yet pruned; the others are pruned first and stay pruned. bits: also round the kept
+    weights, with one scale for every `group` columns of a row, a divisor of block_size.
     Errors: ValueError with the damping values tried, if the Hessian cannot be factored.
     """
     sparsity = _checks.number("sparsity", sparsity, 0.0, 1.0)
@@ -44,7 +48,11 @@ def sparsegpt(
     def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         return matrix_mask(demote_pruned((columns / diagonal).square(), kept), sparsity) & kept
 
-    return _prune(weight, hessian, block_size, damping, kept, choose, group=None)
+    if bits is not None:
+        _checks.integer("bits", bits, FEWEST_BITS, MOST_BITS)
+        if _checks.integer("block_size", block_size, 1) % _checks.integer("group", group, 1):
+            raise ValueError(f"group is {group}; allowed: a divisor of block_size {block_size}")
+    return _prune(weight, hessian, block_size, damping, kept, choose, None, bits, group)
 
 
 def sparsegpt_nm(
@@ -67,7 +75,7 @@ def sparsegpt_nm(
     def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         return nm_mask(demote_pruned((columns / diagonal).square(), kept), n, m) & kept
 
-    return _prune(weight, hessian, block_size, damping, kept, choose, group=m)
+    return _prune(weight, hessian, block_size, damping, kept, choose, m)
 
 
 def _prune(
@@ -77,7 +85,9 @@ def _prune(
     damping: float,
     kept: torch.Tensor | None,
     choose: Choose,
-    group: int | None,
+    chosen_at_once: int | None,
+    bits: int | None = None,
+    group: int = GROUP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the column loop: update within a block of columns first, then all later columns in one product."""
     W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
@@ -95,13 +105,16 @@ def _prune(
     mask = torch.ones(W.shape, dtype=torch.bool, device=W.device)
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
-        step = stop - start if group is None else group
+        step = stop - start if chosen_at_once is None else chosen_at_once
         block, factor = W[:, start:stop], U[start:stop, start:stop]
         errors = torch.zeros_like(block)
         for first in range(0, stop - start, step):
             chosen = slice(start + first, start + first + step)
             mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
-            _visit(block, factor, mask[:, start:stop], errors, first, first + step)
+            if bits is None:
+                _visit(block, factor, mask[:, start:stop], errors, first, first + step)
+            else:
+                _visit_rounding(block, factor, mask[:, start:stop], errors, bits, group)
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
     return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask
 
@@ -116,6 +129,21 @@ def _visit(
     for j in range(first, last):
         errors[:, j] = block[:, j].masked_fill(mask[:, j], 0.0) / factor[j, j]
         block[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1.0)
+
+
+def _visit_rounding(
+    block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, bits: int, group: int
+) -> None:
+    """Prune a block of columns and round its kept weights in place; the block's later columns compensate."""
+    for j in range(block.shape[1]):
+        if j % group == 0:
+            sharing = slice(j, j + group)
+            scales = group_scales(block[:, sharing].masked_fill(~mask[:, sharing], 0.0), bits).to(block.dtype)
+        kept = block[:, j].masked_fill(~mask[:, j], 0.0)
+        target = scales * nearest_codes(kept[:, None], scales, bits)[:, 0]
+        errors[:, j] = (block[:, j] - target) / factor[j, j]
+        block[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1.0)
+        block[:, j] = target
 
 
 def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
