@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,7 @@ def reconstruct_blocks(
     batches = math.ceil(sequences / batch_size)
     steps = epochs * batches
     try:
+        _ignore_first_product()
         for step in range(steps):
             batch = step % batches
             # The batch's sequences that this process has, by their local number.
@@ -128,6 +130,11 @@ def reconstruct_blocks(
     finally:
         weights.put_back()
     return list(blocks)
+
+
+def _ignore_first_product() -> None:
+    """A product that is the first work of the thread for backward passes makes torch warn, and then do what is needed."""
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context", UserWarning)
 
 
 class _Chain(nn.Module):
