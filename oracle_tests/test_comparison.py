@@ -92,7 +92,7 @@ class Pretended:
             tokens_per_second={} if cell.recipe.name == "dense" else {"packed": 45.0, "dense": 20.0},
             gib={"prune": 1.5, "train": 2.5}, trained=1_500_000, zero_shot={
                 "accuracy": {"piqa": 0.5 + 0.02 * cell.seed, "boolq": 0.6}, "mean": 0.55 + 0.01 * cell.seed,
-                "stderr": {"piqa": 0.01, "boolq": 0.02}, "version": "0.4",
+                "stderr": {"piqa": 0.01 + 0.05 * cell.seed, "boolq": 0.02}, "version": "0.4",
             },
         )  # fmt: skip
 
@@ -146,6 +146,22 @@ def test_significance_is_scipy_s_paired_test_over_windows(seeds: int) -> None:
     assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
     assert found.difference == pytest.approx((a - b).mean())
     assert found.windows == 20
+
+
+def test_a_difference_in_nats_is_shown_as_one_of_perplexity() -> None:
+    """exp(0.5) = 1.649."""
+    assert tables.significance(statistics.Paired(0.5, 0.2, 8)) == "+64.9 %, p = 0.200"
+    assert tables.significance(statistics.Paired(-0.5, 0.0002, 8)) == "−39.3 %, p < 0.001"
+    assert tables.significance(None) == ""
+
+
+def test_what_another_process_mended_is_seen(tmp_path: Path) -> None:
+    one, other = Results(tmp_path), Results(tmp_path)
+    for status in (FAILED, DONE):
+        other.put("key", Outcome({"recipe": "losa"}, status))
+        found = one.get("key")
+        assert found is not None
+        assert found.status == status
 
 
 def test_significance_needs_the_same_windows() -> None:
