@@ -17,7 +17,9 @@ from oracle_tests.spread_runs import peak_model
 from oracle_tests.tiny_material import SIZES
 from oracle_tests.whole_runs import PLAIN, special
 from reference import rates as reference_rates
+from reference import sparsity as reference_sparsity
 from tiny_models.random_models import random_model
+from torch_impl import sparsity
 from torch_impl.bench.large import device_peak
 from torch_impl.engine import blocks, gradient_sweep
 from torch_impl.engine.adapted_linear import attach_adapters
@@ -135,3 +137,18 @@ def test_hidden_states_kept_for_gradients_are_planned() -> None:
     windows = config(**{**some, "seqlen": 300})
     assert phases(windows, replace(SIZES, vocabulary=10**5), Place("cuda"))["importance"].logits > 0
     assert phases(config(**{**some, "layer_sparsity": "rmi"}), SIZES, Place("cpu"))["importance"].streams == stream
+
+
+def test_moves_that_earlier_steps_force_are_counted() -> None:
+    """Ceilings below the even share, which random sampling of whole cases seldom draws."""
+    generator, forced = np.random.default_rng(0), 0
+    for _ in range(300):
+        importance, ceiling = generator.permutation(8) / 8, generator.integers(1, 5, 8)
+        case = {"kept_total": 16, "m": 4, "spread": 1, "moves": int(generator.integers(0, 4))}
+        if np.minimum(ceiling, 3).sum() < 16:
+            continue
+        forced += bool((ceiling < 2).any())
+        expected = reference_sparsity.allocate_kept(importance, ceiling=ceiling, **case)
+        found = sparsity.allocate_kept(torch.tensor(importance), ceiling=torch.tensor(ceiling), **case)
+        np.testing.assert_array_equal(found.numpy(), expected)
+    assert forced > 50
