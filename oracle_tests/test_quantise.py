@@ -90,3 +90,21 @@ def test_without_bits_group_means_nothing_and_the_arguments_stay() -> None:
             function(w, h, 0.5, 16, bits=4, group=7)
         with pytest.raises(ValueError, match="bits is 9; allowed: 2 to 8"):
             function(w, h, 0.5, 16, bits=9, group=4)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_sparsegpt_has_the_spec_s_values_to_the_last_bit(bits: int, sparsity: float) -> None:
+    """In float64 the codes and the scales are equal, also where large weights are already pruned."""
+    weight, H = case(2, torch.float64)
+    kept = weight.abs() < 1.5
+    new, _ = sparsegpt.sparsegpt(weight, H, sparsity, 16, kept=kept, bits=bits, group=8)
+    expected, _ = spec_sparsegpt.sparsegpt(
+        weight.numpy(), H.numpy(), sparsity, 16, kept=kept.numpy(), bits=bits, group=8
+    )
+    assert_exact("weight", expected, new)
+
+
+def test_values_just_beside_a_tie_are_not_rounded_before() -> None:
+    values = torch.tensor([[0.5 + 2.0**-40, 0.5, 0.5 - 2.0**-40]], dtype=torch.float64)
+    assert quantise.nearest_codes(values, torch.ones(1), 4).tolist() == [[1, 0, 0]]
