@@ -294,7 +294,6 @@ def run(
     original model; default a copy. checkpointer: saves checkpoints and resumes from the last one; then the callbacks get only the
     remaining steps. blocks: the source of the blocks if they are not in memory; it holds model and ids. on_part: called with
     importance, prune, reconstruct or train whenever some of it ends.
-    on_part: called with importance, prune, reconstruct or train whenever some of it ends.
 
     Returns one record per step. Errors: see `check_model`; FloatingPointError if training diverges.
     """
