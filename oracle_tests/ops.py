@@ -352,7 +352,7 @@ OPS = (
         "masks.least_squares.keep_largest",
         s.supports(),
         Kind.EXACT,
-        ({"values": W, "kept": KEPT, "amount": 1.5}, "sparsity"),
+        ({"values": np.ones(3), "kept": KEPT, "amount": 0.5}, "values"),
     ),
     Op(
         "masks.least_squares.refine",

@@ -102,7 +102,7 @@ class AdapterMachine(RuleBasedStateMachine):
     # --- rules ---
 
     @rule(
-        method=st.sampled_from(list(reference_masks.METHODS)),
+        method=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
         how=st.sampled_from(
             [{"sparsity": s} for s in (0.0, 0.25, 0.5, 0.8)] + [{"nm": nm} for nm in ((3, 4), (2, 4), (2, 8))]
         ),

@@ -87,7 +87,7 @@ def test_every_option_counts_but_those_that_say_where_and_how_often_to_write() -
     before = identity.options(Config())
     assert every - set(before) == {
         "output_dir", "overwrite", "dry_run", "plan_for", "config", "preset", "resume", "accept_changes", "save_every",
-        "keep_points",
+        "keep_points", "report_to",
     }  # fmt: skip
     identity.check_options(before, dict(before), ())
     for name in before:

@@ -101,7 +101,7 @@ def test_a_pruned_model_can_be_pruned_further(place: Path) -> None:
 def test_the_plan_is_shown_and_nothing_written(place: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*arguments(place), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    for word in ("prunable weights", "GiB", "TFLOP", "mean rank", "optimizer steps"):
+    for word in ("prunable weights", "MiB", "TFLOP", "mean rank", "optimizer steps"):
         assert word in printed
     assert not (place / "out").exists()
 

@@ -74,7 +74,7 @@ def pruning(
     for index, block in enumerate(dense.blocks):
         merged = losa._merged_block(block, before[index], case.settings)
         found = losa._prune_block(
-            merged, before[index], stream, dense, case.settings, record.sparsity[index], nm[index]
+            merged, before[index], stream, dense, case.settings, record.sparsity[index], nm[index], None
         )
         for name, layer in found.items():
             ours = pruned[index][name]

@@ -56,7 +56,7 @@ def split_into_shards(folder: Path, parts: int) -> None:
 def both(place: Path, **changes: object) -> tuple[Path, Path]:
     """Folders of the same run, in memory and block by block."""
     for choice in ("off", "on"):
-        options = arguments(place, **PLAIN, **changes, offload=choice, output_dir=place / choice)
+        options = arguments(place, **{**PLAIN, **changes}, offload=choice, output_dir=place / choice)
         assert main(options) == 0
     return place / "off", place / "on"
 

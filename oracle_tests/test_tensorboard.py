@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from oracle_tests.small_runs import arguments, events, fails, make_place
 from torch_impl import losa
-from torch_impl.experiment import compare, metrics
+from torch_impl.commands import compare
+from torch_impl.experiment import metrics
 from torch_impl.run import main
 
 Points = dict[str, list[tuple[int, float]]]
@@ -111,5 +112,5 @@ def test_without_tensorboard_it_is_one_sentence(
     for words in (argv, [*argv, "--dry_run"]):
         fails(capsys, place, words, ['pip install "losa-oracle[tensorboard]"'])
     assert main(arguments(place, report_to="none", dry_run="true")) == 0
-    assert compare.main(arguments(place, output_dir=None, learning_rate=None, report_to="none")) == 2
+    assert compare.main(["quick", "--report_to", "tensorboard"]) == 2
     assert "report_to" in capsys.readouterr().err

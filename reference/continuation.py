@@ -71,10 +71,13 @@ def continue_text(
     array([[3, 0, 1, 2, 3],
            [1, 2, 3, 0, 1]])
     """
-    ids = np.asarray(prompts, dtype=np.int64)
+    ids = np.asarray(prompts)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"prompts has dtype {ids.dtype}; allowed: an integer dtype")
     u = _checks.array("uniforms", uniforms, "n", "k", empty=True)
     if ids.ndim != 2 or len(ids) != len(u):
         raise ValueError(f"prompts has shape {ids.shape}; allowed: ({len(u)}, t), a row for each of uniforms")
+    ids = ids.astype(np.int64)
     for column in u.T:
         token = next_token(predict(ids), column, excluded)
         ids = np.concatenate([ids, token[:, None]], axis=1)

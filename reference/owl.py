@@ -50,6 +50,7 @@ def owl_rates(outliers: Array, target: float, weights: Array, floor: Array, spre
     array([0.58, 0.5 , 0.42])
     """
     D = _checks.array("outliers", outliers, "L")
+    _checks.number("target", target, 0.0, 1.0)
     _checks.number("spread", spread, 0.0, 1.0)
     x = (D - D.min()) / max(D.max() - D.min(), np.finfo(np.float64).tiny)
     return nearest_rates(target - 2 * spread * (x - x.mean()), target, weights, floor)

@@ -36,6 +36,9 @@ def continue_text(
     excluded: Sequence[int] = (),
 ) -> torch.Tensor:
     """Continue prompts (n, t) by k tokens, with uniforms (n, k). predict: ids (n, t) → logits (n, v) of the next token."""
+    kind = prompts.dtype if isinstance(prompts, torch.Tensor) else type(prompts).__name__
+    if not isinstance(prompts, torch.Tensor) or prompts.is_floating_point() or prompts.dtype == torch.bool:
+        raise TypeError(f"prompts has dtype {kind}; allowed: an integer dtype")
     _checks.tensor("uniforms", uniforms, "n", "k", empty=True)
     if prompts.dim() != 2 or len(prompts) != len(uniforms):
         raise ValueError(

@@ -24,6 +24,7 @@ def owl_rates(
 ) -> torch.Tensor:
     """Give the blocks with more outliers a lower sparsity, within 2λ of each other. All (L,); returns float64."""
     D = _checks.finite("outliers", outliers, "L").double()
+    _checks.number("target", target, 0.0, 1.0)
     _checks.number("spread", spread, 0.0, 1.0)
     x = (D - D.min()) / (D.max() - D.min()).clamp(min=torch.finfo(torch.float64).tiny)
     return nearest_rates(target - 2 * spread * (x - x.mean()), target, weights, floor)
