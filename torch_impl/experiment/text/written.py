@@ -41,17 +41,16 @@ def with_written(
     if not count:
         return windows
     check_can_write(count, distributed.processes())
-    known = hashlib.sha256(windows.numpy().tobytes()).hexdigest(), str(count), str(seed)
-    if kept is not None and kept.exists():
-        found = load_file(kept)
-        if (key := ".".join(known)) in found:
-            return torch.cat([windows, found[key].long()])
-    made = written_windows(model, tokenizer, windows, count, seed)
-    if kept is not None:
+    if kept is None:
+        return torch.cat([windows, written_windows(model, tokenizer, windows, count, seed)])
+    key = f"{hashlib.sha256(windows.numpy().tobytes()).hexdigest()}.{count}.{seed}"
+    found = load_file(kept) if kept.exists() else {}
+    if key not in found:
+        found = {key: written_windows(model, tokenizer, windows, count, seed).int()}
         # Whole or not at all: a run may be interrupted here.
-        save_file({".".join(known): made.int()}, beside := kept.with_suffix(".part"))
+        save_file(found, beside := kept.with_suffix(".part"))
         beside.replace(kept)
-    return torch.cat([windows, made])
+    return torch.cat([windows, found[key].long()])
 
 
 def check_can_write(count: int, processes: int) -> None:
