@@ -12,7 +12,7 @@ from oracle_tests.small_runs import arguments, make_place
 from torch_impl.commands import compare
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.matrix import Cell
-from torch_impl.experiment.comparison.results import Results
+from torch_impl.experiment.comparison.results import Outcome, Results
 
 FILE = """
 [[matrix]]
@@ -139,16 +139,19 @@ def test_an_unmerged_baseline_with_tasks_and_speed(place: Path, tmp_path: Path, 
 
 def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert compare.main([*words(place, output=out), "--dry_run", "--shard", "1/2", "--only", "recipe=losa"]) == 0
+    assert compare.main([*words(place, output=out), "--dry_run", "--only", "recipe=losa"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["0.5, losa, seed 0, learning rate 1e+30", "dense, seed 0", "2 runs"]
+    assert lines == [
+        "0.5, losa, seed 0, learning rate 1e+30", "0.5, losa, seed 0, learning rate 0.01",
+        "dense, seed 0", "0.5, losa, seed 0, learning rate 1e+30 (learning rate: the best)", "4 runs",
+    ]  # fmt: skip
     assert not out.exists()
 
 
-def test_a_part_of_the_work_writes_no_tables(
+def test_the_last_of_several_processes_writes_the_tables(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several processes share a folder. Whoever wants tables asks for them at the end."""
+    """Another process has claimed a run, then dies; the command is started again."""
     out, text = tmp_path / "out", FILE.replace('"none", "sparse_lora", "losa"', '"none"')
 
     def make(cell: Cell, material: cells.Material) -> cells.Trained:
@@ -157,17 +160,23 @@ def test_a_part_of_the_work_writes_no_tables(
         return cells.Trained(material.model, False, 0, 0, {}, {})
 
     monkeypatch.setattr(cells, "make", make)
-    assert compare.main([*words(place, text, output=out), "--shard", "1/2"]) == 0
-    assert (
-        f"part 1 of 2 has ended; when all have: losa compare {place}/some.toml --tables {out}"
-        in capsys.readouterr().out
-    )
-    assert compare.main([*words(place, text, output=out), "--shard", "2/2"]) == 2
-    assert "error: 1 runs failed" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ["cells"]
-    assert compare.main([*words(place, text, output=None), "--tables", str(out)]) == 0
-    assert "RuntimeError: no memory" in capsys.readouterr().out
+    given = words(place, text, output=out)
+    keys: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cells.Workshop, "run", lambda _, cell: keys.append(cell.key) or Outcome(cell.labels, "diverged"))
+        assert compare.main([*given[:1], *words(place, text, output=tmp_path / "other")[1:]]) == 0
+    capsys.readouterr()
+    with Results(out).claim(keys[-1]) as mine:
+        assert mine
+        assert compare.main(given) == 0
+        assert "1 runs are under way in other processes, which will write the tables" in capsys.readouterr().out
+        assert not (out / "tables.md").exists()
+    assert compare.main(given) == 2
+    captured = capsys.readouterr()
+    assert "error: 1 runs failed" in captured.err
+    assert "RuntimeError: no memory" in captured.out
     assert (out / "tables.md").exists()
+    assert not list((out / ".claims").iterdir())
 
 
 def test_parts_have_their_seconds(place: Path) -> None:
@@ -196,7 +205,6 @@ BAD: list[tuple[dict[str, object], list[str]]] = [
     ({"data": "nowhere"}, ["data nowhere is not a folder"]),
     ({"tables": "nowhere"}, ["tables nowhere is not a folder"]),
     ({"output": "/dev/null/out"}, ["output /dev/null/out cannot be written"]),
-    ({"shard": "3/2"}, ["shard is '3/2'; give I/N"]),
     ({"only": "recipe=lossa"}, ["recipe=lossa", "this comparison has losa, none, sparse_lora"]),
 ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics as plain
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,14 +68,15 @@ def groups_of(comparison: Comparison, *only: str) -> list[list[Group]]:
 class Pretended:
     """Carries out cells by saying that they were: losses follow from the labels."""
 
-    def __init__(self, stop_at: int | None = None, ends: dict[str, str] | None = None) -> None:
+    def __init__(self, stop_at: int | None = None, ends: dict[str, str] | None = None, seconds: float = 0.0) -> None:
         self.ran: list[str] = []
-        self._stop_at, self._ends = stop_at, ends or {}
+        self._stop_at, self._ends, self._seconds = stop_at, ends or {}, seconds
 
     def run(self, cell: Cell) -> Outcome:
         if len(self.ran) == self._stop_at:
             raise KeyboardInterrupt
         self.ran.append(cell.key)
+        time.sleep(self._seconds)
         status = self._ends.get(str(cell), DONE)
         if status != DONE:
             return Outcome(cell.labels, status, "loss nan")
@@ -200,14 +203,11 @@ def test_losses_of_windows_are_those_of_their_tokens() -> None:
     assert statistics.perplexity(found) == pytest.approx(perplexity(model, ids, 3), rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shards_partition_the_matrix(tmp_path: Path, count: int) -> None:
+def test_the_order_of_work(tmp_path: Path) -> None:
     flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))
     work = running.slots(flat)
-    parts = [running.share(work, number, count) for number in range(1, count + 1)]
-    names = [(slot.cell.key, slot.seed, slot.group.recipe.name, slot.group.varied) for part in parts for slot in part]
+    names = [(slot.cell.key, slot.seed, slot.group.recipe.name, slot.group.varied) for slot in work]
     assert len(names) == len(set(names)) == len(work)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
     # 6 choices of 2 options; 2 rates of 2 recipes; 2 seeds of 3 recipes; the dense model.
     assert len(work) == 6 * 2 * 2 + 6 * 3 * 2 + 1
 
@@ -236,28 +236,27 @@ def test_what_needs_the_same_text_follows_each_other(tmp_path: Path) -> None:
     assert changes == 4, "once while learning rates are chosen, three times for what is reported"
 
 
-def test_what_is_done_is_never_run_again(tmp_path: Path) -> None:
-    """Stopped after five runs, continued in three shards, two of which wait for the others' learning rates at first."""
+def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after five runs, continued by three that share the folder. None runs twice, not even one that fails for all."""
+    monkeypatch.setattr(running, "PAUSE", 0.01)
     flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))
-    work, ran = running.slots(flat), []
+    work, ends = running.slots(flat), {"wanda, 0.5, none, seed 1": FAILED}
     first = Pretended(stop_at=5)
     with pytest.raises(KeyboardInterrupt):
         running.run(work, Results(tmp_path), first, lambda _: None)  # type: ignore[arg-type]
-    ran += first.ran
-    waited = []
-    for turn in range(2):
-        for number in (1, 2, 3):
-            shard = Pretended()
-            waiting = running.run(running.share(work, number, 3), Results(tmp_path), shard, lambda _: None)  # type: ignore[arg-type]
-            ran += shard.ran
-            waited.append(waiting)
-            assert turn == 0 or waiting == 0
-    assert any(waited[:3])
+    assert not list((tmp_path / ".claims").iterdir()), "whoever stops gives its claim back"
+
+    workers = [Pretended(ends=ends, seconds=0.01) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        elsewhere = list(pool.map(lambda one: running.run(work, Results(tmp_path), one, lambda _: None), workers))  # type: ignore[arg-type]
+    assert all(worker.ran for worker in workers)
+    ran = [key for worker in (first, *workers) for key in worker.ran]
     assert len(ran) == len(set(ran))
     # Of each tuned row, the run with the chosen rate and the first seed is one of those that chose it.
     assert len(ran) == 6 * 2 * 2 + 6 * 2 * 1 + 6 * 2 + 1
+    assert 0 in elsewhere, "the last to end knows that it is"
     nothing = Pretended()
-    running.run(work, Results(tmp_path), nothing, lambda _: None)  # type: ignore[arg-type]
+    running.run([slot for slot in work if slot.cell.recipe.name != "none"], Results(tmp_path), nothing, lambda _: None)  # type: ignore[arg-type]
     assert nothing.ran == []
 
 

@@ -136,7 +136,6 @@ def test_options_of_generate(name: str, capsys: pytest.CaptureFixture) -> None:
     [
         ("learning_rates", NONSENSE, {"1000000000000", "1e300"}),
         ("seeds", (*NONSENSE, str(2**63)), {"0", "1000000000000"}),
-        ("shard", ("0/2", "3/2", "1", "word", "1/2/3", "-1/2"), set()),
         ("only", ("word", "recipe=word", "word=losa", "seed=7"), set()),
     ],
 )

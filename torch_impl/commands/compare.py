@@ -2,7 +2,8 @@
 
 FILE is a TOML file that says what to compare, or `quick`, which takes under 20 minutes on the embedded model and two cores:
 docs/compare.md explains it. Every run writes its result at once, so the same command continues a comparison that was stopped,
-and runs what is new. Options of losa run after FILE override the file's [options], for example --model DIR.
+and runs what is new; started several times, say on several GPUs, it shares the runs. Options of losa run after FILE override
+the file's [options], for example --model DIR.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def _parser() -> argparse.ArgumentParser:
         help="Folder of results, tables and curves (default losa-compare-NAME).",
     )
     add("--only", nargs="+", default=[], metavar="NAME=VALUE", help="Only these: recipe=losa,best sparsity=0.7 seed=0.")
-    add("--shard", metavar="I/N", help="Do the I-th of N parts; N processes with the same FOLDER do all.")
     add("--data", type=Path, metavar="FOLDER", help="Folder with the models, texts and tasks that FILE names.")
     add("--seeds", type=int, nargs="+", metavar="N", help="Seeds, instead of the file's.")
     add(
@@ -74,26 +74,19 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f"tables {own.tables} is not a folder; give the one with the results")
         _report(comparison, groups, Results(own.tables), shown)
         return
-    number, count = shard(own.shard)
-    work = running.share(running.slots(flat), number, count)
-    check([slot.group for slot in work])
+    work = running.slots(flat)
+    check(flat)
     if own.dry_run:
         say("\n".join([*(str(slot.cell) + _role(slot) for slot in work), f"{len(work)} runs"]))
         return
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
     check_folder(results.folder)
-    waiting = running.run(work, results, Workshop(), lambda text: print(text, file=sys.stderr, flush=True))
-    if count == 1:
-        failed = _report(comparison, groups, results, shown)
-    else:
-        # Several processes would write the same files.
-        failed = running.failures(work, results)
-        say(f"part {number} of {count} has ended; when all have: losa compare {file} --tables {results.folder}")
-    if waiting:
-        say(
-            f"{waiting} runs wait for learning rates that other processes choose; run the command again when they are done"
-        )
-    if failed:
+    elsewhere = running.run(work, results, Workshop(), lambda text: print(text, file=sys.stderr, flush=True))
+    if elsewhere:
+        # The last to end writes the tables: several processes would write the same files.
+        say(f"{elsewhere} runs are under way in other processes, which will write the tables into {results.folder}")
+        return
+    if failed := _report(comparison, groups, results, shown):
         raise RuntimeError(f"{failed} runs failed; see the last table, and run the command again to try them again")
 
 
@@ -108,20 +101,10 @@ def _shown(words: Sequence[str]) -> list[str]:
     skipping = False
     for word in words:
         if word.startswith("--"):
-            skipping = word.partition("=")[0] in ("--output", "--tables", "--shard", "--data", "--device")
+            skipping = word.partition("=")[0] in ("--output", "--tables", "--data", "--device")
         if not skipping:
             found.append(Path(word).name if "/" in word else word)
     return found
-
-
-def shard(text: str | None) -> tuple[int, int]:
-    """Read I/N. Errors: ValueError if it is not that."""
-    if text is None:
-        return 1, 1
-    first, slash, last = text.partition("/")
-    if not slash or not first.isdecimal() or not last.isdecimal() or not 1 <= int(first) <= int(last):
-        raise ValueError(f"shard is {text!r}; give I/N with I from 1 to N, for example 1/4")
-    return int(first), int(last)
 
 
 def check_folder(folder: Path) -> None:
@@ -134,7 +117,9 @@ def check_folder(folder: Path) -> None:
 def check(groups: Sequence[Group]) -> None:
     """Check options, models and names of texts of the work of this process before it begins. Errors: as `losa run`."""
     if distributed.launched() > 1:
-        raise ValueError("losa compare runs in one process; start it without torchrun and use --shard I/N")
+        raise ValueError(
+            "losa compare runs in one process; start it without torchrun, as often as you like with the same FOLDER"
+        )
     if any(group.base.measures.tasks for group in groups):
         zero_shot.check_installed()
     seen = set()

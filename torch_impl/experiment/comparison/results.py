@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 from torch_impl.experiment.comparison.statistics import perplexity
 from torch_impl.experiment.metrics import write_json
 
-CELLS, ALL = "cells", "results.json"
+CELLS, CLAIMS, ALL = "cells", ".claims", "results.json"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 
 
@@ -53,7 +56,7 @@ class Outcome:
 
 
 class Results:
-    """The outcomes in a folder, by the key of the cell. Several processes may share the folder."""
+    """The outcomes in a folder, by the key of the cell. Several processes share a folder by claims."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,6 +77,35 @@ class Results:
         """Write the outcome of a cell."""
         (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / CELLS / f"{key}.json", asdict(outcome))
+
+    def written(self, key: str) -> float:
+        """Return when the outcome of a cell was written, in seconds since the epoch; 0 if it was not, or only into results.json."""
+        path = self.folder / CELLS / f"{key}.json"
+        return path.stat().st_mtime if path.is_file() else 0.0
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Keep other processes from running a cell meanwhile. False: another process runs it.
+
+        A claim ends with its process, however that ends. Look at the outcome again after claiming: it may just have been written.
+        """
+        (self.folder / CLAIMS).mkdir(parents=True, exist_ok=True)
+        path = self.folder / CLAIMS / key
+        with path.open("a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+
+    def claimed(self) -> int:
+        """Return how many cells are being run, by all processes."""
+        folder = self.folder / CLAIMS
+        return len(os.listdir(folder)) if folder.is_dir() else 0
 
     def collect(self, keys: Iterable[str]) -> dict[str, Outcome]:
         """Return the outcomes of these cells that there are, and write them into results.json."""

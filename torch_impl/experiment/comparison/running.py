@@ -1,4 +1,4 @@
-"""Run the cells of a comparison, or a share of them, in an order that lets learning rates be chosen first."""
+"""Run the cells of a comparison in an order that lets learning rates be chosen first. Several processes share the work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch_impl.experiment.comparison.statistics import best_rate, perplexity
 from torch_impl.experiment.progress import clock
 
 Say = Callable[[str], None]
+PAUSE = 2.0  # seconds between looks at what other processes have finished
 
 
 @dataclass(frozen=True)
@@ -88,39 +89,63 @@ def _by_material(work: Iterable[Slot]) -> list[Slot]:
     return [slot for of_material in together.values() for slot in of_material]
 
 
-def share(work: Sequence[Slot], number: int, count: int) -> list[Slot]:
-    """Return the part of the work that process `number` of `count` does, from 1: every count-th run."""
-    return list(work[number - 1 :: count])
-
-
 def run(work: Sequence[Slot], results: Results, workshop: Workshop, say: Say) -> int:
-    """Do the work that is not done. Return the number of runs that wait for learning rates of other processes.
+    """Do the work that nobody has done or is doing. Return the number of runs that other processes are still doing.
 
-    Runs that failed before are tried again.
+    A learning rate that another process is about to choose is waited for. Runs that failed before are tried again.
     """
-    progress = _Progress(work, results)
-    waiting = 0
-    for number, slot in enumerate(work, 1):
-        cell = slot.resolve(results)
-        if cell is None:
-            waiting += 1
-            continue
-        before = results.get(cell.key)
-        if before is not None and before.finished:
-            continue
-        start = time.perf_counter()
-        outcome = workshop.run(cell)
-        results.put(cell.key, outcome)
-        progress.took(cell, time.perf_counter() - start)
-        say(f"[{number}/{len(work)}] {cell}: {result_of(outcome)}{progress.left(work[number:], results)}")
-    return waiting
+    worker = _Worker(work, results, workshop, say)
+    while True:
+        elsewhere = waiting = 0
+        before = len(worker.tried)
+        for slot in work:
+            cell = slot.resolve(results)
+            if cell is None:
+                waiting += 1
+            elif not worker.run(cell):
+                elsewhere += 1
+        if elsewhere and len(worker.tried) > before:
+            continue  # what others did at the beginning of this pass may have ended
+        if not waiting:
+            return elsewhere
+        time.sleep(PAUSE)
 
 
-def failures(work: Sequence[Slot], results: Results) -> int:
-    """Return the number of runs that failed."""
-    cells = [cell for slot in work if (cell := slot.resolve(results)) is not None]
-    outcomes = {cell.key: results.get(cell.key) for cell in cells}
-    return sum(outcome is not None and outcome.status == FAILED for outcome in outcomes.values())
+class _Worker:
+    """Runs the cells that need it and that no other process runs."""
+
+    def __init__(self, work: Sequence[Slot], results: Results, workshop: Workshop, say: Say) -> None:
+        self._work, self._results, self._workshop, self._say = work, results, workshop, say
+        self._start = time.time()
+        self.tried: set[str] = set()
+        self._progress = _Progress(work, results)
+
+    def run(self, cell: Cell) -> bool:
+        """Run a cell if it needs it. Return False while another process runs it."""
+        if self._settled(cell):
+            return True
+        with self._results.claim(cell.key) as mine:
+            if mine and not self._settled(cell):
+                began = time.perf_counter()
+                outcome = self._workshop.run(cell)
+                self._results.put(cell.key, outcome)
+                self.tried.add(cell.key)
+                self._progress.took(cell, time.perf_counter() - began)
+                self._report(cell, outcome)
+            return mine
+
+    def _settled(self, cell: Cell) -> bool:
+        """Return whether a cell is finished, or was tried in vain since this process began."""
+        found = self._results.get(cell.key)
+        if found is None or found.finished:
+            return found is not None
+        return cell.key in self.tried or self._results.written(cell.key) > self._start
+
+    def _report(self, cell: Cell, outcome: Outcome) -> None:
+        count = len(self._work)
+        left = self._progress.left(self._work, self._results)
+        undone = sum(1 for _ in _undone(self._work, self._results))
+        self._say(f"[{count - undone}/{count}] {cell}: {result_of(outcome)}{left}")
 
 
 def result_of(outcome: Outcome) -> str:
@@ -148,9 +173,9 @@ class _Progress:
         self._seconds[cell.recipe.name].append(seconds)
 
     def left(self, work: Sequence[Slot], results: Results) -> str:
-        """Describe the time that the rest of the work takes; nothing if it is all done."""
+        """Describe the time that the rest takes if as many processes go on as now; nothing if it is all done."""
         seconds = sum(self._expected(slot) for slot in _undone(work, results))
-        return f"; about {clock(seconds)} left" if seconds else ""
+        return f"; about {clock(seconds / max(1, results.claimed()))} left" if seconds else ""
 
     def _expected(self, slot: Slot) -> float:
         own = self._seconds.get(slot.group.recipe.name)
