@@ -3,8 +3,9 @@
     python -m oracle_tests.programs.gpu_generate [--device cuda] [--blocks 4] [--small]
 
 A random LLaMA with blocks of LLaMA-2-7B's shapes over a small vocabulary, pruned to 70 %, is saved, packed by
-`torch_impl.pack` and run by `torch_impl.generate`. Checks that greedy tokens of a tiny model in float32 are the same, and that
-logits in bf16, of a prompt and of single tokens after it, are within `tolerances.PACKED_LOGITS`. Exits with 1 if not.
+`torch_impl.pack` and run by `torch_impl.generate`. Checks that greedy tokens of a tiny model in float32 are the same, also where
+transformers alone opens the folder, by device_map or `model.to`, and that logits in bf16, of a prompt and of single tokens after
+it, are within `tolerances.PACKED_LOGITS`. Exits with 1 if not.
 `--small` is a quick test of the script.
 """
 
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import byte_tokenizer
@@ -83,6 +84,39 @@ def same_tokens(folder: Path, device: str) -> bool:
     return same
 
 
+def opened_by_transformers(folder: Path, device: str) -> bool:
+    """Open the packed tiny model with transformers alone, in every way that puts it on the device; save it and open that."""
+    plain, packed = save(folder, "small", 3, torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained
+    ids = torch.randint(0, 200, (1, 24), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def tokens(model: PreTrainedModel) -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0].cpu()
+
+    expected = tokens(opened(plain, dtype=torch.float32).to(device))
+    ways = {
+        "device_map": lambda: opened(packed, dtype=torch.float32, device_map=device),
+        "device_map auto": lambda: opened(packed, dtype=torch.float32, device_map="auto"),
+        "model.to": lambda: opened(packed, dtype=torch.float32).to(device),
+        "there and back": lambda: opened(packed, dtype=torch.float32).to(device).to("cpu").to(device),
+        "saved again": lambda: _again(opened(packed, dtype=torch.float32, device_map=device), folder / "again"),
+    }
+    passed = True
+    for name, way in ways.items():
+        model = way()
+        where = {str(tensor.device.type) for tensor in (*model.parameters(), *model.buffers())}
+        same = torch.equal(tokens(model), expected)
+        passed &= same
+        print(f"transformers, {name}: on {', '.join(sorted(where))}, tokens {'the same' if same else 'NOT the same'}")
+    return passed
+
+
+def _again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    where = model.device
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=where)
+
+
 def same_logits(folder: Path, options: argparse.Namespace) -> bool:
     """Compare blocks of 7B's shapes in bf16, with speed and memory of both."""
     tokens, geometry = (8, "small") if options.small else (128, "llama-2-7b")
@@ -117,7 +151,11 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checks = [same_tokens(Path(folder) / "float32", options.device), same_logits(Path(folder) / "bf16", options)]
+        checks = [
+            same_tokens(Path(folder) / "float32", options.device),
+            opened_by_transformers(Path(folder) / "opened", options.device),
+            same_logits(Path(folder) / "bf16", options),
+        ]
     return int(not all(checks))
 
 
