@@ -57,14 +57,14 @@ def _find(package: str, name: str) -> Callable[..., Any]:
 
 
 def to_torch(value: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Convert an argument for production: float arrays to `dtype`, other arrays with their dtype, lists of arrays alike, anything
-    else unchanged."""
+    """Convert an argument for production: float arrays to `dtype`, other arrays and scales (float16) with their dtype, lists of
+    arrays alike, anything else unchanged."""
     if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
         return [to_torch(part, dtype) for part in value]
     if not isinstance(value, np.ndarray):
         return value
     tensor = torch.from_numpy(np.array(value))
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float16 else tensor
 
 
 W = np.array([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
@@ -79,6 +79,12 @@ PACKED = {
     "values": np.array([1.0, 2.0, 0.5, -1.0]),
     "offsets": np.array([0, 2, 4]),
     "columns": 3,
+}
+CODED = {
+    "bitmap": np.array([[6, 0, 0, 0]], dtype=np.uint8),
+    "codes": np.array([[247, 0, 0, 0]], dtype=np.uint8),
+    "offsets": np.array([0, 2]),
+    "columns": 4,
 }
 # No kept weight.
 TILED = {"bitmaps": np.zeros((1, 256), dtype=np.uint8), "values": np.ones(0), "rows": 2, "columns": 3}
@@ -343,6 +349,12 @@ OPS = (
         ({"weight": W, "hessian": -EYE, "sparsity": 0.5}, "hessian"),
     ),
     Op(
+        "masks.sparsegpt.sparsegpt_codes",
+        s.rounding_cases(),
+        Kind.EXACT,
+        ({"weight": W, "hessian": EYE, "bits": 1}, "bits"),
+    ),
+    Op(
         "masks.sparsegpt.sparsegpt_nm",
         s.sparsegpt_cases(group=True),
         Kind.CLOSE,
@@ -452,11 +464,32 @@ OPS = (
     Op("packed.pack", _cases(weight=s.weights_to_pack()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
     Op("packed.unpack", s.packed_weights(), Kind.EXACT, ({**PACKED, "values": np.ones(3)}, "values")),
     Op("packed.check", s.packed_weights(), Kind.EXACT, ({**PACKED, "offsets": np.array([0, 1, 4])}, "offsets")),
+    Op("packed.pack_codes", s.codes_to_pack(), Kind.EXACT, ({"codes": np.ones((1, 2), np.int8), "bits": 9}, "bits")),
+    Op("packed.unpack_codes", s.packed_codes(), Kind.EXACT, ({**CODED, "codes": np.ones((1, 4))}, "codes")),
+    Op(
+        "packed.check_codes",
+        s.packed_codes(scaled=True),
+        Kind.EXACT,
+        ({**CODED, "scales": np.full((1, 1), -1, np.float16)}, "scales"),
+    ),
     Op(
         "packed.bits_per_weight",
         _cases(sparsity=s.SPARSITIES, value_bits=st.sampled_from([16, 32]), columns=st.integers(1, 10**5)),
         Kind.CLOSE,
         ({"sparsity": 0.5, "value_bits": 0, "columns": 8}, "value_bits"),
+    ),
+    Op("quantise.largest_code", _cases(bits=s.BITS), Kind.EXACT, ({"bits": 1}, "bits")),
+    Op(
+        "quantise.quantise_rows",
+        _cases(weight=s.matrices(), bits=s.BITS, group=st.integers(1, 13)),
+        Kind.EXACT,
+        ({"weight": ROW, "bits": 4}, "weight"),
+    ),
+    Op(
+        "quantise.dequantise_rows",
+        s.coded_rows(),
+        Kind.EXACT,
+        ({"codes": np.ones((3, 2), np.int8), "scales": np.ones((2, 1))}, "codes"),
     ),
     Op(
         "quantise.group_scales",
@@ -481,6 +514,13 @@ OPS = (
         s.codes_and_scales(),
         Kind.EXACT,
         ({"codes": np.arange(3), "scales": np.ones(3), "group": 2}, "scales"),
+    ),
+    Op(
+        "quantise.weigh_first",
+        _cases(inputs=s.matrices().map(lambda X: np.stack([X, 2 * X])), weight=st.floats(0, 100)),
+        Kind.CLOSE,
+        ({"inputs": np.ones((1, 2, 3)), "weight": -1.0}, "weight"),
+        low_precision=True,
     ),
     Op(
         "quantise.bits_per_weight",

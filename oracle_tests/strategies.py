@@ -138,6 +138,13 @@ def sparsegpt_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
 
 
 @st.composite
+def rounding_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of sparsegpt_codes."""
+    case = draw(sparsegpt_cases())
+    return {name: case[name] for name in ("weight", "hessian", "kept")} | {"bits": draw(BITS)}
+
+
+@st.composite
 def searched_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
     """Arguments of alps and admm, or of their N:M forms.
 
@@ -402,6 +409,47 @@ def packed_weights(draw: st.DrawFn) -> dict[str, Any]:
         "offsets": np.array([kept[:row].sum() for row in range(len(weight) + 1)], dtype=np.int64),
         "columns": weight.shape[1],
     }
+
+
+@st.composite
+def codes_to_pack(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of pack_codes: 0 to 100 % zeros, up to three words a row, the largest codes, an empty row."""
+    rng, shape, bits = _rng(draw), (draw(SIZES), draw(st.integers(1, 70))), draw(BITS)
+    most = 2 ** (bits - 1) - 1
+    codes = rng.integers(-most, most, shape, dtype=np.int8, endpoint=True)
+    codes[rng.random(shape) < draw(SPARSITIES)] = 0
+    if draw(st.booleans()):
+        codes[rng.integers(shape[0])] = 0
+    return {"codes": codes, "bits": bits}
+
+
+@st.composite
+def packed_codes(draw: st.DrawFn, scaled: bool = False) -> dict[str, Any]:
+    """Arguments of unpack_codes, built by hand; scaled: of check_codes."""
+    case = draw(codes_to_pack())
+    codes, bits = case["codes"], case["bits"]
+    kept = codes != 0
+    words = -(-codes.shape[1] // 32)
+    places = np.zeros((len(codes), 32 * words), dtype=bool)
+    places[:, : codes.shape[1]] = kept
+    stream = sum((int(code) % 2**bits) << (bits * place) for place, code in enumerate(codes[kept]))
+    rows = -(-int(kept.sum()) // 8)
+    scales = _rng(draw).random((len(codes), -(-codes.shape[1] // 128))).astype(np.float16)
+    return {
+        "bitmap": np.packbits(places, axis=1, bitorder="little"),
+        "codes": np.frombuffer(stream.to_bytes(rows * bits, "little"), dtype=np.uint8).reshape(rows, bits),
+        **({"scales": scales} if scaled else {}),
+        "offsets": np.array([kept[:row].sum() for row in range(len(codes) + 1)], dtype=np.int64),
+        "columns": codes.shape[1],
+    }
+
+
+@st.composite
+def coded_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of dequantise_rows: whole and short last groups."""
+    rng, group, shape = _rng(draw), draw(st.integers(1, 5)), (draw(SIZES), draw(SIZES))
+    scales = rng.random((shape[0], -(-shape[1] // group))).astype(np.float16)
+    return {"codes": rng.integers(-127, 128, shape, dtype=np.int8), "scales": scales, "group": group}
 
 
 def weights_to_tile() -> st.SearchStrategy[np.ndarray]:

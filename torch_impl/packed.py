@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from torch_impl import _checks
+from torch_impl.quantise import FEWEST_BITS, GROUP, MOST_BITS, largest_code
 
 WORD = 32
 PARTS = ("bitmap", "values", "offsets")
 """The names of what `pack` returns."""
+CODED = ("bitmap", "codes", "scales", "offsets")
+"""The names of the parts of a packed matrix of codes."""
 _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
@@ -42,9 +45,102 @@ def expand(bitmap: torch.Tensor, values: torch.Tensor, columns: int) -> torch.Te
 
 def check(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, columns: int) -> None:
     """Check that `pack` can have made these tensors: shapes, dtypes, bits beyond the columns, offsets, values."""
+    values = _numbers("values", values, "kept")
+    kept = _check_positions(bitmap, offsets, columns)
+    if len(values) != kept:
+        raise ValueError(f"values has {len(values)} entries, but bitmap has {kept} bits set")
+    empty = _first(_bits(values) == 0)
+    if empty is not None:
+        raise ValueError(f"values[{empty}] is 0, but only nonzero values are packed")
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pack codes (out, in) int8: (bitmap, codes (⌈kept/8⌉, bits) uint8, offsets), on their device.
+
+    Eight codes are `bits` bytes, each code in two's complement, the lowest bit first.
+    """
+    codes, q = _typed("codes", codes, torch.int8), largest_code(bits)
+    if codes.dim() != 2 or codes.numel() == 0:
+        raise ValueError(f"codes has shape {tuple(codes.shape)}; allowed: (out, in), none of them 0")
+    low, high = (int(value) for value in torch.aminmax(codes))
+    if max(-low, high) > q:
+        raise ValueError(f"codes holds {low} and {high}; allowed: {-q} to {q} with {bits} bits")
+    bitmap, values, offsets = pack(codes.to(torch.int16).view(torch.float16))
+    fields = nn.functional.pad(values.view(torch.int16), (0, -len(values) % 8)).view(-1, 8).long() & (2**bits - 1)
+    words = (fields << _places(bits, codes.device)).sum(1, keepdim=True)
+    return bitmap, words.view(torch.uint8)[:, :bits].contiguous(), offsets
+
+
+def unpack_codes(bitmap: torch.Tensor, codes: torch.Tensor, offsets: torch.Tensor, columns: int) -> torch.Tensor:
+    """Check the packed form and restore the codes (out, in) int8."""
+    _read_codes(codes, _check_positions(bitmap, offsets, columns))
+    return expand_codes(bitmap, codes, columns)
+
+
+def expand_codes(bitmap: torch.Tensor, codes: torch.Tensor, columns: int) -> torch.Tensor:
+    """Unpack codes without checks."""
+    found = torch.zeros(len(bitmap), columns, dtype=torch.int8, device=codes.device)
+    return found.masked_scatter_(_kept(bitmap)[:, :columns], _numbers_of(codes))
+
+
+def check_codes(
+    bitmap: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, columns: int
+) -> None:
+    """Check that these tensors are a packed matrix of codes with scales (out, ⌈in/128⌉) float16, finite and 0 or more."""
+    kept = _check_positions(bitmap, offsets, columns)
+    _read_codes(codes, kept)
+    shape = len(bitmap), -(-columns // GROUP)
+    if _typed("scales", scales, torch.float16).shape != shape:
+        raise ValueError(f"scales has shape {tuple(scales.shape)}; allowed: {shape}, one for every {GROUP} columns")
+    wrong = scales[~((scales >= 0) & scales.isfinite())]
+    if len(wrong):
+        raise ValueError(f"scales holds {float(wrong[0]):g}; allowed: finite numbers, 0 or more")
+
+
+def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
+    """Compute (32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ), the bits of the packed form per position of the matrix."""
+    _checks.number("sparsity", sparsity, 0.0, 1.0)
+    _checks.integer("value_bits", value_bits, 1)
+    _checks.integer("columns", columns, 1)
+    return (-(-columns // WORD) * WORD + 64) / columns + value_bits * (1 - sparsity)
+
+
+def _read_codes(codes: torch.Tensor, kept: int) -> None:
+    """Check the stream of codes."""
+    if _typed("codes", codes, torch.uint8).dim() != 2 or not FEWEST_BITS <= codes.shape[1] <= MOST_BITS:
+        allowed = f"(kept / 8, bits), {FEWEST_BITS} to {MOST_BITS} bits"
+        raise ValueError(f"codes has shape {tuple(codes.shape)}; allowed: {allowed}")
+    if len(codes) != -(-kept // 8):
+        raise ValueError(f"codes has {len(codes)} rows; allowed: {-(-kept // 8)}, because bitmap has {kept} bits set")
+    numbers = _numbers_of(codes)
+    if bool(numbers[kept:].any()):
+        raise ValueError("codes has a bit set after the last code")
+    q = largest_code(codes.shape[1])
+    wrong = _first((numbers[:kept] == 0) | (numbers[:kept] == -q - 1))
+    if wrong is not None:
+        raise ValueError(f"code {wrong} is {int(numbers[wrong])}; allowed: {-q} to {q} without 0")
+
+
+def _numbers_of(codes: torch.Tensor) -> torch.Tensor:
+    """Return the codes (8 n,) int8 in a stream (n, bits): each row of bytes is one integer."""
+    bits = codes.shape[1]
+    if bits == MOST_BITS:
+        return codes.flatten().view(torch.int8)
+    words = (codes.long() << _places(8, codes.device)[:bits]).sum(1, keepdim=True)
+    # Move the highest bit of each code to the highest of a byte, then back with its sign.
+    fields = (words >> _places(bits, codes.device)).to(torch.uint8) << (8 - bits)
+    return (fields.view(torch.int8) >> (8 - bits)).flatten()
+
+
+def _places(bits: int, device: torch.device) -> torch.Tensor:
+    """Return the first bit of each of eight fields."""
+    return bits * torch.arange(8, device=device)
+
+
+def _check_positions(bitmap: torch.Tensor, offsets: torch.Tensor, columns: int) -> int:
+    """Check bitmap and offsets; return the number of kept positions."""
     columns = _checks.integer("columns", columns, 1)
-    bitmap, values = _typed("bitmap", bitmap, torch.uint8), _numbers("values", values, "kept")
-    offsets = _typed("offsets", offsets, torch.int64)
+    bitmap, offsets = _typed("bitmap", bitmap, torch.uint8), _typed("offsets", offsets, torch.int64)
     width = -(-columns // WORD) * WORD // 8
     if bitmap.dim() != 2 or len(bitmap) == 0 or bitmap.shape[1] != width:
         raise ValueError(
@@ -62,19 +158,7 @@ def check(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, col
     if row is not None:
         found, wanted = int(offsets[row]), int(running[row])
         raise ValueError(f"offsets[{row}] is {found}, but bitmap has {wanted} bits set before row {row}")
-    if len(values) != running[-1]:
-        raise ValueError(f"values has {len(values)} entries, but bitmap has {int(running[-1])} bits set")
-    empty = _first(_bits(values) == 0)
-    if empty is not None:
-        raise ValueError(f"values[{empty}] is 0, but only nonzero values are packed")
-
-
-def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
-    """Compute (32 ⌈in/32⌉ + 64) / in + value_bits · (1 − ρ), the bits of the packed form per position of the matrix."""
-    _checks.number("sparsity", sparsity, 0.0, 1.0)
-    _checks.integer("value_bits", value_bits, 1)
-    _checks.integer("columns", columns, 1)
-    return (-(-columns // WORD) * WORD + 64) / columns + value_bits * (1 - sparsity)
+    return int(running[-1])
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

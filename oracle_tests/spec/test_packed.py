@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oracle_tests import strategies
-from reference import packed
+from reference import packed, quantise
 
 
 @given(strategies.weights_to_pack())
@@ -98,3 +98,70 @@ def test_what_else_is_refused() -> None:
             packed.check(**{**good, **change})
     with pytest.raises(TypeError, match=r"^weight has dtype int32; allowed: floating-point or unsigned"):
         packed.pack(np.ones((2, 2), dtype=np.int32))
+
+
+@given(strategies.codes_to_pack())
+def test_every_bit_of_every_code_is_where_the_definition_says(case: dict[str, Any]) -> None:
+    codes, bits = case["codes"], case["bits"]
+    bitmap, stream, offsets = packed.pack_codes(**case)
+    positions = packed.pack(np.where(codes == 0, 0, 1).astype(np.uint16))
+    np.testing.assert_array_equal(bitmap, positions[0])
+    np.testing.assert_array_equal(offsets, positions[2])
+    kept = [int(code) for row in codes for code in row if code]
+    assert stream.shape == (-(-len(kept) // 8), bits)
+    flat = stream.ravel()
+    for place in range(8 * len(flat)):
+        number, bit = divmod(place, bits)
+        expected = kept[number] >> bit & 1 if number < len(kept) else 0
+        assert flat[place // 8] >> (place % 8) & 1 == expected
+
+
+@given(strategies.codes_to_pack())
+def test_unpacking_gives_the_same_codes(case: dict[str, Any]) -> None:
+    found = packed.unpack_codes(*packed.pack_codes(**case), columns=case["codes"].shape[1])
+    assert found.dtype == np.int8
+    np.testing.assert_array_equal(found, case["codes"])
+
+
+@given(strategies.matrices(rows=5), strategies.BITS)
+def test_the_formula_of_rounded_weights_is_the_size(weight: np.ndarray, bits: int) -> None:
+    """Up to what fills the last row of eight codes."""
+    codes, scales = quantise.quantise_rows(weight, bits)
+    bitmap, stream, offsets = packed.pack_codes(codes, bits)
+    expected = quantise.bits_per_weight(1 - np.count_nonzero(codes) / codes.size, bits, codes.shape[1]) * codes.size
+    found = 8 * (bitmap.nbytes + stream.nbytes + scales.nbytes + offsets.nbytes)
+    assert expected + 64 - 1e-6 <= found <= expected + 64 + 8 * bits
+
+
+def test_what_rounded_weights_refuse() -> None:
+    bitmap, codes, offsets = packed.pack_codes(np.array([[0, 7, -1], [5, 0, 0]], dtype=np.int8), bits=4)
+    good = {"bitmap": bitmap, "codes": codes, "scales": np.ones((2, 1), np.float16), "offsets": offsets, "columns": 3}
+    packed.check_codes(**good)
+    for place, nibble, message in (
+        (0, 0, "code 0 is 0"),
+        (1, 8, "code 1 is -8; allowed: -7 to 7"),
+        (3, 1, "codes has a bit"),
+    ):
+        other = codes.copy().ravel()
+        other[place // 2] = other[place // 2] & (0xF0 >> 4 * (place % 2)) | nibble << 4 * (place % 2)
+        with pytest.raises(ValueError, match=message):
+            packed.check_codes(**{**good, "codes": other.reshape(1, 4)})
+    for change, message in (
+        ({"codes": np.append(codes, codes, axis=0)}, "codes has 2 rows; allowed: 1, because bitmap has 3 bits set"),
+        ({"codes": codes[:, :1]}, r"codes has shape \(1, 1\)"),
+        ({"codes": codes.ravel()}, r"codes has shape \(4,\)"),
+        ({"scales": good["scales"].T}, r"scales has shape \(1, 2\); allowed: \(2, 1\), one for every 128 columns"),
+        ({"scales": good["scales"] * np.nan}, "scales holds nan"),
+        ({"offsets": offsets + 1}, r"offsets\[0\] is 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            packed.check_codes(**{**good, **change})
+    for wrong, message in (
+        ([[8]], "codes holds 8 and 8; allowed: -7 to 7 with 4 bits"),
+        ([[-8]], "codes holds -8"),
+        ([1], "codes has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed.pack_codes(np.array(wrong, dtype=np.int8), 4)
+    with pytest.raises(TypeError, match=r"^scales has dtype float32; allowed: float16"):
+        packed.check_codes(**{**good, "scales": np.ones((2, 1), np.float32)})

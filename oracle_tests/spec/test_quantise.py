@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from oracle_tests import strategies
 from reference import packed, quantise
-from reference.masks.sparsegpt import sparsegpt
+from reference.masks.sparsegpt import hessian, sparsegpt, sparsegpt_codes
 from reference.sparsity import allocate_bits
 
 
@@ -176,6 +176,41 @@ def test_compensation_loses_less_than_rounding_to_nearest() -> None:
     by_row = [quantise.dequantise(*quantise.quantise(row, 4, 16), 16) for row in W]
     np.testing.assert_array_equal(rounded, by_row)
     assert np.linalg.norm(X @ (W - compensated).T) < 0.8 * np.linalg.norm(X @ (W - rounded).T)
+
+
+def test_codes_and_scales_are_those_of_sparsegpt() -> None:
+    """Also where pruned weights would be larger, and in a last group of two columns."""
+    rng = np.random.default_rng(2)
+    W, X = rng.standard_normal((4, 130)), rng.standard_normal((300, 130)) @ rng.standard_normal((130, 130))
+    kept = np.abs(W) < 1.5
+    codes, scales = sparsegpt_codes(W, X.T @ X, 4, kept=kept)
+    expected, mask = sparsegpt(W, X.T @ X, 0.0, bits=4, kept=kept)
+    assert scales.shape == (4, 2)
+    assert not codes[~kept].any()
+    np.testing.assert_array_equal(mask, kept)
+    np.testing.assert_array_equal(quantise.dequantise_rows(codes, scales), expected)
+
+
+def test_an_attention_sink_is_rounded_better_only_if_the_first_token_counts_more() -> None:
+    """Every token attends to the first one, which is one of 200 in the Hessian: compensation makes its value worse."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((24, 24)) * np.geomspace(1, 0.02, 24)
+    X = rng.standard_normal((4, 200, 24)) @ mix.T
+    X[:, 0] = np.linalg.svd(mix)[0][:, -1] * 4
+    W = rng.standard_normal((16, 24))
+    attention = np.tril(np.full((200, 200), 0.1)) / np.arange(1, 201)[:, None]
+    attention[:, 0] += 0.9
+
+    def error(rounded: np.ndarray) -> float:
+        change = X @ (rounded - W).T
+        return float(np.linalg.norm(attention @ change) / np.linalg.norm(attention @ (X @ W.T)))
+
+    def compensated(inputs: np.ndarray) -> float:
+        return error(quantise.dequantise_rows(*sparsegpt_codes(W, hessian(inputs, 4), 4)))
+
+    nearest_error = error(quantise.dequantise_rows(*quantise.quantise_rows(W, 4)))
+    assert compensated(X.reshape(-1, 24)) > 1.5 * nearest_error
+    assert compensated(quantise.weigh_first(X)) < 0.7 * nearest_error
 
 
 def test_groups_that_blocks_cut_are_refused() -> None:

@@ -52,7 +52,7 @@ def sparsegpt(
         _checks.integer("bits", bits, FEWEST_BITS, MOST_BITS)
         if _checks.integer("block_size", block_size, 1) % _checks.integer("group", group, 1):
             raise ValueError(f"group is {group}; allowed: a divisor of block_size {block_size}")
-    return _prune(weight, hessian, block_size, damping, kept, choose, None, bits, group)
+    return _prune(weight, hessian, block_size, damping, kept, choose, None, bits, group)[:2]
 
 
 def sparsegpt_nm(
@@ -75,7 +75,23 @@ def sparsegpt_nm(
     def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         return nm_mask(demote_pruned((columns / diagonal).square(), kept), n, m) & kept
 
-    return _prune(weight, hessian, block_size, damping, kept, choose, m)
+    return _prune(weight, hessian, block_size, damping, kept, choose, m)[:2]
+
+
+def sparsegpt_codes(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, damping: float = 0.01, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the kept weights with compensation; return (codes (out, in) int8, scales (out, ⌈in/128⌉) float16).
+
+    Errors: as `sparsegpt`.
+    """
+    _checks.integer("bits", bits, FEWEST_BITS, MOST_BITS)
+    weight = _checks.wide(_checks.finite("weight", weight, "out", "in"))
+    rounded, _, found = _prune(
+        weight, hessian, GROUP, damping, kept, lambda columns, diagonal, kept: kept, None, bits, GROUP
+    )
+    parts = zip(rounded.split(GROUP, 1), found, strict=True)
+    return torch.cat([nearest_codes(part, scales, bits) for part, scales in parts], 1), torch.stack(found, 1)
 
 
 def _prune(
@@ -88,8 +104,11 @@ def _prune(
     chosen_at_once: int | None,
     bits: int | None = None,
     group: int = GROUP,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the column loop: update within a block of columns first, then all later columns in one product."""
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Run the column loop: update within a block of columns first, then all later columns in one product.
+
+    Returns the new weight, its mask, the scales (out,) of each group.
+    """
     W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
     H = _checks.finite("hessian", _checks.square("hessian", hessian), "n", "n")
     if len(H) != W.shape[1]:
@@ -103,6 +122,7 @@ def _prune(
     U = _inverse_factor(H, damping).to(W.dtype)
     diagonal = U.diagonal()
     mask = torch.ones(W.shape, dtype=torch.bool, device=W.device)
+    scales: list[torch.Tensor] = []
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
         step = stop - start if chosen_at_once is None else chosen_at_once
@@ -114,9 +134,9 @@ def _prune(
             if bits is None:
                 _visit(block, factor, mask[:, start:stop], errors, first, first + step)
             else:
-                _visit_rounding(block, factor, mask[:, start:stop], errors, bits, group)
+                scales += _visit_rounding(block, factor, mask[:, start:stop], errors, bits, group)
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
-    return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask
+    return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask, scales
 
 
 def _visit(
@@ -133,17 +153,20 @@ def _visit(
 
 def _visit_rounding(
     block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, bits: int, group: int
-) -> None:
-    """Prune a block of columns and round its kept weights in place; the block's later columns compensate."""
+) -> list[torch.Tensor]:
+    """Prune a block of columns and round its kept weights in place; the block's later columns compensate. Return the scales."""
+    found = []
     for j in range(block.shape[1]):
         if j % group == 0:
             sharing = slice(j, j + group)
-            scales = group_scales(block[:, sharing].masked_fill(~mask[:, sharing], 0.0), bits).to(block.dtype)
+            found.append(group_scales(block[:, sharing].masked_fill(~mask[:, sharing], 0.0), bits))
+            scales = found[-1].to(block.dtype)
         kept = block[:, j].masked_fill(~mask[:, j], 0.0)
         target = scales * nearest_codes(kept[:, None], scales, bits)[:, 0]
         errors[:, j] = (block[:, j] - target) / factor[j, j]
         block[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1.0)
         block[:, j] = target
+    return found
 
 
 def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
