@@ -55,6 +55,7 @@ FILES = (
     "llama",
     "adamw",
     "sora",
+    "sleb",
     "rates",
     "losa",
 )

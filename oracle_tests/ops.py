@@ -441,6 +441,13 @@ OPS = (
         low_precision=True,
     ),
     Op(
+        "sleb.removed_blocks",
+        _cases(sparsity=s.SPARSITIES, blocks=st.integers(1, 80)),
+        Kind.EXACT,
+        ({"sparsity": 0.5, "blocks": 0}, "blocks"),
+    ),
+    Op("sleb.remove_blocks", s.removals(), Kind.EXACT, ({"loss": sum, "blocks": 4, "count": 3}, "count")),
+    Op(
         "continuation.next_token",
         s.predictions(),
         Kind.EXACT,

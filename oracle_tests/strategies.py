@@ -523,3 +523,16 @@ def wanted_rates(draw: st.DrawFn) -> dict[str, Any]:
 def levels_of(weights: list[np.ndarray]) -> list[np.ndarray]:
     """What `lamp_levels` counts in each of these weights."""
     return [lamp_levels(weight) for weight in weights]
+
+
+@st.composite
+def removals(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of remove_blocks: losses that depend on all blocks that are left, with ties or infinite ones at times."""
+    blocks, seed = draw(st.integers(1, 7)), draw(SEEDS)
+    kind = draw(st.sampled_from(["plain", "ties", "infinite"]))
+
+    def loss(left: tuple[int, ...]) -> float:
+        found = np.random.default_rng([seed, *left]).standard_normal()
+        return float(np.rint(found)) if kind == "ties" else np.inf if kind == "infinite" and found > 0 else float(found)
+
+    return {"loss": loss, "blocks": blocks, "count": draw(st.integers(0, max(0, blocks - 2)))}

@@ -313,7 +313,7 @@ def test_a_row_s_figures(made: tuple[Any, ...]) -> None:
     p, change = stats.ttest_rel(ours, theirs).pvalue, 100 * (math.exp((ours - theirs).mean()) - 1)
     words = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     assert line["against the paper's LoSA"] == f"{change:+.1f} %, {words}".replace("-", "−")
-    assert (line["learning rate"], line["seeds"], line["tokens/s, packed"]) == ("0.01", "2", "45.0 (2.25×)")
+    assert (line["learning rate"], line["seeds"], line["tokens/s"]) == ("0.01", "2", "45.0 (2.25×)")
     assert (line["piqa"], line["boolq"], line["mean"]) == ("51.0 ± 1.4", "60.0 ± 0.0", "55.5 ± 0.7")
     assert "by lm-eval 0.4; standard error of a task 1.0 to 2.0." in table.notes[2]
     overview = section.tables[0]
@@ -399,7 +399,32 @@ def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:
 
 def test_published_averages_are_those_of_their_rows() -> None:
     for row in published.ROWS:
-        assert sum(row.accuracy) / len(published.TASKS) == pytest.approx(row.average, abs=0.015), row
+        # LoRAPrune's is printed as 60.05, and its accuracies have the mean 60.08.
+        bound = 0.04 if row.method == "LoRAPrune" else 0.015
+        assert sum(row.accuracy) / len(published.TASKS) == pytest.approx(row.average, abs=bound), row
+
+
+def test_published_rows_of_smaller_models_stand_apart() -> None:
+    """As the review page has them; in the order of our tasks, which is another one. LoRAShear gives no perplexity."""
+    table = tables.beside("0.2", structured=True)
+    assert table is not None
+    assert table.published
+    assert tables.beside("0.2") is None
+    assert tables.beside("0.7", structured=True) is None
+    head, *lines = table.cells
+    found = {line[2]: dict(zip(head, line, strict=True)) for line in lines}
+    perplexities = {
+        "dense": "5.69",
+        "SliceGPT": "8.71",
+        "LLM-Pruner": "8.14",
+        "LoRAPrune": "7.63",
+        "LoRAShear": "",
+        "Wanda-SP": "7.07",
+    }
+    assert {name: line["WikiText-2"] for name, line in found.items()} == perplexities
+    assert [found["LoRAShear"][task] for task in ("BoolQ", "PIQA", "OBQA")] == ["70.17", "76.89", "39.97"]
+    assert [found["SliceGPT"][task] for task in ("HellaSwag", "ARC-e", "mean")] == ["45.67", "53.62", "46.99"]
+    assert {line["model"] for line in found.values()} == {"LLaMA-7B"}
 
 
 def test_results_survive_without_their_cells(tmp_path: Path) -> None:

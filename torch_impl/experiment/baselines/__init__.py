@@ -1,13 +1,14 @@
 """Baselines of LoSA: ways to fine-tune a pruned model, each one record. All see the same tokens in the same optimizer steps.
 
 Every baseline but `losa` prunes in one shot, with the method, rates, pattern and reconstruction of the configuration, then trains
-once over all examples with one schedule of the learning rate. See docs/baselines.md.
+once over all examples with one schedule of the learning rate. Structured ones have a method of their own. See docs/baselines.md.
 """
 
 from __future__ import annotations
 
-from torch_impl.experiment.baselines import masked, peft_adapters, sora
+from torch_impl.experiment.baselines import masked, peft_adapters, sleb, sora
 from torch_impl.experiment.baselines.baseline import Baseline, Trained
+from torch_impl.experiment.baselines.structured import smaller
 
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
@@ -19,6 +20,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("sparse_lora", "Sparse LoRA", masked.sparse_lora),
         Baseline("full", "every kept weight", masked.full),
         Baseline("losa", "LoSA", masked.losa),
+        Baseline("sleb", "SLEB", smaller(sleb.remove), structured=True),
     )
 }
 

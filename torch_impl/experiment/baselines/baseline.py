@@ -92,12 +92,16 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Baseline:
-    """One way to fine-tune a pruned model. needs: packages that it imports; the extra `baselines` installs them."""
+    """One way to fine-tune a pruned model. needs: packages that it imports; the extra `baselines` installs them.
+
+    structured: it makes the model smaller by a method of its own, and trains only if the run does.
+    """
 
     name: str
     label: str
     work: Work
     needs: tuple[str, ...] = ()
+    structured: bool = False
 
     def check(self) -> None:
         """Check that the packages are here. Errors: ValueError saying what to install."""

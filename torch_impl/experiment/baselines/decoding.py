@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,7 @@ from torch_impl.engine.decoder import Decoder
 
 @dataclass(frozen=True)
 class DecodingCost:
-    """Tokens per second of the dense model and of the pruned one with packed weights, decoded in the same way."""
+    """Tokens per second of the dense model and of the pruned one, packed if it has zeros, decoded in the same way."""
 
     dense: float
     packed: float
@@ -29,18 +29,19 @@ class DecodingCost:
 
 
 def decoding_cost(
-    model: PreTrainedModel, dense: PreTrainedModel, batch: int = 1, tokens: int = 64, runs: int = 3
+    model: PreTrainedModel, dense: PreTrainedModel, batch: int = 1, tokens: int = 64, runs: int = 3, packs: bool = True
 ) -> DecodingCost:
     """Measure how fast both models decode `tokens` tokens, on a GPU with CUDA graphs and without compilation.
 
-    model: a baseline's result; while it is measured, its projections are packed, and its adapters, if any, stay beside them.
+    model: a baseline's result; while it is measured, its projections are packed, and its adapters, if any, stay beside them. packs:
+    False for a model that is smaller and has no zeros.
     """
 
     def speed(of: PreTrainedModel) -> float:
         decoding = Decoding(of, batch, graph=True, longest=tokens + WARM_UP + 1)
         return decoding.tokens_per_second(tokens, runs)
 
-    with packed_weights(model):
+    with packed_weights(model) if packs else nullcontext():
         return DecodingCost(speed(dense), speed(model))
 
 

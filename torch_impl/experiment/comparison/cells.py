@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
-from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment import provenance, zero_shot
 from torch_impl.experiment.baselines import BASELINES, Trained
 from torch_impl.experiment.baselines.baseline import Costs, finish
 from torch_impl.experiment.baselines.decoding import decoding_cost
+from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.recipes import DENSE
 from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome
@@ -88,7 +88,7 @@ def make(cell: Cell, material: Material) -> Trained:
     if treatment == DENSE:
         return Trained(material.model, False, 0, 0, {}, {})
     model = copy.deepcopy(material.model)
-    if config.training.finetune:
+    if config.training.finetune or BASELINES[treatment].structured:
         return BASELINES[treatment].run(model, material.model, material, config)
     costs = Costs(model.device)
     records = losa.run(model, material.calibration, [], config.settings, dense=material.model, on_part=costs.on_part)
@@ -110,7 +110,7 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
     accuracy = zero_shot.measure(model, material.tokenizer, tasks, cell.measures.limit, size) if tasks else None
     # A part that does nothing takes microseconds.
     seconds = {part: round(value, 3) for part, value in made.seconds.items() if value >= 1e-3}
-    speed = _speed(model, material.model) if cell.measures.speed and cell.final else {}
+    decoder, dense = Decoder(model), Decoder(material.model)
     return Outcome(
         labels=cell.labels,
         status=DONE,
@@ -118,21 +118,23 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
         losses={name: [float(f"{loss:.7g}") for loss in found] for name, found in losses.items()},
         hashes={name: str(describe_windows(found)["sha256"])[:16] for name, found in windows.items()},
         zero_shot={} if accuracy is None else dataclasses.asdict(accuracy),
-        sparsity=None if made.unmerged else zero_share(Decoder(model).weights),
+        sparsity=None if made.unmerged else gone_share(decoder, dense),
+        parameters=kept_parameters(decoder),
         unmerged=made.unmerged,
         trained=made.trainable or None,
         seconds={**seconds, "evaluate": round(time.perf_counter() - start, 3)},
         gib={part: round(count / 2**30, 3) for part, count in made.peak_bytes.items()},
-        tokens_per_second=speed,
+        tokens_per_second=_speed(cell, model, material.model),
         facts=facts,
     )
 
 
-def _speed(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, float]:
-    """Measure decoding with packed weights, and of the dense model beside it: on a shared machine, their ratio counts."""
-    if model is dense:
+def _speed(cell: Cell, model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, float]:
+    """Measure decoding, with packed weights if they have zeros, and of the dense model beside it: on a shared machine, their
+    ratio counts."""
+    if model is dense or not cell.measures.speed or not cell.final:
         return {}
-    found = decoding_cost(model, dense)
+    found = decoding_cost(model, dense, packs=not BASELINES[cell.recipe.treatment].structured)
     return {"packed": round(found.packed, 2), "dense": round(found.dense, 2)}
 
 

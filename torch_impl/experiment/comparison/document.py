@@ -75,8 +75,9 @@ def _tables(rows: Sequence[Row], matrix: Matrix) -> Iterator[Table]:
             **{name: tables.label_of(value[0]) for name, value in matrix.varied.items() if len(value) == 1},
             **chosen,
         }
-        if found := tables.beside(fixed.get("sparsity", "")):
-            yield found
+        for structured in sorted({row.smaller for row in inside if row.group.recipe.treatment != DENSE}):
+            if found := tables.beside(fixed.get("sparsity", ""), structured):
+                yield found
     if found := tables.tuning(trained, matrix):
         yield found
     if found := costs.measured(rows, matrix):

@@ -13,24 +13,31 @@ TASKS = ("HellaSwag", "WinoGrande", "BoolQ", "OBQA", "PIQA", "ARC-e", "ARC-c")
 
 @dataclass(frozen=True)
 class Published:
-    """A row: WikiText-2 perplexity, accuracy in percent on TASKS, and their average as printed."""
+    """A row: WikiText-2 perplexity, None if not given, accuracy in percent on TASKS, and their average as printed.
+
+    structured: whole heads and channels are gone, not single weights.
+    """
 
     model: str
     sparsity: str
     method: str
     treatment: str
-    perplexity: float
+    perplexity: float | None
     accuracy: tuple[float, ...]
     average: float
+    structured: bool = False
 
 
-def _rows(model: str, sparsity: str, text: str) -> tuple[Published, ...]:
-    """Read lines of: method; treatment; perplexity, accuracies, average."""
+def _rows(model: str, sparsity: str, text: str, structured: bool = False) -> tuple[Published, ...]:
+    """Read lines of: method; treatment; perplexity or -, accuracies, average."""
     found = []
     for line in text.strip().splitlines():
         method, treatment, figures = line.split(";")
-        first, *accuracy, average = map(float, figures.split())
-        found.append(Published(model, sparsity, method.strip(), treatment.strip(), first, tuple(accuracy), average))
+        first, *others = figures.split()
+        *accuracy, average = map(float, others)
+        given = None if first == "-" else float(first)
+        names = (method.strip(), treatment.strip())
+        found.append(Published(model, sparsity, *names, given, tuple(accuracy), average, structured))
     return tuple(found)
 
 
@@ -78,6 +85,20 @@ ROWS = (
         Wanda; LoSA, uniform rates and ranks; 21.48 43.35 58.78 58.65 23.90 72.09 56.45 27.56 48.68
         """,
     ),
+    # The review page takes LoRAPrune's accuracies and LoRAShear's row from LoRAShear's paper (arXiv 2310.18356).
+    *_rows(
+        "LLaMA-7B",
+        "0.2",
+        """
+        dense; ; 5.69 72.99 67.01 73.18 42.40 78.35 67.45 41.38 63.25
+        SliceGPT; ; 8.71 45.67 62.75 37.89 33.20 64.09 53.62 31.74 46.99
+        LLM-Pruner; LoRA; 8.14 68.11 65.11 69.54 40.00 76.44 63.43 37.88 60.07
+        LoRAPrune; LoRA; 7.63 70.00 62.76 65.82 39.14 79.31 65.87 37.69 60.05
+        LoRAShear; LoRA; - 68.69 65.83 70.17 39.97 76.89 64.11 38.77 60.63
+        Wanda-SP; LoSA; 7.07 71.56 65.86 71.67 40.50 78.17 66.93 40.66 62.19
+        """,
+        structured=True,
+    ),
 )
 
 # Seconds on one A100 80GB by billions of parameters: rates by mutual information, ranks by error, of one step.
@@ -86,6 +107,6 @@ OVERHEAD = {7: (48, 46), 8: (34, 32), 13: (74, 71), 30: (140, 132), 70: (332, 32
 MASK, MICRO_BATCH, MICRO_BATCHES = 66, 0.76, 2500
 
 
-def rows(sparsity: str) -> tuple[Published, ...]:
-    """Return the rows at a sparsity, as a comparison labels it."""
-    return tuple(row for row in ROWS if row.sparsity == sparsity)
+def rows(sparsity: str, structured: bool = False) -> tuple[Published, ...]:
+    """Return the rows at a sparsity, as a comparison labels it: of smaller models if structured, else of sparse ones."""
+    return tuple(row for row in ROWS if (row.sparsity, row.structured) == (sparsity, structured))

@@ -25,8 +25,9 @@ class Outcome:
     status: done; diverged, with infinite perplexity; or failed, to be tried again. losses: of each text, per window of the half
     that is reported, in nats per token. tuning: perplexity of the first text's other half. hashes: of each text's token ids.
     zero_shot: accuracy by task in percent, its standard error, their mean, and who measured. unmerged: the model runs with
-    separate adapters. trained: parameters that were trained. seconds, gib: of each part of the work. tokens_per_second: of
-    decoding, of the packed model and of the dense one beside it.
+    separate adapters. sparsity: share of the blocks' weights that are gone, parameters: those of the whole model that are left.
+    trained: parameters that were trained. seconds, gib: of each part of the work. tokens_per_second: of decoding, of the packed
+    model, or a smaller one as it is, and of the dense one beside it.
     """
 
     labels: dict[str, str]
@@ -37,6 +38,7 @@ class Outcome:
     hashes: dict[str, str] = field(default_factory=dict)
     zero_shot: dict[str, Any] = field(default_factory=dict)
     sparsity: float | None = None
+    parameters: int | None = None
     unmerged: bool = False
     trained: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch_impl.experiment.baselines import BASELINES
 from torch_impl.experiment.comparison import statistics
 from torch_impl.experiment.comparison.matrix import Group, Matrix
 from torch_impl.experiment.comparison.results import DONE, FAILED, Outcome, Results
@@ -41,6 +42,12 @@ class Row:
     def unmerged(self) -> bool:
         """Return whether the model runs with separate adapters."""
         return any(outcome.unmerged for outcome in self.outcomes.values())
+
+    @property
+    def smaller(self) -> bool:
+        """Return whether the model becomes smaller instead of sparse."""
+        treatment = self.group.recipe.treatment
+        return treatment in BASELINES and BASELINES[treatment].structured
 
     def perplexity(self, text: str) -> Spread | None:
         """Return the perplexity of a text over the seeds; None without a result."""

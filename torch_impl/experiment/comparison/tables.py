@@ -105,8 +105,11 @@ def main(inside: Sequence[Row], rows: Sequence[Row], matrix: Matrix, chosen: Map
     measures = inside[-1].group.base.measures
     texts = list(measures.texts)
     tasks = _tasks(inside)
+    smaller = any(row.smaller for row in inside)
     optional: list[tuple[str, Callable[[Row], str]]] = [
-        ("tokens/s, packed", _speed),
+        ("sparsity", lambda row: _share(row) if smaller else NOTHING),
+        ("parameters, millions", lambda row: _millions(row) if smaller else NOTHING),
+        ("tokens/s", _speed),
         ("learning rate", lambda row: NOTHING if row.rate is None else f"{row.rate:g}"),
         ("seeds", lambda row: str(len(row.ended)) + (f" of {len(row.group.seeds)}" if row.missing else "")),
     ]
@@ -154,6 +157,18 @@ def _speed(row: Row) -> str:
     return NOTHING if packed is None or dense is None else f"{packed:,.1f} ({packed / dense:.2f}×)"
 
 
+def _share(row: Row) -> str:
+    """Format the share of the blocks' weights that are gone."""
+    share = row.mean_of("sparsity")
+    return NOTHING if share is None else f"{100 * share:.1f} %"
+
+
+def _millions(row: Row) -> str:
+    """Format the number of the whole model's parameters that are left."""
+    count = row.mean_of("parameters")
+    return NOTHING if count is None else f"{count / 1e6:,.1f}"
+
+
 def _notes(rows: Sequence[Row], against: str, texts: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
     several = max((len(row.ended) for row in rows), default=0) > 1
     yield (
@@ -175,6 +190,12 @@ def _notes(rows: Sequence[Row], against: str, texts: Sequence[str], tasks: Seque
             + (f", the first {limit} documents of each task" if limit else "")
             + (f"; standard error of a task {min(errors):.1f} to {max(errors):.1f}." if errors else ".")
         )
+    if any(row.smaller for row in rows):
+        yield (
+            "Sparsity: share of the weights of the dense model's blocks that are gone, as zeros or with their rows, columns or "
+            "blocks; matrices that a method adds to a block count against it. Smaller models are decoded as they are, others "
+            "packed."
+        )
     if any(row.unmerged for row in rows):
         yield "Unmerged: the adapters stay beside the sparse weights, because merging them would fill zeros."
 
@@ -187,9 +208,9 @@ def _windows(rows: Sequence[Row], texts: Sequence[str]) -> str:
     return f" of {outcome.facts['windows']['seqlen']} tokens ({counts})"
 
 
-def beside(sparsity: str) -> Table | None:
-    """Return the paper's figures at this sparsity."""
-    rows = published.rows(sparsity)
+def beside(sparsity: str, structured: bool = False) -> Table | None:
+    """Return the paper's figures at this sparsity, of smaller models if structured."""
+    rows = published.rows(sparsity, structured)
     if not rows:
         return None
     head = ("", "model", "method", "", "WikiText-2", *published.TASKS, "mean")
@@ -199,14 +220,14 @@ def beside(sparsity: str) -> Table | None:
             r.model,
             r.method,
             r.treatment,
-            f"{r.perplexity:.2f}",
+            NOTHING if r.perplexity is None else f"{r.perplexity:.2f}",
             *(f"{a:.2f}" for a in r.accuracy),
             f"{r.average:.2f}",
         )
         for r in rows
     )
     return Table(
-        f"Published in the paper, {percent(sparsity)}: other models than ours",
+        f"Published in the paper, {percent(sparsity)}{' structured' if structured else ''}: other models than ours",
         (head, *cells),
         ("The paper's own figures (arXiv 2502.14816 and its review page), nothing of them measured here.",),
         published=True,
