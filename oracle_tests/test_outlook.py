@@ -110,6 +110,39 @@ def test_smaller_batches_may_suffice() -> None:
     assert smaller.training.batch_size == config.training.batch_size, "the same run"
 
 
+@pytest.mark.parametrize(
+    ("card", "changes", "words"),
+    [
+        (
+            "H100",
+            {"preset": "best"},
+            "--steps 1 --finetune false --written_per_sample 0 --offload on --reconstruct_window 2 (",
+        ),
+        ("H200", {"preset": "best"}, "--steps 1 --finetune false --written_per_sample 0 --offload on ("),
+        ("H100", {"preset": "quick", "offload": "off"}, "--offload on ("),
+        ("H100", {"baselines": "one_shot"}, "--steps 1 --finetune false --offload on, without --baselines ("),
+    ],
+)
+def test_a_large_model_gets_a_command_that_works(card: str, changes: dict[str, object], words: str) -> None:
+    """70B, whose weights take 129 GiB twice, on one card."""
+
+    def given(**options: object) -> list[str]:
+        texts = {"calibration_data": "c4", "finetune_data": "c4", "eval_data": "c4"}
+        return [
+            word for name, value in ({"model": "a/b"} | texts | options).items() for word in (f"--{name}", str(value))
+        ]
+
+    large, chosen = sizes_of("llama-2-70b"), find_card(card)
+    place = Place("cuda", 1, chosen.free)
+    offered, needed = outlook(parse(given(**changes)), large, place, chosen, 1).remedies[-1]
+    assert words in offered
+    changes.pop("baselines", None)
+    command = offered.partition(" (")[0].partition(",")[0].split()
+    found = peak(parse([*given(**changes), *command]), large, place)
+    assert (found.offloaded, found.device.total) == (True, needed)
+    assert needed <= int(0.9 * chosen.free)
+
+
 def test_nothing_may_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CARDS_TRIED", (2,))
     assert found("1GB")[1].remedies == ()

@@ -218,6 +218,21 @@ def test_an_offloaded_run() -> None:
     assert uniform.device.streams == 16 * (2 * 30 + 2 * 7)
 
 
+def test_an_offloaded_run_in_windows() -> None:
+    """Two more blocks, a third stream, the training of three blocks; and a copy of each block that a checkpoint holds."""
+    some = config(**SOME, reconstruct_epochs=1, reconstruct_window=3)
+    found = peak(some, SIZES, CUDA)
+    assert found.phase == "pruning"
+    assert found.device == Parts(
+        weights=400,
+        blocks=4 * 300 * 2,
+        streams=16 * (3 * 30 + 2 * 7),
+        reconstruction=3 * 280 * 25 + 8 * 3 * (3 * 240 + 64),
+    )
+    assert found.host == Parts(blocks=3 * 300 * 2)
+    assert peak(some, SIZES, CPU).host == replace(found.device, blocks=6 * 300 * 2)
+
+
 def test_a_method_that_needs_gradients() -> None:
     """Ten sequences of three tokens, 16 bytes each, and once more before each of two blocks; 520 sums of four bytes. A batch
     of six tokens takes 240 bytes each for its activations (test_memory.py), the block's input, its output's gradient and three

@@ -67,6 +67,9 @@ def test_an_offloaded_run_resumes_from_the_model_that_it_writes() -> None:
     found = checks.disk(config(**PLAIN), _sizes(), offloaded=True)
     assert found == Disk(model=PARAMETERS * 4, checkpoints=0, report=2**20)
     assert found.total == PARAMETERS * 4 + 2**20
+    windows = config(**PLAIN, reconstruct_epochs=1, reconstruct_window=2)
+    # Two checkpoints and the one being written hold both blocks of a window.
+    assert checks.disk(windows, _sizes(), offloaded=True).checkpoints == 3 * 2 * PROJECTIONS * 4
 
 
 def test_least_memory() -> None:

@@ -188,10 +188,13 @@ BAD = [
     ({"loss": "mse"}, ["loss", "ce, kl"]),
     ({"seed": -1}, ["seed", "0 or more"]),
     ({"offload": "maybe"}, ["offload", "maybe", "auto, on, off"]),
-    ({"offload": "on"}, ["offload", "steps 2", "needs --steps 1 --finetune false"]),
+    ({"offload": "on"}, ["offload", "steps 2, finetune True; a model on disk", "use --steps 1 --finetune false"]),
     (
-        {"offload": "on", "steps": 1, "finetune": "false", "reconstruct_epochs": 1, "reconstruct_window": 2},
-        ["offload", "reconstruct_window 2", "use --reconstruct_window 1"],
+        {"offload": "on", "preset": "best"},
+        [
+            "steps 2, finetune True, written_per_sample 3; a model on disk is pruned in one shot, on given text: ",
+            "use --steps 1 --finetune false --written_per_sample 0 and a larger --nsamples",
+        ],
     ),
 ]
 

@@ -192,9 +192,11 @@ def bytes_alive() -> int:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted as every block comes: itself, the next one, the one being written, and the hidden states."""
-    device, blocks = torch.device("cpu"), 12
+@pytest.mark.parametrize("window", [1, 3])
+def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted as every block comes: itself, those of its window, the next one, the one being written, and the hidden states."""
+    device, blocks = torch.device("cpu"), 12 if window == 1 else 8
+    more = ["--reconstruct_epochs", str(int(window > 1)), "--reconstruct_window", str(window)]
     before = bytes_alive()
     peak = 0
     filled = offload._filled
@@ -207,14 +209,16 @@ def test_no_more_than_a_few_blocks_are_ever_there(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(offload, "_filled", counted)
     with large.checkpoint("medium", blocks, device, torch.float32) as folder:
-        config = large._options(folder, device, torch.float32, 2, 8, "--offload", "on", "--layer_sparsity", "uniform")
+        config = large._options(
+            folder, device, torch.float32, 2, 8, "--offload", "on", "--layer_sparsity", "uniform", *more
+        )
         material = large._random_text(config, folder, device)
         decoder = Decoder(material.model)
         sizes = Sizes.of(decoder, torch.float32)
         sweeps = Sweeps(decoder, config, material)
         sweeps.prune(config.settings, sweeps.dense(), Output(tmp_path, decoder))
     # With the one being written come the mask and the bytes of one of its projections.
-    assert peak < sizes.outside_blocks() + 3.8 * sizes.block()
+    assert peak < sizes.outside_blocks() + (window + 2.8) * sizes.block()
 
 
 def test_the_model_that_is_read_again_does_not_stay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

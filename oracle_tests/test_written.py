@@ -150,7 +150,9 @@ def test_a_plan_counts_it_and_says_it(place: Path) -> None:
 def test_what_cannot_write_is_said_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="written_per_sample is -1"):
         parse(arguments(place, written_per_sample=-1))
-    with pytest.raises(ValueError, match=r"offload is 'on' with written_per_sample 2; .* use --written_per_sample 0"):
+    with pytest.raises(
+        ValueError, match=r"offload is 'on' with written_per_sample 2; .* use --written_per_sample 0 and a"
+    ):
         parse(arguments(place, written_per_sample=2, steps=1, finetune="false", offload="on"))
     with pytest.raises(ValueError, match="written_per_sample is above 0, and the model is spread over 4 processes"):
         make_plan(parse(arguments(place, written_per_sample=2, devices=4, dry_run=True)))

@@ -173,8 +173,7 @@ def prune_model(
                     stack.enter_context(distributed.unsharded_with_writeback(other, family))
                 error = lockstep.advance(reconstruct)
         if not done:
-            blocks.pruned(index, block)
-            progress.errors.append(error)
+            progress.errors.append(blocks.pruned(lockstep.recent, error))
             progress.calibration_batch_size = lockstep.batch_size
             # The gradients of this step's first model cannot be computed again once some of its blocks are pruned.
             save = gradients is None or index + 1 == count

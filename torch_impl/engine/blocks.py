@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -59,8 +59,14 @@ class Blocks(Protocol):
     def restore(self, index: int, block: nn.Module) -> bool:
         """Restore the pruned weights of an offloaded block, if it was pruned; return whether it was."""
 
-    def pruned(self, index: int, block: nn.Module) -> None:
-        """Record that block `index` is pruned at this step."""
+    def pruned(self, recent: Mapping[int, nn.Module], error: float) -> float:
+        """Record that the last of these blocks by number is pruned at this step; the others may have changed with it.
+
+        Return its error: of a restored block, what it was before later windows changed the block.
+        """
+
+    def discard(self, block: nn.Module) -> None:
+        """Free a block that only the dense stream needed: the pruned one is there already."""
 
 
 class ModelBlocks:
@@ -104,7 +110,10 @@ class ModelBlocks:
     def restore(self, index: int, block: nn.Module) -> bool:
         return False
 
-    def pruned(self, index: int, block: nn.Module) -> None:
+    def pruned(self, recent: Mapping[int, nn.Module], error: float) -> float:
+        return error
+
+    def discard(self, block: nn.Module) -> None:
         pass
 
 

@@ -34,7 +34,8 @@ class Lockstep:
     If the device runs out of memory, both streams are recomputed in smaller batches from the tokens through the blocks before
     the current one, which are already pruned. So hidden states are never stored.
 
-    window: number of blocks reconstructed together, all in memory. If above 1, a third stream waits before the first of them.
+    window: number of blocks reconstructed together. If above 1, a third stream waits before the first of them. `recent`: the
+    current block and those before it that may still change, by number.
     """
 
     def __init__(self, blocks: Blocks, batch_size: int, window: int = 1) -> None:
@@ -46,7 +47,7 @@ class Lockstep:
         self._streams: tuple[calibration.Stream, ...] = ()
         self._arguments: list[dict[str, Any]] = []
         self._index = 0
-        self._block: nn.Module | None = None
+        self.recent: dict[int, nn.Module] = {}
         self._reconstructed = False
         self._passed, self._opened = -1, False
         """Number of blocks that both streams have passed, -1 if they must restart; whether the dense stream has passed one more."""
@@ -54,10 +55,10 @@ class Lockstep:
     def __iter__(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, block); prune the block, then call `advance`."""
         for index in range(len(self._blocks.weights)):
-            self._index, self._block, self._reconstructed = index, None, False
+            self._index, self._reconstructed = index, False
+            self.recent.pop(index - self._window, None)
             self._attempt(lambda: None)
-            assert self._block is not None
-            yield index, self._block
+            yield index, self.recent[index]
 
     def pruned_input(self, work: Callable[[calibration.Stream], Result]) -> Result:
         """Run read-only `work` on the pruned stream before the current block; return its result."""
@@ -72,10 +73,9 @@ class Lockstep:
 
     def _advance(self, reconstruct: Reconstruct | None) -> float:
         dense, pruned = self._streams
-        assert self._block is not None
         if reconstruct is not None and not self._reconstructed:
             self._reconstruct(reconstruct)
-        self._pass(self._block)
+        self._pass()
         return reconstruction_error(dense, pruned)
 
     def _reconstruct(self, reconstruct: Reconstruct) -> None:
@@ -84,10 +84,7 @@ class Lockstep:
         # Recorded only when needed: for a sharded model it gathers the weights outside the blocks in every process.
         self._arguments = self._arguments or self._blocks.arguments()
         first, family = reconstruct.first, self._blocks.decoder.family
-        if self._waiting is not None:
-            for number in range(self._waits_at, first):
-                advance(self._waiting, self._blocks.decoder.blocks[number], number, family)
-            self._waits_at = first
+        self._wait_before(first)
         inputs = self._waiting or pruned
         reconstruct.train(inputs, dense, self._arguments[first : self._index + 1])
         # Do not repeat it if memory runs out afterwards.
@@ -112,35 +109,47 @@ class Lockstep:
         if batch_size != self.batch_size or self._passed < 0:
             self._start(batch_size)
         if not self._opened:
-            block = self._open()
-            # On a second attempt, keep the current block: it may already be pruned.
-            self._block = block if self._block is None else self._block
+            self._open()
 
     def _start(self, batch_size: int) -> None:
         self._passed, self._opened = -1, False
         self._streams, self._pairs, self._waiting = (), iter(()), None
+        self.recent = {number: block for number, block in self.recent.items() if number > self._index - self._window}
         dense = self._blocks.start(batch_size)
         self._streams, self._pairs = (dense, dense.clone()), self._blocks.pairs()
         self._waiting, self._waits_at = dense.clone() if self._window > 1 else None, 0
         self._passed = 0
         while self._passed < self._index:
-            block = self._open()
-            self._blocks.restore(self._passed, block)
-            self._pass(block)
+            number = self._passed
+            known = number in self.recent
+            self._open()
+            if not known:
+                self._blocks.restore(number, self.recent[number])
+            self._pass()
+            self.recent.pop(number - self._window + 1, None)
 
-    def _open(self) -> nn.Module:
-        """Advance the dense stream through the next block. Return the block to prune."""
+    def _open(self) -> None:
+        """Advance the dense stream through the next block, which becomes a recent one. That of an earlier attempt stays."""
         index, self._passed = self._passed, -1
         dense_block, block = next(self._pairs)
         advance(self._streams[0], dense_block, index, self._blocks.decoder.family)
         self._passed, self._opened = index, True
-        return block
+        if self.recent.setdefault(index, block) is not block:
+            self._blocks.discard(block)
 
-    def _pass(self, block: nn.Module) -> None:
+    def _pass(self) -> None:
         """Advance the pruned stream through the block that the dense stream has passed."""
         index, self._passed = self._passed, -1
-        advance(self._streams[1], block, index, self._blocks.decoder.family)
+        advance(self._streams[1], self.recent[index], index, self._blocks.decoder.family)
+        # The first block of a full window does not change any more.
+        self._wait_before(index - self._window + 2)
         self._passed, self._opened = index + 1, False
+
+    def _wait_before(self, first: int) -> None:
+        """Advance the waiting stream, if there is one, to block `first`."""
+        while self._waiting is not None and self._waits_at < first:
+            advance(self._waiting, self.recent[self._waits_at], self._waits_at, self._blocks.decoder.family)
+            self._waits_at += 1
 
 
 def reconstruction_error(dense: calibration.Stream, pruned: calibration.Stream) -> float:

@@ -38,6 +38,8 @@ EXAMPLE_DATA = {"calibration_data": "c4", "finetune_data": "alpaca-gpt4", "eval_
 MOST_SEED = 2**63 - 1
 # Options that a resumed run may change: the work done so far stays valid.
 CHANGEABLE = ("learning_rate", "max_grad_norm", "weight_decay")
+# What offloading allows of options that need the model in memory.
+OFFLOADED = {"steps": 1, "finetune": False, "written_per_sample": 0}
 # Further rows of the report.
 BASELINES = ("one_shot",)
 
@@ -55,8 +57,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources you trust."""
     offload: str = "auto"
-    """Keep the model on disk and load one block at a time, for models larger than memory. Works with plain pruning only
-    (--steps 1 --finetune false). on, off or auto (on if the model does not fit)."""
+    """Keep the model on disk and load one block at a time, for models larger than memory. Works for pruning and reconstruction
+    in one shot (--steps 1 --finetune false). on, off or auto (on if the model does not fit)."""
 
     def __post_init__(self) -> None:
         _checks.choice("offload", self.offload, ("auto", "on", "off"))
@@ -194,29 +196,19 @@ class Config:
                 f"offload is 'on' and layer_sparsity {self.prune.layer_sparsity} needs the whole model in memory; "
                 f"use --offload off or another layer_sparsity: {', '.join(others)}"
             )
-        if self.model.offload == "on" and self.reconstruction.window > 1:
+        if self.model.offload == "on" and (words := in_memory_options(self)):
+            given = ", ".join(f"{name} {value}" for name, value in words.items())
+            needed = " ".join(f"--{name} {OFFLOADED[name]}".lower() for name in words)
+            more = " and a larger --nsamples" if "written_per_sample" in words else ""
             raise ValueError(
-                f"offload is 'on' with reconstruct_window {self.reconstruction.window}; it takes one block at a time: use "
-                "--reconstruct_window 1"
-            )
-        if self.model.offload == "on" and self.calibration.written_per_sample:
-            raise ValueError(
-                f"offload is 'on' with written_per_sample {self.calibration.written_per_sample}; the model is not in memory to "
-                "write: use --written_per_sample 0"
-            )
-        if self.model.offload == "on" and not self.plain:
-            raise ValueError(
-                f"offload is 'on' with steps {self.prune.steps} and finetune {self.training.finetune}; "
-                "it needs --steps 1 --finetune false"
+                f"offload is 'on' with {given}; a model on disk is pruned in one shot, on given text: use {needed}{more}"
             )
 
     @property
     def plain(self) -> bool:
-        """Return whether this run works offloaded: one shot without fine-tuning, one block at a time, at rates that do not need
-        the whole model, on given text."""
-        one_by_one = self.reconstruction.window == 1 and self.prune.rule.works_offloaded
-        in_memory = self.training.finetune or self.calibration.written_per_sample
-        return self.prune.steps == 1 and not in_memory and one_by_one
+        """Return whether this run works offloaded: one shot without fine-tuning, at rates that do not need the whole model, on
+        given text."""
+        return self.prune.rule.works_offloaded and not in_memory_options(self)
 
     @property
     def settings(self) -> Settings:
@@ -238,6 +230,16 @@ class Config:
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain values by section, for JSON."""
         return asdict(self)
+
+
+def in_memory_options(config: Config) -> dict[str, int | bool]:
+    """Return the options that need the whole model in memory, besides the rate rule; `OFFLOADED` has values that do not."""
+    values = {
+        "steps": config.prune.steps,
+        "finetune": config.training.finetune,
+        "written_per_sample": config.calibration.written_per_sample,
+    }
+    return {name: value for name, value in values.items() if value != OFFLOADED[name]}
 
 
 SECTIONS: dict[str, type] = {

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from torch_impl import losa
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.offload import open_offloaded
-from torch_impl.engine.checkpoints.rewriting import Output
+from torch_impl.engine.checkpoints.rewriting import Output, UnfinishedWindow
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.experiment import identity
@@ -114,7 +114,10 @@ def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Pa
         checkpointer.noted()
 
     (folder / "model").mkdir(exist_ok=True)
-    output = Output(folder / "model", sweeps.decoder, notes["blocks"], noted)
+    unfinished = None
+    if checkpointer.checkpoints is not None and sweeps.config.reconstruction.window > 1:
+        unfinished = UnfinishedWindow(checkpointer.checkpoints, notes.setdefault("errors", []))
+    output = Output(folder / "model", sweeps.decoder, notes["blocks"], noted, unfinished)
     pruned = sweeps.prune(sweeps.config.settings, dense, output)
     seconds = earlier[1] + time.perf_counter() - begin
     pruned.record.seconds = {"importance": dense.seconds, "prune": seconds, "train": 0.0}

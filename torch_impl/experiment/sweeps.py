@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from torch_impl.engine import calibration, memory
 from torch_impl.engine.adapted_linear import adapt_block
 from torch_impl.engine.blocks import sweep_backward, sweep_forward, zero_share
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.offload import reader_of, sweep
+from torch_impl.engine.checkpoints.offload import free, reader_of, sweep
 from torch_impl.engine.checkpoints.rewriting import Output, fingerprint
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradient_sweep import Collector, GradientSweep
 from torch_impl.engine.measures import Measure
 from torch_impl.engine.progress import bar
+from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.settings import Settings
 from torch_impl.engine.structure import check_weights
@@ -106,9 +107,10 @@ class Sweeps:
         dense: the result of `dense`.
         """
         ids, batch = self.material.evaluation, self.config.text.eval_batch_size
-        calibrated = self.stream(self.material.calibration, self._batch, copies=2)
+        options = settings.reconstruction
+        calibrated = self.stream(self.material.calibration, self._batch, copies=2 + options.more_streams)
         followed = self.stream(ids, batch) if output is None else self.stream(ids[:2], 2)
-        blocks = OffloadedBlocks(self, dense, calibrated, followed, output)
+        blocks = OffloadedBlocks(self, dense, calibrated, followed, options, output)
         [record] = losa.run(self.decoder.model, self.material.calibration, [], settings, blocks=blocks)
         self.budget.release_all()
         if output is None:
@@ -146,9 +148,10 @@ class Sweeps:
 
 
 class OffloadedBlocks:
-    """Offloaded blocks, see `Blocks`: read one at a time and written to the output as soon as they are pruned.
+    """Offloaded blocks, see `Blocks`: read one at a time and written to the output as soon as they are final.
 
     calibrated: the calibration sequences before the first block. followed: another stream to run through the pruned blocks.
+    options: of reconstruction, whose windows keep blocks from becoming final.
     output: the checkpoint to write to, which may have blocks of an interrupted run; None: do not save the blocks.
     """
 
@@ -158,6 +161,7 @@ class OffloadedBlocks:
         dense: Dense,
         calibrated: calibration.Stream,
         followed: calibration.Stream,
+        options: ReconstructionConfig,
         output: Output | None,
     ) -> None:
         self.decoder = self.dense = sweeps.decoder
@@ -165,7 +169,7 @@ class OffloadedBlocks:
         self.restartable = output is not None
         self._sweeps, self._found, self._output = sweeps, dense, output
         self._calibrated: calibration.Stream | None = calibrated
-        self._followed, self._shares = followed, list(dense.shares)
+        self._followed, self._shares, self._options = followed, list(dense.shares), options
 
     def zero_shares(self) -> torch.Tensor:
         return torch.tensor(self._shares, dtype=torch.float64)
@@ -183,10 +187,11 @@ class OffloadedBlocks:
 
     def start(self, batch_size: int) -> calibration.Stream:
         first, self._calibrated = self._calibrated, None
-        return first or self._sweeps.stream(self._sweeps.material.calibration, batch_size, copies=2)
+        copies = 2 + self._options.more_streams
+        return first or self._sweeps.stream(self._sweeps.material.calibration, batch_size, copies)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        for block in sweep(self.decoder):
+        for block in sweep(self.decoder, keep=self._options.window):
             adapt_block(block, self.decoder.family, self._sweeps.config.adapter.scale)
             yield block, block
 
@@ -196,8 +201,22 @@ class OffloadedBlocks:
     def restore(self, index: int, block: nn.Module) -> bool:
         return self._output is not None and self._output.restore(index, block)
 
-    def pruned(self, index: int, block: nn.Module) -> None:
+    def pruned(self, recent: Mapping[int, nn.Module], error: float) -> float:
+        """Record the blocks that are final now: the first of a full window; with the last block of the model, all of them."""
+        if self._output is not None:
+            error = self._output.pruned(recent, error)
+        last = max(recent)
+        final = last if last + 1 == len(self._shares) else last + 1 - self._options.window
+        for index, block in recent.items():
+            if index <= final:
+                self._finish(index, block)
+        return error
+
+    def _finish(self, index: int, block: nn.Module) -> None:
         self._followed.advance(block, index)
         self._shares[index] = zero_share(self.decoder.family.weights_of(block).values())
         if self._output is not None:
             self._output.write(index, block)
+
+    def discard(self, block: nn.Module) -> None:
+        free(block)

@@ -8,6 +8,7 @@ so that reading and copying overlap with the computation.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -87,10 +88,11 @@ class OffloadedModules(nn.ModuleList):
         super().__init__(blocks)
         self.reader = reader
 
-    def sweep(self, backward: bool = False) -> Iterator[nn.Module]:
-        """Yield each block with its weights on the device, and read the next one meanwhile."""
+    def sweep(self, backward: bool = False, keep: int = 1) -> Iterator[nn.Module]:
+        """Yield each block with its weights on the device, and read the next one meanwhile; see the function `sweep`."""
         assert self.reader is not None
         order = range(len(self))[::-1] if backward else range(len(self))
+        kept: deque[nn.Module] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as ahead:
             coming: Future[_Loaded] | None = ahead.submit(self.reader.load, order[0])
             for place, index in enumerate(order):
@@ -101,9 +103,15 @@ class OffloadedModules(nn.ModuleList):
                 block = _filled(self[index], loaded, self.reader.device)
                 del loaded
                 yield block
-                # Free the weights even if the caller still holds the block.
-                for parameter in block.parameters():
-                    parameter.data = parameter.data.new_empty(0)
+                kept.append(block)
+                if len(kept) == keep:
+                    free(kept.popleft())
+
+
+def free(block: nn.Module) -> None:
+    """Free the weights of a block even if somebody still holds it."""
+    for parameter in block.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Module:
@@ -121,8 +129,8 @@ def _filled(skeleton: nn.Module, loaded: _Loaded, device: torch.device) -> nn.Mo
     return block.to(device).requires_grad_(False).eval()
 
 
-def sweep(decoder: Decoder, backward: bool = False) -> Iterator[nn.Module]:
-    """Yield the decoder blocks in order, from memory or disk. A block has its weights until the next one is requested.
+def sweep(decoder: Decoder, backward: bool = False, keep: int = 1) -> Iterator[nn.Module]:
+    """Yield the decoder blocks in order, from memory or disk. A block has its weights until `keep` more are requested.
 
     backward: the last block first.
     """
@@ -131,7 +139,7 @@ def sweep(decoder: Decoder, backward: bool = False) -> Iterator[nn.Module]:
         yield from reversed(blocks) if backward else blocks
         return
     # Close the sweep here, so that stopping early also stops the reader thread.
-    with closing(blocks.sweep(backward)) as found:  # type: ignore[type-var]
+    with closing(blocks.sweep(backward, keep)) as found:  # type: ignore[type-var]
         yield from found
 
 

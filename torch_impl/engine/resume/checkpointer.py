@@ -85,7 +85,7 @@ class Checkpointer:
     def __init__(
         self, checkpoints: RunCheckpoints | None = None, save_every: int = 100, attached: tuple[Path, ...] = ()
     ) -> None:
-        self._checkpoints, self._save_every, self._attached = checkpoints, save_every, attached
+        self.checkpoints, self._save_every, self._attached = checkpoints, save_every, attached
         self._changed: set[str] = set()
         self._stop: int | None = None
         self.progress = Progress()
@@ -106,31 +106,31 @@ class Checkpointer:
         """Restore the attached files from the current checkpoint."""
         for path in self._attached if distributed.is_main_process() else ():
             path.unlink(missing_ok=True)
-            if self._checkpoints is not None and path.name in self._checkpoints.parts:
-                path.write_bytes(self._checkpoints.get_bytes(path.name))
+            if self.checkpoints is not None and path.name in self.checkpoints.parts:
+                path.write_bytes(self.checkpoints.get_bytes(path.name))
 
     def begin(self, decoder: Decoder, dense: Decoder, fresh: Progress) -> Progress:
         """Start a run at `fresh`, or restore model and random generators from the current checkpoint."""
         self._decoder, self._dense = decoder, dense
-        if not self._begun or self._checkpoints is None:
+        if not self._begun or self.checkpoints is None:
             self._begun = True
             self.progress = fresh
             return fresh
         pairs = zip(decoder.blocks, dense.blocks, strict=True)
         for index, (block, dense_block) in enumerate(pairs):
-            if _block_part(index) in self._checkpoints:
+            if block_part(index) in self.checkpoints:
                 with distributed.unsharded(dense_block), distributed.unsharded_with_writeback(block, decoder.family):
-                    state.restore_block(block, dense_block, decoder.family, self._checkpoints.get(_block_part(index)))
-        if "adapters" in self._checkpoints:
-            state.restore_adapters(decoder.model, self._checkpoints.get("adapters"))
-        state.restore_random(self._checkpoints.get("random"))
+                    state.restore_block(block, dense_block, decoder.family, self.checkpoints.get(block_part(index)))
+        if "adapters" in self.checkpoints:
+            state.restore_adapters(decoder.model, self.checkpoints.get("adapters"))
+        state.restore_random(self.checkpoints.get("random"))
         logger.warning("resuming at %s", self.progress)
         return self.progress
 
     def begin_training(self, optimizer: torch.optim.Optimizer) -> list[float]:
         """Restore the optimizer. Return the losses of the optimizer steps already done in this step."""
-        if self._checkpoints is not None and "optimizer" in self._checkpoints:
-            state.restore_optimizer(optimizer, self._checkpoints.get("optimizer"))
+        if self.checkpoints is not None and "optimizer" in self.checkpoints:
+            state.restore_optimizer(optimizer, self.checkpoints.get("optimizer"))
         self._optimizer = optimizer
         return self.progress.losses
 
@@ -141,7 +141,7 @@ class Checkpointer:
     def pruned(self, index: int, first: int, save: bool = True) -> None:
         """Note that block `index` is pruned, and the blocks from `first` on have changed with it; save unless told otherwise."""
         self.progress.block = index + 1
-        self._changed |= {_block_part(number) for number in range(first, index + 1)}
+        self._changed |= {block_part(number) for number in range(first, index + 1)}
         if save:
             self._save()
 
@@ -149,7 +149,7 @@ class Checkpointer:
         """Note that the adapters have new ranks. base_moved: dropped ranks were folded into the base weights."""
         self._changed.add("adapters")
         if base_moved:
-            self._changed |= {_block_part(index) for index in range(len(self._decoder.blocks))}
+            self._changed |= {block_part(index) for index in range(len(self._decoder.blocks))}
 
     def trained(self, last: bool) -> None:
         """Save after an optimizer step if a checkpoint is due. last: the last optimizer step of this step."""
@@ -163,20 +163,20 @@ class Checkpointer:
         """Save after a step."""
         self.progress.finish_step(record)
         self._changed.discard("optimizer")
-        if self._checkpoints is not None:
-            self._checkpoints.drop("optimizer")
+        if self.checkpoints is not None:
+            self.checkpoints.drop("optimizer")
         self._save()
 
     def _save(self) -> None:
-        if self._checkpoints is not None:
+        if self.checkpoints is not None:
             for part in sorted(self._changed):
                 # All processes take part in gathering a sharded block; process 0 writes it.
                 tensors = self._tensors(part)
                 if distributed.is_main_process():
-                    self._checkpoints.put(part, tensors)
+                    self.checkpoints.put(part, tensors)
             self._changed.clear()
             if distributed.is_main_process():
-                self._commit(self._checkpoints)
+                self._commit(self.checkpoints)
         if distributed.all_reduce_number(0.0 if self._stop is None else 1.0):
             raise Interrupted(self._stop or signal.SIGINT)
 
@@ -210,7 +210,7 @@ class Checkpointer:
 
         Errors: Interrupted after that checkpoint.
         """
-        if self._checkpoints is None or threading.current_thread() is not threading.main_thread():
+        if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -232,5 +232,6 @@ class Checkpointer:
             restore()
 
 
-def _block_part(index: int) -> str:
+def block_part(index: int) -> str:
+    """Return the name of a block's part of a checkpoint."""
     return f"block-{index:03}"

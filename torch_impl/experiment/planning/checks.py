@@ -42,9 +42,14 @@ class Disk:
 
 
 def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
-    """Estimate the peak disk space of a run. An offloaded run resumes from the model that it writes."""
+    """Estimate the peak disk space of a run.
+
+    An offloaded run resumes from the model that it writes; the blocks of an unfinished window are in its checkpoints.
+    """
+    copies, window = config.output.keep_points + 1, config.reconstruction.window
     if offloaded:
-        return Disk(sizes.weights())
+        unfinished = copies * window if window > 1 else 0
+        return Disk(sizes.weights(), unfinished * sizes.largest_prunable * sizes.itemsize)
     moved = (
         config.prune.method.moves_weights
         or config.adapter.rank_shrink == "fold"
@@ -55,12 +60,11 @@ def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
     # change, or all blocks with folding or gradients.
     most = sizes.largest_prunable
     block = most * sizes.itemsize if moved else most // 8
-    copies = config.output.keep_points + 1
     together = config.adapter.rank_shrink == "fold" or gradients.needed(config)
     sets = copies if together else min(2, config.output.keep_points)
     rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if config.training.finetune else 0
     # Values and two moments of the adapters.
-    of_blocks = block * (len(sizes.blocks) * sets + copies * config.reconstruction.window)
+    of_blocks = block * (len(sizes.blocks) * sets + copies * window)
     return Disk(sizes.weights(), of_blocks + copies * 3 * sizes.adapters(rank))
 
 

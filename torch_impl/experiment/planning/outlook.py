@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch_impl.engine.memory import SHARE
-from torch_impl.experiment.config import Config
+from torch_impl.engine.rates import PLAIN
+from torch_impl.experiment.config import OFFLOADED, Config, in_memory_options
 from torch_impl.experiment.planning.cards import Card
 from torch_impl.experiment.planning.phases import Place, peak
 from torch_impl.experiment.planning.sizes import Sizes
@@ -46,7 +47,7 @@ def _remedies(config: Config, sizes: Sizes, place: Place, usable: int) -> Iterat
     kinds = (
         [(words, changed, place) for words, changed in smaller],
         [(f"--devices {cards}", config, replace(place, cards=cards)) for cards in CARDS_TRIED if cards > place.cards],
-        [("--steps 1 --finetune false (offloaded, a block at a time)", _one_shot(config), replace(place, cards=1))],
+        [(words, changed, replace(place, cards=1)) for words, changed in _one_shot(config)],
     )
     for kind in kinds:
         for words, changed, where in kind:
@@ -77,11 +78,24 @@ def _smaller(config: Config) -> list[tuple[str, Config]]:
     ]
 
 
-def _one_shot(config: Config) -> Config:
-    rule = config.prune if config.prune.rule.works_offloaded else replace(config.prune, layer_sparsity="uniform")
-    return replace(
+def _one_shot(config: Config) -> Iterator[tuple[str, Config]]:
+    """The run as it works offloaded: one shot on given text, without training; then also in smaller windows."""
+    given: dict[str, object] = {name: OFFLOADED[name] for name in in_memory_options(config)}
+    rule = config.prune if config.prune.rule.works_offloaded else replace(config.prune, layer_sparsity=PLAIN)
+    if rule is not config.prune:
+        given["layer_sparsity"] = PLAIN
+    words = " ".join(f"--{name} {value}".lower() for name, value in [*given.items(), ("offload", "on")])
+    after = ", without --baselines" if config.output.baselines else ""
+    after += " (one block at a time from disk)"
+    changed = replace(
         config,
         prune=replace(rule, steps=1),
         training=replace(config.training, finetune=False),
+        calibration=replace(config.calibration, written_per_sample=0),
         model=replace(config.model, offload="on"),
+        output=replace(config.output, baselines=None),
     )
+    yield f"{words}{after}", changed
+    for window in range(config.reconstruction.window - 1, 0, -1):
+        smaller = replace(changed, reconstruction=replace(config.reconstruction, reconstruct_window=window))
+        yield f"{words} --reconstruct_window {window}{after}", smaller

@@ -292,7 +292,7 @@ def _holds_merged(config: Config, sizes: Sizes, place: Place) -> bool:
 def working(config: Config, sizes: Sizes) -> Parts:
     """Return the peak device memory of an offloaded sweep, besides hidden states and weights outside the blocks.
 
-    It consists of a block and the next one, and of the largest piece of work on them.
+    It consists of a block, those before it in its window, and the next one, and of the largest piece of work on them.
     """
     calibration = config.calibration
     at_once = min(calibration.calibration_batch_size, calibration.sequences) * calibration.seqlen
@@ -303,7 +303,9 @@ def working(config: Config, sizes: Sizes) -> Parts:
         pieces.append(Parts(**gradients.work(config, sizes)))
     if config.reconstruction.reconstruct_epochs:
         pieces.append(Parts(reconstruction=_reconstruction(config, sizes)))
-    return replace(max(pieces, key=lambda piece: piece.total), blocks=2 * sizes.block())
+    return replace(
+        max(pieces, key=lambda piece: piece.total), blocks=(1 + config.reconstruction.window) * sizes.block()
+    )
 
 
 def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
@@ -317,7 +319,11 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     of_gradients = [gradients.stream(config, sizes)] if gradients.needed(config) else []
     sweeps = {
         "dense": [measured, sizes.stream(windows)],
-        "pruning": [2 * sizes.stream(calibration.sequences * calibration.seqlen), probe, *of_gradients],
+        "pruning": [
+            (2 + config.reconstruction.more_streams) * sizes.stream(calibration.sequences * calibration.seqlen),
+            probe,
+            *of_gradients,
+        ],
         "verifying": [sizes.stream(windows), probe],
     }
     found: dict[str, Parts] = {}
@@ -336,8 +342,8 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
             found[name] = replace(found[name], statistics=sums)
     phase = max(found, key=lambda name: found[name].total)
     device = found[phase]
-    # A block being read, and one being written.
-    host = Parts(blocks=2 * sizes.block(), streams=hosted, statistics=sums)
-    return Peak(
-        True, phase, device, host if place.kind == "cuda" else replace(device, blocks=device.blocks + sizes.block())
-    )
+    # A block being written, to the result or twice to a checkpoint; on a GPU also one being read.
+    written = (1 + config.reconstruction.more_streams) * sizes.block()
+    if place.kind == "cuda":
+        return Peak(True, phase, device, Parts(blocks=sizes.block() + written, streams=hosted, statistics=sums))
+    return Peak(True, phase, device, replace(device, blocks=device.blocks + written))
