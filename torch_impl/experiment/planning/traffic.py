@@ -94,8 +94,8 @@ def calibration_traffic(config: Config, sizes: Sizes, cards: int) -> Calibration
     wide, count = max(4, sizes.itemsize), len(sizes.blocks)
     trainings = options.trainings(count)
     trained = steps * wide * sizes.prunable * trainings // count + count * FLOAT64 * sizes.hidden * reconstructs
-    # In windows, a block is gathered again for each later block of its windows, and for the waiting stream.
-    again = (trainings - min(options.window, count)) * blocks // count if options.window > 1 else 0
+    # In windows, a block is gathered again for each later block of its windows.
+    again = (trainings - count) * blocks // count if options.window > 1 else 0
     return CalibrationTraffic(
         # Importance, dense stream and pruned stream; the last two share one embedding.
         weights=(
