@@ -56,6 +56,7 @@ FILES = (
     "adamw",
     "sora",
     "sleb",
+    "slicegpt",
     "rates",
     "losa",
 )

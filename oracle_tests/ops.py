@@ -447,6 +447,58 @@ OPS = (
         ({"sparsity": 0.5, "blocks": 0}, "blocks"),
     ),
     Op("sleb.remove_blocks", s.removals(), Kind.EXACT, ({"loss": sum, "blocks": 4, "count": 3}, "count")),
+    Op("slicegpt.principal_axes", _cases(gram=s.spectra()), Kind.CLOSE, ({"gram": np.ones((2, 3))}, "gram")),
+    Op(
+        "slicegpt.kept_axes",
+        _cases(
+            sparsity=s.SPARSITIES,
+            width=st.integers(1, 600),
+            weights=st.integers(1, 10**6),
+            multiple=st.sampled_from([1, 8]),
+        ),
+        Kind.EXACT,
+        ({"sparsity": 0.5, "width": 0, "weights": 9}, "width"),
+    ),
+    Op(
+        "slicegpt.centred",
+        _cases(axes=s.matrices()),
+        Kind.CLOSE,
+        ({"axes": np.ones(3)}, "axes"),
+        scale=lambda case: float(np.abs(case["axes"]).max()),
+    ),
+    Op(
+        "slicegpt.slice_inputs",
+        s.matrices().flatmap(
+            lambda w: _cases(
+                weight=st.just(w),
+                gain=s.matrices(1, w.shape[1]).map(lambda g: g[0]),
+                axes=s.matrices(rows=w.shape[1]),
+            )
+        ),
+        Kind.CLOSE,
+        ({"weight": W, "gain": np.ones(2), "axes": EYE}, "gain"),
+        scale=lambda case: float(np.max(np.abs(case["weight"] * case["gain"]) @ np.abs(case["axes"]))),
+    ),
+    Op(
+        "slicegpt.slice_outputs",
+        s.matrices().flatmap(lambda w: _cases(weight=st.just(w), axes=s.matrices(rows=len(w)))),
+        Kind.CLOSE,
+        ({"weight": W, "axes": EYE}, "axes"),
+        scale=lambda case: float(np.max(np.abs(case["axes"]).T @ np.abs(case["weight"]))),
+    ),
+    Op(
+        "slicegpt.shortcut",
+        s.matrices().flatmap(lambda w: _cases(before=st.just(w), after=s.matrices(rows=len(w)))),
+        Kind.CLOSE,
+        ({"before": W, "after": EYE}, "after"),
+        scale=lambda case: float(np.max(np.abs(case["before"]).T @ np.abs(case["after"]))),
+    ),
+    Op(
+        "slicegpt.sliced_norm",
+        _cases(x=s.matrices(), width=st.integers(1, 40), eps=st.sampled_from([1e-6, 0.5])),
+        Kind.CLOSE,
+        ({"x": W, "width": 0, "eps": 1e-5}, "width"),
+    ),
     Op(
         "continuation.next_token",
         s.predictions(),

@@ -536,3 +536,13 @@ def removals(draw: st.DrawFn) -> dict[str, Any]:
         return float(np.rint(found)) if kind == "ties" else np.inf if kind == "infinite" and found > 0 else float(found)
 
     return {"loss": loss, "blocks": blocks, "count": draw(st.integers(0, max(0, blocks - 2)))}
+
+
+@st.composite
+def spectra(draw: st.DrawFn) -> np.ndarray:
+    """(d, d), symmetric, with eigenvalues apart from each other: their axes are determined but for the sign."""
+    d, rng = draw(SIZES), _rng(draw)
+    Q = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    values = np.arange(d) + rng.uniform(0, 0.5, d)
+    gram = draw(st.sampled_from([1.0, 1e-3, 1e4])) * (Q * values) @ Q.T
+    return (gram + gram.T) / 2

@@ -17,7 +17,7 @@ from tiny_models.random_models import random_model
 from torch_impl.commands import compare
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sleb
+from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sleb, sliced_block
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
 from torch_impl.experiment.comparison.results import Results
@@ -63,12 +63,13 @@ def of_family(material: Material, family: str) -> Material:
 def test_every_family_becomes_smaller_by_the_share_asked_for(
     name: str, family: str, place: Path, material: Material
 ) -> None:
-    """Of 6 blocks at 30 %, two are nearest; a channel of the tiny MLP is 1 %."""
+    """Of 6 blocks at 30 %, two are nearest, and of 32 axes 16; a channel of the tiny MLP is 1 %."""
     material = of_family(material, family)
     made = run(name, material, settings(place, finetune="false"))
     dense, decoder = Decoder(material.model), Decoder(made.model)
     gone = gone_share(decoder, dense)
-    assert gone == pytest.approx(1 / 3 if name == "sleb" else 0.3, abs=0.02)
+    nearest = {"sleb": 1 / 3, "slicegpt": 1 - (16 / 32 + 2 * 16 * 16 / dense.prunable_weights[0])}
+    assert gone == pytest.approx(nearest.get(name, 0.3), abs=0.02 if name not in nearest else 1e-9)
     left = sum(p.numel() for p in made.model.parameters())
     assert sum(p.numel() for p in material.model.parameters()) - left > 0.25 * sum(dense.prunable_weights)
     assert (made.trainable, made.optimizer_steps, made.unmerged) == (0, 0, False)
@@ -201,6 +202,91 @@ def test_sleb_cannot_remove_all_blocks_but_one(place: Path, material: Material) 
     said = r"^sparsity_ratio is 0.9; SLEB keeps the first and the last of 6 blocks, so use 0.67 or less$"
     with pytest.raises(ValueError, match=said):
         run("sleb", material, settings(place, finetune="false", sparsity_ratio=0.9))
+
+
+# --- SliceGPT ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slicegpt_s_rotation_alone_leaves_the_model_unchanged(
+    family: str, place: Path, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All axes kept, in other directions before each norm."""
+    monkeypatch.setattr("torch_impl.slicegpt.kept_axes", lambda sparsity, width, weights: width)
+    material = of_family(material, family)
+    made, ids = run("slicegpt", material, settings(place, finetune="false")), material.evaluation[:2]
+    turned = [block.attention_shortcut for block in Decoder(made.model).blocks]
+    assert all(float((turn - torch.eye(32)).abs().max()) > 0.1 for turn in turned)
+    expected = material.model(ids).logits
+    torch.testing.assert_close(made.model(ids).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_slicegpt_s_model_is_the_dense_one_on_states_along_the_axes(
+    family: str, place: Path, material: Material
+) -> None:
+    """The dense model, its residual stream projected before every norm onto the sliced one's axes, found again from its weights."""
+    material = of_family(material, family)
+    made, ids = run("slicegpt", material, settings(place, finetune="false")), material.evaluation[:2]
+    dense, mean = Decoder(copy.deepcopy(material.model)), torch.eye(32, dtype=torch.float64)
+    if family == "opt":
+        mean -= 1 / 32
+    kept = Decoder(made.model).blocks[0].attention_shortcut.shape[0]
+    assert kept == 16
+    axes = principal(dense, material, kept, mean)
+    expected = projected(dense, ids, axes, mean)
+    torch.testing.assert_close(made.model(ids).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def norms_of(decoder: Decoder) -> list[torch.nn.Module]:
+    """The norms that read the residual stream, in order."""
+    names = sliced_block.NORMS[decoder.family.name]
+    inside = [block.get_submodule(name) for block in decoder.blocks for name in names[:2]]
+    return [*inside, decoder.model.get_submodule(names[2])]
+
+
+def projected(decoder: Decoder, ids: torch.Tensor, axes: list[torch.Tensor], mean: torch.Tensor) -> torch.Tensor:
+    """Logits with P_j = M Q_j Q_jᵀ on all that is in the residual stream when norm j reads it.
+
+    What norm j reads is x_j = (… ((x_0 P_0 + a_1) P_1 + a_2) …) P_j, a_i what attention and MLP add. The hooks keep that stream.
+    """
+    stream: list[torch.Tensor] = []
+    added: list[torch.Tensor] = []
+    turns = iter(axes)
+
+    def before(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        Q, shape = next(turns), inputs[0].shape
+        x = stream.pop() + added.pop() if stream else inputs[0].reshape(-1, 32)
+        stream.append(x @ mean @ Q @ Q.T)
+        return (stream[0].reshape(shape),)
+
+    def after(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        added.append(output.reshape(-1, 32))
+
+    handles = [norm.register_forward_pre_hook(before) for norm in norms_of(decoder)]
+    for index in range(len(decoder.blocks)):
+        projections = decoder.projections(index)
+        for name in (decoder.family.inputs[1][0], decoder.family.inputs[3][0]):
+            handles.append(projections[name].register_forward_hook(after))
+    found = decoder.model(ids).logits
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def principal(decoder: Decoder, material: Material, kept: int, mean: torch.Tensor) -> list[torch.Tensor]:
+    """The principal axes of the stream before each norm, one norm after the other, those before it projected already."""
+    axes: list[torch.Tensor] = []
+    norms = norms_of(decoder)
+    for place, norm in enumerate(norms):
+        seen: list[torch.Tensor] = []
+        plain = norm.forward
+        norm.forward = lambda x, seen=seen, plain=plain: (seen.append(x.reshape(-1, 32)), plain(x))[1]
+        whole = [torch.eye(32, dtype=torch.float64)] * (len(norms) - place)
+        projected(decoder, material.calibration, [*axes, *whole], mean)
+        norm.forward = plain
+        axes.append(torch.linalg.svd(seen[0], full_matrices=False)[2].T[:, :kept])
+    return axes
 
 
 # --- in a comparison ---

@@ -6,7 +6,7 @@ once over all examples with one schedule of the learning rate. Structured ones h
 
 from __future__ import annotations
 
-from torch_impl.experiment.baselines import masked, peft_adapters, sleb, sora
+from torch_impl.experiment.baselines import masked, peft_adapters, sleb, slicegpt, sora
 from torch_impl.experiment.baselines.baseline import Baseline, Trained
 from torch_impl.experiment.baselines.structured import smaller
 
@@ -21,6 +21,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("full", "every kept weight", masked.full),
         Baseline("losa", "LoSA", masked.losa),
         Baseline("sleb", "SLEB", smaller(sleb.remove), structured=True),
+        Baseline("slicegpt", "SliceGPT", smaller(slicegpt.remove), structured=True),
     )
 }
 
