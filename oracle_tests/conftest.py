@@ -79,7 +79,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("pack_rows", "matvec", "unpack"):
         noted(name)
     if not torch.cuda.is_available():
-        monkeypatch.setattr(packed_linear, "_has_kernels", lambda values: values.dtype in cuda.DTYPES)
+        monkeypatch.setattr(packed_linear, "_has_kernels", lambda device, dtype: dtype in cuda.DTYPES)
     return calls
 
 

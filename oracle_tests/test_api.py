@@ -261,8 +261,8 @@ def test_a_model_of_another_kind(tokenizer: Any, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"model is (Linear|str); give a transformers model"):
             call()
     assert not list(tmp_path.iterdir()), "nothing half-written"
-    with pytest.raises(ValueError, match="values is 'int3'; allowed: same"):
-        torch_impl.pack(tmp_path, tmp_path / "out", values="int3")
+    with pytest.raises(ValueError, match="values is 'int9'; allowed: same, int2"):
+        torch_impl.pack(tmp_path, tmp_path / "out", values="int9")
     with pytest.raises(ValueError, match="dtype is 'int8'; allowed: auto"):
         torch_impl.load_packed(tmp_path, dtype="int8")
 

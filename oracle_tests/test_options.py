@@ -84,8 +84,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise Work
 
-    for module, name in ((dry_run, "make_plan"), (run, "run_job"), (cells, "load_material"), (generate, "_load")):
+    places = (
+        (dry_run, "make_plan"), (run, "run_job"), (cells, "load_material"), (generate, "_load"), (pack, "windows_of"),
+    )  # fmt: skip
+    for module, name in places:
         monkeypatch.setattr(module, name, work)
+    monkeypatch.setattr(pack.pretrained, "load_tokenizer", lambda *_: None)
 
 
 def accepts(main: Callable[..., int], name: str, values: Sequence[str], needed: list[str], capsys: Any) -> set[str]:
@@ -146,9 +150,12 @@ def test_options_of_compare(
     assert accepts(compare.main, name, values, ["quick", "--model", "x", *DATA], capsys) == accepted
 
 
-def test_pack_has_no_numbers() -> None:
-    assert not numbers(pack._parser())
-    assert not words(pack._parser())
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", [*numbers(pack._parser()), *words(pack._parser())])
+def test_options_of_pack(name: str, capsys: pytest.CaptureFixture) -> None:
+    needed = ["model", "out", "--values", "mixed", "--calibration_data", "c4"]
+    values = NONSENSE if name in numbers(pack._parser()) else ("word",)
+    assert accepts(pack.main, name, values, needed, capsys) == ACCEPTED.get(name, set())
 
 
 def test_a_device_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

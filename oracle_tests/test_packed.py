@@ -7,7 +7,6 @@ import ctypes
 import functools
 import mmap
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -435,13 +434,12 @@ def test_a_gpu_without_kernels_says_so_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed_linear._say.cache_clear()
-    values = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    kind = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(cuda, "available", lambda: (False, "no nvcc"))
-    assert not any(packed_linear._has_kernels(values) for _ in range(3))
+    assert not any(packed_linear._has_kernels(*kind) for _ in range(3))
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
-    assert packed_linear._has_kernels(values)
-    values.dtype = torch.float32
-    assert not any(packed_linear._has_kernels(values) for _ in range(3))
+    assert packed_linear._has_kernels(*kind)
+    assert not any(packed_linear._has_kernels(kind[0], torch.float32) for _ in range(3))
     said = "packed weights: GPU kernels are not available, so decoding is slower ({})\n"
     reasons = ("no nvcc", "they support bfloat16 and float16, not float32")
     assert capsys.readouterr().err == "".join(said.format(reason) for reason in reasons)

@@ -376,8 +376,8 @@ def test_a_truncated_file_is_named(packed_model: Path, tmp_path: Path, share: fl
         ),
         (lambda text: text.replace(f'"file": "{FILE}"', '"file": [2]'), "is corrupt"),
         (
-            lambda text: text.replace('"version": 1', '"version": 2'),
-            "version 2, but this version reads only losa-packed, version 1",
+            lambda text: text.replace('"version": 1', '"version": 3'),
+            "version 3, but this version reads only losa-packed, versions 1 and 2",
         ),
         (lambda text: text.replace(f'"{FILE}": {{', '"../other.safetensors": {'), "names files that are not"),
         (

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import _checks, losa
-from torch_impl.decode import packed_folder
+from torch_impl.decode import packed_folder, packed_rounding
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.batches import Example
@@ -139,26 +139,60 @@ def pack(
     tokenizer: PreTrainedTokenizerBase | None = None,
     values: str = "same",
     overwrite: bool = False,
+    *,
+    calibration: Any = None,
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    mean_bits: float = 4.0,
+    seed: int = 0,
 ) -> list[Saving]:
     """Write a sparse model without its zeros to `folder`, which appears when complete. Return the sizes per kind of tensor.
 
     model: a plain transformers model, or its folder. tokenizer: saved with a model; a folder has its own. values: how kept
-    values are stored; same: in the model's dtype.
+    values are stored; same: in the model's dtype; int8, int4 or any from int2: rounded to codes of that many bits; mixed: to
+    codes whose bits mutual information chooses for each block, `mean_bits` on average.
+
+    calibration: token ids (n, t), texts or the name of a text source, of which nsamples windows of seqlen tokens are taken;
+    each weight's error is then compensated for by the weights to its right. None: weights are rounded to nearest.
 
     Errors: ValueError, FileNotFoundError or TypeError naming the argument.
     """
-    _checks.choice("values", values, ("same",))
+    _checks.choice("values", values, packed_rounding.VALUES)
+    if values == packed_rounding.SAME and calibration is not None:
+        raise ValueError("calibration is given and values is 'same', which rounds nothing; leave one out")
     target = Path(folder)
     with run_folder(target, overwrite, option="folder", marker="config.json", kind="a model") as place:
         if isinstance(model, str | Path):
-            return packed_folder.pack_folder(Path(model), place, torch.device("cpu"))
+            source = Path(model)
+            if calibration is not None and not _is_ids(calibration) and tokenizer is None:
+                tokenizer = pretrained.load_tokenizer(source)
+            rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, seed)
+            return packed_folder.pack_folder(source, place, torch.device("cpu"), rounding=rounding)
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is {type(model).__name__}; give a transformers model or the folder of one")
         with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.plain") as plain:
             model.save_pretrained(plain)
             if tokenizer is not None:
                 tokenizer.save_pretrained(plain)
-            return packed_folder.pack_folder(Path(plain), place, torch.device("cpu"))
+            rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, seed)
+            return packed_folder.pack_folder(Path(plain), place, torch.device("cpu"), rounding=rounding)
+
+
+def _rounding(
+    values: str,
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    nsamples: int,
+    seqlen: int,
+    mean_bits: float,
+    seed: int,
+) -> packed_rounding.Rounding | None:
+    if values == packed_rounding.SAME:
+        return None
+    _checks.count("nsamples", nsamples, 2)
+    _checks.count("seqlen", seqlen)
+    ids = None if calibration is None else given.windows_of(calibration, tokenizer, nsamples, seqlen, seed)
+    return packed_rounding.Rounding(values, ids, mean_bits)
 
 
 def load_packed(folder: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:

@@ -83,6 +83,15 @@ def expand_codes(bitmap: torch.Tensor, codes: torch.Tensor, columns: int) -> tor
     return found.masked_scatter_(_kept(bitmap)[:, :columns], _numbers_of(codes))
 
 
+def expand_coded(
+    bitmap: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Unpack the weight (out, in) of codes and scales without checks, rounded once to `dtype`."""
+    numbers = expand_codes(bitmap, codes, columns)
+    # A scale has 11 bits and a code 7: float32 holds their product exactly.
+    return (scales.float().repeat_interleave(GROUP, 1)[:, :columns] * numbers).to(dtype)
+
+
 def check_codes(
     bitmap: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, columns: int
 ) -> None:

@@ -1,19 +1,31 @@
-"""Pack a sparse model without its zeros, or unpack it: losa pack MODEL OUT [--unpack]."""
+"""Pack a sparse model without its zeros, or unpack it.
+
+losa pack MODEL OUT                                       kept values as they are; unpacking restores every bit
+losa pack MODEL OUT --values int8                         rounded to nearest
+losa pack MODEL OUT --values int4 --calibration_data c4   rounded so that the output changes least on this text
+losa pack MODEL OUT --values mixed --mean_bits 5 --calibration_data c4   more bits for blocks that share less information
+losa pack --unpack PACKED OUT                             the plain folder again
+"""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch_impl import _checks
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_folder import Saving
+from torch_impl.decode.packed_rounding import MEAN_BITS, MIXED, SAME, VALUES, Rounding
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.contents import INDEX, PACKED, PACKED_INDEX, SINGLE
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.experiment.command import Parser, command, say
+from torch_impl.experiment.text.given import windows_of
+from torch_impl.experiment.text.sources import SOURCES, check_source
+from torch_impl.quantise import FEWEST_BITS, MOST_BITS
 
 # The files of a model's folder. A folder with any other file is never replaced.
 OF_A_MODEL = (
@@ -24,7 +36,7 @@ OF_A_MODEL = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="losa pack", description=__doc__)
+    parser = Parser(prog="losa pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder of a sparse model")
     parser.add_argument("out", type=Path, metavar="OUT", help="Folder to write; it appears when complete.")
     parser.add_argument(
@@ -35,7 +47,77 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="auto", help="Device to pack on: auto (a GPU if available), cpu, cuda or cuda:N."
     )
     pretrained.add_trust_remote_code(parser)
+    rounding = parser.add_argument_group("rounding")
+    rounding.add_argument(
+        "--values",
+        default=SAME,
+        metavar="KIND",
+        help="How kept values are stored: same, in the model's dtype (default); int8, int4 or any from int2, as codes of that many "
+        "bits with a scale for every 128 columns; mixed, with the bits of each block chosen by mutual information.",
+    )
+    rounding.add_argument("--mean_bits", type=float, metavar="B", help="Mean bits of mixed (default 4).")
+    rounding.add_argument(
+        "--calibration_data",
+        metavar="SOURCE",
+        help=f"Text on which later weights compensate for the error of each: {', '.join(SOURCES)}, a file, a folder or "
+        "hf:REPO[:CONFIG[:SPLIT]] (default: none; weights are rounded to nearest).",
+    )
+    rounding.add_argument("--nsamples", type=int, metavar="N", help="Windows of this text (default 128).")
+    rounding.add_argument("--seqlen", type=int, metavar="N", help="Tokens per window (default 2048).")
+    rounding.add_argument("--seed", type=int, metavar="N", help="Seed of the choice of windows (default 0).")
     return parser
+
+
+def _rounding(options: argparse.Namespace) -> Rounding | None:
+    """Return how to round, with the calibration text. Errors: ValueError naming an option that is wrong or has no effect."""
+    _checks.choice("values", options.values, VALUES)
+    of_text = {
+        name: getattr(options, name) for name in ("nsamples", "seqlen", "seed") if getattr(options, name) is not None
+    }
+    for name, given, needed in (
+        ("calibration_data", options.calibration_data, options.values != SAME),
+        ("mean_bits", options.mean_bits, options.values == MIXED),
+        *((name, value, options.calibration_data) for name, value in of_text.items()),
+    ):
+        if given is not None and not needed:
+            why = (
+                "--calibration_data"
+                if name in of_text
+                else "--values mixed"
+                if name == "mean_bits"
+                else "--values int8"
+            )
+            raise ValueError(f"{name} is {given} and has no effect without {why}; leave it out")
+    if options.values == SAME:
+        return None
+    mean_bits = MEAN_BITS if options.mean_bits is None else options.mean_bits
+    _checks.number("mean_bits", mean_bits, FEWEST_BITS, MOST_BITS)
+    ids = None
+    if options.calibration_data is not None:
+        check_source(options.calibration_data, "calibration_data")
+        text = {"nsamples": 128, "seqlen": 2048, "seed": 0, **of_text}
+        _checks.count("nsamples", text["nsamples"], 2)
+        _checks.count("seqlen", text["seqlen"])
+        _checks.count("seed", text["seed"], 0, most=2**63 - 1)
+        tokenizer = pretrained.load_tokenizer(options.model, options.trust_remote_code)
+        ids = windows_of(options.calibration_data, tokenizer, **text)
+    return Rounding(options.values, ids, mean_bits)
+
+
+def _rounded(folder: Path) -> str:
+    """Describe the rounding of a packed folder: how, and the bits of each block if they differ."""
+    facts = json.loads((folder / PACKED).read_text(encoding="utf-8")).get("rounding")
+    if facts is None:
+        return ""
+    how = "rounded to nearest; give --calibration_data to lose less"
+    if facts["calibration"] is not None:
+        how = "rounded with compensation on {sequences} windows of {tokens} tokens".format(**facts["calibration"])
+    lines = [f"\n{how}"]
+    if facts["importance"]:
+        lines += ["", "block  importance  bits"]
+        pairs = zip(facts["importance"], facts["bits"], strict=True)
+        lines += [f"{block:>5}  {importance:>10.6f}  {bits:>4}" for block, (importance, bits) in enumerate(pairs)]
+    return "\n".join(lines) + "\n"
 
 
 def table(savings: Sequence[Saving]) -> str:
@@ -98,6 +180,9 @@ def _of_a_model(path: Path) -> bool:
 def main(arguments: Sequence[str]) -> None:
     """Pack or unpack a model."""
     options = _parser().parse_args(arguments)
+    rounding = _rounding(options)
+    if options.unpack and rounding is not None:
+        raise ValueError(f"values is {options.values} and has no effect with --unpack; leave it out")
     if options.overwrite:
         check_target(options.model, options.out)
     with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
@@ -106,9 +191,9 @@ def main(arguments: Sequence[str]) -> None:
             closing = f"{options.out}: plain Hugging Face folder"
         else:
             device = pretrained.choose_device(options.device)
-            savings = packed_folder.pack_folder(options.model, folder, device, options.trust_remote_code)
+            savings = packed_folder.pack_folder(options.model, folder, device, options.trust_remote_code, rounding)
             closing = (
-                f"{table(savings)}\n\n{options.out}: packed model. Run it with losa generate; "
-                "restore the plain folder with losa pack --unpack"
+                f"{table(savings)}\n{_rounded(folder)}\n{options.out}: packed model. Run it with losa generate; "
+                "get a plain folder with losa pack --unpack"
             )
     say(closing)

@@ -87,3 +87,15 @@ def linear(
         x.contiguous(), bitmap, values, offsets, bias, path or paths()[0]
     )
     return result
+
+
+def linear_coded(
+    x: torch.Tensor,
+    bitmap: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute x Wᵀ + b (n, out) of x (n, in) and a checked W of codes and scales, unpacked in the dtype of x."""
+    return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[1], x.dtype), bias)

@@ -8,8 +8,16 @@ CARD, PLAIN = "README.md", "README.plain.md"
 TITLE = "# A language model packed without its zeros"
 
 
-def write(folder: Path, zeros: float, bits: float) -> None:
-    """Write the card of a packed folder, and keep the plain model's beside it. zeros: share of zeros; bits: per weight."""
+def write(folder: Path, zeros: float, bits: float, rounded: list[int] | None = None) -> None:
+    """Write the card of a packed folder, and keep the plain model's beside it.
+
+    zeros: share of zeros; bits: per weight; rounded: bits of the codes of each block, None if values are exact.
+    """
+    values, restores = "the kept values", "restores the plain Hugging Face folder, bit for bit"
+    if rounded is not None:
+        range_of = str(rounded[0]) if min(rounded) == max(rounded) else f"{min(rounded)} to {max(rounded)}"
+        values = f"the kept values, rounded to codes of {range_of} bits with a scale for every 128 columns"
+        restores = "writes a plain Hugging Face folder with the rounded weights"
     plain = ""
     if (folder / CARD).is_file():
         (folder / CARD).rename(folder / PLAIN)
@@ -20,7 +28,7 @@ tags: [sparse, packed, losa]
 ---
 {TITLE}
 
-The projections of the decoder blocks have {zeros:.1%} zeros. They are stored as a bitmap and the kept values,
+The projections of the decoder blocks have {zeros:.1%} zeros. They are stored as a bitmap and {values},
 {bits:.2f} bits a weight. The licence of the base model applies.{plain}
 
 The folder needs the package `losa-oracle`:
@@ -33,7 +41,7 @@ model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 ```
 
 `losa generate FOLDER --prompt TEXT` writes text, `losa serve FOLDER` answers OpenAI's clients, and
-`losa pack --unpack FOLDER PLAIN` restores the plain Hugging Face folder, bit for bit.
+`losa pack --unpack FOLDER PLAIN` {restores}.
 """,
         encoding="utf-8",
         errors="backslashreplace",

@@ -1,6 +1,7 @@
 """Folders of packed models: Hugging Face folders whose sparse projections are stored as bitmap, values and offsets.
 
-    packed-00001-of-00002.safetensors   one per original file; a packed NAME is NAME.bitmap, NAME.values, NAME.offsets
+    packed-00001-of-00002.safetensors   one per original file; a packed NAME is NAME.bitmap, NAME.values, NAME.offsets, or
+                                        rounded: NAME.bitmap, NAME.codes, NAME.scales, NAME.offsets (then version 2)
     packed.json                         the original name of each file, and the original dtype and shape of each tensor
     config.json                         with two more entries, and an index of the files: packed_config.py
     tokenizer, ...                      unchanged
@@ -12,28 +13,37 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_impl import _checks, packed
+from torch_impl import packed
 from torch_impl.decode import packed_card, packed_config
-from torch_impl.decode.packed_linear import PackedLinear, group_projections
-from torch_impl.decode.packed_writer import FORMAT, VERSION, Writer, bytes_of, dtype_name, keep_packed
+from torch_impl.decode.coded_linear import layer_of
+from torch_impl.decode.packed_linear import group_projections
+from torch_impl.decode.packed_reader import fits, is_packed, naming, opened, read_manifest, tensors_of
+from torch_impl.decode.packed_rounding import Rounded, Rounding, rounded
+from torch_impl.decode.packed_writer import Writer, bytes_of, keep_packed
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.contents import CODES, INDEX, PACKED, Entry, check_finite, find, read_config
+from torch_impl.engine.checkpoints.contents import (
+    CODES,
+    INDEX,
+    PACKED,
+    CheckpointFiles,
+    Entry,
+    check_finite,
+    find,
+    read_config,
+)
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
 from torch_impl.engine.decoder import Decoder
-from torch_impl.packed import PARTS
+from torch_impl.packed import CODED, PARTS
 
 
 @dataclass
@@ -50,29 +60,33 @@ class Saving:
     after: int = 0
     """Bytes."""
 
-    def add(self, tensor: torch.Tensor, stored: dict[str, torch.Tensor], is_packed: bool) -> None:
-        """Count one tensor and its stored form."""
+    def add(self, key: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
+        """Count one tensor and its stored form. A kept weight that is rounded to 0 is not kept."""
+        is_packed, coded = key not in stored, f"{key}.codes" in stored
         self.tensors += 1
         self.packed += is_packed
         self.positions += tensor.numel()
-        self.kept += int((tensor != 0).sum())
-        if is_packed:
+        self.kept += int(stored[f"{key}.offsets"][-1]) if coded else int((tensor != 0).sum())
+        if is_packed and not coded:
             self.negative_zeros += int(((tensor == 0) & tensor.signbit()).sum())
         self.before += bytes_of(tensor)
         self.after += bytes_of(*stored.values())
 
 
-def is_packed(folder: Path) -> bool:
-    """Return whether this is the folder of a packed model."""
-    return (folder / PACKED).is_file()
+def pack_folder(
+    source: Path,
+    target: Path,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    rounding: Rounding | None = None,
+) -> list[Saving]:
+    """Pack the model in `source` into the folder `target`, file by file, on `device`.
 
+    Each projection of a decoder block is packed if that makes it smaller; with `rounding`, all of them, as codes. Return the
+    sizes per kind of tensor.
 
-def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_code: bool = False) -> list[Saving]:
-    """Pack the model in `source` into the folder `target`, file by file, on `device`. Return the sizes per kind of tensor.
-
-    Each projection of a decoder block is packed if that makes it smaller.
-
-    Errors: ValueError or FileNotFoundError naming the folder and the problem, as `skeleton.describe` and `check_finite`.
+    Errors: ValueError or FileNotFoundError naming the folder and the problem, as `skeleton.describe`, `check_finite` and
+    `packed_rounding.rounded`.
     """
     if is_packed(source):
         raise ValueError(f"model {source} is already packed; give a plain Hugging Face folder, or use --unpack")
@@ -80,26 +94,44 @@ def pack_folder(source: Path, target: Path, device: torch.device, trust_remote_c
         raise FileNotFoundError(f"model {source}: no such folder; give a Hugging Face model folder")
     files = find(source)
     found = lay_out(source, files.entries, trust_remote_code)
-    kinds = _projections(found)
+    places = _projections(found)
+    with rounded(rounding, places, source, target, device, trust_remote_code) as codes:
+        return _write(source, target, found, files, places, device, codes)
+
+
+def _write(
+    source: Path,
+    target: Path,
+    found: Checkpoint,
+    files: CheckpointFiles,
+    places: dict[str, tuple[int, str]],
+    device: torch.device,
+    codes: Rounded | None,
+) -> list[Saving]:
+    """Write all files of a packed folder; return the sizes per kind of tensor."""
     savings: dict[str, Saving] = {}
-    writer = Writer(target, files.index)
+    writer = Writer(target, files.index, None if codes is None else codes.facts())
     for number, (shard, metadata) in enumerate(files.metadata.items(), 1):
-        with _opened(source / shard) as file:
+        with opened(source / shard) as file:
             for key in tqdm(file.keys(), desc=f"packing {shard}", unit=" tensors", leave=False, disable=None):
                 tensor = file.get_tensor(key)
                 if key not in found.left_over:
                     check_finite([(key, tensor)], source)
-                kind = kinds.get(key, "other")
-                stored = _smallest(key, tensor, kind != "other", device)
-                savings.setdefault(kind, Saving(kind)).add(tensor, stored, key not in stored)
+                kind = places[key][1].rpartition(".")[2] if key in places else "other"
+                if kind != "other" and codes is not None:
+                    stored = codes.parts(key, tensor.to(device))
+                else:
+                    stored = _smallest(key, tensor, kind != "other", device)
+                savings.setdefault(kind, Saving(kind)).add(key, tensor, stored)
                 writer.add(key, tensor, stored)
         writer.end_file(f"packed-{number:05d}-of-{len(files.metadata):05d}.safetensors", shard, metadata)
     _copy_others(source, target)
     writer.end()
     inside = [saving for kind, saving in savings.items() if kind != "other"]
-    places = max(1, sum(saving.positions for saving in inside))
-    zeros = 1 - sum(saving.kept for saving in inside) / places
-    packed_card.write(target, zeros, 8 * sum(saving.after for saving in inside) / places)
+    positions = max(1, sum(saving.positions for saving in inside))
+    zeros = 1 - sum(saving.kept for saving in inside) / positions
+    bits = 8 * sum(saving.after for saving in inside) / positions
+    packed_card.write(target, zeros, bits, None if codes is None else codes.bits)
     return sorted(savings.values(), key=lambda saving: saving.kind == "other")
 
 
@@ -108,22 +140,32 @@ def unpack_folder(source: Path, target: Path) -> None:
 
     Errors: as `load`; ValueError if `source` is not packed.
     """
-    manifest = _manifest(source)
-    for name, facts in tqdm(manifest["files"].items(), desc="unpacking", unit=" files", leave=False, disable=None):
+    manifest = read_manifest(source)
+    for name, file in tqdm(manifest["files"].items(), desc="unpacking", unit=" files", leave=False, disable=None):
         tensors = {}
-        for key, parts in _tensors(source, manifest, name):
-            with _naming(source / name, key):
-                tensors[key] = parts[0]
-                if len(parts) == len(PARTS):
-                    bitmap, values, offsets = parts
-                    tensors[key] = packed.unpack(bitmap, values, offsets, manifest["tensors"][key]["shape"][-1])
-                _fits(tensors[key], manifest["tensors"][key])
-        save_tensors(tensors, target / facts["source"], facts["metadata"])
+        for key, parts in tensors_of(source, manifest, name):
+            with naming(source / name, key):
+                tensors[key] = _unpacked(parts, manifest["tensors"][key])
+                fits(tensors[key], manifest["tensors"][key])
+        save_tensors(tensors, target / file["source"], file["metadata"])
     if manifest["index"] is not None:
         (target / INDEX).write_text(json.dumps(manifest["index"], indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _copy_others(source, target)
     packed_card.restore(target)
     packed_config.unmark(target)
+
+
+def _unpacked(parts: list[torch.Tensor], facts: dict[str, Any]) -> torch.Tensor:
+    """Restore a tensor of its stored form; a rounded one as its codes and scales say."""
+    columns = facts["shape"][-1] if facts["packed"] else 0
+    if len(parts) == len(CODED):
+        bitmap, codes, scales, offsets = parts
+        packed.check_codes(bitmap, codes, scales, offsets, columns)
+        return packed.expand_coded(bitmap, codes, scales, columns, getattr(torch, facts["dtype"]))
+    if len(parts) == len(PARTS):
+        bitmap, values, offsets = parts
+        return packed.unpack(bitmap, values, offsets, columns)
+    return parts[0]
 
 
 def load(
@@ -141,16 +183,16 @@ def load_model(
 
     Errors: ValueError or FileNotFoundError naming file and tensor if anything is missing, truncated or inconsistent.
     """
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     read_config(folder)
     found = lay_out(folder, _entries(manifest), trust_remote_code, dtype)
     model = found.model
     places = {key: name for name, key in found.names.items() if name not in found.tied}
     for file in manifest["files"]:
-        for key, parts in _tensors(folder, manifest, file):
+        for key, parts in tensors_of(folder, manifest, file):
             if key in places:
                 check_finite(((key, part.to(model.dtype)) for part in parts if part.is_floating_point()), folder)
-                with _naming(folder / file, key):
+                with naming(folder / file, key):
                     _place(model, places[key], parts, device)
     found.tie(model)
     module: nn.Module = model
@@ -160,11 +202,11 @@ def load_model(
     return model
 
 
-def _projections(found: Checkpoint) -> dict[str, str]:
-    """Map the stored name of each decoder projection's weight to the projection's kind."""
+def _projections(found: Checkpoint) -> dict[str, tuple[int, str]]:
+    """Map the stored name of each decoder projection's weight to its block and its name there."""
     decoder = Decoder(found.model)
     return {
-        found.names[decoder.full_name(index, f"{projection}.weight")]: projection.rpartition(".")[2]
+        found.names[decoder.full_name(index, f"{projection}.weight")]: (index, projection)
         for index in range(len(decoder.blocks))
         for projection in decoder.family.projections
     }
@@ -193,9 +235,8 @@ def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor], device:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     room = getattr(module, leaf)
-    if len(parts) == len(PARTS):
-        bitmap, values, offsets = parts
-        layer = PackedLinear(bitmap, values, offsets, room.shape[1])
+    if len(parts) >= len(PARTS):
+        layer = layer_of(parts, room.shape[1], model.dtype)
         if layer.out_features != len(room):
             raise ValueError(f"bitmap has {layer.out_features} rows, but {PACKED} lists {len(room)}")
         layer.to(device=device, dtype=model.dtype)
@@ -206,89 +247,6 @@ def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor], device:
         return
     value = parts[0].to(device=device, dtype=room.dtype)
     setattr(module, leaf, nn.Parameter(value, requires_grad=False) if isinstance(room, nn.Parameter) else value)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Read packed.json and check the fields that loading needs."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model {folder}: no such folder; give the folder of a packed model")
-    if not is_packed(folder):
-        raise ValueError(f"model {folder}: no {PACKED} in this folder; give the folder of a packed model")
-    path = folder / PACKED
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"], manifest["version"]
-        files = {name: Path(facts["source"]).name == facts["source"] for name, facts in manifest["files"].items()}
-        metadata = [pair for facts in manifest["files"].values() for pair in dict(facts["metadata"] or {}).items()]
-        if not all(isinstance(word, str) for pair in metadata for word in pair):
-            raise TypeError("metadata is not text")
-        entries = [
-            (facts["file"], facts["shape"], facts["dtype"], facts["packed"]) for facts in manifest["tensors"].values()
-        ]
-        named = {entry[0] for entry in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is corrupt ({error!r}); pack the model again") from error
-    if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"{path} has format {found[0]}, version {found[1]}, but this version reads only {FORMAT}, version {VERSION}"
-        )
-    if not all(files.values()) or any(Path(name).name != name for name in files) or named - set(files):
-        raise ValueError(f"{path} names files that are not in its list or not in this folder; pack the model again")
-    # Earlier versions did not store the index.
-    sources = {key: manifest["files"][facts["file"]]["source"] for key, facts in manifest["tensors"].items()}
-    manifest.setdefault("index", {"metadata": {}, "weight_map": sources} if len(files) > 1 else None)
-    return manifest
-
-
-def _tensors(folder: Path, manifest: dict[str, Any], name: str) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Yield each tensor of one file by its original name: itself, or its bitmap, values and offsets.
-
-    Errors: ValueError if its names, shapes or dtypes differ from packed.json.
-    """
-    listed = {key: facts for key, facts in manifest["tensors"].items() if facts["file"] == name}
-    names = {key: [f"{key}.{part}" for part in PARTS] if facts["packed"] else [key] for key, facts in listed.items()}
-    with _opened(folder / name) as file:
-        every, stored = {part for parts in names.values() for part in parts}, set(file.keys())
-        for wrong, what in (
-            (every - stored, f"lacks, but {PACKED} lists"),
-            (stored - every, f"has, but {PACKED} lacks"),
-        ):
-            if wrong:
-                raise ValueError(f"{folder / name} {what}, {_checks.few(sorted(wrong))}; pack the model again")
-        for key, facts in listed.items():
-            parts = [file.get_tensor(part) for part in names[key]]
-            with _naming(folder / name, key):
-                _fits(parts[1] if facts["packed"] else parts[0], facts)
-            yield key, parts
-
-
-def _fits(value: torch.Tensor, facts: dict[str, Any]) -> None:
-    """Check the dtype against packed.json; also the shape, unless the tensor is the kept values."""
-    if dtype_name(value) != facts["dtype"]:
-        raise ValueError(f"dtype is {dtype_name(value)}, but {PACKED} lists {facts['dtype']}")
-    if list(value.shape) != facts["shape"] and not (facts["packed"] and value.dim() == 1):
-        raise ValueError(f"shape is {tuple(value.shape)}, but {PACKED} lists {tuple(facts['shape'])}")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; errors name the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{path} is missing, truncated or corrupt ({' '.join(str(error).split())}); pack the model again"
-        ) from error
-
-
-@contextmanager
-def _naming(path: Path, key: str) -> Iterator[None]:
-    """Prefix errors with the file and the name of the tensor."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}, {key}: {error}") from error
 
 
 def _copy_others(source: Path, target: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,72 +13,15 @@ from transformers import PreTrainedModel
 
 from torch_impl import packed
 from torch_impl.decode import cpu, cuda
+from torch_impl.decode.packed_group import Packed, PackedGroup
 from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import PARTS
 
 # Up to this many rows of input, the CPU kernels are faster than unpacking. They read the weight once per eight rows.
 DECODE_ROWS = 32
 
-_numbers = itertools.count()
-_numbered: weakref.WeakValueDictionary[int, _Packed] = weakref.WeakValueDictionary()
 
-
-class _Packed(nn.Module):
-    """A packed weight (out, in) and its product. On a GPU, buffers hold the weight's layout."""
-
-    bias: torch.Tensor | None
-
-    def __init__(self, out_features: int) -> None:
-        super().__init__()
-        self.out_features = out_features
-        self.layout: cuda.Layout | None = None
-        self._enlist()
-
-    def unpacked(self) -> torch.Tensor:
-        """Unpack the weight (out, in)."""
-        raise NotImplementedError
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x (..., in) to (..., out). Compiled code calls this as one operation, through `handle`."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.layout is not None and 1 <= len(rows) <= cuda.MOST_ROWS:
-            y = cuda.matvec(self.layout, rows, self.bias)
-        else:
-            y = nn.functional.linear(rows, self.unpacked(), self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _enlist(self) -> None:
-        """Register this weight under a number by which compiled code finds it.
-
-        The number is a tensor: all blocks share the compiled code, and a Python number would be compiled in.
-        """
-        number = next(_numbers)
-        self.handle = torch.tensor(number, device="cpu")
-        _numbered[number] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Register a copy as a weight of its own."""
-        super().__setstate__(state)
-        self._enlist()
-
-    def _hold(self, layout: cuda.Layout) -> None:
-        self.layout = layout
-        for name, value in layout.tensors().items():
-            self.register_buffer(f"layout_{name}", value, persistent=False)
-
-    def _drop(self) -> None:
-        for name in list(self._buffers):
-            if name.startswith("layout_"):
-                delattr(self, name)
-        self.layout = None
-
-    def _follow(self) -> None:
-        """Update the layout's tensors from the buffers."""
-        if self.layout is not None:
-            self.layout = replace(self.layout, **{n: getattr(self, f"layout_{n}") for n in self.layout.tensors()})
-
-
-class PackedLinear(_Packed):
+class PackedLinear(Packed):
     """y = x Wᵀ + b, where W (out, in) is a bitmap and its kept values, on any device. Nothing is trainable.
 
     bitmap, values, offsets: as `packed.pack` returns them; bias: (out,) or None. On a GPU with kernels for the dtype,
@@ -91,6 +31,7 @@ class PackedLinear(_Packed):
     Errors: as `packed.check`. Tensors on the meta device are not checked: fill the buffers, then call `loaded`.
     """
 
+    names: ClassVar[tuple[str, ...]] = PARTS
     bitmap: torch.Tensor
     values: torch.Tensor
     offsets: torch.Tensor
@@ -104,15 +45,20 @@ class PackedLinear(_Packed):
         bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__(len(bitmap))
-        if not bitmap.is_meta:
-            packed.check(bitmap, values, offsets, columns)
-        self.in_features, self.kept = columns, len(values)
+        self._fill((bitmap, values, offsets), columns, bias)
+
+    def _fill(self, parts: Sequence[torch.Tensor], columns: int, bias: torch.Tensor | None) -> None:
+        """Take over the parts, in the order of `names`."""
+        self.in_features = columns
         self.group: PackedGroup | None = None
         self.start = 0
         # The packed layers with the same input, this one among them.
         self.together: list[PackedLinear] = []
-        for name, value in (("bitmap", bitmap), ("values", values), ("offsets", offsets), ("bias", bias)):
+        for name, value in (*zip(self.names, parts, strict=True), ("bias", bias)):
             self.register_buffer(name, None if value is None else value.detach().contiguous())
+        if not self.bitmap.is_meta:
+            self.check()
+        self.kept = self._count()
         self._settle()
 
     @classmethod
@@ -131,9 +77,14 @@ class PackedLinear(_Packed):
         """Return the weight's dtype."""
         return self.values.dtype if self._on_gpu is None else self._on_gpu.dtype
 
-    def loaded(self, dtype: torch.dtype) -> None:
-        """Check the buffers that have been filled, and cast them. Errors: as `packed.check`."""
+    def check(self) -> None:
+        """Check the buffers. Errors: as `packed.check`."""
         packed.check(self.bitmap, self.values, self.offsets, self.in_features)
+
+    def loaded(self, dtype: torch.dtype) -> None:
+        """Check the buffers that have been filled, and cast them. Errors: as `check`."""
+        self.check()
+        self.kept = self._count()
         self._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def unpacked(self) -> torch.Tensor:
@@ -142,7 +93,13 @@ class PackedLinear(_Packed):
             return self.group.unpacked()[self.start : self.start + self.out_features]
         if self.layout is not None:
             return cuda.unpack(self.layout)
-        return packed.expand(self.bitmap, self.values, self.in_features)
+        return self._expanded()
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the parts of the packed weight by name, wherever they are."""
+        if self._on_gpu is not None:
+            return dict(zip(PARTS, packed.pack(self.unpacked()), strict=True))
+        return {name: getattr(self, name) for name in self.names}
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,7 +121,7 @@ class PackedLinear(_Packed):
         rows = x.reshape(-1, self.in_features)
         if self._on_gpu is not None or x.device.type != "cpu" or len(rows) > DECODE_ROWS:
             return super().product(x)
-        y = cpu.linear(rows, self.bitmap, self.values, self.offsets, self.bias)
+        y = self._kernel(rows)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -172,15 +129,27 @@ class PackedLinear(_Packed):
         sparsity = 1 - self.kept / self.positions
         return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={sparsity:.4f}"
 
+    def _count(self) -> int:
+        """Count the kept values in the buffers."""
+        return len(self.values)
+
+    def _expanded(self) -> torch.Tensor:
+        """Unpack the weight from the buffers."""
+        return packed.expand(self.bitmap, self.values, self.in_features)
+
+    def _kernel(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply with the buffers on the CPU."""
+        return cpu.linear(rows, self.bitmap, self.values, self.offsets, self.bias)
+
     def _settle(self) -> None:
         """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`.
 
         The last of the layers with the same input to arrive groups them.
         """
-        if self._on_gpu is not None or self.values.is_meta or not _has_kernels(self.values):
+        if self._on_gpu is not None or self.bitmap.is_meta or not _has_kernels(self.bitmap.device, self.dtype):
             return
         self._hold(cuda.pack_rows(self.unpacked()))
-        for name in PARTS:
+        for name in self.names:
             self.register_buffer(name, None)
         if all(layer.layout is not None for layer in self.together):
             _group(self.together)
@@ -191,15 +160,16 @@ class PackedLinear(_Packed):
             dense = packed.expand(self.bitmap, self.values, self.in_features)
             for name, value in zip(PARTS, packed.pack(dense), strict=True):
                 self.register_buffer(name, value)
-            self.kept = len(self.values)
+            self.kept = self._count()
 
     def _restore(self) -> None:
         """Convert back to bitmap, values and offsets, and leave the group."""
-        if self._on_gpu is None:
+        layout = self._on_gpu
+        if layout is None:
             return
-        for name, value in zip(PARTS, packed.pack(self.unpacked()), strict=True):
-            self.register_buffer(name, value)
-        self.kept = len(self.values)
+        for name, value in self.stored().items():
+            self.register_buffer(name, value.to(layout.data.device))
+        self.kept = self._count()
         self._drop()
         self.group, self.start = None, 0
 
@@ -221,10 +191,10 @@ class PackedLinear(_Packed):
             new = fn(old)
             if (new.device, new.dtype) != (old.device, old.dtype):
                 self._restore()
-        values = self.values
+        dtype = self.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow()
-        if values is not None and values.dtype != self.values.dtype:
+        if self.dtype != dtype:
             self._drop_zeros()
         self._settle()
         return self
@@ -232,73 +202,13 @@ class PackedLinear(_Packed):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._on_gpu is not None:
-            for name, value in zip(PARTS, packed.pack(self.unpacked()), strict=True):
-                destination[prefix + name] = value
+            destination.update({prefix + name: value for name, value in self.stored().items()})
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._restore()
         super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        self.kept = self._count()
         self._settle()
-
-
-class PackedGroup(_Packed):
-    """Packed layers with the same input, stacked in one GPU layout: one product for all.
-
-    weights: (out, in) each; biases: (out,) or None each. A state_dict holds the layers, not the group.
-    """
-
-    layout: cuda.Layout
-
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
-        # Without in_features: a module that has it counts as a projection.
-        super().__init__(sum(len(weight) for weight in weights))
-        self.sizes = [len(weight) for weight in weights]
-        self.starts = list(itertools.accumulate(self.sizes[:-1], initial=0))
-        self._hold(cuda.pack_rows(torch.cat(list(weights))))
-        bias = None
-        if any(given is not None for given in biases):
-            pairs = zip(weights, biases, strict=True)
-            bias = torch.cat([w.new_zeros(len(w)) if given is None else given for w, given in pairs])
-        self.register_buffer("bias", bias, persistent=False)
-        self._shares: tuple[weakref.ref[torch.Tensor], Any, dict[int, torch.Tensor]] | None = None
-
-    def unpacked(self) -> torch.Tensor:
-        """Unpack the weights (rows, in)."""
-        return cuda.unpack(self.layout)
-
-    def share(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the rows from `start` on of `product(x)`. The first layer that calls this computes the product for all.
-
-        Each layer takes its rows once, as long as x is the same tensor and unmodified. A tensor of `torch.inference_mode` does
-        not record modifications, so each layer computes the product itself.
-        """
-        known = self._shares
-        if known is not None and known[0]() is x and known[1] == _moment(x):
-            own = known[2].pop(start, None)
-            if own is not None:
-                return own
-        parts = dict(zip(self.starts, self.product(x).split(self.sizes, -1), strict=True))
-        own = parts.pop(start)
-        self._shares = None if x.is_inference() else (weakref.ref(x), _moment(x), parts)
-        return own
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the cached rows."""
-        return {**self.__dict__, "_shares": None}
-
-    def extra_repr(self) -> str:
-        """Describe the layer for `print`."""
-        return f"rows={' + '.join(map(str, self.sizes))}"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedGroup:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._follow()
-        return self
-
-
-def _moment(x: torch.Tensor) -> tuple[int, bool]:
-    """Return a value that changes when the tensor is modified, or when a CUDA graph capture begins or ends."""
-    return x._version, x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def group_projections(model: PreTrainedModel) -> None:
@@ -333,23 +243,13 @@ def _group(layers: Sequence[PackedLinear]) -> None:
             layer._join(group, start)
 
 
-@torch.library.custom_op("losa::packed_linear", mutates_args=())
-def _product(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
-    return _numbered[int(handle)].product(x)
-
-
-@_product.register_fake
-def _shape(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _has_kernels(values: torch.Tensor) -> bool:
-    """Return whether there are GPU kernels for these values; if a GPU has none, print why once."""
-    if values.device.type != "cuda":
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether there are GPU kernels for a dtype; if a GPU has none, print why once."""
+    if device.type != "cuda":
         return False
     usable, reason = cuda.available()
-    if usable and values.dtype not in cuda.DTYPES:
-        usable, reason = False, f"they support bfloat16 and float16, not {str(values.dtype).removeprefix('torch.')}"
+    if usable and dtype not in cuda.DTYPES:
+        usable, reason = False, f"they support bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if not usable:
         _say(f"packed weights: GPU kernels are not available, so decoding is slower ({reason})")
     return usable

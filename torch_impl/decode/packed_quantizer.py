@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torch_impl.engine.checkpoints.contents import METHOD, PACKED_INDEX, Entry, headers
-from torch_impl.packed import PARTS, WORD
+from torch_impl.packed import CODED, PARTS, WORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,7 +67,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return how stored names become names in the model: NAME.weight.bitmap is NAME.bitmap."""
         from transformers.core_model_loading import WeightRenaming
 
-        return [WeightRenaming(rf"\.weight\.{part}", f".{part}") for part in PARTS]
+        return [WeightRenaming(rf"\.weight\.{part}", f".{part}") for part in dict.fromkeys(PARTS + CODED)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         from torch_impl.decode.packed_linear import PackedLinear, group_projections
@@ -121,14 +121,17 @@ def _headers(model: PreTrainedModel, files: list[str]) -> dict[str, Entry]:
 def _packed_weights(model: PreTrainedModel, stored: dict[str, Entry]) -> dict[str, list[Entry]]:
     """Return the parts of each packed weight by its name.
 
-    Errors: ValueError naming a weight that lacks a part, or whose values are of a dtype that no model has.
+    Errors: ValueError naming a weight that lacks a part, or whose values or scales are of another dtype than a file has.
     """
     found = {}
     for key in stored:
         weight, _, part = key.rpartition(".")
         if part == PARTS[0] and weight.endswith(".weight"):
-            parts = [stored[name] for name in (f"{weight}.{part}" for part in PARTS) if name in stored]
-            if len(parts) < len(PARTS) or len(parts[0].shape) != 2 or parts[1].dtype is None:
+            names = CODED if f"{weight}.codes" in stored else PARTS
+            parts = [stored[name] for name in (f"{weight}.{part}" for part in names) if name in stored]
+            # Values or scales are the last but one; bitmap and codes are matrices.
+            whole = len(parts) == len(names) and parts[-2].dtype is not None
+            if not whole or any(len(part.shape) != 2 for part in parts[: len(names) - 2]):
                 raise ValueError(f"model {model.config.name_or_path}: {weight} is not complete; pack the model again")
             found[weight] = parts
     return found
@@ -136,7 +139,7 @@ def _packed_weights(model: PreTrainedModel, stored: dict[str, Entry]) -> dict[st
 
 def _plain(model: PreTrainedModel, key: str, parts: list[Entry]) -> Entry:
     """Return the unpacked weight as a plain file would hold it. A bitmap has whole words: the model knows the columns."""
-    bitmap, values, _ = parts
+    bitmap, numbers = parts[0], parts[-2]
     rows, width = bitmap.shape
     columns = 8 * width
     prefix = f"{model.base_model_prefix}."
@@ -144,16 +147,15 @@ def _plain(model: PreTrainedModel, key: str, parts: list[Entry]) -> Entry:
     for name in (key, f"{prefix}{key}", key.removeprefix(prefix)):
         if name in places and -(-places[name].shape[-1] // WORD) * WORD == columns:
             columns = places[name].shape[-1]
-    return Entry(bitmap.file, (rows, columns), values.code)
+    return Entry(bitmap.file, (rows, columns), numbers.code)
 
 
 def _replace(model: PreTrainedModel, path: str, parts: list[Entry]) -> None:
     """Replace a linear layer with an empty packed layer on the meta device."""
-    from torch_impl.decode.packed_linear import PackedLinear
+    from torch_impl.decode.coded_linear import layer_of
 
     linear: Any = model.get_submodule(path)
-    dtypes = (torch.uint8, parts[1].dtype, torch.int64)
-    bitmap, values, offsets = (
-        torch.empty(part.shape, dtype=dtype, device="meta") for part, dtype in zip(parts, dtypes, strict=True)
-    )
-    model.set_submodule(path, PackedLinear(bitmap, values, offsets, linear.in_features, linear.bias))
+    codes = [torch.uint8] * (len(parts) == len(CODED))
+    dtypes = (torch.uint8, *codes, parts[-2].dtype, torch.int64)
+    empty = [torch.empty(part.shape, dtype=dtype, device="meta") for part, dtype in zip(parts, dtypes, strict=True)]
+    model.set_submodule(path, layer_of(empty, linear.in_features, linear.weight.dtype, linear.bias))

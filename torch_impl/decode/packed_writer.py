@@ -15,26 +15,31 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers import PreTrainedModel
 
-from torch_impl import _checks, packed
+from torch_impl import _checks
 from torch_impl.decode import packed_config
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.checkpoints.contents import INDEX, PACKED
 from torch_impl.engine.checkpoints.safetensors_files import FORMAT as METADATA
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
-from torch_impl.packed import PARTS
 
-FORMAT, VERSION = "losa-packed", 1
+FORMAT = "losa-packed"
+PLAIN, ROUNDED = 1, 2
+"""Versions of the format: all values in the model's dtype; some are codes, too."""
 
 
 class Writer:
-    """Writes the files of a packed folder, one after the other. index: that of the plain folder, if it has several files."""
+    """Writes the files of a packed folder, one after the other.
 
-    def __init__(self, folder: Path, index: dict[str, Any] | None) -> None:
+    index: that of the plain folder, if it has several files. rounding: what packed.json says of the rounding, if there is one.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any] | None, rounding: dict[str, Any] | None = None) -> None:
         self._folder = folder
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": PLAIN,
             "index": index,
+            **({} if rounding is None else {"rounding": rounding}),
             "files": {},
             "tensors": {},
         }
@@ -45,7 +50,12 @@ class Writer:
 
     def add(self, key: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
         """Add a tensor to the current file. stored: the tensor by its name, or its parts by theirs."""
-        self._facts[key] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "packed": key not in stored}
+        facts = {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "packed": key not in stored}
+        codes = stored.get(f"{key}.codes")
+        if codes is not None:
+            facts["bits"] = codes.shape[1]
+            self._manifest["version"] = ROUNDED
+        self._facts[key] = facts
         self._tensors |= stored
 
     def end_file(self, name: str, source: str, metadata: dict[str, str] | None) -> None:
@@ -101,9 +111,8 @@ def save(
     for number, (source, keys) in enumerate(files.items(), 1):
         for key in keys:
             if key in layers:
-                dense = layers[key].unpacked()
-                parts = zip(PARTS, packed.pack(dense), strict=True)
-                writer.add(key, dense, {f"{key}.{part}": value.cpu() for part, value in parts})
+                parts = {f"{key}.{part}": value.cpu() for part, value in layers[key].stored().items()}
+                writer.add(key, layers[key].unpacked(), parts)
             else:
                 writer.add(key, tensors[key], {key: tensors[key].detach().cpu().contiguous()})
         writer.end_file(f"packed-{number:05d}-of-{len(files):05d}.safetensors", source, METADATA)
@@ -147,8 +156,7 @@ def _split(
     """Distribute the tensors over files: the names of the plain files and of the tensors in each, by packed size."""
     sizes = {key: bytes_of(value) for key, value in tensors.items()}
     for key, layer in layers.items():
-        bits = packed.bits_per_weight(1 - layer.kept / layer.positions, 8 * layer.dtype.itemsize, layer.in_features)
-        sizes[key] = int(bits * layer.positions / 8)
+        sizes[key] = bytes_of(*layer.stored().values())
     stand_ins = {key: torch.empty(size, dtype=torch.uint8, device="meta") for key, size in sizes.items()}
     split = split_torch_state_dict_into_shards(stand_ins, max_shard_size=max_shard_size)
     return dict(split.filename_to_tensors)

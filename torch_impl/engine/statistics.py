@@ -40,11 +40,18 @@ class InputSum:
 
 
 def of_inputs(
-    statistic: InputStatistic, block: nn.Module, index: int, family: Family, stream: calibration.Stream
+    statistic: InputStatistic,
+    block: nn.Module,
+    index: int,
+    family: Family,
+    stream: calibration.Stream,
+    attention: InputStatistic | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Compute the statistic of each projection's input, once per shared input."""
+    """Compute the statistic of each projection's input, once per shared input. attention: the statistic of attention's input."""
     samples = int(distributed.all_reduce_number(len(stream.hidden)))
     gathered = {group[0]: InputSum(statistic, samples) for group in family.inputs}
+    if attention is not None:
+        gathered[family.inputs[0][0]] = InputSum(attention, samples)
     with calibration.input_hooks(
         block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
     ):
