@@ -57,6 +57,9 @@ FILES = (
     "sora",
     "sleb",
     "slicegpt",
+    "llm_pruner",
+    "loraprune",
+    "flap",
     "rates",
     "losa",
 )

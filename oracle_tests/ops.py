@@ -447,6 +447,84 @@ OPS = (
         ({"sparsity": 0.5, "blocks": 0}, "blocks"),
     ),
     Op("sleb.remove_blocks", s.removals(), Kind.EXACT, ({"loss": sum, "blocks": 4, "count": 3}, "count")),
+    Op(
+        "llm_pruner.taylor_score",
+        s.matrices().flatmap(lambda w: _cases(weight=st.just(w), gradient=s.matrices(*w.shape))),
+        Kind.CLOSE,
+        ({"weight": W, "gradient": EYE}, "gradient"),
+    ),
+    Op(
+        "llm_pruner.structure_sum",
+        s.structures_of(2, axis=True),
+        Kind.CLOSE,
+        ({"score": W, "structures": 2, "axis": 1}, "structures"),
+        scale=lambda case: float(np.abs(case["score"]).sum()),
+    ),
+    Op(
+        "llm_pruner.rates_between",
+        s.protected_blocks(),
+        Kind.CLOSE,
+        ({"sparsity": 0.5, "weights": np.ones(3), "first": 1, "last": 1}, "sparsity"),
+    ),
+    Op(
+        "loraprune.lora_score",
+        s.adapters_with_gradients(),
+        Kind.CLOSE,
+        ({**LAYER, "grad_A": A, "grad_B": A}, "grad_B"),
+        scale=lambda case: float(
+            (
+                np.abs(case["grad_B"]) @ np.abs(case["A"])
+                + np.abs(case["B"]) @ np.abs(case["grad_A"])
+                + np.abs(case["grad_B"]) @ np.abs(case["grad_A"])
+            ).max()
+            * (np.abs(case["weight"]) + np.abs(case["scale"]) * np.abs(case["B"]) @ np.abs(case["A"])).max()
+        ),
+    ),
+    Op(
+        "loraprune.smoothed",
+        st.integers(1, 9).flatmap(
+            lambda u: _cases(
+                before=s.matrices(1, u).map(lambda m: m[0]), score=s.matrices(1, u).map(lambda m: np.abs(m[0]))
+            )
+        ),
+        Kind.CLOSE,
+        ({"before": ROW, "score": np.ones(2)}, "score"),
+        scale=lambda case: float(np.abs(case["before"]).max()) + 1,
+    ),
+    Op(
+        "flap.fluctuation",
+        s.matrices().flatmap(
+            lambda w: _cases(weight=st.just(w), variance=s.matrices(1, w.shape[1]).map(lambda v: np.abs(v[0])))
+        ),
+        Kind.CLOSE,
+        ({"weight": W, "variance": -np.ones(3)}, "variance"),
+    ),
+    Op(
+        "flap.standardised",
+        s.structures_of(1),
+        Kind.CLOSE,
+        ({"score": ROW, "structures": 2}, "structures"),
+        scale=lambda case: len(case["score"]),
+    ),
+    Op(
+        "flap.remove_lowest",
+        s.scored_structures(),
+        Kind.EXACT,
+        ({"score": ROW, "weights": np.zeros(3), "sparsity": 0.5}, "weights"),
+    ),
+    Op(
+        "flap.compensation",
+        s.matrices().flatmap(
+            lambda w: _cases(
+                weight=st.just(w),
+                mean=s.matrices(1, w.shape[1]).map(lambda m: m[0]),
+                kept=s.kept_masks((1, w.shape[1])).map(lambda k: k[0]),
+            )
+        ),
+        Kind.CLOSE,
+        ({"weight": W, "mean": np.ones(2), "kept": np.ones(2, dtype=bool)}, "mean"),
+        scale=lambda case: float((np.abs(case["weight"]) @ np.abs(case["mean"])).max()),
+    ),
     Op("slicegpt.principal_axes", _cases(gram=s.spectra()), Kind.CLOSE, ({"gram": np.ones((2, 3))}, "gram")),
     Op(
         "slicegpt.kept_axes",

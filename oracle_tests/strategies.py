@@ -546,3 +546,44 @@ def spectra(draw: st.DrawFn) -> np.ndarray:
     values = np.arange(d) + rng.uniform(0, 0.5, d)
     gram = draw(st.sampled_from([1.0, 1e-3, 1e4])) * (Q * values) @ Q.T
     return (gram + gram.T) / 2
+
+
+@st.composite
+def structures_of(draw: st.DrawFn, dimensions: int, axis: bool = False) -> dict[str, Any]:
+    """A score of 1 or 2 dimensions, whose axis consists of runs of one length."""
+    u, width, other = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(SIZES)
+    score = draw(matrices(u * width, other if dimensions == 2 else 1))
+    if not axis:
+        return {"score": score[:, 0], "structures": u}
+    chosen = draw(st.integers(0, 1))
+    return {"score": score if chosen == 0 else score.T.copy(), "structures": u, "axis": chosen}
+
+
+@st.composite
+def protected_blocks(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of rates_between that have a solution."""
+    blocks, rng = draw(st.integers(1, 9)), _rng(draw)
+    first = draw(st.integers(0, blocks - 1))
+    last = draw(st.integers(0, blocks - 1 - first))
+    weights = rng.integers(1, 9, blocks).astype(float)
+    most = weights[first : blocks - last].sum() / weights.sum()
+    return {"sparsity": float(most * draw(st.floats(0, 0.99))), "weights": weights, "first": first, "last": last}
+
+
+@st.composite
+def adapters_with_gradients(draw: st.DrawFn) -> dict[str, Any]:
+    """An adapter of rank 1 or more and the gradients of A and B."""
+    case, rng, rank = draw(adapters()), _rng(draw), draw(st.integers(1, 5))
+    out, inputs = case["weight"].shape
+    A, g_A = rng.standard_normal((2, rank, inputs))
+    B, g_B = rng.standard_normal((2, out, rank))
+    return {**case, "A": A, "B": B, "grad_A": g_A, "grad_B": g_B}
+
+
+@st.composite
+def scored_structures(draw: st.DrawFn) -> dict[str, Any]:
+    """Scores of a whole model's structures, with ties and infinite ones, and whole numbers of weights."""
+    n, rng = draw(st.integers(1, 12)), _rng(draw)
+    score = rng.standard_normal(n) if draw(st.booleans()) else rng.integers(-1, 3, n).astype(float)
+    score[rng.random(n) < 0.2] = np.inf
+    return {"score": score, "weights": rng.integers(1, 5, n).astype(float), "sparsity": draw(SPARSITIES)}

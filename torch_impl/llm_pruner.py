@@ -1,0 +1,44 @@
+"""LLM-Pruner: remove the heads and channels whose weights the loss depends on least. Spec: reference/llm_pruner.py.
+
+With a model: experiment/baselines/by_structure.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torch_impl import _checks
+
+
+def taylor_score(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Compute |W ⊙ G| of a weight and the loss's gradient, both (out, in), in float32 at least."""
+    W = _checks.wide(_checks.finite("weight", weight, "out", "in"))
+    G = _checks.wide(_checks.finite("gradient", gradient, "out", "in"))
+    _checks.same_shape("gradient", G, W, "weight")
+    return (W * G).abs()
+
+
+def structure_sum(score: torch.Tensor, structures: int, axis: int) -> torch.Tensor:
+    """Sum score (out, in) over the rows (axis 0) or columns (1) of each of u equal runs; return float64 (u,)."""
+    score = _checks.finite("score", score, "out", "in")
+    _checks.integer("axis", axis, 0, 1)
+    lines = score.sum(1 - axis, dtype=torch.float64)
+    _checks.integer("structures", structures, 1)
+    if len(lines) % structures:
+        raise ValueError(f"structures is {structures}; allowed: a divisor of {len(lines)}")
+    return lines.view(structures, -1).sum(1)
+
+
+def rates_between(sparsity: float, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return rates (L,): 0 for the first and last blocks, alike for the others, so that the model reaches `sparsity`."""
+    s, w = _checks.number("sparsity", sparsity, 0.0, 1.0), _checks.finite("weights", weights, "L").double()
+    if float(w.min()) <= 0:
+        raise ValueError(f"weights has {float(w.min())}; allowed: above 0")
+    _checks.integer("first", first, 0, len(w) - 1)
+    _checks.integer("last", last, 0, len(w) - 1 - first)
+    middle = torch.zeros_like(w)
+    middle[first : len(w) - last] = 1
+    most = float((w * middle).sum() / w.sum())
+    if s > most:
+        raise ValueError(f"sparsity is {s}; allowed: 0 to {most:.6g}, the share of the blocks that are pruned")
+    return middle * (s / most)

@@ -1,0 +1,33 @@
+"""LoRAPrune: heads and channels go while LoRA trains, by the adapter's gradients. Spec: reference/loraprune.py.
+
+With a model: experiment/baselines/loraprune.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torch_impl import _checks
+from torch_impl.adapter import effective_weight
+
+
+def lora_score(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, grad_A: torch.Tensor, grad_B: torch.Tensor
+) -> torch.Tensor:
+    """Compute |(g_B A + B g_A − g_B g_A) ⊙ (W + s·B A)| (out, in) from the gradients of A (r, in) and B (out, r)."""
+    _checks.finite("A", A, "r", "in")
+    _checks.finite("B", B, "out", "r")
+    merged = effective_weight(weight, A, B, scale)
+    g_A, g_B = _checks.finite("grad_A", grad_A, "r", "in"), _checks.finite("grad_B", grad_B, "out", "r")
+    _checks.same_shape("grad_A", g_A, A, "A")
+    _checks.same_shape("grad_B", g_B, B, "B")
+    return ((g_B @ A + B @ g_A - g_B @ g_A) * merged).abs()
+
+
+def smoothed(before: torch.Tensor, score: torch.Tensor, decay: float = 0.9) -> torch.Tensor:
+    """Compute λ·before + (1 − λ)·score / ‖score‖ of scores (u,) of structures."""
+    before, score = _checks.finite("before", before, "u"), _checks.finite("score", score, "u")
+    _checks.same_shape("score", score, before, "before")
+    _checks.number("decay", decay, 0.0, 1.0)
+    norm = torch.linalg.vector_norm(score).clamp_min(torch.finfo(torch.float64).tiny)
+    return decay * before + (1 - decay) * score / norm
