@@ -44,6 +44,7 @@ FILES = (
     "masks/alps",
     "masks/admm",
     "masks/pruner_zero",
+    "masks/structured",
     "masks/prune",
     "adapter",
     "rank",

@@ -288,6 +288,46 @@ OPS = (
         ({"score": W, "kept": W}, "kept"),
     ),
     Op(
+        "masks.structured.structure_score",
+        s.structured_columns().map(lambda drawn: {"score": np.abs(drawn[0]), "structures": drawn[1]}),
+        Kind.CLOSE,
+        ({"score": W, "structures": 2}, "structures"),
+        low_precision=True,
+    ),
+    Op(
+        "masks.structured.removed_structures",
+        s.structured_blocks(),
+        Kind.EXACT,
+        (
+            {"sparsity": 0.5, "heads": 2, "channels": 8, "head_weights": 4, "channel_weights": 3, "multiple": 9},
+            "multiple",
+        ),
+    ),
+    Op(
+        "masks.structured.structure_mask",
+        s.scored_structures(),
+        Kind.EXACT,
+        ({"score": ROW, "removed": 4, "kept": np.ones(3, dtype=bool)}, "removed"),
+    ),
+    Op(
+        "masks.structured.kept_structures",
+        s.structured_columns().map(lambda drawn: {"mask": drawn[0] > 0, "structures": drawn[1]}),
+        Kind.EXACT,
+        ({"mask": KEPT, "structures": 2}, "structures"),
+    ),
+    Op(
+        "masks.structured.coupled_mask",
+        s.structured_lines().map(lambda case: {"shape": case.pop("values").shape, **case}),
+        Kind.EXACT,
+        ({"kept": np.ones(2, dtype=bool), "shape": (2, 3), "axis": 1}, "kept"),
+    ),
+    Op(
+        "masks.structured.cut",
+        s.structured_lines(),
+        Kind.EXACT,
+        ({"values": W, "kept": np.ones(3, dtype=bool), "axis": 2}, "axis"),
+    ),
+    Op(
         "masks.magnitude.magnitude_mask",
         _cases(weight=s.matrices(), sparsity=s.SPARSITIES),
         Kind.EXACT,

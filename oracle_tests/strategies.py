@@ -580,6 +580,25 @@ def adapters_with_gradients(draw: st.DrawFn) -> dict[str, Any]:
     return {**case, "A": A, "B": B, "grad_A": g_A, "grad_B": g_B}
 
 
+STRUCTURES = st.integers(1, 5)
+
+
+@st.composite
+def structured_columns(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    """A matrix and the number of structures that its columns belong to, some without an entry above 0."""
+    structures = draw(STRUCTURES)
+    return draw(matrices(columns=structures * draw(st.integers(1, 3)))), structures
+
+
+@st.composite
+def structured_lines(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of cut: a weight whose rows or columns belong to structures, all, some or none of them kept."""
+    axis, kept = draw(st.integers(0, 1)), draw(kept_masks((1, draw(STRUCTURES))))[0]
+    shape = [draw(SIZES), draw(SIZES)]
+    shape[axis] = len(kept) * draw(st.integers(1, 3))
+    return {"values": draw(matrices(*shape)), "kept": kept, "axis": axis}
+
+
 @st.composite
 def scored_structures(draw: st.DrawFn) -> dict[str, Any]:
     """Scores of a whole model's structures, with ties and infinite ones, and whole numbers of weights."""
@@ -587,3 +606,23 @@ def scored_structures(draw: st.DrawFn) -> dict[str, Any]:
     score = rng.standard_normal(n) if draw(st.booleans()) else rng.integers(-1, 3, n).astype(float)
     score[rng.random(n) < 0.2] = np.inf
     return {"score": score, "weights": rng.integers(1, 5, n).astype(float), "sparsity": draw(SPARSITIES)}
+
+    """Arguments of structure_mask: tied scores among them, structures that are gone, more or fewer of them than asked."""
+    score = np.abs(draw(matrices(rows=1)))[0]
+    kept = draw(kept_masks((1, len(score))))[0]
+    return {"score": score, "removed": draw(st.integers(0, len(score))), "kept": kept}
+
+
+@st.composite
+def structured_blocks(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of removed_structures: one head, heads larger than the MLP, multiples that do not divide the channels."""
+    channels = draw(st.integers(1, 48))
+    return {
+        "sparsity": draw(SPARSITIES),
+        "heads": draw(st.sampled_from([1, 2, 3, 8, 9])),
+        "channels": channels,
+        "head_weights": draw(st.integers(1, 400)),
+        "channel_weights": draw(st.integers(1, 40)),
+        "multiple": draw(st.integers(1, channels)),
+        "last": draw(st.booleans()),
+    }

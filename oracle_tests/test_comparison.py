@@ -537,7 +537,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "twice the same": ("0.5, 0.7", "0.5, 0.5", "sparsity is [0.5, 0.5, '2:4']; give one or more values, each once"),
     "no matrix": ("[[matrix]]", "[texts]", "has no [[matrix]]; give one"),
     "no TOML": ("nsamples = 8", "nsamples = 8 8", "is not TOML: "),
-    "a value": ('"2:4"', '"2:5:3"', "sparsity_type is '2:5:3'; allowed: unstructured, N:M, mixed-N:M"),
+    "a value": ('"2:4"', '"2:5:3"', "sparsity_type is '2:5:3'; allowed: unstructured, N:M, mixed-N:M, structured"),
     "a share": ("0.5, 0.7", "50", "sparsity_ratio is 50.0; allowed: 0 up to, not including, 1; did you mean 0.5?"),
     "a reference": ("seeds =", "reference = { steps = 5 }\nseeds =", "'steps' is not known; use recipe, prune_method, sparsity"),
     "a text": ("[[matrix]]", "[texts]\na = 1\n[[matrix]]", "a is 1; give a source of text as eval_data takes it"),

@@ -68,7 +68,7 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
         (lambda: PruneConfig(sparsity_ratio=1.5), "sparsity_ratio is 1.5; allowed: 0 up to, not including, 1"),
         (
             lambda: PruneConfig(sparsity_type="2of4"),
-            "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M",
+            "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M, structured",
         ),
         (lambda: PruneConfig(sparsity_type="0:4"), "sparsity_type is '0:4'; allowed: N from 1 to M"),
         (lambda: PruneConfig(sparsity_type="5:4"), "sparsity_type is '5:4'; allowed: N from 1 to M"),

@@ -53,6 +53,7 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         "one_shot": {"perplexity": 7.5, "sparsity": 0.75, "seconds": 8.5, "bytes": 1000, "packed_bytes": 700},
         "losa": {"perplexity": 5.5, "sparsity": 0.5, "seconds": 6.5, "bytes": 1000, "packed_bytes": 700},
         "perplexity_after_step": [8.5, 9.5],
+        "footprints": None,
         "evaluation": {"windows": 3},
         "train_examples": 5,
         "lr_schedule": "whole_run",

@@ -86,6 +86,7 @@ def test_every_generator_goes_on_where_it_was() -> None:
         ("sparsegpt", "mixed-2:4", 3, 0),
         ("wanda", "unstructured", 2, 1),
         ("pruner_zero", "2:4", 3, 0),
+        ("wanda", "structured", 3, 1),
     ],
 )
 def test_a_run_goes_on_from_any_point_to_the_same_bits(

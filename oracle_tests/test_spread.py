@@ -62,6 +62,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {"layer_sparsity": "atp", "prune_method": "magnitude"}),
     (2, {"layer_sparsity": "owl", "loss": "ce"}),
     (2, {"layer_sparsity": "lamp", "prune_method": "magnitude"}),
+    (2, {"layer_sparsity": "uniform", "sparsity_type": "structured"}),
 ]
 
 

@@ -358,6 +358,42 @@ def test_weights_to_pack() -> None:
     )
 
 
+def test_structures() -> None:
+    check(
+        s.structured_columns(),
+        {"a divisor of the columns": lambda c: c[0].shape[1] % c[1] == 0},
+        {"one structure": lambda c: c[1] == 1, "one column each": lambda c: c[0].shape[1] == c[1]},
+    )
+    check(
+        s.structured_lines(),
+        {"a divisor of the lines": lambda c: c["values"].shape[c["axis"]] % len(c["kept"]) == 0},
+        {
+            "columns": lambda c: c["axis"] == 1,
+            "none kept": lambda c: not c["kept"].any(),
+            "all kept": lambda c: bool(c["kept"].all()),
+        },
+    )
+    check(
+        s.scored_structures(),
+        {"no more than there are": lambda c: 0 <= c["removed"] <= len(c["score"])},
+        {
+            "tied": lambda c: len(set(c["score"])) < len(c["score"]),
+            "more gone than asked": lambda c: int((~c["kept"]).sum()) > c["removed"],
+        },
+    )
+    check(
+        s.structured_blocks(),
+        {"a multiple up to the channels": lambda c: 1 <= c["multiple"] <= c["channels"]},
+        {
+            "one head": lambda c: c["heads"] == 1,
+            "a multiple that does not divide": lambda c: c["channels"] % c["multiple"] != 0,
+            "attention larger than the MLP": lambda c: (
+                c["heads"] * c["head_weights"] > c["channels"] * c["channel_weights"]
+            ),
+        },
+    )
+
+
 def test_examples_are_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     for most, expected in ((40, [1, 8, 40, 100]), (400, [10, 80, 400, 1000]), (10, [1, 2, 10, 25])):
         monkeypatch.setattr(s, "settings", SimpleNamespace(default=SimpleNamespace(max_examples=most)))

@@ -268,6 +268,36 @@ SPECIAL = {
         layer_sparsity="gradient", blocks=5, steps=2, widths=(24, 12), biased=True
     ),
     "mixed groups by gradients": special(layer_sparsity="gradient", blocks=7, sparsity_type="mixed-2:8", steps=2),
+    "structured, windows of two blocks": special(
+        sparsity_type="structured",
+        sparsity_ratio=0.4,
+        layer_sparsity="uniform",
+        biased=True,
+        reconstruct_epochs=2,
+        reconstruct_window=2,
+        loss="kl",
+        rank_shrink="truncate",
+    ),
+    "structured, rates of their own, some blocks wider": special(
+        sparsity_type="structured",
+        sparsity_ratio=0.5,
+        channel_multiple=1,
+        blocks=5,
+        widths=(5, 13, 9),
+        rank_shrink="fold",
+    ),
+    "structured by magnitude, one key": special(
+        sparsity_type="structured", prune_method="magnitude", sizes=SIZES["mqa"], channel_multiple=2, sparsity_ratio=0.2
+    ),
+    "structured, every head its own, zeros that were there": special(
+        sparsity_type="structured",
+        sizes=SIZES["mha"],
+        channel_multiple=3,
+        sparsity_ratio=0.5,
+        start=(0.3, 0.0, 0.1),
+        layer_sparsity="owl",
+        steps=2,
+    ),
     "an example without any label": special(unlabelled=True, batch_size=1, micro_batch=1, accumulation=1),
 }
 

@@ -29,7 +29,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model. A projection's weight is (out, in); o and down have `hidden` outputs."""
+    """The sizes of a model. A projection's weight is (out, in); o and down have `hidden` outputs.
+
+    head_dim: channels of one head; default hidden / heads. A model that has lost heads keeps that of its dense model.
+    """
 
     vocabulary: int
     hidden: int
@@ -38,17 +41,15 @@ class Sizes:
     kv_heads: int
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    head_dim: int = 0
 
     def __post_init__(self) -> None:
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden is {self.hidden}; allowed: a multiple of twice heads, {2 * self.heads}")
+        if not self.head_dim:
+            if self.hidden % (2 * self.heads):
+                raise ValueError(f"hidden is {self.hidden}; allowed: a multiple of twice heads, {2 * self.heads}")
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}; allowed: a divisor of heads, {self.heads}")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.hidden // self.heads
 
 
 @dataclass(frozen=True)

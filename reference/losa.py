@@ -25,6 +25,7 @@ import numpy as np
 from reference import _checks, adamw, adapter, llama, rank, reconstruct, schedule, sparsity
 from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
+from reference.masks import structured
 from reference.masks.method import Method
 from reference.masks.nm import kept_per_group
 from reference.masks.pattern import Pattern
@@ -43,7 +44,9 @@ class Settings:
     """All that determines a run, apart from model and tokens. Names and defaults are those of torch_impl/engine/settings.py.
 
     prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
-    sparsity_type: unstructured, N:M or mixed-N:M. steps: T. layer_sparsity: a name in rates.py; rmi is LoSA's.
+    sparsity_type: unstructured, N:M, mixed-N:M or structured, which needs a method with a `structural_score`. channel_multiple:
+    of which the number of channels that a structured block keeps is one. steps: T. layer_sparsity: a name in rates.py; rmi is
+    LoSA's.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
     adapted: the projections with adapters: all (LoSA), attention or mlp; the others are only pruned.
@@ -57,6 +60,7 @@ class Settings:
     prune_method: str = "wanda"
     sparsity_ratio: float = 0.7
     sparsity_type: str = "unstructured"
+    channel_multiple: int = 8
     steps: int = 5
     layer_sparsity: str = "rmi"
     lora_alpha: float = 16.0
@@ -94,12 +98,23 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        _ = self.pattern
+        if self.pattern.structured and self.method.structural_score is None:
+            others = [method.name for method in METHODS.values() if method.structural_score is not None]
+            raise ValueError(
+                f"prune_method is {self.prune_method!r}; allowed with sparsity_type structured: {', '.join(others)}"
+            )
         if not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         _checks.integer("rmi_samples", self.rmi_samples, 2)
         _checks.integer("reconstruct_epochs", self.reconstruct_epochs, 0)
-        for name in ("steps", "lora_r", "batch_size", "reconstruct_batch_size", "reconstruct_window"):
+        for name in (
+            "steps",
+            "channel_multiple",
+            "lora_r",
+            "batch_size",
+            "reconstruct_batch_size",
+            "reconstruct_window",
+        ):
             _checks.integer(name, getattr(self, name), 1)
         if _checks.number("lora_alpha", self.lora_alpha) <= 0:
             raise ValueError(f"lora_alpha is {self.lora_alpha}; allowed: above 0")
@@ -247,12 +262,15 @@ def _prune_block(
     rate: float,
     nm: tuple[int, int] | None,
     gradients: dict[str, Array] | None,
+    last: bool,
 ) -> Layers:
     """Prune the projections of one block further. All statistics come from the block before this pruning.
 
-    gradients: the statistic of each projection's gradients, for a method that needs it.
+    gradients: the statistic of each projection's gradients, for a method that needs it. last: whether this is the last step.
     """
     trace = llama.block_forward(block, stream, model.sizes)
+    if settings.pattern.structured:
+        return _prune_structures(block, layers, trace, model.sizes.kv_heads, settings, rate, last)
     # A projection that is already sparser reduces the share of the others.
     masks = [layer.mask for layer in layers.values()]
     rate = rest_sparsity(np.array([(~mask).sum() for mask in masks]), np.array([mask.size for mask in masks]), rate)
@@ -267,6 +285,30 @@ def _prune_block(
     return pruned
 
 
+def _prune_structures(
+    block: Block, layers: Layers, trace: llama.BlockTrace, heads: int, settings: Settings, rate: float, last: bool
+) -> Layers:
+    """Remove key-value heads and channels of one block further, and with them all that belongs to them."""
+    channels = block.weights[structured.READS_CHANNELS].shape[1]
+    of_head = sum(block.weights[name].size for name in structured.BY_HEAD) // heads
+    of_channel = sum(block.weights[name].size for name in structured.BY_CHANNEL) // channels
+    gone = structured.removed_structures(rate, heads, channels, of_head, of_channel, settings.channel_multiple, last)
+    kept = {}
+    for name, count, many in zip(
+        (structured.READS_HEADS, structured.READS_CHANNELS), (heads, channels), gone, strict=True
+    ):
+        statistic = _gather(settings.method, trace.inputs[llama.INPUT_OF[name]])
+        assert settings.method.structural_score is not None
+        score = structured.structure_score(settings.method.structural_score(block.weights[name], statistic), count)
+        kept[name] = structured.structure_mask(score, many, structured.kept_structures(layers[name].mask, count))
+    pruned = {}
+    for name, layer in layers.items():
+        reader = structured.READS_HEADS if name in structured.BY_HEAD else structured.READS_CHANNELS
+        mask = structured.coupled_mask(kept[reader], layer.weight.shape, structured.AXES[name])
+        pruned[name] = replace(layer, weight=np.where(mask, layer.weight, 0.0))
+    return pruned
+
+
 def _prune_model(
     dense: Llama,
     layers: Sequence[Layers],
@@ -275,10 +317,11 @@ def _prune_model(
     rates: Array,
     groups: Sequence[tuple[int, int] | None],
     gradients: list[dict[str, Array]] | None = None,
+    last: bool = True,
 ) -> tuple[list[Layers], list[float]]:
     """Prune block by block, with dense and pruned streams in lockstep. Also return e of LoSA, Eq. 6, of every block.
 
-    A stream is the hidden states of all calibration sequences between two blocks.
+    A stream is the hidden states of all calibration sequences between two blocks. last: whether this is the last step.
     """
     dense_stream = dense.embedding[ids]
     hidden = dense.sizes.hidden
@@ -289,7 +332,9 @@ def _prune_model(
     for index, dense_block in enumerate(dense.blocks):
         block = _merged_block(dense_block, layers[index], settings)
         of_block = None if gradients is None else gradients[index]
-        done = _prune_block(block, layers[index], streams[-1], dense, settings, rates[index], groups[index], of_block)
+        done = _prune_block(
+            block, layers[index], streams[-1], dense, settings, rates[index], groups[index], of_block, last
+        )
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
         pruned.append(done)
         # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
@@ -471,8 +516,8 @@ def _adapter_gradients(
 def check_model(model: Llama, settings: Settings) -> None:
     """Check that the settings work with this model.
 
-    Errors: ValueError for values that are not finite, for fewer blocks than layer_sparsity needs, or for a projection whose
-    number of inputs is not a multiple of M.
+    Errors: ValueError for values that are not finite, for fewer blocks than layer_sparsity needs, for a projection whose
+    number of inputs is not a multiple of M, or for an MLP with fewer channels than channel_multiple.
     """
     _checks.array("embedding", model.embedding, "v", "d")
     _checks.array("norm", model.norm, "d")
@@ -488,6 +533,11 @@ def check_model(model: Llama, settings: Settings) -> None:
             _checks.array(f"block {index}, {name}", gains, "out")
         for name, weight in block.weights.items():
             _checks.array(f"block {index}, {name}", weight, "out", "in")
+            if settings.pattern.structured and name == "down" and weight.shape[1] < settings.channel_multiple:
+                raise ValueError(
+                    f"channel_multiple is {settings.channel_multiple}; allowed: 1 to {weight.shape[1]}, the channels of the MLP of "
+                    f"block {index}"
+                )
             if settings.group is not None and weight.shape[1] % settings.group[1]:
                 raise ValueError(
                     f"sparsity_type is {settings.sparsity_type!r} and block {index}, {name} has {weight.shape[1]} "
@@ -548,7 +598,8 @@ def run(
             importance = measure(current, calibration_ids[: settings.rmi_samples], target)
         rates, groups = _block_targets(settings, target, importance, weights, rates)
         gradients = _gather_gradients(merge_adapters(model, layers, settings.scale), calibration_ids, settings.method)
-        layers, errors = _prune_model(model, layers, calibration_ids, settings, rates, groups, gradients)
+        last = step == settings.steps
+        layers, errors = _prune_model(model, layers, calibration_ids, settings, rates, groups, gradients, last)
         ranks: list[int] = []
         losses: list[float] = []
         if settings.finetune:

@@ -38,6 +38,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.engine.smaller import make_smaller
 from torch_impl.engine.structure import check_structure
 from torch_impl.experiment import config as options_of
 from torch_impl.experiment import zero_shot
@@ -60,8 +61,9 @@ OWN = {"prune_method": "method", "sparsity_ratio": "sparsity", "finetune": "trai
 class PruneResult:
     """What `prune` returns.
 
-    model: the model that was given, pruned and merged: a plain transformers model. steps: one record per step. sparsity: share
-    of zeros of its projections. settings: all options that were used, by section. seconds: of the whole call.
+    model: the model that was given, pruned and merged: a plain transformers model; with sparsity_type structured, a new, smaller
+    one that computes the same. steps: one record per step. sparsity: share of zeros of the given model's projections. settings:
+    all options that were used, by section. seconds: of the whole call.
     """
 
     model: PreTrainedModel
@@ -88,7 +90,7 @@ def prune(
     on_loss: Callable[[int, int, float, float], None] | None = None,
     **options: Any,
 ) -> PruneResult:
-    """Prune a model in place by LoSA, Algorithm 1, and merge its adapters.
+    """Prune a model in place by LoSA, Algorithm 1, and merge its adapters. result.model is it, or a smaller one made of it.
 
     calibration: token ids (n, t), a list of texts or records, a data set, or the name of a text source as on the command line.
     train: the same, or tokenized examples {input_ids, labels}; None: no fine-tuning. Text needs the tokenizer. sparsity: final
@@ -114,7 +116,9 @@ def prune(
     with _as_it_was(decoder):
         model.requires_grad_(False)
         steps = losa.run(model, windows, parts, config.settings, on_step, on_loss)
-    return PruneResult(model, steps, zero_share(decoder.weights), config.as_dict(), time.perf_counter() - started)
+    sparsity = zero_share(decoder.weights)
+    result = make_smaller(model).model if config.prune.pattern.structured else model
+    return PruneResult(result, steps, sparsity, config.as_dict(), time.perf_counter() - started)
 
 
 def keep_zeros(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -308,7 +312,7 @@ def _config(
     _model(model)
     _check_names(options)
     options = {**options, "prune_method": method, "preset": preset}
-    if "sparsity_type" not in options or options["sparsity_type"] == "unstructured":
+    if options.get("sparsity_type", "unstructured") in ("unstructured", "structured"):
         options["sparsity_ratio"] = sparsity
     if train is None:
         options["finetune"] = False

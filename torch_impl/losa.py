@@ -27,6 +27,7 @@ from torch_impl.engine.record import Clock, PartObserver, StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer, Progress
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.structure import check_model
+from torch_impl.engine.structures import remove_structures
 from torch_impl.masks import prune as masks
 from torch_impl.masks.method import GradientStatistic, InputStatistic
 from torch_impl.masks.nm import kept_per_group
@@ -110,18 +111,25 @@ def _prune_block(
     rate: float,
     nm: tuple[int, int] | None,
     gradients: statistics.GradientSums | None,
+    last: bool,
 ) -> None:
-    """Prune the projections of one block further, on inputs that come from already pruned blocks, or by `gradients`."""
+    """Prune the projections of one block further, on inputs that come from already pruned blocks, or by `gradients`.
+
+    last: whether this is the last step.
+    """
     layers = block_adapters(block, family)
-    # A projection that is already sparser reduces the share of the others.
-    sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.float64)
-    kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
-    rate = rest_sparsity(sizes - kept, sizes, rate)
     statistic = config.method.statistic
     gathered = gradients.take(index, layers[family.projections[0]].weight.device) if gradients else {}
     if isinstance(statistic, InputStatistic):
         with hold_merged_weights(list(layers.values())):
             gathered = on_pruned_input(lambda stream: statistics.of_inputs(statistic, block, index, family, stream))
+    if config.pattern.structured:
+        remove_structures(block, family, config.method, gathered, rate, config.channel_multiple, last)
+        return
+    # A projection that is already sparser reduces the share of the others.
+    sizes = torch.tensor([layer.weight.numel() for layer in layers.values()], dtype=torch.float64)
+    kept = torch.stack([layer.mask.sum() for layer in layers.values()]).cpu()
+    rate = rest_sparsity(sizes - kept, sizes, rate)
     # Projections that share an input follow each other, so one prepared statistic is kept at a time.
     prepare = functools.lru_cache(maxsize=1)(config.method.prepare)
     amount = {"nm": nm} if nm else {"sparsity": rate}
@@ -165,7 +173,8 @@ def prune_model(
             earlier = done or blocks.restore(index, block)
             if not earlier:
                 rate, group = progress.sparsity[index], progress.groups[index]
-                _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group, gradients)
+                last = progress.step == settings.prune.steps
+                _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group, gradients, last)
             window = reconstructor.for_block(block, index)
             reconstruct = None if earlier else window
             with ExitStack() as stack:

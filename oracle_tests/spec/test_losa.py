@@ -284,7 +284,7 @@ def test_diverging_training_stops() -> None:
         ({"adapted": "x"}, "adapted is 'x'; allowed: all, attention, mlp"),
         ({"lr_schedule": "x"}, "lr_schedule is 'x'; allowed: per_step, whole_run"),
         ({"loss": "x"}, "loss is 'x'; allowed: ce, kl"),
-        ({"sparsity_type": "2of4"}, "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M"),
+        ({"sparsity_type": "2of4"}, "sparsity_type is '2of4'; allowed: unstructured, N:M, mixed-N:M, structured"),
         ({"sparsity_type": "5:4"}, "sparsity_type is '5:4'; allowed: N from 1 to M"),
         ({"sparsity_ratio": 1.0}, "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1"),
         ({"rmi_samples": 1}, "rmi_samples is 1; allowed: 2 or more"),

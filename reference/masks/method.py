@@ -47,6 +47,13 @@ class Method:
         """Return whether `prune` needs S."""
         return self.statistic is not None or self.gradient_statistic is not None
 
+    @property
+    def structural_score(self) -> Callable[[Array, Any], Array] | None:
+        """Return (W, S) → score (out, in) of a method that can score structures: by inputs alone, moving no weights."""
+        if isinstance(self.prune, LowestScores) and self.gradient_statistic is None:
+            return self.prune.score
+        return None
+
     @classmethod
     def by_score(
         cls,

@@ -37,4 +37,5 @@ def main(arguments: Sequence[str]) -> None:
         return
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")
+    if result.footprints is None:
+        say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")

@@ -21,12 +21,28 @@ class Family:
     """One decoder architecture.
 
     name: for reports. blocks: path from the causal-LM model to its `nn.ModuleList` of decoder blocks. inputs: the
-    projections of a block, grouped by the input they share: one statistic serves a whole group.
+    projections of a block, grouped by the input they share: one statistic serves a whole group. The groups are what computes
+    the attention's heads, what reads them, what computes the MLP's channels, and what reads them.
     """
 
     name: str
     blocks: str
     inputs: tuple[tuple[str, ...], ...]
+
+    @property
+    def reads_heads(self) -> str:
+        """Return the projection whose columns read the attention's heads."""
+        return self.inputs[1][0]
+
+    @property
+    def reads_channels(self) -> str:
+        """Return the projection whose columns read the MLP's channels."""
+        return self.inputs[3][0]
+
+    def coupled(self, name: str) -> tuple[str, int]:
+        """Return the projection that reads the structures of `name`, and the axis of `name` along which they are."""
+        group = next(number for number, names in enumerate(self.inputs) if name in names)
+        return self.inputs[group | 1][0], group % 2
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -41,6 +57,20 @@ class Family:
         """Return the weights (out, in) of a block's projections by name, in order of use."""
         weights: dict[str, Any] = {name: module.weight for name, module in self.projections_of(block).items()}
         return weights
+
+    def key_value_heads(self, block: nn.Module) -> int:
+        """Count the key-value heads of a block: the structures that o reads."""
+        return self.weights_of(block)[self.inputs[0][1]].shape[0] // self.head_dim(block)
+
+    def head_dim(self, block: nn.Module) -> int:
+        """Return the channels of one head; 0 if the attention does not say."""
+        return int(getattr(block.get_submodule(self.inside[0].removesuffix(".")), "head_dim", 0))
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Return the prefixes of the names of modules inside the attention and, if it is one, the MLP's module."""
+        parents = (self.reads_heads.rpartition(".")[0], self.reads_channels.rpartition(".")[0])
+        return tuple(f"{name}." for name in parents if name)
 
     def in_attention(self, name: str) -> bool:
         """Return whether a projection belongs to the attention, not to the MLP."""

@@ -27,21 +27,31 @@ class PruneConfig:
     """Final share of zeros, in [0, 1); default 0.7, or the share implied by an N:M sparsity_type."""
     sparsity_type: str = "unstructured"
     """unstructured; N:M: keep N of every M inputs (2:4, 2:8, ...); mixed-N:M: a few blocks keep one more or one
-    fewer of every M, by their importance."""
+    fewer of every M, by their importance; structured: remove whole heads and MLP channels, for a smaller plain model."""
+    channel_multiple: int = 8
+    """With sparsity_type structured: the number of channels that a block's MLP keeps is a multiple of this."""
     steps: int = 5
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     layer_sparsity: str = "rmi"
     """How the blocks share the sparsity: {names}. rmi is by mutual information (LoSA), uniform gives all the same. The default is
-    rmi; with --finetune false it is uniform, and rmi only if this option or a configuration file asks for it."""
+    rmi; with --finetune false or sparsity_type structured it is uniform, and rmi only if this option or a configuration file asks
+    for it."""
 
     def __post_init__(self) -> None:
         _checks.choice("prune_method", self.prune_method, masks.METHODS)
         _checks.choice("layer_sparsity", self.layer_sparsity, RULES)
         _checks.count("steps", self.steps, most=MOST_STEPS)
+        _checks.count("channel_multiple", self.channel_multiple)
         ratio = self.sparsity_ratio
         if ratio is not None and not 0 <= ratio < 1:
             meant = f"; did you mean {ratio / 100:g}?" if 2 <= ratio < 100 else ""
             raise ValueError(f"sparsity_ratio is {ratio}; allowed: 0 up to, not including, 1{meant}")
+        if self.pattern.structured and self.method.structural_score is None:
+            others = [method.name for method in masks.METHODS.values() if method.structural_score is not None]
+            raise ValueError(
+                f"prune_method is {self.prune_method!r}, which cannot score whole heads and channels; with sparsity_type "
+                f"structured, use {' or '.join(others)}"
+            )
         group = self.group
         if ratio is not None and group is not None and abs(ratio - self.final_sparsity) > 1e-9:
             raise ValueError(

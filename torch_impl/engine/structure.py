@@ -11,14 +11,15 @@ from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.rates import RULES
-from torch_impl.engine.settings import Settings
+from torch_impl.engine.settings import PruneConfig, Settings
+from torch_impl.engine.structures import Structures
 
 
 def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
     """Check everything that does not need the weights; return the decoder of `model`.
 
-    Errors: ValueError for an unknown structure, projections that are not plain linears, too few blocks for layer_sparsity, or a
-    number of inputs that is not a multiple of M.
+    Errors: ValueError for an unknown structure, projections that are not plain linears, too few blocks for layer_sparsity, a
+    number of inputs that is not a multiple of M, or heads and channels that cannot be removed as asked.
     """
     decoder = Decoder(model)
     blocks, family = decoder.blocks, decoder.family
@@ -42,7 +43,39 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
                     f"sparsity_type {settings.prune.sparsity_type!r} needs a multiple of {settings.prune.group[1]} inputs, and "
                     f"{family.full_name(index, name)} has {inputs}; use another sparsity_type"
                 )
+        if settings.prune.pattern.structured:
+            _check_structures(block, index, family, settings.prune)
     return decoder
+
+
+def _check_structures(block: nn.Module, index: int, family: Family, config: PruneConfig) -> None:
+    """Check that whole heads and channels of a block can go, and as many as asked for.
+
+    Errors: ValueError for modules that mix heads or channels, too few channels, or a sparsity that leaves too little.
+    """
+    projections = set(family.projections)
+    head_dim = family.head_dim(block)
+    for name, module in block.named_modules():
+        apart = name in projections or not f"{name}.".startswith(family.inside)
+        mixed = [p for p in module.parameters(recurse=False) if p.shape != (head_dim,)]
+        if not head_dim or (mixed and not apart):
+            raise ValueError(
+                f"{family.full_name(index, name)} is a {type(module).__name__} over all heads or channels, so none can be removed "
+                "alone; use another sparsity_type than 'structured'"
+            )
+    found, multiple = Structures.of(block, family), config.channel_multiple
+    if found.channels < multiple:
+        raise ValueError(
+            f"channel_multiple is {multiple}, and the MLP of {family.full_name(index)} has {found.channels} channels; use "
+            f"{found.channels} or less"
+        )
+    removed = found.removed(config.final_sparsity, multiple, last=True)
+    short = config.final_sparsity - found.share(removed)
+    if found.channels - removed[1] == multiple and short * found.weights > multiple * found.channel_weights / 2 + 1:
+        raise ValueError(
+            f"sparsity_ratio is {config.final_sparsity}, but {family.full_name(index)} can lose only {removed[0]} of {found.heads} "
+            f"key-value heads and {removed[1]} of {found.channels} channels: use at most {found.share(removed):.3f}"
+        )
 
 
 def check_weights(block: nn.Module, index: int, family: Family) -> None:

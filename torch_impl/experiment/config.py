@@ -196,6 +196,10 @@ class Config:
                 f"offload is 'on' and layer_sparsity {self.prune.layer_sparsity} needs the whole model in memory; "
                 f"use --offload off or another layer_sparsity: {', '.join(others)}"
             )
+        if self.model.offload == "on" and self.prune.pattern.structured:
+            raise ValueError(
+                "offload is 'on' with sparsity_type structured; the smaller model is made in memory: use --offload off"
+            )
         if self.model.offload == "on" and (words := in_memory_options(self)):
             given = ", ".join(f"{name} {value}" for name, value in words.items())
             needed = " ".join(f"--{name} {OFFLOADED[name]}".lower() for name in words)
@@ -207,8 +211,9 @@ class Config:
     @property
     def plain(self) -> bool:
         """Return whether this run works offloaded: one shot without fine-tuning, at rates that do not need the whole model, on
-        given text."""
-        return self.prune.rule.works_offloaded and not in_memory_options(self)
+        given text, with zeros that are stored."""
+        apart = self.prune.rule.works_offloaded and not self.prune.pattern.structured
+        return apart and not in_memory_options(self)
 
     @property
     def settings(self) -> Settings:
@@ -269,7 +274,7 @@ a configuration file. --help-all also shows the options that are rarely needed.
 
 # Options that --help leaves out and --help-all shows.
 RARE = (
-    "lora_alpha", "lora_r", "initial_rank", "min_rank", "max_rank", "rank_shrink", "adapted", "rmi_samples",
+    "channel_multiple", "lora_alpha", "lora_r", "initial_rank", "min_rank", "max_rank", "rank_shrink", "adapted", "rmi_samples",
     "calibration_batch_size", "warmup_ratio", "weight_decay", "max_grad_norm", "hold_merged", "compile_blocks",
     "cuda_graphs", "reconstruct_batch_size", "step_shares", "eval_protocol", "eval_batch_size", "accept_changes",
     "save_every", "keep_points", "deterministic", "devices",
@@ -318,11 +323,13 @@ def _with_preset(preset: str | None, own: dict[str, list[str]], arguments: Seque
 
 
 def _without_rates(config: Config) -> Config:
-    """Choose uniform rates if nothing is trained: rates of their own are part of LoSA, and nobody asked for them.
+    """Choose uniform rates if nothing is trained: rates of their own are part of LoSA, and nobody asked for them. Choose them,
+    too, if whole heads and channels go: a smaller model has one size for all blocks.
 
     A preset does not ask, as it describes the whole method. A mixed pattern does: it needs importances.
     """
-    if config.training.finetune or config.prune.pattern.mixed:
+    pattern = config.prune.pattern
+    if (config.training.finetune and not pattern.structured) or pattern.mixed:
         return config
     return replace(config, prune=replace(config.prune, layer_sparsity=PLAIN))
 

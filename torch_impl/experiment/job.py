@@ -28,9 +28,11 @@ from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.resume.run_folder import CHECKPOINTS, check_folder, run_folder
 from torch_impl.engine.settings import Settings
+from torch_impl.engine.smaller import make_smaller
 from torch_impl.experiment import identity, one_shot
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
+from torch_impl.experiment.footprint import Footprints, footprint
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import METRICS, Metrics
 from torch_impl.experiment.planning import checks
@@ -200,7 +202,7 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
         if fresh:
             checkpointer.noted()
         records = _prune_and_train(config, material, parts, evaluation, checkpointer, seconds)
-    healed, saved, verification, text = _finish(config, material, folder, evaluation, records)
+    healed, saved, verification, text, footprints = _finish(config, material, folder, evaluation, records)
     samples = {"dense": notes.get("sample", {}), "losa": text}
     trained = _one_shot(config, material, evaluation) if config.output.baselines else None
     shot = Measured(**notes["pruned_at_once"]) if "pruned_at_once" in notes else healed
@@ -217,6 +219,7 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
         seconds(),
         records,
         {name: found for name, found in samples.items() if found},
+        footprints,
     )
     write_results(folder, config, environment, result, records)
     return result
@@ -257,12 +260,18 @@ def _prune_and_train(
 
 def _finish(
     config: Config, material: Material, folder: Path, evaluation: _Evaluation, records: Sequence[StepRecord]
-) -> tuple[Measured, SavedBytes, pretrained.Verification, dict[str, str]]:
-    """Merge, save, reload and verify. Return the measures of the reloaded model, its bytes, the verification, and a sample."""
+) -> tuple[Measured, SavedBytes, pretrained.Verification, dict[str, str], Footprints | None]:
+    """Merge, save, reload and verify. Return the measures of the reloaded model, its bytes, the verification, a sample, and, of a
+    smaller model, what both take."""
     model, decoder = material.model, Decoder(material.model)
     probe = material.evaluation[:2]
     unmerged = pretrained.logits_of(model, probe)
     masks = fsdp.merge(decoder)
+    sparsity = zero_share(decoder.weights)
+    smaller = None
+    if config.prune.pattern.structured and not distributed.is_sharded(model):
+        smaller = make_smaller(model)
+        masks = smaller.cut(masks)
     if distributed.is_main_process():
         # Delete leftovers of an interrupted attempt.
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -272,13 +281,18 @@ def _finish(
     if distributed.is_sharded(model):
         fsdp.save(decoder, folder / "model")
     else:
-        pretrained.save(model, folder / "model")
+        pretrained.save(smaller.model if smaller else model, folder / "model")
     merged, verification = pretrained.verify(
         folder / "model", masks, probe, unmerged, model.device, config.model.trust_remote_code
     )
     seconds = sum(sum(record.seconds.values()) for record in records)
-    healed = evaluation.measure(merged, "losa, merged and reloaded", seconds)
-    return healed, _saved_bytes(merged, masks), verification, _sample(merged, material)
+    # What a smaller model lacks counts as its zeros do.
+    healed = dataclasses.replace(evaluation.measure(merged, "losa, merged and reloaded", seconds), sparsity=sparsity)
+    saved, footprints = _saved_bytes(merged, masks), None
+    if smaller:
+        footprints = Footprints(footprint(model, probe), footprint(merged, probe), smaller.note)
+        saved = SavedBytes(footprints.dense.bytes, min(saved.packed, footprints.saved.bytes), footprints.saved.bytes)
+    return healed, saved, verification, _sample(merged, material), footprints
 
 
 def _one_shot(config: Config, material: Material, evaluation: _Evaluation) -> Measured:

@@ -78,9 +78,37 @@ def notes_of(result: Result) -> list[str]:
         else "Nothing was trained.",
         f"Reloaded {checks.reloaded}: every pruned weight of {checks.projections} projections is zero, logits "
         f"within {checks.largest_logit_difference:.1e} of the unmerged model's.",
-        "The saved model stores its zeros, so it is as large and as fast as before. losa pack stores a bitmap and the kept values "
-        "instead.",
+        *_as_saved(result),
     ]
+
+
+def _as_saved(result: Result) -> list[str]:
+    """Describe what the saved model takes."""
+    found = result.footprints
+    if found is None or found.saved.parameters == found.dense.parameters:
+        zeros = "The saved model stores its zeros, so it is as large and as fast as before."
+        if found is not None:
+            return [f"{zeros}{_sentence(found.note)}"]
+        return [f"{zeros} losa pack stores a bitmap and the kept values instead."]
+    dense, saved = found.dense, found.saved
+    speeds = [
+        f"{ours:,.0f} tokens/s {name} (dense: {theirs:,.0f})"
+        for name, ours, theirs in (
+            ("in decoding", saved.tokens_per_second, dense.tokens_per_second),
+            ("in reading a prompt", saved.prompt_tokens_per_second, dense.prompt_tokens_per_second),
+        )
+        if ours and theirs
+    ]
+    return [
+        f"The saved model is a plain, smaller one: {saved.parameters:,} of {dense.parameters:,} parameters "
+        f"({saved.parameters / dense.parameters:.1%}), {saved.operations / dense.operations:.1%} of the operations of a token, "
+        f"{saved.cache_bytes / dense.cache_bytes:.1%} of the cache{'; ' * bool(speeds)}{', '.join(speeds)}."
+        + _sentence(found.note)
+    ]
+
+
+def _sentence(text: str) -> str:
+    return f" {text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _why_not_as_asked(result: Result) -> list[str]:
@@ -88,7 +116,9 @@ def _why_not_as_asked(result: Result) -> list[str]:
     found, asked = result.losa.sparsity, result.target_sparsity
     if abs(found - asked) <= VISIBLE:
         return []
-    if Pattern.parse(result.sparsity_type).group is not None:
+    if Pattern.parse(result.sparsity_type).structured:
+        why = "whole heads and a multiple of channels go, or parts of the model already had zeros"
+    elif Pattern.parse(result.sparsity_type).group is not None:
         why = "blocks differ in size, or parts of the model already had more zeros than the pattern"
     elif found > asked:
         why = "parts of the model were already sparser"

@@ -12,6 +12,7 @@ from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import provenance
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.footprint import Footprints
 from torch_impl.experiment.material import Material
 
 
@@ -44,10 +45,12 @@ class Row(Measured):
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes of all weights of the saved model: dense, and with pruned projections as a bitmap and their kept values."""
+    """Bytes of all weights: of the dense model, of the saved one with pruned projections as a bitmap and their kept values, and of
+    the saved one as it is, if it is smaller than the dense one."""
 
     dense: int
     packed: int
+    smaller: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Result:
     """Of the base model, if its card names one."""
     one_shot: Row | None = None
     """The trained one-shot model; with --baselines one_shot."""
+    footprints: Footprints | None = None
+    """Of structured pruning in one process, whose saved model is smaller."""
 
     @property
     def is_at_once(self) -> bool:
@@ -125,11 +130,13 @@ def summarise(
     seconds: float,
     records: Sequence[StepRecord],
     samples: dict[str, dict[str, str]],
+    footprints: Footprints | None = None,
 ) -> Result:
     """Build the result of a run. seconds: in all."""
 
     def pruned(found: Measured) -> Row:
-        return Row(**asdict(found), bytes=saved.dense, packed_bytes=saved.packed)
+        as_saved = saved.dense if saved.smaller is None else saved.smaller
+        return Row(**asdict(found), bytes=as_saved, packed_bytes=saved.packed)
 
     return Result(
         model=config.model.model,
@@ -165,6 +172,7 @@ def summarise(
         samples=samples,
         software=provenance.software(),
         texts=_texts(config),
+        footprints=footprints,
         license=provenance.license_in(pretrained.folder_of(material.model)),
     )
 

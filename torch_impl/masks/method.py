@@ -66,6 +66,13 @@ class Method:
     moves_weights: bool = False
     prepare: Callable[[Any], Any] = lambda statistic: statistic
 
+    @property
+    def structural_score(self) -> Callable[[torch.Tensor, Any], torch.Tensor] | None:
+        """Return (W, S) → score (out, in) of a method that can score structures: by inputs alone, moving no weights."""
+        if isinstance(self.prune, LowestScores) and not isinstance(self.statistic, GradientStatistic):
+            return self.prune.score
+        return None
+
     @classmethod
     def by_score(
         cls,

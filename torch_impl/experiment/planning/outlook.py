@@ -80,6 +80,8 @@ def _smaller(config: Config) -> list[tuple[str, Config]]:
 
 def _one_shot(config: Config) -> Iterator[tuple[str, Config]]:
     """The run as it works offloaded: one shot on given text, without training; then also in smaller windows."""
+    if config.prune.pattern.structured:
+        return
     given: dict[str, object] = {name: OFFLOADED[name] for name in in_memory_options(config)}
     rule = config.prune if config.prune.rule.works_offloaded else replace(config.prune, layer_sparsity=PLAIN)
     if rule is not config.prune:

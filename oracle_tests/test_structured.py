@@ -1,0 +1,235 @@
+"""Structured pruning in production: runs, smaller models that compute the same, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import torch_impl
+from oracle_tests.small_runs import arguments, fails, make_place
+from tiny_models.random_models import FAMILIES, random_model
+from torch_impl import losa
+from torch_impl.engine import adapted_linear
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
+from torch_impl.engine.smaller import find_structures, make_smaller
+from torch_impl.engine.structure import check_structure
+from torch_impl.experiment.config import parse
+from torch_impl.run import main
+
+IDS = torch.arange(60).view(4, 15) % 250
+GENERATE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+written = model.generate(input_ids=torch.arange(5)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+print(not any(name.startswith("torch_impl") for name in sys.modules), written.shape[1], model.config.intermediate_size)
+"""
+
+
+def structured(ratio: float = 0.4, **changes: Any) -> Settings:
+    options = {
+        "sparsity_type": "structured",
+        "sparsity_ratio": ratio,
+        "steps": 2,
+        "layer_sparsity": "uniform",
+        **changes,
+    }
+    return Settings(PruneConfig(**options), training=TrainingConfig(learning_rate=1e-2, loss="kl"))
+
+
+def remove(model: Any, heads: int, channels: int, unequal: bool = False) -> None:
+    """Zero the columns that read some structures of every block: other ones in each, and, if unequal, one channel more."""
+    decoder = Decoder(model)
+    for index, block in enumerate(decoder.blocks):
+        weights, count = decoder.family.weights_of(block), decoder.family.key_value_heads(block)
+        reads = weights[decoder.family.reads_heads].data.unflatten(1, (count, -1))
+        for head in range(min(heads, count - 1)):
+            reads[:, (head + index) % count] = 0
+        gone = torch.randperm(48, generator=torch.Generator().manual_seed(index))[: channels + unequal * index]
+        weights[decoder.family.reads_channels].data[:, gone] = 0
+
+
+def shapes_of(model: PreTrainedModel) -> set[tuple[int, int]]:
+    """(key-value heads, channels) of the blocks."""
+    decoder = Decoder(model)
+    channels = decoder.family.reads_channels
+    return {
+        (decoder.family.key_value_heads(b), decoder.family.weights_of(b)[channels].shape[1]) for b in decoder.blocks
+    }
+
+
+# --- the smaller model ---
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_smaller_model_computes_the_same(family: str, unequal: bool, tmp_path: Path) -> None:
+    """Loaded by transformers alone. If blocks differ, it has the size of the largest; OPT keeps its heads."""
+    model = random_model(family, dtype=torch.float64)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    remove(model, 1, 8, unequal)
+    found = make_smaller(model)
+    heads = {"llama": 3, "llama-gqa": 1, "mistral": 1, "qwen2": 1, "qwen3": 1, "opt": 4}[family]
+    assert shapes_of(found.model) == {(heads, 40)}
+    note = "OPTConfig has no place for fewer heads" if family == "opt" else "blocks keep different numbers" * unequal
+    assert note in found.note
+    assert bool(note) == bool(found.note)
+    assert not found.model.training
+    assert not found.model.get_output_embeddings().weight.requires_grad
+    assert Decoder(found.model).weights[0].requires_grad
+    found.model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.float64
+    assert type(again).__name__ == ("MistralForCausalLM" if family == "llama" else type(model).__name__)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_leave_out() -> None:
+    model = random_model("llama")
+    found = make_smaller(model)
+    assert found.note == ""
+    assert shapes_of(found.model) == {(4, 48)}
+
+
+def test_masks_are_cut_as_weights_are() -> None:
+    model = random_model("qwen2")
+    remove(model, 1, 8)
+    decoder, found = Decoder(model), make_smaller(model)
+    names = [decoder.full_name(i, name) for i in range(3) for name in decoder.family.projections]
+    masks = found.cut({name: torch.rand(model.get_submodule(name).weight.shape) < 0.5 for name in names})
+    assert {name: mask.shape for name, mask in masks.items()} == {
+        name: found.model.get_submodule(name).weight.shape for name in names
+    }
+    assert all(mask.dtype == torch.bool for mask in masks.values())
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_whole_structures_go_step_by_step_and_adapters_merge_into_what_is_left(family: str) -> None:
+    model = random_model(family)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    kept: list[list[torch.Tensor]] = []
+    records = losa.run(
+        model, IDS, [rows[:2], rows[2:]], structured(),
+        on_step=lambda _: kept.append([layer.mask.clone() for layer in adapted_linear.adapters(model)]),
+    )  # fmt: skip
+    assert all(not (after & ~before).any() for before, after in zip(*kept, strict=True))
+    assert all(layer.rank and layer.B.any() for layer in adapted_linear.adapters(model)), "trained"
+    before = model(IDS).logits
+    masks = adapted_linear.merge_adapters(decoder := Decoder(model))
+    found = find_structures(decoder)
+    for index, block in enumerate(decoder.blocks):
+        for name in decoder.family.projections:
+            reader, axis = decoder.family.coupled(name)
+            mask = masks[decoder.full_name(index, name)]
+            lines = mask.all(1 - axis)
+            assert torch.equal(mask, lines[:, None].expand_as(mask) if axis == 0 else lines.expand_as(mask)), name
+            assert torch.equal(lines.view(len(found[index][reader]), -1).all(1), found[index][reader]), name
+            assert torch.equal(block.get_submodule(name).weight == 0, ~mask), name
+    # Half a multiple of eight channels of the weights of a block.
+    assert all(abs(share - 0.4) < 4 / 48 for share in records[-1].realised)
+    smaller = make_smaller(model)
+    torch.testing.assert_close(smaller.model(IDS).logits, before, rtol=1e-4, atol=1e-4)
+    assert len(shapes_of(smaller.model)) == 1
+    assert bool(smaller.note) == (family == "opt")
+
+
+def test_a_run_saves_a_smaller_model_that_transformers_generates_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = make_place(tmp_path)
+    options = {"sparsity_type": "structured", "sparsity_ratio": 0.5, "preset": "paper"}
+    assert main(arguments(place, **options)) == 0
+    printed = capsys.readouterr().out
+    assert "The saved model is a plain, smaller one: " in printed
+    assert "losa pack" not in printed
+    result = json.loads((place / "out/losa_result.json").read_text())
+    assert result["rates"] == "uniform", "nobody asked for others"
+    dense, saved = result["footprints"]["dense"], result["footprints"]["saved"]
+    again = AutoModelForCausalLM.from_pretrained(place / "out/model")
+    assert shapes_of(again) == {(1, 24)}
+    # A head of (2·2·8 + 2·8)·32 = 1536 weights, 24 channels of 96; embedding and norms stay.
+    assert dense["parameters"] - saved["parameters"] == 3 * (1536 + 24 * 96)
+    assert saved["parameters"] == sum(p.numel() for p in again.parameters())
+    assert (dense["operations"], saved["operations"]) == (2 * (3 * 7680 + 257 * 32), 2 * (3 * 3840 + 257 * 32))
+    assert (dense["bytes"], saved["bytes"]) == (4 * dense["parameters"], 4 * saved["parameters"])
+    assert (dense["cache_bytes"], saved["cache_bytes"]) == (4 * 3 * 2 * 16, 4 * 3 * 2 * 8)
+    assert all(side[f"{what}tokens_per_second"] > 0 for side in (dense, saved) for what in ("", "prompt_"))
+    assert result["losa"]["sparsity"] == pytest.approx(0.5)
+    assert (result["dense"]["bytes"], result["losa"]["bytes"]) == (dense["bytes"], saved["bytes"])
+    assert result["losa"]["packed_bytes"] <= saved["bytes"]
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATE, str(place / "out/model")], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert done.stdout.split() == ["True", "9", "24"]
+
+
+def test_the_library_returns_the_smaller_model() -> None:
+    model = random_model("llama-gqa").train()
+    result = torch_impl.prune(model, calibration=IDS, sparsity=0.5, sparsity_type="structured", steps=1)
+    assert shapes_of(result.model) == {(1, 24)}
+    assert shapes_of(model) == {(2, 48)}, "the given model has the same zeros"
+    assert result.sparsity == pytest.approx(0.5)
+    assert result.model.training
+    torch.testing.assert_close(result.model.eval()(IDS).logits, model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_rates_of_their_own_are_for_those_who_ask() -> None:
+    words = ["--sparsity_type", "structured"]
+    assert parse(words).prune.layer_sparsity == "uniform"
+    assert parse([*words, "--preset", "best"]).prune.layer_sparsity == "uniform"
+    assert parse([*words, "--layer_sparsity", "rmi"]).prune.layer_sparsity == "rmi"
+    assert not parse([*words, "--finetune", "false", "--steps", "1"]).plain, "never offloaded"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prune_method": "sparsegpt"}, ["prune_method is 'sparsegpt'", "with sparsity_type structured, use magnitude or wanda"]),
+        ({"prune_method": "pruner_zero"}, ["prune_method is 'pruner_zero'"]),
+        ({"channel_multiple": "64"}, ["channel_multiple is 64, and the MLP of model.layers.0 has 48 channels; use 48 or less"]),
+        ({"channel_multiple": "0"}, ["channel_multiple is 0"]),
+        (
+            {"sparsity_ratio": "0.95"},
+            ["model.layers.0 can lose only 1 of 2 key-value heads and 40 of 48 channels: use at most 0.7"],
+        ),
+        (
+            {"offload": "on", "steps": "1", "finetune": "false", "finetune_data": None, "train_examples": None},
+            ["offload is 'on' with sparsity_type structured", "--offload off"],
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("plan", [False, True])
+def test_what_cannot_be(
+    changes: dict[str, Any], words: list[str], plan: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = make_place(tmp_path)
+    argv = arguments(place, sparsity_type="structured", **changes)
+    fails(capsys, place, [*argv, *["--dry_run"] * plan], words)
+
+
+def test_a_module_over_all_heads_is_refused() -> None:
+    """OLMo 2 normalises all queries together, so one head less changes the others."""
+    model = random_model("llama")
+    model.model.layers[1].self_attn.register_module("q_norm", nn.LayerNorm(32))
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_norm is a LayerNorm over all heads"):
+        check_structure(model, structured())
+    model = random_model("qwen3")
+    assert check_structure(model, structured(0.2)), "norms of one head are no obstacle"
+    model.model.layers[0].mlp.register_parameter("scale", nn.Parameter(torch.ones(48)))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp is a Qwen3MLP over all heads or channels"):
+        check_structure(model, structured(0.2))

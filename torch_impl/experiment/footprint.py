@@ -1,0 +1,91 @@
+"""What a model takes: parameters, operations, memory and time. Structured pruning is for these, so a run measures them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from torch_impl.bench.measure import synchronize
+from torch_impl.bench.whole import Decoding
+from torch_impl.decode.next_token import WARM_UP
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.families import position_limit
+
+logger = logging.getLogger(__name__)
+
+DECODED, PROMPT, RUNS = 32, 512, 3
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one model takes.
+
+    operations: floating-point operations of a token in projections and head, 2 per weight; attention to earlier tokens comes on
+    top. bytes: of all weights. cache_bytes: of the keys and values of one token. tokens_per_second: decoding one sequence, with
+    a CUDA graph per token on a GPU; prompt_tokens_per_second: reading up to 512 tokens at once; the fastest of three. None if
+    the model cannot be measured.
+    """
+
+    parameters: int
+    operations: int
+    bytes: int
+    cache_bytes: int
+    tokens_per_second: float | None
+    prompt_tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """Those of the dense model, whose pruned weights are zeros, and of the saved one. note: why zeros remain, if any do."""
+
+    dense: Footprint
+    saved: Footprint
+    note: str
+
+
+@torch.no_grad()
+def footprint(model: PreTrainedModel, ids: torch.Tensor) -> Footprint:
+    """Measure a model that one process holds. ids: token ids (n, t), whose first row is the prompt."""
+    decoder = Decoder(model)
+    head = model.get_output_embeddings().weight
+    computed = sum(weight.numel() for weight in decoder.weights) + head.numel()  # type: ignore[operator]
+    cached = 0
+    for block in decoder.blocks:
+        weights = decoder.family.weights_of(block)
+        cached += sum(len(weights[name]) for name in decoder.family.inputs[0][1:])
+    parameters = list(model.parameters())
+    return Footprint(
+        parameters=sum(p.numel() for p in parameters),
+        operations=2 * computed,
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        cache_bytes=cached * model.dtype.itemsize,
+        tokens_per_second=_decoding(model),
+        prompt_tokens_per_second=_reading(model, ids[:1, :PROMPT].to(model.device)),
+    )
+
+
+def _decoding(model: PreTrainedModel) -> float | None:
+    """Measure tokens per second. A run does not fail for a model that our way to decode does not know."""
+    length = min(DECODED, (position_limit(model) or DECODED + WARM_UP + 1) - WARM_UP - 1)
+    try:
+        decoding = Decoding(model, 1, graph=model.device.type == "cuda", longest=length + WARM_UP + 1)
+        return decoding.tokens_per_second(length, RUNS)
+    except Exception as error:
+        logger.warning("the speed of decoding is not measured: %s", error)
+        return None
+
+
+def _reading(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    times = []
+    for _ in range(RUNS + 1):
+        synchronize(model.device)
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=False)
+        synchronize(model.device)
+        times.append(time.perf_counter() - start)
+    # The first run warms up.
+    return ids.numel() / min(times[1:])
