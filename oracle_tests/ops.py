@@ -305,7 +305,7 @@ OPS = (
     ),
     Op(
         "masks.structured.structure_mask",
-        s.scored_structures(),
+        s.structures_to_remove(),
         Kind.EXACT,
         ({"score": ROW, "removed": 4, "kept": np.ones(3, dtype=bool)}, "removed"),
     ),

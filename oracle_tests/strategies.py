@@ -607,6 +607,9 @@ def scored_structures(draw: st.DrawFn) -> dict[str, Any]:
     score[rng.random(n) < 0.2] = np.inf
     return {"score": score, "weights": rng.integers(1, 5, n).astype(float), "sparsity": draw(SPARSITIES)}
 
+
+@st.composite
+def structures_to_remove(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of structure_mask: tied scores among them, structures that are gone, more or fewer of them than asked."""
     score = np.abs(draw(matrices(rows=1)))[0]
     kept = draw(kept_masks((1, len(score))))[0]

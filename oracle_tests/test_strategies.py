@@ -374,7 +374,7 @@ def test_structures() -> None:
         },
     )
     check(
-        s.scored_structures(),
+        s.structures_to_remove(),
         {"no more than there are": lambda c: 0 <= c["removed"] <= len(c["score"])},
         {
             "tied": lambda c: len(set(c["score"])) < len(c["score"]),

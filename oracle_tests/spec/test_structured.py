@@ -130,7 +130,7 @@ def test_counts_of_a_real_block(sparsity: float, removed: tuple[int, int]) -> No
         assert abs(share - sparsity) <= 4 * channel / (3 * head + 1536 * channel) + 1e-12
 
 
-@given(strategies.scored_structures())
+@given(strategies.structures_to_remove())
 def test_the_lowest_go_and_those_that_are_gone_count(case: dict) -> None:
     score, removed, kept = case["score"].tolist(), case["removed"], case["kept"]
     order = sorted(range(len(score)), key=lambda u: (bool(kept[u]), score[u], u))
