@@ -69,9 +69,9 @@ struct Scalar {
 #if defined(__x86_64__)
 
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,popcnt")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt")))
 #define AVX512BF16 \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt")))
 
 // For every mask of 8 columns: the value of each column; 0xff where there is none (a byte shuffle makes that 0).
 struct Spread {
@@ -314,9 +314,11 @@ std::vector<std::string> paths() {
   std::vector<std::string> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2");
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vbmi2");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.emplace_back("avx512bf16");
   if (avx512) found.emplace_back("avx512");
   if (avx2) found.emplace_back("avx2");
@@ -339,22 +341,32 @@ void dispatch(const std::string& path, const at::Tensor& x, const at::Tensor& bi
   return product<Scalar, T>(x, bitmap, values, offsets, b, y);
 }
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values, const at::Tensor& offsets,
-                  const std::optional<at::Tensor>& bias, const std::string& path) {
+// Check what all products have.
+void check_product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& offsets,
+                   const std::optional<at::Tensor>& bias, const std::string& path) {
   const auto known = paths();
   TORCH_CHECK_VALUE(std::find(known.begin(), known.end(), path) != known.end(), "path is ", path, "; allowed: ", known);
   TORCH_CHECK_VALUE(x.dim() == 2 && bitmap.dim() == 2 && bitmap.size(1) == (x.size(1) + 31) / 32 * 4, "x has shape ",
                     x.sizes(), ", which does not match bitmap's ", bitmap.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == values.scalar_type() && bitmap.scalar_type() == at::kByte &&
-                   offsets.scalar_type() == at::kLong && (!bias || bias->scalar_type() == x.scalar_type()),
-                   "x has dtype ", x.scalar_type(), "; allowed: the dtype of values and bias, ", values.scalar_type());
-  for (const auto& each : {x, bitmap, values, offsets}) {
+  TORCH_CHECK_TYPE(bitmap.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong &&
+                   (!bias || bias->scalar_type() == x.scalar_type()),
+                   "x has dtype ", x.scalar_type(), "; allowed: the dtype of bias");
+  for (const auto& each : {x, bitmap, offsets}) {
     TORCH_CHECK_VALUE(each.is_contiguous() && each.is_cpu(), "an argument is not contiguous or not on the CPU");
   }
   const int64_t rows = bitmap.size(0);
   TORCH_CHECK_VALUE(!bias || (bias->numel() == rows && bias->is_contiguous()), "bias has ", bias->sizes(),
                     " entries; allowed: ", rows);
   TORCH_CHECK_VALUE(offsets.numel() == rows + 1, "offsets has ", offsets.numel(), " entries; allowed: ", rows + 1);
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values, const at::Tensor& offsets,
+                  const std::optional<at::Tensor>& bias, const std::string& path) {
+  check_product(x, bitmap, offsets, bias, path);
+  TORCH_CHECK_TYPE(x.scalar_type() == values.scalar_type(), "x has dtype ", x.scalar_type(),
+                   "; allowed: the dtype of values and bias, ", values.scalar_type());
+  TORCH_CHECK_VALUE(values.is_contiguous() && values.is_cpu(), "an argument is not contiguous or not on the CPU");
+  const int64_t rows = bitmap.size(0);
   const auto last = load<int64_t>(static_cast<const int64_t*>(offsets.const_data_ptr()) + rows);
   TORCH_CHECK_VALUE(last == values.numel(), "values has ", values.numel(), " entries; allowed: ", last);
   at::Tensor y = at::empty({x.size(0), rows}, x.options());
@@ -367,10 +379,14 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tenso
   return y;
 }
 
+#include "cpu_coded.h"
+
 }  // namespace
 
 TORCH_LIBRARY(losa_cpu_decode, library) {
   library.def("paths() -> str[]", &paths);
   library.def("threads() -> int", &threads);
   library.def("linear(Tensor x, Tensor bitmap, Tensor values, Tensor offsets, Tensor? bias, str path) -> Tensor", &linear);
+  library.def("linear_coded(Tensor x, Tensor bitmap, Tensor codes, Tensor scales, Tensor offsets, Tensor? bias, str path) "
+              "-> Tensor", &linear_coded);
 }

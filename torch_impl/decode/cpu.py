@@ -37,8 +37,12 @@ def build(source: Path) -> None:
 
     Errors: RuntimeError, OSError, ImportError or SubprocessError if there is no compiler or no ninja.
     """
+    headers = b"".join(path.read_bytes() for path in sorted(source.parent.glob(f"{source.stem}_*.h")))
     content = (
-        source.read_bytes() + str(source.resolve()).encode() + " ".join([torch.__version__, *FLAGS, *THREADS]).encode()
+        source.read_bytes()
+        + headers
+        + str(source.resolve()).encode()
+        + " ".join([torch.__version__, *FLAGS, *THREADS]).encode()
     )
     name = f"losa_{source.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
     before = os.environ.get("PATH", "")
@@ -96,6 +100,15 @@ def linear_coded(
     scales: torch.Tensor,
     offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
+    path: str | None = None,
 ) -> torch.Tensor:
-    """Compute x Wᵀ + b (n, out) of x (n, in) and a checked W of codes and scales, unpacked in the dtype of x."""
-    return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[1], x.dtype), bias)
+    """Compute x Wᵀ + b (n, out) of x (n, in) and a checked W of codes and scales, with float32 sums of their exact products.
+
+    path: one of `paths()`, default the first. Without kernels, W is rounded to the dtype of x.
+    """
+    if x.dtype not in DTYPES or not paths():
+        return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[1], x.dtype), bias)
+    result: torch.Tensor = torch.ops.losa_cpu_decode.linear_coded(
+        x.contiguous(), bitmap, codes, scales, offsets, bias, path or paths()[0]
+    )
+    return result
