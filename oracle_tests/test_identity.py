@@ -72,9 +72,16 @@ def test_another_model_text_or_seed_is_refused_and_named(stopped: Path, capsys: 
 
 
 def test_what_may_change_is_accepted_if_named_and_only_then(stopped: Path, capsys: pytest.CaptureFixture) -> None:
-    changed = {"learning_rate": 5e-3, "max_grad_norm": 0.1, "weight_decay": 0.5}
+    changed = {"learning_rate": 5e-3, "max_grad_norm": 0.1, "reconstruct_learning_rate": 1e-3, "weight_decay": 0.5}
     assert tuple(sorted(changed)) == tuple(sorted(CHANGEABLE))
-    assert main(options(stopped, resume="true", accept_changes="learning_rate weight_decay", **changed)) == 2
+    assert (
+        main(
+            options(
+                stopped, resume="true", accept_changes="learning_rate reconstruct_learning_rate weight_decay", **changed
+            )
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert "max_grad_norm is 0.1, the run began with 0.3; resume with the original options" in said
     assert "learning_rate is" not in said

@@ -37,7 +37,7 @@ EXAMPLE_DATA = {"calibration_data": "c4", "finetune_data": "alpaca-gpt4", "eval_
 # The largest seed that torch accepts.
 MOST_SEED = 2**63 - 1
 # Options that a resumed run may change: the work done so far stays valid.
-CHANGEABLE = ("learning_rate", "max_grad_norm", "weight_decay")
+CHANGEABLE = ("learning_rate", "max_grad_norm", "reconstruct_learning_rate", "weight_decay")
 # What offloading allows of options that need the model in memory.
 OFFLOADED = {"steps": 1, "finetune": False, "written_per_sample": 0}
 # Further rows of the report.
@@ -123,7 +123,8 @@ class OutputConfig:
     resume: bool = False
     """Resume the unfinished run in output_dir. The result is bit-identical to that of an uninterrupted run."""
     accept_changes: list[str] | None = None
-    """With --resume: options that may differ from the original run: learning_rate, max_grad_norm, weight_decay."""
+    """With --resume: options that may differ from the original run: learning_rate, max_grad_norm, reconstruct_learning_rate,
+    weight_decay."""
     save_every: int = 100
     """Save a checkpoint every N optimizer steps. One is also saved after every pruned block."""
     keep_points: int = 2

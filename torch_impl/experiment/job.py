@@ -45,6 +45,8 @@ from torch_impl.experiment.text.written import WRITTEN
 
 logger = logging.getLogger(__name__)
 
+LOWER = "to resume with another rate or max_grad_norm, add --accept_changes and its name, such as learning_rate"
+
 
 def at_once(settings: Settings) -> Settings:
     """Return settings for one-shot pruning at the same sparsity: uniform, without reconstruction and fine-tuning."""
@@ -254,7 +256,7 @@ def _prune_and_train(
     except FloatingPointError as error:
         trained = checkpointer.progress.losses or checkpointer.progress.records
         if trained or not isinstance(error, finite.NotFiniteError):
-            error.add_note("to change learning_rate or max_grad_norm, add --accept_changes learning_rate max_grad_norm")
+            error.add_note(LOWER)
         raise
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from torch_impl import losa
+from torch_impl.engine import finite
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.checkpoints.rewriting import Output, UnfinishedWindow
@@ -24,7 +25,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.job import at_once, is_at_once, open_checkpointer, open_metrics
+from torch_impl.experiment.job import LOWER, at_once, is_at_once, open_checkpointer, open_metrics
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
@@ -98,7 +99,7 @@ def _dense(sweeps: Sweeps, checkpointer: Checkpointer, environment: dict[str, An
     losa.initial_rates(torch.tensor(dense.shares, dtype=torch.float64), weights, config.prune)
     metrics.log("perplexity", value=dense.perplexity, model="dense")
     notes.update(dense=dataclasses.asdict(dense), environment=environment, blocks=[])
-    notes.update(options=identity.options(config), seconds=0.0, prune_seconds=0.0)
+    notes.update(seconds=0.0, prune_seconds=0.0, options=identity.options(config))
     checkpointer.noted()
     return dense
 
@@ -106,6 +107,7 @@ def _dense(sweeps: Sweeps, checkpointer: Checkpointer, environment: dict[str, An
 def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Path, start: float) -> Pruned:
     """Prune into the folder's model and save a checkpoint after every written block. start: time when this attempt began."""
     notes, begin = checkpointer.notes, time.perf_counter()
+    notes["options"] = identity.options(sweeps.config)
     earlier = notes["seconds"], notes["prune_seconds"]
 
     def noted() -> None:
@@ -118,7 +120,12 @@ def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Pa
     if checkpointer.checkpoints is not None and sweeps.config.reconstruction.window > 1:
         unfinished = UnfinishedWindow(checkpointer.checkpoints, notes.setdefault("errors", []))
     output = Output(folder / "model", sweeps.decoder, notes["blocks"], noted, unfinished)
-    pruned = sweeps.prune(sweeps.config.settings, dense, output)
+    try:
+        pruned = sweeps.prune(sweeps.config.settings, dense, output)
+    except FloatingPointError as error:
+        if not isinstance(error, finite.NotFiniteError):
+            error.add_note(LOWER)
+        raise
     seconds = earlier[1] + time.perf_counter() - begin
     pruned.record.seconds = {"importance": dense.seconds, "prune": seconds, "train": 0.0}
     return pruned
