@@ -243,6 +243,9 @@ SPECIAL = {
     "windows of three, the first block dense": special(
         reconstruct_epochs=1, reconstruct_window=3, blocks=5, prune_method="sparsegpt", steps=2, rank_shrink="fold"
     ),
+    "windows that begin behind two sparse blocks": special(
+        reconstruct_epochs=1, reconstruct_window=3, blocks=5, start=(0.9, 0.9, 0.0, 0.0, 0.0), layer_sparsity="uniform"
+    ),
     "alps": special(prune_method="alps", biased=True, loss="kl"),
     "alps, mixed groups": special(
         prune_method="alps", sparsity_type="mixed-2:8", blocks=5, rank_shrink="truncate", seed=2
