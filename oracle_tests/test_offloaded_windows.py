@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from oracle_tests.offloaded_runs import Killed, both, same, stop_after, weights_in
 from oracle_tests.small_runs import arguments
-from oracle_tests.test_streaming import Killed, both, same, stop_after, weights_in
 from tiny_models.random_models import save_random_model
 from torch_impl import losa, reconstruct
 from torch_impl.engine import calibration

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from oracle_tests.offloaded_runs import PLAIN, both, same, stop_after, weights_in
 from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import FAMILIES, save_random_model
 from torch_impl import losa
@@ -24,7 +25,6 @@ from torch_impl.engine.checkpoints import offload, safetensors_files
 from torch_impl.engine.checkpoints.contents import INDEX, SINGLE
 from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
@@ -33,12 +33,6 @@ from torch_impl.experiment.planning import checks, dry_run, phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
 from torch_impl.run import main
-
-PLAIN: dict[str, object] = {"steps": 1, "finetune": "false", "layer_sparsity": "rmi", "eval_windows": 4}
-
-
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def split_into_shards(folder: Path, parts: int) -> None:
@@ -51,39 +45,6 @@ def split_into_shards(folder: Path, parts: int) -> None:
         save_file(chosen, folder / file, metadata={"format": "pt", "made by": "hand"})
     index = {"metadata": {"total_size": 0}, "weight_map": place_of}
     (folder / INDEX).write_text(json.dumps(index))
-
-
-def both(place: Path, **changes: object) -> tuple[Path, Path]:
-    """Folders of the same run, in memory and block by block."""
-    for choice in ("off", "on"):
-        options = arguments(place, **{**PLAIN, **changes}, offload=choice, output_dir=place / choice)
-        assert main(options) == 0
-    return place / "off", place / "on"
-
-
-def same(one: Path, other: Path) -> None:
-    """The same weights to the last bit; the same figures but for seconds."""
-    ours, theirs = weights_in(one / "model"), weights_in(other / "model")
-    assert set(ours) == set(theirs)
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name], theirs[name]), name
-    for file in ("losa_result.json", "steps.json"):
-        _same_figures(json.loads((one / file).read_text()), json.loads((other / file).read_text()))
-
-
-def _same_figures(one: object, other: object) -> None:
-    if isinstance(one, dict) and isinstance(other, dict):
-        assert set(one) == set(other)
-        for name in one:
-            if "seconds" not in name and name not in ("reloaded", "samples", "peak_memory"):
-                _same_figures(one[name], other[name])
-    elif isinstance(one, list) and isinstance(other, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            _same_figures(a, b)
-    else:
-        assert one == (pytest.approx(other, rel=1e-6, abs=1e-12) if isinstance(other, float) else other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -365,24 +326,6 @@ def test_what_the_disk_made_of_it_is_noticed(
     assert main(arguments(place, **PLAIN, offload="on", resume="true")) == 0
     assert main(arguments(place, **PLAIN, offload="on", output_dir=place / "whole")) == 0
     same(place / "out", place / "whole")
-
-
-class Killed(BaseException):
-    """Raised to simulate a killed process."""
-
-
-def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop the run right after checkpoint N."""
-    noted, seen = Checkpointer.noted, []
-
-    def counted(self: Checkpointer) -> None:
-        noted(self)
-        seen.append(1)
-        if len(seen) == count:
-            monkeypatch.setattr(Checkpointer, "noted", noted)
-            raise Killed
-
-    monkeypatch.setattr(Checkpointer, "noted", counted)
 
 
 def flip_a_byte(place: Path) -> None:
