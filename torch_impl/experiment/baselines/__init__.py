@@ -6,7 +6,7 @@ once over all examples with one schedule of the learning rate. Structured ones h
 
 from __future__ import annotations
 
-from torch_impl.experiment.baselines import masked, peft_adapters, sleb, slicegpt, sora
+from torch_impl.experiment.baselines import by_structure, loraprune, masked, peft_adapters, sleb, slicegpt, sora
 from torch_impl.experiment.baselines.baseline import Baseline, Trained
 from torch_impl.experiment.baselines.structured import smaller
 
@@ -22,6 +22,9 @@ BASELINES: dict[str, Baseline] = {
         Baseline("losa", "LoSA", masked.losa),
         Baseline("sleb", "SLEB", smaller(sleb.remove), structured=True),
         Baseline("slicegpt", "SliceGPT", smaller(slicegpt.remove), structured=True),
+        Baseline("flap", "FLAP", smaller(by_structure.flap), structured=True),
+        Baseline("llm_pruner", "LLM-Pruner", smaller(by_structure.llm_pruner), structured=True),
+        Baseline("loraprune", "LoRAPrune", loraprune.loraprune, structured=True),
     )
 }
 

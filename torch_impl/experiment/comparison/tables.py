@@ -166,7 +166,7 @@ def _share(row: Row) -> str:
 def _millions(row: Row) -> str:
     """Format the number of the whole model's parameters that are left."""
     count = row.mean_of("parameters")
-    return NOTHING if count is None else f"{count / 1e6:,.1f}"
+    return NOTHING if count is None else f"{count / 1e6:,.2f}"
 
 
 def _notes(rows: Sequence[Row], against: str, texts: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
@@ -229,7 +229,14 @@ def beside(sparsity: str, structured: bool = False) -> Table | None:
     return Table(
         f"Published in the paper, {percent(sparsity)}{' structured' if structured else ''}: other models than ours",
         (head, *cells),
-        ("The paper's own figures (arXiv 2502.14816 and its review page), nothing of them measured here.",),
+        (
+            "The paper's own figures (arXiv 2502.14816 and its review page), nothing of them measured here."
+            + (
+                " It took LoRAPrune's and LoRAShear's accuracies from LoRAShear's paper (arXiv 2310.18356)."
+                if structured
+                else ""
+            ),
+        ),
         published=True,
     )
 

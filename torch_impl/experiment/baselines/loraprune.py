@@ -1,0 +1,114 @@
+"""LoRAPrune: heads and channels go while LoRA trains. Formula: reference/loraprune.py."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters, merge_adapters
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.structures import Structures
+from torch_impl.engine.training import Extra
+from torch_impl.experiment.baselines.baseline import Costs, OnProgress, Trained, finish, train, trainable_count
+from torch_impl.experiment.baselines.by_structure import OfStructures, counts, cut_block, ends
+from torch_impl.experiment.baselines.structured import attach_lora, check
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.material import Material
+from torch_impl.llm_pruner import rates_between, structure_sum
+from torch_impl.loraprune import lora_score, smoothed
+from torch_impl.masks.structured import coupled_mask, structure_mask
+from torch_impl.schedule import cubic_sparsity
+
+# The first tenth of the blocks and the last block stay whole.
+FIRST, LAST_BLOCKS = 1 / 10, 1
+# Structures go at every tenth optimizer step, in a short run more often, until this share of the steps is done.
+INTERVAL, SETTLED = 10, 0.8
+
+
+class Pruner:
+    """Scores the structures of the middle blocks after every optimizer step, and removes some of them on a cubic schedule.
+
+    kept: by block, what is left, by the projection that reads it.
+    """
+
+    def __init__(self, decoder: Decoder, sparsity: float, total: int) -> None:
+        self._decoder, self._sparsity = decoder, sparsity
+        self._interval = max(1, min(INTERVAL, total // 10))
+        self._events = max(1, int(SETTLED * total) // self._interval)
+        self._weights = torch.tensor(decoder.prunable_weights, dtype=torch.float64)
+        self._ends = ends(len(decoder.blocks), FIRST, LAST_BLOCKS / len(decoder.blocks))
+        self._structures = [Structures.of(block, decoder.family) for block in decoder.blocks]
+        rates_between(sparsity, self._weights, *self._ends)
+        device, numbers = decoder.weights[0].device, [counts(s, decoder.family) for s in self._structures]
+        self._scores: list[OfStructures] = [
+            {name: torch.zeros(u, dtype=torch.float64, device=device) for name, u in of_block.items()}
+            for of_block in numbers
+        ]
+        self.kept: list[OfStructures] = [
+            {name: torch.ones_like(score, dtype=torch.bool) for name, score in of_block.items()}
+            for of_block in self._scores
+        ]
+
+    @torch.no_grad()
+    def after(self, done: int) -> None:
+        """Take the adapters' gradients of an optimizer step, the first one being 1, before they are zeroed."""
+        for index in range(self._ends[0], len(self.kept) - self._ends[1]):
+            self._score(index)
+        event, rest = divmod(done, self._interval)
+        if not rest and event <= self._events:
+            self._prune(event)
+
+    def _score(self, index: int) -> None:
+        family = self._decoder.family
+        layers = block_adapters(self._decoder.blocks[index], family)
+        for reader, before in self._scores[index].items():
+            parts = [
+                structure_sum(_score_of(layer), len(before), family.coupled(name)[1])
+                for name, layer in layers.items()
+                if family.coupled(name)[0] == reader
+            ]
+            self._scores[index][reader] = smoothed(before, torch.stack(parts).sum(0))
+
+    def _prune(self, event: int) -> None:
+        family, target = self._decoder.family, cubic_sparsity(event, self._events, self._sparsity)
+        rates = rates_between(target, self._weights, *self._ends).tolist()
+        for index in range(self._ends[0], len(self.kept) - self._ends[1]):
+            removed = self._structures[index].removed(rates[index], 1, event == self._events)
+            kept, scores = self.kept[index], self._scores[index]
+            self.kept[index] = {
+                name: structure_mask(scores[name], count, kept[name])
+                for name, count in zip(scores, removed, strict=True)
+            }
+            for name, layer in block_adapters(self._decoder.blocks[index], family).items():
+                reader, axis = family.coupled(name)
+                mask = coupled_mask(self.kept[index][reader], (layer.out_features, layer.in_features), axis)
+                layer.set_base(layer.weight.masked_fill(~mask, 0.0))
+
+
+def _score_of(layer: AdaptedLinear) -> torch.Tensor:
+    assert layer.A.grad is not None
+    assert layer.B.grad is not None
+    return lora_score(layer.weight, layer.A, layer.B, layer.scale, layer.A.grad, layer.B.grad)
+
+
+def loraprune(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    material: Material,
+    config: Config,
+    on_progress: OnProgress | None = None,
+) -> Trained:
+    """Train LoRA while heads and channels go, and make the model smaller at the end."""
+    check(material, config)
+    if not config.training.finetune:
+        raise ValueError("LoRAPrune prunes while it trains; leave out --finetune false")
+    costs, decoder = Costs(model.device), Decoder(model)
+    attach_lora(decoder, config)
+    pruner = Pruner(decoder, config.prune.final_sparsity, config.training.optimizer_steps(len(material.examples)))
+    count = trainable_count(model)
+    steps = train(model, dense, material, config, costs, on_progress, Extra(after=pruner.after))
+    with costs.of("prune"):
+        merge_adapters(decoder)
+        for block, kept in zip(decoder.blocks, pruner.kept, strict=True):
+            cut_block(block, decoder.family, kept)
+    return finish(model, unmerged=False, count=count, steps=steps, costs=costs)
