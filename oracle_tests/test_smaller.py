@@ -20,6 +20,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sleb, sliced_block
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
+from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.results import Results
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.evaluate import perplexity
@@ -303,16 +304,17 @@ def test_a_comparison_shows_what_is_left_and_what_was_published(
     text = """speed = true
     [[matrix]]
     sparsity = [0.2]
-    recipes = ["none", "sleb_alone"]
+    recipes = ["none", "sleb_alone", "structured_alone"]
     """
     (tmp_path / "some.toml").write_text(text)
     changes = {"output_dir": None, "learning_rate": None, "steps": None, "output": tmp_path / "out"}
     assert compare.main([str(tmp_path / "some.toml"), *arguments(place, **changes, eval_windows=4)]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    table = {line[0].strip("| "): dict(zip(lines[0], line, strict=True)) for line in lines[1:5]}
+    table = {line[0].strip("| "): dict(zip(lines[0], line, strict=True)) for line in lines[1:6]}
     assert table["no training"]["sparsity"] == "18.8 %", "a whole number of each row"
     assert table["SLEB, no training"]["sparsity"] == "33.3 %"
     assert table["SLEB, no training"]["tokens/s"].split(" (")[1].startswith(("0.", "1.", "2."))
+    assert table["Wanda-SP, no training"]["sparsity"] == "20.0 %", "16 of 48 channels, as heads are halves"
     assert any("LoRAShear" in line for line in lines)
     outcomes = {o.labels["recipe"]: o for o in Results(tmp_path / "out").together().values()}
     model = random_model("llama-gqa")
@@ -326,3 +328,36 @@ def test_a_comparison_shows_what_is_left_and_what_was_published(
 def test_loraprune_needs_training(place: Path, material: Material) -> None:
     with pytest.raises(ValueError, match=r"^LoRAPrune prunes while it trains; leave out --finetune false$"):
         run("loraprune", material, settings(place, finetune="false"))
+
+
+def test_a_recipe_may_be_structured_at_shares_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def said(matrix: str) -> str:
+        (tmp_path / "some.toml").write_text(matrix)
+        changes = {"output_dir": None, "learning_rate": None, "steps": None, "output": tmp_path / "out"}
+        assert compare.main([str(tmp_path / "some.toml"), *arguments(place, **changes), "--dry_run"]) == 2
+        return capsys.readouterr().err
+
+    both = '[[matrix]]\nsparsity = [0.2, "2:4"]\nrecipes = ["structured_alone"]\n'
+    assert "recipe 'structured_alone' removes whole structures, and sparsity is 2:4; give it shares" in said(both)
+    own = both + '[recipes.mine]\noptions = { sparsity_type = "2:4" }\n'
+    assert "recipe 'mine': sparsity_type is '2:4'; allowed: structured; else use sparsity" in said(own)
+
+
+def test_losa_s_smaller_models_are_decoded_smaller(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zeros of a masked model are no measure of what a smaller one takes."""
+    seen: list[tuple[bool, int]] = []
+
+    def cost(model: Any, dense: Any, packs: bool) -> decoding.DecodingCost:
+        seen.append((packs, sum(p.numel() for p in model.parameters())))
+        return decoding.DecodingCost(1.0, 1.0)
+
+    monkeypatch.setattr(cells, "decoding_cost", cost)
+    (tmp_path / "some.toml").write_text(
+        'speed = true\n[[matrix]]\nsparsity = [0.2]\nrecipes = ["structured_alone", "none"]\n'
+    )
+    changes = {"output_dir": None, "learning_rate": None, "steps": None, "output": tmp_path / "out"}
+    assert compare.main([str(tmp_path / "some.toml"), *arguments(place, **changes, eval_windows=4)]) == 0
+    whole = sum(p.numel() for p in random_model("llama-gqa").parameters())
+    assert seen == [(False, whole - 3 * 16 * 96), (True, whole)]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.smaller import make_smaller
 from torch_impl.experiment import provenance, zero_shot
 from torch_impl.experiment.baselines import BASELINES, Trained
 from torch_impl.experiment.baselines.baseline import Costs, finish
@@ -134,7 +135,9 @@ def _speed(cell: Cell, model: PreTrainedModel, dense: PreTrainedModel) -> dict[s
     ratio counts."""
     if model is dense or not cell.measures.speed or not cell.final:
         return {}
-    found = decoding_cost(model, dense, packs=not BASELINES[cell.recipe.treatment].structured)
+    if cell.config.prune.pattern.structured:
+        model = make_smaller(model).model
+    found = decoding_cost(model, dense, packs=not cell.smaller)
     return {"packed": round(found.packed, 2), "dense": round(found.dense, 2)}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_impl.experiment import identity
+from torch_impl.experiment.baselines import BASELINES
 from torch_impl.experiment.comparison.recipes import DENSE, LOSA, Recipe
 from torch_impl.experiment.config import Config, parse, shares_again
 from torch_impl.experiment.material import OtherText
@@ -63,6 +64,12 @@ class Cell:
     def tasks(self) -> tuple[str, ...]:
         """Return the zero-shot tasks to measure: none to choose a learning rate by."""
         return self.measures.tasks if self.final else ()
+
+    @property
+    def smaller(self) -> bool:
+        """Return whether the model becomes smaller instead of sparse."""
+        treatment = self.recipe.treatment
+        return treatment != DENSE and (BASELINES[treatment].structured or self.config.prune.pattern.structured)
 
     @functools.cached_property
     def key(self) -> str:
@@ -176,6 +183,10 @@ class Comparison:
     def _group(
         self, recipe: Recipe, varied: tuple[tuple[str, str], ...], given: Mapping[str, list[str]], matrix: Matrix
     ) -> Group:
+        if "sparsity_type" in recipe.options and "sparsity_type" in given:
+            raise ValueError(
+                f"recipe {recipe.name!r} removes whole structures, and sparsity is {given['sparsity_type'][0]}; give it shares"
+            )
         options = {**self.options, **recipe.options, **given}
         options.update(
             {name: [self.places.get(word, word) for word in options[name]] for name in PLACES if name in options}

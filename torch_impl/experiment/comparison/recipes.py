@@ -14,6 +14,8 @@ from torch_impl.experiment.command import closest
 
 LOSA, DENSE = "losa", "dense"
 """The treatments of a recipe that names none, Algorithm 1 with its options, and of the dense model, which is no baseline."""
+STRUCTURED = "structured"
+"""The one pattern that a recipe may have: it is of a share of weights, as others are without a pattern."""
 KEYS = ("title", "treatment", "preset", "options", "learning_rates")
 # Options of a run that a comparison sets itself or that have no effect on its results, with what to use instead.
 NOT_HERE = {
@@ -112,7 +114,11 @@ def _read_one(name: str, table: Any, where: str) -> Recipe:
     check_keys(where, table, KEYS)
     treatment, title = table.get("treatment", LOSA), table.get("title", name)
     own = table.get("options", {})
-    check_options(f"{where}, options", own)
+    check_options(f"{where}, options", own, ("sparsity_type",))
+    if own.get("sparsity_type", STRUCTURED) != STRUCTURED:
+        raise ValueError(
+            f"{where}: sparsity_type is {own['sparsity_type']!r}; allowed: {STRUCTURED}; else use sparsity"
+        )
     options: dict[str, list[str]] = {}
     if "preset" in table:
         _checks.choice(f"{where}, preset", table["preset"], config.PRESETS)

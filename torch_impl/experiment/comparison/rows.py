@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch_impl.experiment.baselines import BASELINES
 from torch_impl.experiment.comparison import statistics
 from torch_impl.experiment.comparison.matrix import Group, Matrix
 from torch_impl.experiment.comparison.results import DONE, FAILED, Outcome, Results
@@ -46,8 +45,7 @@ class Row:
     @property
     def smaller(self) -> bool:
         """Return whether the model becomes smaller instead of sparse."""
-        treatment = self.group.recipe.treatment
-        return treatment in BASELINES and BASELINES[treatment].structured
+        return self.group.base.smaller
 
     def perplexity(self, text: str) -> Spread | None:
         """Return the perplexity of a text over the seeds; None without a result."""
