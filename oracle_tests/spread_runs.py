@@ -31,8 +31,9 @@ from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
-from torch_impl.experiment.config import Config, TextConfig
+from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
+from torch_impl.experiment.sections import TextConfig
 
 SIZES = llama.Sizes(vocabulary=32, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
 

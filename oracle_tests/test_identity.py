@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from oracle_tests.small_runs import WORDS, arguments, events, make_place
 from tiny_models.random_models import random_model
 from torch_impl.experiment import identity
-from torch_impl.experiment.config import CHANGEABLE, SECTIONS, Config
+from torch_impl.experiment.config import SECTIONS, Config
 from torch_impl.experiment.material import Material, environment_of
+from torch_impl.experiment.sections import CHANGEABLE
 from torch_impl.run import main
 
 TEXTS = {"calibration_data": "calibration", "finetune_data": "fine-tuning", "eval_data": "evaluation"}

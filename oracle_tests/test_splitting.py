@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl.experiment import config, material, report
+from torch_impl.experiment.sections import TextConfig
 from torch_impl.experiment.text.documents import Document
 from torch_impl.experiment.text.sources import load_documents
 from torch_impl.experiment.text.splitting import Texts, load_texts, separate
@@ -306,9 +307,9 @@ def test_the_seed_draws_calibration_and_examples_and_leaves_the_measured_text(
 
 
 def test_most_of_the_training_text_is_left_to_the_last_step() -> None:
-    assert config.TextConfig().shares(5) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.6])
-    assert config.TextConfig().shares(1) == [1.0]
-    assert config.TextConfig().shares(20) == pytest.approx([0.05] * 20)
+    assert TextConfig().shares(5) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.6])
+    assert TextConfig().shares(1) == [1.0]
+    assert TextConfig().shares(20) == pytest.approx([0.05] * 20)
 
 
 # --- the rule itself ---

@@ -29,11 +29,12 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import TrainingConfig
-from torch_impl.experiment.config import Config, TextConfig
+from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning.geometry import build
 from torch_impl.experiment.planning.phases import Place, phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import step_traffic
+from torch_impl.experiment.sections import TextConfig
 
 
 def options(small: bool, method: str) -> Config:

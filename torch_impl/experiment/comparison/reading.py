@@ -15,6 +15,7 @@ from torch_impl.experiment.comparison import recipes
 from torch_impl.experiment.comparison.matrix import PLACES, Comparison, Group, Matrix, Measures, label
 from torch_impl.experiment.comparison.recipes import NOT_HERE, Recipe, check_keys, check_options, rates_of, words
 from torch_impl.experiment.material import OtherText
+from torch_impl.experiment.sections import MOST_SEED
 from torch_impl.experiment.text.protocols import PROTOCOLS
 
 KEYS = ("title", "options", "texts", "tasks", "speed", "recipes", "matrix")
@@ -179,8 +180,8 @@ def _recipes(where: str, names: Any, known: Mapping[str, Recipe]) -> tuple[Recip
 def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
     found = seeds if isinstance(seeds, list) else [seeds]
     for seed in found:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= config.MOST_SEED:
-            raise ValueError(f"{where}: seeds has {seed!r}; allowed: 0 to {config.MOST_SEED}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
+            raise ValueError(f"{where}: seeds has {seed!r}; allowed: 0 to {MOST_SEED}")
     if not found:
         raise ValueError(f"{where}: seeds is empty; give one or more")
     return tuple(dict.fromkeys(found))
