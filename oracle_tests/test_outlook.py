@@ -100,6 +100,12 @@ def test_what_does_not_fit_fits_with_each_remedy() -> None:
     assert fewer.cards == 1 or peak(config, SIZES, fewer).device.total > on.free
 
 
+def test_a_smaller_model_is_made_in_memory() -> None:
+    """So blocks from disk are no remedy."""
+    _, on = found("RTX 4090", per_device_train_batch_size=8, sparsity_type="structured", sparsity_ratio=0.2)
+    assert [options.split()[0] for options, _ in on.remedies] == ["--devices"]
+
+
 def test_smaller_batches_may_suffice() -> None:
     config, on = found("A100 40GB", per_device_train_batch_size=32)
     assert not on.fits

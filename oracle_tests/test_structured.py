@@ -22,6 +22,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.smaller import find_structures, make_smaller
 from torch_impl.engine.structure import check_structure
+from torch_impl.experiment.comparison import recipes
 from torch_impl.experiment.config import parse
 from torch_impl.run import main
 
@@ -191,6 +192,14 @@ def test_rates_of_their_own_are_for_those_who_ask() -> None:
     assert parse([*words, "--preset", "best"]).prune.layer_sparsity == "uniform"
     assert parse([*words, "--layer_sparsity", "rmi"]).prune.layer_sparsity == "rmi"
     assert not parse([*words, "--finetune", "false", "--steps", "1"]).plain, "never offloaded"
+
+
+def test_recipes_compare_what_can_be_saved_smaller() -> None:
+    """A preset names rates, and as a recipe's options they would count as asked for."""
+    shipped = recipes.read({}, "nowhere")
+    structured = [recipe for recipe in shipped.values() if recipe.options.get("sparsity_type") == ["structured"]]
+    assert len(structured) == 4
+    assert all(recipe.options["layer_sparsity"] == ["uniform"] for recipe in structured)
 
 
 # --- what is refused ---
