@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from torch_impl.experiment.report import cells_of, notes_of
+from torch_impl.experiment.report import cells_of, is_smaller, notes_of
 from torch_impl.experiment.result import Result
 
 PAPER = (
@@ -29,7 +29,7 @@ def name_of(model: str) -> str:
 
 def of_saved(result: Result) -> str:
     """Write the README.md of the saved model."""
-    name = name_of(result.model)
+    name, smaller = name_of(result.model), is_smaller(result)
     cells = cells_of(result)
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + "---|" * len(cells[0]))
@@ -49,9 +49,14 @@ def of_saved(result: Result) -> str:
             "library_name: transformers",
             *([f"base_model: {json.dumps(name, allow_nan=False)}"] if on_hub else []),
             *([f"license: {json.dumps(result.license, allow_nan=False)}"] if result.license else []),
-            "tags: [sparse, pruned, losa]",
+            "tags: [pruned, losa]" if smaller else "tags: [sparse, pruned, losa]",
             "---",
-            f"# {name.rpartition('/')[2]}, pruned to {result.losa.sparsity:.1%} zeros",
+            f"# {name.rpartition('/')[2]}, "
+            + (
+                f"without {result.losa.sparsity:.1%} of its blocks' weights"
+                if smaller
+                else f"pruned to {result.losa.sparsity:.1%} zeros"
+            ),
             "",
             f"- **Base model:** {name}. Its licence{f', {result.license},' if result.license else ''} applies to this model too.",
             f"- **Method:** {PAPER}; {result.method} masks, {result.sparsity_type}, {result.rates} rates, {result.steps} "

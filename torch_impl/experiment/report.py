@@ -33,6 +33,12 @@ def title_of(result: Result) -> str:
     return f"{how}{steps}, {result.rates} rates"
 
 
+def is_smaller(result: Result) -> bool:
+    """Return whether the saved model has fewer parameters than the dense one."""
+    found = result.footprints
+    return found is not None and found.saved.parameters < found.dense.parameters
+
+
 def cells_of(result: Result) -> list[list[str]]:
     cells = [["", "perplexity", "sparsity", "on disk", "if packed", "time"]]
     for row, title in rows_of(result):
@@ -85,7 +91,7 @@ def notes_of(result: Result) -> list[str]:
 def _as_saved(result: Result) -> list[str]:
     """Describe what the saved model takes."""
     found = result.footprints
-    if found is None or found.saved.parameters == found.dense.parameters:
+    if found is None or not is_smaller(result):
         zeros = "The saved model stores its zeros, so it is as large and as fast as before."
         if found is not None:
             return [f"{zeros}{_sentence(found.note)}"]

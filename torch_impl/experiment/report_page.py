@@ -11,7 +11,7 @@ from typing import Any
 from torch_impl.engine.record import StepRecord
 from torch_impl.experiment import plots
 from torch_impl.experiment.model_card import name_of
-from torch_impl.experiment.report import cells_of, notes_of, title_of
+from torch_impl.experiment.report import cells_of, is_smaller, notes_of, title_of
 from torch_impl.experiment.result import Result
 
 STYLE = """
@@ -40,12 +40,12 @@ def write(
     except ImportError:
         pictures, missing = [], '<p>Plots need matplotlib: <code>pip install "losa-oracle[report]"</code>.</p>'
     title = html.escape(name_of(result.model))
-    cells = cells_of(result)
+    cells, kind = cells_of(result), "smaller blocks" if is_smaller(result) else "zeros"
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>LoSA: {title}</title>
 <style>{STYLE}</style>
-<h1>{title}: {result.losa.sparsity:.1%} zeros, {html.escape(result.method)}, {html.escape(result.sparsity_type)}</h1>
+<h1>{title}: {result.losa.sparsity:.1%} {kind}, {html.escape(result.method)}, {html.escape(result.sparsity_type)}</h1>
 <div class="result">{_table(cells[0], cells[1:])}</div>
 <ul>{"".join(f"<li>{html.escape(note)}</li>" for note in notes_of(result))}</ul>
 {_samples(result)}
