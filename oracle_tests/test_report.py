@@ -146,6 +146,8 @@ def test_what_a_smaller_model_takes() -> None:
         replace(RESULT, footprints=Footprints(dense, replace(saved, tokens_per_second=None), "the heads stay"))
     )
     assert "of the cache; 1,200 tokens/s in reading a prompt (dense: 900). The heads stay." in text
+    text = report.table(replace(RESULT, sparsity_type="structured"))
+    assert text.endswith("Whole heads and channels are zeros: run in one process for a smaller model.")
     card = model_card.of_saved(replace(RESULT, footprints=Footprints(dense, saved, "")))
     assert "\ntags: [pruned, losa]\n---\n# tiny <model>, without 70.1% of its blocks' weights\n" in card
     text = report.table(replace(RESULT, footprints=Footprints(dense, dense, "")))

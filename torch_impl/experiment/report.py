@@ -95,6 +95,8 @@ def _as_saved(result: Result) -> list[str]:
         zeros = "The saved model stores its zeros, so it is as large and as fast as before."
         if found is not None:
             return [f"{zeros}{_sentence(found.note)}"]
+        if Pattern.parse(result.sparsity_type).structured:
+            return [f"{zeros} Whole heads and channels are zeros: run in one process for a smaller model."]
         return [f"{zeros} losa pack stores a bitmap and the kept values instead."]
     dense, saved = found.dense, found.saved
     speeds = [
