@@ -94,6 +94,16 @@ def test_the_smaller_model_computes_the_same(family: str, unequal: bool, tmp_pat
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_heads_that_one_block_keeps_stay_in_all() -> None:
+    model = random_model("qwen2")
+    whole = model.model.layers[1].self_attn.o_proj.weight.detach().clone()
+    remove(model, 1, 8)
+    model.model.layers[1].self_attn.o_proj.weight.data.copy_(whole)
+    found = make_smaller(model)
+    assert shapes_of(found.model) == {(2, 40)}
+    assert "blocks keep different numbers" in found.note
+
+
 def test_nothing_to_leave_out() -> None:
     model = random_model("llama")
     found = make_smaller(model)

@@ -85,9 +85,9 @@ def _note(model: PreTrainedModel, found: Kept, kept: Kept, heads: str) -> str:
     """Say why whole structures of zeros remain."""
     if all(torch.equal(a[name], b[name]) for a, b in zip(found, kept, strict=True) for name in a):
         return ""
-    if any(int(of_block[heads].sum()) < len(of_block[heads]) for of_block in found) and all(
-        bool(of_block[heads].all()) for of_block in kept
-    ):
+    # Heads that are missing in every block could be cut, if the configuration had a place for fewer.
+    missing = all(int(of_block[heads].sum()) < len(of_block[heads]) for of_block in found)
+    if missing and all(bool(of_block[heads].all()) for of_block in kept):
         return (
             f"the removed heads are stored as zeros, since {type(model.config).__name__} has no place for fewer heads"
         )
