@@ -22,8 +22,10 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.smaller import find_structures, make_smaller
 from torch_impl.engine.structure import check_structure
+from torch_impl.engine.structures import remove_structures
 from torch_impl.experiment.comparison import recipes
 from torch_impl.experiment.config import parse
+from torch_impl.masks.prune import METHODS
 from torch_impl.run import main
 
 IDS = torch.arange(60).view(4, 15) % 250
@@ -154,6 +156,21 @@ def test_whole_structures_go_step_by_step_and_adapters_merge_into_what_is_left(f
     torch.testing.assert_close(smaller.model(IDS).logits, before, rtol=1e-4, atol=1e-4)
     assert len(shapes_of(smaller.model)) == 1
     assert bool(smaller.note) == (family == "opt")
+
+
+def test_what_is_gone_counts_before_what_is_never_used() -> None:
+    """Both have score 0, and the one that is used never has the lower index."""
+    model = random_model("llama")
+    decoder = Decoder(model)
+    model.model.layers[0].mlp.down_proj.weight.data[:, 5] = 0
+    adapted_linear.attach_adapters(decoder, 1.0)
+    norms = {"self_attn.o_proj": torch.ones(32), "mlp.down_proj": torch.arange(48.0)}
+    # One channel of 96 of the block's 4 · 1024 + 48 · 96 weights.
+    remove_structures(decoder.blocks[0], decoder.family, METHODS["wanda"], norms, 96 / 8704, 1, last=True)
+    kept = find_structures(decoder)[0]
+    assert kept["self_attn.o_proj"].all()
+    assert (~kept["mlp.down_proj"]).nonzero().flatten().tolist() == [5]
+    assert not decoder.projections(0)["mlp.up_proj"].weight[5].any()
 
 
 def test_a_run_saves_a_smaller_model_that_transformers_generates_with(
