@@ -40,7 +40,7 @@ commands:
 losa COMMAND --help shows the options of a command; losa --version the version.
 
 Try it on the embedded tiny model, in three minutes on two cores:
-  losa run --output_dir out                     prune 70 % of its weights, in five steps
+  losa run --output_dir out                     prune 70 % of its weights, in two steps
   losa pack out/model packed                    store it without its zeros
   losa generate packed --prompt "def main("     generate text with it
 

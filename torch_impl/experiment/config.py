@@ -121,7 +121,7 @@ SECTIONS: dict[str, type] = {
 
 DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-rank adapters that merge without filling zeros.
 
-  losa run                                               prune the embedded model: Wanda, 70 %, five steps
+  losa run                                               prune the embedded model: Wanda, 70 %, two steps
   losa run --model DIR DATA --sparsity_type 2:4          prune your model; keep two of every four weights
   losa run --model DIR DATA --preset best                use the recipe with the lowest perplexity
   losa run --model DIR DATA --steps 1 --finetune false   prune in one shot, without training
