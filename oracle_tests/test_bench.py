@@ -26,6 +26,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import geometry
+from torch_impl.quantise import dequantise_rows
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -247,14 +248,29 @@ def test_four_bits_are_the_product_they_claim(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("few_copies")
+@pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])
+def test_decoding_with_codes_is_held_to_the_rounded_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str, bits: int
+) -> None:
+    status, figures = run_decode(tmp_path, "--geometries", "small", "--values", values)
+    assert (status, figures["values"]) == (0, values)
+    for cell in figures["kernels"]:
+        assert 0 <= cell["disagreement"] <= cell["bound"]
+        # Beside codes: a bit for each, a scale for 128, an offset for a row. A few weights are rounded to 0.
+        assert bits * 0.45 < 16 * cell["ours_bytes"] / cell["dense_bytes"] - 1.1 < bits * 0.5 + 0.6
+    monkeypatch.setattr(decode_cpu, "dequantise_rows", lambda codes, scales: 1.1 * dequantise_rows(codes, scales))
+    assert run_decode(tmp_path, "--geometries", "small", "--values", values)[0] == 1
+
+
+@pytest.mark.usefixtures("few_copies")
 def test_decoding_that_gives_other_numbers_gets_no_ratio(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pack = decode.pack
 
-    def wrong(weight: torch.Tensor) -> tuple[decode.Product, int]:
+    def wrong(weight: torch.Tensor, values: str) -> tuple[decode.Product, int, torch.Tensor]:
         # The small model's projections add little to its embeddings.
-        return pack(-20 * weight)
+        return *pack(-20 * weight, values)[:2], weight.double()
 
     def wrong_layer(linear: nn.Linear) -> PackedLinear:
         return PackedLinear(*packed.pack(-20 * linear.weight), linear.in_features)

@@ -112,12 +112,17 @@ def sparse(weight: torch.Tensor, sparsity: str) -> torch.Tensor:
     return weight.masked_fill(~kept.bool(), 0)
 
 
-def pack(weight: torch.Tensor) -> tuple[Product, int]:
-    """Return (the function x ↦ y = x Wᵀ with the weight packed for its device, its size in bytes)."""
+def pack(weight: torch.Tensor, values: str = "same") -> tuple[Product, int, torch.Tensor]:
+    """Return (the function x ↦ y = x Wᵀ with the weight packed for its device, its size in bytes, W in float64).
+
+    values: same, or int8 and int4, which round the weight (CPU alone).
+    """
+    if values != "same":
+        return decode_cpu.pack_codes(weight, int(values.removeprefix("int")))
     if not weight.is_cuda:
-        return decode_cpu.pack(weight)
+        return *decode_cpu.pack(weight), weight.double()
     layout = cuda.pack_rows(weight)
-    return partial(cuda.matvec, layout), layout.nbytes
+    return partial(cuda.matvec, layout), layout.nbytes, weight.double()
 
 
 def _copies(nbytes: int, device: torch.device) -> int:
@@ -166,11 +171,11 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
         four_bits = dict(zip(inputs, _int4_times(weight, list(inputs.values()), options.repeats), strict=True))
         for sparsity in options.sparsities:
             zeroed = sparse(weight, sparsity)
-            _, size = pack(zeroed)
-            products = [pack(zeroed)[0] for _ in range(_copies(size, device))]
+            _, size, meant = pack(zeroed, options.values)
+            products = [pack(zeroed, options.values)[0] for _ in range(_copies(size, device))]
             for batch, x in inputs.items():
                 ours, dense, joined = _times(products, weights, rows, x, options.repeats)
-                apart = relative(products[0](x), x.double() @ zeroed.double().T)
+                apart = relative(products[0](x), x.double() @ meant.T)
                 sizes = (size, dense_bytes, peak, apart, bound)
                 others = (joined, four_bits[batch])
                 cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, *others))
@@ -237,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument(
+        "--values", choices=["same", "int8", "int4"], default="same", help="Round our kept values (CPU); lossy, too."
+    )
     parser.add_argument("--json", type=Path, help="Also write all figures to this file.")
     return parser
 
@@ -246,6 +254,9 @@ def main(arguments: Sequence[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     options = _parser().parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if device.type == "cuda" and options.values != "same":
+        print(f"values is {options.values}, for which there are no GPU kernels; leave it out", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
     if device.type == "cuda":
         name, peak, how = torch.cuda.get_device_name(device), ceilings(device, dtype)[1], "copy"
@@ -256,7 +267,9 @@ def main(arguments: Sequence[str]) -> int:
     else:
         path = next(iter(cpu.paths()), "no kernels")
         name, peak, how = f"CPU, {torch.get_num_threads()} threads, {path}", decode_cpu.read_rate(), "read"
-    print(f"{name}, torch {torch.__version__}, {options.dtype}; {how} {peak:.3g} TB/s, measured now")
+    print(
+        f"{name}, torch {torch.__version__}, {options.dtype}, values {options.values}; {how} {peak:.3g} TB/s, measured now"
+    )
     cells = []
     for shape in options.geometries:
         found = measure(shape, options, peak)
@@ -269,6 +282,7 @@ def main(arguments: Sequence[str]) -> int:
             "device": name,
             "torch": torch.__version__,
             "dtype": options.dtype,
+            "values": options.values,
             "peak_tb_per_s": peak,
             "kernels": [cell.as_dict() for cell in cells],
             "whole_model": [row.as_dict() for row in rows],

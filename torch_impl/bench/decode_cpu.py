@@ -19,6 +19,7 @@ from torch import nn
 
 from torch_impl import packed
 from torch_impl.decode import cpu
+from torch_impl.quantise import dequantise_rows, quantise_rows
 
 # Minimum number of bytes that one pass reads: several times any last-level cache.
 STREAM = 256_000_000
@@ -35,6 +36,18 @@ def pack(weight: torch.Tensor) -> tuple[Product, int]:
         return cpu.linear(x, bitmap, values, offsets)
 
     return product, bitmap.nbytes + values.nbytes + offsets.nbytes
+
+
+def pack_codes(weight: torch.Tensor, bits: int) -> tuple[Product, int, torch.Tensor]:
+    """Return (the function x ↦ y = x Wᵀ with the weight rounded to codes, its size in bytes, the rounded weight in float64)."""
+    codes, scales = quantise_rows(weight, bits)
+    bitmap, stream, offsets = packed.pack_codes(codes, bits)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return cpu.linear_coded(x, bitmap, stream, scales, offsets)
+
+    size = bitmap.nbytes + stream.nbytes + scales.nbytes + offsets.nbytes
+    return product, size, dequantise_rows(codes, scales)
 
 
 @functools.cache
