@@ -175,7 +175,7 @@ def test_a_device_that_is_none(capsys: pytest.CaptureFixture, tmp_path: Path) ->
         ("--sparsity_ratio 70", "sparsity_ratio is 70.0; allowed: 0 up to, not including, 1; did you mean 0.7?"),
         ("--sparsity_ratio 1", "sparsity_ratio is 1.0; allowed: 0 up to, not including, 1\n"),
         ("--nsamples 8 --rmi_samples 500", "rmi_samples is 500; allowed: up to nsamples 8"),
-        ("--step_shares nan", "step_shares is [nan]; with steps 5, give 5 numbers above 0 that sum to 1"),
+        ("--step_shares nan", "step_shares is [nan]; with steps 2, give 2 numbers above 0 that sum to 1"),
         ("--step_shares nan --steps 1", "step_shares is [nan]; with steps 1, give"),
         ("--step_shares 0.1 0.1 0.1 0.1 nan", "step_shares is"),
         ("--step_shares 0.5 0.5 0.5 0.5 -1", "step_shares is"),

@@ -69,12 +69,13 @@ def pruning(
 ) -> dict[str, float]:
     """Each block pruned by the spec, fed by the blocks that production has pruned."""
     stream = dense_stream = dense.embedding[case.calibration()]
+    last = record.step == case.settings.steps
     pruned = with_pruned(before, record.layers)
     errors, masks, kept = [], [], []
     for index, block in enumerate(dense.blocks):
         merged = losa._merged_block(block, before[index], case.settings)
         found = losa._prune_block(
-            merged, before[index], stream, dense, case.settings, record.sparsity[index], nm[index], None
+            merged, before[index], stream, dense, case.settings, record.sparsity[index], nm[index], None, last
         )
         for name, layer in found.items():
             ours = pruned[index][name]

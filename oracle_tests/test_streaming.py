@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,7 +218,9 @@ def test_auto_leaves_on_disk_what_does_not_fit(
     assert main([*arguments(place, **PLAIN), "--dry_run"]) == 0
     assert "one block at a time" in capsys.readouterr().out
     called = []
-    monkeypatch.setattr("torch_impl.commands.run.run_offloaded", lambda *_: called.append(1) or {})
+    monkeypatch.setattr(
+        "torch_impl.commands.run.run_offloaded", lambda *_: called.append(1) or SimpleNamespace(footprints=None)
+    )
     monkeypatch.setattr("torch_impl.commands.run.report.table", lambda _: "")
     assert main(arguments(place, **PLAIN)) == 0
     assert called

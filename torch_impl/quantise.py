@@ -89,7 +89,10 @@ def dequantise_rows(codes: torch.Tensor, scales: torch.Tensor, group: int = GROU
         shape = tuple(getattr(codes, "shape", ()))
         raise ValueError(f"codes has shape {shape}; allowed: ({len(scales)}, in), a row for each row of scales")
     rows, columns = codes.shape
-    group = min(_checks.integer("group", group, 1), max(1, columns))
+    groups = -(-columns // _checks.integer("group", group, 1))
+    if scales.shape[1] != groups:
+        raise ValueError(f"scales has shape ({scales.shape[1]},); allowed: ({groups},), one for every {group} codes")
+    group = min(group, max(1, columns))
     return dequantise(_filled(codes, group).flatten(), scales.flatten(), group).view(rows, -1)[:, :columns]
 
 

@@ -238,7 +238,7 @@ def test_saturated_logits_stay_finite() -> None:
 def test_bad_arguments() -> None:
     model = random_llama(MHA, 1, False, 0)
     with pytest.raises(ValueError, match=r"hidden is 6; allowed: a multiple of twice heads, 4"):
-        replace(MHA, hidden=6)
+        replace(MHA, hidden=6, head_dim=0)
     with pytest.raises(ValueError, match=r"kv_heads is 3; allowed: a divisor of heads, 2"):
         replace(MHA, kv_heads=3)
     with pytest.raises(TypeError, match=r"ids has dtype float64; allowed: integers"):

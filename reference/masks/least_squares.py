@@ -72,6 +72,8 @@ def refine(
     P, squares = R, (R**2).sum(axis=1)
     for _ in range(steps):
         busy = squares > enough
+        if not busy.any():
+            break
         product = np.where(support, P @ H, 0.0)
         curvature = np.where(busy, (P * product).sum(axis=1), 1.0)
         a = np.where(busy, squares / curvature, 0.0)[:, None]

@@ -49,6 +49,8 @@ def refine(
     P, squares, Z = R.clone(), R.square().sum(1), Z.clone()
     for _ in range(steps):
         busy = squares > enough
+        if not bool(busy.any()):
+            break
         product = (P @ H).masked_fill_(pruned, 0.0)
         curvature = torch.where(busy, torch.linalg.vecdot(P, product), 1.0)
         a = torch.where(busy, squares / curvature, 0.0)[:, None]
