@@ -46,3 +46,8 @@ def test_compiling_is_announced(
         with pytest.raises(OSError, match="no compiler"):
             start()
         assert said[-1][1] == expected
+    lock = tmp_path / said[0][0] / "lock"
+    lock.touch()
+    with pytest.raises(OSError, match="no compiler"):
+        start()
+    assert said[-1][1] == f"waiting for another process that compiles {source.name}; if there is none, delete {lock}\n"

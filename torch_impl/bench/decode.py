@@ -11,6 +11,7 @@ sides compute the same numbers.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -171,8 +172,9 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
         four_bits = dict(zip(inputs, _int4_times(weight, list(inputs.values()), options.repeats), strict=True))
         for sparsity in options.sparsities:
             zeroed = sparse(weight, sparsity)
-            _, size, meant = pack(zeroed, options.values)
-            products = [pack(zeroed, options.values)[0] for _ in range(_copies(size, device))]
+            product, size, meant = pack(zeroed, options.values)
+            # The tensors that a product holds are copied with it.
+            products = [copy.deepcopy(product) for _ in range(_copies(size, device))]
             for batch, x in inputs.items():
                 ours, dense, joined = _times(products, weights, rows, x, options.repeats)
                 apart = relative(products[0](x), x.double() @ meant.T)

@@ -30,24 +30,27 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 def pack(weight: torch.Tensor) -> tuple[Product, int]:
     """Return (the function x ↦ y = x Wᵀ with the packed weight, its size in bytes)."""
-    bitmap, values, offsets = packed.pack(weight)
+    parts = packed.pack(weight)
+    return functools.partial(_product, *parts), sum(part.nbytes for part in parts)
 
-    def product(x: torch.Tensor) -> torch.Tensor:
-        return cpu.linear(x, bitmap, values, offsets)
 
-    return product, bitmap.nbytes + values.nbytes + offsets.nbytes
+def _product(bitmap: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return cpu.linear(x, bitmap, values, offsets)
 
 
 def pack_codes(weight: torch.Tensor, bits: int) -> tuple[Product, int, torch.Tensor]:
     """Return (the function x ↦ y = x Wᵀ with the weight rounded to codes, its size in bytes, the rounded weight in float64)."""
     codes, scales = quantise_rows(weight, bits)
     bitmap, stream, offsets = packed.pack_codes(codes, bits)
+    parts = (bitmap, stream, scales, offsets)
+    size = sum(part.nbytes for part in parts)
+    return functools.partial(_coded_product, *parts), size, dequantise_rows(codes, scales)
 
-    def product(x: torch.Tensor) -> torch.Tensor:
-        return cpu.linear_coded(x, bitmap, stream, scales, offsets)
 
-    size = bitmap.nbytes + stream.nbytes + scales.nbytes + offsets.nbytes
-    return product, size, dequantise_rows(codes, scales)
+def _coded_product(
+    bitmap: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    return cpu.linear_coded(x, bitmap, codes, scales, offsets)
 
 
 @functools.cache

@@ -24,9 +24,16 @@ THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def announce(name: str, source: Path) -> None:
-    """Say on standard error that an extension will be compiled now, unless torch has it compiled already."""
-    library = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}{cpp_extension.LIB_EXT}"
-    if not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
+    """Say on standard error that an extension will be compiled now, unless torch has it compiled already.
+
+    torch waits in silence for a process that compiles it, also if that process was killed: its lock file stays.
+    """
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    library, lock = folder / f"{name}{cpp_extension.LIB_EXT}", folder / "lock"
+    if lock.exists():
+        line = f"waiting for another process that compiles {source.name}; if there is none, delete {lock}"
+        print(line, file=sys.stderr, flush=True)
+    elif not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
         print(f"compiling {source.name}: once on this machine, up to a minute", file=sys.stderr, flush=True)
 
 
