@@ -208,6 +208,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"train": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, ValueError, "train[0]: every label is -100"),
     "text without a tokenizer": ({"tokenizer": None}, ValueError, "tokenizer is missing"),
     "an unknown source": ({"calibration": "c5"}, ValueError, "calibration is 'c5'; allowed"),
+    "one long text": ({"calibration": "word " * 1000}, ValueError, "calibration is a string of 5,000 characters that begins"),
+    "one text of lines": ({"train": "One.\nTwo."}, ValueError, "a string names a source or a file: give texts as a list"),
     "a method": ({"method": "wonda"}, ValueError, "method is 'wonda'; allowed: magnitude, wanda"),
     "a preset": ({"preset": "worst"}, ValueError, "preset is 'worst'; allowed: paper"),
     "percent": ({"sparsity": 70}, ValueError, "sparsity is 70.0; allowed: 0 up to"),

@@ -8,6 +8,7 @@ one record in SOURCES.
 from __future__ import annotations
 
 import functools
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,13 @@ SOURCES: dict[str, Source] = {
 }
 
 
+# Longer than a path of any use; texts given for a name are.
+LONGEST_NAME = 1000
+
+
 def is_local(source: str) -> bool:
     """Return whether a source is read without the hub."""
-    return Path(source).exists() or isinstance(SOURCES.get(source), StandardLibrary)
+    return os.path.exists(source) or isinstance(SOURCES.get(source), StandardLibrary)
 
 
 def check_source(source: str, option: str = "source") -> None:
@@ -121,8 +126,14 @@ def check_source(source: str, option: str = "source") -> None:
 
     Errors: FileNotFoundError or ValueError naming the option.
     """
-    if source in SOURCES or (source and Path(source).exists()):
+    # os.path.exists, because Path.exists raises for a text that is too long to be a name.
+    if source in SOURCES or (source and os.path.exists(source)):
         return
+    if "\n" in source or len(source) > LONGEST_NAME:
+        raise ValueError(
+            f"{option} is a string of {len(source):,} characters that begins with {source[:30]!r}; a string names a source or "
+            "a file: give texts as a list"
+        )
     if source.startswith("hf:"):
         if source.count(":") > 3 or not _parse_hub(source).repo:
             raise ValueError(f"{option} is {source!r}; allowed: hf:repo[:config][:split]")
