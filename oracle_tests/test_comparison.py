@@ -6,7 +6,9 @@ import itertools
 import math
 import statistics as plain
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,21 @@ def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 in elsewhere, "the last to end knows that it is"
     nothing = Pretended()
     running.run([slot for slot in work if slot.cell.recipe.name != "none"], Results(tmp_path), nothing, lambda _: None)  # type: ignore[arg-type]
+    assert nothing.ran == []
+
+
+def test_what_another_process_has_just_ended_is_not_repeated(tmp_path: Path) -> None:
+    """It ended between the look at its result and the claim."""
+
+    class Late(Results):
+        @contextmanager
+        def claim(self, key: str) -> Iterator[bool]:
+            self.put(key, Outcome({}, DIVERGED))
+            with super().claim(key) as mine:
+                yield mine
+
+    nothing = Pretended()
+    assert running.run(running.slots(groups_of(read(tmp_path))[0]), Late(tmp_path), nothing, lambda _: None) == 0  # type: ignore[arg-type]
     assert nothing.ran == []
 
 

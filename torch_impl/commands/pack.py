@@ -74,19 +74,12 @@ def _rounding(options: argparse.Namespace) -> Rounding | None:
     of_text = {
         name: getattr(options, name) for name in ("nsamples", "seqlen", "seed") if getattr(options, name) is not None
     }
-    for name, given, needed in (
-        ("calibration_data", options.calibration_data, options.values != SAME),
-        ("mean_bits", options.mean_bits, options.values == MIXED),
-        *((name, value, options.calibration_data) for name, value in of_text.items()),
+    for name, given, needed, why in (
+        ("calibration_data", options.calibration_data, options.values != SAME, "--values int8"),
+        ("mean_bits", options.mean_bits, options.values == MIXED, "--values mixed"),
+        *((name, value, options.calibration_data, "--calibration_data") for name, value in of_text.items()),
     ):
         if given is not None and not needed:
-            why = (
-                "--calibration_data"
-                if name in of_text
-                else "--values mixed"
-                if name == "mean_bits"
-                else "--values int8"
-            )
             raise ValueError(f"{name} is {given} and has no effect without {why}; leave it out")
     if options.values == SAME:
         return None
