@@ -307,9 +307,11 @@ def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
     assert f"sparsity={1 - len(parts[1]) / (41 * 70):.4f}" in repr(layer)
 
 
-def gpu_group(dtype: torch.dtype = torch.bfloat16) -> tuple[list[nn.Linear], list[PackedLinear]]:
-    """Layers with the same input, one of them without a bias, and what they are as a group."""
-    linears = [nn.Linear(70, rows, bias=rows != 33).to(dtype) for rows in (41, 33, 5)]
+def gpu_group(
+    dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, ...] = (41, 33, 5)
+) -> tuple[list[nn.Linear], list[PackedLinear]]:
+    """Layers with the same input, the second without a bias, and what they are as a group."""
+    linears = [nn.Linear(70, rows, bias=rows != sizes[1]).to(dtype) for rows in sizes]
     with torch.no_grad():
         for linear in linears:
             linear.weight[torch.rand_like(linear.weight) < 0.7] = 0
@@ -367,6 +369,29 @@ def test_a_share_is_of_the_numbers_that_were_given(as_on_a_gpu: list[str]) -> No
         y = x.clone()
         for layer in range(3):
             right(layer, y, 1)
+
+
+def test_in_inference_mode_a_layer_reads_its_own_rows(as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If they are whole strips of panels; a product of all rows for each layer would read everything several times."""
+    linears, layers = gpu_group(sizes=(48, 32, 16, 7))
+    rows = []
+    product = cuda.matvec
+    monkeypatch.setattr(cuda, "matvec", lambda layout, *given: rows.append(layout.rows) or product(layout, *given))
+    with torch.inference_mode():
+        x = torch.randn(2, 70, device=DEVICE).bfloat16()
+        for linear, layer in zip(linears, layers, strict=True):
+            expected = linear(x).cpu()
+            assert_close("layer", expected, layer(x).cpu(), tolerances.same_product(x.dtype), floor=1e-30)
+    assert rows == [48, 32, 16, 103]
+
+
+def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:
+    _, layers = gpu_group()
+    for count in (1, 9):
+        x = torch.randn(count, 70, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        assert not any(layer(x).requires_grad for layer in (*layers, gpu_pair(torch.bfloat16)[1]))
+    alone = PackedLinear.of(nn.Linear(70, 41, dtype=torch.float64))
+    assert not alone(torch.randn(2, 70, dtype=torch.float64, requires_grad=True)).requires_grad
 
 
 def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: list[str]) -> None:

@@ -23,18 +23,19 @@ FLAGS = ["-O3"]
 THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
-def announce(name: str, source: Path) -> None:
+def announce(name: str, *sources: Path) -> None:
     """Say on standard error that an extension will be compiled now, unless torch has it compiled already.
 
     torch waits in silence for a process that compiles it, also if that process was killed: its lock file stays.
     """
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     library, lock = folder / f"{name}{cpp_extension.LIB_EXT}", folder / "lock"
+    newest = max(source.stat().st_mtime for source in sources)
     if lock.exists():
-        line = f"waiting for another process that compiles {source.name}; if there is none, delete {lock}"
+        line = f"waiting for another process that compiles {sources[0].name}; if there is none, delete {lock}"
         print(line, file=sys.stderr, flush=True)
-    elif not library.is_file() or library.stat().st_mtime < source.stat().st_mtime:
-        print(f"compiling {source.name}: once on this machine, up to a minute", file=sys.stderr, flush=True)
+    elif not library.is_file() or library.stat().st_mtime < newest:
+        print(f"compiling {sources[0].name}: once on this machine, up to a minute", file=sys.stderr, flush=True)
 
 
 def build(source: Path) -> None:
@@ -93,7 +94,8 @@ def linear(
     path: one of `paths()`, default the first.
     """
     if x.dtype not in DTYPES or not paths():
-        return nn.functional.linear(x, packed.expand(bitmap, values, x.shape[1]), bias)
+        with torch.no_grad():
+            return nn.functional.linear(x, packed.expand(bitmap, values, x.shape[1]), bias)
     result: torch.Tensor = torch.ops.losa_cpu_decode.linear(
         x.contiguous(), bitmap, values, offsets, bias, path or paths()[0]
     )
@@ -114,7 +116,8 @@ def linear_coded(
     path: one of `paths()`, default the first. Without kernels, W is rounded to the dtype of x.
     """
     if x.dtype not in DTYPES or not paths():
-        return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[1], x.dtype), bias)
+        with torch.no_grad():
+            return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[1], x.dtype), bias)
     result: torch.Tensor = torch.ops.losa_cpu_decode.linear_coded(
         x.contiguous(), bitmap, codes, scales, offsets, bias, path or paths()[0]
     )

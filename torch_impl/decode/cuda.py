@@ -1,12 +1,11 @@
 """Decoding with sparse weights on a GPU: a layout computed on load, and y = W x in CUDA.
 
-torch compiles cuda.cu on first use and caches it. `available` tells whether that works on this machine. The layout is
-plain tensors; it can be packed and unpacked on any device.
+torch compiles cuda.cu, and cuda_operators.cpp that makes operators of torch of its kernels, on first use and caches them.
+`available` tells whether that works on this machine. The layout is plain tensors; it can be packed and unpacked on any device.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import warnings
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ from torch_impl import tiles
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 8
-"""Largest batch of one kernel call."""
+"""Up to this many rows of input, the kernel is faster than unpacking."""
 # As in cuda.cu: a warp's shared memory besides panels, and the number of panels it loads ahead.
 SCRATCH, BARRIERS, SLOTS = 512, 16, 2
 # Panels start at multiples of this many bytes, as the copy engine requires.
@@ -82,12 +81,25 @@ class Layout:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @functools.cached_property
-    def pointers(self) -> list[ctypes.c_void_p]:
-        """Return the tensors' addresses for the kernels; cached, because decoding makes thousands of calls a second."""
-        return [ctypes.c_void_p(tensor.data_ptr()) for tensor in self.tensors().values()]
+    def plan(self) -> list[int]:
+        """Return the numbers that the operators need, `Plan` of cuda_operators.cpp, computed once."""
+        card = Card.of(self.data.device)
+        share = _choose_share(self.rows, self.panels, card.processors)
+        warps = -(-self.panels // share)
+        if warps > MOST_WARPS or warps * (SLOTS * self.slot + BARRIERS + SCRATCH) > card.shared:
+            # The rows are too long: a block's panels do not fit in shared memory.
+            share = 0
+        shape = (self.rows, self.columns, self.panels, self.slot)
+        return [*shape, int(self.dtype == torch.float16), share, int(card.early), MOST_ROWS]
+
+    @functools.cached_property
+    def product(self) -> Any:
+        """Return the operator that multiplies with the weight, or None without kernels; looked up once."""
+        usable = self.data.is_cuda and available()[0]
+        return torch.ops.losa_cuda_decode.linear.default if usable else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the cached pointers: a copy has other addresses."""
+        """Leave out what is cached: a copy may be on another device."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -115,9 +127,8 @@ def pack_rows(weight: torch.Tensor) -> Layout:
 
 def unpack(layout: Layout) -> torch.Tensor:
     """Restore the dense weight (rows, columns), by a kernel if available, else by torch."""
-    if layout.data.is_cuda and available()[0]:
-        dense = torch.empty(layout.rows, layout.columns, dtype=layout.dtype, device=layout.data.device)
-        _call("losa_expand", layout, dense, numbers=())
+    if layout.product is not None:
+        dense: torch.Tensor = torch.ops.losa_cuda_decode.expand(layout.data, layout.starts, layout.plan)
         return dense
     starts = layout.starts.long()
     bitmaps = layout.data[_map_places(starts)]
@@ -139,31 +150,21 @@ def _value_places(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute y (b, out) = x (b, in) · Wᵀ (+ bias) with float32 sums, rounded once; b from 1 to 8 on a GPU.
+    """Compute y (..., out) = x (..., in) · Wᵀ (+ bias) with float32 sums, rounded once.
 
-    x has the weight's dtype. On a GPU the call never synchronises, so a CUDA graph can capture it. On the CPU, or without
-    kernels, the weight is unpacked first.
+    x has the weight's dtype. On a GPU the call never synchronises, so a CUDA graph can capture it. For more than MOST_ROWS
+    rows, on the CPU, or without kernels, the weight is unpacked first.
     """
-    if x.dim() != 2 or x.shape[1] != layout.columns:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (b, {layout.columns})")
+    if layout.product is not None:
+        y: torch.Tensor = layout.product(x, layout.data, layout.starts, layout.plan, bias)
+        return y
+    if x.dim() < 1 or x.shape[-1] != layout.columns:
+        raise ValueError(f"x has shape {list(x.shape)}; allowed: [..., {layout.columns}]")
     if x.dtype != layout.dtype:
         raise TypeError(f"x has dtype {x.dtype}; allowed: {layout.dtype}, the weight's")
-    if not (layout.data.is_cuda and available()[0]):
+    with torch.no_grad():
         wide = functional.linear(x.float(), unpack(layout).float(), None if bias is None else bias.float())
         return wide.to(x.dtype)
-    if not 1 <= len(x) <= MOST_ROWS:
-        raise ValueError(f"x has {len(x)} rows; allowed: 1 to {MOST_ROWS}")
-    x = x.contiguous()
-    y = x.new_empty(len(x), layout.rows)
-    card = Card.of(x.device)
-    share = _choose_share(layout.rows, layout.panels, card.processors)
-    warps = -(-layout.panels // share)
-    if warps > MOST_WARPS or warps * (SLOTS * layout.slot + BARRIERS + SCRATCH) > card.shared:
-        # The rows are too long: a block's panels do not fit in shared memory.
-        return functional.linear(x, unpack(layout), bias)
-    numbers = (int(x.dtype == torch.float16), len(x), share, int(card.early))
-    _call("losa_matvec", layout, x, bias, y, numbers=numbers)
-    return y
 
 
 def _choose_share(rows: int, panels: int, processors: int) -> int:
@@ -173,18 +174,6 @@ def _choose_share(rows: int, panels: int, processors: int) -> int:
     """
     few = rows <= tiles.ROWS * 2 * processors
     return min(-(-panels // (MORE_WARPS if few else WARPS)), tiles.LANES - 1 - SLOTS)
-
-
-def _call(name: str, layout: Layout, *tensors: torch.Tensor | None, numbers: tuple[int, ...]) -> None:
-    """Launch a kernel on the current CUDA stream of the layout's device."""
-    others = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    device = layout.data.device
-    with torch.cuda.device(device):
-        queue = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        shape = (layout.rows, layout.columns, layout.panels, layout.slot)
-        error = getattr(_library(), name)(*layout.pointers, *others, *shape, *numbers, queue)
-    if error:
-        raise RuntimeError(f"{name} failed with CUDA error {error}")
 
 
 @functools.cache
@@ -204,16 +193,29 @@ def available() -> tuple[bool, str]:
 
 
 @functools.cache
-def _library() -> Any:
-    """Build and load the kernels. Errors: OSError or RuntimeError if there is no compiler."""
+def _library() -> None:
+    """Build the kernels and load their operators. Errors: OSError or RuntimeError if there is no compiler."""
     from torch.utils import cpp_extension
 
     from torch_impl.decode.cpu import announce
 
-    source = Path(__file__).with_name("cuda.cu")
+    sources = [Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_operators.cpp")]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.
         warnings.simplefilter("ignore")
-        announce("losa_cuda_decode", source)
-        path = cpp_extension.load("losa_cuda_decode", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
-    return ctypes.CDLL(str(path))
+        announce("losa_cuda_decode", *sources)
+        cpp_extension.load(
+            "losa_cuda_decode",
+            [str(source) for source in sources],
+            extra_cflags=["-O2"],
+            extra_cuda_cflags=["-O3"],
+            is_python_module=False,
+        )
+    torch.library.register_fake("losa_cuda_decode::linear", _shape)
+
+
+def _shape(
+    x: torch.Tensor, data: torch.Tensor, starts: torch.Tensor, plan: list[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return an empty y, for torch.compile."""
+    return x.new_empty(*x.shape[:-1], plan[0])

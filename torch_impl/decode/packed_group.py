@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_impl import tiles
 from torch_impl.decode import cuda
 
 _numbers = itertools.count()
@@ -34,11 +35,15 @@ class Packed(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., in) to (..., out). Compiled code calls this as one operation, through `handle`."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.layout is not None and 1 <= len(rows) <= cuda.MOST_ROWS:
-            y = cuda.matvec(self.layout, rows, self.bias)
-        else:
-            y = nn.functional.linear(rows, self.unpacked(), self.bias)
+        # Between Python's lines a GPU waits: no attribute here goes through `nn.Module.__getattr__`.
+        layout = self.layout
+        if layout is not None and 0 < x.numel() <= cuda.MOST_ROWS * layout.columns:
+            return cuda.matvec(layout, x, self._buffers["bias"])
+        return self._multiply_unpacked(x)
+
+    @torch.no_grad()
+    def _multiply_unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.unpacked(), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _enlist(self) -> None:
@@ -101,17 +106,29 @@ class PackedGroup(Packed):
         """Return the rows from `start` on of `product(x)`. The first layer that calls this computes the product for all.
 
         Each layer takes its rows once, as long as x is the same tensor and unmodified. A tensor of `torch.inference_mode` does
-        not record modifications, so each layer computes the product itself.
+        not record modifications, so each layer computes its product itself.
         """
-        known = self._shares
-        if known is not None and known[0]() is x and known[1] == _moment(x):
+        if x.is_inference():
+            return self._part(x, start)
+        known, moment = self._shares, _moment(x)
+        if known is not None and known[0]() is x and known[1] == moment:
             own = known[2].pop(start, None)
             if own is not None:
                 return own
         parts = dict(zip(self.starts, self.product(x).split(self.sizes, -1), strict=True))
         own = parts.pop(start)
-        self._shares = None if x.is_inference() else (weakref.ref(x), _moment(x), parts)
+        # `nn.Module.__setattr__` would take longer than the rest.
+        self.__dict__["_shares"] = (weakref.ref(x), moment, parts)
         return own
+
+    def _part(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Compute the rows of one layer: alone if they are whole strips of panels, otherwise with all others."""
+        rows = self.sizes[self.starts.index(start)]
+        if start % tiles.ROWS or rows % tiles.ROWS:
+            return self.product(x)[..., start : start + rows]
+        first, last = (row // tiles.ROWS * self.layout.panels for row in (start, start + rows))
+        strips = replace(self.layout, rows=rows, starts=self.layout.starts[first : last + 1])
+        return cuda.matvec(strips, x, None if self.bias is None else self.bias[start : start + rows])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached rows."""

@@ -101,28 +101,31 @@ class PackedLinear(Packed):
             return dict(zip(PARTS, packed.pack(self.unpacked()), strict=True))
         return {name: getattr(self, name) for name in self.names}
 
-    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x (..., in) to (..., out), in the weight's dtype. On a GPU, a CUDA graph can capture it."""
-        y: torch.Tensor
+        """Map x (..., in) to (..., out), in the weight's dtype, without a gradient. On a GPU, a CUDA graph can capture it."""
+        # As in `product`, no attribute here goes through `nn.Module.__getattr__`.
+        group: Any = self._modules.get("group")
         if torch.compiler.is_compiling():
-            if self.group is None:
-                y = torch.ops.losa.packed_linear(x, self.handle, self.out_features)
-                return y
-            # All layers of the group request this product; `compiled_blocks` computes it once.
-            y = torch.ops.losa.packed_linear(x, self.group.handle, self.group.out_features)
-            return y[..., self.start : self.start + self.out_features]
-        if self.group is not None and x.numel() <= cuda.MOST_ROWS * self.in_features:
-            return self.group.share(x, self.start)
+            return self._traced(x, group)
+        if group is not None and x.numel() <= cuda.MOST_ROWS * self.in_features:
+            shared: torch.Tensor = group.share(x, self.start)
+            return shared
         return self.product(x)
+
+    def _traced(self, x: torch.Tensor, group: PackedGroup | None) -> torch.Tensor:
+        y: torch.Tensor
+        if group is None:
+            y = torch.ops.losa.packed_linear(x, self.handle, self.out_features)
+            return y
+        # All layers of the group request this product; `compiled_blocks` computes it once.
+        y = torch.ops.losa.packed_linear(x, group.handle, group.out_features)
+        return y[..., self.start : self.start + self.out_features]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the output of this layer alone, without its group."""
-        rows = x.reshape(-1, self.in_features)
-        if self._on_gpu is not None or x.device.type != "cpu" or len(rows) > DECODE_ROWS:
-            return super().product(x)
-        y = self._kernel(rows)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self.layout is None and x.is_cpu and x.numel() <= DECODE_ROWS * self.in_features and self._on_gpu is None:
+            return self._kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return super().product(x)
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""

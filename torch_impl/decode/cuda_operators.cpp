@@ -1,0 +1,96 @@
+// The kernels of cuda.cu as operators of torch: each checks its arguments, allocates the result and launches on the current
+// stream. In Python the same steps take ten times as long, more than most kernels.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+// In cuda.cu. Both return a cudaError_t.
+extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                           int panels, int slot, int half, int batch, int share, int overlap, void* stream);
+extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
+
+namespace {
+
+constexpr int64_t BATCH = 8;   // rows of x per launch
+
+// The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
+// rows of x up to which the kernel is used; more unpack the weight.
+struct Plan {
+  int rows, columns, panels, slot, half, share, overlap, most;
+
+  explicit Plan(at::IntArrayRef n) {
+    TORCH_CHECK_VALUE(n.size() == 8, "plan has ", n.size(), " numbers; allowed: 8");
+    const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
+    rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7);
+  }
+
+  at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
+};
+
+void check_launch(int error, const char* name) { TORCH_CHECK(error == 0, name, " failed with CUDA error ", error); }
+
+void* current_stream(const at::Tensor& data) { return c10::cuda::getCurrentCUDAStream(data.get_device()).stream(); }
+
+// The dense weight (rows, columns).
+at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArrayRef numbers) {
+  const Plan plan(numbers);
+  const c10::cuda::CUDAGuard guard(data.device());
+  at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
+  check_launch(losa_expand(data.const_data_ptr(), starts.const_data_ptr(), dense.mutable_data_ptr(), plan.rows, plan.columns,
+                           plan.panels, plan.slot, current_stream(data)), "losa_expand");
+  return dense;
+}
+
+// y (..., rows) = x (..., columns) W^T (+ bias).
+at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts, at::IntArrayRef numbers,
+                  const std::optional<at::Tensor>& bias) {
+  const Plan plan(numbers);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == plan.columns, "x has shape ", x.sizes(), "; allowed: [..., ", plan.columns, "]");
+  TORCH_CHECK_TYPE(x.scalar_type() == plan.dtype(), "x has dtype ", x.scalar_type(), "; allowed: ", plan.dtype(), ", the weight's");
+  TORCH_CHECK_VALUE(x.device() == data.device(), "x is on ", x.device(), "; allowed: ", data.device(), ", the weight's");
+  TORCH_CHECK_VALUE(!bias || (bias->scalar_type() == plan.dtype() && bias->numel() == plan.rows && bias->is_contiguous() &&
+                              bias->device() == data.device()),
+                    "bias does not match the weight; allowed: ", plan.rows, " entries of its dtype on its device");
+  const int64_t count = x.numel() / plan.columns;
+  if (count > plan.most || plan.share == 0) return at::linear(x, expand(data, starts, numbers), bias);
+  const c10::cuda::CUDAGuard guard(data.device());
+  at::DimVector sizes(x.sizes());
+  sizes.back() = plan.rows;
+  at::Tensor y = at::empty(sizes, x.options());
+  const auto rows = x.expect_contiguous();
+  const auto* from = static_cast<const char*>(rows->const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
+  const size_t width = 2;   // bytes of a number
+  for (int64_t first = 0; first < count; first += BATCH) {
+    check_launch(losa_matvec(data.const_data_ptr(), starts.const_data_ptr(), from + width * first * plan.columns,
+                             bias ? bias->const_data_ptr() : nullptr, to + width * first * plan.rows, plan.rows, plan.columns,
+                             plan.panels, plan.slot, plan.half, static_cast<int>(std::min(BATCH, count - first)), plan.share,
+                             plan.overlap, current_stream(data)), "losa_matvec");
+  }
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(losa_cuda_decode, library) {
+  library.def("linear(Tensor x, Tensor data, Tensor starts, int[] plan, Tensor? bias) -> Tensor");
+  library.def("expand(Tensor data, Tensor starts, int[] plan) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(losa_cuda_decode, CUDA, library) {
+  library.impl("linear", &linear);
+  library.impl("expand", &expand);
+}
+
+// A packed weight passes no gradient on.
+TORCH_LIBRARY_IMPL(losa_cuda_decode, AutogradCUDA, library) {
+  library.impl("linear", torch::CppFunction::makeFallthrough());
+  library.impl("expand", torch::CppFunction::makeFallthrough());
+}
