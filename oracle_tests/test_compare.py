@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch_impl.commands import compare
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.results import Outcome, Results
+from torch_impl.experiment.text import written
 
 FILE = """
 [[matrix]]
@@ -235,3 +237,20 @@ def test_a_file_is_needed(capsys: pytest.CaptureFixture) -> None:
         assert "FILE is missing; give a TOML file, or quick: losa compare quick" in capsys.readouterr().err
     assert compare.main(["no.toml"]) == 2
     assert "comparison no.toml does not exist; give a TOML file or quick" in capsys.readouterr().err
+
+
+def test_what_a_model_writes_is_written_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a later process, for another recipe; another seed has its own."""
+    counted: list[int] = []
+    plain = written.written_windows
+
+    def write(*given: Any) -> torch.Tensor:
+        counted.append(given[-1])
+        return plain(*given)
+
+    monkeypatch.setattr(written, "written_windows", write)
+    text = 'title = "x"\n[options]\nwritten_per_sample = 1\n[[matrix]]\nsparsity = [{}]\nrecipes = ["none"]\nseeds = [{}]\n'
+    for sparsity, seed in ((0.5, 0), (0.6, 0), (0.6, 1)):
+        assert compare.main(words(place, text.format(sparsity, seed), output=tmp_path / "out")) == 0
+    assert counted == [0, 1]
+    assert len(list((tmp_path / "out" / "written").iterdir())) == 2

@@ -81,7 +81,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
     check_folder(results.folder)
-    elsewhere = running.run(work, results, Workshop(), lambda text: print(text, file=sys.stderr, flush=True))
+    workshop = Workshop(results.folder / "written")
+    elsewhere = running.run(work, results, workshop, lambda text: print(text, file=sys.stderr, flush=True))
     if elsewhere:
         # The last to end writes the tables: several processes would write the same files.
         say(f"{elsewhere} runs are under way in other processes, which will write the tables into {results.folder}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -77,7 +76,7 @@ class Gradients:
         self._held = self._layers if self._holds() else []
         # On CUDA use few shapes, so that graphs and compiled kernels are reused.
         self._multiple = row_multiple(model, self._device)
-        self._seen: Counter[torch.Size] = Counter()
+        self._seen: set[torch.Size] = set()
         self._graphs: dict[torch.Size, _Graph] = {}
         self._merges: Captured[None] | None = None
         # None: graphs are not used.
@@ -173,14 +172,18 @@ class Gradients:
                 self._graphs[shape] = graph
         if shape in self._graphs:
             return self._graphs[shape].replay(batch, share)
-        self._seen[shape] += 1
+        self._seen.add(shape)
         loss = sum_loss(self._model, batch, self._teacher) * share
         add_gradients(loss, self._trained)
         return loss.detach()
 
     def _worth_capturing(self, shape: torch.Size) -> bool:
-        """Return whether to capture this shape: after two uncaptured micro-batches, which compile kernels and gradients."""
-        return self._owned is not None and self._seen[shape] >= 2 and len(self._graphs) < MOST_GRAPHS
+        """Return whether to capture this shape: after one uncaptured micro-batch, which loads kernels and makes gradients.
+
+        Uncaptured and captured passes take as long as Python takes, many times a replay; with a small model they are most of
+        the time of a step that meets few batches of each shape.
+        """
+        return self._owned is not None and shape in self._seen and len(self._graphs) < MOST_GRAPHS
 
     def close(self) -> None:
         """Free the merged weights and the graphs."""

@@ -29,7 +29,8 @@ def masked_linear(
     held: W̃, if the caller keeps it across calls; W̃ depends on parameters only. Without it, W̃ is built here and again in
     the backward pass, so that it takes no memory in between.
     """
-    y: torch.Tensor = _forward(x, weight, A, B, bias, scale, held)
+    operation = _forward if torch.compiler.is_compiling() else _Product.apply
+    y: torch.Tensor = operation(x, weight, A, B, bias, scale, held)
     return y
 
 
@@ -50,12 +51,7 @@ def _merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float)
     return adapter.merge(weight, A, B, scale)
 
 
-@torch.library.custom_op(
-    "losa::masked_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float scale, Tensor? held) -> Tensor",
-)
-def _forward(
+def _multiply(
     x: torch.Tensor,
     weight: torch.Tensor,
     A: torch.Tensor,
@@ -67,12 +63,7 @@ def _forward(
     return nn.functional.linear(x, adapter.merge(weight, A, B, scale) if held is None else held, bias)
 
 
-@torch.library.custom_op(
-    "losa::masked_linear_grad_x",
-    mutates_args=(),
-    schema="(Tensor grad_y, Tensor weight, Tensor A, Tensor B, float scale, Tensor? held) -> Tensor",
-)
-def _grad_x(
+def _derive_x(
     grad_y: torch.Tensor,
     weight: torch.Tensor,
     A: torch.Tensor,
@@ -84,17 +75,32 @@ def _grad_x(
     return (grad_y.reshape(-1, weight.shape[0]) @ effective).view(*grad_y.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op(
-    "losa::masked_linear_grad_adapter",
-    mutates_args=(),
-    schema="(Tensor grad_y, Tensor x, Tensor weight, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
-)
-def _grad_adapter(
+def _derive_adapter(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Contract G = dyᵀx with the adapter at once, so that nothing of shape (out, in) outlives this call.
     G = grad_y.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])
     return adapter.contract_gradient(G, weight, A, B, scale)
+
+
+_forward = torch.library.custom_op(
+    "losa::masked_linear",
+    _multiply,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float scale, Tensor? held) -> Tensor",
+)
+_grad_x = torch.library.custom_op(
+    "losa::masked_linear_grad_x",
+    _derive_x,
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor weight, Tensor A, Tensor B, float scale, Tensor? held) -> Tensor",
+)
+_grad_adapter = torch.library.custom_op(
+    "losa::masked_linear_grad_adapter",
+    _derive_adapter,
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor x, Tensor weight, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
+)
 
 
 @_merge.register_fake
@@ -131,3 +137,19 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+
+
+class _Product(torch.autograd.Function):
+    """The same outside a compiled block, without the custom operation's 150 µs of Python per call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        y = _multiply(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, A, B, held = ctx.saved_tensors
+        grad_x = _derive_x(grads[0], weight, A, B, ctx.scale, held) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *_derive_adapter(grads[0], x, weight, A, B, ctx.scale), None, None, None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 class Workshop:
-    """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once."""
+    """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once.
 
-    def __init__(self) -> None:
+    written: folder to keep the text that models write, for other processes and later cells; default none.
+    """
+
+    def __init__(self, written: Path | None = None) -> None:
+        self._written = written
         self._loaded: tuple[str, Material] | None = None
         self._tasks: tuple[Any, dict[str, Any]] | None = None
 
@@ -65,7 +71,7 @@ class Workshop:
         if self._loaded is None or self._loaded[0] != cell.material:
             self._loaded = None
             whole = dataclasses.replace(config, text=text, training=training)
-            material = load_material(whole, others=dict(texts[1:]))
+            material = load_material(whole, others=dict(texts[1:]), kept=self._kept(cell))
             for name, found in zip(cell.measures.texts, [material.evaluation, *material.others.values()], strict=True):
                 if len(found) < 2:
                     raise ValueError(
@@ -74,6 +80,12 @@ class Workshop:
                     )
             self._loaded = cell.material, material
         return self._loaded[1]
+
+    def _kept(self, cell: Cell) -> Path | None:
+        if self._written is None or not cell.config.calibration.written:
+            return None
+        self._written.mkdir(parents=True, exist_ok=True)
+        return self._written / f"{hashlib.sha256(cell.material.encode()).hexdigest()[:16]}.safetensors"
 
     def tasks(self, cell: Cell) -> dict[str, Any]:
         """Load the zero-shot tasks. Errors: as `zero_shot.load_tasks`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def with_written(
     found = load_file(kept) if kept.exists() else {}
     if key not in found:
         found = {key: written_windows(model, tokenizer, windows, count, seed).int()}
-        # Whole or not at all: a run may be interrupted here.
-        save_file(found, beside := kept.with_suffix(".part"))
+        # Whole or not at all: a run may be interrupted here, and another process may write the same.
+        save_file(found, beside := kept.with_suffix(f".{os.getpid()}.part"))
         beside.replace(kept)
     return torch.cat([windows, found[key].long()])
 
