@@ -27,6 +27,7 @@ using c10::BFloat16;
 using c10::Half;
 
 constexpr int kRows = 8;     // rows of x per pass over W
+constexpr int kLine = 64;    // bytes of a cache line
 constexpr int kColumns = 32; // columns per bitmap word; a vector load may read up to this many values too many
 
 // Addresses may be unaligned.
@@ -44,6 +45,18 @@ struct Row {
   const void* values;
   const void* x;
   int64_t stride; // elements from one row of x to the next
+};
+
+// Zeros for a copy of rows of x, at an address that no vector load splits between two cache lines.
+template <class T>
+struct AlignedCopy {
+  std::vector<T> memory;
+  T* data;
+
+  explicit AlignedCopy(int64_t size) : memory(size + kLine / sizeof(T)) {
+    const auto past = reinterpret_cast<uintptr_t>(memory.data()) % kLine;
+    data = memory.data() + (past ? kLine - past : 0) / sizeof(T);
+  }
 };
 
 struct Scalar {
@@ -280,12 +293,12 @@ void product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& va
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   auto* to = static_cast<T*>(y.mutable_data_ptr());
   follow_torch_threads();
-  std::vector<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
+  AlignedCopy<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
   for (int64_t first = 0; first < x.size(0); first += kRows) {
     const int64_t count = std::min<int64_t>(x.size(0) - first, kRows);
     for (int64_t n = 0; n < count; n++) {
       for (int64_t c = 0; c < columns; c++) {
-        padded[n * stride + c] = static_cast<Input>(load<T>(from + (first + n) * columns + c));
+        padded.data[n * stride + c] = static_cast<Input>(load<T>(from + (first + n) * columns + c));
       }
     }
     const RowFunction function = row_function<Path, T>(count);
@@ -301,7 +314,7 @@ void product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& va
           std::memcpy(copy.data(), row, (starts[r + 1] - starts[r]) * sizeof(T));
           row = copy.data();
         }
-        function({bits + r * bitmap.size(1), words, row, padded.data(), stride}, sums);
+        function({bits + r * bitmap.size(1), words, row, padded.data, stride}, sums);
         for (int64_t n = 0; n < count; n++) {
           to[(first + n) * rows + r] = static_cast<T>(sums[n] + (bias ? static_cast<float>(load<T>(bias + r)) : 0.0f));
         }

@@ -2,17 +2,18 @@
 //
 // The codes of a row, b bits each, become bytes in a small buffer; 8-bit codes are read where they are. For each bitmap word:
 // expand the next codes to the columns whose bit is set and multiply them with that part of x. The sum of four words, 128
-// columns, is multiplied by their scale. Paths: avx512 (VPEXPANDB, float32 products), avx2 (a byte shuffle, float32 products),
-// scalar; avx512bf16 converts the codes of a row to bfloat16 and goes on as in cpu.cpp, if x has more than one row.
+// columns, is multiplied by their scale. Paths: avx512bf16 (VPEXPANDB, codes as bfloat16, VDPBF16PS; cpu_coded_bf16.h), avx512
+// (VPEXPANDB, float32 products), avx2 (a byte shuffle, float32 products), scalar.
 
-constexpr int kWords = 4; // bitmap words per scale
+constexpr int kWords = 4;  // bitmap words per scale
+constexpr int kBlock = 64; // x is padded with zeros to whole blocks of columns; a vector load may read up to this many codes
 constexpr uint64_t kBytes = 0x0101010101010101u;
 
 struct CodedRow {
   const uint8_t* bitmap;
   int64_t words;
-  const int8_t* codes; // `kept` of them; at least 32 more may be read
-  int64_t kept;
+  const int8_t* codes; // at least 64 more may be read
+  int bits;            // of a code before it became a byte
   const float* scales;
   const void* x;
   int64_t stride; // elements from one row of x to the next
@@ -27,6 +28,13 @@ struct Stream {
 
 struct ScalarCodes {
   using Input = float;
+
+  // The place of a column of x in the copy that `row` reads.
+  static int64_t place(int64_t column) { return column; }
+
+  static void convert(const Half* scales, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; k++) to[k] = static_cast<float>(load<Half>(scales + k));
+  }
 
   template <int N>
   static void row(const CodedRow& in, float* y) {
@@ -71,8 +79,10 @@ struct SpreadBytes {
 };
 const SpreadBytes spread_bytes;
 
-struct Avx2Codes {
-  using Input = float;
+struct Avx2Codes : ScalarCodes {
+  AVX2 static void convert(const Half* scales, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; k++) to[k] = _cvtsh_ss(load<uint16_t>(scales + k));
+  }
 
   // Eight codes at once: PDEP moves them to eight bytes.
   __attribute__((target("bmi2"))) static void widen(const Stream& in, int8_t* to) {
@@ -128,25 +138,34 @@ struct Avx2Codes {
   }
 };
 
-struct Avx512Codes {
-  using Input = float;
+// 64 codes at once: the eight bytes that hold eight codes, then each code's bits; with kSigned extended by their sign.
+template <bool kSigned>
+AVX512 void widen_512(const Stream& in, int8_t* to) {
+  alignas(64) uint8_t bytes[64], shifts[64];
+  for (int k = 0; k < 64; k++) {
+    bytes[k] = k / 8 * in.bits + k % 8;
+    shifts[k] = in.start % 8 + k % 8 * in.bits;
+  }
+  const __m512i from = _mm512_load_si512(bytes), shift = _mm512_load_si512(shifts);
+  const __m512i mask = _mm512_set1_epi8((1 << in.bits) - 1), sign = _mm512_set1_epi8(1 << (in.bits - 1));
+  const uint8_t* codes = in.codes + in.start / 8;
+  int64_t left = in.bytes - in.start / 8;
+  for (int64_t k = 0; k < in.count; k += 64, codes += 8 * in.bits, left -= 8 * in.bits) {
+    const __mmask64 readable = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    const __m512i words = _mm512_permutexvar_epi8(from, _mm512_maskz_loadu_epi8(readable, codes));
+    __m512i fields = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, words), mask);
+    if (kSigned) fields = _mm512_sub_epi8(_mm512_xor_si512(fields, sign), sign);
+    _mm512_storeu_si512(to + k, fields);
+  }
+}
 
-  // 64 codes at once: the eight bytes that hold eight codes, then each code's bits.
-  AVX512 static void widen(const Stream& in, int8_t* to) {
-    alignas(64) uint8_t bytes[64], shifts[64];
-    for (int k = 0; k < 64; k++) {
-      bytes[k] = k / 8 * in.bits + k % 8;
-      shifts[k] = in.start % 8 + k % 8 * in.bits;
-    }
-    const __m512i from = _mm512_load_si512(bytes), shift = _mm512_load_si512(shifts);
-    const __m512i mask = _mm512_set1_epi8((1 << in.bits) - 1), sign = _mm512_set1_epi8(1 << (in.bits - 1));
-    const uint8_t* codes = in.codes + in.start / 8;
-    int64_t left = in.bytes - in.start / 8;
-    for (int64_t k = 0; k < in.count; k += 64, codes += 8 * in.bits, left -= 8 * in.bits) {
-      const __mmask64 readable = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-      const __m512i words = _mm512_permutexvar_epi8(from, _mm512_maskz_loadu_epi8(readable, codes));
-      const __m512i fields = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, words), mask);
-      _mm512_storeu_si512(to + k, _mm512_sub_epi8(_mm512_xor_si512(fields, sign), sign));
+struct Avx512Codes : ScalarCodes {
+  static void widen(const Stream& in, int8_t* to) { widen_512<true>(in, to); }
+
+  AVX512 static void convert(const Half* scales, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; k += 16) {
+      const __mmask16 some = count - k < 16 ? (1u << (count - k)) - 1 : 0xffff;
+      _mm512_mask_storeu_ps(to + k, some, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scales + k)));
     }
   }
 
@@ -189,47 +208,9 @@ struct Avx512Codes {
   }
 };
 
-struct Avx512Bf16Codes : Avx512Codes {
-  using Input = BFloat16;
-
-  // The codes as bfloat16, which holds them exactly: expanding 2-byte numbers is faster than expanding bytes.
-  AVX512BF16 static const BFloat16* converted(const CodedRow& in) {
-    static thread_local std::vector<BFloat16> buffer;
-    if (static_cast<int64_t>(buffer.size()) < in.kept + 2 * kColumns) buffer.resize(in.kept + 2 * kColumns);
-    for (int64_t k = 0; k < in.kept; k += kColumns) {
-      const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in.codes + k));
-      const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-      const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-      _mm512_storeu_si512(buffer.data() + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-    return buffer.data();
-  }
-
-  template <int N>
-  AVX512BF16 static void row(const CodedRow& in, float* y) {
-    const BFloat16* values = converted(in);
-    const Row all{in.bitmap, in.words, values, in.x, in.stride};
-    const __m512i zeros = hidden_zeros();
-    __m512 total[N];
-    std::fill(total, total + N, _mm512_setzero_ps());
-    for (int64_t first = 0; first < in.words; first += kWords) {
-      __m512 sum[N];
-      std::fill(sum, sum + N, _mm512_setzero_ps());
-      if (first + kWords <= in.words) {
-        _mm_prefetch(reinterpret_cast<const char*>(in.codes) + in.kept + 16 * first, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int k = 0; k < kWords; k++) Avx512Bf16::word<N>(all, first + k, values, sum, zeros);
-      } else {
-        for (int64_t w = first; w < in.words; w++) Avx512Bf16::word<N>(all, w, values, sum, zeros);
-      }
-      const __m512 scale = _mm512_set1_ps(in.scales[first / kWords]);
-      for (int n = 0; n < N; n++) total[n] = _mm512_fmadd_ps(sum[n], scale, total[n]);
-    }
-    for (int n = 0; n < N; n++) y[n] = _mm512_reduce_add_ps(total[n]);
-  }
-};
-
 #endif
+
+#include "cpu_coded_bf16.h"
 
 using CodedFunction = void (*)(const CodedRow&, float*);
 
@@ -249,7 +230,8 @@ struct Coded {
 template <class Path, class T>
 void coded_product(const at::Tensor& x, const Coded& weight, const T* bias, at::Tensor& y) {
   const int64_t columns = x.size(1), rows = weight.bitmap.size(0), width = weight.bitmap.size(1);
-  const int64_t stride = width / 4 * kColumns, groups = weight.scales.size(1), bytes = weight.codes.numel();
+  const int64_t stride = (columns + kBlock - 1) / kBlock * kBlock, groups = weight.scales.size(1);
+  const int64_t bytes = weight.codes.numel();
   const int bits = static_cast<int>(weight.codes.size(1));
   const auto* bitmap = static_cast<const uint8_t*>(weight.bitmap.const_data_ptr());
   const auto* codes = static_cast<const uint8_t*>(weight.codes.const_data_ptr());
@@ -259,18 +241,18 @@ void coded_product(const at::Tensor& x, const Coded& weight, const T* bias, at::
   auto* to = static_cast<T*>(y.mutable_data_ptr());
   follow_torch_threads();
   using Input = typename Path::Input;
-  std::vector<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
+  AlignedCopy<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
   for (int64_t first = 0; first < x.size(0); first += kRows) {
     const int64_t count = std::min<int64_t>(x.size(0) - first, kRows);
     for (int64_t n = 0; n < count; n++) {
       for (int64_t c = 0; c < columns; c++) {
-        padded[n * stride + c] = static_cast<Input>(load<T>(from + (first + n) * columns + c));
+        padded.data[n * stride + Path::place(c)] = static_cast<Input>(load<T>(from + (first + n) * columns + c));
       }
     }
     const CodedFunction function = coded_function<Path>(count);
     at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / stride), [&](int64_t begin, int64_t end) {
-      // A vector stores up to 63 bytes more, and loads up to 31 more.
-      std::vector<int8_t> buffer(stride + 64);
+      // A vector stores or loads up to 63 bytes more.
+      std::vector<int8_t> buffer(stride + kBlock);
       std::vector<float> factors(groups);
       float sums[kRows];
       for (int64_t r = begin; r < end; r++) {
@@ -278,14 +260,14 @@ void coded_product(const at::Tensor& x, const Coded& weight, const T* bias, at::
         const int8_t* row = buffer.data();
         if (bits < 8) {
           Path::widen({codes, bytes, starts[r] * bits, kept, bits}, buffer.data());
-        } else if (bytes - starts[r + 1] < kColumns) {
+        } else if (bytes - starts[r + 1] < kBlock) {
           // Vector loads would read beyond the codes of the last rows.
           std::memcpy(buffer.data(), codes + starts[r], kept);
         } else {
           row = reinterpret_cast<const int8_t*>(codes) + starts[r];
         }
-        for (int64_t g = 0; g < groups; g++) factors[g] = static_cast<float>(load<Half>(scales + r * groups + g));
-        function({bitmap + r * width, width / 4, row, kept, factors.data(), padded.data(), stride}, sums);
+        Path::convert(scales + r * groups, groups, factors.data());
+        function({bitmap + r * width, width / 4, row, bits, factors.data(), padded.data, stride}, sums);
         for (int64_t n = 0; n < count; n++) {
           to[(first + n) * rows + r] = static_cast<T>(sums[n] + (bias ? static_cast<float>(load<T>(bias + r)) : 0.0f));
         }
@@ -300,8 +282,10 @@ void dispatch_coded(const std::string& path, const at::Tensor& x, const Coded& w
   const T* b = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    // For one row of x, converting the codes takes longer than it saves.
-    if (path == "avx512bf16" && x.size(0) > 1) return coded_product<Avx512Bf16Codes, T>(x, weight, b, y);
+    if (path == "avx512bf16") {
+      if (weight.codes.size(1) > CodeBytes::kNarrow) return coded_product<Avx512Bf16Codes<WideLookup>, T>(x, weight, b, y);
+      return coded_product<Avx512Bf16Codes<NarrowLookup>, T>(x, weight, b, y);
+    }
   }
   if (path == "avx512bf16" || path == "avx512") return coded_product<Avx512Codes, T>(x, weight, b, y);
   if (path == "avx2") return coded_product<Avx2Codes, T>(x, weight, b, y);
