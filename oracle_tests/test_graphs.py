@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 
 from oracle_tests import emulated_graphs
 from oracle_tests.emulated_graphs import FreedMemoryError
@@ -15,6 +15,7 @@ from oracle_tests.programs import gpu_graphs
 from oracle_tests.tiny_material import adapted_model, examples_for
 from tiny_models.random_models import random_model
 from torch_impl import reconstruct
+from torch_impl.decode import captured_call, next_token
 from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import adapted_linear, calibration, gradients, training
 from torch_impl.engine import graphs as graphs_module
@@ -224,6 +225,89 @@ def test_decoding_in_a_graph_owns_its_cache_and_tokens(graphs: list[emulated_gra
     assert [graph.replays for graph in graphs] == [10]
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_generate_replays_its_tokens(
+    do_sample: bool, graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a static cache, rows of different lengths, twice: the tokens are those of the uncompiled model."""
+    model = random_model("llama-gqa").double().eval().requires_grad_(False)
+    ids = torch.randint(model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": do_sample, "pad_token_id": 0}
+    torch.manual_seed(0)
+    expected = [model.generate(ids, **options), model.generate(ids[:2, :1], max_new_tokens=4, do_sample=False)]
+    packed = copy.deepcopy(model)
+    captured_call.capture_in_generate(packed)
+    make = packed.get_compiled_call
+    calls = []
+
+    def on_a_gpu(config: CompileConfig | None) -> captured_call.CapturedCall:
+        calls.append(make(config))
+        calls[-1]._captures = True
+        return calls[-1]
+
+    monkeypatch.setattr(packed, "get_compiled_call", on_a_gpu)
+    monkeypatch.setattr(packed, "_valid_auto_compile_criteria", lambda *_: True)
+    torch.manual_seed(0)
+    found = [packed.generate(ids, cache_implementation="static", **options)]
+    found += [packed.generate(ids[:2, :1], cache_implementation="static", max_new_tokens=4, do_sample=False)]
+    # The prompt gives a token, and two calls warm up.
+    assert [graph.replays for graph in graphs] == [9 - 3, 4 - 3]
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_what_is_captured_in_generate(graphs: list[emulated_graphs.Graph]) -> None:
+    """One token per row with a static cache; another cache or shape is another graph."""
+    model = random_model("llama-gqa").eval().requires_grad_(False)
+    call = captured_call.CapturedCall(model)
+    assert not call._captures
+    call._captures = True
+    ids = torch.ones(1, 1, dtype=torch.long)
+
+    def run(times: int, cache: Cache | None = None, **inputs: object) -> int:
+        before = sum(graph.replays for graph in graphs)
+        cache = StaticCache(config=model.config, max_cache_len=16) if cache is None else cache
+        for _ in range(times):
+            call(**{"input_ids": ids, "past_key_values": cache, "use_cache": True, **inputs})
+        return sum(graph.replays for graph in graphs) - before
+
+    assert run(4) == run(4) == 2
+    assert run(4, input_ids=ids.repeat(3, 1)) == 2
+    assert run(4, attention_mask=torch.ones(1, 1, 1, 16, dtype=torch.bool)) == 2
+    assert run(4, DynamicCache(config=model.config)) == 0
+    assert run(4, input_ids=ids.repeat(1, 2)) == 0
+    assert run(4, output_hidden_states=True) == 0
+    model.config.output_hidden_states = True
+    assert run(4) == 0
+    assert run(4, output_hidden_states=False) == 2
+
+
+def test_a_model_that_cannot_be_captured_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("not\n  permitted")
+
+    monkeypatch.setattr(next_token, "Captured", fail)
+    model = random_model("llama-gqa").eval().requires_grad_(False)
+    call = captured_call.CapturedCall(model)
+    call._captures = True
+    cache, ids = StaticCache(config=model.config, max_cache_len=16), torch.arange(8)[None]
+    logits = [call(input_ids=ids[:, [i]], past_key_values=cache).logits[0] for i in range(8)]
+    assert torch.equal(torch.cat(logits).argmax(-1), model(ids).logits[0].argmax(-1))
+    assert capsys.readouterr().err == "decoding: CUDA graph capture failed, so decoding is slower (not permitted)\n"
+
+
+def test_a_user_s_own_compile_config_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama-gqa").eval()
+    captured_call.capture_in_generate(model)
+    monkeypatch.setattr(torch, "compile", lambda *_, **settings: settings["mode"])
+    assert model.get_compiled_call(CompileConfig(mode="default")) == "default"
+    assert isinstance(model.get_compiled_call(None), captured_call.CapturedCall)
 
 
 def test_the_program_for_a_gpu_runs(capsys: pytest.CaptureFixture[str]) -> None:

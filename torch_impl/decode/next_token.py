@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     Cache,
     GenerationConfig,
@@ -24,6 +26,30 @@ from torch_impl.engine.graphs import Captured
 
 # Tokens decoded before a graph is captured, so that all libraries and kernels are loaded.
 WARM_UP = 2
+Result = TypeVar("Result")
+
+
+def fixed_shapes(cache: Cache | None) -> bool:
+    """Return whether a cache reads and writes the same tensors on the model's device for every token."""
+    # A sliding window's cache computes in Python where to write, and a graph would not repeat that.
+    return isinstance(cache, StaticCache) and not any(cache.is_sliding) and not cache.offloading
+
+
+def capture(work: Callable[[], Result], model: PreTrainedModel, cache: Cache, *others: Any) -> Captured[Result] | None:
+    """Capture a call of the model with its cache; if that is impossible, say so and return None.
+
+    others: what else it uses. Errors: torch.OutOfMemoryError.
+    """
+    module: nn.Module = model
+    cached = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    try:
+        return Captured(work, [*cached, *module.parameters(), *module.buffers(), *others])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        print(f"decoding: CUDA graph capture failed, so decoding is slower ({reason})", file=sys.stderr)
+        return None
 
 
 class NextToken:
@@ -40,8 +66,7 @@ class NextToken:
         device = next(model.parameters()).device
         self._model, self._cache = model, cache
         self._ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        # A sliding window's cache computes in Python where to write, and a graph would not repeat that.
-        fixed = isinstance(cache, StaticCache) and not any(cache.is_sliding)
+        fixed = fixed_shapes(cache)
         self.captures = graph and fixed and device.type == "cuda"
         self.fuses = fuse and fixed
         self._fused: FusedBlocks | None = None
@@ -56,22 +81,9 @@ class NextToken:
             self._warm += 1
             return self._fuse() if self.fuses and self._fused is None else self._forward()
         if self._graph is None:
-            self._graph = self._capture()
+            self._graph = capture(self._forward, self._model, self._cache, self._ids, self._fused)
+            self.captures = self._graph is not None
         return self._forward() if self._graph is None else self._graph.replay()
-
-    def _capture(self) -> Captured[torch.Tensor] | None:
-        """Capture one token as a graph. If the model cannot be captured, return None and do not try again."""
-        cached = [t for layer in self._cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-        owned = [self._ids, *cached, *self._model.parameters(), *self._model.buffers(), self._fused]  # type: ignore[operator]
-        try:
-            return Captured(self._forward, owned)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
-            print(f"decoding: CUDA graph capture failed, so decoding is slower ({reason})", file=sys.stderr)
-            self.captures = False
-            return None
 
     def _fuse(self) -> torch.Tensor:
         """Compile the blocks and call them; while the cache is empty, call the model uncompiled."""

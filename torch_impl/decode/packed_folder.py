@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import packed
 from torch_impl.decode import packed_card, packed_config
+from torch_impl.decode.captured_call import capture_in_generate
 from torch_impl.decode.coded_linear import layer_of
 from torch_impl.decode.packed_linear import group_projections
 from torch_impl.decode.packed_reader import fits, is_packed, naming, opened, read_manifest, tensors_of
@@ -199,6 +200,7 @@ def load_model(
     module.to(device).eval().requires_grad_(False)
     group_projections(model)
     keep_packed(model)
+    capture_in_generate(model)
     return model
 
 

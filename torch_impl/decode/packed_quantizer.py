@@ -70,6 +70,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return [WeightRenaming(rf"\.weight\.{part}", f".{part}") for part in dict.fromkeys(PARTS + CODED)]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from torch_impl.decode.captured_call import capture_in_generate
         from torch_impl.decode.packed_linear import PackedLinear, group_projections
         from torch_impl.decode.packed_writer import keep_packed
 
@@ -86,11 +87,17 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         module.requires_grad_(False)
         group_projections(model)
         keep_packed(model)
+        capture_in_generate(model)
         return model
 
     def is_serializable(self) -> bool:
         """Return False: `model.save_pretrained` writes a packed folder by itself, and transformers' own method must not."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return True: with a static cache on a GPU, `generate` then asks for a compiled call, see `captured_call`."""
+        return True
 
     @property
     def is_trainable(self) -> bool:

@@ -1,0 +1,87 @@
+"""Let Hugging Face's `generate` replay each token of a packed model as a CUDA graph, where it would compile a plain model.
+
+With `cache_implementation="static"` on a GPU, `generate` asks the model for a compiled call. For a packed model that is
+`CapturedCall`: ready after a few tokens instead of a minute, and with the same kernels as the uncompiled model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompileConfig, PreTrainedModel
+
+from torch_impl.decode.next_token import WARM_UP, capture, fixed_shapes
+from torch_impl.engine.graphs import Captured
+
+# What a model returns beside logits if asked.
+KEPT = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+def capture_in_generate(model: PreTrainedModel) -> None:
+    """Make `model.generate(..., cache_implementation="static")` capture a token on a GPU; a `compile_config` still compiles."""
+    model.get_compiled_call = functools.partial(_call, model)  # type: ignore[method-assign]
+
+
+def _call(model: PreTrainedModel, compile_config: CompileConfig | None = None) -> Any:
+    if compile_config is not None:
+        return type(model).get_compiled_call(model, compile_config)
+    return CapturedCall(model)
+
+
+class CapturedCall:
+    """The call of a model with the tokens of one `generate`. Calls for one token per row become a graph; others run as they are.
+
+    The next call may overwrite the logits, which `generate` copies.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._kind: Any = None
+        self._seen = 0
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._graph: Captured[Any] | None = None
+        module: nn.Module = model
+        self._devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+        self._captures = len(self._devices) == 1 and model.device.type == "cuda"
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """Call the model with keyword arguments; return its output."""
+        kind = self._kind_of(inputs) if self._captures else None
+        if kind is None:
+            return self._model(**inputs)
+        if kind != self._kind:
+            # Another cache or other shapes: the earlier graph is of no more use.
+            self._kind, self._seen, self._graph = kind, 0, None
+        self._seen += 1
+        if self._seen <= WARM_UP:
+            return self._model(**inputs)
+        if self._graph is None:
+            self._inputs = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            work = functools.partial(self._model, **{**inputs, **self._inputs})
+            self._graph = capture(work, self._model, inputs["past_key_values"], self._inputs)
+            self._captures = self._graph is not None
+        if self._graph is None:
+            return self._model(**inputs)
+        for name, value in self._inputs.items():
+            value.copy_(inputs[name])
+        return self._graph.replay()
+
+    def _kind_of(self, inputs: dict[str, Any]) -> Any:
+        """Return what calls of one graph have in common, or None if a call cannot be captured."""
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        cache = inputs.get("past_key_values")
+        settings = {name: value for name, value in inputs.items() if name not in tensors and value is not cache}
+        # `generate` keeps attentions and hidden states of all tokens, but no copies.
+        kept = any(inputs.get(name, getattr(self._model.config, name, False)) for name in KEPT)
+        known = all(value is None or isinstance(value, bool | int) for value in settings.values())
+        if kept or not known or not fixed_shapes(cache):
+            return None
+        if "input_ids" not in tensors or tensors["input_ids"].shape[1] != 1:
+            return None
+        if {tensor.device for tensor in tensors.values()} != self._devices:
+            return None
+        return cache, settings, {name: (value.shape, value.dtype) for name, value in tensors.items()}
