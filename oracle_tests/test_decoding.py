@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from oracle_tests.programs import gpu_eager
 from oracle_tests.tiny_material import Heard, prompt
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import FAMILIES, random_model
@@ -198,3 +199,14 @@ def test_a_sliding_window_is_not_compiled() -> None:
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(ValueError, match=r"^cache slides or is empty"):
         compiled_blocks.FusedBlocks(model, cache)
+
+
+def test_the_program_for_a_gpu_runs_and_notices_other_logits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = partial(gpu_eager.main, ["--small", "--device", "cpu", "--tokens", "2"])
+    assert run() == 0
+    assert capsys.readouterr().out.endswith("passed\n")
+    monkeypatch.setattr(gpu_eager, "crossover", lambda *_: True)
+    monkeypatch.setattr(PackedLinear, "product", lambda self, x: 2 * nn.functional.linear(x, self.unpacked()))
+    assert run() == 1

@@ -377,12 +377,14 @@ def test_in_inference_mode_a_layer_reads_its_own_rows(as_on_a_gpu: list[str], mo
     rows = []
     product = cuda.matvec
     monkeypatch.setattr(cuda, "matvec", lambda layout, *given: rows.append(layout.rows) or product(layout, *given))
-    with torch.inference_mode():
-        x = torch.randn(2, 70, device=DEVICE).bfloat16()
-        for linear, layer in zip(linears, layers, strict=True):
-            expected = linear(x).cpu()
-            assert_close("layer", expected, layer(x).cpu(), tolerances.same_product(x.dtype), floor=1e-30)
-    assert rows == [48, 32, 16, 103]
+    for group in (layers, copy.deepcopy(layers), [layer.to(DEVICE) for layer in layers]):
+        with torch.inference_mode():
+            x = torch.randn(2, 70, device=DEVICE).bfloat16()
+            for linear, layer in zip(linears, group, strict=True):
+                expected = linear(x).cpu()
+                assert_close("layer", expected, layer(x).cpu(), tolerances.same_product(x.dtype), floor=1e-30)
+        assert rows == [48, 32, 16, 103]
+        rows.clear()
 
 
 def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:

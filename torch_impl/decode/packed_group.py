@@ -97,6 +97,8 @@ class PackedGroup(Packed):
             bias = torch.cat([w.new_zeros(len(w)) if given is None else given for w, given in pairs])
         self.register_buffer("bias", bias, persistent=False)
         self._shares: tuple[weakref.ref[torch.Tensor], Any, dict[int, torch.Tensor]] | None = None
+        # The layouts of single layers: rows of the group's.
+        self._strips: dict[int, cuda.Layout] = {}
 
     def unpacked(self) -> torch.Tensor:
         """Unpack the weights (rows, in)."""
@@ -126,13 +128,15 @@ class PackedGroup(Packed):
         rows = self.sizes[self.starts.index(start)]
         if start % tiles.ROWS or rows % tiles.ROWS:
             return self.product(x)[..., start : start + rows]
-        first, last = (row // tiles.ROWS * self.layout.panels for row in (start, start + rows))
-        strips = replace(self.layout, rows=rows, starts=self.layout.starts[first : last + 1])
-        return cuda.matvec(strips, x, None if self.bias is None else self.bias[start : start + rows])
+        if start not in self._strips:
+            first, last = (row // tiles.ROWS * self.layout.panels for row in (start, start + rows))
+            self._strips[start] = replace(self.layout, rows=rows, starts=self.layout.starts[first : last + 1])
+        bias = self._buffers["bias"]
+        return cuda.matvec(self._strips[start], x, None if bias is None else bias[start : start + rows])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the cached rows."""
-        return {**self.__dict__, "_shares": None}
+        """Leave out the cached rows and layouts."""
+        return {**self.__dict__, "_shares": None, "_strips": {}}
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""
@@ -141,6 +145,7 @@ class PackedGroup(Packed):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedGroup:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow()
+        self._strips.clear()
         return self
 
 

@@ -1,0 +1,256 @@
+"""Compare Hugging Face's own `model.generate` on a packed model with a dense one on a GPU: logits, tokens and tokens/s.
+
+    python -m oracle_tests.programs.gpu_eager [--device cuda] [--blocks 16] [--tokens 48] [--small]
+
+Random LLaMAs of 7B's and 1B's shapes, pruned to 70 %, run dense and packed with the same weights: uncompiled as `generate` does
+by default; packed as before operators, by ctypes with Python's checks; and with `cache_implementation="static"`, which captures
+a packed model. Checks that the logits agree, and that captured tokens are those of the uncaptured model. Then host time per
+projection, and the product of one block with 8 to 64 rows: the kernel in slices of 8 rows against unpacking.
+Exits with 1 if anything differs. Time per token is about proportional to the blocks. `--small` is a quick test of the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import cpp_extension
+from transformers import DynamicCache, PreTrainedModel
+
+from torch_impl.bench.decode import sparse
+from torch_impl.bench.measure import graphed, relative, synchronize
+from torch_impl.decode import cuda
+from torch_impl.decode.captured_call import capture_in_generate
+from torch_impl.decode.packed_linear import PackedLinear, group_projections
+from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment.planning import geometry
+
+SPARSITY = "70"
+ROUNDS = 3
+ROWS = (1, 8, 16, 24, 32, 48, 64)
+ALWAYS = 2**30
+# Each side rounds each projection once; the difference grows over the blocks. As in bench/whole.py.
+BOUND = 8 * torch.finfo(torch.bfloat16).eps
+
+
+def models(name: str, blocks: int | None, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Build a dense model with zeros, and the packed model of the same weights."""
+    dense = geometry.build(name, blocks, device, torch.bfloat16)
+    for weight in Decoder(dense).weights:
+        weight.data.copy_(sparse(weight.data, SPARSITY))
+    packed = copy.deepcopy(dense)
+    decoder = Decoder(packed)
+    for block in decoder.blocks:
+        for projection in decoder.family.projections:
+            block.set_submodule(projection, PackedLinear.of(block.get_submodule(projection)))
+    group_projections(packed)
+    capture_in_generate(packed)
+    return dense, packed
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a prompt and of four single tokens after it: (b, tokens, vocabulary), float32."""
+    cache, found = DynamicCache(config=model.config), []
+    for part in (ids[:, :-4], *ids[:, -4:].split(1, dim=1)):
+        found.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits.float())
+    return torch.cat(found, 1)
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
+    """Greedy new tokens, always as many."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )[:, ids.shape[1] :]
+
+
+def seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """Time one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The kernels without operators."""
+    return ctypes.CDLL(str(Path(cpp_extension._get_build_directory("losa_cuda_decode", False)) / "losa_cuda_decode.so"))
+
+
+def by_ctypes(layout: cuda.Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply as before there were operators, for a comparison."""
+    shape = x.shape
+    x = x.reshape(-1, shape[-1]).contiguous()
+    y = x.new_empty(len(x), layout.rows)
+    given = (layout.data, layout.starts, x, bias, y)
+    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in given]
+    share = cuda._choose_share(layout.rows, layout.panels, cuda.Card.of(x.device).processors)
+    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, 1)
+    with torch.cuda.device(x.device):
+        queue = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+        if _library().losa_matvec(*pointers, *numbers, queue):
+            raise RuntimeError("losa_matvec failed")
+    return y.view(*shape[:-1], layout.rows)
+
+
+def by_ctypes_too(action: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the action with products by ctypes."""
+
+    def run() -> Any:
+        now, cuda.matvec = cuda.matvec, by_ctypes
+        try:
+            return action()
+        finally:
+            cuda.matvec = now
+
+    return run
+
+
+def compare(name: str, options: argparse.Namespace) -> bool:
+    """Compare the two models: logits, tokens, tokens/s."""
+    device, tokens = torch.device(options.device), options.tokens
+    start = time.perf_counter()
+    dense, packed = models(name, options.blocks if "7b" in name else None, device)
+    blocks = dense.config.num_hidden_layers
+    print(f"{name}, {blocks} blocks, {SPARSITY} %, bf16: built in {time.perf_counter() - start:.0f} s")
+    passed = True
+    for batch in (1, 3):
+        ids = torch.randint(0, 500, (batch, 24), generator=torch.Generator().manual_seed(1)).to(device)
+        apart = relative(logits(packed, ids), logits(dense, ids))
+        passed &= apart <= BOUND
+        print(f"    logits, batch {batch}: apart {apart:.1e}, allowed {BOUND:.1e}")
+    ids = ids[:1, :8]
+    sides: dict[str, Callable[[], Any]] = {
+        "dense": lambda: generate(dense, ids, tokens),
+        "packed": lambda: generate(packed, ids, tokens),
+    }
+    if device.type == "cuda":
+        sides["packed, by ctypes"] = by_ctypes_too(sides["packed"])
+        sides["packed, inference_mode"] = torch.inference_mode()(sides["packed"])
+        sides["packed, static, not captured"] = lambda: generate(
+            packed, ids, tokens, cache_implementation="static", disable_compile=True
+        )
+    sides["packed, static"] = lambda: generate(packed, ids, tokens, cache_implementation="static")
+    sides["packed, static, longer"] = lambda: generate(packed, ids, 4 * tokens, cache_implementation="static")
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(2 if options.small else 1 + ROUNDS):
+        for side, action in sides.items():
+            taken = seconds(action, device)
+            if turn:
+                times[side].append(taken)
+    best = {side: min(found) for side, found in times.items()}
+    for side, taken in best.items():
+        count = 4 * tokens if side.endswith("longer") else tokens
+        rate, ratio = count / taken, count / tokens * best["dense"] / taken
+        print(
+            f"    {side + ':':<32}{rate:>8.1f} tokens/s{ratio:>8.2f} × dense   ({taken * 1e3 / count:.2f} ms a token)"
+        )
+    rest = (best["packed, static, longer"] - best["packed, static"]) / (3 * tokens)
+    print(f"    {'packed, static, once captured:':<32}{1 / rest:>8.1f} tokens/s")
+    own = generate(packed, ids, tokens, cache_implementation="static", disable_compile=True)
+    same = torch.equal(own, generate(packed, ids, tokens, cache_implementation="static"))
+    print(f"    captured tokens are {'the same' if same else 'NOT the same'} as uncaptured ones")
+    host(dense, packed, device)
+    return passed and same
+
+
+@torch.no_grad()
+def host(dense: PreTrainedModel, packed: PreTrainedModel, device: torch.device) -> None:
+    """Print the time that one call takes on the host, while the device is far behind or idle."""
+    plain, ours = Decoder(dense).projections(0), Decoder(packed).projections(0)
+    groups = [[name for name in names if name in ours] for names in Decoder(dense).family.inputs]
+
+    def of(layers: list[nn.Module], count: int = 100) -> float:
+        xs = [torch.randn(1, 1, layers[0].in_features, device=device, dtype=torch.bfloat16) for _ in range(count)]
+        found = []
+        for _ in range(5):
+            synchronize(device)
+            start = time.perf_counter()
+            for x in xs:
+                for layer in layers:
+                    layer(x)
+            found.append((time.perf_counter() - start) / count / len(layers) * 1e6)
+        return min(found)
+
+    for names in groups:
+        one, other = of([plain[name] for name in names]), of([ours[name] for name in names])
+        earlier = (
+            by_ctypes_too(lambda names=names: of([ours[name] for name in names]))()
+            if ours[names[0]].bitmap is None and device.type == "cuda"
+            else float("nan")
+        )
+        print(f"    host µs per call, {', '.join(names)}: dense {one:.1f}, packed {other:.1f}, by ctypes {earlier:.1f}")
+
+
+def crossover(device: torch.device, small: bool) -> bool:
+    """Print the time of the products of one block of 7B's shapes for several numbers of rows: kernel, unpacking, dense."""
+    passed = True
+    shapes = [(256, 128)] if small else [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
+    for sparsity in (SPARSITY,) if small else ("50", "60", "70", "80"):
+        print(f"one block's products, {sparsity} %, µs: rows, kernel in slices of 8, unpack + cuBLAS, dense cuBLAS")
+        weights = [
+            sparse(torch.randn(shape, device=device, dtype=torch.bfloat16) / shape[1] ** 0.5, sparsity)
+            for shape in shapes
+        ]
+        layouts = [cuda.pack_rows(weight) for weight in weights]
+        for rows in ROWS:
+            xs = [torch.randn(rows, shape[1], device=device, dtype=torch.bfloat16) for shape in shapes]
+            found = []
+            for most in (ALWAYS, 0):
+                plans = [[*layout.plan[:-1], most] for layout in layouts]
+                calls = [
+                    functools.partial(layout.product, x, layout.data, layout.starts, plan, None)
+                    for layout, x, plan in zip(layouts, xs, plans, strict=True)
+                    if layout.product is not None
+                ]
+                found.append(
+                    calls or [functools.partial(cuda.matvec, layout, x) for layout, x in zip(layouts, xs, strict=True)]
+                )
+            found.append([functools.partial(nn.functional.linear, x, w) for x, w in zip(xs, weights, strict=True)])
+            apart = max(relative(a(), b()) for side in found[:2] for a, b in zip(side, found[2], strict=True))
+            passed &= apart <= 2**-7
+            repeats = 2 if small else 12
+            times = [graphed(side, device, repeats) * len(side) for side in found]
+            print(f"    {rows:>4}{times[0]:>10.1f}{times[1]:>10.1f}{times[2]:>10.1f}   apart {apart:.1e}")
+    return passed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all comparisons. Returns 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--blocks", type=int, default=16, help="Blocks of the 7B model.")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.device != "cpu":
+        usable, reason = cuda.available()
+        if not usable:
+            print(reason)
+            return 1
+    names = ["small"] if options.small else ["llama-3.2-1b", "llama-2-7b"]
+    passed = [compare(name, options) for name in names]
+    passed.append(crossover(torch.device(options.device), options.small))
+    print("passed" if all(passed) else "FAILED")
+    return int(not all(passed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
