@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oracle_tests.small_runs import arguments, make_place
 from torch_impl.commands import compare
@@ -254,3 +255,25 @@ def test_what_a_model_writes_is_written_once(place: Path, tmp_path: Path, monkey
         assert compare.main(words(place, text.format(sparsity, seed), output=tmp_path / "out")) == 0
     assert counted == [0, 1]
     assert len(list((tmp_path / "out" / "written").iterdir())) == 2
+
+
+def test_kept_models_are_those_that_were_measured(place: Path, tmp_path: Path) -> None:
+    """A smaller one is saved smaller; the dense one is not saved."""
+    text = """[[matrix]]
+    sparsity = 0.5
+    recipes = ["sparse_lora", "structured_alone"]
+    learning_rates = [1e-3, 1e-2]
+    """
+    given = [*words(place, text, train_examples=8, output=tmp_path / "out"), "--keep_models"]
+    assert compare.main(given) == 0
+    folders = {path.name.split("-seed")[0]: path for path in (tmp_path / "out" / "models").iterdir()}
+    assert sorted(folders) == ["0.5-sparse_lora", "0.5-structured_alone"]
+    outcomes = {o.labels["recipe"]: o for o in Results(tmp_path / "out").together().values() if "recipe" in o.labels}
+    for name, recipe in (("0.5-sparse_lora", "sparse_lora"), ("0.5-structured_alone", "structured_alone")):
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folders[name]),
+            AutoTokenizer.from_pretrained(folders[name]),
+        )
+        assert len(tokenizer("the cat")["input_ids"]) > 1
+        assert sum(p.numel() for p in model.parameters()) == outcomes[recipe].parameters
+    assert outcomes["structured_alone"].parameters < outcomes["sparse_lora"].parameters

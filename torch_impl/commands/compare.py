@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="Learning rates to choose from, instead of the file's.",
     )
+    add("--keep_models", action="store_true", help="Save each run's model in FOLDER/models; not baselines.")
     add("--dry_run", action="store_true", help="Check everything, list the runs and stop.")
     add("--tables", type=Path, metavar="FOLDER", help="Write the tables of the results in FOLDER again; run nothing.")
     return parser
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
     check_folder(results.folder)
-    workshop = Workshop(results.folder / "written")
+    workshop = Workshop(results.folder / "written", results.folder / "models" if own.keep_models else None)
     elsewhere = running.run(work, results, workshop, lambda text: print(text, file=sys.stderr, flush=True))
     if elsewhere:
         # The last to end writes the tables: several processes would write the same files.

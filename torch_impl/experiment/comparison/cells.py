@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
+from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.smaller import make_smaller
 from torch_impl.experiment import provenance, zero_shot
@@ -23,7 +25,7 @@ from torch_impl.experiment.baselines.baseline import Costs, finish
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
 from torch_impl.experiment.comparison.matrix import Cell
-from torch_impl.experiment.comparison.recipes import DENSE
+from torch_impl.experiment.comparison.recipes import DENSE, LOSA
 from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome
 from torch_impl.experiment.comparison.statistics import perplexity
 from torch_impl.experiment.evaluate import window_losses
@@ -36,11 +38,12 @@ logger = logging.getLogger(__name__)
 class Workshop:
     """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once.
 
-    written: folder to keep the text that models write, for other processes and later cells; default none.
+    written: folder to keep the text that models write, for other processes and later cells. models: folder to save the
+    models of LoSA's recipes in. Default: neither.
     """
 
-    def __init__(self, written: Path | None = None) -> None:
-        self._written = written
+    def __init__(self, written: Path | None = None, models: Path | None = None) -> None:
+        self._written, self._models = written, models
         self._loaded: tuple[str, Material] | None = None
         self._tasks: tuple[Any, dict[str, Any]] | None = None
 
@@ -51,7 +54,10 @@ class Workshop:
             material = self.material(cell)
             facts |= _facts(material)
             tasks = self.tasks(cell) if cell.tasks else {}
-            return _measured(cell, material, tasks, make(cell, material), facts)
+            made = make(cell, material)
+            if self._models is not None and cell.recipe.treatment == LOSA:
+                _save(cell, made.model, material, self._models / re.sub(r"[^\w.]+", "-", str(cell)))
+            return _measured(cell, material, tasks, made, facts)
         except FloatingPointError as error:
             logger.warning("%s: %s", cell, error)
             return Outcome(cell.labels, DIVERGED, _line(error), facts=facts)
@@ -142,14 +148,24 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
     )
 
 
+def _save(cell: Cell, model: PreTrainedModel, material: Material, folder: Path) -> None:
+    """Save a model and its tokenizer as `losa run` does."""
+    pretrained.save(_smaller(cell, model), folder)
+    if material.tokenizer is not None:
+        material.tokenizer.save_pretrained(folder)
+    pretrained.keep_beside(pretrained.folder_of(material.model), folder)
+
+
+def _smaller(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:
+    return make_smaller(model).model if cell.config.prune.pattern.structured else model
+
+
 def _speed(cell: Cell, model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, float]:
     """Measure decoding, with packed weights if they have zeros, and of the dense model beside it: on a shared machine, their
     ratio counts."""
     if model is dense or not cell.measures.speed or not cell.final:
         return {}
-    if cell.config.prune.pattern.structured:
-        model = make_smaller(model).model
-    found = decoding_cost(model, dense, packs=not cell.smaller)
+    found = decoding_cost(_smaller(cell, model), dense, packs=not cell.smaller)
     return {"packed": round(found.packed, 2), "dense": round(found.dense, 2)}
 
 
