@@ -37,6 +37,7 @@ FILES = (
     "masks/nm",
     "masks/pattern",
     "masks/method",
+    "masks/first_token",
     "masks/magnitude",
     "masks/wanda",
     "masks/sparsegpt",

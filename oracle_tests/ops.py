@@ -693,7 +693,7 @@ OPS = (
         ({"codes": np.arange(3), "scales": np.ones(3), "group": 2}, "scales"),
     ),
     Op(
-        "quantise.weigh_first",
+        "masks.first_token.weigh_first",
         _cases(inputs=s.matrices().map(lambda X: np.stack([X, 2 * X])), weight=st.floats(0, 100)),
         Kind.CLOSE,
         ({"inputs": np.ones((1, 2, 3)), "weight": -1.0}, "weight"),

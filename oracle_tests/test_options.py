@@ -18,6 +18,7 @@ NONSENSE = ("nan", "inf", "-inf", "-1", "0", "1000000000000", "1e300", "word")
 # Values that are valid after all: nothing pruned, nothing learned, no bound on the gradients, any seed.
 ACCEPTED: dict[str, set[str]] = {
     "sparsity_ratio": {"0"},
+    "first_token_weight": {"0"},
     "learning_rate": {"0", "1e300"},
     "weight_decay": {"0", "1e300", "1000000000000"},
     "warmup_ratio": {"0"},

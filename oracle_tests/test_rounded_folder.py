@@ -21,6 +21,7 @@ from reference import packed as spec_packed
 from reference import quantise as spec
 from reference import sparsity as spec_sparsity
 from reference.masks import sparsegpt as spec_sparsegpt
+from reference.masks.first_token import weigh_first
 from torch_impl.commands import pack
 from torch_impl.decode.coded_linear import CodedLinear
 from torch_impl.decode.packed_linear import PackedLinear
@@ -107,7 +108,7 @@ def test_with_calibration_each_block_is_rounded_on_what_the_rounded_blocks_put_o
         for name, layer in layers.items():
             inputs = seen[name].double().numpy()
             first = name in decoder.family.inputs[0]
-            rows = spec.weigh_first(inputs) if first else inputs.reshape(-1, inputs.shape[2])
+            rows = weigh_first(inputs, spec.FIRST_TOKEN) if first else inputs.reshape(-1, inputs.shape[2])
             weight = layer.weight.detach().numpy()
             codes, scales = spec_sparsegpt.sparsegpt_codes(
                 weight, spec_sparsegpt.hessian(rows, len(IDS)), 4, kept=weight != 0

@@ -54,7 +54,7 @@ def assert_same(several: Outcome, one: Outcome) -> None:
 
 CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
-    (2, {"prune_method": "sparsegpt", "rank_shrink": "fold", "loss": "ce"}),
+    (2, {"prune_method": "sparsegpt", "rank_shrink": "fold", "loss": "ce", "first_token_weight": 50.0}),
     (2, {"prune_method": "pruner_zero", "rank_shrink": "fold"}),
     (4, {"prune_method": "magnitude", "gradient_checkpointing": True, "reconstruct_epochs": 2}),
     (2, {"prune_method": "wanda", "reconstruct_epochs": 1, "reconstruct_window": 2}),

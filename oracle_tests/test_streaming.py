@@ -61,7 +61,12 @@ def test_every_family_gets_the_same_bits(place: Path, family: str) -> None:
         {"prune_method": "sparsegpt", "dtype": "bfloat16"},
         {"prune_method": "alps", "dtype": "bfloat16"},
         {"prune_method": "pruner_zero", "calibration_batch_size": 4},
-        {"prune_method": "sparsegpt", "sparsity_type": "mixed-2:4", "calibration_batch_size": 4},
+        {
+            "prune_method": "sparsegpt",
+            "sparsity_type": "mixed-2:4",
+            "calibration_batch_size": 4,
+            "first_token_weight": 50,
+        },
         {"sparsity_type": "2:4", "dtype": "float64"},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),

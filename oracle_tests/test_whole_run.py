@@ -42,6 +42,10 @@ PATTERNS = {
 }
 
 
+# The methods with statistics of inputs, in which the first token may count more.
+WEIGHED = ("wanda", "sparsegpt", "alps", "admm")
+
+
 @st.composite
 def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
     choose = lambda *options: draw(st.sampled_from(options))  # noqa: E731
@@ -61,6 +65,7 @@ def cases(draw: st.DrawFn, method: str, kind: str) -> Case:
         prune_method=method,
         sparsity_type=pattern,
         sparsity_ratio=choose(0.4, 0.5, 0.65, 0.7, 0.8, 0.9),
+        first_token_weight=choose(1.0, 1.0, 50.0, 0.5) if method in WEIGHED else 1.0,
         steps=steps,
         layer_sparsity=choose("rmi", "rmi", *RULES),
         lora_alpha=alpha,
@@ -253,6 +258,9 @@ SPECIAL = {
     "admm": special(prune_method="admm", start=(0.3, 0.0, 0.1), silent=0.25),
     "admm, groups, windows of two blocks": special(
         prune_method="admm", sparsity_type="2:4", reconstruct_epochs=1, reconstruct_window=2, steps=2
+    ),
+    "alps, groups, the first token counts more": special(
+        prune_method="alps", sparsity_type="2:4", first_token_weight=50.0, steps=2
     ),
     "adapters in attention alone": special(adapted="attention", loss="kl"),
     "adapters in the MLP alone": special(adapted="mlp", prune_method="sparsegpt", steps=2),

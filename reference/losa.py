@@ -26,6 +26,7 @@ from reference import _checks, adamw, adapter, llama, rank, reconstruct, schedul
 from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
 from reference.masks import structured
+from reference.masks.first_token import weigh_first
 from reference.masks.method import Method
 from reference.masks.nm import kept_per_group
 from reference.masks.pattern import Pattern
@@ -45,8 +46,8 @@ class Settings:
 
     prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
     sparsity_type: unstructured, N:M, mixed-N:M or structured, which needs a method with a `structural_score`. channel_multiple:
-    of which the number of channels that a structured block keeps is one. steps: T. layer_sparsity: a name in rates.py; rmi is
-    LoSA's.
+    of which the number of channels that a structured block keeps is one. first_token_weight: see masks/first_token.py; 1 (paper)
+    counts all tokens alike. steps: T. layer_sparsity: a name in rates.py; rmi is LoSA's.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
     adapted: the projections with adapters: all (LoSA), attention or mlp; the others are only pruned.
@@ -61,6 +62,7 @@ class Settings:
     sparsity_ratio: float = 0.7
     sparsity_type: str = "unstructured"
     channel_multiple: int = 8
+    first_token_weight: float = 1.0
     steps: int = 5
     layer_sparsity: str = "rmi"
     lora_alpha: float = 16.0
@@ -102,6 +104,12 @@ class Settings:
             others = [method.name for method in METHODS.values() if method.structural_score is not None]
             raise ValueError(
                 f"prune_method is {self.prune_method!r}; allowed with sparsity_type structured: {', '.join(others)}"
+            )
+        weighs = _checks.number("first_token_weight", self.first_token_weight, 0.0) != 1
+        if weighs and (self.method.statistic is None or self.pattern.structured):
+            raise ValueError(
+                f"first_token_weight is {self.first_token_weight}; allowed with prune_method {self.prune_method} and "
+                f"sparsity_type {self.sparsity_type}: 1, as no statistic of the inputs of attention is used"
             )
         if not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
@@ -235,11 +243,13 @@ def _block_targets(
     return 1 - kept / m, [(int(n), m) for n in kept]
 
 
-def _gather(method: Method, inputs: Array) -> Array | None:
-    """Compute the statistic that `method` needs of a projection's calibration input (n, t, in)."""
-    if method.statistic is None:
+def _gather(settings: Settings, inputs: dict[str, Array], name: str) -> Array | None:
+    """Compute the statistic that the method needs of a projection's calibration input (n, t, in)."""
+    if settings.method.statistic is None:
         return None
-    return method.statistic(inputs.reshape(-1, inputs.shape[-1]), len(inputs))
+    source = llama.INPUT_OF[name]
+    X = weigh_first(inputs[source], settings.first_token_weight if source == "qkv" else 1.0)
+    return settings.method.statistic(X, len(inputs[source]))
 
 
 def _gather_gradients(model: Llama, ids: Ids, method: Method) -> list[dict[str, Array]] | None:
@@ -277,8 +287,7 @@ def _prune_block(
     pruned = {}
     for name, layer in layers.items():
         merged = block.weights[name]
-        inputs = trace.inputs[llama.INPUT_OF[name]]
-        statistic = _gather(settings.method, inputs) if gradients is None else gradients[name]
+        statistic = _gather(settings, trace.inputs, name) if gradients is None else gradients[name]
         share = rate if nm is None else None
         updated, mask = prune(settings.prune_method, merged, statistic, layer.mask, sparsity=share, nm=nm)
         pruned[name] = replace(layer, weight=adapter.rebase(layer.weight, merged, updated, mask))
@@ -297,7 +306,7 @@ def _prune_structures(
     for name, count, many in zip(
         (structured.READS_HEADS, structured.READS_CHANNELS), (heads, channels), gone, strict=True
     ):
-        statistic = _gather(settings.method, trace.inputs[llama.INPUT_OF[name]])
+        statistic = _gather(settings, trace.inputs, name)
         assert settings.method.structural_score is not None
         score = structured.structure_score(settings.method.structural_score(block.weights[name], statistic), count)
         kept[name] = structured.structure_mask(score, many, structured.kept_structures(layers[name].mask, count))

@@ -185,27 +185,6 @@ def dequantise_rows(codes: NDArray[Any], scales: NDArray[Any], group: int = GROU
     return np.stack([dequantise(row, own, group) for row, own in zip(codes, scales, strict=True)])
 
 
-def weigh_first(inputs: Array, weight: float = FIRST_TOKEN) -> Array:
-    """Make the first token of each sequence count more in a Hessian of the inputs of attention.
-
-    Source: ours (decision 57). The key and the value of the first token enter the output of all later tokens (the attention
-    sink), but it is one token of many in Σ x xᵀ. Unless it counts more, compensation makes its error larger.
-
-        x'_st = x_st · √weight if t = 0, else x_st;   Σ x' x'ᵀ = Σ x xᵀ + (weight − 1) Σ_s x_s0 x_s0ᵀ
-
-    Parameters: inputs (sequences, tokens, in); weight, 0 or more. Returns: (sequences · tokens, in).
-
-    *Deviation*: SparseGPT and GPTQ weigh all tokens alike.
-
-    >>> weigh_first([[[1.0, 2.0], [3.0, 4.0]]], weight=4.0)
-    array([[2., 4.],
-           [3., 4.]])
-    """
-    X = _checks.array("inputs", inputs, "sequences", "tokens", "in").copy()
-    X[:, 0] *= np.sqrt(_checks.number("weight", weight, 0.0))
-    return X.reshape(-1, X.shape[2])
-
-
 def bits_per_weight(sparsity: float, bits: int, columns: int, group: int = GROUP) -> float:
     """Compute the size of a sparse matrix of codes, in bits per position, with one scale for every `group` columns.
 

@@ -122,7 +122,9 @@ def _prune_block(
     gathered = gradients.take(index, layers[family.projections[0]].weight.device) if gradients else {}
     if isinstance(statistic, InputStatistic):
         with hold_merged_weights(list(layers.values())):
-            gathered = on_pruned_input(lambda stream: statistics.of_inputs(statistic, block, index, family, stream))
+            gathered = on_pruned_input(
+                lambda stream: statistics.of_inputs(statistic, block, index, family, stream, config.first_token_weight)
+            )
     if config.pattern.structured:
         remove_structures(block, family, config.method, gathered, rate, config.channel_multiple, last)
         return

@@ -96,13 +96,6 @@ def dequantise_rows(codes: torch.Tensor, scales: torch.Tensor, group: int = GROU
     return dequantise(_filled(codes, group).flatten(), scales.flatten(), group).view(rows, -1)[:, :columns]
 
 
-def weigh_first(inputs: torch.Tensor, weight: float = FIRST_TOKEN) -> torch.Tensor:
-    """Make the first token of each sequence (sequences, tokens, in) count `weight` times; return (sequences · tokens, in)."""
-    X = _checks.tensor("inputs", inputs, "sequences", "tokens", "in").clone()
-    X[:, 0] *= _checks.number("weight", weight, 0.0) ** 0.5
-    return X.flatten(0, 1)
-
-
 def bits_per_weight(sparsity: float, bits: int, columns: int, group: int = GROUP) -> float:
     """Compute (32 ⌈in/32⌉ + 64 + 16 ⌈in/group⌉) / in + b · (1 − ρ): bitmap, offsets, scales and codes, in bits per position."""
     _checks.number("sparsity", sparsity, 0.0, 1.0)

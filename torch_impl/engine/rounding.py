@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -15,8 +14,8 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.measures import MutualInformation
 from torch_impl.engine.progress import bar
-from torch_impl.masks.sparsegpt import HESSIAN, hessian, sparsegpt_codes
-from torch_impl.quantise import FEWEST_BITS, MOST_BITS, dequantise_rows, weigh_first
+from torch_impl.masks.sparsegpt import HESSIAN, sparsegpt_codes
+from torch_impl.quantise import FEWEST_BITS, FIRST_TOKEN, MOST_BITS, dequantise_rows
 
 
 @torch.no_grad()
@@ -29,11 +28,9 @@ def round_blocks(
     """
     family = decoder.family
     stream = calibration.start_stream(decoder, ids, batch_size, on_host=True)
-    # Attention reads the first group of inputs.
-    sink = replace(HESSIAN, part=lambda x, samples: hessian(weigh_first(x.unflatten(0, (-1, ids.shape[1]))), samples))
     for index, block in enumerate(bar(sweep(decoder), "rounding", len(decoder.blocks))):
         adapt_block(block, family, 1.0)
-        found = statistics.of_inputs(HESSIAN, block, index, family, stream, attention=sink)
+        found = statistics.of_inputs(HESSIAN, block, index, family, stream, FIRST_TOKEN)
         for name, layer in block_adapters(block, family).items():
             codes, scales = sparsegpt_codes(layer.weight, found.pop(name), bits[index], kept=layer.weight != 0)
             layer.set_base(dequantise_rows(codes, scales))

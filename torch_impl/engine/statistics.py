@@ -15,6 +15,7 @@ from torch_impl.engine import calibration, distributed, finite
 from torch_impl.engine.adapted_linear import block_adapters
 from torch_impl.engine.families import Family
 from torch_impl.engine.gradient_sweep import weight_gradient
+from torch_impl.masks.first_token import weigh_first
 from torch_impl.masks.method import GradientStatistic, InputStatistic
 
 # Tokens of every sequence copied to the device at once, if the hidden states are elsewhere.
@@ -45,16 +46,21 @@ def of_inputs(
     index: int,
     family: Family,
     stream: calibration.Stream,
-    attention: InputStatistic | None = None,
+    first_token_weight: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """Compute the statistic of each projection's input, once per shared input. attention: the statistic of attention's input."""
+    """Compute the statistic of each projection's input, once per shared input.
+
+    first_token_weight: how many times the first token of each sequence counts in the input of attention.
+    """
     samples = int(distributed.all_reduce_number(len(stream.hidden)))
     gathered = {group[0]: InputSum(statistic, samples) for group in family.inputs}
-    if attention is not None:
-        gathered[family.inputs[0][0]] = InputSum(attention, samples)
-    with calibration.input_hooks(
-        block_adapters(block, family), family.inputs, lambda name, x: gathered[name].update(x)
-    ):
+
+    def watch(name: str, x: torch.Tensor) -> None:
+        if first_token_weight != 1 and name == family.inputs[0][0]:
+            x = weigh_first(x.unflatten(0, (-1, stream.hidden.shape[1])), first_token_weight)
+        gathered[name].update(x)
+
+    with calibration.input_hooks(block_adapters(block, family), family.inputs, watch):
         for batch, rows in stream.batches():
             stream.run_for_inputs(block, index, batch, rows)
     results = {name: accumulator.result() for name, accumulator in gathered.items()}
