@@ -111,10 +111,11 @@ def flap(decoder: Decoder, material: Material, config: Config) -> None:
         own = (structures.head_weights, structures.channel_weights)
         for (name, count), size in zip(counts(structures, family).items(), own, strict=True):
             score = standardised(fluctuation(weights[name], moments[index][name][1]), count)
-            scores.append(score.index_fill(0, score.argmax(), torch.inf))
-            sizes.append(torch.full_like(score, size))
+            # On the CPU: sums of a threshold on CUDA are not bit-identical.
+            scores.append(score.index_fill(0, score.argmax(), torch.inf).cpu())
+            sizes.append(torch.full_like(scores[-1], size))
             places.append((index, name))
-    kept = remove_lowest(torch.cat(scores), torch.cat(sizes), config.prune.final_sparsity)
+    kept = remove_lowest(torch.cat(scores), torch.cat(sizes), config.prune.final_sparsity).to(decoder.weights[0].device)
     parts = dict(zip(places, kept.split([len(score) for score in scores]), strict=True))
     for index, block in enumerate(decoder.blocks):
         of_block = {name: parts[index, name] for name in (family.reads_heads, family.reads_channels)}

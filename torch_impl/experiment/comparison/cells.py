@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import logging
+import os
 import re
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch_impl.experiment.baselines import BASELINES, Trained
 from torch_impl.experiment.baselines.baseline import Costs, finish
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
+from torch_impl.experiment.command import TRACEBACK
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.recipes import DENSE, LOSA
 from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome
@@ -31,8 +33,6 @@ from torch_impl.experiment.comparison.statistics import perplexity
 from torch_impl.experiment.evaluate import window_losses
 from torch_impl.experiment.material import Material, load_material
 from torch_impl.experiment.text.windows import describe_windows
-
-logger = logging.getLogger(__name__)
 
 
 class Workshop:
@@ -59,10 +59,10 @@ class Workshop:
                 _save(cell, made.model, material, self._models / re.sub(r"[^\w.]+", "-", str(cell)))
             return _measured(cell, material, tasks, made, facts)
         except FloatingPointError as error:
-            logger.warning("%s: %s", cell, error)
             return Outcome(cell.labels, DIVERGED, _line(error), facts=facts)
         except Exception as error:
-            logger.warning("%s failed: %s", cell, error)
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
             self._loaded = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
