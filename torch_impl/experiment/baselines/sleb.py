@@ -15,6 +15,9 @@ from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
 from torch_impl.sleb import remove_blocks, removed_blocks
 
+# Sequences whose logits are computed at once: with a large vocabulary they take more memory than a block.
+AT_ONCE = 8
+
 
 class LossWithout:
     """The loss of a model with some of its blocks, on token ids (n, t).
@@ -39,9 +42,8 @@ class LossWithout:
         self._passed, self._last = shared, left
         stream = self._shared.clone()
         self._advance(stream, left[len(shared) :])
-        total = sum(
-            float(next_token_loss(self._decoder, stream.ids[rows], stream.states(rows))) for _, rows in stream.batches()
-        )
+        pieces = (slice(start, start + AT_ONCE) for start in range(0, len(stream.ids), AT_ONCE))
+        total = sum(float(next_token_loss(self._decoder, stream.ids[rows], stream.states(rows))) for rows in pieces)
         return total / predicted_tokens(stream)
 
     def _advance(self, stream: Stream, indices: Sequence[int]) -> None:
