@@ -114,11 +114,13 @@ def by_ctypes_too(action: Callable[[], Any]) -> Callable[[], Any]:
     """Return the action with products by ctypes."""
 
     def run() -> Any:
-        now, cuda.matvec = cuda.matvec, by_ctypes
+        before = cuda.matvec, cuda.matvec_parts
+        cuda.matvec = by_ctypes
+        cuda.matvec_parts = lambda layout, x, bias, sizes: by_ctypes(layout, x, bias).split(sizes, -1)
         try:
             return action()
         finally:
-            cuda.matvec = now
+            cuda.matvec, cuda.matvec_parts = before
 
     return run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -65,8 +65,9 @@ class CodedLinear(PackedLinear):
     def _expanded(self) -> torch.Tensor:
         return packed.expand_coded(self.bitmap, self.codes, self.scales, self.in_features, self._dtype)
 
-    def _kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        return cpu.linear_coded(rows, self.bitmap, self.codes, self.scales, self.offsets, self.bias)
+    def _kernel(self, x: torch.Tensor) -> torch.Tensor:
+        parts: Any = self._buffers
+        return cpu.linear_coded(x, parts["bitmap"], parts["codes"], parts["scales"], parts["offsets"], parts["bias"])
 
     def _settle(self) -> None:
         parts = self.stored()

@@ -394,12 +394,29 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tenso
 
 #include "cpu_coded.h"
 
+// A product for x (..., in): in Python two views take as long as the product of a small weight.
+template <auto product>
+struct AnyShape;
+template <class... Arguments, at::Tensor (*product)(const at::Tensor&, Arguments...)>
+struct AnyShape<product> {
+  static at::Tensor call(const at::Tensor& x, Arguments... arguments) {
+    if (x.dim() == 2 && x.is_contiguous()) return product(x, arguments...);
+    TORCH_CHECK_VALUE(x.dim() > 0, "x has no dimension; allowed: (..., in)");
+    const at::Tensor y = product(x.reshape({-1, x.size(-1)}).contiguous(), arguments...);
+    at::DimVector sizes(x.sizes());
+    sizes.back() = y.size(1);
+    return y.view(sizes);
+  }
+};
+
 }  // namespace
 
 TORCH_LIBRARY(losa_cpu_decode, library) {
   library.def("paths() -> str[]", &paths);
   library.def("threads() -> int", &threads);
-  library.def("linear(Tensor x, Tensor bitmap, Tensor values, Tensor offsets, Tensor? bias, str path) -> Tensor", &linear);
+  library.def("linear(Tensor x, Tensor bitmap, Tensor values, Tensor offsets, Tensor? bias, str path) -> Tensor",
+              &AnyShape<&linear>::call);
   library.def("linear_coded(Tensor x, Tensor bitmap, Tensor codes, Tensor scales, Tensor offsets, Tensor? bias, str path) "
-              "-> Tensor", &linear_coded);
+              "-> Tensor",
+              &AnyShape<&linear_coded>::call);
 }

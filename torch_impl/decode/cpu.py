@@ -89,15 +89,15 @@ def linear(
     bias: torch.Tensor | None = None,
     path: str | None = None,
 ) -> torch.Tensor:
-    """Compute x Wᵀ + b (n, out) of x (n, in) and a checked packed W, with float32 sums.
+    """Compute x Wᵀ + b (..., out) of x (..., in) and a checked packed W, with float32 sums.
 
     path: one of `paths()`, default the first.
     """
     if x.dtype not in DTYPES or not paths():
         with torch.no_grad():
-            return nn.functional.linear(x, packed.expand(bitmap, values, x.shape[1]), bias)
-    result: torch.Tensor = torch.ops.losa_cpu_decode.linear(
-        x.contiguous(), bitmap, values, offsets, bias, path or paths()[0]
+            return nn.functional.linear(x, packed.expand(bitmap, values, x.shape[-1]), bias)
+    result: torch.Tensor = torch.ops.losa_cpu_decode.linear.default(
+        x, bitmap, values, offsets, bias, path or paths()[0]
     )
     return result
 
@@ -111,14 +111,14 @@ def linear_coded(
     bias: torch.Tensor | None = None,
     path: str | None = None,
 ) -> torch.Tensor:
-    """Compute x Wᵀ + b (n, out) of x (n, in) and a checked W of codes and scales, with float32 sums of their exact products.
+    """Compute x Wᵀ + b (..., out) of x (..., in) and a checked W of codes and scales, with float32 sums of their exact products.
 
     path: one of `paths()`, default the first. Without kernels, W is rounded to the dtype of x.
     """
     if x.dtype not in DTYPES or not paths():
         with torch.no_grad():
-            return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[1], x.dtype), bias)
-    result: torch.Tensor = torch.ops.losa_cpu_decode.linear_coded(
-        x.contiguous(), bitmap, codes, scales, offsets, bias, path or paths()[0]
+            return nn.functional.linear(x, packed.expand_coded(bitmap, codes, scales, x.shape[-1], x.dtype), bias)
+    result: torch.Tensor = torch.ops.losa_cpu_decode.linear_coded.default(
+        x, bitmap, codes, scales, offsets, bias, path or paths()[0]
     )
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,18 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     with torch.no_grad():
         wide = functional.linear(x.float(), unpack(layout).float(), None if bias is None else bias.float())
         return wide.to(x.dtype)
+
+
+def matvec_parts(
+    layout: Layout, x: torch.Tensor, bias: torch.Tensor | None, sizes: Sequence[int]
+) -> Sequence[torch.Tensor]:
+    """Compute `matvec` of several weights stacked in one layout: y (..., size) of each."""
+    if layout.product is not None:
+        parts: list[torch.Tensor] = torch.ops.losa_cuda_decode.linear_parts.default(
+            x, layout.data, layout.starts, layout.plan, bias, sizes
+        )
+        return parts
+    return matvec(layout, x, bias).split(sizes, -1)
 
 
 def _choose_share(rows: int, panels: int, processors: int) -> int:

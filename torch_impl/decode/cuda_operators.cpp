@@ -1,6 +1,7 @@
 // The kernels of cuda.cu as operators of torch: each checks its arguments, allocates the result and launches on the current
 // stream. In Python the same steps take ten times as long, more than most kernels.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 // In cuda.cu. Both return a cudaError_t.
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
@@ -52,6 +54,7 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
 at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts, at::IntArrayRef numbers,
                   const std::optional<at::Tensor>& bias) {
   const Plan plan(numbers);
+  const at::AutoDispatchBelowADInplaceOrView no_gradient;
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == plan.columns, "x has shape ", x.sizes(), "; allowed: [..., ", plan.columns, "]");
   TORCH_CHECK_TYPE(x.scalar_type() == plan.dtype(), "x has dtype ", x.scalar_type(), "; allowed: ", plan.dtype(), ", the weight's");
   TORCH_CHECK_VALUE(x.device() == data.device(), "x is on ", x.device(), "; allowed: ", data.device(), ", the weight's");
@@ -77,20 +80,30 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor&
   return y;
 }
 
+// The product of several weights stacked in one layout, as one tensor (..., size) each.
+std::vector<at::Tensor> linear_parts(const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts, at::IntArrayRef numbers,
+                                     const std::optional<at::Tensor>& bias, at::IntArrayRef sizes) {
+  const at::AutoDispatchBelowADInplaceOrView no_gradient;
+  return linear(x, data, starts, numbers, bias).split_with_sizes(sizes, -1);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(losa_cuda_decode, library) {
   library.def("linear(Tensor x, Tensor data, Tensor starts, int[] plan, Tensor? bias) -> Tensor");
+  library.def("linear_parts(Tensor x, Tensor data, Tensor starts, int[] plan, Tensor? bias, int[] sizes) -> Tensor[]");
   library.def("expand(Tensor data, Tensor starts, int[] plan) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(losa_cuda_decode, CUDA, library) {
   library.impl("linear", &linear);
+  library.impl("linear_parts", &linear_parts);
   library.impl("expand", &expand);
 }
 
 // A packed weight passes no gradient on.
 TORCH_LIBRARY_IMPL(losa_cuda_decode, AutogradCUDA, library) {
   library.impl("linear", torch::CppFunction::makeFallthrough());
+  library.impl("linear_parts", torch::CppFunction::makeFallthrough());
   library.impl("expand", torch::CppFunction::makeFallthrough());
 }

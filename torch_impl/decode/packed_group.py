@@ -105,7 +105,7 @@ class PackedGroup(Packed):
         return cuda.unpack(self.layout)
 
     def share(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the rows from `start` on of `product(x)`. The first layer that calls this computes the product for all.
+        """Return the product of the layer whose rows begin at `start`. The first layer that calls this computes it for all.
 
         Each layer takes its rows once, as long as x is the same tensor and unmodified. A tensor of `torch.inference_mode` does
         not record modifications, so each layer computes its product itself.
@@ -117,7 +117,8 @@ class PackedGroup(Packed):
             own = known[2].pop(start, None)
             if own is not None:
                 return own
-        parts = dict(zip(self.starts, self.product(x).split(self.sizes, -1), strict=True))
+        products = cuda.matvec_parts(self.layout, x, self._buffers["bias"], self.sizes)
+        parts = dict(zip(self.starts, products, strict=True))
         own = parts.pop(start)
         # `nn.Module.__setattr__` would take longer than the rest.
         self.__dict__["_shares"] = (weakref.ref(x), moment, parts)

@@ -124,7 +124,7 @@ class PackedLinear(Packed):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the output of this layer alone, without its group."""
         if self.layout is None and x.is_cpu and x.numel() <= DECODE_ROWS * self.in_features and self._on_gpu is None:
-            return self._kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+            return self._kernel(x)
         return super().product(x)
 
     def extra_repr(self) -> str:
@@ -140,9 +140,10 @@ class PackedLinear(Packed):
         """Unpack the weight from the buffers."""
         return packed.expand(self.bitmap, self.values, self.in_features)
 
-    def _kernel(self, rows: torch.Tensor) -> torch.Tensor:
+    def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply with the buffers on the CPU."""
-        return cpu.linear(rows, self.bitmap, self.values, self.offsets, self.bias)
+        buffers: Any = self._buffers
+        return cpu.linear(x, buffers["bitmap"], buffers["values"], buffers["offsets"], buffers["bias"])
 
     def _settle(self) -> None:
         """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`.
