@@ -11,6 +11,7 @@ import pytest
 from oracle_tests.small_runs import arguments, fails, make_place
 from oracle_tests.whole_runs import PLAIN, run_production, special
 from reference import losa as reference_losa
+from torch_impl.commands import compare
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "admm"])
@@ -49,3 +50,16 @@ def test_the_spec_refuses_the_same(changes: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"first_token_weight is 50\.0; allowed with prune_method"):
         replace(PLAIN.settings, first_token_weight=50.0, **changes)
     assert isinstance(replace(PLAIN.settings, first_token_weight=1.0, **changes), reference_losa.Settings)
+
+
+def test_a_comparison_varies_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    place = make_place(tmp_path)
+    file = tmp_path / "weights.toml"
+    file.write_text('[[matrix]]\nsparsity = ["2:4"]\nfirst_token_weight = [1, 50]\nrecipes = ["none"]\n')
+    given = arguments(place, output_dir=None, learning_rate=None, steps=None, prune_method="sparsegpt")
+    assert compare.main([str(file), *given, "--output", str(tmp_path / "out"), "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["dense, seed 0", "2:4, 1, none, seed 0", "2:4, 50, none, seed 0", "3 runs"]
+    magnitude = ["magnitude" if word == "sparsegpt" else word for word in given]
+    assert compare.main([str(file), *magnitude, "--output", str(tmp_path / "out"), "--dry_run"]) == 2
+    assert "first_token_weight is 50, and prune_method magnitude" in capsys.readouterr().err
