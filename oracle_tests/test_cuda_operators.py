@@ -1,0 +1,151 @@
+"""The operators of cuda_operators.cpp, compiled for the CPU with stand-ins for the kernels: all but the launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils import cpp_extension
+
+from torch_impl.decode import cpu
+
+SOURCE = cpu.SOURCE.with_name("cuda_operators.cpp")
+# The kernels' stand-ins read a dense weight in place of a layout, and return `slot` as CUDA's error.
+KERNELS = """
+#include <ATen/ops/from_blob.h>
+#include <cstring>
+int64_t launches = 0;
+static at::Tensor of(const void* at, int rows, int columns, int half) {
+  return at::from_blob(const_cast<void*>(at), {rows, columns}, at::TensorOptions().dtype(half ? at::kHalf : at::kBFloat16));
+}
+extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                           int, int slot, int half, int batch, int share, int, void*) {
+  if (batch < 1 || batch > 8 || !share) return 99;
+  launches++;
+  at::Tensor sums = of(x, batch, columns, half).to(at::kFloat).matmul(of(data, rows, columns, half).to(at::kFloat).t());
+  if (bias) sums += of(bias, 1, rows, half);
+  of(y, batch, rows, half).copy_(sums);
+  return slot;
+}
+extern "C" int losa_expand(const void* data, const void*, void* dense, int rows, int columns, int, int slot, void*) {
+  std::memcpy(dense, data, 2 * rows * columns);
+  return slot;
+}
+TORCH_LIBRARY_FRAGMENT(NAME, library) { library.def("launches() -> int", [] { return launches; }); }
+"""
+STREAM = """
+namespace c10::cuda { struct Stream { void* stream() { return nullptr; } }; inline Stream getCurrentCUDAStream(int) { return {}; } }
+"""
+GUARD = "#include <c10/core/Device.h>\nnamespace c10::cuda { struct CUDAGuard { explicit CUDAGuard(c10::Device) {} }; }"
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("operators")
+    (folder / "c10" / "cuda").mkdir(parents=True)
+    (folder / "c10" / "cuda" / "CUDAStream.h").write_text(STREAM)
+    (folder / "c10" / "cuda" / "CUDAGuard.h").write_text(GUARD)
+    name = "losa_operators_test"
+    text = SOURCE.read_text() + KERNELS
+    for old, new in (
+        ("losa_cuda_decode", name),
+        ("NAME", name),
+        ("AutogradCUDA", "AutogradCPU"),
+        (", CUDA,", ", CPU,"),
+    ):
+        text = text.replace(old, new)
+    source = folder / "operators.cpp"
+    source.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        # Find ninja even if the virtual environment is not activated.
+        patch.setenv("PATH", os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", ""))))
+        try:
+            cpp_extension.load(
+                name,
+                [str(source)],
+                extra_cflags=["-O0"],
+                extra_include_paths=[str(folder)],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            if "error:" in str(error):
+                raise
+            pytest.skip(f"no compiler: {str(error)[:200]}")
+    return getattr(torch.ops, name)
+
+
+class Weight:
+    """A dense weight in place of a layout, with a bias, and the plan of 24 rows by the kernel."""
+
+    def __init__(self, dtype: torch.dtype, share: int = 1, error: int = 0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.dense = torch.randn(20, 32, generator=generator).to(dtype)
+        self.bias = torch.randn(20, generator=generator).to(dtype)
+        plan = [20, 32, 1, error, int(dtype == torch.float16), share, 1, 24]
+        self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype, biased: bool) -> None:
+    """More rows, or rows too long for the kernel, unpack the weight. The shape of x is that of y; x may have strides."""
+    for lead, share, launches in (
+        ((), 1, 1),
+        ((1, 8), 1, 1),
+        ((3, 3), 1, 2),
+        ((24,), 1, 3),
+        ((5, 5), 1, 0),
+        ((2,), 0, 0),
+        ((2, 0), 1, 0),
+    ):
+        weight = Weight(dtype, share)
+        bias = weight.bias if biased else None
+        x = torch.randn(*lead, 64).to(dtype)[..., ::2]
+        before = operators.launches()
+        y = operators.linear(x, *weight.layout, bias)
+        assert y.shape == (*lead, 20)
+        assert near(y, functional.linear(x, weight.dense, bias))
+        parts = operators.linear_parts(x, *weight.layout, bias, [7, 1, 12])
+        assert all(torch.equal(*pair) for pair in zip(parts, y.split([7, 1, 12], -1), strict=True))
+        assert operators.launches() - before == 2 * launches
+        assert torch.equal(operators.expand(*weight.layout), weight.dense)
+
+
+def test_no_gradient_passes(operators: Any) -> None:
+    for rows, share in ((2, 1), (30, 1), (2, 0)):
+        weight = Weight(torch.bfloat16, share)
+        x = torch.randn(rows, 32, dtype=torch.bfloat16, requires_grad=True)
+        assert not operators.linear(x, *weight.layout, None).requires_grad
+        assert not any(part.requires_grad for part in operators.linear_parts(x, *weight.layout, None, [8, 12]))
+
+
+def test_what_does_not_fit_is_refused(operators: Any) -> None:
+    weight = Weight(torch.bfloat16)
+    data, starts, plan = weight.layout
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    for arguments, kind, message in (
+        ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
+        ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
+        ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 7 numbers"),
+        ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
+        ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
+        ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),
+    ):
+        with pytest.raises(kind, match=message):
+            operators.linear(*arguments)
+    failing = Weight(torch.bfloat16, error=7).layout
+    with pytest.raises(RuntimeError, match=r"^losa_matvec failed with CUDA error 7"):
+        operators.linear(x, *failing, None)
+    with pytest.raises(RuntimeError, match=r"^losa_expand failed with CUDA error 7"):
+        operators.expand(*failing)
