@@ -87,6 +87,15 @@ CODED = {
     "columns": 4,
 }
 # No kept weight.
+CODE_TILED = {
+    "bitmaps": np.zeros((1, 512), dtype=np.uint8),
+    "scales": np.zeros((1, 32), dtype=np.float16),
+    "words": np.zeros((0, 128), dtype=np.uint8),
+    "starts": np.zeros(2, dtype=np.int64),
+    "bits": 8,
+    "rows": 2,
+    "columns": 3,
+}
 TILED = {"bitmaps": np.zeros((1, 256), dtype=np.uint8), "values": np.ones(0), "rows": 2, "columns": 3}
 
 
@@ -707,4 +716,16 @@ OPS = (
     ),
     Op("tiles.pack_tiles", _cases(weight=s.weights_to_tile()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
     Op("tiles.unpack_tiles", s.tiled_weights(), Kind.EXACT, ({**TILED, "values": np.ones(3)}, "values")),
+    Op(
+        "code_tiles.pack_code_tiles",
+        s.codes_to_tile(),
+        Kind.EXACT,
+        ({"codes": np.ones((1, 2), np.int8), "scales": np.ones((1, 2), np.float16), "bits": 8}, "scales"),
+    ),
+    Op(
+        "code_tiles.unpack_code_tiles",
+        s.tiled_codes(),
+        Kind.EXACT,
+        ({**CODE_TILED, "starts": np.zeros(3, np.int64)}, "starts"),
+    ),
 )

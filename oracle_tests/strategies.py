@@ -475,6 +475,54 @@ def tiled_weights(draw: st.DrawFn) -> dict[str, Any]:
     return {"bitmaps": bitmaps, "values": values, "rows": rows, "columns": columns}
 
 
+@st.composite
+def codes_to_tile(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of pack_code_tiles: one to two by two panels of 16 x 256, empty and full lanes."""
+    rng, bits = _rng(draw), draw(BITS)
+    shape = draw(st.integers(1, 18)), draw(st.integers(1, 40) | st.integers(250, 260))
+    most = 2 ** (bits - 1) - 1
+    codes = rng.integers(-most, most, shape, dtype=np.int8, endpoint=True)
+    codes[rng.random(shape) < draw(SPARSITIES)] = 0
+    return {"codes": codes, "scales": rng.random((shape[0], -(-shape[1] // 128))).astype(np.float16), "bits": bits}
+
+
+@st.composite
+def tiled_codes(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack_code_tiles, built by hand: code by code, each lane's bits as text, the highest first."""
+    case = draw(codes_to_tile())
+    codes, (rows, columns), width = case["codes"], case["codes"].shape, 4 if case["bits"] <= 4 else 8
+    across = -(-columns // 256)
+    panels = -(-rows // 16) * across
+    bitmaps, scales = np.zeros((panels, 512), dtype=np.uint8), np.zeros((panels, 32), dtype=np.float16)
+    kept: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    for row, column in np.argwhere(codes != 0).tolist():
+        panel, lane = row // 16 * across + column // 256, row % 8 * 4 + column // 8 % 4
+        n = np.ravel_multi_index((column // 32 % 8, column // 4 % 2, row // 8 % 2, column % 4), (8, 2, 2, 4))
+        bitmaps[panel, 16 * lane + n // 8] |= 1 << n % 8
+        code = codes[row, column]
+        kept.setdefault((panel, lane), []).append((int(n), f"{int(code < 0)}{abs(int(code)):0{width - 1}b}"))
+    for row, group in np.ndindex(*case["scales"].shape):
+        scales[row // 16 * across + group // 2, row % 16 * 2 + group % 2] = case["scales"][row, group]
+    words = []
+    for panel in range(panels):
+        streams = ["".join(text for _, text in sorted(kept.get((panel, lane), []))[::-1]) for lane in range(32)]
+        count = -(-max(map(len, streams)) // 32)
+        padded = [f"{stream:>0{32 * count}}" for stream in streams]
+        for k in range(count):
+            numbers = [int(stream[32 * (count - 1 - k) : 32 * (count - k)], 2) for stream in padded]
+            words.append(np.array(numbers, dtype="<u4").view(np.uint8))
+    counts = [-(-max(len(kept.get((panel, lane), [])) for lane in range(32)) * width // 32) for panel in range(panels)]
+    return {
+        "bitmaps": bitmaps,
+        "scales": scales,
+        "words": np.array(words, dtype=np.uint8).reshape(-1, 128),
+        "starts": np.cumsum([0, *counts]),
+        "bits": case["bits"],
+        "rows": rows,
+        "columns": columns,
+    }
+
+
 # Never on the border between two tokens of a small vocabulary with equal logits, where rounding decides.
 _UNIFORMS = st.integers(0, 999).map(lambda number: (number + 0.37) / 1000)
 

@@ -138,7 +138,7 @@ def test_a_plan_is_of_the_layout() -> None:
     weight = torch.zeros(40, 300, dtype=torch.float16, device=DEVICE)
     layout = cuda.pack_rows(weight)
     assert layout.plan[:5] == [40, 300, 3, layout.slot, 1]
-    assert layout.plan[5:] == [1, int(cuda.Card.of(weight.device).early), cuda.MOST_ROWS]
+    assert layout.plan[5:] == [1, int(cuda.Card.of(weight.device).early), cuda.MOST_ROWS, 0]
     assert cuda.pack_rows(weight.bfloat16()).plan[4] == 0
     assert replace(layout, slot=2**20).plan[5] == 0
     assert copy.deepcopy(layout).__dict__.keys() == replace(layout).__dict__.keys() < layout.__dict__.keys()
@@ -160,7 +160,7 @@ def test_what_packing_saves_is_what_the_formula_says() -> None:
 @pytest.mark.parametrize("processors", [132, 46])
 def test_every_panel_is_some_warps(rows: int, columns: int, processors: int) -> None:
     panels = -(-columns // 128)
-    share = cuda._choose_share(rows, panels, processors)
+    share = cuda._choose_share(rows, panels, processors, cuda.Layout.WARPS)
     # A lane keeps where one panel begins, and one more where the last one ends; with two panels on their way, the kernel asks
     # for two behind that, which must find its end again.
     assert share >= 1

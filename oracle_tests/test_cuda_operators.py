@@ -36,6 +36,20 @@ extern "C" int losa_expand(const void* data, const void*, void* dense, int rows,
   std::memcpy(dense, data, 2 * rows * columns);
   return slot;
 }
+// With codes a launch counts 100, and unpacking a million.
+extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                 int columns, int panels, int slot, int half, int bits, int batch, int share, int overlap,
+                                 void* stream) {
+  if (bits != 4) return 98;
+  launches += 99;
+  return losa_matvec(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, share, overlap, stream);
+}
+extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
+                                 int half, int bits, void* stream) {
+  if (bits != 4) return 98;
+  launches += 1000000;
+  return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
+}
 TORCH_LIBRARY_FRAGMENT(NAME, library) { library.def("launches() -> int", [] { return launches; }); }
 """
 STREAM = """
@@ -83,11 +97,11 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class Weight:
     """A dense weight in place of a layout, with a bias, and the plan of 24 rows by the kernel."""
 
-    def __init__(self, dtype: torch.dtype, share: int = 1, error: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype, share: int = 1, error: int = 0, bits: int = 0) -> None:
         generator = torch.Generator().manual_seed(0)
         self.dense = torch.randn(20, 32, generator=generator).to(dtype)
         self.bias = torch.randn(20, generator=generator).to(dtype)
-        plan = [20, 32, 1, error, int(dtype == torch.float16), share, 1, 24]
+        plan = [20, 32, 1, error, int(dtype == torch.float16), share, 1, 24, bits]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -96,8 +110,8 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("biased", [False, True])
-def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype, biased: bool) -> None:
+@pytest.mark.parametrize(("biased", "bits"), [(False, 0), (True, 0), (True, 4)])
+def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype, biased: bool, bits: int) -> None:
     """More rows, or rows too long for the kernel, unpack the weight. The shape of x is that of y; x may have strides."""
     for lead, share, launches in (
         ((), 1, 1),
@@ -108,7 +122,7 @@ def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype,
         ((2,), 0, 0),
         ((2, 0), 1, 0),
     ):
-        weight = Weight(dtype, share)
+        weight = Weight(dtype, share, bits=bits)
         bias = weight.bias if biased else None
         x = torch.randn(*lead, 64).to(dtype)[..., ::2]
         before = operators.launches()
@@ -117,8 +131,9 @@ def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype,
         assert near(y, functional.linear(x, weight.dense, bias))
         parts = operators.linear_parts(x, *weight.layout, bias, [7, 1, 12])
         assert all(torch.equal(*pair) for pair in zip(parts, y.split([7, 1, 12], -1), strict=True))
-        assert operators.launches() - before == 2 * launches
         assert torch.equal(operators.expand(*weight.layout), weight.dense)
+        unpacked = 1 if launches or not x.numel() else 3
+        assert operators.launches() - before == (2 * launches if not bits else 200 * launches + 1000000 * unpacked)
 
 
 def test_no_gradient_passes(operators: Any) -> None:
@@ -137,7 +152,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 7 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 8 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

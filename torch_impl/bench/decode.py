@@ -23,9 +23,10 @@ import torch
 import transformers
 from torch.nn import functional
 
+from torch_impl import quantise
 from torch_impl.bench import decode_cpu, int4, whole
 from torch_impl.bench.measure import ceilings, graphed, relative
-from torch_impl.decode import cpu, cuda
+from torch_impl.decode import cpu, cuda, cuda_coded
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 from torch_impl.masks.nm import nm_mask
@@ -116,8 +117,13 @@ def sparse(weight: torch.Tensor, sparsity: str) -> torch.Tensor:
 def pack(weight: torch.Tensor, values: str = "same") -> tuple[Product, int, torch.Tensor]:
     """Return (the function x ↦ y = x Wᵀ with the weight packed for its device, its size in bytes, W in float64).
 
-    values: same, or int8 and int4, which round the weight (CPU alone).
+    values: same, or int8 and int4, which round the weight.
     """
+    if values != "same" and weight.is_cuda:
+        bits = int(values.removeprefix("int"))
+        codes, scales = quantise.quantise_rows(weight, bits)
+        coded = cuda_coded.pack_codes(codes, scales, bits, weight.dtype)
+        return partial(cuda.matvec, coded), coded.nbytes, quantise.dequantise_rows(codes, scales).double()
     if values != "same":
         return decode_cpu.pack_codes(weight, int(values.removeprefix("int")))
     if not weight.is_cuda:
@@ -245,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument(
-        "--values", choices=["same", "int8", "int4"], default="same", help="Round our kept values (CPU); lossy, too."
+        "--values", choices=["same", "int8", "int4"], default="same", help="Round our kept values; lossy, too."
     )
     parser.add_argument("--json", type=Path, help="Also write all figures to this file.")
     return parser
@@ -256,9 +262,6 @@ def main(arguments: Sequence[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     options = _parser().parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    if device.type == "cuda" and options.values != "same":
-        print(f"values is {options.values}, for which there are no GPU kernels; leave it out", file=sys.stderr)
-        return 2
     torch.manual_seed(0)
     if device.type == "cuda":
         name, peak, how = torch.cuda.get_device_name(device), ceilings(device, dtype)[1], "copy"

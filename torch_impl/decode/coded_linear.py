@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from torch_impl import packed
-from torch_impl.decode import cpu
+from torch_impl.decode import cpu, cuda, cuda_coded
 from torch_impl.decode.packed_group import Packed
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.packed import CODED
@@ -19,7 +19,7 @@ class CodedLinear(PackedLinear):
 
     parts: bitmap, codes, offsets as `packed.pack_codes` returns them, and scales (out, ⌈in/128⌉) float16, in the order of
     `packed.CODED`. dtype: of inputs, outputs and bias; casting changes it alone, not codes and scales. On a GPU with kernels for
-    the dtype, `layout` holds the values rounded to it, and host memory the codes. A state_dict always holds the codes.
+    the dtype, `layout` holds codes and scales, as does host memory. A state_dict always holds the codes.
 
     Errors: as `packed.check_codes`.
     """
@@ -68,6 +68,10 @@ class CodedLinear(PackedLinear):
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         parts: Any = self._buffers
         return cpu.linear_coded(x, parts["bitmap"], parts["codes"], parts["scales"], parts["offsets"], parts["bias"])
+
+    def _lay_out(self) -> cuda.Layout:
+        codes = packed.expand_codes(self.bitmap, self.codes, self.in_features)
+        return cuda_coded.pack_codes(codes, self.scales, self.bits, self._dtype)
 
     def _settle(self) -> None:
         parts = self.stored()

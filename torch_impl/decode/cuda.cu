@@ -5,57 +5,21 @@
 // lanes. Two byte permutations put its own values and zeros in place. Neighbouring lanes read neighbouring values, so there are
 // no bank conflicts. The order of summation is fixed.
 
-#include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "cuda_panels.h"
 
 namespace {
 
-constexpr int LANES = 32;
-constexpr int ROWS = 16, COLUMNS = 128;   // of a panel
+constexpr int COLUMNS = 128;              // of a panel
 constexpr int MAP = ROWS * COLUMNS / 8;   // bytes of its bitmap
-constexpr int BATCH = 8;                  // rows of x
-constexpr int SCRATCH = ROWS * BATCH * 4; // bytes of shared memory for a warp's sums, and for the counts of a bitmap's bits
-constexpr int SLOTS = 2;                  // panels that a warp loads ahead
-constexpr int BARRIERS = 8 * SLOTS;       // bytes of shared memory for their barriers
-constexpr unsigned ALL = 0xffffffffu;
 
-struct Layout {
-    const uint8_t* data;   // panels: bitmap, values
-    const int* starts;     // (panels of all strips + 1) start of each, in units of 16 bytes
-    int rows, columns, panels, slot;   // panels: per strip of 16 rows; slot: bytes of the largest panel
-};
-
-extern __shared__ __align__(128) unsigned char memory[];
-
-// Access shared memory by an address in a register.
-__device__ __forceinline__ uint32_t load(uint32_t from) {
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-    return value;
-}
-__device__ __forceinline__ uint4 load_four(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
-    return v;
-}
 template <int OFFSET>
 __device__ __forceinline__ uint32_t load_half(uint32_t from) {
     uint32_t value;
     asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1+%2]; cvt.u32.u16 %0, h;}" : "=r"(value) : "r"(from), "n"(OFFSET) : "memory");
     return value;
 }
-__device__ __forceinline__ void store(uint32_t to, uint32_t value) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory"); }
-
 __device__ __forceinline__ void store_byte(uint32_t to, uint32_t value) {
     asm volatile("{.reg .u16 h; cvt.u16.u32 h, %1; st.shared.u8 [%0], h;}" ::"r"(to), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
-    uint32_t result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(which));
-    return result;
 }
 
 // Count the set bits of each word of a panel's bitmap, one byte per count, the four words of a tile side by side.
@@ -98,108 +62,6 @@ __device__ __forceinline__ void read_quad(uint32_t& low, uint32_t& high, uint32_
     high = permute(load_half<0>(middle), load_half<2>(middle), choose<false>(NEARER_FARTHER, bits, NONE));
     low = permute(load_half<-2>(middle), load_half<-4>(middle), choose<true>(NEARER_FARTHER, bits, NONE));
 }
-
-template <typename T>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1);
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
-}
-template <>
-__device__ __forceinline__ void multiply<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
-}
-
-// Loads a warp's panels ahead, alternating between two places in shared memory. On Hopper the copy engine copies a panel and a
-// barrier counts its bytes. Before Hopper all lanes copy, and wait for all pending copies.
-struct Feed {
-    const uint8_t* data;
-    uint32_t at, barrier;       // place of the next panel
-    uint32_t both;              // sum of the two places
-    uint32_t round;
-    int starts;                 // start of the panel with this lane's number
-    int start;                  // start of the panel to copy next
-    int next;                   // its number
-
-    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count)
-        : data(w.data), at(at), barrier(at + SLOTS * w.slot), both(2 * at + w.slot), round(0), next(0) {
-        starts = w.starts[first + min(lane, count)];
-#if __CUDA_ARCH__ >= 900
-        if (chosen()) {
-#pragma unroll
-            for (int i = 0; i < SLOTS; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier + 8 * i) : "memory");
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        }
-        __syncwarp();
-#endif
-        start = __shfl_sync(ALL, starts, 0);
-        copy(at, barrier, lane);
-        copy(at + w.slot, barrier + 8, lane);
-    }
-
-#if __CUDA_ARCH__ >= 900
-    __device__ __forceinline__ static bool chosen() {
-        uint32_t yes;
-        asm volatile("{.reg .pred p; elect.sync _|p, -1; selp.u32 %0, 1, 0, p;}" : "=r"(yes));
-        return yes;
-    }
-#endif
-
-    // Lanes after the last panel hold its end, so nothing more is copied. This needs SLOTS spare lanes.
-    __device__ __forceinline__ void copy(uint32_t to, uint32_t counter, int lane) {
-        const int end = __shfl_sync(ALL, starts, ++next), bytes = (end - start) * 16;
-        const uint8_t* from = data + static_cast<size_t>(start) * 16;
-        start = end;
-#if __CUDA_ARCH__ >= 900
-        if (bytes > 0 && chosen())
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
-                         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(to), "l"(from), "r"(bytes), "r"(counter) : "memory");
-#else
-        for (int i = lane * 16; i < bytes; i += LANES * 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
-        asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-    }
-
-    // Switch to the other place, which holds the following panel, and start loading another panel into this one.
-    __device__ __forceinline__ void turn(int lane) {
-        copy(at, barrier, lane);
-        at = both - at;
-        barrier ^= 8;
-        round ^= ~barrier >> 3 & 1;
-    }
-
-    __device__ __forceinline__ void wait() const {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("{.reg .pred p;\n"
-                     "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-                     "@!p bra again;}" ::"r"(barrier), "r"(round) : "memory");
-#else
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncwarp();
-#endif
-    }
-};
-
-// Read eight numbers of one row of x; zeros after `left` numbers, the end of the row.
-template <typename T>
-__device__ __forceinline__ uint4 read_end(const T* from, int left) {
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
-    uint32_t words[4] = {};
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (j < left) words[j / 2] |= static_cast<uint32_t>(halves[j]) << (j % 2 * 16);
-    return uint4{words[0], words[1], words[2], words[3]};
-}
-
-// Conversion functions, because torch builds without the conversion operators.
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
-__device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half(value); }
 
 template <typename T>
 __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T* bias, T* y, int batch, int share_of_warp) {
@@ -257,20 +119,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
         __syncwarp();
         feed.turn(lane);
     }
-
-    // Sum over the warps, in a fixed order.
-    const uint32_t to = scratch + lane / 4 * 32 + lane % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) store(to + i / 2 * (SCRATCH / 2) + i % 2 * 4, __float_as_uint(sums[i]));
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * batch; i += blockDim.x) {
-        const int b = i / ROWS, r = blockIdx.x * ROWS + i % ROWS;
-        if (r >= w.rows) continue;
-        float sum = bias ? widen(bias[r]) : 0;
-        uint32_t from = scratch - warp * each + i % ROWS * 32 + b * 4;
-        for (int s = 0; s < static_cast<int>(blockDim.x / LANES); ++s, from += each) sum += __uint_as_float(load(from));
-        narrow(sum, y[static_cast<size_t>(b) * w.rows + r]);
-    }
+    add_warps(w, sums, scratch, each, warp, lane, bias, y, batch);
 }
 
 // Write the dense weight (rows, columns), one panel per warp.
@@ -301,20 +150,9 @@ __global__ void expand(Layout w, uint16_t* dense) {
 
 template <typename T>
 cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
-    const int warps = (w.panels + share - 1) / share, shared = warps * (SLOTS * w.slot + BARRIERS + SCRATCH);
-    const cudaError_t error = cudaFuncSetAttribute(decode<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3((w.rows + ROWS - 1) / ROWS);
-    config.blockDim = dim3(warps * LANES);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, decode<T>, w, static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
+    const int warps = (w.panels + share - 1) / share;
+    return launch_strips(decode<T>, w, warps, warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream, static_cast<const T*>(x),
+                         static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
 }
 
 }  // namespace

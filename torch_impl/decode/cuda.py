@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -25,8 +25,6 @@ MOST_ROWS = 8
 SCRATCH, BARRIERS, SLOTS = 512, 16, 2
 # Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
-# Warps per block if there are many blocks, and if all blocks run at once.
-WARPS, MORE_WARPS = 8, 11
 MOST_WARPS = 32
 
 
@@ -64,6 +62,10 @@ class Layout:
     strip; slot: bytes of the largest panel; dtype: of the weight.
     """
 
+    TABLE: ClassVar[int] = 0
+    """Bytes of a block's shared memory besides its warps'."""
+    WARPS: ClassVar[tuple[int, int]] = (8, 11)
+    """Warps per block if there are many blocks, and if all blocks run at once."""
     rows: int
     columns: int
     panels: int
@@ -81,17 +83,29 @@ class Layout:
         """Return the size of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
+    @property
+    def code_bits(self) -> int:
+        """Return the bits of a code in the panels; 0 for values."""
+        return 0
+
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Restore the dense weight (rows, columns) by torch, rounded once."""
+        starts = self.starts.long()
+        bitmaps = self.data[_map_places(starts)]
+        values = self.data.view(self.dtype)[_value_places(starts, tiles.count(bitmaps))]
+        return tiles.unpack_tiles(bitmaps, values, self.rows, self.columns).to(dtype)
+
     @functools.cached_property
     def plan(self) -> list[int]:
         """Return the numbers that the operators need, `Plan` of cuda_operators.cpp, computed once."""
         card = Card.of(self.data.device)
-        share = _choose_share(self.rows, self.panels, card.processors)
+        share = _choose_share(self.rows, self.panels, card.processors, self.WARPS)
         warps = -(-self.panels // share)
-        if warps > MOST_WARPS or warps * (SLOTS * self.slot + BARRIERS + SCRATCH) > card.shared:
+        if warps > MOST_WARPS or self.TABLE + warps * (SLOTS * self.slot + BARRIERS + SCRATCH) > card.shared:
             # The rows are too long: a block's panels do not fit in shared memory.
             share = 0
         shape = (self.rows, self.columns, self.panels, self.slot)
-        return [*shape, int(self.dtype == torch.float16), share, int(card.early), MOST_ROWS]
+        return [*shape, int(self.dtype == torch.float16), share, int(card.early), MOST_ROWS, self.code_bits]
 
     @functools.cached_property
     def product(self) -> Any:
@@ -120,10 +134,28 @@ def pack_rows(weight: torch.Tensor) -> Layout:
     data.view(torch.int16)[_value_places(starts, counts)] = values.view(torch.int16)
     slot = int(starts.diff().max()) * PIECE
     layout = Layout(rows, columns, -(-columns // tiles.COLUMNS), slot, weight.dtype, data, starts.to(torch.int32))
-    if weight.is_cuda:
-        # A kernel may read its weights before the previous kernel ends, so they must be complete.
-        torch.cuda.current_stream(weight.device).synchronize()
+    complete(data)
     return layout
+
+
+def complete(data: torch.Tensor) -> None:
+    """Wait for a layout's data: a kernel may read its weights before the previous kernel ends."""
+    if data.is_cuda:
+        torch.cuda.current_stream(data.device).synchronize()
+
+
+def stack(layouts: Sequence[Layout]) -> Layout | None:
+    """Stack the rows of layouts of one kind, or return None if one that is not the last ends within a strip of panels."""
+    first, offset, starts = layouts[0], 0, [layouts[0].starts[:1]]
+    if any(layout.rows % tiles.ROWS for layout in layouts[:-1]):
+        return None
+    for layout in layouts:
+        starts.append(layout.starts[1:] + offset)
+        offset += len(layout.data) // PIECE
+    data = torch.cat([layout.data for layout in layouts])
+    rows, slot = sum(layout.rows for layout in layouts), max(layout.slot for layout in layouts)
+    complete(data)
+    return replace(first, rows=rows, slot=slot, data=data, starts=torch.cat(starts))
 
 
 def unpack(layout: Layout) -> torch.Tensor:
@@ -131,10 +163,7 @@ def unpack(layout: Layout) -> torch.Tensor:
     if layout.product is not None:
         dense: torch.Tensor = torch.ops.losa_cuda_decode.expand(layout.data, layout.starts, layout.plan)
         return dense
-    starts = layout.starts.long()
-    bitmaps = layout.data[_map_places(starts)]
-    values = layout.data.view(layout.dtype)[_value_places(starts, tiles.count(bitmaps))]
-    return tiles.unpack_tiles(bitmaps, values, layout.rows, layout.columns)
+    return layout.expanded(layout.dtype)
 
 
 def _map_places(starts: torch.Tensor) -> torch.Tensor:
@@ -164,7 +193,7 @@ def matvec(layout: Layout, x: torch.Tensor, bias: torch.Tensor | None = None) ->
     if x.dtype != layout.dtype:
         raise TypeError(f"x has dtype {x.dtype}; allowed: {layout.dtype}, the weight's")
     with torch.no_grad():
-        wide = functional.linear(x.float(), unpack(layout).float(), None if bias is None else bias.float())
+        wide = functional.linear(x.float(), layout.expanded(torch.float32), None if bias is None else bias.float())
         return wide.to(x.dtype)
 
 
@@ -180,13 +209,13 @@ def matvec_parts(
     return matvec(layout, x, bias).split(sizes, -1)
 
 
-def _choose_share(rows: int, panels: int, processors: int) -> int:
+def _choose_share(rows: int, panels: int, processors: int, warps: tuple[int, int]) -> int:
     """Choose how many panels of a strip one warp reads.
 
     Its lanes hold the panels' starts, the end of the last one, and SLOTS starts after it; that limits the number.
     """
     few = rows <= tiles.ROWS * 2 * processors
-    return min(-(-panels // (MORE_WARPS if few else WARPS)), tiles.LANES - 1 - SLOTS)
+    return min(-(-panels // warps[few]), tiles.LANES - 1 - SLOTS)
 
 
 @functools.cache
@@ -212,7 +241,7 @@ def _library() -> None:
 
     from torch_impl.decode.cpu import announce
 
-    sources = [Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_operators.cpp")]
+    sources = [Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_coded.cu", "cuda_operators.cpp")]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.
         warnings.simplefilter("ignore")

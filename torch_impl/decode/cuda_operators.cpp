@@ -13,24 +13,29 @@
 #include <optional>
 #include <vector>
 
-// In cuda.cu. Both return a cudaError_t.
+// In cuda.cu. All return a cudaError_t.
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                            int panels, int slot, int half, int batch, int share, int overlap, void* stream);
 extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
+// In cuda_coded.cu.
+extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                                 int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream);
+extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
+                                 int bits, void* stream);
 
 namespace {
 
 constexpr int64_t BATCH = 8;   // rows of x per launch
 
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
-// rows of x up to which the kernel is used; more unpack the weight.
+// rows of x up to which the kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most;
+  int rows, columns, panels, slot, half, share, overlap, most, bits;
 
   explicit Plan(at::IntArrayRef n) {
-    TORCH_CHECK_VALUE(n.size() == 8, "plan has ", n.size(), " numbers; allowed: 8");
+    TORCH_CHECK_VALUE(n.size() == 9, "plan has ", n.size(), " numbers; allowed: 9");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
-    rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7);
+    rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -45,9 +50,20 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   const Plan plan(numbers);
   const c10::cuda::CUDAGuard guard(data.device());
   at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
-  check_launch(losa_expand(data.const_data_ptr(), starts.const_data_ptr(), dense.mutable_data_ptr(), plan.rows, plan.columns,
-                           plan.panels, plan.slot, current_stream(data)), "losa_expand");
+  const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
+  void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
+  check_launch(plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
+                         : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream), "losa_expand");
   return dense;
+}
+
+// y = x W^T (+ bias) for up to BATCH rows of x.
+void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, const void* x, const void* bias, void* y, int batch) {
+  const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
+  void* stream = current_stream(data);
+  check_launch(p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share, p.overlap, stream)
+                      : losa_matvec(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.share, p.overlap, stream),
+               "losa_matvec");
 }
 
 // y (..., rows) = x (..., columns) W^T (+ bias).
@@ -71,12 +87,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor&
   const auto* from = static_cast<const char*>(rows->const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const size_t width = 2;   // bytes of a number
-  for (int64_t first = 0; first < count; first += BATCH) {
-    check_launch(losa_matvec(data.const_data_ptr(), starts.const_data_ptr(), from + width * first * plan.columns,
-                             bias ? bias->const_data_ptr() : nullptr, to + width * first * plan.rows, plan.rows, plan.columns,
-                             plan.panels, plan.slot, plan.half, static_cast<int>(std::min(BATCH, count - first)), plan.share,
-                             plan.overlap, current_stream(data)), "losa_matvec");
-  }
+  for (int64_t first = 0; first < count; first += BATCH)
+    multiply(plan, data, starts, from + width * first * plan.columns, bias ? bias->const_data_ptr() : nullptr,
+             to + width * first * plan.rows, static_cast<int>(std::min(BATCH, count - first)));
   return y;
 }
 

@@ -80,21 +80,21 @@ class Packed(nn.Module):
 class PackedGroup(Packed):
     """Packed layers with the same input, stacked in one GPU layout: one product for all.
 
-    weights: (out, in) each; biases: (out,) or None each. A state_dict holds the layers, not the group.
+    layout: of all rows; sizes: rows of each layer; biases: (out,) or None each. A state_dict holds the layers, not the group.
     """
 
     layout: cuda.Layout
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, layout: cuda.Layout, sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> None:
         # Without in_features: a module that has it counts as a projection.
-        super().__init__(sum(len(weight) for weight in weights))
-        self.sizes = [len(weight) for weight in weights]
+        super().__init__(layout.rows)
+        self.sizes = list(sizes)
         self.starts = list(itertools.accumulate(self.sizes[:-1], initial=0))
-        self._hold(cuda.pack_rows(torch.cat(list(weights))))
+        self._hold(layout)
         bias = None
         if any(given is not None for given in biases):
-            pairs = zip(weights, biases, strict=True)
-            bias = torch.cat([w.new_zeros(len(w)) if given is None else given for w, given in pairs])
+            zeros = (torch.zeros(size, dtype=layout.dtype, device=layout.data.device) for size in sizes)
+            bias = torch.cat([zero if given is None else given for zero, given in zip(zeros, biases, strict=True)])
         self.register_buffer("bias", bias, persistent=False)
         self._shares: tuple[weakref.ref[torch.Tensor], Any, dict[int, torch.Tensor]] | None = None
         # The layouts of single layers: rows of the group's.

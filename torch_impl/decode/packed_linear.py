@@ -145,6 +145,10 @@ class PackedLinear(Packed):
         buffers: Any = self._buffers
         return cpu.linear(x, buffers["bitmap"], buffers["values"], buffers["offsets"], buffers["bias"])
 
+    def _lay_out(self) -> cuda.Layout:
+        """Return the layout of the buffers on a GPU."""
+        return cuda.pack_rows(self.unpacked())
+
     def _settle(self) -> None:
         """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`.
 
@@ -152,7 +156,7 @@ class PackedLinear(Packed):
         """
         if self._on_gpu is not None or self.bitmap.is_meta or not _has_kernels(self.bitmap.device, self.dtype):
             return
-        self._hold(cuda.pack_rows(self.unpacked()))
+        self._hold(self._lay_out())
         for name in self.names:
             self.register_buffer(name, None)
         if all(layer.layout is not None for layer in self.together):
@@ -237,12 +241,15 @@ def join(modules: Sequence[nn.Module]) -> None:
 
 
 def _group(layers: Sequence[PackedLinear]) -> None:
-    """Group layers, packed on a GPU, that share one input, if they are two or more of one dtype on one device."""
-    if len(layers) < 2:
+    """Group layers, packed on a GPU, that share one input, if they are two or more with one kind of layout on one device."""
+    layouts = [layer.layout for layer in layers if layer.layout is not None]
+    if len(layers) < 2 or len({(own.code_bits, own.dtype, own.data.device) for own in layouts}) > 1:
         return
-    weights = [layer.unpacked() for layer in layers]
-    if len({(weight.dtype, weight.device) for weight in weights}) == 1:
-        group = PackedGroup(weights, [layer.bias for layer in layers])
+    layout = cuda.stack(layouts)
+    if layout is None and not layouts[0].code_bits:
+        layout = cuda.pack_rows(torch.cat([layer.unpacked() for layer in layers]))
+    if layout is not None:
+        group = PackedGroup(layout, [layer.out_features for layer in layers], [layer.bias for layer in layers])
         for layer, start in zip(layers, group.starts, strict=True):
             layer._join(group, start)
 

@@ -1,0 +1,230 @@
+// y = W x for a sparse W of codes and scales in panels of 16 x 256 (the layout of cuda_coded.py) and one to eight rows of x, on the
+// tensor cores.
+//
+// Each lane holds the 8 x 16 numbers of a panel that it multiplies: 32 quads of a row, a bit for each number, and the codes of its
+// kept ones as a stream of bits. Word k of all lanes' streams lie side by side, so a lane always reads its own bank. Four bits of the
+// bitmap choose an entry of a table: the permutation that puts the next codes of the stream at their places, with zeros between
+// them, and how many bits they have. A code is a sign and a size, so as the low byte of a 16-bit number, with the sign at the top, it
+// is a subnormal number, exactly: no conversion. The scale of a row's 128 columns multiplies their float32 sums.
+
+#include <type_traits>
+
+#include "cuda_panels.h"
+
+namespace {
+
+constexpr int COLUMNS = 256;                // of a panel
+constexpr int MAP = ROWS * COLUMNS / 8;     // bytes of a panel's bitmap
+constexpr int SCALES = 4 * ROWS;            // bytes of its scales, fp16
+constexpr int WORDS = MAP + SCALES;         // where its words of codes begin
+constexpr int TABLE = 64;                   // bytes of the table
+
+// The tables' entries are computed: for each of four numbers, the byte of its code or of a zero, in 4 bits each; above them, the bits
+// of the codes. The bytes 0-3 and 4-7 are the two numbers that `permute` takes.
+template <int BITS>
+__device__ __forceinline__ uint32_t entry(uint32_t nibble) {
+    constexpr uint32_t PLACES = BITS == 8 ? 0x3210 : 0x5140, ZERO = BITS == 8 ? 4 : 2;
+    uint32_t which = 0, count = 0;
+    for (int i = 0; i < 4; ++i) {
+        const bool kept = nibble >> i & 1;
+        which |= (kept ? PLACES >> 4 * count & 15 : ZERO) << 4 * i;
+        count += kept;
+    }
+    return which | count * BITS << 16;
+}
+
+// a + the upper half of b.
+__device__ __forceinline__ uint32_t add_upper(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(b), "r"(0x0100), "r"(a));
+    return result;
+}
+
+// The codes of four numbers, a byte each, from the next 32 bits of the stream. Codes of 4 bits go to the upper half of the byte.
+template <int BITS>
+__device__ __forceinline__ uint32_t place(uint32_t next, uint32_t chosen) {
+    if constexpr (BITS == 8) return permute(next, 0, chosen);
+    return permute(next << 4 & 0xf0f0, next & 0xf0f0, chosen);
+}
+
+// Two codes as 16-bit numbers: sign and size of each.
+template <bool UPPER>
+__device__ __forceinline__ uint32_t pair(uint32_t codes) {
+    return permute(codes, 0, UPPER ? 0xb3a2 : 0x9180) & 0x807f807f;
+}
+
+// A panel in shared memory as a lane reads it.
+template <int BITS>
+struct Reader {
+    uint32_t table, words;
+    uint32_t bit;           // of the stream
+    uint32_t even, odd;     // nibbles of the bitmap as places in the table
+
+    __device__ __forceinline__ Reader(uint32_t panel, uint32_t table, int lane) : table(table), words(panel + WORDS + 4 * lane), bit(0) {}
+
+    // Take a word of the bitmap: eight quads.
+    __device__ __forceinline__ void take(uint32_t word) {
+        even = word << 2 & 0x3c3c3c3c;
+        odd = word >> 2 & 0x3c3c3c3c;
+    }
+
+    // Read the quads 2 i and 2 i + 1 of the word: the codes of four numbers each.
+    __device__ __forceinline__ void read(int i, uint32_t& upper, uint32_t& lower) {
+        const uint32_t one = load(__dp4a(even, 1u << 8 * i, table)), two = load(__dp4a(odd, 1u << 8 * i, table));
+        const uint32_t from = (bit & ~31u) * 4 + words, used = add_upper(0, one);
+        const uint32_t first = load(from), second = load(from + 128);
+        const uint32_t now = __funnelshift_r(first, second, bit);
+        upper = place<BITS>(now, one);
+        if constexpr (BITS == 8) lower = place<BITS>(__funnelshift_rc(now, __funnelshift_r(second, load(from + 256), bit), used), two);
+        else lower = place<BITS>(now >> used, two);
+        bit = add_upper(bit + used, two);
+    }
+};
+
+// bf16: x is multiplied by 2^64, because its product with a subnormal number may be too small for float32.
+template <typename T>
+__device__ __forceinline__ uint32_t enlarge(uint32_t x) {
+    constexpr uint32_t LARGE = 0x5f805f80, ZERO = 0x80008000;   // 2^64 and -0, twice
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(x) : "r"(LARGE), "r"(ZERO));
+    return x;
+}
+
+// What makes of a sum of subnormal numbers times x a sum of integers times x.
+template <typename T, int BITS>
+constexpr float UNIT = (std::is_same_v<T, __nv_bfloat16> ? 0x1p69f : 0x1p24f) / (BITS == 8 ? 1 : 16);
+
+template <typename T, int BITS>
+__global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T* bias, T* y, int batch, int share_of_warp) {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
+    const int first = warp * share_of_warp, count = min(share_of_warp, w.panels - first);
+    const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, mine = table + TABLE + warp * each, scratch = mine + each - SCRATCH;
+    Feed feed(w, mine, lane, blockIdx.x * w.panels + first, count);
+    if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
+    __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    // Weights do not change, so they load before the previous kernel, which computes x, ends. Let the next kernel do the same.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
+    const bool whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    int left = w.columns - first * COLUMNS;   // numbers of x to the end of the row
+    uint32_t used = lane < 4 * batch;
+    asm volatile("" : "+r"(used));
+
+    float sums[4] = {};
+    for (int panel = 0; panel < count; ++panel) {
+        uint4 now[2][4] = {};
+        // Lanes beyond the batch keep zeros.
+        if (used) {
+            if (whole && left >= COLUMNS) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = *reinterpret_cast<const uint4*>(numbers + i * 32);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = read_end(numbers + i * 32, left - lane % 4 * 8 - i * 32);
+            }
+        }
+        numbers += COLUMNS;
+        left -= COLUMNS;
+        feed.wait();
+        Reader<BITS> reader(feed.at, table, lane);
+        const uint4 bits = load_four(feed.at + 16 * lane);
+        const uint32_t map[4] = {bits.x, bits.y, bits.z, bits.w};
+        const uint32_t scales[2] = {load(feed.at + MAP + lane / 4 * 4), load(feed.at + MAP + SCALES / 2 + lane / 4 * 4)};   // of a row's two groups
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float part[4] = {};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (i % 2 == 0) reader.take(map[2 * half + i / 2]);
+                const uint32_t numbers[4] = {enlarge<T>(now[half][i].x), enlarge<T>(now[half][i].y), enlarge<T>(now[half][i].z), enlarge<T>(now[half][i].w)};
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    uint32_t upper, lower;
+                    reader.read(i % 2 * 2 + h, upper, lower);
+                    const uint32_t a[4] = {pair<false>(upper), pair<false>(lower), pair<true>(upper), pair<true>(lower)};
+                    multiply<T>(part, a, numbers[2 * h], numbers[2 * h + 1]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const __half scale = __ushort_as_half(static_cast<unsigned short>(scales[i / 2] >> 16 * half));
+                sums[i] = fmaf(__half2float(scale) * UNIT<T, BITS>, part[i], sums[i]);
+            }
+        }
+        __syncwarp();
+        feed.turn(lane);
+    }
+    add_warps(w, sums, scratch, each, warp, lane, bias, y, batch);
+}
+
+// Write the dense weight (rows, columns), one panel per warp.
+template <typename T, int BITS>
+__global__ void expand(Layout w, T* dense) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int panel = blockIdx.x * (blockDim.x / LANES) + warp;
+    const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
+    unsigned char* mine = memory + TABLE + warp * (w.slot + SCRATCH);
+    if (panel < (w.rows + ROWS - 1) / ROWS * w.panels) {
+        const int start = w.starts[panel], pieces = w.starts[panel + 1] - start;
+        for (int i = lane; i < pieces; i += LANES)
+            reinterpret_cast<uint4*>(mine)[i] = reinterpret_cast<const uint4*>(w.data)[static_cast<size_t>(start) + i];
+    }
+    __syncthreads();
+    if (panel >= (w.rows + ROWS - 1) / ROWS * w.panels) return;
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+    Reader<BITS> reader(at, table, lane);
+    for (int octet = 0; octet < 16; ++octet) {
+        if (octet % 4 == 0) reader.take(load(at + 16 * lane + octet));
+        uint32_t quads[2];
+        reader.read(octet % 4, quads[0], quads[1]);
+        const int column = panel % w.panels * COLUMNS + octet / 2 * 32 + lane % 4 * 8 + octet % 2 * 4;
+        for (int i = 0; i < 8; ++i) {
+            const int below = i / 4 * 8 + lane / 4, row = panel / w.panels * ROWS + below;
+            if (row >= w.rows || column + i % 4 >= w.columns) continue;
+            const uint32_t code = quads[i / 4] >> i % 4 * 8 & 255, size = (code & 127) >> (8 - BITS);
+            const uint32_t scales = load(at + MAP + below * 4);
+            const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(scales >> octet / 8 * 16)));
+            narrow((code & 128 ? -scale : scale) * static_cast<float>(size), dense[static_cast<size_t>(row) * w.columns + column + i % 4]);
+        }
+    }
+}
+
+template <typename T, int BITS>
+int multiply_with(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
+    const int warps = (w.panels + share - 1) / share;
+    return launch_strips(decode<T, BITS>, w, warps, TABLE + warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream,
+                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
+}
+
+template <typename T, int BITS>
+int expand_to(const Layout& w, void* dense, cudaStream_t stream) {
+    constexpr int WARPS = 4;
+    const int all = (w.rows + ROWS - 1) / ROWS * w.panels;
+    expand<T, BITS><<<(all + WARPS - 1) / WARPS, WARPS * LANES, TABLE + WARPS * (w.slot + SCRATCH), stream>>>(w, static_cast<T*>(dense));
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+// As losa_matvec and losa_expand of cuda.cu. bits: of a code in the layout, 8 or 4.
+extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                                 int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    const auto call = half ? (bits == 8 ? multiply_with<__half, 8> : multiply_with<__half, 4>)
+                           : (bits == 8 ? multiply_with<__nv_bfloat16, 8> : multiply_with<__nv_bfloat16, 4>);
+    return call(w, x, bias, y, batch, share, overlap, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
+                                 int bits, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    const auto call = half ? (bits == 8 ? expand_to<__half, 8> : expand_to<__half, 4>)
+                           : (bits == 8 ? expand_to<__nv_bfloat16, 8> : expand_to<__nv_bfloat16, 4>);
+    return call(w, dense, static_cast<cudaStream_t>(stream));
+}

@@ -1,0 +1,188 @@
+// What the kernels of cuda.cu and cuda_coded.cu share: panels of sparse weights that a warp copies to shared memory ahead of its
+// products, the products themselves, and the sum over warps.
+
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace {
+
+constexpr int LANES = 32;
+constexpr int ROWS = 16;                  // of a panel
+constexpr int BATCH = 8;                  // rows of x
+constexpr int SCRATCH = ROWS * BATCH * 4; // bytes of shared memory for a warp's sums
+constexpr int SLOTS = 2;                  // panels that a warp loads ahead
+constexpr int BARRIERS = 8 * SLOTS;       // bytes of shared memory for their barriers
+constexpr unsigned ALL = 0xffffffffu;
+
+struct Layout {
+    const uint8_t* data;   // panels
+    const int* starts;     // (panels of all strips + 1) start of each, in units of 16 bytes
+    int rows, columns, panels, slot;   // panels: per strip of 16 rows; slot: bytes of the largest panel
+};
+
+extern __shared__ __align__(128) unsigned char memory[];
+
+// Access shared memory by an address in a register.
+__device__ __forceinline__ uint32_t load(uint32_t from) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint4 load_four(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store(uint32_t to, uint32_t value) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory"); }
+
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(which));
+    return result;
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1);
+template <>
+__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
+}
+template <>
+__device__ __forceinline__ void multiply<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t x0, uint32_t x1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
+}
+
+// Loads a warp's panels ahead, alternating between two places in shared memory. On Hopper the copy engine copies a panel and a
+// barrier counts its bytes. Before Hopper all lanes copy, and wait for all pending copies.
+struct Feed {
+    const uint8_t* data;
+    uint32_t at, barrier;       // place of the next panel
+    uint32_t both;              // sum of the two places
+    uint32_t round;
+    int starts;                 // start of the panel with this lane's number
+    int start;                  // start of the panel to copy next
+    int next;                   // its number
+
+    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count)
+        : data(w.data), at(at), barrier(at + SLOTS * w.slot), both(2 * at + w.slot), round(0), next(0) {
+        starts = w.starts[first + min(lane, count)];
+#if __CUDA_ARCH__ >= 900
+        if (chosen()) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier + 8 * i) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        __syncwarp();
+#endif
+        start = __shfl_sync(ALL, starts, 0);
+        copy(at, barrier, lane);
+        copy(at + w.slot, barrier + 8, lane);
+    }
+
+#if __CUDA_ARCH__ >= 900
+    __device__ __forceinline__ static bool chosen() {
+        uint32_t yes;
+        asm volatile("{.reg .pred p; elect.sync _|p, -1; selp.u32 %0, 1, 0, p;}" : "=r"(yes));
+        return yes;
+    }
+#endif
+
+    // Lanes after the last panel hold its end, so nothing more is copied. This needs SLOTS spare lanes.
+    __device__ __forceinline__ void copy(uint32_t to, uint32_t counter, int lane) {
+        const int end = __shfl_sync(ALL, starts, ++next), bytes = (end - start) * 16;
+        const uint8_t* from = data + static_cast<size_t>(start) * 16;
+        start = end;
+#if __CUDA_ARCH__ >= 900
+        if (bytes > 0 && chosen())
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
+                         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                         ::"r"(to), "l"(from), "r"(bytes), "r"(counter) : "memory");
+#else
+        for (int i = lane * 16; i < bytes; i += LANES * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    // Switch to the other place, which holds the following panel, and start loading another panel into this one.
+    __device__ __forceinline__ void turn(int lane) {
+        copy(at, barrier, lane);
+        at = both - at;
+        barrier ^= 8;
+        round ^= ~barrier >> 3 & 1;
+    }
+
+    __device__ __forceinline__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p;\n"
+                     "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+                     "@!p bra again;}" ::"r"(barrier), "r"(round) : "memory");
+#else
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncwarp();
+#endif
+    }
+};
+
+// Read eight numbers of one row of x; zeros after `left` numbers, the end of the row.
+template <typename T>
+__device__ __forceinline__ uint4 read_end(const T* from, int left) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+        if (j < left) words[j / 2] |= static_cast<uint32_t>(halves[j]) << (j % 2 * 16);
+    return uint4{words[0], words[1], words[2], words[3]};
+}
+
+// Conversion functions, because torch builds without the conversion operators.
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
+__device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half(value); }
+
+// The lane's sums of a product in shared memory, then y: the sum over the warps, in a fixed order. scratch: of this warp, `each`
+// bytes after that of the warp before.
+template <typename T>
+__device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4], uint32_t scratch, uint32_t each, int warp, int lane,
+                                          const T* bias, T* y, int batch) {
+    const uint32_t to = scratch + lane / 4 * 32 + lane % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store(to + i / 2 * (SCRATCH / 2) + i % 2 * 4, __float_as_uint(sums[i]));
+    __syncthreads();
+    for (int i = threadIdx.x; i < ROWS * batch; i += blockDim.x) {
+        const int b = i / ROWS, r = blockIdx.x * ROWS + i % ROWS;
+        if (r >= w.rows) continue;
+        float sum = bias ? widen(bias[r]) : 0;
+        uint32_t from = scratch - warp * each + i % ROWS * 32 + b * 4;
+        for (int s = 0; s < static_cast<int>(blockDim.x / LANES); ++s, from += each) sum += __uint_as_float(load(from));
+        narrow(sum, y[static_cast<size_t>(b) * w.rows + r]);
+    }
+}
+
+// Launch a kernel with one block per strip. overlap: it may start before the previous kernel ends.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_strips(void (*kernel)(Parameters...), const Layout& w, int warps, int shared, bool overlap, cudaStream_t stream,
+                          Arguments... arguments) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3((w.rows + ROWS - 1) / ROWS);
+    config.blockDim = dim3(warps * LANES);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, w, arguments...);
+}
+
+}  // namespace
