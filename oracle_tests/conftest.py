@@ -76,7 +76,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(cuda, name, call)
 
-    for name in ("pack_rows", "matvec", "unpack"):
+    for name in ("pack_rows", "stack", "matvec", "unpack"):
         noted(name, name)
     if torch.cuda.is_available():
         # Elsewhere this calls `matvec`.

@@ -143,7 +143,7 @@ def test_projections_of_one_input_are_one_product(family: str, as_on_a_gpu: list
     group_projections(model)
     assert Decoder(model).family is decoder.family
     blocks = decoder.blocks
-    assert as_on_a_gpu.count("pack_rows") == len(blocks) * sum(len(names) > 1 for names in decoder.family.inputs)
+    assert as_on_a_gpu.count("stack") == len(blocks) * sum(len(names) > 1 for names in decoder.family.inputs)
     for fuse in (False, True):
         as_on_a_gpu.clear()
         ours, following = next_tokens(model, fuse)

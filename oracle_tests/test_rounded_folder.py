@@ -24,6 +24,7 @@ from reference.masks import sparsegpt as spec_sparsegpt
 from reference.masks.first_token import weigh_first
 from torch_impl.commands import pack
 from torch_impl.decode.coded_linear import CodedLinear
+from torch_impl.decode.cuda_coded import CodedLayout
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import CODED
@@ -203,7 +204,7 @@ def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compen
     assert as_on_a_gpu == []
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         other = copy.deepcopy(layer).to(dtype)
-        # bfloat16 and float16 have kernels, so the weight is in a layout of rounded values.
+        # bfloat16 and float16 have kernels, so the weight is in a layout.
         assert (other.layout is not None) == (dtype in (torch.bfloat16, torch.float16))
         assert other.dtype == other(torch.ones(2, other.in_features, dtype=dtype)).dtype == dtype
         assert torch.equal(other.unpacked(), exact.to(dtype))
@@ -217,6 +218,26 @@ def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compen
     other = copy.deepcopy(layer).to(torch.bfloat16)
     other.load_state_dict({**state, "scales": 2 * parts["scales"]})
     assert torch.equal(other.unpacked(), (2 * exact).to(torch.bfloat16))
+
+
+def test_as_on_a_gpu_codes_are_multiplied(as_on_a_gpu: list[str], compensated: Path) -> None:
+    """The kernel's layout, of projections with the same input as one, in a model of transformers that generates."""
+    exact = torch_impl.load_packed(compensated, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(compensated, dtype=torch.bfloat16)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        assert all(isinstance(layer._on_gpu, CodedLayout) for layer in (attention.o_proj, mlp.up_proj, mlp.down_proj))
+        assert attention.q_proj.group is attention.v_proj.group is not None
+        assert mlp.gate_proj.group is mlp.up_proj.group is not None
+    assert "pack_rows" not in as_on_a_gpu
+    few = IDS[:1, :6]
+    torch.testing.assert_close(model(few).logits.double(), exact(few).logits.double(), rtol=0.05, atol=0.05)
+    as_on_a_gpu.clear()
+    assert model.generate(few, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 9)
+    # The prompt and two tokens: q, k and v; o; gate and up; down.
+    assert as_on_a_gpu == ["matvec"] * 3 * 4 * len(model.model.layers)
+    state, known = model.model.layers[0].mlp.up_proj.state_dict(), exact.model.layers[0].mlp.up_proj.state_dict()
+    assert all(torch.equal(part, known[name]) for name, part in state.items())
 
 
 @pytest.mark.parametrize("part", ["codes", "scales", "offsets", "bitmap"])
