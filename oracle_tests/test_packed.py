@@ -265,8 +265,9 @@ def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtyp
         ((2, 2), "matvec"),
         ((), "matvec"),
         ((8,), "matvec"),
-        ((9,), "unpack"),
-        ((3, 9), "unpack"),
+        ((cuda.MOST_ROWS,), "matvec"),
+        ((cuda.MOST_ROWS + 1,), "unpack"),
+        ((3, cuda.MOST_ROWS // 2), "unpack"),
     ):
         as_on_a_gpu.clear()
         x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
@@ -275,7 +276,7 @@ def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtyp
         assert as_on_a_gpu[0] == expected
         assert "pack_rows" not in as_on_a_gpu
         assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.same_product(dtype), floor=1e-30)
-    assert layer(x[:0]).shape == (0, 9, 41)
+    assert layer(x[:0]).shape == (0, cuda.MOST_ROWS // 2, 41)
 
 
 def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
@@ -324,7 +325,8 @@ def gpu_group(
 def test_a_group_is_one_product_of_few_rows(as_on_a_gpu: list[str], dtype: torch.dtype) -> None:
     linears, layers = gpu_group(dtype)
     assert all(torch.equal(layer.unpacked(), linear.weight) for linear, layer in zip(linears, layers, strict=True))
-    for lead, products in (((1,), 1), ((2, 2), 1), ((), 1), ((8,), 1), ((9,), 0), ((3, 9), 0)):
+    many = cuda.MOST_ROWS
+    for lead, products in (((1,), 1), ((2, 2), 1), ((), 1), ((many,), 1), ((many + 1,), 0), ((3, many), 0)):
         as_on_a_gpu.clear()
         x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
         for linear, layer in zip(linears, layers, strict=True):
@@ -335,7 +337,7 @@ def test_a_group_is_one_product_of_few_rows(as_on_a_gpu: list[str], dtype: torch
         # With more rows each layer works alone.
         assert as_on_a_gpu.count("unpack") == (0 if products else 3)
         assert "pack_rows" not in as_on_a_gpu
-    assert layers[1](x[:0]).shape == (0, 9, 33)
+    assert layers[1](x[:0]).shape == (0, many, 33)
 
 
 def test_a_share_is_of_the_numbers_that_were_given(as_on_a_gpu: list[str]) -> None:
@@ -389,7 +391,7 @@ def test_in_inference_mode_a_layer_reads_its_own_rows(as_on_a_gpu: list[str], mo
 
 def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:
     _, layers = gpu_group()
-    for count in (1, 9):
+    for count in (1, cuda.MOST_ROWS + 1):
         x = torch.randn(count, 70, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         assert not any(layer(x).requires_grad for layer in (*layers, gpu_pair(torch.bfloat16)[1]))
     alone = PackedLinear.of(nn.Linear(70, 41, dtype=torch.float64))

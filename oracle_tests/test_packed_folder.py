@@ -81,10 +81,10 @@ def test_decoding_never_unpacks(packed_model: Path, monkeypatch: pytest.MonkeyPa
 def test_on_a_gpu_projections_of_one_input_are_loaded_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[str]
 ) -> None:
-    """One of them was left dense; `generate`'s tokens after the first are of as few products as there are inputs."""
+    """One of them was left dense; the prompt and each token are of as few products as there are inputs."""
     source = save_sparse(tmp_path / "plain", "llama-gqa", torch.bfloat16)
     assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
-    arguments = [str(tmp_path / "packed"), "--prompt", "of nine or more", "--device", DEVICE, "--max_new_tokens", "4"]
+    arguments = [str(tmp_path / "packed"), "--prompt", "of some tokens", "--device", DEVICE, "--max_new_tokens", "4"]
     options = generate._parser().parse_args(arguments)
     model, tokenizer = generate._load(options)
     projections = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
@@ -94,7 +94,7 @@ def test_on_a_gpu_projections_of_one_input_are_loaded_as_one(
     assert products < len(projections)
     as_on_a_gpu.clear()
     ids, _ = generate.generate(model, tokenizer, options)
-    assert as_on_a_gpu.count("matvec") == 3 * products
+    assert as_on_a_gpu.count("matvec") == 4 * products
     with monkeypatch.context() as patch:
         patch.setattr(packed_folder, "group_projections", lambda model: None)
         alone, _ = generate._load(options)
