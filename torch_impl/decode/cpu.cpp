@@ -47,13 +47,13 @@ struct Row {
   int64_t stride; // elements from one row of x to the next
 };
 
-// Zeros for a copy of rows of x, at an address that no vector load splits between two cache lines.
+// Zeros to be filled, from the start of a cache line on: aligned vectors do not cross two lines.
 template <class T>
-struct AlignedCopy {
+struct Aligned {
   std::vector<T> memory;
   T* data;
 
-  explicit AlignedCopy(int64_t size) : memory(size + kLine / sizeof(T)) {
+  explicit Aligned(int64_t size) : memory(size + kLine / sizeof(T)) {
     const auto past = reinterpret_cast<uintptr_t>(memory.data()) % kLine;
     data = memory.data() + (past ? kLine - past : 0) / sizeof(T);
   }
@@ -293,7 +293,7 @@ void product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& va
   const auto* from = static_cast<const T*>(x.const_data_ptr());
   auto* to = static_cast<T*>(y.mutable_data_ptr());
   follow_torch_threads();
-  AlignedCopy<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
+  Aligned<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
   for (int64_t first = 0; first < x.size(0); first += kRows) {
     const int64_t count = std::min<int64_t>(x.size(0) - first, kRows);
     for (int64_t n = 0; n < count; n++) {

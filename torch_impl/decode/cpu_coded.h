@@ -5,8 +5,9 @@
 // columns, is multiplied by their scale. Paths: avx512bf16 (VPEXPANDB, codes as bfloat16, VDPBF16PS; cpu_coded_bf16.h), avx512
 // (VPEXPANDB, float32 products), avx2 (a byte shuffle, float32 products), scalar.
 
-constexpr int kWords = 4;  // bitmap words per scale
-constexpr int kBlock = 64; // x is padded with zeros to whole blocks of columns; a vector load may read up to this many codes
+constexpr int kWords = 4;    // bitmap words per scale
+constexpr int kAhead = 2048; // bytes of codes to prefetch ahead
+constexpr int kBlock = 64;   // x is padded with zeros to whole blocks of columns; a vector load may read up to this many codes
 constexpr uint64_t kBytes = 0x0101010101010101u;
 
 struct CodedRow {
@@ -138,24 +139,36 @@ struct Avx2Codes : ScalarCodes {
   }
 };
 
-// 64 codes at once: the eight bytes that hold eight codes, then each code's bits; with kSigned extended by their sign.
+// Where 64 codes of b bits are in 8·b bytes: the bytes that hold eight codes, for each of them, and the place of each code there.
+struct Fields {
+  alignas(64) uint8_t bytes[9][64], places[9][64];
+  Fields() {
+    for (int bits = 0; bits < 9; bits++) {
+      for (int k = 0; k < 64; k++) {
+        bytes[bits][k] = k / 8 * bits + k % 8;
+        places[bits][k] = k % 8 * bits;
+      }
+    }
+  }
+};
+const Fields fields;
+
+// 64 codes at once; with kSigned extended by their sign.
 template <bool kSigned>
 AVX512 void widen_512(const Stream& in, int8_t* to) {
-  alignas(64) uint8_t bytes[64], shifts[64];
-  for (int k = 0; k < 64; k++) {
-    bytes[k] = k / 8 * in.bits + k % 8;
-    shifts[k] = in.start % 8 + k % 8 * in.bits;
-  }
-  const __m512i from = _mm512_load_si512(bytes), shift = _mm512_load_si512(shifts);
+  const __m512i bytes = _mm512_load_si512(fields.bytes[in.bits]);
+  const __m512i places = _mm512_add_epi8(_mm512_load_si512(fields.places[in.bits]), _mm512_set1_epi8(in.start % 8));
   const __m512i mask = _mm512_set1_epi8((1 << in.bits) - 1), sign = _mm512_set1_epi8(1 << (in.bits - 1));
   const uint8_t* codes = in.codes + in.start / 8;
   int64_t left = in.bytes - in.start / 8;
   for (int64_t k = 0; k < in.count; k += 64, codes += 8 * in.bits, left -= 8 * in.bits) {
-    const __mmask64 readable = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-    const __m512i words = _mm512_permutexvar_epi8(from, _mm512_maskz_loadu_epi8(readable, codes));
-    __m512i fields = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, words), mask);
-    if (kSigned) fields = _mm512_sub_epi8(_mm512_xor_si512(fields, sign), sign);
-    _mm512_storeu_si512(to + k, fields);
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead, _MM_HINT_T0);
+    const __m512i loaded =
+        left >= 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, codes);
+    const __m512i eights = _mm512_permutexvar_epi8(bytes, loaded);
+    __m512i found = _mm512_and_si512(_mm512_multishift_epi64_epi8(places, eights), mask);
+    if (kSigned) found = _mm512_sub_epi8(_mm512_xor_si512(found, sign), sign);
+    _mm512_storeu_si512(to + k, found);
   }
 }
 
@@ -194,7 +207,7 @@ struct Avx512Codes : ScalarCodes {
     for (int64_t first = 0; first < in.words; first += kWords) {
       __m512 sum[N];
       for (auto& each : sum) each = _mm512_setzero_ps();
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead, _MM_HINT_T0);
       if (first + kWords <= in.words) {
 #pragma GCC unroll 4
         for (int k = 0; k < kWords; k++) word<N>(in, first + k, codes, sum, zeros);
@@ -241,7 +254,7 @@ void coded_product(const at::Tensor& x, const Coded& weight, const T* bias, at::
   auto* to = static_cast<T*>(y.mutable_data_ptr());
   follow_torch_threads();
   using Input = typename Path::Input;
-  AlignedCopy<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
+  Aligned<Input> padded(std::min<int64_t>(x.size(0), kRows) * stride);
   for (int64_t first = 0; first < x.size(0); first += kRows) {
     const int64_t count = std::min<int64_t>(x.size(0) - first, kRows);
     for (int64_t n = 0; n < count; n++) {
@@ -252,17 +265,17 @@ void coded_product(const at::Tensor& x, const Coded& weight, const T* bias, at::
     const CodedFunction function = coded_function<Path>(count);
     at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / stride), [&](int64_t begin, int64_t end) {
       // A vector stores or loads up to 63 bytes more.
-      std::vector<int8_t> buffer(stride + kBlock);
+      Aligned<int8_t> buffer(stride + kBlock);
       std::vector<float> factors(groups);
       float sums[kRows];
       for (int64_t r = begin; r < end; r++) {
         const int64_t kept = starts[r + 1] - starts[r];
-        const int8_t* row = buffer.data();
+        const int8_t* row = buffer.data;
         if (bits < 8) {
-          Path::widen({codes, bytes, starts[r] * bits, kept, bits}, buffer.data());
+          Path::widen({codes, bytes, starts[r] * bits, kept, bits}, buffer.data);
         } else if (bytes - starts[r + 1] < kBlock) {
           // Vector loads would read beyond the codes of the last rows.
-          std::memcpy(buffer.data(), codes + starts[r], kept);
+          std::memcpy(buffer.data, codes + starts[r], kept);
         } else {
           row = reinterpret_cast<const int8_t*>(codes) + starts[r];
         }

@@ -81,6 +81,7 @@ struct Avx512Bf16Codes {
   AVX512BF16 static inline void block(uint64_t mask, const Lookup& lookup, const int8_t*& codes, const BFloat16* x,
                                       int64_t stride, __m512i zeros, __m512* sum) {
     const Halves found = lookup(_mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(codes)));
+    _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead, _MM_HINT_T0);
     codes += __builtin_popcountll(mask);
     const auto lower = (__m512bh)_mm512_unpacklo_epi8(found.low, found.high);
     const auto upper = (__m512bh)_mm512_unpackhi_epi8(found.low, found.high);
@@ -103,7 +104,6 @@ struct Avx512Bf16Codes {
     for (int64_t first = 0; first < in.words; first += kWords) {
       __m512 sum[N];
       std::fill(sum, sum + N, _mm512_setzero_ps());
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048, _MM_HINT_T0);
       const uint8_t* masks = in.bitmap + 4 * first;
       if (first + kWords <= in.words) {
 #pragma GCC unroll 2
