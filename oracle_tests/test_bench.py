@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,6 +189,7 @@ def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert 0 <= cell["disagreement"] <= cell["bound"]
         # The small model's rows of 352 are no whole number of groups.
         assert (cell["int4_us"] is None) == (cell["projection"] == "down")
+        assert cell["int8_us"] > 0
         # Half of the weights in 16 bits, a bit for each, an offset for a row.
         assert 0.55 < cell["ours_bytes"] / cell["dense_bytes"] < 0.62
         assert cell["share_of_limit"] == pytest.approx(
@@ -283,14 +285,43 @@ def test_decoding_that_gives_other_numbers_gets_no_ratio(
     assert "refused" in capsys.readouterr().out
 
 
+def test_sides_take_turns_and_the_fastest_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    # Seconds of each call, the warm-up's first.
+    seconds = {"a": [0.001, 5.0, 7.0, 3.0, 9.0, 4.0], "b": [0.001, 0.001, 8.0, 6.0, 7.0, 6.5]}
+    clock = [0.0]
+
+    def call(name: str) -> None:
+        calls.append(name)
+        clock[0] += seconds[name[0]].pop(0)
+
+    monkeypatch.setattr(decode_cpu.time, "perf_counter", lambda: clock[0])
+    best = decode_cpu.quickest([[partial(call, "a")], [partial(call, "b0"), partial(call, "b1")]], repeats=2)
+    assert best == pytest.approx([3e6, 6e6])
+    assert calls == ["a", "b0", "a", "b1"] * 3
+
+
+def test_eight_bits_are_the_product_they_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(32, 256).bfloat16(), torch.randn(3, 256).bfloat16()
+    weight[0] = 0
+    product = decode_cpu.int8_product(weight)
+    assert product is not None
+    torch.testing.assert_close(product(x).float(), x.float() @ weight.float().T, rtol=0.02, atol=0.5)
+    assert decode_cpu.int8_product(weight.float()) is None
+    monkeypatch.setattr(
+        decode_cpu, "_int8_product", lambda codes, scales, x: 2 * torch._weight_int8pack_mm(x, codes, scales)
+    )
+    assert decode_cpu.int8_product(weight) is None
+
+
 def test_the_best_dense_counts_and_every_copy_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_cpu, "dense_loop", lambda: "a loop")
+    monkeypatch.setattr(decode_cpu, "dense_loop", lambda: abs)
     monkeypatch.setattr(decode_cpu, "quickest", lambda sides, repeats: [12.0, 30.0, 20.0][: len(sides)])
     x = torch.ones(1, 128)
-    assert decode_cpu.times([abs] * 3, [x] * 2, x.bfloat16(), 1) == (4.0, 10.0)
+    assert decode_cpu.times([abs] * 3, [x] * 2, x.bfloat16(), 1) == (12.0, 20.0)
     # The loop takes bf16 and columns that fill its registers.
-    assert decode_cpu.times([abs] * 3, [x] * 2, x, 1) == (4.0, 15.0)
-    assert decode_cpu.times([abs] * 3, [x] * 2, x[:, 1:].bfloat16(), 1) == (4.0, 15.0)
+    assert decode_cpu.times([abs] * 3, [x] * 2, x, 1) == (12.0, 30.0)
+    assert decode_cpu.times([abs] * 3, [x] * 2, x[:, 1:].bfloat16(), 1) == (12.0, 30.0)
     assert decode_cpu.copies(10**7) * 10**7 > decode_cpu.STREAM
 
 

@@ -3,7 +3,8 @@
 Kernels: each projection of a block, ours against the fastest dense product in the same dtype, over copies that exceed any
 cache. On a GPU that is cuBLAS, both in CUDA graphs; on a CPU torch or an optimised loop, in turns (decode_cpu.py). On a GPU,
 packed projections that share an input are one product. Dense ones are separate, as in Hugging Face's models; their time as
-one product is shown too. The time with 4-bit dense weights (int4.py), which are lossy, is shown for comparison.
+one product is shown too. The times of torch's products with dense weights of 8 (CPU) and 4 bits, which are lossy, are shown for
+comparison.
 Whole model: tokens/s of a Hugging Face model with a static cache, on a GPU with CUDA graphs. A ratio is printed only if both
 sides compute the same numbers.
 """
@@ -53,6 +54,8 @@ class Cell:
     bound: float
     joined_us: float | None = None
     """Dense as one product, if this stands for several projections."""
+    int8_us: float | None = None
+    """The product with 8-bit dense weights on a CPU, if torch has a kernel; lossy, so no ratio."""
     int4_us: float | None = None
     """The product with 4-bit dense weights, if torch has a kernel; lossy, so no ratio."""
 
@@ -153,16 +156,30 @@ def _times(
     return ours, dense, graphed([partial(functional.linear, x, weight) for weight in weights], x.device, repeats)
 
 
-def _int4_times(weight: torch.Tensor, inputs: Sequence[torch.Tensor], repeats: int) -> list[float | None]:
-    """Return the microseconds of a product with the 4-bit weight, for each input; None without a kernel."""
-    packed = int4.pack(weight)
-    if packed is None:
-        return [None] * len(inputs)
-    copies = [
-        (packed[0].clone(), packed[1].clone()) for _ in range(_copies(sum(t.nbytes for t in packed), weight.device))
+def _lossy(weight: torch.Tensor) -> list[tuple[Product, int] | None]:
+    """Return torch's products with 8-bit weights (CPU) and 4-bit ones and their sizes in bytes; None without a kernel."""
+    eight = None if weight.is_cuda else decode_cpu.int8_product(weight)
+    four = int4.pack(weight)
+    return [
+        None if eight is None else (eight, weight.numel()),
+        None if four is None else (partial(int4.product, *four), sum(part.nbytes for part in four)),
     ]
-    actions = [[partial(int4.product, tiles, both, x) for tiles, both in copies] for x in inputs]
-    return [graphed(action, weight.device, repeats) for action in actions]
+
+
+def _lossy_times(weight: torch.Tensor, inputs: Sequence[torch.Tensor], repeats: int) -> list[list[float | None]]:
+    """Return the microseconds of the product with 8-bit and with 4-bit weights, for each input; None without a kernel."""
+    copies = [
+        None if found is None else [copy.deepcopy(found[0]) for _ in range(_copies(found[1], weight.device))]
+        for found in _lossy(weight)
+    ]
+
+    def timed(products: Sequence[Product] | None, x: torch.Tensor) -> float | None:
+        if products is None:
+            return None
+        actions = [partial(product, x) for product in products]
+        return graphed(actions, x.device, repeats) if x.is_cuda else decode_cpu.quickest([actions], repeats)[0]
+
+    return [[timed(products, x) for products in copies] for x in inputs]
 
 
 def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
@@ -175,7 +192,7 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
         inputs = {batch: torch.randn(batch, columns, device=device, dtype=dtype) for batch in options.batches}
         dense_bytes = weight.numel() * weight.element_size()
         weights = [weight.clone() for _ in range(_copies(dense_bytes, device))]
-        four_bits = dict(zip(inputs, _int4_times(weight, list(inputs.values()), options.repeats), strict=True))
+        lossy = dict(zip(inputs, _lossy_times(weight, list(inputs.values()), options.repeats), strict=True))
         for sparsity in options.sparsities:
             zeroed = sparse(weight, sparsity)
             product, size, meant = pack(zeroed, options.values)
@@ -185,7 +202,7 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
                 ours, dense, joined = _times(products, weights, rows, x, options.repeats)
                 apart = relative(products[0](x), x.double() @ meant.T)
                 sizes = (size, dense_bytes, peak, apart, bound)
-                others = (joined, four_bits[batch])
+                others = (joined, *lossy[batch])
                 cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, *others))
     return cells
 
@@ -205,13 +222,14 @@ def block(cells: Sequence[Cell], sparsity: str, batch: int) -> tuple[float, floa
 def _print_cells(name: str, cells: Sequence[Cell], options: argparse.Namespace) -> None:
     print(
         f"\n{name}: {'projection':<10}{'zeros':>7}{'batch':>6}{'ours':>11}{'dense':>11}{'ratio':>8}"
-        f"{'TB/s':>7}{'of limit':>9}{'dense as one':>14}{'int4':>12}"
+        f"{'TB/s':>7}{'of limit':>9}{'dense as one':>14}{'int8':>12}{'int4':>12}"
     )
     for c in cells:
         ratio = "refused" if c.ratio is None else f"{c.ratio:.2f}×"
         shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.1f} µs{c.dense_us:>8.1f} µs"
-        joined, four_bits = ("" if us is None else f"{us:.1f} µs" for us in (c.joined_us, c.int4_us))
-        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{joined:>14}{four_bits:>12}")
+        others = ("" if us is None else f"{us:.1f} µs" for us in (c.joined_us, c.int8_us, c.int4_us))
+        joined, eight_bits, four_bits = others
+        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{joined:>14}{eight_bits:>12}{four_bits:>12}")
     several = any(c.joined_us is not None for c in cells)
     print(f"{name}, the projections of a block, dense / ours{' (dense as one / ours)' * several}:")
     for batch in options.batches:

@@ -1,8 +1,8 @@
 """The CPU part of `bench decode`: packed products against the fastest dense ones.
 
-The dense side is the faster of torch's linear and, in bf16 on CPUs with VDPBF16PS, an optimised loop like ours. A pass goes
-over copies that exceed any cache. The sides take turns, and the fastest pass of each counts: other work on the machine only
-adds time.
+The dense side is the faster of torch's linear and, in bf16 on CPUs with VDPBF16PS, an optimised loop like ours. Each side has
+copies that exceed any cache and uses them in turn. The sides take turns, a product each, and the fastest of each counts: other
+work on the machine only adds time, and a single product has the best chance to escape it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch_impl import packed
 from torch_impl.decode import cpu
 from torch_impl.quantise import dequantise_rows, quantise_rows
 
-# Minimum number of bytes that one pass reads: several times any last-level cache.
+# Minimum number of bytes of all copies: several times any last-level cache.
 STREAM = 256_000_000
 LOOP_COLUMNS = 128
 
@@ -68,14 +68,18 @@ def copies(nbytes: int) -> int:
     return STREAM // nbytes + 2
 
 
-def quickest(sides: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Return the microseconds of the fastest of `repeats` calls of each side, in turns, after one warm-up call each."""
+def quickest(sides: Sequence[Sequence[Callable[[], Any]]], repeats: int) -> list[float]:
+    """Return the microseconds of each side's fastest call.
+
+    The sides take turns: a call of the first, one of the next. All calls of each count `repeats` times, after one warm-up.
+    """
     best = [float("inf")] * len(sides)
-    for turn in range(repeats + 1):
+    calls = max(map(len, sides))
+    for turn in range(-calls, repeats * calls):
         for index, side in enumerate(sides):
             start = time.perf_counter()
-            side()
-            if turn:
+            side[turn % len(side)]()
+            if turn >= 0:
                 best[index] = min(best[index], (time.perf_counter() - start) * 1e6)
     return best
 
@@ -83,7 +87,7 @@ def quickest(sides: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
 def read_rate() -> float:
     """Measure TB/s of reading memory: sum over more than any cache holds."""
     numbers = torch.ones(STREAM // 4)
-    return numbers.nbytes / quickest([numbers.sum], 5)[0] / 1e6
+    return numbers.nbytes / quickest([[numbers.sum]], 5)[0] / 1e6
 
 
 @torch.no_grad()
@@ -96,13 +100,26 @@ def times(
     if loop is not None:
         dense.append(loop)
 
-    def ours() -> None:
-        for product in products:
-            product(x)
+    sides = [[partial(product, x) for product in products]]
+    sides += [[partial(function, x, weight) for weight in weights] for function in dense]
+    ours, *others = quickest(sides, repeats)
+    return ours, min(others)
 
-    def theirs(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        for weight in weights:
-            function(x, weight)
 
-    first, *others = quickest([ours, *(partial(theirs, function) for function in dense)], repeats)
-    return first / len(products), min(others) / len(weights)
+def int8_product(weight: torch.Tensor) -> Product | None:
+    """Return x ↦ y = x Wᵀ with the weight rounded to 8 bits, one scale a row, by torch's kernel; None if it has none."""
+    if weight.dtype != torch.bfloat16:
+        return None
+    scales = (weight.float().abs().amax(1) / 127).clamp(min=1e-8).bfloat16()
+    codes = (weight.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    product = partial(_int8_product, codes, scales)
+    x = torch.randn(2, weight.shape[1]).bfloat16()
+    try:
+        found, right = product(x).float(), x.float() @ (codes.float() * scales.float()[:, None]).T
+    except (AttributeError, RuntimeError):
+        return None
+    return product if float((found - right).norm()) <= 2**-6 * float(right.norm()) else None
+
+
+def _int8_product(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch._weight_int8pack_mm(x, codes, scales)
