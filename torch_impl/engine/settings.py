@@ -34,8 +34,8 @@ class PruneConfig:
     steps: int = 5
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     first_token_weight: float = 1.0
-    """How many times the first token of each calibration sequence, to which attention attends most, counts when q, k and v are
-    pruned. 1: as any token (as published). 50 helps sparsegpt; wanda is better without."""
+    """How many times the first token of each calibration sequence counts when q, k and v are pruned. 1: as any token (as
+    published). 50 helps sparsegpt on models that attend to that token most, as LLMs do; wanda gains nothing."""
     layer_sparsity: str = "rmi"
     """How the blocks share the sparsity: {names}. rmi is by mutual information (LoSA), uniform gives all the same. The default is
     rmi; with --finetune false or sparsity_type structured it is uniform, and rmi only if this option or a configuration file asks
