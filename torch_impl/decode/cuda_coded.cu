@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int COLUMNS = 256;                // of a panel
-constexpr int GROUP = 128;                  // columns of a row with the same scale
 constexpr int MAP = ROWS * COLUMNS / 8;     // bytes of a panel's bitmap
 constexpr int SCALES = 4 * ROWS;            // bytes of its scales, fp16
 constexpr int WORDS = MAP + SCALES;         // where its words of codes begin
@@ -94,14 +93,7 @@ __device__ __forceinline__ uint32_t enlarge(uint32_t x) {
 template <typename T, int BITS>
 constexpr float UNIT = (std::is_same_v<T, __nv_bfloat16> ? 0x1p69f : 0x1p24f) / (BITS == 8 ? 1 : 16);
 
-// Read eight numbers of x; zeros after `left` numbers, the end of the row. EVEN: rows are whole panels, and x is aligned.
-template <bool EVEN, typename T>
-__device__ __forceinline__ uint4 read_inputs(const T* from, int left, bool aligned) {
-    if (EVEN || (aligned && left >= 8)) return *reinterpret_cast<const uint4*>(from);
-    return read_end(from, left);
-}
-
-template <typename T, int BITS, bool EVEN>
+template <typename T, int BITS>
 __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T* bias, T* y, int batch, int share_of_warp) {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -118,19 +110,26 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
     const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
-    const bool aligned = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    int left = w.columns - first * COLUMNS - lane % 4 * 8;   // numbers of x to the end of the row
+    const bool whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    int left = w.columns - first * COLUMNS;   // numbers of x to the end of the row
     uint32_t used = lane < 4 * batch;
     asm volatile("" : "+r"(used));
 
     float sums[4] = {};
-    // Lanes beyond the batch keep zeros.
-    uint4 now[4] = {};
-    if (used) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) now[i] = read_inputs<EVEN>(numbers + i * 32, left - i * 32, aligned);
-    }
     for (int panel = 0; panel < count; ++panel) {
+        uint4 now[2][4] = {};
+        // Lanes beyond the batch keep zeros.
+        if (used) {
+            if (whole && left >= COLUMNS) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = *reinterpret_cast<const uint4*>(numbers + i * 32);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = read_end(numbers + i * 32, left - lane % 4 * 8 - i * 32);
+            }
+        }
+        numbers += COLUMNS;
+        left -= COLUMNS;
         feed.wait();
         Reader<BITS> reader(feed.at, table, lane);
         const uint4 bits = load_four(feed.at + 16 * lane);
@@ -139,21 +138,16 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float part[4] = {};
-            numbers += GROUP;
-            left -= GROUP;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if (i % 2 == 0) reader.take(map[2 * half + i / 2]);
-                const uint32_t four[4] = {enlarge<T>(now[i].x), enlarge<T>(now[i].y), enlarge<T>(now[i].z), enlarge<T>(now[i].w)};
-                // Those of the next 128 columns replace them.
-                if (used && (half == 0 || panel + 1 < count))
-                    now[i] = read_inputs<EVEN>(numbers + i * 32, left - i * 32, aligned);
+                const uint32_t numbers[4] = {enlarge<T>(now[half][i].x), enlarge<T>(now[half][i].y), enlarge<T>(now[half][i].z), enlarge<T>(now[half][i].w)};
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     uint32_t upper, lower;
                     reader.read(i % 2 * 2 + h, upper, lower);
                     const uint32_t a[4] = {pair<false>(upper), pair<false>(lower), pair<true>(upper), pair<true>(lower)};
-                    multiply<T>(part, a, four[2 * h], four[2 * h + 1]);
+                    multiply<T>(part, a, numbers[2 * h], numbers[2 * h + 1]);
                 }
             }
 #pragma unroll
@@ -204,8 +198,7 @@ __global__ void expand(Layout w, T* dense) {
 template <typename T, int BITS>
 int multiply_with(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
     const int warps = (w.panels + share - 1) / share;
-    const bool even = w.columns % COLUMNS == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    return launch_strips(even ? decode<T, BITS, true> : decode<T, BITS, false>, w, warps, TABLE + warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream,
+    return launch_strips(decode<T, BITS>, w, warps, TABLE + warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream,
                          static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
 }
 
