@@ -35,7 +35,7 @@ class PruneConfig:
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     first_token_weight: float = 1.0
     """How many times the first token of each calibration sequence counts when q, k and v are pruned. 1: as any token (as
-    published). 50 helps sparsegpt on models that attend to that token most, as LLMs do; wanda gains nothing."""
+    published). 10 to 50 helps sparsegpt on models that attend to that token most, as LLMs do; wanda gains nothing."""
     layer_sparsity: str = "rmi"
     """How the blocks share the sparsity: {names}. rmi is by mutual information (LoSA), uniform gives all the same. The default is
     rmi; with --finetune false or sparsity_type structured it is uniform, and rmi only if this option or a configuration file asks
