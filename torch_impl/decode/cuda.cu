@@ -136,28 +136,15 @@ __global__ void expand(Layout w, uint16_t* dense) {
     const Share share(lane);
     count_bits(at, counts, lane);
     uint32_t values = at + MAP;
-    for (int four = 0; four < 4; ++four) {
-        // Of two rows, eight neighbouring numbers each.
-        uint32_t eights[2][4];
-#pragma unroll
-        for (int tile = 0; tile < 4; ++tile) {
-            const uint32_t word = load(at + four * 64 + lane / 8 * 16 + tile * 4), count = load(counts + four * 16 + tile * 4);
-            read_quad(eights[tile % 2][tile / 2 * 2], eights[tile % 2][tile / 2 * 2 + 1], word, count, values, share);
-        }
-        const int column = panel % w.panels * COLUMNS + four * 32 + lane % 4 * 8;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = panel / w.panels * ROWS + i * 8 + lane / 4;
-            if (row >= w.rows || column >= w.columns) continue;
-            uint16_t* to = dense + static_cast<size_t>(row) * w.columns + column;
-            if (w.columns % 8 == 0) {
-                *reinterpret_cast<uint4*>(to) = make_uint4(eights[i][0], eights[i][1], eights[i][2], eights[i][3]);
-            } else {
-#pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    if (column + j < w.columns) to[j] = static_cast<uint16_t>(eights[i][j / 2] >> (j % 2 * 16));
-            }
-        }
+    for (int tile = 0; tile < 16; ++tile) {
+        const int word = tile / 4 * 64 + lane / 8 * 16 + tile % 4 * 4;
+        uint32_t pairs[2];
+        read_quad(pairs[0], pairs[1], load(at + word), load(counts + 4 * tile), values, share);
+        const int row = panel / w.panels * ROWS + tile % 2 * 8 + lane / 4;
+        const int column = panel % w.panels * COLUMNS + tile / 4 * 32 + lane % 4 * 8 + tile / 2 % 2 * 4;
+        for (int j = 0; j < 4; ++j)
+            if (row < w.rows && column + j < w.columns)
+                dense[static_cast<size_t>(row) * w.columns + column + j] = static_cast<uint16_t>(pairs[j / 2] >> (j % 2 * 16));
     }
 }
 
