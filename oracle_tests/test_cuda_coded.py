@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from oracle_tests.assertions import assert_exact
+from oracle_tests.gpu_instructions import permute
 from oracle_tests.programs import gpu_codes
-from oracle_tests.test_cuda_decode import permute
 from reference import quantise as spec
 from torch_impl import quantise
 from torch_impl.decode import cuda, cuda_coded

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
+from oracle_tests.gpu_instructions import permute
 from oracle_tests.strategies import examples
 from torch_impl import packed
 from torch_impl.decode import cuda
@@ -41,12 +42,6 @@ def sparse_weights(draw: st.DrawFn, most_rows: int = 70, most_columns: int = 300
         weight[torch.rand(rows, columns, generator=generator) < kind] = 0
     weight[draw(st.integers(0, rows - 1))] *= 0
     return weight.to(draw(DTYPES))
-
-
-def permute(a: int, b: int, which: int) -> int:
-    """PRMT: four of the eight bytes of two words, by three bits of a nibble each."""
-    together = (a | b << 32).to_bytes(8, "little")
-    return int.from_bytes(bytes(together[which >> 4 * i & 7] for i in range(4)), "little")
 
 
 def read_quad(halves: np.ndarray, middle: int, bits: int) -> list[int]:
