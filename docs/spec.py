@@ -54,6 +54,7 @@ FILES = (
     "packed",
     "quantise",
     "tiles",
+    "code_tiles",
     "llama",
     "adamw",
     "sora",

@@ -124,7 +124,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list[lis
     folder = tmp_path_factory.mktemp("made")
     comparison = read(folder)
     groups, results = done(folder, comparison)
-    [section] = document.sections(comparison, groups, results, "losa compare some.toml")
+    section, closing = document.sections(comparison, groups, results, "losa compare some.toml")
+    assert (closing.title, closing.rows) == ("The paper's models", ())
+    section = replace(section, tables=(*section.tables, *closing.tables))
     return comparison, groups, results, section
 
 
@@ -219,7 +221,7 @@ def test_the_reference_is_named(tmp_path: Path) -> None:
     text = FILE.replace("seeds = [0, 1]", 'seeds = [0]\nreference = { recipe = "none", prune_method = "magnitude" }')
     comparison = read(tmp_path, text)
     groups, results = done(tmp_path, comparison)
-    [section] = document.sections(comparison, groups, results, "losa")
+    section, _ = document.sections(comparison, groups, results, "losa")
     table = next(table for table in section.tables if table.title == "50 %")
     column = table.cells[0].index("against no training, prune_method magnitude")
     filled = {line[:2] for line in table.cells[1:] if line[column]}
@@ -397,7 +399,7 @@ def test_rows_without_a_result_are_left_out(tmp_path: Path) -> None:
     comparison = read(tmp_path)
     groups, results = groups_of(comparison, "recipe=none", "seed=0"), Results(tmp_path)
     running.run(running.slots(groups[0]), results, Pretended(), lambda _: None)  # type: ignore[arg-type]
-    [section] = document.sections(comparison, groups_of(comparison), results, "losa")
+    section, _ = document.sections(comparison, groups_of(comparison), results, "losa")
     assert {row.group.recipe.name for row in section.rows} == {"dense", "none"}
     assert section.facts[-1] == "12 rows have no result yet and are left out."
     table = next(table for table in section.tables if table.title == "50 %")
@@ -412,6 +414,52 @@ def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:
     spread = next(row for row in section.rows if row.group.recipe.name == "losa").perplexity("stdlib")
     assert spread is not None
     assert lines["wanda, LoSA, as in the paper"][0] == (0.5, spread.mean, spread.deviation)
+
+
+def test_published_figures_stand_once_whatever_matrix_has_their_sparsity(tmp_path: Path) -> None:
+    comparison = read(tmp_path, FILE + FILE[FILE.index("[[matrix]]") : FILE.index("[recipes.mine]")])
+    groups, results = done(tmp_path, comparison)
+    *ours, closing = document.sections(comparison, groups, results, "losa")
+    assert [len(section.rows) for section in ours] == [19, 19]
+    assert not any(table.published for section in ours for table in section.tables)
+    assert [table.title.split(":")[0] for table in closing.tables] == [
+        "Published in the paper, 70 %", "Published in the paper, 2", "Estimated cost of larger models",
+    ]  # fmt: skip
+    text = document.markdown([*ours, closing], {"A comparison, part 1": ["curve.png"]})
+    assert text.index("**Perplexity on") < text.index("![curve.png]") < text.index("**50 %**")
+
+
+def test_a_matrix_has_options_of_its_own_and_may_need_a_folder(tmp_path: Path) -> None:
+    """It wins over the file's options and loses to the command line's; without its model and text it is left out."""
+    more = """[[matrix]]
+    optional = true
+    sparsity = 0.5
+    recipes = ["losa"]
+    options = { model = "tiny", calibration_data = "a.txt", finetune_data = "a.txt", eval_data = "a.txt", nsamples = 6 }
+    """
+    assert len(read(tmp_path, FILE + more).matrices) == 1
+    assert len(read(tmp_path, FILE + more, data=tmp_path).matrices) == 1
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "a.txt").touch()
+    assert len(read(tmp_path, FILE + more, data=tmp_path, options={"model": ["x"]}).matrices) == 1
+    for options, nsamples in (({}, 6), ({"nsamples": ["7"]}, 7)):
+        comparison = read(tmp_path, FILE + more, data=tmp_path, options=options)
+        first, second = groups_of(comparison)
+        assert {group.base.config.calibration.nsamples for group in second} == {nsamples}
+        assert {group.base.config.calibration.nsamples for group in first} == {nsamples if options else 8}
+        for group in second:
+            text = group.base.config.text
+            assert group.base.config.model.model == str(tmp_path / "tiny")
+            assert {text.calibration_data, text.finetune_data, text.eval_data} == {str(tmp_path / "a.txt")}
+            assert list(group.base.measures.texts) == ["a.txt"]
+        assert len({group.base.key for of_matrix in (first, second) for group in of_matrix[:1]}) == 2
+    alone = more.replace("tiny", "other")
+    with pytest.raises(ValueError, match=r"needs models and texts; give --data FOLDER with other, a\.txt$"):
+        read(tmp_path, alone, data=tmp_path)
+    with pytest.raises(ValueError, match="eval_data has no effect"):
+        read(tmp_path, f'[texts]\nb = "b.txt"\n{FILE.strip().partition(chr(10))[2]}\n{more}', data=tmp_path)
+    with pytest.raises(ValueError, match=r"matrix 2, options: 'nsample' is not an option"):
+        read(tmp_path, FILE + more.replace("nsamples", "nsample"), data=tmp_path)
 
 
 def test_published_averages_are_those_of_their_rows() -> None:

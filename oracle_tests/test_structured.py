@@ -229,6 +229,20 @@ def test_recipes_compare_what_can_be_saved_smaller() -> None:
     assert all(recipe.options["layer_sparsity"] == ["uniform"] for recipe in structured)
 
 
+def test_without_a_ratio_a_fifth_goes(capsys: pytest.CaptureFixture) -> None:
+    """0.7 is the paper's, of single weights; its authors' figures for whole structures are of 20 %."""
+    for words, expected in (
+        ([], 0.7), (["--sparsity_type", "structured"], 0.2), (["--sparsity_type", "2:4"], 0.5),
+        (["--sparsity_type", "structured", "--sparsity_ratio", "0.3"], 0.3),
+    ):  # fmt: skip
+        assert parse(words).prune.final_sparsity == expected
+    assert main(["--sparsity_type", "structured", "--dry_run"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sparsity after each step"))
+    assert line.endswith(", 0.2]")
+    result = torch_impl.prune(random_model("llama-gqa"), calibration=IDS, sparsity_type="structured", steps=1)
+    assert result.sparsity == pytest.approx(0.2, abs=0.01)
+
+
 # --- what is refused ---
 
 

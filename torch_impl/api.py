@@ -83,7 +83,7 @@ def prune(
     *,
     calibration: Any,
     train: Any = None,
-    sparsity: float = 0.7,
+    sparsity: float | None = None,
     method: str = "wanda",
     preset: str = "paper",
     on_step: Callable[[StepRecord], None] | None = None,
@@ -94,7 +94,8 @@ def prune(
 
     calibration: token ids (n, t), a list of texts or records, a data set, or the name of a text source as on the command line.
     train: the same, or tokenized examples {input_ids, labels}; None: no fine-tuning. Text needs the tokenizer. sparsity: final
-    share of zeros; with the option sparsity_type="2:4", say, the pattern decides. preset: paper, best or quick.
+    share of zeros, default 0.7, and 0.2 with the option sparsity_type="structured"; with sparsity_type="2:4", say, the pattern
+    decides. preset: paper, best or quick.
     on_step(record) is called after every step, on_loss(step, optimizer step, loss, learning rate) while training.
     options: any option of the command line's sections prune, adapter, calibration, training and reconstruction, and
     train_examples, train_seqlen, step_shares and seed.
@@ -303,7 +304,7 @@ def _config(
     model: PreTrainedModel,
     calibration: Any,
     train: Any,
-    sparsity: float,
+    sparsity: float | None,
     method: str,
     preset: str,
     options: dict[str, Any],

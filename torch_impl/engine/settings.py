@@ -16,6 +16,8 @@ from torch_impl.masks.pattern import Pattern
 MOST_STEPS = 1000
 MOST_ALPHA = 1e6
 MOST_WEIGHT = 1e6
+RATIO, STRUCTURED_RATIO = 0.7, 0.2
+"""Default sparsity: the paper's, and its authors' for whole heads and channels, of which 70 % would leave no working model."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class PruneConfig:
     prune_method: str = "wanda"
     """Pruning method: {names}."""
     sparsity_ratio: float | None = None
-    """Final share of zeros, in [0, 1); default 0.7, or the share implied by an N:M sparsity_type."""
+    """Final share of zeros, in [0, 1); default 0.7, with sparsity_type structured 0.2, or the share implied by an N:M one."""
     sparsity_type: str = "unstructured"
     """unstructured; N:M: keep N of every M inputs (2:4, 2:8, ...); mixed-N:M: a few blocks keep one more or one
     fewer of every M, by their importance; structured: remove whole heads and MLP channels, for a smaller plain model."""
@@ -104,7 +106,9 @@ class PruneConfig:
         """Return the final share of zeros."""
         if self.group is not None:
             return 1 - self.group[0] / self.group[1]
-        return 0.7 if self.sparsity_ratio is None else self.sparsity_ratio
+        if self.sparsity_ratio is None:
+            return STRUCTURED_RATIO if self.pattern.structured else RATIO
+        return self.sparsity_ratio
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ def draw(folder: Path, sections: Sequence[Section]) -> dict[str, list[str]]:
 
     Errors: ImportError without matplotlib.
     """
-    return {section.title: list(_of_section(folder, section, number)) for number, section in enumerate(sections, 1)}
+    return {
+        section.title: list(_of_section(folder, section, number))
+        for number, section in enumerate(sections, 1)
+        if section.rows
+    }
 
 
 def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:

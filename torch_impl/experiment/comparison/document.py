@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,13 @@ from torch_impl.experiment.comparison.rows import Row, row_of
 from torch_impl.experiment.comparison.tables import SPLIT, Table
 from torch_impl.experiment.progress import clock
 
+PAPER = "The paper's models"
+
 
 @dataclass(frozen=True)
 class Section:
-    """The rows and tables of one matrix. facts: what was run, where, on what."""
+    """The rows and tables of one matrix. facts: what was run, where, on what. The last section may have the paper's figures
+    alone, and no rows."""
 
     matrix: Matrix
     title: str
@@ -30,7 +32,10 @@ class Section:
 def sections(
     comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, command: str
 ) -> list[Section]:
-    """Return a section for each matrix. groups: of each matrix, as `select` left them. command: that runs them."""
+    """Return a section for each matrix, and one of the paper's models if it has figures at these sparsities, or of LoSA.
+
+    groups: of each matrix, as `select` left them. command: that runs them.
+    """
     found = []
     for number, (matrix, of_matrix) in enumerate(zip(comparison.matrices, groups, strict=True), 1):
         everything = [row_of(group, results) for group in of_matrix]
@@ -40,9 +45,21 @@ def sections(
         title = matrix.title or (comparison.title if len(groups) == 1 else f"{comparison.title}, part {number}")
         facts = _facts(rows, len(everything) - len(rows), command)
         found.append(Section(matrix, title, facts, rows, tuple(_tables(rows, matrix))))
-    if any(row.group.recipe.name == LOSA for section in found for row in section.rows):
-        found[-1] = dataclasses.replace(found[-1], tables=(*found[-1].tables, costs.estimated()))
+    if closing := tuple(_of_paper(found)):
+        found.append(Section(found[-1].matrix, PAPER, (), (), closing))
     return found
+
+
+def _of_paper(found: Sequence[Section]) -> Iterator[Table]:
+    """Yield published figures of every sparsity once, and the estimated cost of larger models."""
+    rows = [row for section in found for row in section.rows if row.group.recipe.treatment != DENSE]
+    for sparsity, structured in dict.fromkeys(
+        (dict(row.group.varied).get("sparsity", ""), row.smaller) for row in rows
+    ):
+        if table := tables.beside(sparsity, structured):
+            yield table
+    if any(row.group.recipe.name == LOSA for row in rows):
+        yield costs.estimated()
 
 
 def _facts(rows: Sequence[Row], missing: int, command: str) -> tuple[str, ...]:
@@ -71,13 +88,6 @@ def _tables(rows: Sequence[Row], matrix: Matrix) -> Iterator[Table]:
         chosen = dict(zip(split, values, strict=True))
         inside = [row for row in rows if _belongs(row, chosen)]
         yield tables.main(inside, rows, matrix, chosen)
-        fixed = {
-            **{name: tables.label_of(value[0]) for name, value in matrix.varied.items() if len(value) == 1},
-            **chosen,
-        }
-        for structured in sorted({row.smaller for row in inside if row.group.recipe.treatment != DENSE}):
-            if found := tables.beside(fixed.get("sparsity", ""), structured):
-                yield found
     if found := tables.tuning(trained, matrix):
         yield found
     if found := costs.measured(rows, matrix):
@@ -97,10 +107,13 @@ def markdown(found: Sequence[Section], pictures: Mapping[str, Sequence[str]] | N
     lines: list[str] = []
     for section in found:
         lines += [f"## {section.title}", "", *(line for fact in section.facts for line in (fact, ""))]
-        for table in section.tables:
+        for number, table in enumerate(section.tables):
             lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
             lines += [line for note in table.notes for line in (note, "")]
-        lines += [line for name in (pictures or {}).get(section.title, ()) for line in (f"![{name}]({name})", "")]
+            if number == 0:
+                lines += [
+                    line for name in (pictures or {}).get(section.title, ()) for line in (f"![{name}]({name})", "")
+                ]
     return "\n".join(lines)
 
 

@@ -156,6 +156,8 @@ class Matrix:
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     reference: Mapping[str, str] = field(default_factory=lambda: {"recipe": LOSA})
+    options: Mapping[str, list[str]] = field(default_factory=dict)
+    """Of its runs, as words, instead of the comparison's."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class Comparison:
             raise ValueError(
                 f"recipe {recipe.name!r} removes whole structures, and sparsity is {given['sparsity_type'][0]}; give it shares"
             )
-        options = {**self.options, **recipe.options, **given}
+        options = {**self.options, **matrix.options, **recipe.options, **given}
         options.update(
             {name: [self.places.get(word, word) for word in options[name]] for name in PLACES if name in options}
         )

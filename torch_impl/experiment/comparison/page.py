@@ -40,9 +40,9 @@ def _section(section: Section, folder: Path, pictures: Sequence[str]) -> str:
     facts = "".join(
         f"<pre>{html.escape(fact.strip())}</pre>" if fact.startswith("    ") else _note(fact) for fact in section.facts
     )
-    tables = "".join(map(_table, section.tables))
+    first, *others = map(_table, section.tables)
     shown = "".join(_picture(folder / name) for name in pictures)
-    return f"<h2>{html.escape(section.title)}</h2>{facts}{tables}{shown}"
+    return f"<h2>{html.escape(section.title)}</h2>{facts}{first}{shown}{''.join(others)}"
 
 
 def _note(text: str) -> str:

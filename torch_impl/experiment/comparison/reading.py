@@ -20,7 +20,7 @@ from torch_impl.experiment.text.protocols import PROTOCOLS
 
 KEYS = ("title", "options", "texts", "tasks", "speed", "recipes", "matrix")
 TASK_KEYS = ("names", "data", "limit")
-MATRIX_KEYS = ("title", "recipes", "seeds", "learning_rates", "reference")
+MATRIX_KEYS = ("title", "recipes", "seeds", "learning_rates", "reference", "options", "optional")
 PREFIX = "compare_"
 
 
@@ -59,7 +59,16 @@ def read(
     given = table.get("matrix", [])
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where} has no [[matrix]]; give one with recipes = [...]")
-    matrices = tuple(_matrix(f"{where}, matrix {n}", m, known) for n, m in enumerate(given, 1))
+    all_matrices = [_matrix(f"{where}, matrix {n}", m, known) for n, m in enumerate(given, 1)]
+    matrices = tuple(
+        dataclasses.replace(m, options={name: value for name, value in m.options.items() if name not in options})
+        for m, of_file in zip(all_matrices, given, strict=True)
+        if not of_file.get("optional") or _is_there(m, options, data)
+    )
+    if not matrices:
+        raise ValueError(
+            f"{where} needs models and texts; give --data FOLDER with {', '.join(_named(all_matrices[0]))}"
+        )
     if seeds is not None:
         matrices = tuple(dataclasses.replace(matrix, seeds=_seeds(where, list(seeds))) for matrix in matrices)
     if rates is not None:
@@ -67,7 +76,7 @@ def read(
             dataclasses.replace(m, rates=rates_of(where, list(rates)), recipes=_tuned(m)) for m in matrices
         )
     base = words(table.get("options", {})) | dict(options)
-    if "eval_data" in base and "texts" in table:
+    if "texts" in table and any("eval_data" in given for given in (base, *(m.options for m in matrices))):
         raise ValueError(
             f"--eval_data has no effect in this command with [texts] in {path.name}; change the texts there"
         )
@@ -86,6 +95,16 @@ def read(
 def _tuned(matrix: Matrix) -> tuple[Recipe, ...]:
     """Return the recipes without learning rates of their own."""
     return tuple(dataclasses.replace(recipe, learning_rates=None) for recipe in matrix.recipes)
+
+
+def _named(matrix: Matrix) -> list[str]:
+    """Return the models and texts that a matrix's own options name."""
+    return list(dict.fromkeys(word for name in PLACES for word in matrix.options.get(name, ())))
+
+
+def _is_there(matrix: Matrix, options: Mapping[str, list[str]], data: Path | None) -> bool:
+    """Return whether the models and texts of a matrix are in the data folder, and the command line names no others."""
+    return not any(name in options for name in PLACES) and all(_inside(name, data) for name in _named(matrix))
 
 
 def _table(where: str, table: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -137,6 +156,7 @@ def _places(comparison: Comparison, data: Path | None) -> Iterator[tuple[str, st
     for matrix in comparison.matrices:
         named += [value for name in PLACES for value in matrix.varied.get(name, ())]
         named += [word for recipe in matrix.recipes for name in PLACES for word in recipe.options.get(name, ())]
+        named += _named(matrix)
     for name in named:
         if (found := _inside(name, data)) is not None:
             yield name, found
@@ -151,7 +171,8 @@ def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
     for name, values in varied.items():
         if not values or len({label(value) for value in values}) < len(values):
             raise ValueError(f"{where}: {name} is {list(values)}; give one or more values, each once")
-    chosen = _recipes(where, table["recipes"], known)
+    chosen, own = _recipes(where, table["recipes"], known), _table(where, table, "options")
+    check_options(f"{where}, options", own, ("eval_data",))
     reference = table.get("reference", {"recipe": recipes.LOSA})
     reference = {"recipe": reference} if isinstance(reference, str) else {k: label(v) for k, v in reference.items()}
     check_keys(f"{where}, reference", reference, ("recipe", *varied))
@@ -162,6 +183,7 @@ def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
         seeds=_seeds(where, table.get("seeds", [0])),
         rates=rates_of(where, table["learning_rates"]) if "learning_rates" in table else (),
         reference={"recipe": recipes.LOSA, **reference},
+        options=words(own),
     )
 
 
