@@ -45,6 +45,7 @@ FILES = (
     "masks/alps",
     "masks/admm",
     "masks/pruner_zero",
+    "masks/taylor",
     "masks/structured",
     "masks/prune",
     "adapter",

@@ -249,7 +249,7 @@ def test_without_a_ratio_a_fifth_goes(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prune_method": "sparsegpt"}, ["prune_method is 'sparsegpt'", "with sparsity_type structured, use magnitude or wanda"]),
+        ({"prune_method": "sparsegpt"}, ["prune_method is 'sparsegpt'", "use magnitude or wanda or taylor"]),
         ({"prune_method": "pruner_zero"}, ["prune_method is 'pruner_zero'"]),
         ({"channel_multiple": "64"}, ["channel_multiple is 64, and the MLP of model.layers.0 has 48 channels; use 48 or less"]),
         ({"channel_multiple": "0"}, ["channel_multiple is 0"]),

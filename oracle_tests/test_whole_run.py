@@ -300,6 +300,10 @@ SPECIAL = {
     "structured by magnitude, one key": special(
         sparsity_type="structured", prune_method="magnitude", sizes=SIZES["mqa"], channel_multiple=2, sparsity_ratio=0.2
     ),
+    "structured by gradients": special(
+        sparsity_type="structured", prune_method="taylor", sizes=SIZES["gqa"], sparsity_ratio=0.4, steps=2
+    ),
+    "taylor": special(prune_method="taylor", steps=2),
     "structured, every head its own, zeros that were there": special(
         sparsity_type="structured",
         sizes=SIZES["mha"],

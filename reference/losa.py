@@ -25,6 +25,7 @@ import numpy as np
 from reference import _checks, adamw, adapter, llama, rank, reconstruct, schedule, sparsity
 from reference._checks import Array, Mask
 from reference.llama import Block, Ids, Llama
+from reference.llm_pruner import structure_sum
 from reference.masks import structured
 from reference.masks.first_token import weigh_first
 from reference.masks.method import Method
@@ -280,7 +281,7 @@ def _prune_block(
     """
     trace = llama.block_forward(block, stream, model.sizes)
     if settings.pattern.structured:
-        return _prune_structures(block, layers, trace, model.sizes.kv_heads, settings, rate, last)
+        return _prune_structures(block, layers, trace, model.sizes.kv_heads, settings, rate, gradients, last)
     # A projection that is already sparser reduces the share of the others.
     masks = [layer.mask for layer in layers.values()]
     rate = rest_sparsity(np.array([(~mask).sum() for mask in masks]), np.array([mask.size for mask in masks]), rate)
@@ -295,7 +296,14 @@ def _prune_block(
 
 
 def _prune_structures(
-    block: Block, layers: Layers, trace: llama.BlockTrace, heads: int, settings: Settings, rate: float, last: bool
+    block: Block,
+    layers: Layers,
+    trace: llama.BlockTrace,
+    heads: int,
+    settings: Settings,
+    rate: float,
+    gradients: dict[str, Array] | None,
+    last: bool,
 ) -> Layers:
     """Remove key-value heads and channels of one block further, and with them all that belongs to them."""
     channels = block.weights[structured.READS_CHANNELS].shape[1]
@@ -306,9 +314,7 @@ def _prune_structures(
     for name, count, many in zip(
         (structured.READS_HEADS, structured.READS_CHANNELS), (heads, channels), gone, strict=True
     ):
-        statistic = _gather(settings, trace.inputs, name)
-        assert settings.method.structural_score is not None
-        score = structured.structure_score(settings.method.structural_score(block.weights[name], statistic), count)
+        score = _structure_score(block, trace, settings, gradients, name, count)
         kept[name] = structured.structure_mask(score, many, structured.kept_structures(layers[name].mask, count))
     pruned = {}
     for name, layer in layers.items():
@@ -316,6 +322,20 @@ def _prune_structures(
         mask = structured.coupled_mask(kept[reader], layer.weight.shape, structured.AXES[name])
         pruned[name] = replace(layer, weight=np.where(mask, layer.weight, 0.0))
     return pruned
+
+
+def _structure_score(
+    block: Block, trace: llama.BlockTrace, settings: Settings, gradients: dict[str, Array] | None, name: str, count: int
+) -> Array:
+    """Score the `count` structures that projection `name` reads, as the method does: by it alone or by all that go with it."""
+    score = settings.method.structural_score
+    assert score is not None
+    if not settings.method.sums_structures:
+        return structured.structure_score(score(block.weights[name], _gather(settings, trace.inputs, name)), count)
+    assert gradients is not None
+    coupled = structured.BY_HEAD if name in structured.BY_HEAD else structured.BY_CHANNEL
+    parts = [structure_sum(score(block.weights[n], gradients[n]), count, axis) for n, axis in coupled.items()]
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def _prune_model(

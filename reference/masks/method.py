@@ -35,12 +35,14 @@ class Method:
 
     name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S from the calibration input;
     gradient_statistic: from the gradients of the loss; both None if the method needs no statistic.
+    sums_structures: whether a structure's score is the sum over all its projections (LLM-Pruner), not over those that read it.
     """
 
     name: str
     prune: Prune
     statistic: Statistic | None = None
     gradient_statistic: GradientStatistic | None = None
+    sums_structures: bool = False
 
     @property
     def needs_statistic(self) -> bool:
@@ -49,8 +51,8 @@ class Method:
 
     @property
     def structural_score(self) -> Callable[[Array, Any], Array] | None:
-        """Return (W, S) → score (out, in) of a method that can score structures: by inputs alone, moving no weights."""
-        if isinstance(self.prune, LowestScores) and self.gradient_statistic is None:
+        """Return (W, S) → score (out, in) of a method that can score structures and moves no weights."""
+        if isinstance(self.prune, LowestScores) and (self.gradient_statistic is None or self.sums_structures):
             return self.prune.score
         return None
 
@@ -62,9 +64,10 @@ class Method:
         statistic: Statistic | None = None,
         whole_matrix: bool = False,
         gradient_statistic: GradientStatistic | None = None,
+        sums_structures: bool = False,
     ) -> Method:
         """Make a method that prunes the weights of lowest `score(W, S)` (out, in) and does not change the others."""
-        return cls(name, LowestScores(score, whole_matrix), statistic, gradient_statistic)
+        return cls(name, LowestScores(score, whole_matrix), statistic, gradient_statistic, sums_structures)
 
 
 @dataclass(frozen=True)

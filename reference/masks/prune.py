@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reference import _checks
 from reference._checks import Array, Mask
-from reference.masks import admm, alps, magnitude, pruner_zero, sparsegpt, wanda
+from reference.masks import admm, alps, magnitude, pruner_zero, sparsegpt, taylor, wanda
 
 METHODS = {
     method.name: method
@@ -15,6 +15,7 @@ METHODS = {
         alps.METHOD,
         admm.METHOD,
         pruner_zero.METHOD,
+        taylor.METHOD,
     )
 }
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from torch_impl.engine import distributed
-from torch_impl.engine.adapted_linear import block_adapters
+from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters
 from torch_impl.engine.families import Family
+from torch_impl.llm_pruner import structure_sum
 from torch_impl.masks import structured
 from torch_impl.masks.method import Method
 
@@ -71,11 +72,32 @@ def remove_structures(
         (family.reads_heads, found.heads, heads),
         (family.reads_channels, found.channels, channels),
     ):
-        of_weights = score(layers[name].merged(), method.prepare(statistics.get(name)))
+        if method.sums_structures:
+            of_structures = _summed(layers, family, score, statistics, name, count)
+        else:
+            of_weights = score(layers[name].merged(), method.prepare(statistics.get(name)))
+            of_structures = structured.structure_score(of_weights, count)
         there = structured.kept_structures(layers[name].mask, count)
-        kept[name] = structured.structure_mask(structured.structure_score(of_weights, count), many, there)
+        kept[name] = structured.structure_mask(of_structures, many, there)
     for name, layer in layers.items():
         reader, axis = family.coupled(name)
         mask = structured.coupled_mask(kept[reader], (layer.out_features, layer.in_features), axis)
         layer.set_base(layer.weight.masked_fill(~mask, 0.0))
         distributed.broadcast_from_owner(layer.weight.detach(), 0)
+
+
+def _summed(
+    layers: Mapping[str, AdaptedLinear],
+    family: Family,
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    statistics: Mapping[str, torch.Tensor],
+    reader: str,
+    count: int,
+) -> torch.Tensor:
+    """Sum the scores of all weights that go with each structure (count,). A process has statistics of what it owns."""
+    total = torch.zeros(count, dtype=torch.float64, device=layers[reader].weight.device)
+    for name, statistic in statistics.items():
+        of, axis = family.coupled(name)
+        if of == reader:
+            total += structure_sum(score(layers[name].merged(), statistic), count, axis)
+    return distributed.all_reduce(total)

@@ -57,6 +57,7 @@ class Method:
     name: its value of `prune_method`. prune: prunes one projection further. statistic: computes S, of the input or of the
     gradients; None if the method needs none. moves_weights: whether kept weights change too. workspace: the memory it needs.
     prepare: S → what `prune` needs of it, computed once for the projections that share an input; default S itself.
+    sums_structures: whether a structure's score is the sum over all its projections (LLM-Pruner), not over those that read it.
     """
 
     name: str
@@ -65,11 +66,13 @@ class Method:
     statistic: InputStatistic | GradientStatistic | None = None
     moves_weights: bool = False
     prepare: Callable[[Any], Any] = lambda statistic: statistic
+    sums_structures: bool = False
 
     @property
     def structural_score(self) -> Callable[[torch.Tensor, Any], torch.Tensor] | None:
-        """Return (W, S) → score (out, in) of a method that can score structures: by inputs alone, moving no weights."""
-        if isinstance(self.prune, LowestScores) and not isinstance(self.statistic, GradientStatistic):
+        """Return (W, S) → score (out, in) of a method that can score structures and moves no weights."""
+        gradients = isinstance(self.statistic, GradientStatistic)
+        if isinstance(self.prune, LowestScores) and (self.sums_structures or not gradients):
             return self.prune.score
         return None
 
@@ -80,10 +83,11 @@ class Method:
         score: Callable[[torch.Tensor, Any], torch.Tensor],
         statistic: InputStatistic | GradientStatistic | None = None,
         whole_matrix: bool = False,
+        sums_structures: bool = False,
     ) -> Method:
         """Make a method that prunes the weights of lowest `score(W, S)` (out, in) and does not change the others."""
         prune = LowestScores(score, whole_matrix)
-        return cls(name, prune, prune.workspace, statistic)
+        return cls(name, prune, prune.workspace, statistic, sums_structures=sums_structures)
 
 
 @dataclass(frozen=True)

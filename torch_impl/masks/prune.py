@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torch_impl import _checks
-from torch_impl.masks import admm, alps, magnitude, pruner_zero, sparsegpt, wanda
+from torch_impl.masks import admm, alps, magnitude, pruner_zero, sparsegpt, taylor, wanda
 from torch_impl.masks.method import Method
 
 METHODS = {
@@ -22,6 +22,7 @@ METHODS = {
         alps.METHOD,
         admm.METHOD,
         pruner_zero.METHOD,
+        taylor.METHOD,
     )
 }
 
