@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Cell, Group
@@ -118,6 +119,7 @@ class _Worker:
         self._work, self._results, self._workshop, self._say = work, results, workshop, say
         self._start = time.time()
         self.tried: set[str] = set()
+        self._several = len({_model(slot.cell) for slot in work}) > 1
         self._progress = _Progress(work, results)
 
     def run(self, cell: Cell) -> bool:
@@ -145,7 +147,12 @@ class _Worker:
         count = len(self._work)
         left = self._progress.left(self._work, self._results)
         undone = sum(1 for _ in _undone(self._work, self._results))
-        self._say(f"[{count - undone}/{count}] {cell}: {result_of(outcome)}{left}")
+        model = f"{_model(cell)}, " if self._several else ""
+        self._say(f"[{count - undone}/{count}] {model}{cell}: {result_of(outcome)}{left}")
+
+
+def _model(cell: Cell) -> str:
+    return Path(cell.config.model.model).name
 
 
 def result_of(outcome: Outcome) -> str:
