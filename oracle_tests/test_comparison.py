@@ -416,6 +416,22 @@ def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:
     assert lines["wanda, LoSA, as in the paper"][0] == (0.5, spread.mean, spread.deviation)
 
 
+def test_a_recipe_and_its_matrix_do_not_contradict_each_other(tmp_path: Path) -> None:
+    """Else the row would be named after one and made by the other."""
+    text = """[[matrix]]
+    sparsity = 0.5
+    prune_method = ["wanda"]
+    recipes = ["mine"]
+    [recipes.mine]
+    options = { prune_method = "magnitude" }
+    """
+    with pytest.raises(
+        ValueError, match="recipe 'mine' has prune_method magnitude, and its matrix wanda; leave one out"
+    ):
+        groups_of(read(tmp_path, text))
+    assert len(groups_of(read(tmp_path, text.replace('["wanda"]', '["magnitude"]')))) == 1
+
+
 def test_published_figures_stand_once_whatever_matrix_has_their_sparsity(tmp_path: Path) -> None:
     comparison = read(tmp_path, FILE + FILE[FILE.index("[[matrix]]") : FILE.index("[recipes.mine]")])
     groups, results = done(tmp_path, comparison)

@@ -189,6 +189,11 @@ class Comparison:
             raise ValueError(
                 f"recipe {recipe.name!r} removes whole structures, and sparsity is {given['sparsity_type'][0]}; give it shares"
             )
+        own, wanted = recipe.options.get("prune_method"), given.get("prune_method")
+        if own and wanted and own != wanted:
+            raise ValueError(
+                f"recipe {recipe.name!r} has prune_method {own[0]}, and its matrix {wanted[0]}; leave one out"
+            )
         options = {**self.options, **matrix.options, **recipe.options, **given}
         options.update(
             {name: [self.places.get(word, word) for word in options[name]] for name in PLACES if name in options}
