@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny_models.random_models import save_random_model
+from torch_impl.experiment.comparison import cells
 from torch_impl.run import main
 
 ROOT = Path(__file__).parents[1]
@@ -58,3 +60,16 @@ def fails(capsys: pytest.CaptureFixture, place: Path, argv: list[str], words: li
 def events(place: Path, name: str = "out") -> list[dict]:
     found = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in event.items() if key != "seconds"} for event in found]
+
+
+def watched_windows(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Return a list to which a comparison adds the windows that it measures, as it does."""
+    seen: list[torch.Tensor] = []
+    plain = cells.window_losses
+
+    def window_losses(model: torch.nn.Module, windows: torch.Tensor, *rest: object) -> list[float]:
+        seen.append(windows)
+        return plain(model, windows, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cells, "window_losses", window_losses)
+    return seen

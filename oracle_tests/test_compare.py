@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oracle_tests.small_runs import arguments, make_place
+from oracle_tests.small_runs import arguments, make_place, watched_windows
 from torch_impl.commands import compare
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.baselines.structured import kept_parameters
@@ -44,14 +44,7 @@ def words(place: Path, text: str = FILE, **changes: object) -> list[str]:
 
 def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two rates diverges. Tuning and reported windows never overlap; the command runs nothing twice."""
-    seen: list[torch.Tensor] = []
-    plain = cells.window_losses
-
-    def window_losses(model: torch.nn.Module, windows: torch.Tensor, *rest: object) -> list[float]:
-        seen.append(windows)
-        return plain(model, windows, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(cells, "window_losses", window_losses)
+    seen = watched_windows(monkeypatch)
     given = words(place, eval_windows=7)
     assert compare.main(given) == 0
     said = capsys.readouterr()

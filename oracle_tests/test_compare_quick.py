@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oracle_tests.small_runs import make_place
+from oracle_tests.small_runs import make_place, watched_windows
 from torch_impl.commands import compare
-from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.results import Results
 from torch_impl.experiment.sections import EMBEDDED_MODEL
 
@@ -35,14 +34,7 @@ def test_quick_on_both_models(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     place = make_place(tmp_path)
     (place / "model").rename(place / "stories260K")
     (place / "text.txt").rename(place / "tinystories.txt")
-    seen: list[torch.Tensor] = []
-    plain = cells.window_losses
-
-    def window_losses(model: torch.nn.Module, windows: torch.Tensor, *rest: object) -> list[float]:
-        seen.append(windows)
-        return plain(model, windows, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(cells, "window_losses", window_losses)
+    seen = watched_windows(monkeypatch)
     words = [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
     words += ["--only", "recipe=none,best", "sparsity=0.7", "--data", str(place), "--output", str(tmp_path / "out")]
     capsys.readouterr()

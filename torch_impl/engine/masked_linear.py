@@ -6,6 +6,7 @@ the backward pass if that saves memory. It does not see inside the operations; o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -130,10 +131,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(x, weight, A, B, held)
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(
+    ctx: Any,
+    grad_y: torch.Tensor,
+    of_x: Callable[..., torch.Tensor],
+    of_adapter: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients by all inputs; x may need none."""
     x, weight, A, B, held = ctx.saved_tensors
-    grad_x = _grad_x(grad_y, weight, A, B, ctx.scale, held) if ctx.needs_input_grad[0] else None
-    return grad_x, None, *_grad_adapter(grad_y, x, weight, A, B, ctx.scale), None, None, None
+    grad_x = of_x(grad_y, weight, A, B, ctx.scale, held) if ctx.needs_input_grad[0] else None
+    return grad_x, None, *of_adapter(grad_y, x, weight, A, B, ctx.scale), None, None, None
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _differentiate(ctx, grad_y, _grad_x, _grad_adapter)
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -150,6 +161,4 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, A, B, held = ctx.saved_tensors
-        grad_x = _derive_x(grads[0], weight, A, B, ctx.scale, held) if ctx.needs_input_grad[0] else None
-        return grad_x, None, *_derive_adapter(grads[0], x, weight, A, B, ctx.scale), None, None, None
+        return _differentiate(ctx, grads[0], _derive_x, _derive_adapter)
