@@ -12,7 +12,7 @@ from typing import Any
 
 # Processes fork from a server that has already imported these.
 PRELOADED = ["oracle_tests.spread_runs", "torch_impl.run", "torch.distributed.checkpoint", "torch._dynamo"]
-SECONDS = 60
+SECONDS = 180
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any, env: dict[str, str] | None = None) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,10 +205,9 @@ def test_gram_matrices_are_of_all_sequences_in_their_order() -> None:
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_on_any_number(fatal: int, tmp_path: Path) -> None:
     """Killed while pruning, while training, in the second step; one, two or four processes resume from the last checkpoint."""
     case = settings(prune_method="sparsegpt", rank_shrink="fold") if fatal == 10 else settings()
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="process"):
+    # Both end by themselves; had one gone on waiting, the message would say that it is silent.
+    with pytest.raises(RuntimeError, match=r"process \d: "):
         in_processes(2, run, case, None, tmp_path / "points", fatal)
-    assert time.monotonic() - start < 60
     one = run(case)
     for count in (1, 4) if fatal == 6 else (2,):
         points = shutil.copytree(tmp_path / "points", tmp_path / f"points of {count}")
