@@ -18,7 +18,7 @@ from transformers import StaticCache
 
 from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, int4, large, parts, whole
+from torch_impl.bench import decode, decode_cpu, int4, large, parts, whole, whole_cpu
 from torch_impl.bench.measure import Row, relative
 from torch_impl.decode.next_token import NextToken
 from torch_impl.decode.packed_linear import PackedLinear
@@ -197,14 +197,76 @@ def test_decoding_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[
         )
     assert [(row["sparsity"], row["batch"]) for row in figures["whole_model"]] == [("50", 1), ("50", 3)]
     for row in figures["whole_model"]:
-        assert row["ratio"] == pytest.approx(row["packed"] / row["dense"])
+        assert row["ratio"] == pytest.approx(row["dense"] / row["packed"])
         assert row["packed_gib"] < row["dense_gib"]
-        assert row["dense_joined"] is None
+        assert row["int4"] is None
         assert row["unmerged"] > 0
+        assert row["rest"] > 0
     shown = capsys.readouterr().out
     assert "the projections of a block" in shown
     assert shown.count("adapters beside") == 2
     assert "refused" not in shown
+
+
+def test_a_whole_model_as_on_a_gpu_runs_and_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--whole_model", "small", "--blocks", "1", "--adapters", "2", "--tokens", "2"]
+    options = decode._parser().parse_args([*arguments, "--sparsities", "50", "2:4", "--batches", "1", "3"])
+    rows = whole.measure(options)
+    assert [(row.sparsity, row.batch) for row in rows] == [("50", 1), ("50", 3)]
+    for row in rows:
+        assert row.ratio == pytest.approx(row.packed / row.dense)
+        assert row.packed_gib < row.dense_gib
+        assert row.dense_joined is None
+        assert row.unmerged is not None
+    whole.show(rows)
+    shown = capsys.readouterr().out
+    assert shown.count("adapters beside") == 2
+    assert "refused" not in shown
+
+
+def test_the_sides_of_a_whole_model_on_a_cpu() -> None:
+    """Rounded values replace the dense ones; four bits are torch's; without projections a block adds nothing; all are put back."""
+    model = geometry.build("small", 2, torch.device("cpu"), torch.bfloat16)
+    decoder = Decoder(model)
+    linears = [decoder.blocks[0].get_submodule(name) for name in decoder.family.projections]
+    before = [linear.weight.clone() for linear in linears]
+    arguments = ["--device", "cpu", "--whole_model", "small", "--sparsities", "50", "--values", "int8"]
+    options = decode._parser().parse_args(arguments)
+    sides = whole_cpu._Sides(model)
+    forms = dict(sides.forms(options))
+    assert set(forms) == {"packed", "dense", "rest"}
+    assert list(forms["dense"])[: len(linears)] == linears
+    for linear, old, layer in zip(linears, before, forms["packed"], strict=False):
+        assert 0 < relative(linear.weight, old) < 2**-6
+        torch.testing.assert_close(layer.unpacked(), linear.weight, rtol=0, atol=0)
+    ids = torch.tensor([[5, 6]])
+    sides.install(forms["rest"])
+    embedded = model.model.norm(model.model.embed_tokens(ids))
+    assert torch.equal(model(ids).logits, model.lm_head(embedded))
+    wide = nn.Linear(256, 32, bias=False, dtype=torch.bfloat16)
+    tiles = int4.pack(wide.weight.detach())
+    assert tiles is not None
+    x = torch.randn(2, 3, 256).bfloat16()
+    meant = int4.quantise(wide.weight.detach())[2]
+    torch.testing.assert_close(whole_cpu._Int4(*tiles, wide)(x).float(), x.float() @ meant.T, rtol=2**-7, atol=0.1)
+
+
+def test_the_sides_of_a_whole_model_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes before a call is not timed, nor is the first turn."""
+    calls: list[str] = []
+    seconds = {"a": [0.1, 5.0, 7.0], "b": [0.1, 8.0, 6.0]}
+    clock = [0.0]
+
+    def call(name: str) -> None:
+        calls.append(name)
+        clock[0] += seconds[name].pop(0)
+
+    def begin(name: str) -> None:
+        clock[0] += 100
+
+    monkeypatch.setattr(whole_cpu.time, "perf_counter", lambda: clock[0])
+    assert whole_cpu.fastest({name: partial(call, name) for name in "ab"}, begin, 2) == {"a": 5e3, "b": 6e3}
+    assert calls == ["a", "b"] * 3
 
 
 def test_dense_projections_of_one_input_are_one_product_too() -> None:
@@ -279,6 +341,7 @@ def test_decoding_that_gives_other_numbers_gets_no_ratio(
 
     monkeypatch.setattr(decode, "pack", wrong)
     monkeypatch.setattr(whole, "PackedLinear", SimpleNamespace(of=wrong_layer))
+    monkeypatch.setattr(whole_cpu, "PackedLinear", SimpleNamespace(of=wrong_layer))
     status, figures = run_decode(tmp_path, "--geometries", "small", "--whole_model", "small", "--blocks", "1")
     assert status == 1
     assert all(side["ratio"] is None for side in figures["kernels"] + figures["whole_model"])

@@ -5,8 +5,8 @@ cache. On a GPU that is cuBLAS, both in CUDA graphs; on a CPU torch or an optimi
 packed projections that share an input are one product. Dense ones are separate, as in Hugging Face's models; their time as
 one product is shown too. The times of torch's products with dense weights of 8 (CPU) and 4 bits, which are lossy, are shown for
 comparison.
-Whole model: tokens/s of a Hugging Face model with a static cache, on a GPU with CUDA graphs. A ratio is printed only if both
-sides compute the same numbers.
+Whole model: a Hugging Face model with a static cache. On a GPU tokens/s with CUDA graphs; on a CPU milliseconds of a token and
+of a prompt, and of a token without its projections (whole_cpu.py). A ratio is printed only if both sides compute the same numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import transformers
 from torch.nn import functional
 
 from torch_impl import quantise
-from torch_impl.bench import decode_cpu, int4, whole
+from torch_impl.bench import decode_cpu, int4, whole, whole_cpu
 from torch_impl.bench.measure import ceilings, graphed, relative
 from torch_impl.decode import cpu, cuda, cuda_coded
 from torch_impl.engine import files
@@ -262,7 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapters", type=int, metavar="RANK", help="Also with unmerged adapters of this rank beside it."
     )
-    parser.add_argument("--tokens", type=int, default=64 if cuda else 4, help="Tokens of the whole model to time.")
+    parser.add_argument("--tokens", type=int, default=64 if cuda else 12, help="Tokens of the whole model to time.")
+    parser.add_argument(
+        "--prompt", type=int, default=128, metavar="TOKENS", help="Length of a prompt to time; on a CPU."
+    )
     parser.add_argument(
         "--repeats", type=int, default=9, help="Timed repeats; the median counts on a GPU, the best on a CPU."
     )
@@ -298,8 +301,11 @@ def main(arguments: Sequence[str]) -> int:
         found = measure(shape, options, peak)
         _print_cells(shape, found, options)
         cells += found
-    rows = whole.measure(options) if options.whole_model else []
-    whole.show(rows)
+    rows: list[Any] = []
+    if options.whole_model:
+        side: Any = whole if device.type == "cuda" else whole_cpu
+        rows = side.measure(options)
+        side.show(rows)
     if options.json:
         figures = {
             "device": name,

@@ -97,7 +97,7 @@ def _join_dense(decoder: Decoder) -> None:
                 block.set_submodule(name, _DenseRows(joined, slice(end - len(weight), end)))
 
 
-class _Beside(nn.Module):
+class Beside(nn.Module):
     """A packed projection and an adapter beside it: y = x Wᵀ + (x Aᵀ) Bᵀ. B is 0, so that the output is the projection's."""
 
     def __init__(self, base: PackedLinear, rank: int, like: torch.Tensor) -> None:
@@ -197,26 +197,31 @@ def _add_unmerged(row: Speed, unmerged: _Side, dense: _Side) -> None:
     row.disagreement = max(row.disagreement, relative(unmerged.fast_logits, dense.logits))
 
 
+def places(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Return (block, name) of all projections of all blocks."""
+    decoder = Decoder(model)
+    return [(block, name) for block in decoder.blocks for name in decoder.family.projections]
+
+
 def measure(options: argparse.Namespace) -> list[Speed]:
     """Measure all percentages in `options.sparsities` and all batches, with one model that is made sparser and sparser."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = geometry.build(options.whole_model, options.blocks, device, dtype)
     decoder = Decoder(model)
-    places = [(block, name) for block in decoder.blocks for name in decoder.family.projections]
     rows, before = [], 0.0
     # Each side rounds each projection once; the difference grows over the blocks.
     bound = 8 * torch.finfo(dtype).eps
     for percent in sorted(float(s) for s in options.sparsities if ":" not in s):
         stay = (1 - percent / 100) / (1 - before) if before < 1 else 1.0
         before = percent / 100
-        linears = [block.get_submodule(name) for block, name in places]
+        linears = [block.get_submodule(name) for block, name in places(model)]
         for linear in linears:
             linear.weight.data.masked_fill_(torch.rand_like(linear.weight, dtype=torch.float32) >= stay, 0)  # type: ignore[operator, arg-type, union-attr]
         dense_gib = resident(model)
         dense = {batch: _side(model, options, batch) for batch in options.batches}
         _join_dense(decoder)
         joined = {batch: _side(model, options, batch) for batch in options.batches}
-        for (block, name), linear in zip(places, linears, strict=True):
+        for (block, name), linear in zip(places(model), linears, strict=True):
             block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
         group_projections(model)
         gib = (resident(model), dense_gib)
@@ -227,12 +232,12 @@ def measure(options: argparse.Namespace) -> list[Speed]:
         ]
         if options.adapters:
             like = torch.empty(0, dtype=dtype, device=device)
-            for block, name in places:
-                block.set_submodule(name, _Beside(block.get_submodule(name), options.adapters, like))  # type: ignore[arg-type]
+            for block, name in places(model):
+                block.set_submodule(name, Beside(block.get_submodule(name), options.adapters, like))  # type: ignore[arg-type]
             for row in found:
                 _add_unmerged(row, _side(model, options, row.batch), dense[row.batch])
         rows += found
-        for (block, name), linear in zip(places, linears, strict=True):
+        for (block, name), linear in zip(places(model), linears, strict=True):
             block.set_submodule(name, linear)
     return rows
 
