@@ -91,7 +91,7 @@ def test_what_fails_is_said_and_the_others_go_on(
     [line] = [line for line in said.err.splitlines() if "broken" in line]
     assert "0.5, broken, seed 0: failed (RuntimeError: CUDA out of memory)" in line
     assert said.err.splitlines()[-1].startswith("error: 1 runs failed; see the last table, and run the command again")
-    assert "| 0.5 | broken | 0 | failed | RuntimeError: CUDA out of memory |" in said.out
+    assert "| 0.5 | broken | 0 |  | failed | RuntimeError: CUDA out of memory |" in said.out
     monkeypatch.setattr(cells, "make", plain)
     assert compare.main(words(place, text, output=out)) == 0
     assert "failed" not in capsys.readouterr().out

@@ -291,13 +291,44 @@ def test_what_failed_is_tried_again_and_what_diverged_is_not(tmp_path: Path) -> 
     [row] = [
         row_of(g, results) for g in groups[0] if (g.recipe.name, *dict(g.varied).values()) == ("losa", "wanda", "0.5")
     ]
-    assert (row.rate, row.tuning[1e-2]) == (1e-3, None)
+    assert (row.rate, row.tuning[1e-2].status) == (1e-3, DIVERGED)
     text = document.markdown(document.sections(comparison, groups, results, "losa"))
-    assert "| wanda, 0.5, no training | 0 | failed | loss nan |".replace("0.5, ", "0.5 | ", 1) in text
+    assert "| wanda, 0.5 | no training | 0 |  | failed | loss nan |" in text
     again = Pretended()
     running.run(running.slots(groups[0]), Results(tmp_path), again, lambda _: None)  # type: ignore[arg-type]
     assert len(again.ran) == 1
     assert results.get(again.ran[0]).labels["recipe"] == "none"  # type: ignore[union-attr]
+
+
+def test_a_learning_rate_that_failed_is_said_and_not_called_diverged(tmp_path: Path) -> None:
+    """One rate of each of two rows failed, all of a third: they are listed once each, and the command counts them."""
+    comparison = read(tmp_path)
+    rate, other = "learning rate 0.01", "learning rate 0.001"
+    ends = {f"wanda, {s}, losa, seed 0, {rate}": FAILED for s in ("0.5", "0.7", "2:4")}
+    ends |= {f"wanda, 2:4, losa, seed {seed}, {other}": FAILED for seed in (0, 1)}
+    groups, results = done(tmp_path, comparison, ends=ends)
+    section, _ = document.sections(comparison, groups, results, "losa")
+    tuning = next(table for table in section.tables if table.title.startswith("Learning rates"))
+    line = next(line for line in tuning.cells if line[:3] == ("wanda", "50 %", "LoSA, as in the paper"))
+    assert line[3].startswith("**")
+    assert line[4] == "failed"
+    failures = next(table for table in section.tables if "failed" in table.title)
+    listed = sorted((line[0], *line[2:5]) for line in failures.cells[1:])
+    expected = [("wanda, 0.5", "0", "0.01", "failed"), ("wanda, 0.7", "0", "0.01", "failed")]
+    expected += [("wanda, 2:4", "0", "0.001", "failed"), ("wanda, 2:4", "0", "0.01", "failed")]
+    assert listed == [*expected, ("wanda, 2:4", "1", "0.001", "failed")]
+    assert sum(len(row.failed) for row in section.rows) == 5
+
+
+def test_a_seed_that_diverged_is_not_left_out_of_the_accuracy(tmp_path: Path) -> None:
+    comparison = read(tmp_path)
+    groups, results = done(tmp_path, comparison, ends={"wanda, 0.5, none, seed 1": DIVERGED})
+    section, _ = document.sections(comparison, groups, results, "losa")
+    table = next(table for table in section.tables if table.title == "50 %")
+    line = dict(zip(table.cells[0], table.cells[2], strict=True))
+    assert (line["prune_method"], line[""]) == ("wanda", "no training")
+    assert [line[name] for name in ("stdlib", "piqa", "boolq", "mean")] == ["diverged"] * 4
+    assert line["tokens/s"] == "45.0 (2.25×)"
 
 
 def test_progress_counts_the_whole_matrix(tmp_path: Path) -> None:
@@ -551,6 +582,19 @@ def test_changed_settings_are_new_cells_and_another_place_is_not(tmp_path: Path)
         "eval_batch_size": ["9"],
     }
     assert keys(read(tmp_path, options=options)) == keys(read(tmp_path, options=elsewhere)) != before
+
+
+def test_tasks_from_the_hub_and_from_a_folder_are_other_runs(tmp_path: Path) -> None:
+    """Their documents differ. Figures of either are never shown as those of the other; the folder may lie anywhere."""
+    text = FILE.replace("[[matrix]]", "[tasks]\nnames = ['piqa']\n[[matrix]]")
+    found = [
+        text,
+        text.replace("names", "data = 'zeroshot'\nnames"),
+        text.replace("names", "data = '/x/zeroshot'\nnames"),
+    ]
+    hub, folder, elsewhere = ([g.base.key for g in groups_of(read(tmp_path, t))[0]] for t in found)
+    assert not set(hub) & set(folder)
+    assert folder == elsewhere
 
 
 def test_recipes_steps_and_ranks(tmp_path: Path) -> None:

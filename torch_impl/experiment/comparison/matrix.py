@@ -90,6 +90,8 @@ class Cell:
         }
         if self.tasks:
             what |= {"tasks": self.tasks, "limit": self.measures.limit}
+            if self.measures.data is None:
+                what["documents"] = "hub"
         if self.measures.speed and self.final:
             what["speed"] = True
         return hashlib.sha256(json.dumps(what, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 from torch_impl.experiment.comparison import statistics
 from torch_impl.experiment.comparison.matrix import Group, Matrix
-from torch_impl.experiment.comparison.results import DONE, FAILED, Outcome, Results
-from torch_impl.experiment.comparison.running import chosen_rate, tuned, tuning_table
+from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome, Results
+from torch_impl.experiment.comparison.running import chosen_rate, tuned, tuning_outcomes
 from torch_impl.experiment.comparison.statistics import Paired, Spread
 
 
 @dataclass(frozen=True)
 class Row:
-    """A group with the outcomes of its reported runs, by seed. rate: the chosen learning rate. tuning: what chose it."""
+    """A group with the outcomes of its reported runs, by seed. rate: the chosen learning rate. tuning: the runs that chose
+    it, by rate."""
 
     group: Group
     rate: float | None
-    tuning: Mapping[float, float | None]
+    tuning: Mapping[float, Outcome]
     outcomes: Mapping[int, Outcome]
 
     @property
@@ -28,9 +29,11 @@ class Row:
         return {seed: outcome for seed, outcome in self.outcomes.items() if outcome.status != FAILED}
 
     @property
-    def failed(self) -> dict[int, Outcome]:
-        """Return the outcomes of runs that failed."""
-        return {seed: outcome for seed, outcome in self.outcomes.items() if outcome.status == FAILED}
+    def failed(self) -> list[Outcome]:
+        """Return the runs that failed: those that would be reported, and those to choose a learning rate by."""
+        # Without tasks and speed, one run is both.
+        runs = {tuple(outcome.labels.items()): outcome for outcome in (*self.outcomes.values(), *self.tuning.values())}
+        return [outcome for outcome in runs.values() if outcome.status == FAILED]
 
     @property
     def missing(self) -> int:
@@ -53,8 +56,14 @@ class Row:
 
     def accuracy(self, task: str) -> Spread | None:
         """Return the accuracy of a task in percent over the seeds; "mean" is that over the tasks. None if not measured."""
-        found = [o.zero_shot["mean"] if task == "mean" else o.zero_shot["accuracy"][task] for o in self._measured()]
-        return statistics.spread([100 * value for value in found]) if found else None
+        found = [
+            None
+            if o.status == DIVERGED
+            else 100 * (o.zero_shot["mean"] if task == "mean" else o.zero_shot["accuracy"][task])
+            for o in self.ended.values()
+            if o.zero_shot or o.status == DIVERGED
+        ]
+        return statistics.spread(found) if found else None
 
     def standard_error(self, task: str) -> float | None:
         """Return the standard error of a task's accuracy in percent, of the first seed; None if not measured."""
@@ -90,11 +99,11 @@ class Row:
 def row_of(group: Group, results: Results) -> Row:
     """Read the results of a group."""
     if len(group.rates) > 1 and not tuned(group, results):
-        return Row(group, None, tuning_table(group, results), {})
+        return Row(group, None, tuning_outcomes(group, results), {})
     rate = chosen_rate(group, results)
     found = {seed: results.get(group.final(seed, rate).key) for seed in group.seeds}
     there = {seed: outcome for seed, outcome in found.items() if outcome is not None}
-    return Row(group, rate, tuning_table(group, results), there)
+    return Row(group, rate, tuning_outcomes(group, results), there)
 
 
 def reference_of(row: Row, rows: Sequence[Row], matrix: Matrix) -> Row | None:

@@ -41,17 +41,17 @@ def tuned(group: Group, results: Results) -> bool:
     return all(results.get(cell.key) is not None for cell in group.tuning())
 
 
-def tuning_table(group: Group, results: Results) -> dict[float, float | None]:
-    """Return the perplexity that learning rates are chosen by, of the runs that have ended; None: diverged or failed."""
+def tuning_outcomes(group: Group, results: Results) -> dict[float, Outcome]:
+    """Return the runs that learning rates are chosen by, as far as they have ended, be it in failure, by rate."""
     found = {cell.rate: results.get(cell.key) for cell in group.tuning()}
-    return {rate: outcome.tuning for rate, outcome in found.items() if rate is not None and outcome is not None}
+    return {rate: outcome for rate, outcome in found.items() if rate is not None and outcome is not None}
 
 
 def chosen_rate(group: Group, results: Results) -> float | None:
     """Return the learning rate to report; None if nothing is trained. If all diverged, the first."""
     if len(group.rates) <= 1:
         return group.rates[0] if group.rates else None
-    best = best_rate(tuning_table(group, results))
+    best = best_rate({rate: outcome.tuning for rate, outcome in tuning_outcomes(group, results).items()})
     return group.rates[0] if best is None else best
 
 

@@ -250,7 +250,7 @@ def tuning(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     columns = axes(matrix, beside=())
     cells = []
     for row in tuned:
-        values = {rate: "diverged" if v is None else f"{v:,.2f}" for rate, v in row.tuning.items()}
+        values = {rate: o.status if o.tuning is None else f"{o.tuning:,.2f}" for rate, o in row.tuning.items()}
         shown = (f"**{values[r]}**" if r == row.rate else values.get(r, NOTHING) for r in rates)
         cells.append((*_names(row, columns), *shown))
     head = (*columns, "", *(f"{rate:g}" for rate in rates))
@@ -258,17 +258,19 @@ def tuning(rows: Sequence[Row], matrix: Matrix) -> Table | None:
 
 
 def failures(rows: Sequence[Row]) -> Table | None:
+    """Return the reported runs that diverged, and all that failed, also those to choose a learning rate by."""
     found = [
         (
-            *(", ".join(value for _, value in row.group.varied), name_of(row)),
-            str(seed),
+            ", ".join(value for _, value in row.group.varied),
+            name_of(row),
+            outcome.labels["seed"],
+            outcome.labels.get("learning_rate", NOTHING),
             outcome.status,
             outcome.error or "",
         )
         for row in rows
-        for seed, outcome in row.outcomes.items()
-        if outcome.status == DIVERGED or seed in row.failed
+        for outcome in (*(o for o in row.outcomes.values() if o.status == DIVERGED), *row.failed)
     ]
     if not found:
         return None
-    return Table("Runs that diverged or failed", (("", "recipe", "seed", "", "error"), *found))
+    return Table("Runs that diverged or failed", (("", "recipe", "seed", "learning rate", "", "error"), *found))
