@@ -117,7 +117,7 @@ class _Sides:
         yield "rest", [_Nothing(linear) for linear in self.linears]
         tiles = [int4.pack(linear.weight.detach()) for linear in self.linears]
         if all(found is not None for found in tiles):
-            yield "int4", [_Int4(*found, linear) for found, linear in zip(tiles, self.linears, strict=True)]  # type: ignore[misc]
+            yield "int4", [_Int4(*found, linear) for found, linear in zip(tiles, self.linears, strict=True)]  # type: ignore[misc, call-arg]
         if options.adapters:
             yield "unmerged", [Beside(layer, options.adapters, self.linears[0].weight) for layer in packs]
 
@@ -191,7 +191,9 @@ def show(rows: Sequence[Times]) -> None:
     for row in rows:
         ratio = "refused" if row.ratio is None else f"{row.ratio:.2f}×"
         four_bits = "" if row.int4 is None else f"{row.int4:.1f}"
-        shown = f"    {row.sparsity + ' %':<8}batch {row.batch}{row.packed:>13.1f}{row.dense:>9.1f}{ratio:>8}{four_bits:>9}"
+        shown = (
+            f"    {row.sparsity + ' %':<8}batch {row.batch}{row.packed:>13.1f}{row.dense:>9.1f}{ratio:>8}{four_bits:>9}"
+        )
         shown += f"{row.rest:>21.1f}{row.packed_prompt:>28.0f}{row.dense_prompt:>7.0f}{row.packed_gib:>15.2f}{row.dense_gib:>7.2f}"
         if row.unmerged is not None:
             shown += f"   adapters beside {row.unmerged:.1f} ms ({row.dense / row.unmerged:.2f}×)"
