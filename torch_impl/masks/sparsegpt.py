@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch_impl import _checks, _kernels
 from torch_impl.masks.method import Amount, InputStatistic, Method
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask, rest_sparsity
-from torch_impl.quantise import FEWEST_BITS, GROUP, MOST_BITS, group_scales, nearest_codes
+from torch_impl.quantise import FEWEST_BITS, GROUP, MOST_BITS, group_scales, largest_code, nearest_codes
 
 # Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
@@ -155,17 +156,25 @@ def _visit_rounding(
     block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, bits: int, group: int
 ) -> list[torch.Tensor]:
     """Prune a block of columns and round its kept weights in place; the block's later columns compensate. Return the scales."""
+    q = largest_code(bits)
+    # Columns in memory one after the other: a step reads and writes whole ones.
+    later, pruned, found_errors = block.T.contiguous(), ~mask.T.contiguous(), torch.empty_like(errors.T)
     found = []
-    for j in range(block.shape[1]):
+    for j, (column, error) in enumerate(zip(later, found_errors, strict=True)):
         if j % group == 0:
             sharing = slice(j, j + group)
-            found.append(group_scales(block[:, sharing].masked_fill(~mask[:, sharing], 0.0), bits))
-            scales = found[-1].to(block.dtype)
-        kept = block[:, j].masked_fill(~mask[:, j], 0.0)
-        target = scales * nearest_codes(kept[:, None], scales, bits)[:, 0]
-        errors[:, j] = (block[:, j] - target) / factor[j, j]
-        block[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1.0)
-        block[:, j] = target
+            found.append(group_scales(later[sharing].masked_fill(pruned[sharing], 0.0).T, bits))
+            scales = found[-1].double()
+            # As `nearest_codes`, without its checks; v / ∞ is 0.
+            steps = scales.masked_fill(scales == 0, math.inf)
+        kept = column.masked_fill(pruned[j], 0.0)
+        target = torch.div(kept, steps).round_().clamp_(-q, q).mul_(scales).to(block.dtype)
+        torch.div(column - target, factor[j, j], out=error)
+        later[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1.0)
+        column.copy_(target)
+    # Without negative zeros.
+    block.copy_(later.T).add_(0.0)
+    errors.copy_(found_errors.T)
     return found
 
 
