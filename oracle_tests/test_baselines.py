@@ -21,7 +21,7 @@ from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, trainable
-from torch_impl.experiment.baselines import BASELINES, Trained, sora
+from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sora
 from torch_impl.experiment.baselines.decoding import decoding_cost, packed_weights
 from torch_impl.experiment.baselines.masked import whole_batches
 from torch_impl.experiment.config import Config, parse
@@ -273,6 +273,21 @@ def test_a_missing_package_is_named_with_its_extra(setting: Setting, monkeypatch
             setting.run(name)
     for name in ("none", "sora", "sparse_lora", "full", "losa"):
         BASELINES[name].check()
+
+
+def test_the_dense_model_s_speed_is_the_dense_model_s(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, dense = copy.deepcopy(setting.material.model), setting.material.model
+
+    class Stopwatch:
+        def __init__(self, model: nn.Module, *_: Any, **__: Any) -> None:
+            self.model = model
+
+        def tokens_per_second(self, tokens: int, runs: int) -> float:
+            return {id(dense): 20.0, id(pruned): 45.0}[id(self.model)]
+
+    monkeypatch.setattr(decoding, "Decoding", Stopwatch)
+    cost = decoding_cost(pruned, dense)
+    assert (cost.dense, cost.packed, cost.ratio) == (20.0, 45.0, 2.25)
 
 
 @pytest.mark.parametrize("name", ["none", "lora", "adalora", "sora"])

@@ -57,6 +57,7 @@ def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert larger["device peak, GB"] > smaller["device peak, GB"]
     for row in figures["plan"]:
         # On the CPU the blocks that another thread reads are not measured.
+        assert row["foretold / measured"] == pytest.approx(row["foretold, GB"] / row["measured, GB"])
         assert 0.8 < row["foretold / measured"] < (2.0 if "block by block" in row["case"] else 1.25), row
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oracle_tests.small_runs import arguments, make_place, watched_windows
 from torch_impl.commands import compare
 from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment.baselines.decoding import DecodingCost
 from torch_impl.experiment.baselines.structured import kept_parameters
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.matrix import Cell
@@ -97,7 +98,9 @@ def test_what_fails_is_said_and_the_others_go_on(
     assert "failed" not in capsys.readouterr().out
 
 
-def test_an_unmerged_baseline_with_tasks_and_speed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_unmerged_baseline_with_tasks_and_speed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tasks and speed are measured of what is reported alone, not to choose a learning rate."""
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     lines = [{"goal": f"the {n}", "sol1": "cat sat", "sol2": "dog sat", "label": n % 2} for n in range(4)]
@@ -117,13 +120,14 @@ def test_an_unmerged_baseline_with_tasks_and_speed(place: Path, tmp_path: Path, 
     learning_rates = [1e-3, 1e-2]
     """
     given = words(place, text, eval_data=None, eval_windows=4, train_examples=8, output=tmp_path / "out", data=tmp_path)
+    monkeypatch.setattr(cells, "decoding_cost", lambda *_, **__: DecodingCost(dense=20.0, packed=45.0))
     assert compare.main(given) == 0
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("| SoRA (unmerged) |"))
     head = next(line for line in out.splitlines() if line.startswith("|  | one | two |"))
     shown = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert float(shown["piqa"]) == float(shown["mean"])
-    assert shown["tokens/s"].endswith("×)")
+    assert shown["tokens/s"] == "45.0 (2.25×)"
     outcomes = Results(tmp_path / "out").together().values()
     measured = [outcome for outcome in outcomes if outcome.zero_shot]
     assert [(o.labels["recipe"], bool(o.tokens_per_second)) for o in measured] in (
@@ -132,6 +136,7 @@ def test_an_unmerged_baseline_with_tasks_and_speed(place: Path, tmp_path: Path, 
     assert {o.zero_shot["documents"]["piqa"] for o in measured} == {3}
     assert len(outcomes) == 4
     assert {name: len(losses) for name, losses in measured[0].losses.items()} == {"one": 2, "two": 2}
+    assert len(set(measured[0].hashes.values())) == 2, "of each text its own"
     assert "lm-eval" in out
     assert "the first 3 documents of each task" in out
 
@@ -176,6 +181,19 @@ def test_the_last_of_several_processes_writes_the_tables(
     assert "RuntimeError: no memory" in captured.out
     assert (out / "tables.md").exists()
     assert not list((out / ".claims").iterdir())
+
+
+def test_peaks_are_in_gib_and_parts_that_take_no_time_are_left_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, peaks = {"prune": 2.0, "train": 1e-5}, {"prune": 3 * 2**30}
+    monkeypatch.setattr(cells, "make", lambda _, m: cells.Trained(m.model, False, 0, 0, seconds, peaks))
+    text = FILE.replace('"none", "sparse_lora", "losa"', '"none"')
+    assert compare.main(words(place, text, output=tmp_path / "out")) == 0
+    for outcome in Results(tmp_path / "out").together().values():
+        assert outcome.gib == {"prune": 3.0}
+        assert outcome.seconds.keys() == {"prune", "evaluate"}
+        assert outcome.seconds["prune"] == 2.0
 
 
 def test_parts_have_their_seconds(place: Path) -> None:

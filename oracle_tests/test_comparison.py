@@ -516,6 +516,24 @@ def test_published_averages_are_those_of_their_rows() -> None:
         assert sum(row.accuracy) / len(published.TASKS) == pytest.approx(row.average, abs=bound), row
 
 
+def test_published_perplexities_are_those_of_the_paper_s_tables() -> None:
+    """Typed again from the paper: by model, sparsity and method, in the order of the table."""
+    found: dict[tuple[str, str, str], list[float | None]] = {}
+    for row in published.ROWS:
+        if not row.structured:
+            found.setdefault((row.model, row.sparsity, row.method), []).append(row.perplexity)
+    assert found == {
+        ("LLaMA-2-7B", "0.7", "dense"): [5.12],
+        ("LLaMA-2-7B", "0.7", "SparseGPT"): [27.42, 11.26, 11.06, 10.82],
+        ("LLaMA-2-7B", "0.7", "Wanda"): [79.67, 12.74, 12.57, 12.08, 11.89, 10.94],
+        ("LLaMA-2-7B", "0.7", "Pruner-Zero"): [103.15, 11.56, 10.78],
+        ("LLaMA-2-7B", "0.7", "ALPS"): [19.31, 10.83, 10.28],
+        ("LLaMA-2-7B", "2:4", "Wanda"): [11.02, 8.27, 7.91],
+        ("LLaMA-2-7B", "mixed-2:4", "Wanda"): [7.72],
+        ("OPT-13B", "0.7", "Wanda"): [19.75, 20.72, 20.55, 21.48],
+    }
+
+
 def test_published_rows_of_smaller_models_stand_apart() -> None:
     """As the review page has them; in the order of our tasks, which is another one. LoRAShear gives no perplexity."""
     table = tables.beside("0.2", structured=True)
@@ -565,6 +583,14 @@ def keys(comparison: Comparison) -> set[str]:
     return {cell.key for of_matrix in groups_of(comparison) for group in of_matrix for cell in group.tuning()}
 
 
+# Options whose two values give other results.
+CHANGES = {
+    "seqlen": ("16", "32"), "eval_windows": ("4", "6"), "eval_seqlen": ("32", "64"), "eval_data": ("stdlib", "c4"),
+    "calibration_data": ("stdlib", "c4"), "finetune_data": ("stdlib", "c4"), "model": ("a/b", "a/c"), "train_examples": ("8", "9"),
+    "dtype": ("float32", "bfloat16"), "calibration_batch_size": ("4", "8"),
+}  # fmt: skip
+
+
 def test_changed_settings_are_new_cells_and_another_place_is_not(tmp_path: Path) -> None:
     before = keys(read(tmp_path))
     assert len(before) == 24
@@ -572,6 +598,11 @@ def test_changed_settings_are_new_cells_and_another_place_is_not(tmp_path: Path)
         after = keys(read(tmp_path, FILE.replace(old, new)))
         assert (len(before & after) > 0) == (old == 'loss = "kl"')
         assert before != after
+    short = '[[matrix]]\nsparsity = 0.5\nrecipes = ["losa"]\nlearning_rates = [1e-3, 1e-2]\n'
+    every = {name: ["c4"] for name in ("calibration_data", "finetune_data", "eval_data")} | {"model": ["a/b"]}
+    for option, values in CHANGES.items():
+        one, two = (keys(read(tmp_path, short, options={**every, option: [value]})) for value in values)
+        assert not one & two, option
     options = {"device": ["cpu"], "eval_batch_size": ["3"], "model": ["a/b/tiny"], "calibration_data": ["c4"]}
     options |= {"finetune_data": ["x/t.txt"], "eval_data": ["c4"]}
     elsewhere = {
@@ -592,9 +623,11 @@ def test_tasks_from_the_hub_and_from_a_folder_are_other_runs(tmp_path: Path) -> 
         text.replace("names", "data = 'zeroshot'\nnames"),
         text.replace("names", "data = '/x/zeroshot'\nnames"),
     ]
-    hub, folder, elsewhere = ([g.base.key for g in groups_of(read(tmp_path, t))[0]] for t in found)
+    found.append(found[1].replace("data =", "limit = 3\ndata ="))
+    hub, folder, elsewhere, limited = ([g.base.key for g in groups_of(read(tmp_path, t))[0]] for t in found)
     assert not set(hub) & set(folder)
     assert folder == elsewhere
+    assert not set(folder[1:]) & set(limited)
 
 
 def test_recipes_steps_and_ranks(tmp_path: Path) -> None:
@@ -630,6 +663,19 @@ def test_shipped_recipes_and_comparisons_can_be_read() -> None:
 
 def _words(recipe: recipes.Recipe) -> list[str]:
     return [word for name, values in recipe.options.items() for word in (f"--{name}", *values)]
+
+
+def test_seeds_and_rates_of_the_command_line_replace_the_file_s(tmp_path: Path) -> None:
+    """Also the rates that a recipe has of its own."""
+    text = FILE.replace('preset = "paper"', 'preset = "paper"\nlearning_rates = [5e-3]')
+    [groups] = groups_of(read(tmp_path, text))
+    assert {(g.recipe.name, g.seeds, g.rates) for g in groups if g.rates} == {
+        ("losa", (0, 1), (1e-3, 1e-2)),
+        ("mine", (0, 1), (5e-3,)),
+    }
+    [groups] = groups_of(read(tmp_path, text, seeds=[3, 4, 3], rates=[1e-4, 2e-4]))
+    assert {(g.seeds, g.rates) for g in groups if g.recipe.name in ("losa", "mine")} == {((3, 4), (1e-4, 2e-4))}
+    assert {g.seeds for g in groups if g.recipe.name == "none"} == {(3, 4)}
 
 
 def test_only_narrows_down(tmp_path: Path) -> None:
