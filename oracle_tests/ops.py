@@ -189,6 +189,12 @@ OPS = (
         ({"importance": ROW, "kept_total": 13, "m": 4}, "kept_total"),
     ),
     Op(
+        "sparsity.middle_sparsity",
+        s.dense_ends(),
+        Kind.CLOSE,
+        ({"target": 0.9, "weights": np.ones(3), "floor": np.zeros(3), "first": 1, "last": 1}, "target"),
+    ),
+    Op(
         "sparsity.nearest_rates",
         s.wanted_rates(),
         Kind.CLOSE,

@@ -619,6 +619,19 @@ def protected_blocks(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def dense_ends(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of middle_sparsity that have a solution, with blocks that are sparse already or not."""
+    case, rng = draw(protected_blocks()), _rng(draw)
+    w = case["weights"]
+    floor = draw(st.sampled_from([np.zeros(len(w)), rng.integers(0, w + 1) / w]))
+    ends = np.ones(len(w), dtype=bool)
+    ends[case["first"] : len(w) - case["last"]] = False
+    inner = draw(SPARSITIES)
+    target = float((w[ends] @ floor[ends] + inner * w[~ends].sum()) / w.sum())
+    return {"target": target, "weights": w, "floor": floor, "first": case["first"], "last": case["last"]}
+
+
+@st.composite
 def adapters_with_gradients(draw: st.DrawFn) -> dict[str, Any]:
     """An adapter of rank 1 or more and the gradients of A and B."""
     case, rng, rank = draw(adapters()), _rng(draw), draw(st.integers(1, 5))

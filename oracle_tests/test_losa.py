@@ -76,6 +76,15 @@ def test_settings_that_cannot_be_are_refused(part: Any, name: str, value: Any) -
             lambda: PruneConfig(sparsity_ratio=0.7, sparsity_type="1:4"),
             "sparsity_ratio is 0.7; allowed with sparsity_type 1:4: 0.75",
         ),
+        (
+            lambda: PruneConfig(dense_blocks=[4]),
+            "dense_blocks has 1 numbers; give two: blocks at the front and at the back",
+        ),
+        (lambda: PruneConfig(dense_blocks=[0, -1]), "dense_blocks is -1; allowed: 0 or more"),
+        (
+            lambda: PruneConfig(sparsity_type="2:4", dense_blocks=[1, 0]),
+            "dense_blocks is [1, 0], and sparsity_type 2:4 says how much every block keeps; leave one of them out",
+        ),
         (lambda: AdapterConfig(rank_allocation="best"), "rank_allocation is 'best'; allowed: error, uniform"),
         (lambda: AdapterConfig(rank_shrink="best"), "rank_shrink is 'best'; allowed: truncate, fold"),
         (lambda: AdapterConfig(adapted="none"), "adapted is 'none'; allowed: all, attention, mlp"),

@@ -66,7 +66,7 @@ def test_settings_of_algorithm_1_have_the_same_names_and_defaults() -> None:
         values = getattr(settings.Settings(), section.name)
         production |= dataclasses.asdict(values) if dataclasses.is_dataclass(values) else {section.name: values}
     # What follows from another option is left open there, and a batch is given by its parts.
-    production |= {"sparsity_ratio": 0.7, "rmi_samples": 64}
+    production |= {"sparsity_ratio": 0.7, "rmi_samples": 64, "dense_blocks": tuple(production["dense_blocks"])}
     production["batch_size"] = settings.Settings().training.batch_size
     for field in dataclasses.fields(reference.losa.Settings):
         assert production[field.name] == field.default, field.name

@@ -182,6 +182,25 @@ def test_taylor_removes_what_the_loss_depends_on_least() -> None:
             assert set((~kept).nonzero().flatten().tolist()) == set(score.argsort()[:gone].tolist())
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("pattern", ["structured", "unstructured"])
+def test_dense_blocks_stay_and_the_others_make_up_for_them(pattern: str, family: str) -> None:
+    model = random_model(family, num_hidden_layers=5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"sparsity_type": pattern, "layer_sparsity": "uniform", "dense_blocks": (1, 2), "channel_multiple": 1}
+    result = torch_impl.prune(model, calibration=IDS, sparsity=0.3, steps=2, **options)
+    decoder = Decoder(model)
+    shares = [
+        float(torch.cat([w.flatten() for w in decoder.family.weights_of(b).values()]).eq(0).float().mean())
+        for b in decoder.blocks
+    ]
+    assert shares[1:3] == pytest.approx([0.75, 0.75], abs=0.01)
+    assert result.sparsity == pytest.approx(0.3, abs=0.005)
+    for index in (0, 3, 4):
+        for name, weight in decoder.family.weights_of(decoder.blocks[index]).items():
+            assert torch.equal(weight, before[f"{decoder.full_name(index, name)}.weight"]), name
+
+
 def test_what_is_gone_counts_before_what_is_never_used() -> None:
     """Both have score 0, and the one that is used never has the lower index."""
     model = random_model("llama")
@@ -280,6 +299,15 @@ def test_without_a_ratio_a_fifth_goes(capsys: pytest.CaptureFixture) -> None:
         (
             {"sparsity_ratio": "0.95"},
             ["model.layers.0 can lose only 1 of 2 key-value heads and 40 of 48 channels: use at most 0.7"],
+        ),
+        ({"dense_blocks": "2 1"}, ["dense_blocks is 2 1, and the model has 3 decoder blocks; leave one or more to prune"]),
+        (
+            {"dense_blocks": "1 1", "sparsity_ratio": "0.4"},
+            ["sparsity_ratio is 0.4, and dense_blocks 1 1 leaves 33.3% of the weights to prune", "fewer dense blocks"],
+        ),
+        (
+            {"dense_blocks": "1 0", "sparsity_ratio": "0.6"},
+            ["model.layers.1 can lose only 1 of 2 key-value heads and 40 of 48 channels: use at most 0.4"],
         ),
         (
             {"offload": "on", "steps": "1", "finetune": "false", "finetune_data": None, "train_examples": None},

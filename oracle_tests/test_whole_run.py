@@ -303,6 +303,20 @@ SPECIAL = {
     "structured by gradients": special(
         sparsity_type="structured", prune_method="taylor", sizes=SIZES["gqa"], sparsity_ratio=0.4, steps=2
     ),
+    "dense ends, zeros that were there": special(
+        dense_blocks=(1, 2), blocks=5, widths=(5, 13, 9), start=(0.3, 0.0, 0.1), sparsity_ratio=0.4, steps=3
+    ),
+    "structured, dense ends, rates by gradients": special(
+        sparsity_type="structured",
+        prune_method="taylor",
+        layer_sparsity="gradient",
+        dense_blocks=(1, 1),
+        blocks=5,
+        start=(0.1, 0.0),
+        sparsity_ratio=0.3,
+        channel_multiple=2,
+        steps=2,
+    ),
     "taylor": special(prune_method="taylor", steps=2),
     "structured, every head its own, zeros that were there": special(
         sparsity_type="structured",

@@ -47,7 +47,8 @@ class Settings:
 
     prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
     sparsity_type: unstructured, N:M, mixed-N:M or structured, which needs a method with a `structural_score`. channel_multiple:
-    of which the number of channels that a structured block keeps is one. first_token_weight: see masks/first_token.py; 1 (paper)
+    of which the number of channels that a structured block keeps is one. dense_blocks: how many blocks are not pruned, at the
+    front and at the back; not for N:M. first_token_weight: see masks/first_token.py; 1 (paper)
     counts all tokens alike. steps: T. layer_sparsity: a name in rates.py; rmi is LoSA's.
     lora_alpha, lora_r: α and r₀ of the scale s = α / r₀. initial_rank: mean rank at step 1. min_rank, max_rank: bounds.
     rank_allocation: error (LoSA) or uniform. rank_shrink: truncate (paper) or fold the dropped ranks into the weight.
@@ -63,6 +64,7 @@ class Settings:
     sparsity_ratio: float = 0.7
     sparsity_type: str = "unstructured"
     channel_multiple: int = 8
+    dense_blocks: tuple[int, int] = (0, 0)
     first_token_weight: float = 1.0
     steps: int = 5
     layer_sparsity: str = "rmi"
@@ -112,6 +114,7 @@ class Settings:
                 f"first_token_weight is {self.first_token_weight}; allowed with prune_method {self.prune_method} and "
                 f"sparsity_type {self.sparsity_type}: 1, as no statistic of the inputs of attention is used"
             )
+        self._check_dense_blocks()
         if not 0 <= self.sparsity_ratio < 1:
             raise ValueError(f"sparsity_ratio is {self.sparsity_ratio}; allowed: 0 up to, not including, 1")
         _checks.integer("rmi_samples", self.rmi_samples, 2)
@@ -130,6 +133,15 @@ class Settings:
         _checks.integer("initial_rank", self.initial_rank, max(1, self.min_rank), self.max_rank)
         if self.finetune:
             _checks.integer("steps", self.steps, 1, self.max_rank - self.initial_rank + 1)
+
+    def _check_dense_blocks(self) -> None:
+        for blocks in self.dense_blocks:
+            _checks.integer("dense_blocks", blocks, 0)
+        if any(self.dense_blocks) and self.group is not None:
+            raise ValueError(
+                f"dense_blocks is {self.dense_blocks}; allowed with sparsity_type {self.sparsity_type}: (0, 0), as its N says how "
+                "much every block keeps"
+            )
 
     @property
     def method(self) -> Method:
@@ -160,6 +172,10 @@ class Settings:
     def scale(self) -> float:
         """Return s = α / r₀, the same at every rank."""
         return self.lora_alpha / self.lora_r
+
+    def prunes(self, index: int, blocks: int) -> bool:
+        """Return whether block `index` of so many is pruned at all."""
+        return self.dense_blocks[0] <= index < blocks - self.dense_blocks[1]
 
     def adapts(self, name: str) -> bool:
         """Return whether a projection has an adapter."""
@@ -234,7 +250,11 @@ def _block_targets(
     """Choose the sparsity of each block (L,) at this step (LoSA, Eq. 5), and its N:M if the pattern has one."""
     blocks = len(weights)
     if settings.group is None:
-        return settings.rule.allocate(importance, target, weights, previous), [None] * blocks
+        first, last = settings.dense_blocks
+        inner, middle = sparsity.middle_sparsity(target, weights, previous, first, last), slice(first, blocks - last)
+        rates, of_middle = previous.copy(), None if importance is None else importance[middle]
+        rates[middle] = settings.rule.allocate(of_middle, inner, weights[middle], previous[middle])
+        return rates, [None] * blocks
     m = settings.group[1]
     kept = np.full(blocks, kept_per_group(target, m))
     if settings.pattern.mixed and importance is not None:
@@ -361,9 +381,11 @@ def _prune_model(
     for index, dense_block in enumerate(dense.blocks):
         block = _merged_block(dense_block, layers[index], settings)
         of_block = None if gradients is None else gradients[index]
-        done = _prune_block(
-            block, layers[index], streams[-1], dense, settings, rates[index], groups[index], of_block, last
-        )
+        done = layers[index]
+        if settings.prunes(index, len(layers)):
+            done = _prune_block(
+                block, layers[index], streams[-1], dense, settings, rates[index], groups[index], of_block, last
+            )
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
         pruned.append(done)
         # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
@@ -546,7 +568,8 @@ def check_model(model: Llama, settings: Settings) -> None:
     """Check that the settings work with this model.
 
     Errors: ValueError for values that are not finite, for fewer blocks than layer_sparsity needs, for a projection whose
-    number of inputs is not a multiple of M, or for an MLP with fewer channels than channel_multiple.
+    number of inputs is not a multiple of M, for an MLP with fewer channels than channel_multiple, or if dense_blocks leaves
+    no block to prune.
     """
     _checks.array("embedding", model.embedding, "v", "d")
     _checks.array("norm", model.norm, "d")
@@ -555,6 +578,10 @@ def check_model(model: Llama, settings: Settings) -> None:
         raise ValueError(
             f"layer_sparsity {settings.layer_sparsity!r} needs {least} or more blocks, and the model has "
             f"{len(model.blocks)}; use another layer_sparsity"
+        )
+    if sum(settings.dense_blocks) >= len(model.blocks):
+        raise ValueError(
+            f"dense_blocks is {settings.dense_blocks}; allowed: together fewer than {len(model.blocks)}, the model's blocks"
         )
     for index, block in enumerate(model.blocks):
         norms = {"attention_norm": block.attention_norm, "mlp_norm": block.mlp_norm}

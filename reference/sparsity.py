@@ -103,6 +103,42 @@ def uniform_sparsity(target: float, weights: Array, floor: Array) -> Array:
     return np.maximum(rest_sparsity(np.rint(floor * w), w, target), floor)
 
 
+def middle_sparsity(target: float, weights: Array, floor: Array, first: int, last: int) -> float:
+    """Choose the sparsity of the blocks in the middle so that the model reaches its target with both ends as they are.
+
+    Source: ours (decision 73), after LLM-Pruner, Section 4.1, which leaves the first four and the last two of 32 blocks whole.
+
+        s' = s + Σ_{ends} w_l (s − floor_l) / Σ_{middle} w_l      middle: first ≤ l < L − last; ends: all others
+
+    Parameters: target s in [0, 1]; weights w (L,), prunable weights per block, above 0; floor (L,), the sparsity each block
+    already has; first, last: numbers of blocks that are not pruned, together fewer than L. Returns: s', which is s without ends.
+
+    Errors: ValueError if the middle has too few weights, or if the ends are already too sparse.
+
+    *Deviation*: LLM-Pruner prunes dense models once, and its paper gives s' instead of s.
+
+    >>> middle_sparsity(0.25, [1, 1, 1, 1], [0, 0, 0, 0], first=1, last=1)
+    0.5
+    """
+    s = _checks.number("target", target, 0.0, 1.0)
+    w, floor = _checks.array("weights", weights, "L"), _checks.array("floor", floor, "L")
+    _checks.same_shape("floor", floor, w, "weights")
+    if w.min() <= 0:
+        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
+    if floor.min() < 0 or floor.max() > 1:
+        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    _checks.integer("first", first, 0, len(w) - 1)
+    _checks.integer("last", last, 0, len(w) - 1 - first)
+    ends = np.ones(len(w), dtype=bool)
+    ends[first : len(w) - last] = False
+    owed, room = w[ends] @ (s - floor[ends]), w[~ends].sum()
+    found = s + owed / room
+    if not -SLACK <= found <= 1 + SLACK:
+        low, high = (w[ends] @ floor[ends] + part * room for part in (0, 1))
+        raise ValueError(f"target is {s}; allowed: {low / w.sum():.6g} to {high / w.sum():.6g} with these ends")
+    return min(max(float(found), 0.0), 1.0)
+
+
 def nearest_rates(wanted: Array, target: float, weights: Array, floor: Array) -> Array:
     """Move wanted rates as little as needed, so that the model reaches its target and no block falls below its floor.
 

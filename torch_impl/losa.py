@@ -61,7 +61,11 @@ def block_targets(
     """Choose the sparsity of each block (L,) at this step, and its N:M if the pattern has one."""
     blocks = len(weights)
     if config.group is None:
-        return config.rule.allocate(importance, target, weights, previous), [None] * blocks
+        first, last = config.dense_blocks
+        inner, middle = sparsity.middle_sparsity(target, weights, previous, first, last), slice(first, blocks - last)
+        rates, of_middle = previous.clone(), None if importance is None else importance[middle]
+        rates[middle] = config.rule.allocate(of_middle, inner, weights[middle], previous[middle])
+        return rates, [None] * blocks
     m = config.group[1]
     kept = torch.full((blocks,), kept_per_group(target, m))
     if config.pattern.mixed and importance is not None:
@@ -176,7 +180,9 @@ def prune_model(
             if not earlier:
                 rate, group = progress.sparsity[index], progress.groups[index]
                 last = progress.step == settings.prune.steps
-                _prune_block(block, index, family, lockstep.pruned_input, settings.prune, rate, group, gradients, last)
+                if settings.prune.prunes(index, count):
+                    inputs = lockstep.pruned_input
+                    _prune_block(block, index, family, inputs, settings.prune, rate, group, gradients, last)
             window = reconstructor.for_block(block, index)
             reconstruct = None if earlier else window
             with ExitStack() as stack:

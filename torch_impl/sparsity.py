@@ -68,6 +68,31 @@ def uniform_sparsity(target: float, weights: torch.Tensor, floor: torch.Tensor) 
     return floor.clamp(min=rest_sparsity((floor * w).round(), w, target))
 
 
+def middle_sparsity(target: float, weights: torch.Tensor, floor: torch.Tensor, first: int, last: int) -> float:
+    """Return the sparsity of the blocks in the middle at which the model reaches `target` with both ends as they are.
+
+    weights, floor: (L,). first, last: numbers of blocks that are not pruned. Errors: ValueError if the middle is too small.
+    """
+    s = _checks.number("target", target, 0.0, 1.0)
+    w, floor = _checks.finite("weights", weights, "L").double(), _checks.finite("floor", floor, "L").double()
+    _checks.same_shape("floor", floor, w, "weights")
+    if float(w.min()) <= 0:
+        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
+    if float(floor.min()) < 0 or float(floor.max()) > 1:
+        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    _checks.integer("first", first, 0, len(w) - 1)
+    _checks.integer("last", last, 0, len(w) - 1 - first)
+    ends = torch.ones_like(w, dtype=torch.bool)
+    ends[first : len(w) - last] = False
+    room = float(w[~ends].sum())
+    found = s + float(w[ends] @ (s - floor[ends])) / room
+    if not -SLACK <= found <= 1 + SLACK:
+        low = float(w[ends] @ floor[ends])
+        total = float(w.sum())
+        raise ValueError(f"target is {s}; allowed: {low / total:.6g} to {(low + room) / total:.6g} with these ends")
+    return min(max(found, 0.0), 1.0)
+
+
 def nearest_rates(wanted: torch.Tensor, target: float, weights: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """Shift wanted rates by the same amount, up to their bounds, so that the mean is the target. All (L,); returns float64."""
     wanted = _checks.finite("wanted", wanted, "L").double()

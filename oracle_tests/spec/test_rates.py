@@ -49,6 +49,29 @@ def test_the_nearest_rates_are_the_optimum(case: dict[str, Any]) -> None:
         assert high <= low + 1e-9
 
 
+@given(strategies.dense_ends())
+def test_the_middle_makes_up_for_ends_that_stay_as_they_are(case: dict[str, Any]) -> None:
+    w, rates = case["weights"], case["floor"].copy()
+    rates[case["first"] : len(w) - case["last"]] = sparsity.middle_sparsity(**case)
+    assert np.average(rates, weights=w) == pytest.approx(case["target"], abs=1e-9)
+
+
+def test_without_ends_the_middle_has_the_target_itself() -> None:
+    """To the bit, so that results do not depend on this option."""
+    for target in (0.1, 0.3, 0.7):
+        assert sparsity.middle_sparsity(target, np.array([3.0, 7.0]), np.array([0.0, 0.1]), 0, 0) == target
+
+
+@pytest.mark.parametrize(
+    ("target", "floor", "allowed"),
+    [(0.6, 0.0, r"0 to 0\.5"), (0.2, 0.8, r"0\.4 to 0\.9")],
+    ids=["dense", "sparse ends"],
+)
+def test_what_the_middle_does_not_have_cannot_go(target: float, floor: float, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"^target is {target}; allowed: {allowed} with these ends$"):
+        sparsity.middle_sparsity(target, np.ones(4), np.full(4, floor), 1, 1)
+
+
 @st.composite
 def cases_with_moves(draw: st.DrawFn) -> dict[str, Any]:
     L, m = draw(st.integers(1, 5)), draw(st.sampled_from([2, 4, 5]))

@@ -33,6 +33,10 @@ class PruneConfig:
     fewer of every M, by their importance; structured: remove whole heads and MLP channels, for a smaller plain model."""
     channel_multiple: int = 8
     """With sparsity_type structured: the number of channels that a block's MLP keeps is a multiple of this."""
+    dense_blocks: list[int] = field(default_factory=lambda: [0, 0])
+    """How many blocks at the front and at the back are not pruned, such as 4 2 of 32 (default 0 0). The others are pruned so much
+    more that the model reaches sparsity_ratio. Not for N:M. With sparsity_type structured, blocks then differ in size, so that
+    the model is saved with its zeros."""
     steps: int = 5
     """T, the number of prune-and-train steps; 1 is one-shot pruning (paper: 5)."""
     first_token_weight: float = 1.0
@@ -59,10 +63,23 @@ class PruneConfig:
                 f"structured, use {' or '.join(others)}"
             )
         self._check_first_token_weight()
+        self._check_dense_blocks()
         group = self.group
         if ratio is not None and group is not None and abs(ratio - self.final_sparsity) > 1e-9:
             raise ValueError(
                 f"sparsity_ratio is {ratio}; allowed with sparsity_type {self.sparsity_type}: {self.final_sparsity}"
+            )
+
+    def _check_dense_blocks(self) -> None:
+        given = self.dense_blocks
+        if len(given) != 2:
+            raise ValueError(f"dense_blocks has {len(given)} numbers; give two: blocks at the front and at the back")
+        for number in given:
+            _checks.integer("dense_blocks", number, 0)
+        if any(given) and self.group is not None:
+            raise ValueError(
+                f"dense_blocks is {given}, and sparsity_type {self.sparsity_type} says how much every block keeps; leave one of "
+                "them out"
             )
 
     def _check_first_token_weight(self) -> None:
@@ -80,6 +97,10 @@ class PruneConfig:
                 f"first_token_weight is {weight:g}, and sparsity_type structured uses no statistics of the inputs of q, k and v; "
                 "leave one of them out"
             )
+
+    def prunes(self, index: int, blocks: int) -> bool:
+        """Return whether block `index` of so many is pruned at all."""
+        return self.dense_blocks[0] <= index < blocks - self.dense_blocks[1]
 
     @property
     def method(self) -> Method:

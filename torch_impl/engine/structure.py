@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from torch_impl.engine.families import Family
 from torch_impl.engine.rates import RULES
 from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.engine.structures import Structures
+from torch_impl.sparsity import middle_sparsity
 
 
 def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
@@ -29,6 +31,7 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
             f"layer_sparsity {settings.prune.layer_sparsity!r} needs {least} or more decoder blocks, and the model has "
             f"{len(blocks)}; use layer_sparsity {', '.join(others)}"
         )
+    rates = _final_rates(decoder, settings.prune)
     for index, block in enumerate(blocks):
         for name, projection in family.projections_of(block).items():
             if not isinstance(projection, nn.Linear | AdaptedLinear):
@@ -44,12 +47,33 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
                     f"{family.full_name(index, name)} has {inputs}; use another sparsity_type"
                 )
         if settings.prune.pattern.structured:
-            _check_structures(block, index, family, settings.prune)
+            _check_structures(block, index, family, settings.prune, rates[index])
     return decoder
 
 
-def _check_structures(block: nn.Module, index: int, family: Family, config: PruneConfig) -> None:
-    """Check that whole heads and channels of a block can go, and as many as asked for.
+def _final_rates(decoder: Decoder, config: PruneConfig) -> list[float]:
+    """Return the sparsity that each block must be able to reach: of dense blocks 0, of the others what makes up.
+
+    Errors: ValueError if dense_blocks leaves too few weights to prune.
+    """
+    weights, (first, last) = torch.tensor(decoder.prunable_weights, dtype=torch.float64), config.dense_blocks
+    blocks = len(weights)
+    if first + last >= blocks:
+        raise ValueError(
+            f"dense_blocks is {first} {last}, and the model has {blocks} decoder blocks; leave one or more to prune"
+        )
+    most = float(weights[first : blocks - last].sum() / weights.sum())
+    if config.final_sparsity > most:
+        raise ValueError(
+            f"sparsity_ratio is {config.final_sparsity}, and dense_blocks {first} {last} leaves {most:.1%} of the weights to "
+            "prune; use a lower one, or fewer dense blocks"
+        )
+    inner = middle_sparsity(config.final_sparsity, weights, torch.zeros_like(weights), first, last)
+    return [inner if config.prunes(index, blocks) else 0.0 for index in range(blocks)]
+
+
+def _check_structures(block: nn.Module, index: int, family: Family, config: PruneConfig, rate: float) -> None:
+    """Check that whole heads and channels of a block can go, and as many as its rate asks for.
 
     Errors: ValueError for modules that mix heads or channels, too few channels, or a sparsity that leaves too little.
     """
@@ -69,12 +93,13 @@ def _check_structures(block: nn.Module, index: int, family: Family, config: Prun
             f"channel_multiple is {multiple}, and the MLP of {family.full_name(index)} has {found.channels} channels; use "
             f"{found.channels} or less"
         )
-    removed = found.removed(config.final_sparsity, multiple, last=True)
-    short = config.final_sparsity - found.share(removed)
+    removed = found.removed(rate, multiple, last=True)
+    short = rate - found.share(removed)
     if found.channels - removed[1] == multiple and short * found.weights > multiple * found.channel_weights / 2 + 1:
         raise ValueError(
             f"sparsity_ratio is {config.final_sparsity}, but {family.full_name(index)} can lose only {removed[0]} of {found.heads} "
-            f"key-value heads and {removed[1]} of {found.channels} channels: use at most {found.share(removed):.3f}"
+            f"key-value heads and {removed[1]} of {found.channels} channels: use at most "
+            f"{config.final_sparsity * found.share(removed) / rate:.3f}"
         )
 
 

@@ -52,7 +52,7 @@ def at_once(settings: Settings) -> Settings:
     """Return settings for one-shot pruning at the same sparsity: uniform, without reconstruction and fine-tuning."""
     return dataclasses.replace(
         settings.without_reconstruction(),
-        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity=PLAIN),
+        prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity=PLAIN, dense_blocks=[0, 0]),
         training=dataclasses.replace(settings.training, finetune=False),
     )
 
