@@ -120,6 +120,7 @@ def test_nothing_is_read_behind_the_end_of_what_is_there(paths: tuple[str, ...],
                 for path in paths:
                     y = cpu.linear_coded(placed[4], *placed[:4], None, path)
                     assert_product(path, y, placed[4], weight)
+                    cpu._fill(torch.empty(rows, columns), placed[:4], 0, path)
     finally:
         libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(15 * page), 3)
 
@@ -133,7 +134,7 @@ def test_kernels_refuse_what_does_not_fit(paths: tuple[str, ...]) -> None:
         ((x, bitmap, codes, scales[:, 1:], offsets), paths[0], "scales has shape"),
         ((x, bitmap, codes, scales.float(), offsets), paths[0], "scales Float; allowed: Byte and Half"),
         ((x, bitmap, codes, scales, offsets[1:]), paths[0], "offsets has"),
-        ((x[:, 40:], bitmap, codes, scales, offsets), paths[0], "x has shape"),
+        ((x[:, 40:], bitmap, codes, scales, offsets), paths[0], "which does not match"),
         ((x, bitmap, codes, scales, offsets), "neon", "path is neon; allowed: "),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
@@ -162,10 +163,56 @@ def test_the_layer_decodes_by_the_kernels_and_unpacks_for_a_prompt(
     assert layer(torch.randn(2, 3, 150).to(dtype)).shape == (2, 3, 24)
 
 
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_every_path_unpacks_the_weight_of_the_spec(paths: tuple[str, ...], bits: int) -> None:
+    """Whole and from any row on; each number rounded once, ties to even, as torch rounds it."""
+    for number, (rows, columns) in enumerate(SHAPES):
+        parts, weight = rounded(rows, columns, SPARSITIES[number % 5], bits, number)
+        for dtype in DTYPES:
+            expected = torch.from_numpy(weight).to(dtype)
+            assert torch.equal(cpu.unpack(parts, columns, dtype), expected)
+            for path in paths:
+                first = rows // 3
+                place = torch.full((rows - first, columns), torch.nan, dtype=dtype)
+                cpu._fill(place, parts, first, path)
+                assert torch.equal(place, expected[first:]), f"{path}, {(rows, columns)}, {dtype}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prompt_is_multiplied_slab_by_slab(dtype: torch.dtype) -> None:
+    parts, weight = rounded(40, 150, 0.5, 4)
+    bias = torch.randn(40).to(dtype)
+    x = torch.randn(30, 150).to(dtype)
+    meant = torch.from_numpy(weight).to(dtype).double().numpy()
+    for slab in (1, 7 * 150 * x.element_size(), 10**6):
+        assert_product(str(slab), cpu.linear_unpacked(x, parts, bias, slab), x, meant, bias)
+    assert_product("no bias", cpu.linear_unpacked(x, parts, None, 5000), x, meant)
+
+
+def test_unpacking_refuses_what_does_not_fit(paths: tuple[str, ...]) -> None:
+    (bitmap, codes, scales, offsets), _ = rounded(4, 140, 0.5, 4)
+    place = torch.empty(2, 140)
+    for arguments, message in (
+        ((place, (bitmap, codes, scales, offsets), 3), "weight has shape"),
+        ((place, (bitmap, codes, scales, offsets), -1), "weight has shape"),
+        ((place[:, 40:].contiguous(), (bitmap, codes, scales, offsets), 0), "bitmap has shape"),
+        ((place[:, 40:], (bitmap, codes, scales, offsets), 0), "weight has shape"),
+        ((place.double(), (bitmap, codes, scales, offsets), 0), "weight has dtype"),
+        ((place, (bitmap, codes[1:], scales, offsets), 0), "codes has shape"),
+        ((place, (bitmap, codes, scales[1:], offsets), 0), "scales has shape"),
+        ((place, (bitmap, torch.ones(3), offsets), 0), "values has 3 entries"),
+        ((place, (bitmap, torch.ones(int(offsets[-1])).bfloat16(), offsets), 0), "values has dtype"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            cpu._fill(*arguments)
+
+
 def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, weight = rounded(24, 150, 0.5, 3)
     monkeypatch.setattr(cpu, "paths", lambda: ())
+    assert torch.equal(cpu.unpack(parts, 150, torch.float32).double(), torch.from_numpy(weight))
     x = torch.randn(3, 150)
+    assert_product("unpacked", cpu.linear_unpacked(x, parts, None, 1000), x, weight)
     assert_product("torch", cpu.linear_coded(x, *parts), x, weight)
     y = cpu.linear_coded(x.double(), *parts)
     np.testing.assert_allclose(y.numpy(), x.double().numpy() @ weight.T, rtol=1e-12, atol=1e-12)

@@ -139,6 +139,7 @@ def test_nothing_is_read_behind_the_end_of_what_is_there(paths: tuple[str, ...],
             for path in paths:
                 y = cpu.linear(placed[3], placed[0], placed[1], placed[2], None, path)
                 assert_product(path, y, x, weight)
+                cpu._fill(torch.empty(rows, columns, dtype=dtype), placed[:3], 0, path)
     finally:
         libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(12 * page), 3)
 
@@ -157,6 +158,9 @@ def test_storage_may_begin_anywhere(paths: tuple[str, ...], shift: int, dtype: t
     parts = [shifted(part) for part in packed.pack(weight)]
     for path in paths:
         assert_product(path, cpu.linear(shifted(x), *parts, None, path), x, weight)
+        place = torch.empty(6, 130, dtype=dtype)
+        cpu._fill(place, parts, 0, path)
+        assert torch.equal(place, weight)
 
 
 def test_kernels_refuse_what_does_not_fit(paths: tuple[str, ...]) -> None:
@@ -165,12 +169,28 @@ def test_kernels_refuse_what_does_not_fit(paths: tuple[str, ...]) -> None:
     for arguments, path, message in (
         ((x, bitmap, values[1:], offsets), paths[0], "values has"),
         ((x, bitmap, values, offsets[1:]), paths[0], "offsets has"),
-        ((x[:, 9:], bitmap, values, offsets), paths[0], "x has shape"),
+        ((x[:, 9:], bitmap, values, offsets), paths[0], "which does not match"),
         ((x.bfloat16(), bitmap, values, offsets), paths[0], "x has dtype"),
         ((x, bitmap, values, offsets), "neon", "path is neon; allowed: "),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             cpu.linear(*arguments, None, path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 33), (64, 96), (5, 257), (9, 1000)])
+def test_every_path_unpacks_bit_for_bit(paths: tuple[str, ...], rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Whole and from any row on, with an empty row at the end, and an infinity among the values."""
+    weight = sparse(rows, columns, 0.6, dtype)
+    weight[-1] = 0
+    weight[0, 0] = -torch.inf
+    parts = packed.pack(weight)
+    assert torch.equal(cpu.unpack(parts, columns, dtype), weight)
+    for path in paths:
+        for first in {0, rows // 2, rows - 1}:
+            place = torch.full((rows - first, columns), torch.nan, dtype=dtype)
+            cpu._fill(place, parts, first, path)
+            assert torch.equal(place, weight[first:])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

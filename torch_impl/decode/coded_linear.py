@@ -62,9 +62,6 @@ class CodedLinear(PackedLinear):
     def _count(self) -> int:
         return 0 if self.offsets.is_meta else int(self.offsets[-1])
 
-    def _expanded(self) -> torch.Tensor:
-        return packed.expand_coded(self.bitmap, self.codes, self.scales, self.in_features, self._dtype)
-
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         parts: Any = self._buffers
         return cpu.linear_coded(x, parts["bitmap"], parts["codes"], parts["scales"], parts["offsets"], parts["bias"])

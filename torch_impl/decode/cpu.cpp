@@ -29,6 +29,7 @@ using c10::Half;
 constexpr int kRows = 8;     // rows of x per pass over W
 constexpr int kLine = 64;    // bytes of a cache line
 constexpr int kColumns = 32; // columns per bitmap word; a vector load may read up to this many values too many
+constexpr int kWords = 4;    // bitmap words per scale of codes
 
 // Addresses may be unaligned.
 template <class T>
@@ -354,35 +355,57 @@ void dispatch(const std::string& path, const at::Tensor& x, const at::Tensor& bi
   return product<Scalar, T>(x, bitmap, values, offsets, b, y);
 }
 
-// Check what all products have.
-void check_product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& offsets,
-                   const std::optional<at::Tensor>& bias, const std::string& path) {
+// Check what all packed weights have; return the number of kept values.
+int64_t check_positions(const at::Tensor& bitmap, const at::Tensor& offsets, int64_t columns, const std::string& path) {
   const auto known = paths();
   TORCH_CHECK_VALUE(std::find(known.begin(), known.end(), path) != known.end(), "path is ", path, "; allowed: ", known);
-  TORCH_CHECK_VALUE(x.dim() == 2 && bitmap.dim() == 2 && bitmap.size(1) == (x.size(1) + 31) / 32 * 4, "x has shape ",
-                    x.sizes(), ", which does not match bitmap's ", bitmap.sizes());
-  TORCH_CHECK_TYPE(bitmap.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong &&
-                   (!bias || bias->scalar_type() == x.scalar_type()),
-                   "x has dtype ", x.scalar_type(), "; allowed: the dtype of bias");
-  for (const auto& each : {x, bitmap, offsets}) {
+  TORCH_CHECK_VALUE(bitmap.dim() == 2 && bitmap.size(1) == (columns + 31) / 32 * 4, "bitmap has shape ", bitmap.sizes(),
+                    ", which does not match ", columns, " columns");
+  TORCH_CHECK_TYPE(bitmap.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "bitmap has dtype ",
+                   bitmap.scalar_type(), ", offsets ", offsets.scalar_type(), "; allowed: Byte and Long");
+  for (const auto& each : {bitmap, offsets}) {
     TORCH_CHECK_VALUE(each.is_contiguous() && each.is_cpu(), "an argument is not contiguous or not on the CPU");
   }
   const int64_t rows = bitmap.size(0);
+  TORCH_CHECK_VALUE(offsets.numel() == rows + 1, "offsets has ", offsets.numel(), " entries; allowed: ", rows + 1);
+  return static_cast<const int64_t*>(offsets.const_data_ptr())[rows];
+}
+
+// Check codes and scales; kept: the number of codes.
+void check_codes(const at::Tensor& codes, const at::Tensor& scales, int64_t kept, int64_t rows, int64_t columns) {
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte && scales.scalar_type() == at::kHalf, "codes has dtype ",
+                   codes.scalar_type(), ", scales ", scales.scalar_type(), "; allowed: Byte and Half");
+  const int64_t groups = (columns + kWords * kColumns - 1) / (kWords * kColumns);
+  TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) == rows && scales.size(1) == groups, "scales has shape ",
+                    scales.sizes(), "; allowed: ", rows, ", ", groups);
+  for (const auto& each : {codes, scales}) {
+    TORCH_CHECK_VALUE(each.is_contiguous() && each.is_cpu(), "an argument is not contiguous or not on the CPU");
+  }
+  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.size(0) == (kept + 7) / 8 && codes.size(1) >= 2 && codes.size(1) <= 8,
+                    "codes has shape ", codes.sizes(), "; allowed: ", (kept + 7) / 8, ", 2 to 8");
+}
+
+// Check what all products have; return the number of kept values.
+int64_t check_product(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& offsets,
+                      const std::optional<at::Tensor>& bias, const std::string& path) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous() && x.is_cpu(), "x has shape ", x.sizes(),
+                    "; allowed: (rows, in), contiguous, on the CPU");
+  const int64_t kept = check_positions(bitmap, offsets, x.size(1), path), rows = bitmap.size(0);
+  TORCH_CHECK_TYPE(!bias || bias->scalar_type() == x.scalar_type(), "x has dtype ", x.scalar_type(),
+                   "; allowed: the dtype of bias");
   TORCH_CHECK_VALUE(!bias || (bias->numel() == rows && bias->is_contiguous()), "bias has ", bias->sizes(),
                     " entries; allowed: ", rows);
-  TORCH_CHECK_VALUE(offsets.numel() == rows + 1, "offsets has ", offsets.numel(), " entries; allowed: ", rows + 1);
+  return kept;
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& values, const at::Tensor& offsets,
                   const std::optional<at::Tensor>& bias, const std::string& path) {
-  check_product(x, bitmap, offsets, bias, path);
+  const int64_t last = check_product(x, bitmap, offsets, bias, path);
   TORCH_CHECK_TYPE(x.scalar_type() == values.scalar_type(), "x has dtype ", x.scalar_type(),
                    "; allowed: the dtype of values and bias, ", values.scalar_type());
   TORCH_CHECK_VALUE(values.is_contiguous() && values.is_cpu(), "an argument is not contiguous or not on the CPU");
-  const int64_t rows = bitmap.size(0);
-  const auto last = load<int64_t>(static_cast<const int64_t*>(offsets.const_data_ptr()) + rows);
   TORCH_CHECK_VALUE(last == values.numel(), "values has ", values.numel(), " entries; allowed: ", last);
-  at::Tensor y = at::empty({x.size(0), rows}, x.options());
+  at::Tensor y = at::empty({x.size(0), bitmap.size(0)}, x.options());
   switch (x.scalar_type()) {
     case at::kBFloat16: dispatch<BFloat16>(path, x, bitmap, values, offsets, bias, y); break;
     case at::kHalf: dispatch<Half>(path, x, bitmap, values, offsets, bias, y); break;
@@ -393,6 +416,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& bitmap, const at::Tenso
 }
 
 #include "cpu_coded.h"
+#include "cpu_unpack.h"
 
 // A product for x (..., in): in Python two views take as long as the product of a small weight.
 template <auto product>
@@ -419,4 +443,8 @@ TORCH_LIBRARY(losa_cpu_decode, library) {
   library.def("linear_coded(Tensor x, Tensor bitmap, Tensor codes, Tensor scales, Tensor offsets, Tensor? bias, str path) "
               "-> Tensor",
               &AnyShape<&linear_coded>::call);
+  library.def("unpack_(Tensor(a!) weight, Tensor bitmap, Tensor values, Tensor offsets, int first, str path) -> ()", &unpack_);
+  library.def("unpack_coded_(Tensor(a!) weight, Tensor bitmap, Tensor codes, Tensor scales, Tensor offsets, int first, "
+              "str path) -> ()",
+              &unpack_coded_);
 }

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from torch_impl import packed
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLAGS = ["-O3"]
+# Bytes of a weight that are unpacked at a time for a prompt.
+SLAB = 4_000_000
 # Without this flag torch's parallel_for, a template, compiles to a single-threaded loop.
 THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
@@ -122,3 +125,53 @@ def linear_coded(
         x, bitmap, codes, scales, offsets, bias, path or paths()[0]
     )
     return result
+
+
+def unpack(parts: Sequence[torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack a checked weight (out, in), bit for bit as `packed.expand` or `packed.expand_coded`.
+
+    parts: bitmap, values and offsets, or bitmap, codes, scales and offsets, with the dtype that codes are rounded to.
+    """
+    if not _by_kernels(parts, dtype):
+        if len(parts) == len(packed.PARTS):
+            return packed.expand(parts[0], parts[1], columns)
+        return packed.expand_coded(parts[0], parts[1], parts[2], columns, dtype)
+    weight = torch.empty(len(parts[0]), columns, dtype=dtype)
+    _fill(weight, parts, 0)
+    return weight
+
+
+def linear_unpacked(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None = None, slab: int = SLAB
+) -> torch.Tensor:
+    """Compute x Wᵀ + b (n, out) of many rows x (n, in), by torch's product with the weight that `unpack` returns.
+
+    `slab` bytes of it are unpacked at a time, to the same memory: new memory, which the system clears first, takes far longer
+    to fill than the cache.
+    """
+    rows, columns = len(parts[0]), x.shape[1]
+    height = max(1, slab // (columns * x.element_size()))
+    if not _by_kernels(parts, x.dtype) or rows <= height:
+        return nn.functional.linear(x, unpack(parts, columns, x.dtype), bias)
+    y = x.new_empty(len(x), rows)
+    memory = x.new_empty(height, columns)
+    for first in range(0, rows, height):
+        weight = memory[: rows - first]
+        _fill(weight, parts, first)
+        own = slice(first, first + len(weight))
+        y[:, own] = nn.functional.linear(x, weight, None if bias is None else bias[own])
+    return y
+
+
+def _by_kernels(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+    return parts[0].device.type == "cpu" and dtype in DTYPES and bool(paths())
+
+
+def _fill(weight: torch.Tensor, parts: Sequence[torch.Tensor], first: int, path: str | None = None) -> None:
+    """Fill `weight` with the rows from `first` on, as many as it has."""
+    fill = (
+        torch.ops.losa_cpu_decode.unpack_
+        if len(parts) == len(packed.PARTS)
+        else torch.ops.losa_cpu_decode.unpack_coded_
+    )
+    fill.default(weight, *parts, first, path or paths()[0])

@@ -5,7 +5,6 @@
 // columns, is multiplied by their scale. Paths: avx512bf16 (VPEXPANDB, codes as bfloat16, VDPBF16PS; cpu_coded_bf16.h), avx512
 // (VPEXPANDB, float32 products), avx2 (a byte shuffle, float32 products), scalar.
 
-constexpr int kWords = 4;    // bitmap words per scale
 constexpr int kAhead = 2048; // bytes of codes to prefetch ahead
 constexpr int kBlock = 64;   // x is padded with zeros to whole blocks of columns; a vector load may read up to this many codes
 constexpr uint64_t kBytes = 0x0101010101010101u;
@@ -308,19 +307,8 @@ void dispatch_coded(const std::string& path, const at::Tensor& x, const Coded& w
 
 at::Tensor linear_coded(const at::Tensor& x, const at::Tensor& bitmap, const at::Tensor& codes, const at::Tensor& scales,
                         const at::Tensor& offsets, const std::optional<at::Tensor>& bias, const std::string& path) {
-  check_product(x, bitmap, offsets, bias, path);
-  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte && scales.scalar_type() == at::kHalf, "codes has dtype ",
-                   codes.scalar_type(), ", scales ", scales.scalar_type(), "; allowed: Byte and Half");
-  const int64_t rows = bitmap.size(0), groups = (x.size(1) + kWords * kColumns - 1) / (kWords * kColumns);
-  TORCH_CHECK_VALUE(scales.dim() == 2 && scales.size(0) == rows && scales.size(1) == groups, "scales has shape ",
-                    scales.sizes(), "; allowed: ", rows, ", ", groups);
-  for (const auto& each : {codes, scales}) {
-    TORCH_CHECK_VALUE(each.is_contiguous() && each.is_cpu(), "an argument is not contiguous or not on the CPU");
-  }
-  const auto last = load<int64_t>(static_cast<const int64_t*>(offsets.const_data_ptr()) + rows);
-  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.size(0) == (last + 7) / 8 && codes.size(1) >= 2 && codes.size(1) <= 8,
-                    "codes has shape ", codes.sizes(), "; allowed: ", (last + 7) / 8, ", 2 to 8");
-  at::Tensor y = at::empty({x.size(0), rows}, x.options());
+  check_codes(codes, scales, check_product(x, bitmap, offsets, bias, path), bitmap.size(0), x.size(1));
+  at::Tensor y = at::empty({x.size(0), bitmap.size(0)}, x.options());
   const Coded weight{bitmap, codes, scales, offsets};
   switch (x.scalar_type()) {
     case at::kBFloat16: dispatch_coded<BFloat16>(path, x, weight, bias, y); break;

@@ -18,7 +18,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import PARTS
 
 # Up to this many rows of input, the CPU kernels are faster than unpacking. They read the weight once per eight rows.
-DECODE_ROWS = 32
+DECODE_ROWS = 16
 
 
 class PackedLinear(Packed):
@@ -138,7 +138,18 @@ class PackedLinear(Packed):
 
     def _expanded(self) -> torch.Tensor:
         """Unpack the weight from the buffers."""
-        return packed.expand(self.bitmap, self.values, self.in_features)
+        return cpu.unpack(self._parts(), self.in_features, self.dtype)
+
+    @torch.no_grad()
+    def _multiply_unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_cpu or self._on_gpu is not None:
+            return super()._multiply_unpacked(x)
+        y = cpu.linear_unpacked(x.reshape(-1, x.shape[-1]), self._parts(), self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _parts(self) -> list[torch.Tensor]:
+        """Return the buffers of the packed weight, in the order of `names`."""
+        return [getattr(self, name) for name in self.names]
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply with the buffers on the CPU."""
