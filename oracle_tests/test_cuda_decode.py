@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
 from oracle_tests.gpu_instructions import permute
+from oracle_tests.programs import gpu_rows
 from oracle_tests.strategies import examples
 from torch_impl import packed
 from torch_impl.decode import cuda
@@ -133,7 +135,17 @@ def test_a_plan_is_of_the_layout() -> None:
     weight = torch.zeros(40, 300, dtype=torch.float16, device=DEVICE)
     layout = cuda.pack_rows(weight)
     assert layout.plan[:5] == [40, 300, 3, layout.slot, 1]
-    assert layout.plan[5:] == [1, int(cuda.Card.of(weight.device).early), cuda.MOST_ROWS, 0]
+    assert layout.plan[5:] == [
+        1,
+        int(cuda.Card.of(weight.device).early),
+        cuda.MOST_ROWS,
+        0,
+        cuda.AT_ONCE,
+        1,
+        1,
+        1,
+        int(cuda.EIGHTS),
+    ]
     assert cuda.pack_rows(weight.bfloat16()).plan[4] == 0
     assert replace(layout, slot=2**20).plan[5] == 0
     assert copy.deepcopy(layout).__dict__.keys() == replace(layout).__dict__.keys() < layout.__dict__.keys()
@@ -169,6 +181,25 @@ def test_every_panel_is_some_warps(rows: int, columns: int, processors: int) -> 
         assert (warps > 8) == (rows <= 32 * processors)
 
 
+def test_every_panel_is_some_warps_of_the_kernel_for_more_rows() -> None:
+    card, refused = cuda.Card(), []
+    for rows, columns, slot in itertools.product(
+        (7, 1024, 2048, 4096, 11008, 28672), (3, 128, 2048, 4096, 11008, 28672, 40960, 100000), (272, 1664, 4352)
+    ):
+        panels = -(-columns // 128)
+        strips, share, groups = cuda.choose_rows_plan(rows, panels, slot, card)
+        if not strips:
+            refused.append(columns)
+            continue
+        warps = -(-panels // share) * groups
+        assert 1 <= share <= 29
+        assert warps <= cuda.MOST_ROW_WARPS
+        assert warps * cuda.rows_kernel_bytes(slot, strips) <= card.shared
+        # Two strips at once only where nearly every processor still has a block.
+        assert strips == 1 or rows > 0.9 * 32 * card.processors - 32
+    assert set(refused) == {100000}
+
+
 def test_what_does_not_fit_is_named() -> None:
     layout = cuda.pack_rows(torch.ones(3, 8, dtype=torch.bfloat16, device=DEVICE))
     with pytest.raises(TypeError, match=r"^weight has dtype torch.float32; allowed: bfloat16 or float16$"):
@@ -179,6 +210,16 @@ def test_what_does_not_fit_is_named() -> None:
         TypeError, match=r"^x has dtype (torch.float16|Half); allowed: (torch.bfloat16|BFloat16), the weight's$"
     ):
         cuda.matvec(layout, torch.ones(1, 8, dtype=torch.float16, device=DEVICE))
+
+
+def test_the_gpu_program_runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_rows, "KEPT", (0.3,))
+    monkeypatch.setattr(gpu_rows, "BATCHES", (1, 9, 33))
+    assert gpu_rows.main(["--small", "--check"]) == 0
+    if DEVICE == "cpu":
+        right = cuda.matvec
+        monkeypatch.setattr(cuda, "matvec", lambda *arguments: right(*arguments) * 1.02)
+        assert gpu_rows.main(["--small", "--check"]) == 1
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

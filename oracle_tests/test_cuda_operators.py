@@ -36,6 +36,22 @@ extern "C" int losa_expand(const void* data, const void*, void* dense, int rows,
   std::memcpy(dense, data, 2 * rows * columns);
   return slot;
 }
+// More rows at once count 10000, and unpacking by eights 100 million.
+extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                int columns, int panels, int slot, int half, int batch, int strips, int share, int groups,
+                                int overlap, void* stream) {
+  if (batch <= 8 || batch > 32 || strips != 2 || share != 3 || groups != 4 || reinterpret_cast<uintptr_t>(x) % 16) return 97;
+  launches += 10000;
+  at::Tensor sums = of(x, batch, columns, half).to(at::kFloat).matmul(of(data, rows, columns, half).to(at::kFloat).t());
+  if (bias) sums += of(bias, 1, rows, half);
+  of(y, batch, rows, half).copy_(sums);
+  return slot;
+}
+extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
+                                  void* stream) {
+  launches += 100000000;
+  return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
+}
 // With codes a launch counts 100, and unpacking a million.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
                                  int columns, int panels, int slot, int half, int bits, int batch, int share, int overlap,
@@ -97,11 +113,13 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class Weight:
     """A dense weight in place of a layout, with a bias, and the plan of 24 rows by the kernel."""
 
-    def __init__(self, dtype: torch.dtype, share: int = 1, error: int = 0, bits: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype, share: int = 1, error: int = 0, bits: int = 0, at_once: int = 8, eights: int = 0
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.dense = torch.randn(20, 32, generator=generator).to(dtype)
         self.bias = torch.randn(20, generator=generator).to(dtype)
-        plan = [20, 32, 1, error, int(dtype == torch.float16), share, 1, 24, bits]
+        plan = [20, 32, 1, error, int(dtype == torch.float16), share, 1, 24, bits, at_once, 2, 3, 4, eights]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -136,6 +154,22 @@ def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype,
         assert operators.launches() - before == (2 * launches if not bits else 200 * launches + 1000000 * unpacked)
 
 
+def test_more_rows_at_once(operators: Any) -> None:
+    """A last slice of up to eight rows is one of the other kernel, as are all where x cannot be read as vectors."""
+    for rows, at_once, launches in ((8, 32, 1), (9, 32, 10000), (24, 32, 10000), (24, 16, 10001), (17, 16, 10001)):
+        weight = Weight(torch.bfloat16, at_once=at_once)
+        x = torch.randn(rows + 1, 32).bfloat16()
+        before = operators.launches()
+        for there, expected in ((x[1:], launches), (x.flatten()[1 : 1 + 32 * rows].view(rows, 32), -(-rows // 8))):
+            y = operators.linear(there, *weight.layout, weight.bias)
+            assert near(y, functional.linear(there, weight.dense, weight.bias))
+            assert operators.launches() - before == expected
+            before = operators.launches()
+    weight = Weight(torch.bfloat16, eights=1)
+    assert torch.equal(operators.expand(*weight.layout), weight.dense)
+    assert operators.launches() - before == 100000000
+
+
 def test_no_gradient_passes(operators: Any) -> None:
     for rows, share in ((2, 1), (30, 1), (2, 0)):
         weight = Weight(torch.bfloat16, share)
@@ -152,7 +186,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 8 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 13 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

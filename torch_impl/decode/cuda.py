@@ -1,7 +1,7 @@
 """Decoding with sparse weights on a GPU: a layout computed on load, and y = W x in CUDA.
 
-torch compiles cuda.cu, and cuda_operators.cpp that makes operators of torch of its kernels, on first use and caches them.
-`available` tells whether that works on this machine. The layout is plain tensors; it can be packed and unpacked on any device.
+torch compiles the kernels, and cuda_operators.cpp that makes operators of torch of them, on first use and caches them. `available`
+tells whether that works on this machine. The layout is plain tensors; it can be packed and unpacked on any device.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 96
 """Up to this many rows of input, the kernel, which reads the weight once per eight rows, is faster than unpacking: one H200, 7B's
 shapes, 50 to 80 % zeros (gpu_eager)."""
+AT_ONCE = 8
+"""Rows of input per reading of a weight: 8; 16 or 32 by the kernel of cuda_rows.cu, which has not run on a GPU yet (gpu_rows)."""
+EIGHTS = False
+"""Whether unpacking writes eight numbers at once: not measured on a GPU yet (gpu_rows)."""
 # As in cuda.cu: a warp's shared memory besides panels, and the number of panels it loads ahead.
 SCRATCH, BARRIERS, SLOTS = 512, 16, 2
 # Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
 MOST_WARPS = 32
+# As in cuda_rows.cu: bytes of the counts of a panel's bits and of the sums of 16 x 8, tiles of eight rows of x, warps per block.
+COUNTS, SUMS, MOST_TILES, MOST_ROW_WARPS = 64, 640, 4, 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,9 @@ class Layout:
             # The rows are too long: a block's panels do not fit in shared memory.
             share = 0
         shape = (self.rows, self.columns, self.panels, self.slot)
-        return [*shape, int(self.dtype == torch.float16), share, int(card.early), MOST_ROWS, self.code_bits]
+        rows_plan = (0, 0, 0) if self.code_bits else choose_rows_plan(self.rows, self.panels, self.slot, card)
+        numbers = (int(self.dtype == torch.float16), share, int(card.early), MOST_ROWS, self.code_bits, AT_ONCE)
+        return [*shape, *numbers, *rows_plan, int(EIGHTS)]
 
     @functools.cached_property
     def product(self) -> Any:
@@ -219,6 +227,30 @@ def _choose_share(rows: int, panels: int, processors: int, warps: tuple[int, int
     return min(-(-panels // warps[few]), tiles.LANES - 1 - SLOTS)
 
 
+def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> tuple[int, int, int]:
+    """Choose how cuda_rows.cu multiplies: (strips per warp, panels of a strip per warp, groups of warps per block).
+
+    Zeros if a block's panels do not fit in shared memory. The numbers of warps are guesses.
+    """
+    all_strips = -(-rows // tiles.ROWS)
+    for strips in (2, 1):
+        blocks = -(-all_strips // strips)
+        if strips > 1 and blocks < 0.9 * card.processors:
+            # Some processors would have no block.
+            continue
+        fitting = min(MOST_ROW_WARPS, card.shared // rows_kernel_bytes(slot, strips))
+        share = -(-panels // max(1, min(8 if blocks > card.processors else 16, fitting)))
+        share = min(share, tiles.LANES - 1 - SLOTS)
+        if -(-panels // share) <= fitting:
+            return strips, share, 1
+    return 0, 0, 0
+
+
+def rows_kernel_bytes(slot: int, strips: int) -> int:
+    """Return the shared memory of a warp of cuda_rows.cu in bytes."""
+    return max(strips * (SLOTS * slot + COUNTS) + BARRIERS, strips * MOST_TILES * SUMS)
+
+
 @functools.cache
 def available() -> tuple[bool, str]:
     """Return (whether the kernels run on this machine, otherwise why not in one line); build them on the first call."""
@@ -242,7 +274,9 @@ def _library() -> None:
 
     from torch_impl.decode.cpu import announce
 
-    sources = [Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_coded.cu", "cuda_operators.cpp")]
+    sources = [
+        Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_operators.cpp")
+    ]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.
         warnings.simplefilter("ignore")

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     const int first = warp * share_of_warp, count = min(share_of_warp, w.panels - first);
     const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, mine = table + TABLE + warp * each, scratch = mine + each - SCRATCH;
-    Feed feed(w, mine, lane, blockIdx.x * w.panels + first, count);
+    Feed<> feed(w, mine, lane, blockIdx.x * w.panels + first, count);
     if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
     __syncthreads();
 #if __CUDA_ARCH__ >= 900
@@ -170,13 +170,13 @@ __global__ void expand(Layout w, T* dense) {
     const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
     unsigned char* mine = memory + TABLE + warp * (w.slot + SCRATCH);
-    if (panel < (w.rows + ROWS - 1) / ROWS * w.panels) {
+    if (panel < strips(w) * w.panels) {
         const int start = w.starts[panel], pieces = w.starts[panel + 1] - start;
         for (int i = lane; i < pieces; i += LANES)
             reinterpret_cast<uint4*>(mine)[i] = reinterpret_cast<const uint4*>(w.data)[static_cast<size_t>(start) + i];
     }
     __syncthreads();
-    if (panel >= (w.rows + ROWS - 1) / ROWS * w.panels) return;
+    if (panel >= strips(w) * w.panels) return;
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
     Reader<BITS> reader(at, table, lane);
     for (int octet = 0; octet < 16; ++octet) {
@@ -198,14 +198,14 @@ __global__ void expand(Layout w, T* dense) {
 template <typename T, int BITS>
 int multiply_with(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
     const int warps = (w.panels + share - 1) / share;
-    return launch_strips(decode<T, BITS>, w, warps, TABLE + warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream,
+    return launch_blocks(decode<T, BITS>, w, strips(w), warps, TABLE + warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream,
                          static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
 }
 
 template <typename T, int BITS>
 int expand_to(const Layout& w, void* dense, cudaStream_t stream) {
     constexpr int WARPS = 4;
-    const int all = (w.rows + ROWS - 1) / ROWS * w.panels;
+    const int all = strips(w) * w.panels;
     expand<T, BITS><<<(all + WARPS - 1) / WARPS, WARPS * LANES, TABLE + WARPS * (w.slot + SCRATCH), stream>>>(w, static_cast<T*>(dense));
     return cudaGetLastError();
 }

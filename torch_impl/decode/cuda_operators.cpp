@@ -17,6 +17,10 @@
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                            int panels, int slot, int half, int batch, int share, int overlap, void* stream);
 extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
+extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
+// In cuda_rows.cu.
+extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                                int panels, int slot, int half, int batch, int strips, int share, int groups, int overlap, void* stream);
 // In cuda_coded.cu.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                  int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream);
@@ -25,17 +29,19 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
 
 namespace {
 
-constexpr int64_t BATCH = 8;   // rows of x per launch
+constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says more
 
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
-// rows of x up to which the kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values.
+// rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
+// per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups. eights: unpack by eight numbers.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most, bits;
+  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, eights;
 
   explicit Plan(at::IntArrayRef n) {
-    TORCH_CHECK_VALUE(n.size() == 9, "plan has ", n.size(), " numbers; allowed: 9");
+    TORCH_CHECK_VALUE(n.size() == 14, "plan has ", n.size(), " numbers; allowed: 14");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
     rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
+    at_once = at(9), strips = at(10), part = at(11), groups = at(12), eights = at(13);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -53,15 +59,24 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
   check_launch(plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
-                         : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream), "losa_expand");
+                         : (plan.eights ? losa_expand_eights : losa_expand)(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
+               "losa_expand");
   return dense;
 }
 
-// y = x W^T (+ bias) for up to BATCH rows of x.
+// Rows of x per launch. More than BATCH are read as vectors of 16 bytes.
+int64_t rows_per_launch(const Plan& p, const void* x) {
+  const bool vectors = p.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  return p.strips && vectors ? std::max<int64_t>(BATCH, p.at_once) : BATCH;
+}
+
+// y = x W^T (+ bias) for the rows of x of one launch.
 void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, const void* x, const void* bias, void* y, int batch) {
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void* stream = current_stream(data);
   check_launch(p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share, p.overlap, stream)
+               : batch > BATCH ? losa_matvec_rows(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part,
+                                                  p.groups, p.overlap, stream)
                       : losa_matvec(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.share, p.overlap, stream),
                "losa_matvec");
 }
@@ -87,9 +102,10 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor&
   const auto* from = static_cast<const char*>(rows->const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const size_t width = 2;   // bytes of a number
-  for (int64_t first = 0; first < count; first += BATCH)
+  const int64_t step = rows_per_launch(plan, from);
+  for (int64_t first = 0; first < count; first += step)
     multiply(plan, data, starts, from + width * first * plan.columns, bias ? bias->const_data_ptr() : nullptr,
-             to + width * first * plan.rows, static_cast<int>(std::min(BATCH, count - first)));
+             to + width * first * plan.rows, static_cast<int>(std::min(step, count - first)));
   return y;
 }
 

@@ -1,4 +1,4 @@
-// What the kernels of cuda.cu and cuda_coded.cu share: panels of sparse weights that a warp copies to shared memory ahead of its
+// What the kernels of cuda.cu, cuda_rows.cu and cuda_coded.cu share: panels of sparse weights that a warp copies to shared memory ahead of its
 // products, the products themselves, and the sum over warps.
 
 #pragma once
@@ -58,20 +58,24 @@ __device__ __forceinline__ void multiply<__half>(float (&sum)[4], const uint32_t
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 
-// Loads a warp's panels ahead, alternating between two places in shared memory. On Hopper the copy engine copies a panel and a
-// barrier counts its bytes. Before Hopper all lanes copy, and wait for all pending copies.
+// Loads a warp's panels ahead, alternating between two places in shared memory. A place holds a panel of each of STRIPS strips,
+// `slot` bytes apart. On Hopper the copy engine copies the panels and a barrier counts their bytes. Before Hopper all lanes copy, and
+// wait for all pending copies.
+template <int STRIPS = 1>
 struct Feed {
     const uint8_t* data;
-    uint32_t at, barrier;       // place of the next panel
+    uint32_t at, barrier;       // place of the next panels
     uint32_t both;              // sum of the two places
-    uint32_t round;
-    int starts;                 // start of the panel with this lane's number
-    int start;                  // start of the panel to copy next
-    int next;                   // its number
+    uint32_t round, slot;
+    int starts[STRIPS];         // of each strip, the start of the panel with this lane's number
+    int start[STRIPS];          // starts of the panels to copy next
+    int next;                   // their number
 
-    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count)
-        : data(w.data), at(at), barrier(at + SLOTS * w.slot), both(2 * at + w.slot), round(0), next(0) {
-        starts = w.starts[first + min(lane, count)];
+    // first: number of the first panel; the same one of the following strips is `step` panels later. count: panels of a strip.
+    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count, int step = 0)
+        : data(w.data), at(at), barrier(at + SLOTS * STRIPS * w.slot), both(2 * at + STRIPS * w.slot), round(0), slot(w.slot), next(0) {
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) starts[s] = w.starts[first + s * step + min(lane, count)];
 #if __CUDA_ARCH__ >= 900
         if (chosen()) {
 #pragma unroll
@@ -80,9 +84,10 @@ struct Feed {
         }
         __syncwarp();
 #endif
-        start = __shfl_sync(ALL, starts, 0);
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) start[s] = __shfl_sync(ALL, starts[s], 0);
         copy(at, barrier, lane);
-        copy(at + w.slot, barrier + 8, lane);
+        copy(at + STRIPS * w.slot, barrier + 8, lane);
     }
 
 #if __CUDA_ARCH__ >= 900
@@ -95,22 +100,38 @@ struct Feed {
 
     // Lanes after the last panel hold its end, so nothing more is copied. This needs SLOTS spare lanes.
     __device__ __forceinline__ void copy(uint32_t to, uint32_t counter, int lane) {
-        const int end = __shfl_sync(ALL, starts, ++next), bytes = (end - start) * 16;
-        const uint8_t* from = data + static_cast<size_t>(start) * 16;
-        start = end;
+        ++next;
+        const uint8_t* from[STRIPS];
+        int bytes[STRIPS];
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) {
+            const int end = __shfl_sync(ALL, starts[s], next);
+            bytes[s] = (end - start[s]) * 16;
+            from[s] = data + static_cast<size_t>(start[s]) * 16;
+            start[s] = end;
+        }
 #if __CUDA_ARCH__ >= 900
-        if (bytes > 0 && chosen())
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;\n"
-                         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(to), "l"(from), "r"(bytes), "r"(counter) : "memory");
+        // A panel is never empty, so the strips' panels end together.
+        if (bytes[0] > 0 && chosen()) {
+            int all = 0;
+#pragma unroll
+            for (int s = 0; s < STRIPS; ++s) all += bytes[s];
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%1], %0;" ::"r"(all), "r"(counter) : "memory");
+#pragma unroll
+            for (int s = 0; s < STRIPS; ++s)
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             ::"r"(to + s * slot), "l"(from[s]), "r"(bytes[s]), "r"(counter) : "memory");
+        }
 #else
-        for (int i = lane * 16; i < bytes; i += LANES * 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s)
+            for (int i = lane * 16; i < bytes[s]; i += LANES * 16)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + s * slot + i), "l"(from[s] + i) : "memory");
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     }
 
-    // Switch to the other place, which holds the following panel, and start loading another panel into this one.
+    // Switch to the other place, which holds the following panels, and start loading others into this one.
     __device__ __forceinline__ void turn(int lane) {
         copy(at, barrier, lane);
         at = both - at;
@@ -166,9 +187,12 @@ __device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4
     }
 }
 
-// Launch a kernel with one block per strip. overlap: it may start before the previous kernel ends.
+// The strips of a weight.
+__host__ __device__ __forceinline__ int strips(const Layout& w) { return (w.rows + ROWS - 1) / ROWS; }
+
+// Launch a kernel. overlap: it may start before the previous kernel ends.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_strips(void (*kernel)(Parameters...), const Layout& w, int warps, int shared, bool overlap, cudaStream_t stream,
+cudaError_t launch_blocks(void (*kernel)(Parameters...), const Layout& w, int blocks, int warps, int shared, bool overlap, cudaStream_t stream,
                           Arguments... arguments) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
@@ -176,7 +200,7 @@ cudaError_t launch_strips(void (*kernel)(Parameters...), const Layout& w, int wa
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3((w.rows + ROWS - 1) / ROWS);
+    config.gridDim = dim3(blocks);
     config.blockDim = dim3(warps * LANES);
     config.dynamicSmemBytes = shared;
     config.stream = stream;

@@ -1,0 +1,288 @@
+"""Check and time products with 9 to 64 rows of input, and unpacking by eight numbers, on a GPU (decode/cuda_rows.cu, cuda.cu).
+
+    python -m oracle_tests.programs.gpu_rows [--device cuda] [--check] [--sweep]
+
+Users do not run these kernels until `AT_ONCE` and `EIGHTS` of decode/cuda.py say so. Checks them against the spec: shapes that do
+not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 100 % zeros, odd addresses, projections joined in one
+layout, a CUDA graph, every number of strips, panels and groups that a warp or block can have.
+Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: eight rows at a time as today, 16 and 32 at a time,
+unpacked as today and by eights before cuBLAS, dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has
+to be. `--sweep` also times how each projection can be divided, the plan of `choose_rows_plan` marked. Exits with 1 if a number is
+wrong. Without a GPU, torch computes the products: a quick test of the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils import cpp_extension
+
+from oracle_tests import tolerances
+from oracle_tests.poison import poisoned
+from oracle_tests.programs.gpu_kernels import Case, Maker, Worst, wide
+from torch_impl.bench import decode
+from torch_impl.bench.measure import graphed
+from torch_impl.decode import cuda
+
+SHAPES = ((1, 8), (8, 64), (17, 1000), (33, 4096), (129, 136), (1100, 304), (63, 1001), (16, 128), (48, 11008))
+BATCHES = (1, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 48, 64)
+KEPT = (0.0, 0.2, 0.3, 0.5, 1.0)
+ROWS = (8, 16, 24, 32, 48, 64, 96, 128)
+# Strips, warps for a row and groups of a block, as the sweep tries them.
+DIVISIONS = tuple(itertools.product((1, 2), (4, 8, 11, 16, 20), (1, 2, 4)))
+ALWAYS = 2**30
+
+
+def plan(layout: cuda.Layout, at_once: int, eights: bool, most: int = ALWAYS) -> list[int]:
+    """Return a layout's plan with another number of rows at once, another way to unpack, and rows from which it is unpacked."""
+    own = layout.plan
+    return [*own[:7], most, own[8], at_once, *own[10:13], int(eights)]
+
+
+def product(layout: cuda.Layout, x: torch.Tensor, numbers: list[int], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by a plan."""
+    if layout.product is None:
+        return cuda.matvec(layout, x, bias)
+    y: torch.Tensor = layout.product(x, layout.data, layout.starts, numbers, bias)
+    return y
+
+
+def unpack(layout: cuda.Layout, numbers: list[int]) -> torch.Tensor:
+    """Unpack by a plan."""
+    if layout.product is None:
+        return cuda.unpack(layout)
+    dense: torch.Tensor = torch.ops.losa_cuda_decode.expand(layout.data, layout.starts, numbers)
+    return dense
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The kernels without operators."""
+    return ctypes.CDLL(str(Path(cpp_extension._get_build_directory("losa_cuda_decode", False)) / "losa_cuda_decode.so"))
+
+
+def divided(
+    layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, strips: int, share: int, groups: int
+) -> torch.Tensor:
+    """Multiply up to 32 rows, divided as given."""
+    pointers = [
+        ctypes.c_void_p(t.data_ptr()) if t is not None else None for t in (layout.data, layout.starts, x, None, y)
+    ]
+    half, early = layout.plan[4], layout.plan[6]
+    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, half, len(x), strips, share, groups, early)
+    error = _library().losa_matvec_rows(*pointers, *numbers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    if error:
+        raise RuntimeError(f"losa_matvec_rows failed with CUDA error {error}")
+    return y
+
+
+def divisions(layout: cuda.Layout) -> list[tuple[int, int, int]]:
+    """Return all (strips, share, groups) that fit, each once."""
+    found = []
+    for strips, warps, groups in DIVISIONS:
+        share = min(-(-layout.panels // warps), 29)
+        across = -(-layout.panels // share)
+        needed = across * groups * cuda.rows_kernel_bytes(layout.slot, strips)
+        if across * groups <= cuda.MOST_ROW_WARPS and needed <= cuda.Card.of(layout.data.device).shared:
+            found.append((strips, share, groups))
+    return sorted(set(found))
+
+
+def _bounds(
+    weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the spec's product and the bound of every entry."""
+    W, inputs = wide(weight, x)
+    offset = 0.0 if bias is None else wide(bias)[0]
+    expected = inputs @ W.T + offset
+    return expected, tolerances.one_rounding(dtype, abs(expected), abs(inputs) @ abs(W).T + abs(offset))
+
+
+def check_products(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> Iterator[Case]:
+    """Products through the operator, 16 and 32 rows at once, and unpacking."""
+    for (rows, columns), density in itertools.product(shapes, KEPT):
+        weight = make.sparse(rows, columns, density, dtype)
+        layout, where = cuda.pack_rows(weight), f"{rows} x {columns}, {density:.0%} kept"
+        [W] = wide(weight)
+        yield f"{where}, unpacked", unpack(layout, plan(layout, 8, True)), W, np.zeros(W.shape)
+        for batch, shift, at_once in itertools.product(BATCHES, (0, 1), (16, 32)):
+            if shift and batch not in (9, 32):
+                continue
+            x = make.normal(batch, columns, dtype=dtype, shift=shift)
+            bias = make.normal(rows, dtype=dtype, shift=shift) if batch % 2 else None
+            expected, allowed = _bounds(weight, x, bias, dtype)
+            found = product(layout, x, plan(layout, at_once, True), bias)
+            yield f"{where}, batch {batch} by {at_once}, shift {shift}", found, expected, allowed
+
+
+def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
+    """All ways to divide a product; without a GPU there is one."""
+    for rows, columns in ((176, 4096), (33, 1000)):
+        weight = make.sparse(rows, columns, 0.3, dtype)
+        layout = cuda.pack_rows(weight)
+        for batch in (5, 16, 32):
+            x = make.normal(batch, columns, dtype=dtype)
+            expected, allowed = _bounds(weight, x, None, dtype)
+            for strips, share, groups in divisions(layout) if x.is_cuda else [(1, 1, 1)]:
+                y = make.put(torch.full((batch, rows), float("nan"), dtype=dtype))
+                found = divided(layout, x, y, strips, share, groups) if x.is_cuda else cuda.matvec(layout, x)
+                yield f"{rows} x {columns}, batch {batch}, {strips}, {share}, {groups}", found, expected, allowed
+
+
+def check_joined(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
+    """Layouts with the same input as one, in a CUDA graph: the bits of each alone, in any group of rows."""
+    weights = [make.sparse(rows, 1024, 0.4, dtype) for rows in (32, 16, 21)]
+    stacked, x = cuda.stack([cuda.pack_rows(weight) for weight in weights]), make.normal(19, 1024, dtype=dtype)
+    assert stacked is not None
+    whole = torch.cat(weights)
+    expected, allowed = _bounds(whole, x, None, dtype)
+    numbers = plan(stacked, 32, True)
+    first = product(stacked, x, numbers)
+    yield "joined", first, expected, allowed
+    if x.is_cuda:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, dense = product(stacked, x, numbers), unpack(stacked, numbers)
+        y.fill_(float("nan"))
+        dense.fill_(float("nan"))
+        graph.replay()
+        yield "in a CUDA graph", y, *wide(first), np.zeros(expected.shape)
+        yield "unpacked in a CUDA graph", dense, *wide(whole), np.zeros(whole.shape)
+
+
+def check_all(device: torch.device, small: bool) -> bool:
+    """Print a line for each dtype and check; return whether all are right."""
+    right = True
+    shapes = SHAPES[1:3] if small else SHAPES
+    print(f"{'check':<11}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound")
+    checks: dict[str, Callable[[Maker, torch.dtype], Iterator[Case]]] = {
+        "products": lambda make, dtype: check_products(make, dtype, shapes),
+        "divisions": check_divisions,
+        "joined": check_joined,
+    }
+    for dtype, (name, check) in itertools.product(cuda.DTYPES, checks.items()):
+        worst = Worst()
+        with poisoned():
+            for case in check(Maker(device), dtype):
+                worst.add(case)
+        right &= worst.share <= 1
+        said = "" if worst.share <= 1 else "  OUTSIDE"
+        kind = str(dtype).removeprefix("torch.")
+        print(
+            f"{name:<11}{kind:<10}{worst.cases:>6}{worst.error:>11.2e}{worst.bound:>11.2e}  {worst.where}{said}",
+            flush=True,
+        )
+    return right
+
+
+def time_block(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> None:
+    """Print the µs of a block's products for several numbers of rows of input, and where unpacking becomes faster."""
+    shapes = [(sum(parts), width) for parts, width, _ in decode.projections(name, joined=True).values()]
+    # Blocks enough that no cache holds their weights.
+    blocks = _copies(sum(height * width for height, width in shapes) // 3, device)
+    weights = [
+        decode.sparse(torch.randn(shape, device=device, dtype=dtype) / shape[1] ** 0.5, sparsity)
+        for _ in range(blocks)
+        for shape in shapes
+    ]
+    layouts = [cuda.pack_rows(weight) for weight in weights]
+    print(f"{name}, {sparsity} %, µs of one block's products; ratio: dense / the faster of 16 and 32 at once")
+    print(f"{'rows':>6}{'8 at once':>11}{'16':>9}{'32':>9}{'unpacked':>10}{'by eights':>11}{'dense':>9}{'ratio':>8}")
+    last = 0
+    for count in rows:
+        xs = [torch.randn(count, width, device=device, dtype=dtype) for _, width in shapes] * blocks
+        ways = [(8, False, ALWAYS), (16, False, ALWAYS), (32, False, ALWAYS), (8, False, 0), (8, True, 0)]
+        found = [
+            _microseconds(
+                [partial(product, own, x, plan(own, *way)) for own, x in zip(layouts, xs, strict=True)], device
+            )
+            for way in ways
+        ]
+        found.append(
+            _microseconds([partial(functional.linear, x, w) for x, w in zip(xs, weights, strict=True)], device)
+        )
+        eight, sixteen, more, unpacked, eights, dense = (us * len(shapes) for us in found)
+        packed = min(eight, sixteen, more)
+        last = count if packed < min(unpacked, eights) else last
+        print(
+            f"{count:>6}{eight:>11.1f}{sixteen:>9.1f}{more:>9.1f}{unpacked:>10.1f}{eights:>11.1f}{dense:>9.1f}"
+            f"{dense / min(sixteen, more):>7.2f}×",
+            flush=True,
+        )
+    print(f"    the packed weight is faster than unpacking up to {last} rows (of those timed)")
+
+
+def _copies(nbytes: int, device: torch.device) -> int:
+    return decode._copies(nbytes, device) if device.type == "cuda" else 1
+
+
+def _microseconds(actions: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    return graphed(actions, device, 5)
+
+
+def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> None:
+    """Print the fastest ways to divide each projection, and that of `choose_rows_plan`."""
+    print(f"{name}, {sparsity} %: µs of a projection by (strips of a warp, its panels, groups of a block)")
+    for projection, (parts, width, _) in decode.projections(name, joined=True).items():
+        weight = torch.randn(sum(parts), width, device=device, dtype=dtype) / width**0.5
+        layout = cuda.pack_rows(decode.sparse(weight, sparsity))
+        copies = [cuda.stack([layout]) or layout for _ in range(_copies(layout.nbytes, device))]
+        for count in rows:
+            x, y = torch.randn(count, width, device=device, dtype=dtype), weight.new_empty(count, sum(parts))
+            found = {
+                way: _microseconds([partial(divided, own, x, y, *way) for own in copies], device)
+                for way in divisions(layout)
+            }
+            today = _microseconds([partial(product, own, x, plan(own, 8, False)) for own in copies], device)
+            own = tuple(layout.plan[10:13])
+            best = sorted(found, key=lambda way: found[way])[:4]
+            cells = "  ".join(f"{way} {found[way]:.1f}" for way in best)
+            planned = f"plan {own} {found.get(own, float('nan')):.1f}"
+            print(f"    {projection:<8}{count:>3} rows: {cells}   {planned}   8 at once {today:.1f}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, then time. Returns 1 if a number is wrong or the kernels cannot run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--check", action="store_true", help="do not time")
+    parser.add_argument("--sweep", action="store_true", help="also time the ways to divide a product")
+    parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the timed products")
+    parser.add_argument("--sparsities", nargs="+", default=["70", "50", "60", "80"], metavar="PERCENT")
+    options = parser.parse_args(arguments)
+    device, start = torch.device(options.device), time.perf_counter()
+    if device.type == "cuda" and not cuda.available()[0]:
+        print(cuda.available()[1])
+        return 1
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
+    print(f"built in {time.perf_counter() - start:.0f} s")
+    right = check_all(device, options.small)
+    if not options.check:
+        dtype = getattr(torch, options.dtype)
+        for name, sparsity in itertools.product(
+            ["small"] if options.small else ["llama-2-7b", "llama-3.2-1b"], options.sparsities
+        ):
+            time_block(name, sparsity, dtype, device, ROWS[:2] if options.small else ROWS)
+        if options.sweep and device.type == "cuda":
+            for name in ("llama-2-7b", "llama-3.2-1b"):
+                sweep(name, options.sparsities[0], dtype, device, (8, 16, 32))
+    print(f"{'all right' if right else 'WRONG'}, {time.perf_counter() - start:.0f} s")
+    return int(not right)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
