@@ -90,7 +90,7 @@ def seconds(action: Callable[[], Any], device: torch.device) -> float:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The kernels without operators."""
     return ctypes.CDLL(str(Path(cpp_extension._get_build_directory("losa_cuda_decode", False)) / "losa_cuda_decode.so"))
 
@@ -102,11 +102,11 @@ def by_ctypes(layout: cuda.Layout, x: torch.Tensor, bias: torch.Tensor | None = 
     y = x.new_empty(len(x), layout.rows)
     given = (layout.data, layout.starts, x, bias, y)
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in given]
-    share = cuda._choose_share(layout.rows, layout.panels, cuda.Card.of(x.device).processors)
+    share = cuda._choose_share(layout.rows, layout.panels, cuda.Card.of(x.device).processors, layout.WARPS)
     numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, 1)
     with torch.cuda.device(x.device):
         queue = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        if _library().losa_matvec(*pointers, *numbers, queue):
+        if library().losa_matvec(*pointers, *numbers, queue):
             raise RuntimeError("losa_matvec failed")
     return y.view(*shape[:-1], layout.rows)
 

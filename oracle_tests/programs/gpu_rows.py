@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.utils import cpp_extension
 
 from oracle_tests import tolerances
 from oracle_tests.poison import poisoned
+from oracle_tests.programs.gpu_eager import library
 from oracle_tests.programs.gpu_kernels import Case, Maker, Worst, wide
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
@@ -67,12 +65,6 @@ def unpack(layout: cuda.Layout, numbers: list[int]) -> torch.Tensor:
     return dense
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The kernels without operators."""
-    return ctypes.CDLL(str(Path(cpp_extension._get_build_directory("losa_cuda_decode", False)) / "losa_cuda_decode.so"))
-
-
 def divided(
     layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, strips: int, share: int, groups: int
 ) -> torch.Tensor:
@@ -82,7 +74,7 @@ def divided(
     ]
     half, early = layout.plan[4], layout.plan[6]
     numbers = (layout.rows, layout.columns, layout.panels, layout.slot, half, len(x), strips, share, groups, early)
-    error = _library().losa_matvec_rows(*pointers, *numbers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    error = library().losa_matvec_rows(*pointers, *numbers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
     if error:
         raise RuntimeError(f"losa_matvec_rows failed with CUDA error {error}")
     return y
