@@ -12,6 +12,7 @@ Call `usable` first. Triton's interpreter (TRITON_INTERPRET=1) runs the kernels 
 from __future__ import annotations
 
 import functools
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,12 @@ try:
 except ImportError:  # torch for the CPU does not install it
     triton = None
 
-__all__ = ["MOST_SHARED", "Attention", "add_norm", "attend", "gated", "usable"]
+ERRORS: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError, subprocess.SubprocessError)
+"""What a launch may raise, whose first one compiles the kernel."""
+if triton is not None:
+    ERRORS = (*ERRORS, triton.TritonError)
+
+__all__ = ["ERRORS", "MOST_SHARED", "Attention", "add_norm", "attend", "gated", "usable"]
 
 MOST_SHARED = 16
 """Up to this many query heads may share a key-value head: the rows of a matrix unit."""

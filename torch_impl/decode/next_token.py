@@ -20,12 +20,16 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from torch_impl.decode import fused_kernels
 from torch_impl.decode.compiled_blocks import FusedBlocks
+from torch_impl.decode.fused_step import FusedStep
 from torch_impl.engine import finite
 from torch_impl.engine.graphs import Captured
 
 # Tokens decoded before a graph is captured, so that all libraries and kernels are loaded.
 WARM_UP = 2
+KERNELS = False
+"""Whether decoding uses the kernels of fused_step.py where it can. To be `torch.cuda.is_available()` once they have run on GPUs."""
 Result = TypeVar("Result")
 
 
@@ -47,8 +51,7 @@ def capture(work: Callable[[], Result], model: PreTrainedModel, cache: Cache, *o
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        print(f"decoding: CUDA graph capture failed, so decoding is slower ({reason})", file=sys.stderr)
+        print(f"decoding: CUDA graph capture failed, so decoding is slower ({_reason(error)})", file=sys.stderr)
         return None
 
 
@@ -57,11 +60,18 @@ class NextToken:
 
     With a static cache on a GPU, the work is captured once in a CUDA graph and replayed for every token. Then a token takes
     as long as its kernels, not as long as Python takes to launch them. `fuse` compiles the blocks to fewer kernels, with or
-    without a graph. If that fails, a line on standard error says so and the model runs uncompiled.
+    without a graph. `kernels` takes kernels of ours instead, where the model's structure allows that. If either fails, a line
+    on standard error says so and the model runs without.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: Cache, batch: int = 1, graph: bool = True, fuse: bool = False
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        batch: int = 1,
+        graph: bool = True,
+        fuse: bool = False,
+        kernels: bool | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self._model, self._cache = model, cache
@@ -69,7 +79,8 @@ class NextToken:
         fixed = fixed_shapes(cache)
         self.captures = graph and fixed and device.type == "cuda"
         self.fuses = fuse and fixed
-        self._fused: FusedBlocks | None = None
+        self.kernels = (KERNELS if kernels is None else kernels) and isinstance(cache, StaticCache)
+        self._fused: FusedBlocks | FusedStep | None = None
         self._warm = 0
         self._graph: Captured[torch.Tensor] | None = None
 
@@ -79,16 +90,25 @@ class NextToken:
         self._ids.copy_(ids)
         if not self.captures or self._warm < WARM_UP:
             self._warm += 1
-            return self._fuse() if self.fuses and self._fused is None else self._forward()
+            return self._prepare() if self._fused is None else self._forward()
         if self._graph is None:
             self._graph = capture(self._forward, self._model, self._cache, self._ids, self._fused)
             self.captures = self._graph is not None
         return self._forward() if self._graph is None else self._graph.replay()
 
-    def _fuse(self) -> torch.Tensor:
-        """Compile the blocks and call them; while the cache is empty, call the model uncompiled."""
+    def _prepare(self) -> torch.Tensor:
+        """Fuse or compile the blocks and call them; while the cache is empty, call the model as it is."""
         if not self._cache.is_initialized:
             return self._forward()
+        if self.kernels:
+            try:
+                self._fused = FusedStep(self._model, self._cache)
+            except fused_kernels.ERRORS as error:
+                self.kernels = False
+                print(f"decoding: fused kernels are not used ({_reason(error)})", file=sys.stderr)
+        return self._compile() if self.fuses and self._fused is None else self._forward()
+
+    def _compile(self) -> torch.Tensor:
         # Compilation may fail after some blocks have already counted the token in the cache.
         counted = [(tensor, tensor.clone()) for layer in self._cache.layers for tensor in _counters(layer)]
         try:
@@ -98,8 +118,7 @@ class NextToken:
                 self._fused = FusedBlocks(self._model, self._cache)  # type: ignore[arg-type]
                 return self._forward()
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            print(f"decoding: compilation failed, so decoding is slower ({reason})", file=sys.stderr)
+            print(f"decoding: compilation failed, so decoding is slower ({_reason(error)})", file=sys.stderr)
         self.fuses, self._fused = False, None
         for tensor, earlier in counted:
             tensor.copy_(earlier)
@@ -109,6 +128,10 @@ class NextToken:
         with self._fused.in_place() if self._fused else nullcontext():
             logits: torch.Tensor = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True).logits
         return logits[:, -1]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _counters(layer: Any) -> list[torch.Tensor]:
