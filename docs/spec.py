@@ -54,6 +54,7 @@ FILES = (
     "continuation",
     "packed",
     "quantise",
+    "base",
     "tiles",
     "code_tiles",
     "llama",

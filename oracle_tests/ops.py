@@ -720,6 +720,7 @@ OPS = (
         Kind.CLOSE,
         ({"sparsity": 0.5, "bits": 4, "columns": 8, "group": 0}, "group"),
     ),
+    Op("base.round_base", s.bases(), Kind.EXACT, ({"weight": ROW, "scales": None}, "weight")),
     Op("tiles.pack_tiles", _cases(weight=s.weights_to_tile()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
     Op("tiles.unpack_tiles", s.tiled_weights(), Kind.EXACT, ({**TILED, "values": np.ones(3)}, "values")),
     Op(

@@ -320,6 +320,21 @@ def scaled_values(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def bases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of round_base: a base as it was, one that has lost weights since it was rounded, and one that has moved."""
+    weight, group = draw(matrices()), draw(st.integers(1, 13))
+    kind = draw(st.sampled_from(["first", "pruned", "moved"]))
+    if kind == "first":
+        return {"weight": weight, "scales": None, "group": group}
+    rng, columns = _rng(draw), min(group, weight.shape[1])
+    scales = rng.choice([0.0, 0.125, 1.0, 2.0**-24], (len(weight), -(-weight.shape[1] // columns))).astype(np.float16)
+    if kind == "pruned":
+        codes = rng.integers(-127, 128, weight.shape) * (rng.random(weight.shape) < 0.6)
+        weight = codes * np.repeat(scales.astype(np.float64), columns, axis=1)[:, : weight.shape[1]]
+    return {"weight": weight, "scales": scales, "group": group}
+
+
+@st.composite
 def codes_and_scales(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of dequantise: whole and short last groups, no codes at all."""
     rng, group, n = _rng(draw), draw(st.integers(1, 5)), draw(st.integers(0, 12))

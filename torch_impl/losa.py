@@ -17,6 +17,7 @@ from torch_impl.engine import calibration, distributed, statistics, training
 from torch_impl.engine.adapted_linear import block_adapters, hold_merged_weights
 from torch_impl.engine.batches import Example
 from torch_impl.engine.blocks import Blocks, ModelBlocks
+from torch_impl.engine.compressed_linear import compress_block
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.lockstep import Lockstep
@@ -183,6 +184,7 @@ def prune_model(
                 if settings.prune.prunes(index, count):
                     inputs = lockstep.pruned_input
                     _prune_block(block, index, family, inputs, settings.prune, rate, group, gradients, last)
+                compress_block(block, family, settings.training.train_base)
             window = reconstructor.for_block(block, index)
             reconstruct = None if earlier else window
             with ExitStack() as stack:
@@ -319,7 +321,7 @@ def run(
     initial, rates = initial_rates(start, blocks.weights, config)
     torch.manual_seed(settings.seed)
     progress = checkpointer.begin(blocks.decoder, blocks.dense, Progress(sparsity=rates.tolist()))
-    with calibration.compiled([blocks.decoder, blocks.dense], settings.training.compile_blocks):
+    with calibration.compiled([blocks.decoder, blocks.dense], settings.training.compiling):
         for step in range(progress.step, config.steps + 1):
             clock = Clock(next(model.parameters()).device, progress.seconds, on_part)
             target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, initial)

@@ -56,7 +56,7 @@ class AdaptedLinear(nn.Module):
         if torch.is_grad_enabled() and self.input_hook is None and self.rank:
             if self.recomputed and self._held is None and torch.compiler.is_compiling():
                 return recomputed_masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale)
-            return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
+            return self._product(x)
         return self._forward_apart(x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -65,8 +65,12 @@ class AdaptedLinear(nn.Module):
         if self.input_hook is not None:
             self.input_hook(x)
         if torch.is_grad_enabled() and self.rank:
-            return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
+            return self._product(x)
         return nn.functional.linear(x, self.merged() if self._held is None else self._held, self.bias)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the output, differentiable by x, A and B."""
+        return masked_linear(x, self.weight, self.A, self.B, self.bias, self.scale, self._held)
 
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
@@ -98,7 +102,7 @@ class AdaptedLinear(nn.Module):
         """Change the adapter's rank (LoSA, Section 3.3). Growing, or shrinking by `fold`, leaves the output unchanged."""
         self.release()
         if fold and new_rank < self.rank:
-            self.weight.copy_(rank.fold_adapter(self.weight, self.A, self.B, new_rank, self.scale))
+            self.set_base(rank.fold_adapter(self.weight, self.A, self.B, new_rank, self.scale))
         new_rows = None
         if new_rank > self.rank:
             new_rows = adapter.initial_rows(new_rank - self.rank, self.in_features, seed).to(self.A)

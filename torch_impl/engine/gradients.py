@@ -87,6 +87,8 @@ class Gradients:
             if self._config.hold_merged == "on":
                 raise ValueError("hold_merged is 'on', which several processes do not support; use auto or off")
             return False
+        if self._config.compressed:
+            return False
         if self._config.hold_merged != "auto" or self._device.type != "cuda":
             return self._config.hold_merged != "off"
         return 2 * sum(layer.weight.nbytes for layer in self._layers) <= free_bytes(self._device)

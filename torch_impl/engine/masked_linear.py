@@ -47,6 +47,22 @@ def recomputed_masked_linear(
     return y
 
 
+def unpacking_linear(
+    x: torch.Tensor,
+    unpacked: Callable[[], torch.Tensor],
+    A: torch.Tensor,
+    B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Compute `masked_linear` with a weight that `unpacked` returns, here and again in the backward pass.
+
+    In between, it takes no memory. The adapter's rank may be 0.
+    """
+    y: torch.Tensor = _UnpackingProduct.apply(x, A, B, bias, scale, unpacked)  # type: ignore[no-untyped-call]
+    return y
+
+
 @torch.library.custom_op("losa::merge", mutates_args=())
 def _merge(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     return adapter.merge(weight, A, B, scale)
@@ -162,3 +178,23 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _differentiate(ctx, grads[0], _derive_x, _derive_adapter)
+
+
+class _UnpackingProduct(torch.autograd.Function):
+    """The product over a weight that is unpacked anew in each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *others: Any) -> torch.Tensor:
+        bias, ctx.scale, ctx.unpacked = others
+        ctx.save_for_backward(x, A, B)
+        weight = ctx.unpacked()
+        return _multiply(x, weight, A, B, bias, ctx.scale, None if len(A) else weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        weight = ctx.unpacked()
+        of_x = ctx.needs_input_grad[0]
+        grad_x = _derive_x(grads[0], weight, A, B, ctx.scale, None if len(A) else weight) if of_x else None
+        grad_A, grad_B = _derive_adapter(grads[0], x, weight, A, B, ctx.scale) if len(A) else (None, None)
+        return grad_x, grad_A, grad_B, None, None, None

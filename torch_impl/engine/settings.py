@@ -16,6 +16,8 @@ from torch_impl.masks.pattern import Pattern
 MOST_STEPS = 1000
 MOST_ALPHA = 1e6
 MOST_WEIGHT = 1e6
+DENSE, PACKED, INT8 = BASES = ("dense", "packed", "int8")
+"""The forms of the base weights in training."""
 RATIO, STRUCTURED_RATIO = 0.7, 0.2
 """Default sparsity: the paper's, and its authors' for whole heads and channels, of which 70 % would leave no working model."""
 
@@ -203,11 +205,13 @@ class TrainingConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
     hold_merged: str = "auto"
     """Keep all merged weights in memory during an optimizer step. on; off: rebuild them at each use, with less memory and
-    more time; auto: on if they take at most half of the device's free memory."""
-
+    more time; auto: on if they take at most half of the device's free memory, and train_base is dense."""
+    train_base: str = "dense"
+    """How the pruned base weights are kept while adapters are trained. dense; packed: without their zeros, same results; int8: kept
+    values rounded to 8 bits as well. Each weight is unpacked when it is used: less memory, more time."""
     compile_blocks: str = "auto"
     """Compile the blocks with torch.compile for calibration and training: on, off or auto (on CUDA, from a billion prunable
-    weights)."""
+    weights; off if train_base is not dense)."""
     cuda_graphs: bool = True
     """On CUDA, capture micro-batches of a recurring shape as CUDA graphs."""
 
@@ -216,6 +220,7 @@ class TrainingConfig:
         _checks.choice("loss", self.loss, ("ce", "kl"))
         _checks.choice("hold_merged", self.hold_merged, ("auto", "on", "off"))
         _checks.choice("compile_blocks", self.compile_blocks, ("auto", "on", "off"))
+        self._check_base()
         _checks.count("per_device_train_batch_size", self.per_device_train_batch_size)
         _checks.count("gradient_accumulation_steps", self.gradient_accumulation_steps)
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
@@ -223,6 +228,30 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: a finite number, 0 or more")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; allowed: 0 to 1")
+
+    def _check_base(self) -> None:
+        _checks.choice("train_base", self.train_base, BASES)
+        if self.train_base == DENSE:
+            return
+        if not self.finetune:
+            raise ValueError(
+                f"train_base is {self.train_base!r} with finetune False; it is for training: leave one of them out"
+            )
+        for name, value in (("hold_merged", self.hold_merged), ("compile_blocks", self.compile_blocks)):
+            if value == "on":
+                raise ValueError(
+                    f"{name} is 'on' with train_base {self.train_base}, which unpacks a weight at each use; use auto or off"
+                )
+
+    @property
+    def compressed(self) -> bool:
+        """Return whether base weights are compressed while adapters are trained."""
+        return self.train_base != DENSE
+
+    @property
+    def compiling(self) -> str:
+        """Return `compile_blocks`: off with compressed base weights, whose unpacking interrupts a compiled block."""
+        return "off" if self.compressed else self.compile_blocks
 
     @property
     def batch_size(self) -> int:
@@ -246,6 +275,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.training.compressed and self.prune.pattern.structured:
+            raise ValueError(
+                f"train_base is {self.training.train_base!r} with sparsity_type structured, which leaves no zeros to pack; use "
+                "train_base dense"
+            )
         last = self.adapter.initial_rank + self.prune.steps - 1
         if self.training.finetune and last > self.adapter.max_rank:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.rates import RULES
-from torch_impl.engine.settings import PruneConfig, Settings
+from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.structures import Structures
 from torch_impl.sparsity import middle_sparsity
 
@@ -20,10 +20,11 @@ from torch_impl.sparsity import middle_sparsity
 def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
     """Check everything that does not need the weights; return the decoder of `model`.
 
-    Errors: ValueError for an unknown structure, projections that are not plain linears, too few blocks for layer_sparsity, a
-    number of inputs that is not a multiple of M, or heads and channels that cannot be removed as asked.
+    Errors: ValueError as `check_base`; for an unknown structure, projections that are not plain linears, too few blocks for
+    layer_sparsity, a number of inputs that is not a multiple of M, or heads and channels that cannot be removed as asked.
     """
     decoder = Decoder(model)
+    check_base(settings.training, distributed.processes())
     blocks, family = decoder.blocks, decoder.family
     if len(blocks) < (least := settings.prune.rule.least_blocks):
         others = [rule.name for rule in RULES.values() if rule.least_blocks <= len(blocks)]
@@ -49,6 +50,15 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
         if settings.prune.pattern.structured:
             _check_structures(block, index, family, settings.prune, rates[index])
     return decoder
+
+
+def check_base(training: TrainingConfig, processes: int) -> None:
+    """Check the form of the base weights. Errors: ValueError if several processes are to share compressed ones."""
+    if processes > 1 and training.compressed:
+        raise ValueError(
+            f"train_base is {training.train_base!r}, which several processes do not support (each holds its rows of the weights); "
+            "use one process or train_base dense"
+        )
 
 
 def _final_rates(decoder: Decoder, config: PruneConfig) -> list[float]:

@@ -137,7 +137,7 @@ a configuration file. --help-all also shows the options that are rarely needed.
 RARE = (
     "channel_multiple", "first_token_weight", "lora_alpha", "lora_r", "initial_rank", "min_rank", "max_rank", "rank_shrink",
     "adapted", "rmi_samples", "calibration_batch_size", "warmup_ratio", "weight_decay", "max_grad_norm", "hold_merged",
-    "compile_blocks", "cuda_graphs", "reconstruct_batch_size", "step_shares", "eval_protocol", "eval_batch_size",
+    "train_base", "compile_blocks", "cuda_graphs", "reconstruct_batch_size", "step_shares", "eval_protocol", "eval_batch_size",
     "accept_changes", "save_every", "keep_points", "deterministic", "devices",
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.resume.run_folder import CHECKPOINTS, check_folder, run_folder
-from torch_impl.engine.settings import Settings
+from torch_impl.engine.settings import DENSE, Settings
 from torch_impl.engine.smaller import make_smaller
 from torch_impl.experiment import identity, one_shot
 from torch_impl.experiment.config import Config
@@ -53,7 +53,7 @@ def at_once(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings.without_reconstruction(),
         prune=dataclasses.replace(settings.prune, steps=1, layer_sparsity=PLAIN, dense_blocks=[0, 0]),
-        training=dataclasses.replace(settings.training, finetune=False),
+        training=dataclasses.replace(settings.training, finetune=False, train_base=DENSE),
     )
 
 

@@ -73,7 +73,7 @@ class Sweeps:
 
     def _blocks(self, description: str) -> Iterator[nn.Module]:
         blocks = bar(sweep(self.decoder), description, len(self._sizes.blocks))
-        with calibration.compiled([self.decoder], self.config.training.compile_blocks):
+        with calibration.compiled([self.decoder], self.config.training.compiling):
             yield from blocks
         self.budget.release_all()
 

@@ -15,17 +15,25 @@ import torch
 from torch import nn
 
 from torch_impl.engine.adapted_linear import adapters, block_adapters
+from torch_impl.engine.compressed_linear import CompressedLinear, restore_compressed
 from torch_impl.engine.families import Family
+from torch_impl.packed import CODED, PARTS
 
 Tensors = dict[str, torch.Tensor]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors:
-    """Return the base weights of a block: only the mask if they are the dense weights under it, otherwise all weights."""
-    tensors = {}
+    """Return the base weights of a block: only the mask if they are the dense weights under it, otherwise all weights.
+
+    Of a compressed base, return its parts.
+    """
+    tensors: Tensors = {}
     before = family.weights_of(dense)
     for name, layer in block_adapters(block, family).items():
+        if isinstance(layer, CompressedLinear):
+            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in layer.parts.items()}
+            continue
         weight = layer.weight.detach()
         if _same_bits(weight, before[name].detach().masked_fill(~layer.mask, 0.0)):
             tensors[f"{name}.mask"] = torch.from_numpy(np.packbits(layer.mask.cpu().numpy()))
@@ -38,6 +46,10 @@ def restore_block(block: nn.Module, dense: nn.Module, family: Family, tensors: M
     """Restore a block's base weights from `block_tensors`."""
     before = family.weights_of(dense)
     for name, layer in block_adapters(block, family).items():
+        parts = {part: tensors[f"{name}.{part}"] for part in (*PARTS, *CODED) if f"{name}.{part}" in tensors}
+        if parts:
+            restore_compressed(block, name, parts)
+            continue
         if f"{name}.weight" in tensors:
             layer.set_base(tensors[f"{name}.weight"])
             continue
@@ -64,7 +76,7 @@ def adapter_tensors(model: nn.Module) -> Tensors:
 def restore_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Restore A and B of every projection from `adapter_tensors`, with their ranks."""
     for number, layer in enumerate(adapters(model)):
-        device = layer.weight.device
+        device = layer.A.device
         layer.A = nn.Parameter(tensors[f"{number}.A"].to(device))
         layer.B = nn.Parameter(tensors[f"{number}.B"].to(device))
 

@@ -19,7 +19,7 @@ from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import trainable
 from torch_impl.engine.record import Clock, StepRecord
-from torch_impl.engine.settings import Settings
+from torch_impl.engine.settings import DENSE, Settings
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
 
@@ -131,7 +131,7 @@ def one_shot(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings,
         prune=dataclasses.replace(settings.prune, steps=1),
-        training=dataclasses.replace(settings.training, finetune=False),
+        training=dataclasses.replace(settings.training, finetune=False, train_base=DENSE),
     )
 
 

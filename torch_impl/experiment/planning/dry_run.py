@@ -91,6 +91,7 @@ def _place(config: Config, device: torch.device, cards: int) -> Place:
         )
     if cards > 1 and config.training.finetune and config.training.hold_merged == "on":
         raise ValueError("hold_merged is 'on', which several processes do not support; use auto or off")
+    structure.check_base(config.training, cards)
     if config.output.plan_for is not None:
         return Place("cuda", cards, find_card(config.output.plan_for).free)
     return Place.here(device, cards) if _seen(device) else Place(device.type, cards)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch_impl.engine.memory import SHARE
 from torch_impl.engine.rates import PLAIN
+from torch_impl.engine.settings import DENSE
 from torch_impl.experiment.config import OFFLOADED, Config, in_memory_options
 from torch_impl.experiment.planning.cards import Card
 from torch_impl.experiment.planning.phases import Place, peak
@@ -92,7 +93,7 @@ def _one_shot(config: Config) -> Iterator[tuple[str, Config]]:
     changed = replace(
         config,
         prune=replace(rule, steps=1),
-        training=replace(config.training, finetune=False),
+        training=replace(config.training, finetune=False, train_base=DENSE),
         calibration=replace(config.calibration, written_per_sample=0),
         model=replace(config.model, offload="on"),
         output=replace(config.output, baselines=None),

@@ -264,7 +264,7 @@ def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
     tokens = micro_batch(config, place.cards) * config.text.train_seqlen
     merged = sizes.prunable * sizes.itemsize
     holds = _holds_merged(config, sizes, place)
-    compiled = compiles(training.compile_blocks, sizes.prunable, torch.device(place.kind))
+    compiled = compiles(training.compiling, sizes.prunable, torch.device(place.kind))
     of_block = tokens * sizes.kept_for_backward(compiled, not holds and not training.gradient_checkpointing)
     # The gradient of a weight is a full matrix until it is contracted, and so is a merged weight that is not held.
     work = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)

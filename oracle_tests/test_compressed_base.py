@@ -1,0 +1,186 @@
+"""Training over a compressed base: packed, the trajectory of the dense base bit for bit; rounded, that of the rounded values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oracle_tests import interruptions
+from oracle_tests.interruptions import Counting, Stop, outcome, settings
+from oracle_tests.small_runs import arguments, fails, make_place
+from reference import adapter as spec
+from reference.base import round_base
+from reference.quantise import dequantise_rows
+from tiny_models.random_models import random_model
+from torch_impl import losa, packed
+from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
+from torch_impl.engine.calibration import CalibrationConfig
+from torch_impl.engine.compressed_linear import CompressedLinear, compress_block
+from torch_impl.engine.families import Family
+from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
+
+TOY = Family("toy", "blocks", (("projection",),))
+
+
+def _block(dtype: torch.dtype, rank: int, out: int = 5, columns: int = 70) -> nn.Module:
+    """A block of one sparse adapted projection, B not 0."""
+    generator = torch.Generator().manual_seed(rank)
+    linear = nn.Linear(columns, out, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(out, columns, generator=generator))
+        linear.weight.mul_(torch.rand(out, columns, generator=generator) < 0.5)
+        linear.weight[0, 0] = -0.0
+    block = nn.Module()
+    block.projection = layer = AdaptedLinear(linear, 0.5)
+    layer.resize(rank, (1,))
+    with torch.no_grad():
+        layer.B.copy_(torch.randn(out, rank, generator=generator))
+    return block
+
+
+def _passes(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    parameters = [p for p in (layer.A, layer.B) if p.numel()]
+    return [y.detach(), *torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_packed_base_gives_the_bits_of_the_dense_one(dtype: torch.dtype, rank: int) -> None:
+    block = _block(dtype, rank)
+    dense = block.projection
+    x = torch.randn(2, 4, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = _passes(dense, x)
+    compress_block(block, TOY, "packed")
+    layer = block.projection
+    assert isinstance(layer, CompressedLinear)
+    assert not any(p.numel() == 5 * 70 for p in (*layer.parameters(), *layer.buffers()))
+    assert torch.equal(layer.weight, dense.weight)
+    assert layer.weight.dtype == dtype
+    for ours, other in zip(_passes(layer, x), expected, strict=True):
+        assert torch.equal(ours, other)
+    with torch.no_grad():
+        assert torch.equal(layer(x), dense(x))
+        assert torch.equal(layer.merged(), dense.merged())
+        layer.hold()
+        assert torch.equal(layer(x), dense(x))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_rounded_base_has_the_gradients_of_the_spec(rank: int) -> None:
+    block = _block(torch.float64, rank)
+    weight = block.projection.weight.detach().numpy().copy()
+    compress_block(block, TOY, "int8")
+    layer = block.projection
+    packed.check_codes(*(layer.parts[name] for name in packed.CODED), 70)
+    base = dequantise_rows(*round_base(weight))
+    np.testing.assert_array_equal(layer.weight.numpy(), base)
+    x = torch.randn(6, 70, generator=torch.Generator().manual_seed(1)).double()
+    A, B = (p.detach().numpy() for p in (layer.A.double(), layer.B.double()))
+    y, dx, *of_adapter = _passes(layer, x)
+    dy = np.arange(30.0).reshape(6, 5)
+    expected = spec.masked_lora_grad(x.numpy(), base, A, B, 0.5, dy)
+    np.testing.assert_allclose(y.numpy(), spec.masked_lora(x.numpy(), base, A, B, 0.5) + layer.bias.detach().numpy())
+    for ours, other in zip([dx, *of_adapter], expected, strict=False):
+        np.testing.assert_allclose(ours.numpy(), other, rtol=1e-6)
+
+
+def test_a_new_base_is_compressed_and_pruning_does_not_round_again() -> None:
+    block = _block(torch.bfloat16, 2)
+    compress_block(block, TOY, "int8")
+    layer = block.projection
+    before, scales = layer.weight.clone(), layer.scales.clone()
+    kept = torch.rand(5, 70, generator=torch.Generator().manual_seed(2)) < 0.5
+    layer.set_base(before * kept)
+    assert torch.equal(layer.weight, before * kept)
+    assert torch.equal(layer.scales, scales)
+    layer.set_base(before * 1.003)
+    assert not torch.equal(layer.scales, scales)
+    assert torch.equal(layer.mask, before != 0)
+
+
+def test_nothing_unpacked_stays_between_the_passes() -> None:
+    """Autograd keeps inputs, A and B, and no tensor of the weight's size."""
+    block = _block(torch.float32, 3)
+    compress_block(block, TOY, "packed")
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block.projection(torch.randn(2, 70, requires_grad=True))
+    assert kept
+    assert max(t.numel() for t in kept) < 5 * 70
+
+
+def _run(train_base: str, **training: Any) -> tuple[list[Any], list[float], list[torch.Tensor], nn.Module]:
+    model = random_model("llama-gqa", dtype=torch.bfloat16)
+    ids = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+    part = [{"input_ids": row, "labels": row} for row in ids]
+    settings = Settings(
+        PruneConfig(steps=2),
+        AdapterConfig(initial_rank=2, max_rank=4),
+        CalibrationConfig(nsamples=4, seqlen=16, rmi_samples=4),
+        TrainingConfig(learning_rate=1e-2, per_device_train_batch_size=2, train_base=train_base, **training),
+    )
+    losses: list[float] = []
+    records = losa.run(model, ids, [part, part], settings, on_loss=lambda _, __, loss, ___: losses.append(loss))
+    return records, losses, [layer.merged() for layer in adapters(model)], model
+
+
+@pytest.mark.parametrize("training", [{}, {"gradient_checkpointing": True, "loss": "kl"}])
+def test_the_trajectory_over_a_packed_base_is_that_over_the_dense_one(training: dict[str, Any]) -> None:
+    records, losses, merged, _ = _run("dense", hold_merged="off", **training)
+    others = _run("packed", **training)
+    assert others[1] == losses
+    for ours, other in zip(others[2], merged, strict=True):
+        assert torch.equal(ours, other)
+    assert [record.errors for record in others[0]] == [record.errors for record in records]
+
+
+def test_the_trajectory_over_a_rounded_base_keeps_the_sparsity() -> None:
+    records, losses, _, _ = _run("dense")
+    rounded = _run("int8")
+    assert all(isinstance(layer, CompressedLinear) for layer in adapters(rounded[3]))
+    assert [record.realised for record in rounded[0]] == [record.realised for record in records]
+    assert rounded[1] != losses
+    assert rounded[1] == pytest.approx(losses, rel=0.02)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+@pytest.mark.parametrize(("train_base", "after"), [("packed", 9), ("int8", 2), ("int8", 6)])
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, train_base: str, after: int) -> None:
+    """Stopped while the first blocks are compressed, in training, and in the second step's pruning."""
+    setup = settings(train_base=train_base)
+    whole = outcome(setup)
+    with pytest.raises(Stop):
+        outcome(setup, Counting(tmp_path, after))
+    assert interruptions.same(outcome(setup, Counting(tmp_path)), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_base": "int4"}, ["train_base", "int4", "dense, packed, int8"]),
+        ({"train_base": "int8", "finetune": "false"}, ["train_base", "finetune"]),
+        ({"train_base": "packed", "hold_merged": "on"}, ["hold_merged", "auto or off"]),
+        ({"train_base": "packed", "compile_blocks": "on"}, ["compile_blocks", "auto or off"]),
+        ({"train_base": "packed", "sparsity_type": "structured", "sparsity_ratio": 0.2}, ["structured", "dense"]),
+    ],
+)
+def test_what_a_compressed_base_does_not_support_is_refused(
+    place: Path, changes: dict[str, Any], words: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    fails(capsys, place, arguments(place, **changes), words)
+
+
+def test_several_cards_are_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
+    changes = {"train_base": "int8", "device": "auto", "devices": 2, "dry_run": "true"}
+    fails(capsys, place, arguments(place, **changes), ["train_base", "several processes"])
