@@ -38,7 +38,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, figures = run(tmp_path, "--geometry", "small", "--dtype", "float32", "--sequences", "8", "--length", "64")
     assert status == 0
-    assert len(figures["rows"]) == 10
+    assert len(figures["rows"]) == 12
     for row in figures["rows"]:
         assert row["ours_ms"] > 0
         if "KL" in row["part"]:
@@ -135,6 +135,29 @@ def test_kl_is_measured_beside_cross_entropy(tmp_path: Path, monkeypatch: pytest
     assert all(row["part"].endswith("KL, 1.50 × cross-entropy") for row in rows)
     # Random predictions over 512 tokens: about log 512 nats, and far less from one model to another.
     assert all(ce > 5 > kl > 0 for kl, ce in zip(losses[::2], losses[1::2], strict=True))
+
+
+def test_a_compressed_base_is_held_to_the_dense_one_with_its_values(tmp_path: Path) -> None:
+    options = [
+        "--parts",
+        "base",
+        "--train_lengths",
+        "16",
+        "--geometry",
+        "small",
+        "--blocks",
+        "1",
+        "--dtype",
+        "bfloat16",
+    ]
+    packed, int8 = run(tmp_path, *options)[1]["rows"]
+    assert (packed["disagreement"], int8["disagreement"]) == (0, 0)
+    assert packed["plain_gib"] == int8["plain_gib"] > packed["ours_gib"] > int8["ours_gib"]
+    assert packed["notes"][0].endswith("0.0e+00")
+    assert 1e-3 < float(int8["notes"][0].split()[-1]) < 0.1
+    # 70 % zeros: bitmap 1, offsets 64 a row, and 0.3 of 16 or 8 bits; a scale of 16 bits for every 128 columns.
+    found = [float(row["notes"][1].split()[0]) for row in (packed, int8)]
+    assert found == pytest.approx([1 + 64 / 256 + 4.8, 1 + 64 / 256 + 2.4 + 0.125], abs=0.4)
 
 
 def test_a_whole_run_is_the_sum_of_its_parts() -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import decode, large, parts, plain
+from torch_impl.bench import base, decode, large, parts, plain
 from torch_impl.bench.measure import Row, ceilings, host_peak
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 
-PARTS = ("rmi", *plain.METHODS, "train", "kl", "merge")
+PARTS = ("rmi", *plain.METHODS, "train", "kl", "merge", "base")
 # Parts that write checkpoints to disk, and their default number of blocks.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
@@ -126,6 +126,11 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     yield from _training(model, work, options, apart["train"])
     if "merge" in options.parts:
         yield parts.merge(model, work)
+    if "base" in options.parts:
+        del model
+        yield from base.steps(
+            geometry.build(options.geometry, options.blocks, device, dtype), work, tuple(options.train_lengths)
+        )
 
 
 def _training(

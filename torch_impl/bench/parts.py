@@ -123,7 +123,7 @@ def prune_sweep(model: PreTrainedModel, work: Work, method: str, compare: bool, 
     return row
 
 
-def _adapted(model: PreTrainedModel) -> None:
+def adapted(model: PreTrainedModel) -> None:
     """Prune by magnitude and give every projection an adapter, B not zero."""
     attach_adapters(Decoder(model), 2.0)
     for number, layer in enumerate(adapters(model)):
@@ -135,7 +135,7 @@ def _adapted(model: PreTrainedModel) -> None:
             layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(number)) * 0.002)
 
 
-def _zero_gradients(model: nn.Module) -> None:
+def zero_gradients(model: nn.Module) -> None:
     """Update in place in a few kernel launches, like a fused optimizer."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if gradients:
@@ -154,7 +154,7 @@ def _with_plain_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def gradients_apart(model: PreTrainedModel, work: Work) -> float:
     """Return the largest relative difference between the sides' adapter gradients, for a small float32 model."""
-    _adapted(model)
+    adapted(model)
     twin = _with_plain_twin(model)
     config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1, cuda_graphs=False)
     twins = [m for m in twin.modules() if isinstance(m, plain.PlainLoRALinear)]
@@ -181,7 +181,7 @@ def training_steps(
     accumulation: micro-batches per optimizer step, for which held weights are merged once. Times are per micro-batch.
     """
     decoder = Decoder(model)
-    _adapted(model)
+    adapted(model)
     device = work.device
     twin = _with_plain_twin(model) if compare else None
     for name, examples, padded in _batches(model, work, lengths):
@@ -197,7 +197,7 @@ def training_steps(
 
             def step(number: int, sides: Any = sides) -> float:
                 side, gradients, batch = sides[number]
-                _zero_gradients(side)
+                zero_gradients(side)
                 return float(gradients.of(batch * accumulation))
 
             with calibration.compiled([decoder], "auto"):
@@ -225,13 +225,13 @@ def divergence_steps(
 ) -> Iterator[Row]:
     """Measure a micro-batch of `training_steps` with KL to a teacher, and its ratio to cross-entropy; changes the model."""
     if not adapters(model):
-        _adapted(model)
+        adapted(model)
     config = TrainingConfig(per_device_train_batch_size=4, gradient_accumulation_steps=accumulation)
     for name, examples, _ in _batches(model, work, lengths):
         both = [Gradients(model, dense, config) for dense in (teacher, None)]
 
         def step(gradients: Gradients, batch: Any = examples) -> float:
-            _zero_gradients(model)
+            zero_gradients(model)
             return float(gradients.of(batch * accumulation))
 
         with calibration.compiled([Decoder(model), Decoder(teacher)], "auto"):
