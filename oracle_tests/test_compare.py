@@ -56,6 +56,7 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
         assert torch.equal(reported, seen[0]), "the same windows for all"
     found = json.loads((place / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert sorted(outcome["status"] for outcome in found.values()) == ["diverged"] * 2 + ["done"] * 4
+    assert {outcome["facts"]["model"] for outcome in found.values()} == {"model"}, "no path of this machine"
     table = [line for line in said.out.splitlines() if line.startswith("| LoSA, as in the paper")]
     assert len(table) == 3, "figures, learning rates, costs"
     assert "| 0.01 |" in table[0]

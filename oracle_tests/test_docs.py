@@ -1,0 +1,120 @@
+"""What the documents say: every link leads somewhere, and figures are those of the results beside them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oracle_tests.small_runs import ROOT
+from torch_impl.experiment.comparison import document, reading
+from torch_impl.experiment.comparison.results import Results
+
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "reference").glob("*.md"),
+    *(ROOT / "examples").glob("*.md"),
+]
+MEASURED = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/results.json"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head).lower() for head in heads)
+    return {re.sub(r"[^\w\- ]", "", head).strip().replace(" ", "-") for head in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_comparison_is_listed() -> None:
+    folder = ROOT / "docs" / "results"
+    listed = re.findall(
+        r"^\| \[([a-z_0-9]+\.toml)\]", (folder / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert sorted(listed) == sorted(path.name for path in folder.glob("*.toml"))
+
+
+@pytest.mark.parametrize("folder", MEASURED, ids=lambda folder: folder.name)
+def test_the_tables_are_those_of_the_results(folder: Path) -> None:
+    """`losa compare docs/results/NAME.toml --tables docs/results/NAME` writes them again. Estimates are no results."""
+    comparison = reading.read(folder.with_suffix(".toml"), {})
+    groups = [comparison.groups(matrix) for matrix in comparison.matrices]
+    *measured, _ = document.sections(comparison, groups, Results(folder), "losa")
+    said = document.markdown(measured)
+    tables = re.findall(r"^\*\*(.+)\*\*$", said, flags=re.MULTILINE)
+    written = (folder / "tables.md").read_text(encoding="utf-8")
+    assert len(tables) >= 3
+    for title in tables:
+        assert f"**{title}**" in written
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    assert not [line for line in rows if line not in written.splitlines()]
+
+
+def perplexities(name: str, **labels: str) -> list[tuple[float, float]]:
+    """Perplexity of WikiText-2's second half, and of both halves, of each seed."""
+    found = json.loads((ROOT / "docs" / "results" / name / "results.json").read_text())
+    runs: list[dict[str, Any]] = [run for run in found.values() if labels.items() <= run["labels"].items()]
+    second = [math.exp(statistics.fmean(run["losses"]["WikiText-2"])) for run in runs]
+    return [(value, math.sqrt(value * run["tuning"])) for value, run in zip(second, runs, strict=True)]
+
+
+def test_results_and_readme_have_the_figures_of_the_runs() -> None:
+    results, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
+    peers = {"sora": "SoRA", "sparse_lora": "sparse LoRA", "lora": "LoRA", "losa": "**LoSA, as in the paper**"}
+    shown = {}
+    for recipe, title in peers.items():
+        [(second, both)] = perplexities("tuning", recipe=recipe, learning_rate="0.002")
+        stars = "**" if "**" in title else ""
+        assert f"| {title} | {stars}{second:.1f}{stars} | 2e-3 |" in results
+        shown[recipe] = f"{both:.1f}"
+    assert f"| {shown['lora']}; {shown['sparse_lora']} |" in readme
+    assert f"(`--preset paper`) | 39.1 | | {shown['losa']} |" in readme
+    cells = []
+    for sparsity in ("0.5", "0.6", "0.7", "2:4"):
+        runs = perplexities("recovery", sparsity=sparsity)
+        second, both = (
+            f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" for values in zip(*runs, strict=True)
+        )
+        assert f"**{both} ({second})**" in results
+        cells.append(f"**{both}**")
+    assert " | ".join(cells[:3]) in readme
+    [(second, both)] = perplexities("recovery", recipe="dense")
+    assert f"Dense: {both:.1f} ({second:.1f})." in " ".join(results.split())
+    assert readme.count(f" {both:.1f} |") >= 3
+
+
+def test_the_best_recipes_accuracy_is_that_of_the_runs() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "smollm2" / "results.json").read_text()).values()
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    names = {None: "dense", "0.5": "50 % (lower rates)", "0.6": "60 %", "2:4": "2:4 (lower rates)"}
+    for run in found:
+        texts = [math.exp(statistics.fmean(run["losses"][text])) for text in ("WikiText-2", "C4")]
+        figures = " | ".join(f"{value:.1f}" for value in (*texts, 100 * run["zero_shot"]["mean"]))
+        assert f"| {names[run['labels'].get('sparsity')]} | {figures} |" in results
+
+
+def test_windows_are_of_one_kind_within_each_result() -> None:
+    for folder in MEASURED:
+        runs = list(json.loads((folder / "results.json").read_text()).values())
+        assert len({json.dumps(run["hashes"], sort_keys=True) for run in runs if run["hashes"]}) == 1, folder
+        for run, other in itertools.pairwise(run for run in runs if run["losses"]):
+            assert {k: len(v) for k, v in run["losses"].items()} == {k: len(v) for k, v in other["losses"].items()}
