@@ -92,6 +92,37 @@ def test_lanes_find_their_numbers(weight: torch.Tensor) -> None:
     assert_exact("bits of the weight", expected, found)
 
 
+def fragments(quads: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors (16, 16) and (16, 8) of one product m16n8k16 (PTX ISA, "Matrix Fragments"), from the numbers that the lanes hold.
+
+    quads (2, 32, 4): of the upper and the lower eight rows, four numbers of a row in each lane; x (32, 4): four of a row of x.
+    """
+    a, b = np.full((16, 16), np.nan), np.full((16, 8), np.nan)
+    for lane, i in itertools.product(range(32), range(8)):
+        # Registers: two numbers of the upper rows, two of the lower ones, then those eight columns further on.
+        half, pair, place = i // 2 % 2, i // 4, lane % 4 * 2 + i % 2
+        a[lane // 4 + 8 * half, place + 8 * pair] = quads[half, lane, 2 * pair + i % 2]
+        if half == 0:
+            b[place + 8 * pair, lane // 4] = x[lane, 2 * pair + i % 2]
+    return a, b
+
+
+@pytest.mark.parametrize("batch", [5, 8, 32])
+def test_fragments_make_the_product(batch: int) -> None:
+    """A panel by tiles of eight rows of x, every lane with its numbers of each: as cuda.cu and cuda_rows.cu multiply."""
+    generator = np.random.default_rng(batch)
+    weight, x = generator.normal(size=(16, 128)) * (generator.random((16, 128)) < 0.4), generator.normal(size=(32, 128))
+    x[batch:] = 0
+    y = np.zeros((16, 32))
+    lanes = np.arange(32)
+    for group, product, tile in itertools.product(range(4), range(2), range(4)):
+        columns = (group * 32 + product * 4 + lanes % 4 * 8)[:, None] + np.arange(4)
+        quads = np.stack([weight[lanes[:, None] // 4 + 8 * half, columns] for half in range(2)])
+        a, b = fragments(quads, x[lanes[:, None] // 4 + 8 * tile, columns])
+        y[:, 8 * tile : 8 * tile + 8] += a @ b
+    np.testing.assert_allclose(y, weight @ x.T, rtol=0, atol=1e-12)
+
+
 @given(weight=sparse_weights())
 def test_unpacked_it_is_the_weight(weight: torch.Tensor) -> None:
     found = cuda.unpack(cuda.pack_rows(weight.to(DEVICE)))

@@ -39,7 +39,7 @@ BATCHES = (1, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 48, 64)
 KEPT = (0.0, 0.2, 0.3, 0.5, 1.0)
 ROWS = (8, 16, 24, 32, 48, 64, 96, 128)
 # Strips, warps for a row and groups of a block, as the sweep tries them.
-DIVISIONS = tuple(itertools.product((1, 2), (4, 8, 11, 16, 20), (1, 2, 4)))
+DIVISIONS = tuple(itertools.product((1, 2), (4, 6, 8, 11, 16, 22, 24), (1, 2, 4)))
 ALWAYS = 2**30
 
 

@@ -32,7 +32,7 @@ SCRATCH, BARRIERS, SLOTS = 512, 16, 2
 PIECE = 16
 MOST_WARPS = 32
 # As in cuda_rows.cu: bytes of the counts of a panel's bits and of the sums of 16 x 8, tiles of eight rows of x, warps per block.
-COUNTS, SUMS, MOST_TILES, MOST_ROW_WARPS = 64, 640, 4, 20
+COUNTS, SUMS, MOST_TILES, MOST_ROW_WARPS = 64, 640, 4, 24
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> tuple[int
             # Some processors would have no block.
             continue
         fitting = min(MOST_ROW_WARPS, card.shared // rows_kernel_bytes(slot, strips))
-        share = -(-panels // max(1, min(8 if blocks > card.processors else 16, fitting)))
+        share = -(-panels // max(1, min(8 if blocks > card.processors else 24, fitting)))
         share = min(share, tiles.LANES - 1 - SLOTS)
         if -(-panels // share) <= fitting:
             return strips, share, 1

@@ -11,7 +11,7 @@ constexpr int STRIDE = 20;                  // of a row of x in a warp's sums, i
 constexpr int SUMS = BATCH * STRIDE * 4;    // bytes of the sums of 16 x 8
 // Threads of a block, so that the compiler uses few registers and several blocks fit on a processor.
 template <int STRIPS, int TILES>
-constexpr int MOST = STRIPS * TILES >= 8 ? 640 : STRIPS * TILES >= 4 ? 768 : 1024;
+constexpr int MOST = STRIPS * TILES >= 4 ? 768 : 1024;
 constexpr int COUNTS = ROWS * COLUMNS / 32; // bytes of a panel's counts of bits
 
 // Bytes of shared memory for a warp: its panels, later its sums in the same place.
