@@ -233,11 +233,12 @@ def test_an_offloaded_run_in_windows() -> None:
     assert peak(some, SIZES, CPU).host == replace(found.device, blocks=6 * 300 * 2)
 
 
-def test_a_method_that_needs_gradients() -> None:
+@pytest.mark.parametrize("method", ["pruner_zero", "taylor"])
+def test_a_method_that_needs_gradients(method: str) -> None:
     """Ten sequences of three tokens, 16 bytes each, and once more before each of two blocks; 520 sums of four bytes. A batch
     of six tokens takes 240 bytes each for its activations (test_memory.py), the block's input, its output's gradient and three
     states of the MLP's width 12; four bytes for each of 280 weights, and eight for each of 96 of one projection."""
-    some = {**SOME, "prune_method": "pruner_zero", "layer_sparsity": "uniform", "calibration_batch_size": 2}
+    some = {**SOME, "prune_method": method, "layer_sparsity": "uniform", "calibration_batch_size": 2}
     work = 6 * (240 + (2 * 8 + 3 * 12) * 2) + 280 * 4 + 96 * 8
     plain = {**some, "offload": "off"}
     states, before, sums = 480, 2 * 480, 520 * 4

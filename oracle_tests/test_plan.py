@@ -48,6 +48,7 @@ RANK = 3 * (2 * 64 + 2 * 48 + 3 * 80)
         ({"reconstruct_epochs": 1, "reconstruct_window": 2}, PROJECTIONS * 4, 3, 3, 7),
         ({"rank_shrink": "fold"}, PROJECTIONS * 4, 3, 3, 7),
         ({"prune_method": "pruner_zero"}, PROJECTIONS // 8, 3, 3, 7),
+        ({"prune_method": "taylor", "sparsity_type": "structured"}, PROJECTIONS // 8, 3, 3, 7),
         ({"keep_points": 1}, PROJECTIONS // 8, 1, 2, 7),
         ({"keep_points": 4}, PROJECTIONS // 8, 2, 5, 7),
         ({"keep_points": 4, "rank_shrink": "fold"}, PROJECTIONS * 4, 5, 5, 7),
@@ -167,9 +168,10 @@ def test_work_of_other_plans(tmp_path: Path, much: None) -> None:
         sweeps=2 * 2 * 3 * PROJECTIONS * 3 * 4 * 2, reconstruction=0, training=0
     )
     # Gradients of the calibration sequences: forward, forward again and backward, which counts as two.
-    assert plan(place, layer_sparsity="uniform", finetune="false", prune_method="pruner_zero").work == Work(
-        sweeps=2 * 2 * 3 * PROJECTIONS * 7 * 4 * 2, reconstruction=0, training=0
-    )
+    for options in ({"prune_method": "pruner_zero"}, {"prune_method": "taylor", "sparsity_type": "structured"}):
+        assert plan(place, layer_sparsity="uniform", finetune="false", **options).work == Work(
+            sweeps=2 * 2 * 3 * PROJECTIONS * 7 * 4 * 2, reconstruction=0, training=0
+        )
 
 
 def test_a_plan_of_an_offloaded_run(tmp_path: Path, much: None) -> None:

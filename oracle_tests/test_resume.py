@@ -87,6 +87,7 @@ def test_every_generator_goes_on_where_it_was() -> None:
         ("wanda", "unstructured", 2, 1),
         ("pruner_zero", "2:4", 3, 0),
         ("wanda", "structured", 3, 1),
+        ("taylor", "structured", 3, 1),
     ],
 )
 def test_a_run_goes_on_from_any_point_to_the_same_bits(
@@ -98,7 +99,7 @@ def test_a_run_goes_on_from_any_point_to_the_same_bits(
     counted = Counting(tmp_path / "all")
     assert same(outcome(setup, counted), plain), "writing checkpoints changes nothing"
     # Gradients are those of the whole model before a step, so its blocks are saved together.
-    blocks = 1 if method == "pruner_zero" else len(plain[0][0]["sparsity"])
+    blocks = 1 if method in ("pruner_zero", "taylor") else len(plain[0][0]["sparsity"])
     # Every block, every optimizer step and the end of both steps.
     assert counted.count == 2 * blocks + sum(len(record["losses"]) for record in plain[0]) + 2
     for stop in range(1, counted.count, every):

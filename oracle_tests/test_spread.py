@@ -62,6 +62,17 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"layer_sparsity": "owl", "loss": "ce"}),
     (2, {"layer_sparsity": "lamp", "prune_method": "magnitude"}),
     (2, {"layer_sparsity": "uniform", "sparsity_type": "structured"}),
+    (
+        2,
+        {
+            "prune_method": "taylor",
+            "sparsity_type": "structured",
+            "sparsity_ratio": 0.4,
+            "layer_sparsity": "uniform",
+            "channel_multiple": 1,
+            "dense_blocks": [1, 0],
+        },
+    ),
 ]
 
 
