@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel, StaticCache
 
+from oracle_tests import fused_cases
+from oracle_tests.programs import gpu_fused
 from oracle_tests.tiny_material import Heard, prompt
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import random_model
@@ -239,3 +241,30 @@ def test_everything_else_takes_the_model_s_own_way(monkeypatch: pytest.MonkeyPat
             model(input_ids=token, past_key_values=cache)
     model(input_ids=token, past_key_values=cache)
     assert model.model._compiled_call_impl is None
+
+
+def test_the_program_for_a_gpu_runs_and_notices_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    run = partial(gpu_fused.main, ["--small", "--device", "cpu"])
+    assert run() == 0
+    said = capsys.readouterr().out
+    assert "kernels: 42 cases, 0 wrong" in said
+    assert said.endswith("passed\n")
+
+    def wrong(*_: Any) -> None:
+        raise AssertionError("off by\n  much")
+
+    monkeypatch.setattr(gpu_fused, "tokens_are_the_same", lambda device: True)
+    monkeypatch.setattr(gpu_fused, "whole", lambda *given: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_cases, "attend", wrong)
+        assert run() == 1
+        assert "    attend float16 ((3, 1), 16, 48), 100% of 33: off by much\n" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_fused, "kernels_are_right", lambda small: True)
+    monkeypatch.setattr(fused_operations, "gated", lambda gate, up: up)
+    assert run() == 1
+    said = capsys.readouterr().out
+    assert said.count("NOT the same") == said.count("WRONG") == 2

@@ -112,14 +112,20 @@ class Beside(nn.Module):
 
 
 class Decoding:
-    """Decodes greedily, token by token, with a static cache of `longest` tokens. graph, fuse: of `NextToken`."""
+    """Decodes greedily, token by token, with a static cache of `longest` tokens. graph, fuse, kernels: of `NextToken`."""
 
     def __init__(
-        self, model: PreTrainedModel, batch: int, graph: bool, fuse: bool = False, longest: int = LONGEST
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        graph: bool,
+        fuse: bool = False,
+        longest: int = LONGEST,
+        kernels: bool | None = False,
     ) -> None:
         self.device = model.device
         self.cache = StaticCache(config=model.config, max_cache_len=longest)
-        self.following = NextToken(model, self.cache, batch, graph=graph, fuse=fuse)
+        self.following = NextToken(model, self.cache, batch, graph=graph, fuse=fuse, kernels=kernels)
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=self.device)
 
     def step(self) -> torch.Tensor:
@@ -170,9 +176,10 @@ class _Side:
     logits: torch.Tensor
 
 
-def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int) -> _Side:
+def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int, kernels: bool | None = None) -> _Side:
     device, runs = torch.device(options.device), max(2, options.repeats // 3)
-    eagerly, fast = Decoding(model, batch, graph=False), Decoding(model, batch, True, fuse=device.type == "cuda")
+    eagerly = Decoding(model, batch, graph=False)
+    fast = Decoding(model, batch, True, fuse=device.type == "cuda", kernels=kernels)
     eager = eagerly.tokens_per_second(max(2, options.tokens // 8), runs)
     logits = eagerly.given_logits()
     if not fast.following.captures:
@@ -220,7 +227,8 @@ def measure(options: argparse.Namespace) -> list[Speed]:
         dense_gib = resident(model)
         dense = {batch: _side(model, options, batch) for batch in options.batches}
         _join_dense(decoder)
-        joined = {batch: _side(model, options, batch) for batch in options.batches}
+        # Only compiled code computes these products once for all layers that read them.
+        joined = {batch: _side(model, options, batch, kernels=False) for batch in options.batches}
         for (block, name), linear in zip(places(model), linears, strict=True):
             block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
         group_projections(model)

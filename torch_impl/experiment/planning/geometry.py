@@ -32,6 +32,14 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "num_hidden_layers": 16,
     },
+    "llama-3.2-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "num_hidden_layers": 28,
+    },
     "llama-2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
