@@ -15,6 +15,7 @@ from oracle_tests.programs import gpu_fused
 from oracle_tests.tiny_material import Heard, prompt
 from oracle_tests.tolerances import PACKED_LOGITS
 from tiny_models.random_models import random_model
+from torch_impl.bench import whole
 from torch_impl.decode import fused_kernels, fused_operations, fused_step, next_token
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
@@ -119,6 +120,15 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
     assert len(steps) == 12 - 1 + 1
     assert torch.equal(model.generate(prompt(), **options), theirs)
     assert len(steps) == 12
+
+
+def test_any_module_may_be_a_projection() -> None:
+    """Such as an adapter beside a packed weight."""
+    model = model_of("llama-gqa")
+    pack(model)
+    for block, name in whole.places(model):
+        block.set_submodule(name, whole.Beside(block.get_submodule(name), 2, torch.empty(0)))
+    assert_same(model)
 
 
 def test_projections_of_one_input_are_one_product(as_on_a_gpu: list[str]) -> None:

@@ -43,7 +43,7 @@ class FusedStep:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
         decoder = Decoder(model)
-        reason = _obstacle(decoder) or _obstacle_in_cache(cache)
+        reason = _obstacle_in_cache(cache) or _obstacle(decoder, cache)
         if reason:
             raise ValueError(reason)
         self._body, self._cache = decoder.body, cache
@@ -78,7 +78,7 @@ class _Layer:
         ]
         self.qkv, self.o = (own.q_proj, own.k_proj, own.v_proj), own.o_proj
         self.gate_up, self.down = (mlp.gate_proj, mlp.up_proj), mlp.down_proj
-        heads = own.q_proj.out_features // own.head_dim
+        heads = own.o_proj.in_features // cache.keys.shape[-1]
         self.attention = Attention(heads, cos, sin, cache.keys, cache.values, cache.cumulative_length, own.scaling)
 
 
@@ -112,7 +112,7 @@ class _Step:
         return operations.add_norm(x, total, *self._norm)[0][:, None]
 
 
-def _obstacle(decoder: Decoder) -> str | None:
+def _obstacle(decoder: Decoder, cache: Any) -> str | None:
     """Return why a model's structure is not the one that is fused, or None."""
     body: Any = decoder.body
     devices = {tensor.device for tensor in (*body.parameters(), *body.buffers())}
@@ -124,11 +124,11 @@ def _obstacle(decoder: Decoder) -> str | None:
     rotary = str(getattr(body.rotary_emb, "rope_type", ""))
     if "dynamic" in rotary or rotary == "longrope":
         return f"rotary embedding {rotary} depends on the length of the text"
-    found = (_obstacle_in_block(block) for block in decoder.blocks)
+    found = map(_obstacle_in_block, decoder.blocks, cache.layers)
     return next((reason for reason in found if reason), None) or _obstacle_in_norm("the last norm", body.norm)
 
 
-def _obstacle_in_block(block: Any) -> str | None:
+def _obstacle_in_block(block: Any, cache: Any) -> str | None:
     reason = _differs("a block", block, BLOCK)
     reason = reason or _differs("attention", block.self_attn, ATTENTION) or _differs("the MLP", block.mlp, MLP)
     reason = reason or _obstacle_in_norm("a block's norm", block.input_layernorm)
@@ -138,11 +138,9 @@ def _obstacle_in_block(block: Any) -> str | None:
     some = torch.linspace(-3, 3, 7)
     if not torch.allclose(block.mlp.act_fn(some), functional.silu(some)):
         return "the MLP's activation is not SiLU"
-    own = block.self_attn
-    heads, groups = own.q_proj.out_features // own.head_dim, own.k_proj.out_features // own.head_dim
-    if heads > MOST_SHARED * groups:
-        return f"{heads // groups} heads share keys; the kernel supports {MOST_SHARED}"
-    return None
+    _, groups, _, channels = cache.keys.shape
+    shared = block.self_attn.o_proj.in_features // channels // groups
+    return f"{shared} heads share keys; the kernel supports {MOST_SHARED}" if shared > MOST_SHARED else None
 
 
 def _obstacle_in_norm(where: str, norm: Any) -> str | None:
