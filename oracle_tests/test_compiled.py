@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch_impl import adapter
 from torch_impl.engine import adapted_linear, calibration, training
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
+from torch_impl.engine.graphs import Repeater
 from torch_impl.engine.masked_linear import masked_linear
+from torch_impl.engine.reconstruction import ReconstructionConfig, reconstruct_blocks
 from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.planning.sizes import Sizes
 
@@ -65,12 +68,33 @@ def gradients(model: nn.Module, sequences: int, length: int, held: str, compiled
     return [torch.tensor(loss)] + [p.grad for layer in adapted_linear.adapters(model) for p in (layer.A, layer.B)]  # type: ignore
 
 
+def reconstructed(model: nn.Module, compiled: str) -> list[torch.Tensor]:
+    """The weights of every block after its own reconstruction, in parts of batches."""
+    decoder = Decoder(model)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(VOCABULARY, (5, 8), generator=generator)
+    config = ReconstructionConfig(reconstruct_epochs=2, reconstruct_batch_size=2)
+    with torch.no_grad(), calibration.compiled([decoder], compiled):
+        stream = calibration.start_stream(decoder, ids, 2)
+        arguments = calibration.block_arguments(decoder, ids[:1])
+        for index, block in enumerate(decoder.blocks):
+            target = stream.clone()
+            target.hidden.add_(0.1 * torch.randn(target.hidden.shape, generator=generator))
+            called = block._compiled_call_impl
+            reconstruct_blocks(
+                [block], index, decoder.family, stream, target, arguments[index : index + 1], config, Repeater(False)
+            )
+            assert block._compiled_call_impl is called
+    return [layer.weight.detach() for layer in adapted_linear.adapters(model)]
+
+
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
     """Count graphs. Uses the real partitioner but generates no code, which would take long."""
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     compile_ = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend=counter))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield counter
@@ -94,6 +118,17 @@ def test_gradients_are_the_same_and_graphs_few(held: str, counter: CompileCounte
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
         assert counter.frame_count <= most, (sequences, length, ranks)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_reconstruction_is_compiled_once_for_all_blocks(counter: CompileCounterWithBackend) -> None:
+    """Without adapters; a batch and a shorter last one have the same code, or one more for any number of sequences."""
+    before = [layer.weight.detach() for layer in adapted_linear.adapters(adapted_llama([2, 5, 3]))]
+    expected, found = (reconstructed(adapted_llama([2, 5, 3]), compiled) for compiled in ("off", "on"))
+    for ours, theirs, old in zip(found, expected, before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(ours, old)
+    assert 1 <= counter.frame_count <= 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -200,12 +200,12 @@ class _Weights:
         first = next(iter(self._before.values()))
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         with torch.no_grad():
-            self._wide = [
+            self._wide: list[torch.Tensor] = [
                 nn.Parameter(weight.detach().to(self.dtype, copy=True).masked_fill_(~mask, 0.0))
                 for weight, mask in zip(self._before.values(), self._masks, strict=True)
             ]
         # The weights the block multiplies with: the same tensors, or rounded copies.
-        self._used = [
+        self._used: list[torch.Tensor] = [
             wide if first.dtype == self.dtype else nn.Parameter(wide.detach().to(first.dtype)) for wide in self._wide
         ]
         for module, used in zip(self._modules.values(), self._used, strict=True):
@@ -217,14 +217,14 @@ class _Weights:
     def add_gradients(self, output: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
         """Add ∂/∂Z of Σ scale/2 · (S − D)² over the tokens of a part of a batch."""
         with torch.no_grad():
-            change = (output.to(self.dtype) - wanted).mul_(scale)
+            change = output.to(self.dtype).sub_(wanted).mul_(scale)
             # Scale to at most 1 for the backward pass: float16 would lose small numbers.
-            size = change.abs().max().clamp_min(torch.finfo(self.dtype).tiny)
-            change = change.div_(size).to(output.dtype)
+            size = torch.linalg.vector_norm(change, math.inf).clamp_min_(torch.finfo(self.dtype).tiny)
+            change = torch.div(change, size, out=torch.empty_like(output))
         found = torch.autograd.grad(output, self._used, change)
         for wide, gradient, mask in zip(self._wide, found, self._masks, strict=True):
             assert wide.grad is not None
-            wide.grad.add_(gradient.to(self.dtype).mul_(size).mul_(mask))
+            wide.grad.addcmul_(gradient.to(self.dtype).mul_(size), mask)
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Return the tensors that `add_gradients` uses."""
@@ -242,9 +242,8 @@ class _Weights:
             group["lr"] = learning_rate
         self._adam.step()
         self._adam.zero_grad(set_to_none=False)
-        for wide, used in zip(self._wide, self._used, strict=True):
-            if used is not wide:
-                used.copy_(wide)
+        if self._used[0] is not self._wide[0]:
+            torch._foreach_copy_(self._used, self._wide)
 
     @torch.no_grad()
     def keep(self) -> None:

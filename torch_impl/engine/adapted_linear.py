@@ -161,10 +161,13 @@ def hold_merged_weights(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def plain_linears(block: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, nn.Linear]]:
+def plain_linears(
+    block: nn.Module, layers: Mapping[str, AdaptedLinear], compiled: bool = False
+) -> Iterator[dict[str, nn.Linear]]:
     """Within this context, give the block plain linears with copies of the merged weights instead of its adapted `layers`.
 
-    It is called uncompiled and without the hooks of FSDP; a sharded block must be gathered.
+    It is called without the hooks of FSDP; a sharded block must be gathered. compiled: compile a block that was compiled
+    with its adapters again, without them; all blocks of one kind share the code. Otherwise it is called uncompiled.
     """
     linears = {}
     for name, layer in layers.items():
@@ -176,7 +179,8 @@ def plain_linears(block: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Iter
     try:
         for name, linear in linears.items():
             block.set_submodule(name, linear)
-        block._compiled_call_impl = block.forward
+        again = compiled and compiled_call is not None
+        block._compiled_call_impl = torch.compile(block.forward) if again else block.forward
         yield linears
     finally:
         block._compiled_call_impl = compiled_call

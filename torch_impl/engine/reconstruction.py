@@ -118,7 +118,8 @@ def reconstruct_blocks(
     masks = [{name: layer.mask for name, layer in of_block.items()} for of_block in layers]
     with ExitStack() as stack:
         linears = [
-            stack.enter_context(plain_linears(block, found)) for block, found in zip(blocks, layers, strict=True)
+            stack.enter_context(plain_linears(block, found, compiled=True))
+            for block, found in zip(blocks, layers, strict=True)
         ]
         merged = [{name: weight.clone() for name, weight in _weights(found).items()} for found in linears]
 
