@@ -66,6 +66,11 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
   launches += 1000000;
   return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
 }
+extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels,
+                                        int slot, int half, int bits, void* stream) {
+  launches += 100000000;
+  return losa_expand_coded(data, starts, dense, rows, columns, panels, slot, half, bits, stream);
+}
 TORCH_LIBRARY_FRAGMENT(NAME, library) { library.def("launches() -> int", [] { return launches; }); }
 """
 STREAM = """
@@ -165,9 +170,10 @@ def test_more_rows_at_once(operators: Any) -> None:
             assert near(y, functional.linear(there, weight.dense, weight.bias))
             assert operators.launches() - before == expected
             before = operators.launches()
-    weight = Weight(torch.bfloat16, eights=1)
-    assert torch.equal(operators.expand(*weight.layout), weight.dense)
-    assert operators.launches() - before == 100000000
+    for bits, count in ((0, 100000000), (4, 101000000)):
+        weight, before = Weight(torch.bfloat16, eights=1, bits=bits), operators.launches()
+        assert torch.equal(operators.expand(*weight.layout), weight.dense)
+        assert operators.launches() - before == count
 
 
 def test_no_gradient_passes(operators: Any) -> None:

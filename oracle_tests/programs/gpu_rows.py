@@ -1,4 +1,4 @@
-"""Check and time products with 9 to 64 rows of input, and unpacking by eight numbers, on a GPU (decode/cuda_rows.cu, cuda.cu).
+"""Check and time products with 9 to 64 rows of input, and unpacking by eight numbers, on a GPU (decode/cuda*.cu).
 
     python -m oracle_tests.programs.gpu_rows [--device cuda] [--check] [--sweep]
 
@@ -7,8 +7,8 @@ not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 1
 layout, a CUDA graph, every number of strips, panels and groups that a warp or block can have.
 Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: eight rows at a time as today, 16 and 32 at a time,
 unpacked as today and by eights before cuBLAS, dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has
-to be. `--sweep` also times how each projection can be divided, the plan of `choose_rows_plan` marked. Exits with 1 if a number is
-wrong. Without a GPU, torch computes the products: a quick test of the program.
+to be. `--sweep` also times how each projection can be divided, for one and eight rows too, beside the plan of `choose_rows_plan`
+and the kernel of today. Exits with 1 if a number is wrong. Without a GPU, torch computes the products: a test of the program.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from oracle_tests import tolerances
 from oracle_tests.poison import poisoned
 from oracle_tests.programs.gpu_eager import library
 from oracle_tests.programs.gpu_kernels import Case, Maker, Worst, wide
+from torch_impl import quantise
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
-from torch_impl.decode import cuda
+from torch_impl.decode import cuda, cuda_coded
 
 SHAPES = ((1, 8), (8, 64), (17, 1000), (33, 4096), (129, 136), (1100, 304), (63, 1001), (16, 128), (48, 11008))
 BATCHES = (1, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 48, 64)
@@ -119,6 +120,16 @@ def check_products(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, 
             yield f"{where}, batch {batch} by {at_once}, shift {shift}", found, expected, allowed
 
 
+def check_codes(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> Iterator[Case]:
+    """Unpacking of codes and scales."""
+    for (rows, columns), density, bits in itertools.product(shapes, KEPT, (8, 4)):
+        codes, scales = quantise.quantise_rows(make.sparse(rows, columns, density, torch.float32), bits)
+        layout = cuda_coded.pack_codes(codes, scales, bits, dtype)
+        [W] = wide(quantise.dequantise_rows(codes, scales).float().to(dtype))
+        found = unpack(layout, plan(layout, 8, True))
+        yield f"{rows} x {columns}, {density:.0%} kept, {bits} bits", found, W, np.zeros(W.shape)
+
+
 def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
     """All ways to divide a product; without a GPU there is one."""
     for rows, columns in ((176, 4096), (33, 1000)):
@@ -161,6 +172,7 @@ def check_all(device: torch.device, small: bool) -> bool:
     print(f"{'check':<11}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound")
     checks: dict[str, Callable[[Maker, torch.dtype], Iterator[Case]]] = {
         "products": lambda make, dtype: check_products(make, dtype, shapes),
+        "codes": lambda make, dtype: check_codes(make, dtype, shapes),
         "divisions": check_divisions,
         "joined": check_joined,
     }
@@ -216,6 +228,26 @@ def time_block(name: str, sparsity: str, dtype: torch.dtype, device: torch.devic
     print(f"    the packed weight is faster than unpacking up to {last} rows (of those timed)")
 
 
+def time_unpacking(name: str, sparsity: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Print the µs of unpacking a block's projections: of values, and of codes of 8 and 4 bits."""
+    found: dict[str, list[float]] = {}
+    for parts, width, _ in decode.projections(name, joined=True).values():
+        weight = decode.sparse(torch.randn(sum(parts), width, device=device, dtype=dtype) / width**0.5, sparsity)
+        layouts: dict[str, cuda.Layout] = {"values": cuda.pack_rows(weight)}
+        for bits in (8, 4):
+            codes, scales = quantise.quantise_rows(weight, bits)
+            layouts[f"int{bits}"] = cuda_coded.pack_codes(codes, scales, bits, dtype)
+        for kind, layout in layouts.items():
+            # What is unpacked is larger than any cache.
+            times = [
+                _microseconds([partial(unpack, layout, plan(layout, 8, eights))] * 2, device)
+                for eights in (False, True)
+            ]
+            found[kind] = [sum(pair) for pair in zip(found.get(kind, [0.0, 0.0]), times, strict=True)]
+    cells = "; ".join(f"{kind} {today:.0f} today, {eights:.0f} by eights" for kind, (today, eights) in found.items())
+    print(f"{name}, {sparsity} %, µs to unpack a block: {cells}", flush=True)
+
+
 def _copies(nbytes: int, device: torch.device) -> int:
     return decode._copies(nbytes, device) if device.type == "cuda" else 1
 
@@ -225,24 +257,30 @@ def _microseconds(actions: Sequence[Callable[[], Any]], device: torch.device) ->
 
 
 def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> None:
-    """Print the fastest ways to divide each projection, and that of `choose_rows_plan`."""
+    """Print the fastest ways to divide each projection, that of `choose_rows_plan`, and the sum of each over a block."""
     print(f"{name}, {sparsity} %: µs of a projection by (strips of a warp, its panels, groups of a block)")
+    sums = {count: np.zeros(3) for count in rows}
     for projection, (parts, width, _) in decode.projections(name, joined=True).items():
         weight = torch.randn(sum(parts), width, device=device, dtype=dtype) / width**0.5
         layout = cuda.pack_rows(decode.sparse(weight, sparsity))
         copies = [cuda.stack([layout]) or layout for _ in range(_copies(layout.nbytes, device))]
+        planned = tuple(layout.plan[10:13])
         for count in rows:
             x, y = torch.randn(count, width, device=device, dtype=dtype), weight.new_empty(count, sum(parts))
             found = {
-                way: _microseconds([partial(divided, own, x, y, *way) for own in copies], device)
-                for way in divisions(layout)
+                way: graphed([partial(divided, own, x, y, *way) for own in copies], device, 3)
+                for way in {*divisions(layout), planned}
             }
             today = _microseconds([partial(product, own, x, plan(own, 8, False)) for own in copies], device)
-            own = tuple(layout.plan[10:13])
             best = sorted(found, key=lambda way: found[way])[:4]
             cells = "  ".join(f"{way} {found[way]:.1f}" for way in best)
-            planned = f"plan {own} {found.get(own, float('nan')):.1f}"
-            print(f"    {projection:<8}{count:>3} rows: {cells}   {planned}   8 at once {today:.1f}", flush=True)
+            print(
+                f"    {projection:<8}{count:>3} rows: {cells}   plan {planned} {found[planned]:.1f}   today {today:.1f}",
+                flush=True,
+            )
+            sums[count] += (found[best[0]], found[planned], today)
+    for count, (first, own, today) in sums.items():
+        print(f"    a block, {count} rows: best {first:.1f}, plan {own:.1f}, today {today:.1f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -269,9 +307,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ["small"] if options.small else ["llama-2-7b", "llama-3.2-1b"], options.sparsities
         ):
             time_block(name, sparsity, dtype, device, ROWS[:2] if options.small else ROWS)
+        time_unpacking("small" if options.small else "llama-2-7b", options.sparsities[0], dtype, device)
         if options.sweep and device.type == "cuda":
-            for name in ("llama-2-7b", "llama-3.2-1b"):
-                sweep(name, options.sparsities[0], dtype, device, (8, 16, 32))
+            sweep("llama-2-7b", options.sparsities[0], dtype, device, (1, 8, 16, 32))
+            sweep("llama-3.2-1b", options.sparsities[0], dtype, device, (16, 32))
     print(f"{'all right' if right else 'WRONG'}, {time.perf_counter() - start:.0f} s")
     return int(not right)
 

@@ -91,19 +91,6 @@ __global__ void expand(Layout w, uint16_t* dense) {
     }
 }
 
-// Write eight neighbouring numbers of a row.
-__device__ __forceinline__ void write_eight(const Layout& w, uint16_t* dense, int row, int column, const uint32_t (&pairs)[4]) {
-    if (row >= w.rows || column >= w.columns) return;
-    uint16_t* to = dense + static_cast<size_t>(row) * w.columns + column;
-    if (w.columns % 8 == 0) {
-        *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-        if (column + j < w.columns) to[j] = static_cast<uint16_t>(pairs[j / 2] >> j % 2 * 16);
-}
-
 // As `expand`, `share` panels per warp, which loads panels ahead.
 __global__ void expand_eights(Layout w, uint16_t* dense, int share_of_warp) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;

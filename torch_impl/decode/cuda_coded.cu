@@ -195,6 +195,61 @@ __global__ void expand(Layout w, T* dense) {
     }
 }
 
+// Two numbers: the codes i and i + 1 of a quad times the row's scale, rounded once.
+template <typename T, int BITS>
+__device__ __forceinline__ uint32_t widen_pair(uint32_t codes, int i, float scale) {
+    T both[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        const uint32_t code = codes >> (i + j) * 8 & 255;
+        narrow((code & 128 ? -scale : scale) * static_cast<float>((code & 127) >> (8 - BITS)), both[j]);
+    }
+    uint32_t pair;
+    memcpy(&pair, both, 4);
+    return pair;
+}
+
+// As `expand`, `share` panels per warp, which loads panels ahead and writes eight neighbouring numbers at once.
+template <typename T, int BITS>
+__global__ void expand_eights(Layout w, T* dense, int share_of_warp) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int first = (blockIdx.x * (blockDim.x / LANES) + warp) * share_of_warp, count = min(share_of_warp, strips(w) * w.panels - first);
+    const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
+    __syncthreads();
+    if (count <= 0) return;
+    // SCRATCH: a lane reads up to three words beyond its panel.
+    Feed<> feed(w, table + TABLE + warp * (SLOTS * w.slot + BARRIERS + SCRATCH), lane, first, count);
+    for (int panel = first; panel < first + count; ++panel) {
+        feed.wait();
+        Reader<BITS> reader(feed.at, table, lane);
+        const uint4 bits = load_four(feed.at + 16 * lane);
+        const uint32_t map[4] = {bits.x, bits.y, bits.z, bits.w};
+        const uint32_t scales[2] = {load(feed.at + MAP + lane / 4 * 4), load(feed.at + MAP + SCALES / 2 + lane / 4 * 4)};   // as in `decode`
+        const int row = panel / w.panels * ROWS + lane / 4, column = panel % w.panels * COLUMNS + lane % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i % 2 == 0) reader.take(map[i / 2]);
+            uint32_t eights[2][4];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                uint32_t quads[2];
+                reader.read(i % 2 * 2 + h, quads[0], quads[1]);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(scales[j] >> i / 4 * 16)));
+                    eights[j][2 * h] = widen_pair<T, BITS>(quads[j], 0, scale);
+                    eights[j][2 * h + 1] = widen_pair<T, BITS>(quads[j], 2, scale);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) write_eight(w, reinterpret_cast<uint16_t*>(dense), row + 8 * j, column + i * 32, eights[j]);
+        }
+        __syncwarp();
+        feed.turn(lane);
+    }
+}
+
 template <typename T, int BITS>
 int multiply_with(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
     const int warps = (w.panels + share - 1) / share;
@@ -208,6 +263,14 @@ int expand_to(const Layout& w, void* dense, cudaStream_t stream) {
     const int all = strips(w) * w.panels;
     expand<T, BITS><<<(all + WARPS - 1) / WARPS, WARPS * LANES, TABLE + WARPS * (w.slot + SCRATCH), stream>>>(w, static_cast<T*>(dense));
     return cudaGetLastError();
+}
+
+template <typename T, int BITS>
+int expand_eights_to(const Layout& w, void* dense, cudaStream_t stream) {
+    constexpr int WARPS = 4, SHARE = 2;
+    const int blocks = (strips(w) * w.panels + WARPS * SHARE - 1) / (WARPS * SHARE);
+    return launch_blocks(expand_eights<T, BITS>, w, blocks, WARPS, TABLE + WARPS * (SLOTS * w.slot + BARRIERS + SCRATCH), false, stream,
+                         static_cast<T*>(dense), SHARE);
 }
 
 }  // namespace
@@ -226,5 +289,14 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const auto call = half ? (bits == 8 ? expand_to<__half, 8> : expand_to<__half, 4>)
                            : (bits == 8 ? expand_to<__nv_bfloat16, 8> : expand_to<__nv_bfloat16, 4>);
+    return call(w, dense, static_cast<cudaStream_t>(stream));
+}
+
+// As losa_expand_coded; it has not run on a GPU yet.
+extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
+                                        int half, int bits, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    const auto call = half ? (bits == 8 ? expand_eights_to<__half, 8> : expand_eights_to<__half, 4>)
+                           : (bits == 8 ? expand_eights_to<__nv_bfloat16, 8> : expand_eights_to<__nv_bfloat16, 4>);
     return call(w, dense, static_cast<cudaStream_t>(stream));
 }

@@ -26,6 +26,8 @@ extern "C" int losa_matvec_coded(const void* data, const void* starts, const voi
                                  int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream);
 extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
                                  int bits, void* stream);
+extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
+                                        int half, int bits, void* stream);
 
 namespace {
 
@@ -58,8 +60,10 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
-  check_launch(plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
-                         : (plan.eights ? losa_expand_eights : losa_expand)(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
+  const auto coded = plan.eights ? losa_expand_coded_eights : losa_expand_coded;
+  const auto values = plan.eights ? losa_expand_eights : losa_expand;
+  check_launch(plan.bits ? coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
+                         : values(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
                "losa_expand");
   return dense;
 }

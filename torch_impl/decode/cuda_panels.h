@@ -162,6 +162,19 @@ __device__ __forceinline__ uint4 read_end(const T* from, int left) {
     return uint4{words[0], words[1], words[2], words[3]};
 }
 
+// Write eight neighbouring numbers of a row.
+__device__ __forceinline__ void write_eight(const Layout& w, uint16_t* dense, int row, int column, const uint32_t (&pairs)[4]) {
+    if (row >= w.rows || column >= w.columns) return;
+    uint16_t* to = dense + static_cast<size_t>(row) * w.columns + column;
+    if (w.columns % 8 == 0) {
+        *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+        if (column + j < w.columns) to[j] = static_cast<uint16_t>(pairs[j / 2] >> j % 2 * 16);
+}
+
 // Conversion functions, because torch builds without the conversion operators.
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
