@@ -142,6 +142,11 @@ def test_what_a_smaller_model_takes() -> None:
         "the cache; 75 tokens/s in decoding (dense: 50), 1,200 tokens/s in reading a prompt (dense: 900).\n"
     ) in f"{text}\n"
     assert "losa pack" not in text
+    known = Footprints(replace(dense, peak_bytes=9_000_000), replace(saved, peak_bytes=7_500_000), "")
+    assert (
+        "(dense: 900), 7.50 MB of memory in both (dense: 9.00 MB).\n"
+        in f"{report.table(replace(RESULT, footprints=known))}\n"
+    )
     text = report.table(
         replace(RESULT, footprints=Footprints(dense, replace(saved, tokens_per_second=None), "the heads stay"))
     )

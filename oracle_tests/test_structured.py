@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,16 @@ from oracle_tests.coupled_lines import scores_by_autograd
 from oracle_tests.small_runs import arguments, fails, make_place
 from tiny_models.random_models import FAMILIES, random_model
 from torch_impl import losa
+from torch_impl.bench import measure
 from torch_impl.engine import adapted_linear
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import PruneConfig, Settings, TrainingConfig
 from torch_impl.engine.smaller import find_structures, make_smaller
 from torch_impl.engine.structure import check_structure
 from torch_impl.engine.structures import remove_structures
-from torch_impl.experiment.comparison import recipes
+from torch_impl.experiment import footprint
+from torch_impl.experiment.baselines.decoding import DecodingCost
+from torch_impl.experiment.comparison import cells, recipes
 from torch_impl.experiment.config import parse
 from torch_impl.masks.prune import METHODS
 from torch_impl.run import main
@@ -228,6 +232,7 @@ def test_a_run_saves_a_smaller_model_that_transformers_generates_with(
     assert (dense["operations"], saved["operations"]) == (2 * (3 * 7680 + 257 * 32), 2 * (3 * 3840 + 257 * 32))
     assert (dense["bytes"], saved["bytes"]) == (4 * dense["parameters"], 4 * saved["parameters"])
     assert (dense["cache_bytes"], saved["cache_bytes"]) == (4 * 3 * 2 * 16, 4 * 3 * 2 * 8)
+    assert dense["peak_bytes"] is saved["peak_bytes"] is None, "a CPU does not count it"
     assert all(side[f"{what}tokens_per_second"] > 0 for side in (dense, saved) for what in ("", "prompt_"))
     assert result["losa"]["sparsity"] == pytest.approx(0.5)
     assert (result["dense"]["bytes"], result["losa"]["bytes"]) == (dense["bytes"], saved["bytes"])
@@ -236,6 +241,45 @@ def test_a_run_saves_a_smaller_model_that_transformers_generates_with(
         [sys.executable, "-c", GENERATE, str(place / "out/model")], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.split() == ["True", "9", "24"]
+
+
+def test_a_run_with_dense_blocks_saves_zeros_and_says_how_to_pack_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place = make_place(tmp_path)
+    assert main(arguments(place, sparsity_type="structured", dense_blocks="1 0", sparsity_ratio=0.3)) == 0
+    printed = capsys.readouterr().out
+    assert "as large and as fast as before. Blocks keep different numbers" in printed
+    assert "losa pack" in printed
+    assert shapes_of(AutoModelForCausalLM.from_pretrained(place / "out/model")) == {(2, 48)}
+
+
+def test_the_memory_of_a_model_is_its_own_and_what_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose counters are pretended here: 5,000 bytes there before, 64 more at the peak, per part; the larger counts."""
+    peaks = iter([5_064, 5_032])
+    monkeypatch.setattr(measure, "once", lambda action, _: (0.0, (next(peaks) - 5_000) / measure.GIB, action()))
+    monkeypatch.setattr(
+        footprint, "peak_of", lambda model, action, _: measure.peak_of(model, action, torch.device("cuda"))
+    )
+    model = random_model("llama-gqa")
+    found = footprint.footprint(model, IDS)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert found.peak_bytes == found.bytes + buffers + 64
+
+
+def test_comparisons_time_blocks_without_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where blocks differ, which a configuration cannot say; the model itself keeps its zeros."""
+    model, dense = random_model("llama-gqa"), random_model("llama-gqa")
+    remove(model, 1, 8, unequal=True)
+    timed = []
+    monkeypatch.setattr(cells, "decoding_cost", lambda m, d, packs: timed.append(m) or DecodingCost(1.0, 2.0, 30, 20))
+    words = ["--sparsity_type", "structured"]
+    cell: Any = SimpleNamespace(measures=SimpleNamespace(speed=True), final=True, smaller=True, config=parse(words))
+    found = cells._decoding(cell, model, dense)
+    assert found == ({"packed": 2.0, "dense": 1.0}, {"decode": 20, "decode dense": 30})
+    assert shapes_of(timed[0]) == {(1, 40), (1, 39), (1, 38)}
+    assert shapes_of(model) == {(2, 48)}
+    torch.testing.assert_close(timed[0](IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_library_returns_the_smaller_model() -> None:

@@ -132,6 +132,12 @@ def resident(*models: nn.Module) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GIB
 
 
+def peak_of(model: nn.Module, action: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """Return the result of `action` and the model's peak bytes in it: its tensors and all that is allocated; None on a CPU."""
+    _, more, result = once(action, device)
+    return result, round((resident(model) + more) * GIB) if device.type == "cuda" else None
+
+
 def host_peak() -> float:
     """Return the peak host memory of this process so far, GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

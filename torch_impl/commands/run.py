@@ -37,5 +37,5 @@ def main(arguments: Sequence[str]) -> None:
         return
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    if result.footprints is None:
+    if not report.is_smaller(result):
         say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")

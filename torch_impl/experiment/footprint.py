@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from torch_impl.bench.measure import synchronize
+from torch_impl.bench.measure import peak_of, synchronize
 from torch_impl.bench.whole import Decoding
 from torch_impl.decode.next_token import WARM_UP
 from torch_impl.engine.decoder import Decoder
@@ -27,7 +27,7 @@ class Footprint:
     operations: floating-point operations of a token in projections and head, 2 per weight; attention to earlier tokens comes on
     top. bytes: of all weights. cache_bytes: of the keys and values of one token. tokens_per_second: decoding one sequence, with
     a CUDA graph per token on a GPU; prompt_tokens_per_second: reading up to 512 tokens at once; the fastest of three. None if
-    the model cannot be measured.
+    the model cannot be measured. peak_bytes: the most memory in either, weights included; None on a CPU, which does not count it.
     """
 
     parameters: int
@@ -36,11 +36,12 @@ class Footprint:
     cache_bytes: int
     tokens_per_second: float | None
     prompt_tokens_per_second: float | None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Footprints:
-    """Those of the dense model, whose pruned weights are zeros, and of the saved one. note: why zeros remain, if any do."""
+    """Those of the full-size model, whose pruned weights are zeros, and of the saved one. note: why zeros remain, if any do."""
 
     dense: Footprint
     saved: Footprint
@@ -57,14 +58,18 @@ def footprint(model: PreTrainedModel, ids: torch.Tensor) -> Footprint:
     for block in decoder.blocks:
         weights = decoder.family.weights_of(block)
         cached += sum(len(weights[name]) for name in decoder.family.inputs[0][1:])
-    parameters = list(model.parameters())
+    parameters, device = list(model.parameters()), model.device
+    prompt = ids[:1, :PROMPT].to(device)
+    decoding, while_decoding = peak_of(model, lambda: _decoding(model), device)
+    reading, while_reading = peak_of(model, lambda: _reading(model, prompt), device)
     return Footprint(
         parameters=sum(p.numel() for p in parameters),
         operations=2 * computed,
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         cache_bytes=cached * model.dtype.itemsize,
-        tokens_per_second=_decoding(model),
-        prompt_tokens_per_second=_reading(model, ids[:1, :PROMPT].to(model.device)),
+        tokens_per_second=decoding,
+        prompt_tokens_per_second=reading,
+        peak_bytes=None if while_decoding is None or while_reading is None else max(while_decoding, while_reading),
     )
 
 

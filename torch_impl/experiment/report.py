@@ -107,6 +107,8 @@ def _as_saved(result: Result) -> list[str]:
         )
         if ours and theirs
     ]
+    if saved.peak_bytes and dense.peak_bytes:
+        speeds.append(f"{_bytes(saved.peak_bytes)} of memory in both (dense: {_bytes(dense.peak_bytes)})")
     return [
         f"The saved model is a plain, smaller one: {saved.parameters:,} of {dense.parameters:,} parameters "
         f"({saved.parameters / dense.parameters:.1%}), {saved.operations / dense.operations:.1%} of the operations of a token, "

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from torch_impl.bench.measure import peak_of
 from torch_impl.bench.whole import Decoding
 from torch_impl.decode.next_token import WARM_UP
 from torch_impl.decode.packed_linear import PackedLinear, join
@@ -17,10 +19,15 @@ from torch_impl.engine.decoder import Decoder
 
 @dataclass(frozen=True)
 class DecodingCost:
-    """Tokens per second of the dense model and of the pruned one, packed if it has zeros, decoded in the same way."""
+    """Tokens per second of the dense model and of the pruned one, packed if it has zeros, decoded in the same way.
+
+    dense_bytes, packed_bytes: the most memory meanwhile, weights included; None on a CPU.
+    """
 
     dense: float
     packed: float
+    dense_bytes: int | None = None
+    packed_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -42,7 +49,10 @@ def decoding_cost(
         return decoding.tokens_per_second(tokens, runs)
 
     with packed_weights(model) if packs else nullcontext():
-        return DecodingCost(speed(dense), speed(model))
+        (of_dense, dense_bytes), (of_model, model_bytes) = (
+            peak_of(of, partial(speed, of), of.device) for of in (dense, model)
+        )
+    return DecodingCost(of_dense, of_model, dense_bytes, model_bytes)
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.smaller import make_smaller
+from torch_impl.engine.smaller import find_structures, make_smaller
 from torch_impl.experiment import provenance, zero_shot
 from torch_impl.experiment.baselines import BASELINES, Trained
 from torch_impl.experiment.baselines.baseline import Costs, finish
+from torch_impl.experiment.baselines.by_structure import cut_block
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
 from torch_impl.experiment.command import TRACEBACK
@@ -130,6 +131,7 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
     # A part that does nothing takes microseconds.
     seconds = {part: round(value, 3) for part, value in made.seconds.items() if value >= 1e-3}
     decoder, dense = Decoder(model), Decoder(material.model)
+    speed, memory = _decoding(cell, model, material.model)
     return Outcome(
         labels=cell.labels,
         status=DONE,
@@ -142,8 +144,8 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
         unmerged=made.unmerged,
         trained=made.trainable or None,
         seconds={**seconds, "evaluate": round(time.perf_counter() - start, 3)},
-        gib={part: round(count / 2**30, 3) for part, count in made.peak_bytes.items()},
-        tokens_per_second=_speed(cell, model, material.model),
+        gib={part: round(count / 2**30, 3) for part, count in {**made.peak_bytes, **memory}.items()},
+        tokens_per_second=speed,
         facts=facts,
     )
 
@@ -160,13 +162,20 @@ def _smaller(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:
     return make_smaller(model).model if cell.config.prune.pattern.structured else model
 
 
-def _speed(cell: Cell, model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, float]:
-    """Measure decoding, with packed weights if they have zeros, and of the dense model beside it: on a shared machine, their
-    ratio counts."""
+def _decoding(cell: Cell, model: PreTrainedModel, dense: PreTrainedModel) -> tuple[dict[str, float], dict[str, int]]:
+    """Measure decoding and its memory, with packed weights if they have zeros, and of the dense model beside it: on a shared
+    machine, their ratio counts. Whole heads and channels that are zeros are cut in every block, as other methods do."""
     if model is dense or not cell.measures.speed or not cell.final:
-        return {}
-    found = decoding_cost(_smaller(cell, model), dense, packs=not cell.smaller)
-    return {"packed": round(found.packed, 2), "dense": round(found.dense, 2)}
+        return {}, {}
+    if cell.config.prune.pattern.structured:
+        model = copy.deepcopy(model)
+        decoder = Decoder(model)
+        for block, kept in zip(decoder.blocks, find_structures(decoder), strict=True):
+            cut_block(block, decoder.family, kept)
+    found = decoding_cost(model, dense, packs=not cell.smaller)
+    peaks = {"decode": found.packed_bytes, "decode dense": found.dense_bytes}
+    speeds = {"packed": round(found.packed, 2), "dense": round(found.dense, 2)}
+    return speeds, {part: count for part, count in peaks.items() if count is not None}
 
 
 def _facts(material: Material) -> dict[str, Any]:

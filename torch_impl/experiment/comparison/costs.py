@@ -19,6 +19,7 @@ from torch_impl.experiment.planning.phases import Place, phases
 from torch_impl.experiment.planning.table import sizes_of
 
 PARTS = {"importance": "rates", "prune": "prune", "reconstruct": "reconstruct", "train": "train"}
+DECODING = ("decode", "decode dense")
 SIZES = {"7B": "llama-2-7b", "8B": "llama-3-8b", "13B": "llama-2-13b", "30B": "llama-30b", "70B": "llama-2-70b"}
 CARD = "A100 80GB"
 GIB = 2**30
@@ -35,7 +36,7 @@ def measured(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     lines = []
     for names, of_name in together.items():
         seconds = [_mean([row.mean_of("seconds", part) or 0.0 for row in of_name]) for part in PARTS]
-        peaks = [[row.mean_of("gib", part) for row in of_name] for part in PARTS]
+        peaks = [[row.mean_of("gib", part) for row in of_name] for part in (*PARTS, *DECODING)]
         trained = [row.mean_of("trained") for row in of_name]
         lines.append(
             [
@@ -49,13 +50,15 @@ def measured(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     if not lines:
         return None
     head = [*columns, "", *(f"{part}, s" for part in PARTS.values()), "in all, s"]
-    head += [*(f"{part}, GiB" for part in PARTS.values()), "trained, millions"]
+    head += [*(f"{part}, GiB" for part in (*PARTS.values(), *DECODING)), "trained, millions"]
     kept = [column for column in range(len(head)) if column <= len(columns) or any(line[column] for line in lines)]
     cells = [tuple(line[column] for column in kept) for line in (head, *lines)]
     note = (
         "Means over sparsities and seeds. Several processes may have shared a card, which makes them slower. "
         "Rates: measuring the importances of the blocks. GiB: peak of the device's tensors in each part."
     )
+    if any(head[column].startswith(DECODING) for column in kept):
+        note += " Decode: the model, smaller or packed, and all that it allocates while its speed is measured."
     return Table("Cost of each part", tuple(cells), (note,))
 
 
