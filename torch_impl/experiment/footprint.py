@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch_impl.bench.whole import Decoding
 from torch_impl.decode.next_token import WARM_UP
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
+from torch_impl.packed import bits_per_weight
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,13 @@ class Footprints:
     dense: Footprint
     saved: Footprint
     note: str
+
+
+def packing_saves(shape: Sequence[int], sparsity: float, itemsize: int) -> int:
+    """Compute how many bytes of a weight (out, in) `losa pack` saves: none if the packed form would be larger."""
+    rows, columns = shape
+    bits = 8 * itemsize - bits_per_weight(sparsity, 8 * itemsize, columns)
+    return max(0, round(bits * rows * columns / 8))
 
 
 @torch.no_grad()

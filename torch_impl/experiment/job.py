@@ -32,7 +32,7 @@ from torch_impl.engine.smaller import make_smaller
 from torch_impl.experiment import identity, one_shot
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
-from torch_impl.experiment.footprint import Footprints, footprint
+from torch_impl.experiment.footprint import Footprints, footprint, packing_saves
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import METRICS, Metrics
 from torch_impl.experiment.planning import checks
@@ -309,5 +309,6 @@ def _saved_bytes(model: PreTrainedModel, masks: dict[str, torch.Tensor]) -> Save
     """Return the bytes of all weights as saved, and with the pruned projections packed."""
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     size = model.dtype.itemsize
-    saved = sum(int((~mask).sum()) * size - mask.numel() // 8 for mask in masks.values())
+    shares = ((mask.shape, float((~mask).double().mean())) for mask in masks.values() if mask.numel())
+    saved = sum(packing_saves(shape, sparsity, size) for shape, sparsity in shares)
     return SavedBytes(dense, dense - int(distributed.all_reduce_number(saved)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from torch_impl import losa
 from torch_impl.engine import finite
@@ -25,6 +24,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.experiment import identity
 from torch_impl.experiment.config import Config
+from torch_impl.experiment.footprint import packing_saves
 from torch_impl.experiment.job import LOWER, at_once, is_at_once, open_checkpointer, open_metrics
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
@@ -74,7 +74,7 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
         material,
         decoder.family.name,
         MeasuredModels(Measured(dense.perplexity, _mean(dense.shares, weights), 0.0), shot, healed),
-        _saved_bytes(material.model, realised, weights),
+        _saved_bytes(decoder, verification),
         [perplexity],
         verification,
         "block by block",
@@ -160,8 +160,12 @@ def _mean(shares: Sequence[float], weights: torch.Tensor) -> float:
     return float((torch.tensor(shares, dtype=torch.float64) * weights).sum() / weights.sum())
 
 
-def _saved_bytes(model: PreTrainedModel, realised: Sequence[float], weights: torch.Tensor) -> SavedBytes:
-    size = model.dtype.itemsize
-    dense = size * sum(parameter.numel() for parameter in model.parameters())
-    zeros = int((torch.tensor(realised, dtype=torch.float64) * weights).sum().round())
-    return SavedBytes(dense, dense - zeros * size + int(weights.sum()) // 8)
+def _saved_bytes(decoder: Decoder, verification: pretrained.Verification) -> SavedBytes:
+    """Return the bytes of all weights as saved, and with the pruned projections packed."""
+    size = decoder.model.dtype.itemsize
+    dense = size * sum(parameter.numel() for parameter in decoder.model.parameters())
+    saved = 0
+    for index, block in enumerate(decoder.blocks):
+        for name, weight in decoder.family.weights_of(block).items():
+            saved += packing_saves(weight.shape, verification.zeros[decoder.full_name(index, name)][1], size)
+    return SavedBytes(dense, dense - saved)
