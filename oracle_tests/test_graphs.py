@@ -227,11 +227,13 @@ def test_decoding_in_a_graph_owns_its_cache_and_tokens(graphs: list[emulated_gra
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(("do_sample", "kernels"), [(False, False), (True, False), (False, True)])
 def test_generate_replays_its_tokens(
-    do_sample: bool, graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch
+    do_sample: bool, kernels: bool, graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a static cache, rows of different lengths, twice: the tokens are those of the uncompiled model."""
+    """With a static cache, rows of different lengths, twice: the tokens are those of the uncompiled model. Only rows without
+    padding can be fused."""
+    monkeypatch.setattr(next_token, "KERNELS", kernels)
     model = random_model("llama-gqa").double().eval().requires_grad_(False)
     ids = torch.randint(model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -258,6 +260,7 @@ def test_generate_replays_its_tokens(
     assert [graph.replays for graph in graphs] == [9 - 3, 4 - 3]
     for ours, plain in zip(found, expected, strict=True):
         assert torch.equal(ours, plain)
+    assert [call._fused is not None for call in calls] == [False, kernels]
 
 
 def test_what_is_captured_in_generate(graphs: list[emulated_graphs.Graph]) -> None:

@@ -1,23 +1,29 @@
 """Let Hugging Face's `generate` replay each token of a packed model as a CUDA graph, where it would compile a plain model.
 
 With `cache_implementation="static"` on a GPU, `generate` asks the model for a compiled call. For a packed model that is
-`CapturedCall`: ready after a few tokens instead of a minute, and with the same kernels as the uncompiled model.
+`CapturedCall`: ready after a few tokens instead of a minute, and with the same kernels as the uncompiled model, or with those of
+fused_step.py.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 
+from torch_impl.decode import next_token
+from torch_impl.decode.fused_step import FusedStep, fuse
 from torch_impl.decode.next_token import WARM_UP, capture, fixed_shapes
 from torch_impl.engine.graphs import Captured
 
 # What a model returns beside logits if asked.
 KEPT = ("output_attentions", "output_hidden_states", "output_router_logits")
+# What says which cached tokens a token sees, and where it is; without padding that is every token, and behind them.
+PLACES = ("attention_mask", "position_ids")
 
 
 def capture_in_generate(model: PreTrainedModel) -> None:
@@ -43,6 +49,7 @@ class CapturedCall:
         self._seen = 0
         self._inputs: dict[str, torch.Tensor] = {}
         self._graph: Captured[Any] | None = None
+        self._fused: FusedStep | None = None
         module: nn.Module = model
         self._devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         self._captures = len(self._devices) == 1 and model.device.type == "cuda"
@@ -55,20 +62,28 @@ class CapturedCall:
             return self._model(**inputs)
         if kind != self._kind:
             # Another cache or other shapes: the earlier graph is of no more use.
-            self._kind, self._seen, self._graph = kind, 0, None
+            self._kind, self._seen, self._graph, self._fused = kind, 0, None, None
+            if next_token.KERNELS and _sees_all(inputs):
+                self._fused = fuse(self._model, inputs["past_key_values"])
+        if self._fused is not None:
+            inputs = {name: value for name, value in inputs.items() if name not in PLACES}
         self._seen += 1
         if self._seen <= WARM_UP:
-            return self._model(**inputs)
+            return self._forward(**inputs)
         if self._graph is None:
             self._inputs = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-            work = functools.partial(self._model, **{**inputs, **self._inputs})
-            self._graph = capture(work, self._model, inputs["past_key_values"], self._inputs)
+            work = functools.partial(self._forward, **{**inputs, **self._inputs})
+            self._graph = capture(work, self._model, inputs["past_key_values"], self._inputs, self._fused)
             self._captures = self._graph is not None
         if self._graph is None:
-            return self._model(**inputs)
+            return self._forward(**inputs)
         for name, value in self._inputs.items():
             value.copy_(inputs[name])
         return self._graph.replay()
+
+    def _forward(self, **inputs: Any) -> Any:
+        with self._fused.in_place() if self._fused else nullcontext():
+            return self._model(**inputs)
 
     def _kind_of(self, inputs: dict[str, Any]) -> Any:
         """Return what calls of one graph have in common, or None if a call cannot be captured."""
@@ -85,3 +100,14 @@ class CapturedCall:
         if {tensor.device for tensor in tensors.values()} != self._devices:
             return None
         return cache, settings, {name: (value.shape, value.dtype) for name, value in tensors.items()}
+
+
+def _sees_all(inputs: dict[str, Any]) -> bool:
+    """Return whether the token of each row sees all cached tokens and stands behind them. Later tokens of `generate` do, too."""
+    cache, mask, positions = inputs["past_key_values"], *(inputs.get(name) for name in PLACES)
+    if not cache.is_initialized:
+        return False
+    count = cache.get_seq_length()
+    seen = torch.arange(cache.layers[0].keys.shape[2], device=count.device) <= count
+    own_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and bool((mask == seen).all()))
+    return own_mask and (positions is None or bool((positions == count).all()))

@@ -8,6 +8,7 @@ tokens. Nothing is compiled but the kernels, which are few and small.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from torch_impl.decode import fused_kernels
 from torch_impl.decode import fused_operations as operations
 from torch_impl.decode.fused_kernels import MOST_SHARED, Attention
 from torch_impl.engine.decoder import Decoder
@@ -37,7 +39,7 @@ ALLOWED_OTHERWISE = 1e-4
 class FusedStep:
     """The step of one token per row over a static cache that is already in use; `in_place` makes the model take it.
 
-    Errors: ValueError saying why the model does not compute this.
+    Errors: ValueError saying why the model does not compute this; `fused_kernels.ERRORS` if the kernels cannot run.
     """
 
     @torch.no_grad()
@@ -66,6 +68,16 @@ class FusedStep:
         if not one or cache is not self._cache or given.pop("use_cache", True) is not True or args or given:
             return self._body._call_impl(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self._step(ids), past_key_values=cache)
+
+
+def fuse(model: PreTrainedModel, cache: Cache) -> FusedStep | None:
+    """Return the fused step of a model over a static cache in use; if there is none, say why and return None."""
+    try:
+        return FusedStep(model, cache)
+    except fused_kernels.ERRORS as error:
+        reason = " ".join(str(error).split())[:160]
+        print(f"decoding: fused kernels are not used ({reason})", file=sys.stderr)
+        return None
 
 
 class _Layer:

@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from torch_impl.decode import fused_kernels
 from torch_impl.decode.compiled_blocks import FusedBlocks
 from torch_impl.decode.fused_step import FusedStep
+from torch_impl.decode.fused_step import fuse as fuse_step
 from torch_impl.engine import finite
 from torch_impl.engine.graphs import Captured
 
@@ -101,11 +101,8 @@ class NextToken:
         if not self._cache.is_initialized:
             return self._forward()
         if self.kernels:
-            try:
-                self._fused = FusedStep(self._model, self._cache)
-            except fused_kernels.ERRORS as error:
-                self.kernels = False
-                print(f"decoding: fused kernels are not used ({_reason(error)})", file=sys.stderr)
+            self._fused = fuse_step(self._model, self._cache)
+            self.kernels = self._fused is not None
         return self._compile() if self.fuses and self._fused is None else self._forward()
 
     def _compile(self) -> torch.Tensor:
