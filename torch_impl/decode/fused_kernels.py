@@ -82,7 +82,8 @@ if triton is not None:
         other = tl.load(x + partner, mask=inside, other=0.0)
         return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
 
-    @triton.jit
+    # One compilation serves every length of the cache and every batch.
+    @triton.jit(do_not_specialize=["longest", "groups", "splits"])
     def _attend(
         q,
         k,
@@ -311,7 +312,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Attention) 
         ROWS=MOST_SHARED,
         WIDTH=max(16, triton.next_power_of_2(channels)),
         HEADS=triton.next_power_of_2(shared),
-        SPLITS=triton.next_power_of_2(layer.splits),
+        SPLITS=MOST_SPLITS,
         TOKENS=TOKENS,
         # The interpreter cannot multiply bf16.
         WIDE=q.dtype == torch.float32 or triton.knobs.runtime.interpret,
