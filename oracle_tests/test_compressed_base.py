@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,33 @@ import pytest
 import torch
 from torch import nn
 
-from oracle_tests import interruptions
+from oracle_tests import interruptions, offloaded_runs
 from oracle_tests.interruptions import Counting, Stop, outcome, settings
 from oracle_tests.small_runs import arguments, fails, make_place
+from oracle_tests.spread_runs import peak_config, peak_model
 from reference import adapter as spec
 from reference.base import round_base
 from reference.quantise import dequantise_rows
 from tiny_models.random_models import random_model
 from torch_impl import losa, packed
-from torch_impl.engine.adapted_linear import AdaptedLinear, adapters
+from torch_impl.bench.large import device_peak
+from torch_impl.engine import training
+from torch_impl.engine.adapted_linear import AdaptedLinear, adapters, attach_adapters
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.compressed_linear import CompressedLinear, compress_block
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
+from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
+from torch_impl.experiment.config import parse
+from torch_impl.experiment.planning import compressed, phases
+from torch_impl.experiment.planning.cards import find_card
+from torch_impl.experiment.planning.outlook import outlook
+from torch_impl.experiment.planning.phases import Place
+from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.planning.table import sizes_of
+from torch_impl.masks.magnitude import magnitude_mask
+from torch_impl.run import main
 
 TOY = Family("toy", "blocks", (("projection",),))
 
@@ -184,3 +199,91 @@ def test_what_a_compressed_base_does_not_support_is_refused(
 def test_several_cards_are_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
     changes = {"train_base": "int8", "device": "auto", "devices": 2, "dry_run": "true"}
     fails(capsys, place, arguments(place, **changes), ["train_base", "several processes"])
+
+
+COMPRESSED = {"steps": 2, "finetune": "true", "layer_sparsity": "rmi", "train_examples": 8, "eval_windows": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_base": "packed"},
+        {"train_base": "int8", "gradient_checkpointing": "true", "reconstruct_epochs": 1, "rank_shrink": "fold"},
+    ],
+)
+def test_a_run_from_files_gives_the_bits_of_a_run_in_memory(place: Path, changes: dict[str, Any]) -> None:
+    offloaded_runs.same(*offloaded_runs.both(place, **COMPRESSED, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({"train_base": "int8"}, True),
+        ({"train_base": "packed", "steps": 1}, True),
+        # A third of the weights is pruned at the first of five steps: 11.6 bits a weight.
+        ({"train_base": "packed"}, False),
+        ({}, False),
+    ],
+)
+def test_70b_on_one_card(changes: dict[str, Any], fits: bool) -> None:
+    """The paper's settings on 80 GB; in memory without a compressed base, two copies of 129 GiB."""
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    config = parse(["--config", "llama_70b", "--model", "a/b", *words])
+    card = find_card("80GB")
+    found = outlook(config, sizes_of("llama-2-70b"), Place("cuda", 1, card.free), card, 1)
+    assert found.fits == fits
+    if not changes:
+        offered = next(words for words, _ in found.remedies if "train_base" in words)
+        assert offered == "--train_base int8 --offload on"
+
+
+@pytest.mark.parametrize(("train_base", "offload"), [("packed", "off"), ("int8", "on")])
+def test_the_plan_counts_the_compressed_blocks_of_the_first_step(place: Path, train_base: str, offload: str) -> None:
+    options = {**COMPRESSED, "train_base": train_base, "offload": offload, "eval_windows": 1}
+    config = parse(arguments(place, **options))
+    sizes = Sizes.of(Decoder(random_model("llama-gqa")), torch.float32)
+    counted: list[int] = []
+    train = training.train
+
+    def counting(model: nn.Module, *rest: Any) -> Any:
+        tensors = (t for block in Decoder(model).blocks for t in (*block.parameters(), *block.buffers()))
+        counted.append(sum(t.nbytes for t in tensors if not t.requires_grad))
+        return train(model, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "train", counting)
+        assert main(arguments(place, **options)) == 0
+    # Besides: the last offset of a matrix, and up to one more kept value in a row of 32 to 48.
+    assert 1 <= counted[0] / compressed.weights(config, sizes) < 1.05
+    assert counted[1] < counted[0]
+
+
+@pytest.mark.parametrize("train_base", ["packed", "int8"])
+def test_the_plan_is_what_a_training_step_takes(train_base: str) -> None:
+    """An optimizer step of a model whose weights are large beside a few tokens, measured, without the moments."""
+    model, config = peak_model(64), peak_config(8)
+    # Of rank 1, because a micro-batch's gradients of the adapters are there beside their sum.
+    config = replace(
+        config,
+        adapter=AdapterConfig(initial_rank=1),
+        training=replace(config.training, train_base=train_base, gradient_checkpointing=True),
+    )
+    decoder = Decoder(model)
+    sizes = Sizes.of(decoder, torch.float32)
+    attach_adapters(decoder, 1.0)
+    training.checkpoint_activations(model)
+    for number, layer in enumerate(adapters(model)):
+        layer.resize(config.adapter.initial_rank, (number,))
+        layer.set_base(layer.weight * magnitude_mask(layer.weight, config.prune.final_sparsity))
+    for block in decoder.blocks:
+        compress_block(block, decoder.family, train_base)
+    foretold = replace(phases.phases(config, sizes, Place("cpu"))["training"], dense_copy=0, moments=0)
+    batch = [{"input_ids": row, "labels": row} for row in torch.randint(64, (4, 8))]
+    model.train()
+    with Gradients(model, None, config.training) as gradients:
+        gradients.of(batch)
+        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        held += sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        step = device_peak(lambda: gradients.of(batch), torch.device("cpu"))[0]
+    assert foretold.weights + foretold.adapters + foretold.gradients == pytest.approx(held, rel=0.02)
+    assert 0.9 < foretold.total / (held + step) < 1.2

@@ -91,9 +91,12 @@ def test_what_does_not_fit_fits_with_each_remedy() -> None:
     config, on = found("RTX 4090", per_device_train_batch_size=8)
     assert not on.fits
     words = [options for options, _ in on.remedies]
-    assert len(words) == 2
+    assert len(words) == 3
     assert words[0].startswith("--devices ")
-    assert words[1].startswith("--steps 1 --finetune false")
+    assert words[1].startswith("--train_base int8 --offload on --calibration_batch_size 1")
+    assert words[2].startswith("--steps 1 --finetune false")
+    again = {"preset": "paper", **dict(zip(*[(w.removeprefix("--") for w in words[1].split())] * 2, strict=True))}
+    assert on.remedies[1][1] == peak(found("RTX 4090", **again)[0], SIZES, Place("cuda")).device.total <= on.free
     place = Place("cuda", int(words[0].split()[1]), find_card("RTX 4090").free)
     assert on.remedies[0][1] == peak(config, SIZES, place).device.total <= on.free
     fewer = replace(place, cards=place.cards // 2)

@@ -320,7 +320,7 @@ def run(
     config, start, checkpointer = settings.prune, blocks.zero_shares(), checkpointer or Checkpointer()
     initial, rates = initial_rates(start, blocks.weights, config)
     torch.manual_seed(settings.seed)
-    progress = checkpointer.begin(blocks.decoder, blocks.dense, Progress(sparsity=rates.tolist()))
+    progress = checkpointer.begin(blocks.decoder, blocks.dense, Progress(sparsity=rates.tolist()), blocks.pairs)
     with calibration.compiled([blocks.decoder, blocks.dense], settings.training.compiling):
         for step in range(progress.step, config.steps + 1):
             clock = Clock(next(model.parameters()).device, progress.seconds, on_part)

@@ -87,9 +87,11 @@ def expand_coded(
     bitmap: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Unpack the weight (out, in) of codes and scales without checks, rounded once to `dtype`."""
-    numbers = expand_codes(bitmap, codes, columns)
     # A scale has 11 bits and a code 7: float32 holds their product exactly.
-    return (scales.float().repeat_interleave(GROUP, 1)[:, :columns] * numbers).to(dtype)
+    wide, whole = expand_codes(bitmap, codes, columns).float(), columns // GROUP
+    wide[:, : whole * GROUP].unflatten(1, (whole, GROUP)).mul_(scales[:, :whole, None])
+    wide[:, whole * GROUP :].mul_(scales[:, whole:])
+    return wide.to(dtype)
 
 
 def check_codes(

@@ -223,6 +223,10 @@ def plan(
         "block by block, wanda": ["--offload", "on"],
         "with training": training,
         "with training, checkpointed": [*training, "--gradient_checkpointing", "true"],
+        "block by block, with training over int8": [
+            *training,
+            *("--compile_blocks", "off", "--gradient_checkpointing", "true", "--train_base", "int8", "--offload", "on"),
+        ],
     }
     rows = min(rows, 2 * CalibrationConfig().calibration_batch_size)
     with checkpoint(name, blocks, device, dtype) as folder:

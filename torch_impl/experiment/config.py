@@ -30,7 +30,7 @@ PRESETS = ("paper", "best", "quick")
 # Text as in the paper.
 EXAMPLE_DATA = {"calibration_data": "c4", "finetune_data": "alpaca-gpt4", "eval_data": "wikitext2"}
 # What offloading allows of options that need the model in memory.
-OFFLOADED = {"steps": 1, "finetune": False, "written_per_sample": 0}
+OFFLOADED = {"steps": 1, "finetune": False, "loss": "ce", "written_per_sample": 0}
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,22 @@ class Config:
             given = ", ".join(f"{name} {value}" for name, value in words.items())
             needed = " ".join(f"--{name} {OFFLOADED[name]}".lower() for name in words)
             more = " and a larger --nsamples" if "written_per_sample" in words else ""
+            how = "trained on labels" if self.training.compressed else "pruned in one shot"
+            more += ", or train over a compressed base: --train_base int8" if "finetune" in words else ""
             raise ValueError(
-                f"offload is 'on' with {given}; a model on disk is pruned in one shot, on given text: use {needed}{more}"
+                f"offload is 'on' with {given}; a model on disk is {how}, on given text: use {needed}{more}"
+            )
+        if self.model.offload == "on" and self.output.baselines:
+            raise ValueError(
+                f"baselines is {', '.join(self.output.baselines)} with offload 'on'; it needs the model in memory: leave it "
+                "out, or use --offload off"
             )
 
     @property
     def plain(self) -> bool:
-        """Return whether this run works offloaded: one shot without fine-tuning, at rates that do not need the whole model, on
-        given text, with zeros that are stored."""
-        apart = self.prune.rule.works_offloaded and not self.prune.pattern.structured
+        """Return whether this run works offloaded: one shot without fine-tuning, or over a compressed base, at rates that do not
+        need the whole model, on given text, with zeros that are stored."""
+        apart = self.prune.rule.works_offloaded and not self.prune.pattern.structured and not self.output.baselines
         return apart and not in_memory_options(self)
 
     @property
@@ -98,13 +105,15 @@ class Config:
         return asdict(self)
 
 
-def in_memory_options(config: Config) -> dict[str, int | bool]:
+def in_memory_options(config: Config) -> dict[str, int | bool | str]:
     """Return the options that need the whole model in memory, besides the rate rule; `OFFLOADED` has values that do not."""
-    values = {
-        "steps": config.prune.steps,
-        "finetune": config.training.finetune,
-        "written_per_sample": config.calibration.written_per_sample,
-    }
+    # Over a compressed base, an offloaded run trains, but cannot ask the dense model at every micro-batch.
+    values: dict[str, int | bool | str] = (
+        {"loss": config.training.loss}
+        if config.training.compressed
+        else {"steps": config.prune.steps, "finetune": config.training.finetune}
+    )
+    values["written_per_sample"] = config.calibration.written_per_sample
     return {name: value for name, value in values.items() if value != OFFLOADED[name]}
 
 

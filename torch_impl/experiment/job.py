@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from torch_impl import losa
 from torch_impl.engine import distributed, finite
 from torch_impl.engine.batches import Example
-from torch_impl.engine.blocks import zero_share
+from torch_impl.engine.blocks import Blocks, zero_share
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import find_executable_batch_size
@@ -126,7 +126,7 @@ def open_checkpointer(config: Config, folder: Path) -> Checkpointer:
     return checkpointer
 
 
-class _Evaluation:
+class Evaluation:
     """Measure models on the run's evaluation text and log their perplexity."""
 
     def __init__(self, config: Config, material: Material, metrics: Metrics) -> None:
@@ -147,7 +147,7 @@ class _Evaluation:
         return Measured(self.perplexity(of, model=name), zero_share(Decoder(of).weights), seconds)
 
 
-def _baselines(config: Config, material: Material, evaluation: _Evaluation) -> dict[str, Any]:
+def _baselines(config: Config, material: Material, evaluation: Evaluation) -> dict[str, Any]:
     """Measure the dense model and, unless the run is just that, the model pruned in one shot.
 
     Return plain values, as checkpoints hold them.
@@ -190,7 +190,7 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
     if notes:
         identity.check_material(notes["environment"], environment)
     checks.check(material.model, config, folder)
-    evaluation = _Evaluation(config, material, metrics)
+    evaluation = Evaluation(config, material, metrics)
     fresh = not notes
     if fresh:
         notes.update(_baselines(config, material, evaluation), after_step=[], seconds=0.0, environment=environment)
@@ -203,7 +203,7 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
     with checkpointer.stopping_at_checkpoints():
         if fresh:
             checkpointer.noted()
-        records = _prune_and_train(config, material, parts, evaluation, checkpointer, seconds)
+        records = prune_and_train(config, material, parts, evaluation, checkpointer, seconds)
     healed, saved, verification, text, footprints = _finish(config, material, folder, evaluation, records)
     samples = {"dense": notes.get("sample", {}), "losa": text}
     trained = _one_shot(config, material, evaluation) if config.output.baselines else None
@@ -227,16 +227,21 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
     return result
 
 
-def _prune_and_train(
+def prune_and_train(
     config: Config,
     material: Material,
     parts: list[list[Example]],
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     checkpointer: Checkpointer,
     seconds: Callable[[], float],
+    blocks: Blocks | None = None,
 ) -> list[StepRecord]:
-    """Run Algorithm 1 and measure the model after every step. seconds: that the run has taken so far."""
-    model, notes = material.model, checkpointer.notes
+    """Run Algorithm 1 and measure the model after every step.
+
+    seconds: that the run has taken so far. blocks: their source if they are not those of the material's model.
+    """
+    model = material.model if blocks is None else blocks.decoder.model
+    notes = checkpointer.notes
 
     def on_step(record: StepRecord) -> None:
         evaluation.metrics.log("step", **record.as_dict())
@@ -251,7 +256,14 @@ def _prune_and_train(
 
     try:
         return losa.run(
-            model, material.calibration, parts, config.settings, on_step, on_loss, checkpointer=checkpointer
+            model,
+            material.calibration,
+            parts,
+            config.settings,
+            on_step,
+            on_loss,
+            checkpointer=checkpointer,
+            blocks=blocks,
         )
     except FloatingPointError as error:
         trained = checkpointer.progress.losses or checkpointer.progress.records
@@ -261,7 +273,7 @@ def _prune_and_train(
 
 
 def _finish(
-    config: Config, material: Material, folder: Path, evaluation: _Evaluation, records: Sequence[StepRecord]
+    config: Config, material: Material, folder: Path, evaluation: Evaluation, records: Sequence[StepRecord]
 ) -> tuple[Measured, SavedBytes, pretrained.Verification, dict[str, str], Footprints | None]:
     """Merge, save, reload and verify. Return the measures of the reloaded model, its bytes, the verification, a sample, and, of a
     smaller model, what both take."""
@@ -297,7 +309,7 @@ def _finish(
     return healed, saved, verification, _sample(merged, material), footprints
 
 
-def _one_shot(config: Config, material: Material, evaluation: _Evaluation) -> Measured:
+def _one_shot(config: Config, material: Material, evaluation: Evaluation) -> Measured:
     """Measure the trained one-shot model, which takes the place of the run's model."""
     if distributed.is_main_process():
         print("one shot, trained, for comparison", file=sys.stderr, flush=True)

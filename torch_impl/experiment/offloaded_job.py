@@ -1,13 +1,17 @@
-"""The job of an offloaded run: plain pruning of a model larger than memory, block by block from disk to disk.
+"""The job of an offloaded run: a model larger than memory is pruned block by block, from disk to disk.
 
 The first sweep measures the dense perplexity, the mutual information and the zeros. The second prunes. The third verifies
 and evaluates the written model. Files, table and report are the same as for other runs. An interrupted run resumes after the
 last pruned block, which is already in the output; hidden states are recomputed.
+
+With training, the pruned blocks stay in memory, compressed (`TrainingConfig.train_base`), and are written at the end. Such a run
+resumes as one in memory does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +25,21 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.checkpoints.rewriting import Output, UnfinishedWindow
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.experiment import identity
+from torch_impl.experiment.compressed_blocks import CompressedBlocks
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.footprint import packing_saves
-from torch_impl.experiment.job import LOWER, at_once, is_at_once, open_checkpointer, open_metrics
+from torch_impl.experiment.job import (
+    LOWER,
+    Evaluation,
+    at_once,
+    is_at_once,
+    open_checkpointer,
+    open_metrics,
+    prune_and_train,
+)
 from torch_impl.experiment.material import Material, environment_of, load_material
 from torch_impl.experiment.metrics import Metrics
 from torch_impl.experiment.planning import checks
@@ -33,6 +47,7 @@ from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.result import Measured, MeasuredModels, Result, SavedBytes, summarise
 from torch_impl.experiment.run_files import write_results
 from torch_impl.experiment.sweeps import Dense, Pruned, Sweeps
+from torch_impl.experiment.text import windows
 
 
 @torch.no_grad()
@@ -56,15 +71,22 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
     earlier = checkpointer.notes.get("seconds", 0.0)
     with checkpointer.stopping_at_checkpoints():
         dense = _dense(sweeps, checkpointer, environment, metrics)
-        pruned = _pruned(sweeps, checkpointer, dense, folder, start)
-    metrics.log("step", **pruned.record.as_dict())
+        if config.training.finetune:
+            pruned, records = _trained(sweeps, checkpointer, dense, folder, start, metrics)
+        else:
+            pruned = _pruned(sweeps, checkpointer, dense, folder, start)
+            records = [pruned.record]
+            metrics.log("step", **pruned.record.as_dict())
     _save_rest(folder / "model", material)
     perplexity, verification = _read_again(folder / "model", sweeps, pruned)
     metrics.log("perplexity", value=perplexity, model="pruned, written and read again")
 
     weights = torch.tensor(decoder.prunable_weights, dtype=torch.float64)
     realised = pruned.record.realised
-    healed = Measured(perplexity, _mean(realised, weights), pruned.record.seconds["prune"])
+    seconds = sum(sum(record.seconds.values()) for record in records)
+    healed = Measured(
+        perplexity, _mean(realised, weights), seconds if config.training.finetune else pruned.record.seconds["prune"]
+    )
     shot = healed
     if not is_at_once(config):
         shot = _at_once(sweeps, dense, weights)
@@ -75,14 +97,14 @@ def _run(config: Config, folder: Path, checkpointer: Checkpointer, metrics: Metr
         decoder.family.name,
         MeasuredModels(Measured(dense.perplexity, _mean(dense.shares, weights), 0.0), shot, healed),
         _saved_bytes(decoder, verification),
-        [perplexity],
+        checkpointer.notes.get("after_step", [perplexity]),
         verification,
         "block by block",
         earlier + time.perf_counter() - start,
-        [pruned.record],
+        records,
         {},
     )
-    write_results(folder, config, environment, result, [pruned.record])
+    write_results(folder, config, environment, result, records)
     return result
 
 
@@ -129,6 +151,37 @@ def _pruned(sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Pa
     seconds = earlier[1] + time.perf_counter() - begin
     pruned.record.seconds = {"importance": dense.seconds, "prune": seconds, "train": 0.0}
     return pruned
+
+
+def _trained(
+    sweeps: Sweeps, checkpointer: Checkpointer, dense: Dense, folder: Path, start: float, metrics: Metrics
+) -> tuple[Pruned, list[StepRecord]]:
+    """Prune and train in memory over compressed blocks; write the merged blocks into the folder's model."""
+    config, material, notes = sweeps.config, sweeps.material, checkpointer.notes
+    parts = windows.split_parts(material.examples, config.text.shares(config.prune.steps))
+    earlier = notes["seconds"]
+    notes["options"] = identity.options(config)
+    notes.setdefault("after_step", [])
+    blocks = CompressedBlocks(sweeps, dense)
+    model, probe = blocks.decoder.model, material.evaluation[:2]
+    with torch.enable_grad():
+        records = prune_and_train(
+            config,
+            material,
+            parts,
+            Evaluation(config, material, metrics),
+            checkpointer,
+            lambda: earlier + time.perf_counter() - start,
+            blocks,
+        )
+    # Delete leftovers of an interrupted attempt.
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    (folder / "model").mkdir()
+    logits = pretrained.logits_of(model, probe).cpu()
+    output = Output(folder / "model", sweeps.decoder)
+    for index, block in enumerate(blocks.decoder.blocks):
+        output.write(index, block)
+    return Pruned(records[-1], output.finish(), logits=logits), records
 
 
 def _read_again(folder: Path, sweeps: Sweeps, pruned: Pruned) -> tuple[float, pretrained.Verification]:

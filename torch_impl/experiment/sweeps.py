@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_impl import losa
+from torch_impl import losa, schedule
 from torch_impl.engine import calibration, memory
 from torch_impl.engine.adapted_linear import adapt_block
 from torch_impl.engine.blocks import sweep_backward, sweep_forward, zero_share
@@ -81,8 +81,7 @@ class Sweeps:
         """Check every block; measure perplexity and, if the rate rule needs it, the blocks' importance."""
         start = time.perf_counter()
         start_measure, rows = self.config.prune.rule.measure, self.config.calibration.rmi_rows
-        # Offloaded runs prune in one step.
-        target = self.config.prune.final_sparsity
+        target = schedule.cubic_sparsity(1, self.config.prune.steps, self.config.prune.final_sparsity)
         measure = None if start_measure is None else start_measure(self.decoder, target)
         measured = None if measure is None else self.stream(self.material.calibration[:rows], self._batch)
         windows = self.stream(self.material.evaluation, self.config.text.eval_batch_size)

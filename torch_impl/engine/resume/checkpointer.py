@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from torch_impl.engine import distributed
 from torch_impl.engine.decoder import Decoder
@@ -109,16 +110,26 @@ class Checkpointer:
             if self.checkpoints is not None and path.name in self.checkpoints.parts:
                 path.write_bytes(self.checkpoints.get_bytes(path.name))
 
-    def begin(self, decoder: Decoder, dense: Decoder, fresh: Progress) -> Progress:
-        """Start a run at `fresh`, or restore model and random generators from the current checkpoint."""
+    def begin(
+        self,
+        decoder: Decoder,
+        dense: Decoder,
+        fresh: Progress,
+        pairs: Callable[[], Iterable[tuple[nn.Module, nn.Module]]] | None = None,
+    ) -> Progress:
+        """Start a run at `fresh`, or restore model and random generators from the current checkpoint.
+
+        pairs: returns (dense block, block) in order; default those of the two models.
+        """
         self._decoder, self._dense = decoder, dense
         if not self._begun or self.checkpoints is None:
             self._begun = True
             self.progress = fresh
             return fresh
-        pairs = zip(decoder.blocks, dense.blocks, strict=True)
-        for index, (block, dense_block) in enumerate(pairs):
-            if block_part(index) in self.checkpoints:
+        stored = [index for index in range(len(decoder.blocks)) if block_part(index) in self.checkpoints]
+        found = zip(dense.blocks, decoder.blocks, strict=True) if pairs is None else pairs()
+        for index, (dense_block, block) in zip(range(max(stored, default=-1) + 1), found, strict=False):
+            if index in stored:
                 with distributed.unsharded(dense_block), distributed.unsharded_with_writeback(block, decoder.family):
                     state.restore_block(block, dense_block, decoder.family, self.checkpoints.get(block_part(index)))
         if "adapters" in self.checkpoints:

@@ -16,7 +16,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.memory import free_bytes
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.planning import gradients, phases
+from torch_impl.experiment.planning import compressed, gradients, phases
 from torch_impl.experiment.planning.sizes import Sizes
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,11 @@ class Disk:
 def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
     """Estimate the peak disk space of a run.
 
-    An offloaded run resumes from the model that it writes; the blocks of an unfinished window are in its checkpoints.
+    An offloaded run without training resumes from the model that it writes; the blocks of an unfinished window are in its
+    checkpoints.
     """
     copies, window = config.output.keep_points + 1, config.reconstruction.window
-    if offloaded:
+    if offloaded and not config.training.compressed:
         unfinished = copies * window if window > 1 else 0
         return Disk(sizes.weights(), unfinished * sizes.largest_prunable * sizes.itemsize)
     moved = (
@@ -60,6 +61,8 @@ def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
     # change, or all blocks with folding or gradients.
     most = sizes.largest_prunable
     block = most * sizes.itemsize if moved else most // 8
+    if config.training.compressed:
+        block = compressed.block(config, sizes)
     together = config.adapter.rank_shrink == "fold" or gradients.needed(config)
     sets = copies if together else min(2, config.output.keep_points)
     rank = schedule.mean_rank(config.prune.steps, config.adapter.initial_rank) if config.training.finetune else 0

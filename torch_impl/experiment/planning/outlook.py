@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch_impl.engine.memory import SHARE
 from torch_impl.engine.rates import PLAIN
-from torch_impl.engine.settings import DENSE
+from torch_impl.engine.settings import DENSE, INT8
 from torch_impl.experiment.config import OFFLOADED, Config, in_memory_options
 from torch_impl.experiment.planning.cards import Card
 from torch_impl.experiment.planning.phases import Place, peak
@@ -48,6 +48,7 @@ def _remedies(config: Config, sizes: Sizes, place: Place, usable: int) -> Iterat
     kinds = (
         [(words, changed, place) for words, changed in smaller],
         [(f"--devices {cards}", config, replace(place, cards=cards)) for cards in CARDS_TRIED if cards > place.cards],
+        [(words, changed, replace(place, cards=1)) for words, changed in _compressed(config)],
         [(words, changed, replace(place, cards=1)) for words, changed in _one_shot(config)],
     )
     for kind in kinds:
@@ -79,12 +80,35 @@ def _smaller(config: Config) -> list[tuple[str, Config]]:
     ]
 
 
+def _compressed(config: Config) -> Iterator[tuple[str, Config]]:
+    """The run over a compressed base, with the dense blocks on disk; then also in the smallest batches."""
+    works = config.prune.rule.works_offloaded and not config.prune.pattern.structured
+    if not config.training.finetune or not works or config.training.compressed:
+        return
+    options = {"train_base": INT8, "loss": "ce", "written_per_sample": 0, "offload": "on"}
+    given = {"train_base": config.training.train_base, "loss": config.training.loss, "offload": config.model.offload}
+    given["written_per_sample"] = str(config.calibration.written_per_sample)
+    words = " ".join(f"--{name} {value}" for name, value in options.items() if given[name] != str(value))
+    after = ", without --baselines" if config.output.baselines else ""
+    changed = replace(
+        config,
+        training=replace(config.training, train_base=INT8, loss="ce", hold_merged="auto", compile_blocks="auto"),
+        calibration=replace(config.calibration, written_per_sample=0),
+        model=replace(config.model, offload="on"),
+        output=replace(config.output, baselines=None),
+    )
+    yield f"{words}{after}", changed
+    for smaller, still in _smaller(changed):
+        yield f"{words} {smaller}{after}", still
+
+
 def _one_shot(config: Config) -> Iterator[tuple[str, Config]]:
     """The run as it works offloaded: one shot on given text, without training; then also in smaller windows."""
     if config.prune.pattern.structured:
         return
-    given: dict[str, object] = {name: OFFLOADED[name] for name in in_memory_options(config)}
     rule = config.prune if config.prune.rule.works_offloaded else replace(config.prune, layer_sparsity=PLAIN)
+    config = replace(config, training=replace(config.training, train_base=DENSE))
+    given: dict[str, object] = {name: OFFLOADED[name] for name in in_memory_options(config)}
     if rule is not config.prune:
         given["layer_sparsity"] = PLAIN
     words = " ".join(f"--{name} {value}".lower() for name, value in [*given.items(), ("offload", "on")])

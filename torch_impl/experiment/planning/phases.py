@@ -15,7 +15,7 @@ from torch_impl import schedule
 from torch_impl.engine.calibration import compiles
 from torch_impl.engine.memory import SHARE, MemoryBudget, free_bytes
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.planning import gradients
+from torch_impl.experiment.planning import compressed, gradients
 from torch_impl.experiment.planning.sizes import Sizes
 
 # Assumed length of an evaluation text that is not loaded yet: WikiText-2's test set, in tokens.
@@ -173,6 +173,9 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
         found["reconstruction"] = replace(base, streams=streams, blocks=blocks, reconstruction=work)
     if config.training.finetune:
         found["training"] = replace(base, **passing, **_training(config, sizes, place))
+        if config.training.compressed:
+            small = sizes.outside_blocks() + compressed.weights(config, sizes)
+            found["training"] = replace(found["training"], weights=small)
     return found
 
 
@@ -266,8 +269,9 @@ def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
     holds = _holds_merged(config, sizes, place)
     compiled = compiles(training.compiling, sizes.prunable, torch.device(place.kind))
     of_block = tokens * sizes.kept_for_backward(compiled, not holds and not training.gradient_checkpointing)
-    # The gradient of a weight is a full matrix until it is contracted, and so is a merged weight that is not held.
-    work = sizes.largest_projection * sizes.itemsize * (1 if holds else 2)
+    # The gradient of a weight is a full matrix until it is contracted, and so is a merged weight that is not held, and an
+    # unpacked one.
+    work = sizes.largest_projection * sizes.itemsize * (1 if holds else 3 if training.compressed else 2)
     logits = sizes.loss(tokens, training.loss == "kl")
     if training.gradient_checkpointing:
         kept, work = sizes.stream(tokens), of_block + work
@@ -283,6 +287,8 @@ def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
 def _holds_merged(config: Config, sizes: Sizes, place: Place) -> bool:
     """Return whether merged weights are held during training; see `TrainingConfig.hold_merged`."""
     wanted = config.training.hold_merged
+    if config.training.compressed:
+        return False
     if place.cards > 1 or wanted != "auto":
         return place.cards == 1 and wanted == "on"
     needed = 2 * sizes.weights() + 2 * sizes.prunable * sizes.itemsize
@@ -303,9 +309,15 @@ def working(config: Config, sizes: Sizes) -> Parts:
         pieces.append(Parts(**gradients.work(config, sizes)))
     if config.reconstruction.reconstruct_epochs:
         pieces.append(Parts(reconstruction=_reconstruction(config, sizes)))
-    return replace(
+    most = replace(
         max(pieces, key=lambda piece: piece.total), blocks=(1 + config.reconstruction.window) * sizes.block()
     )
+    if not config.training.compressed:
+        return most
+    # Compressed blocks and adapters stay. One more block is the copy of the dense one that is pruned, and one has merged weights.
+    merged = sizes.block() if config.prune.steps > 1 else 0
+    most = replace(most, blocks=most.blocks + sizes.block(), merged=merged)
+    return replace(most, weights=compressed.weights(config, sizes), **_adapters(config, sizes, 1))
 
 
 def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
@@ -337,9 +349,16 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
             kept += before_blocks
         # The pruned model's weights outside the blocks are still in memory when the written model is read.
         reloaded = outside if name == "verifying" else 0
-        found[name] = replace(working_parts, weights=outside, reloaded=reloaded, streams=kept)
+        found[name] = replace(working_parts, weights=outside + working_parts.weights, reloaded=reloaded, streams=kept)
         if name == "pruning" and place.kind != "cuda":
             found[name] = replace(found[name], statistics=sums)
+    if config.training.compressed:
+        beside = Parts(weights=outside + working_parts.weights, **_adapters(config, sizes, 1))
+        found["training"] = replace(beside, **_training(config, sizes, place))
+        found["evaluation"] = replace(beside, **_evaluation(config, sizes))
+        for name in ("dense", "verifying"):
+            # Nothing is compressed yet, or no longer.
+            found[name] = replace(found[name], weights=outside, adapters=0, gradients=0, moments=0, merged=0)
     phase = max(found, key=lambda name: found[name].total)
     device = found[phase]
     # A block being written, to the result or twice to a checkpoint; on a GPU also one being read.

@@ -131,6 +131,10 @@ def _calibration(plan: Plan) -> str:
 
 def _where(plan: Plan) -> str:
     if plan.memory.offloaded:
+        if plan.config.training.compressed:
+            return (
+                f"in memory, {plan.config.training.train_base} while training; dense ones one block at a time from disk"
+            )
         return "offloaded: one block at a time from disk"
     return "in memory" if plan.cards == 1 else f"in memory, 1/{plan.cards} of the rows on each card"
 
