@@ -28,6 +28,7 @@ from torch_impl.engine.compressed_linear import CompressedLinear, compress_block
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.gradients import Gradients
+from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.planning import compressed, phases
@@ -187,6 +188,9 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path: Path, train_bas
         ({"train_base": "int8", "finetune": "false"}, ["train_base", "finetune"]),
         ({"train_base": "packed", "hold_merged": "on"}, ["hold_merged", "auto or off"]),
         ({"train_base": "packed", "compile_blocks": "on"}, ["compile_blocks", "auto or off"]),
+        ({"train_base": "int8", "offload": "on", "loss": "kl"}, ["loss kl", "trained on labels", "--loss ce"]),
+        ({"train_base": "int8", "offload": "on", "baselines": "one_shot"}, ["baselines", "leave it out"]),
+        ({"offload": "on"}, ["steps 2, finetune True", "--train_base int8"]),
         ({"train_base": "packed", "sparsity_type": "structured", "sparsity_ratio": 0.2}, ["structured", "dense"]),
     ],
 )
@@ -213,6 +217,26 @@ COMPRESSED = {"steps": 2, "finetune": "true", "layer_sparsity": "rmi", "train_ex
 )
 def test_a_run_from_files_gives_the_bits_of_a_run_in_memory(place: Path, changes: dict[str, Any]) -> None:
     offloaded_runs.same(*offloaded_runs.both(place, **COMPRESSED, **changes))
+
+
+@pytest.mark.parametrize("after", [3, 7])
+def test_a_run_from_files_resumes_to_the_same_result(place: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the first step's pruning, when only some blocks are in memory, and in the second step."""
+    options = {**COMPRESSED, "train_base": "int8", "offload": "on", "train_examples": 16}
+    assert main(arguments(place, **options, output_dir=place / "whole")) == 0
+    save, seen = Checkpointer._save, []
+
+    def counted(self: Checkpointer) -> None:
+        save(self)
+        seen.append(1)
+        if len(seen) == after:
+            raise offloaded_runs.Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpointer, "_save", counted)
+        assert main(arguments(place, **options)) == 1
+    assert main([*arguments(place, **options), "--resume"]) == 0
+    offloaded_runs.same(place / "whole", place / "out")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ class ModelConfig:
     """Run Python code that comes with the model. Only for sources you trust."""
     offload: str = "auto"
     """Keep the model on disk and load one block at a time, for models larger than memory. Works for pruning and reconstruction
-    in one shot (--steps 1 --finetune false). on, off or auto (on if the model does not fit)."""
+    in one shot (--steps 1 --finetune false), and for training over --train_base packed or int8, which must fit. on, off or auto
+    (on if the model does not fit)."""
 
     def __post_init__(self) -> None:
         _checks.choice("offload", self.offload, ("auto", "on", "off"))
