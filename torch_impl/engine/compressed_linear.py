@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from torch_impl import base, packed
+from torch_impl import _unpacking, base, packed
 from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters
 from torch_impl.engine.families import Family
 from torch_impl.engine.masked_linear import unpacking_linear
@@ -38,10 +38,18 @@ class CompressedLinear(AdaptedLinear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """Unpack the base weight (out, in)."""
-        parts = self.parts
-        if "codes" not in parts:
-            return packed.expand(parts["bitmap"], parts["values"], self.in_features)
-        return packed.expand_coded(parts["bitmap"], parts["codes"], parts["scales"], self.in_features, self.dtype)
+        parts, columns = self.parts, self.in_features
+        bitmap, offsets = parts["bitmap"], parts["offsets"]
+        here = _unpacking.usable(bitmap, self.dtype)
+        if "codes" in parts:
+            codes, scales = parts["codes"], parts["scales"]
+            if here:
+                return _unpacking.unpack_coded(bitmap, codes, scales, offsets, columns, self.dtype)
+            return packed.expand_coded(bitmap, codes, scales, columns, self.dtype)
+        values = parts["values"]
+        if here:
+            return _unpacking.unpack(bitmap, values, offsets, columns)
+        return packed.expand(bitmap, values, columns)
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
