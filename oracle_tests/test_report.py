@@ -212,6 +212,7 @@ def test_a_model_card_names_no_local_path(tmp_path: Path) -> None:
         ({}, "LoSA"),
         ({"finetuned": False}, "pruned in 2 steps, rmi rates"),
         ({"finetuned": False, "steps": 1, "rates": "uniform"}, "pruned, uniform rates"),
+        ({"finetuned": False, "steps": 1, "rates": "uniform", "dense_blocks": [2, 1]}, "pruned, uniform rates"),
         ({"finetuned": False, "steps": 1, "reconstruct_epochs": 8}, "pruned and reconstructed, rmi rates"),
     ],
 )
@@ -221,6 +222,7 @@ def test_a_row_says_what_was_done(changes: dict[str, Any], title: str) -> None:
     shown = report.table(result)
     assert f"{title}  " in shown.splitlines()[4 - result.is_at_once]
     assert ("pruned at once" in shown) != result.is_at_once, "the same model is one row"
+    assert ("The first 2 and the last 1 blocks were not pruned" in shown) == ("dense_blocks" in changes)
     assert ("Nothing was trained." in shown) == bool(changes)
     assert ("Trained on" in shown) != bool(changes)
     card = model_card.of_saved(result)

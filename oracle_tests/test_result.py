@@ -71,6 +71,7 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
         "ranks": [7],
         "reconstruct_epochs": 0,
         "rates": "rmi",
+        "dense_blocks": [0, 0],
         "finetuned": True,
         "steps": some.prune.steps,
         "peak_memory": {"host": 5},

@@ -77,6 +77,7 @@ def notes_of(result: Result) -> list[str]:
     shares = ", ".join(f"{share:.0%}" for share in result.step_shares)
     return [
         *_why_not_as_asked(result),
+        *_dense_blocks(result),
         _measured_on(facts, result.texts["evaluation"]),
         f"Trained on {result.train_examples:,} sequences in parts of {shares}; loss {result.loss}, "
         f"learning rate {result.learning_rate:g}, scheduled {SCHEDULES[result.lr_schedule]}."
@@ -86,6 +87,15 @@ def notes_of(result: Result) -> list[str]:
         f"within {checks.largest_logit_difference:.1e} of the unmerged model's.",
         *_as_saved(result),
     ]
+
+
+def _dense_blocks(result: Result) -> list[str]:
+    """Say which blocks were not pruned."""
+    first, last = result.dense_blocks
+    if not first + last:
+        return []
+    ends = f"The first {first} and the last {last} blocks were not pruned, and the others so much more"
+    return [f"{ends}; the row pruned at once prunes all alike."]
 
 
 def _as_saved(result: Result) -> list[str]:

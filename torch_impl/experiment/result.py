@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,8 @@ class Result:
     software: dict[str, str | None]
     texts: dict[str, str]
     """Name of the text for each purpose, without the path."""
+    dense_blocks: list[int] = field(default_factory=lambda: [0, 0])
+    """Blocks at the front and at the back that were not pruned."""
     license: str | None = None
     """Of the base model, if its card names one."""
     one_shot: Row | None = None
@@ -111,7 +113,8 @@ class Result:
     @property
     def is_at_once(self) -> bool:
         """Return whether the run itself is one-shot pruning; `pruned_at_once` then repeats its figures."""
-        return self.steps == 1 and self.rates == PLAIN and not (self.finetuned or self.reconstruct_epochs)
+        more = self.finetuned or self.reconstruct_epochs or any(self.dense_blocks)
+        return self.steps == 1 and self.rates == PLAIN and not more
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -166,6 +169,7 @@ def summarise(
         ranks=records[-1].ranks,
         reconstruct_epochs=config.reconstruction.reconstruct_epochs,
         rates=config.prune.layer_sparsity,
+        dense_blocks=config.prune.dense_blocks,
         finetuned=config.training.finetune,
         steps=config.prune.steps,
         peak_memory=provenance.peak_memory(material.model.device),
