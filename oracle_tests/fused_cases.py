@@ -68,6 +68,7 @@ def attend(
     share: float,
     dtype: torch.dtype,
     seed: int,
+    norms: bool = False,
 ) -> None:
     """Two tokens in turn, from a share of the cache on: the second sees the first, and what programs leave for each other is
     reset. pairs: batch and key-value heads."""
@@ -81,20 +82,24 @@ def attend(
         cache[:, :, filled:] = 1e3
     keys, values = keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
     count = torch.tensor(filled, device=DEVICE)
-    layer = Attention(groups * shared, cos, sin, keys, values, count, channels**-0.5)
+    gains = (
+        tuple(torch.randn(channels, generator=generator).to(DEVICE, dtype) for _ in range(2)) if norms else (None, None)
+    )
+    layer = Attention(groups * shared, cos, sin, keys, values, count, channels**-0.5, gains, 1e-5)
     # Queries, keys and the cosines are rounded, on a GPU the weights of the tokens too; the interpreter truncates.
     bound = 2 * tolerances.bound(dtype)
     for place in range(filled, min(filled + 2, longest)):
-        q, k, v = (part(generator, batch, heads * channels, dtype) for heads in (groups * shared, groups, groups))
+        q, k, v = (part(generator, batch, number * channels, dtype) for number in (groups * shared, groups, groups))
         before = keys.clone(), values.clone()
         found = side.attend(q, k, v, layer)
-        turned = [
-            spec.rotate(x.reshape(batch, -1, 1, channels), angles[place : place + 1])[:, :, 0] for x in wide(q, k)
-        ]
+        heads = [x.reshape(batch, -1, 1, channels) for x in wide(q, k)]
+        if norms:
+            heads = [spec.rms_norm(x, gain, 1e-5) for x, gain in zip(heads, wide(*gains), strict=True)]
+        turned = [spec.rotate(x, angles[place : place + 1])[:, :, 0] for x in heads]
         others = torch.arange(longest) != place
         for old, cache in zip(before, (keys, values), strict=True):
             assert_exact("cache", *(x[:, :, others].float().cpu() for x in (old, cache)))
-        assert_close("key", turned[1], keys[:, :, place].cpu(), bound, scale=abs(wide(k)[0]).max())
+        assert_close("key", turned[1], keys[:, :, place].cpu(), bound, scale=abs(heads[1]).max())
         assert_exact("value", v.reshape(batch, groups, channels).cpu(), values[:, :, place].cpu())
         for row in range(batch):
             expected, terms = _attention(turned[0][row], *(x[row, :, : place + 1] for x in wide(keys, values)))

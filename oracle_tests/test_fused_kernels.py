@@ -47,11 +47,12 @@ def test_gated(side: ModuleType, rows: int, columns: int, dtype: torch.dtype, se
     share=st.floats(0, 1),
     dtype=DTYPES,
     seed=SEEDS,
+    norms=st.booleans(),
 )
-@example((1, 1), 1, 128, 1, 0.0, torch.float32, 0)
-@example((1, 1), 16, 64, 300, 1.0, torch.bfloat16, 0)
-@example((2, 3), 2, 48, 70, 0.9, torch.float32, 0)
-@example((1, 1), 2, 32, 300, 0.32, torch.float32, 0)
+@example((1, 1), 1, 128, 1, 0.0, torch.float32, 0, False)
+@example((1, 1), 16, 64, 300, 1.0, torch.bfloat16, 0, True)
+@example((2, 3), 2, 48, 70, 0.9, torch.float32, 0, True)
+@example((1, 1), 2, 32, 300, 0.32, torch.float32, 0, False)
 def test_attend(
     side: ModuleType,
     pairs: tuple[int, int],
@@ -61,8 +62,9 @@ def test_attend(
     share: float,
     dtype: torch.dtype,
     seed: int,
+    norms: bool,
 ) -> None:
-    fused_cases.attend(side, pairs, shared, channels, longest, share, dtype, seed)
+    fused_cases.attend(side, pairs, shared, channels, longest, share, dtype, seed, norms)
 
 
 def test_a_full_cache_is_not_written_beyond_its_end() -> None:

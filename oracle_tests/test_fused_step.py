@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     }}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
 }  # fmt: skip
 
 
@@ -96,9 +97,10 @@ def test_logits_and_cache_are_the_model_s(name: str, dtype: torch.dtype) -> None
         assert_same(model, batch)
 
 
-def test_logits_and_cache_by_the_kernels(launches: list[str]) -> None:
-    """With biases and heads that share keys."""
-    assert_same(model_of("qwen2", num_hidden_layers=2))
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_logits_and_cache_by_the_kernels(name: str, launches: list[str]) -> None:
+    """With biases or norms of each head, and heads that share keys."""
+    assert_same(model_of(name, num_hidden_layers=2))
     # Four tokens and the check's, two blocks.
     assert launches == 5 * (2 * ["add_norm", "attend", "add_norm", "gated"] + ["add_norm"])
 
@@ -154,10 +156,20 @@ def gemma() -> PreTrainedModel:
     return GemmaForCausalLM(GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1)).eval()
 
 
+def normed(channels: int | None) -> PreTrainedModel:
+    """A LLaMA that has norms of queries and keys, of some number of channels or of queries alone, and does not use them."""
+    model = random_model("llama")
+    for block in model.model.layers:
+        for name in ("q_norm", "k_norm") if channels else ("q_norm",):
+            block.self_attn.add_module(name, type(model.model.norm)(channels or 8))
+    return model
+
+
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}
 OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "opt": (partial(random_model, "opt"), "the body has embed_positions, final_layer_norm"),
-    "qwen3": (partial(random_model, "qwen3"), "attention has k_norm, q_norm"),
+    "whole norms": (partial(normed, 32), "attention does not norm head by head"),
+    "one norm": (partial(normed, None), "attention has no k_norm"),
     "sliding": (partial(random_model, "mistral"), "layers slide"),
     "gelu": (partial(random_model, "llama", hidden_act="gelu"), "the MLP's activation is not SiLU"),
     "dynamic": (

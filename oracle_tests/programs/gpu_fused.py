@@ -66,7 +66,9 @@ def cases(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         for shape, (longest, share) in itertools.product(shapes, CACHES[:2] if small else CACHES):
             yield (
                 f"attend {kind} {shape}, {share:.0%} of {longest}",
-                lambda s=shape, n=longest, f=share, d=dtype: fused_cases.attend(fused_kernels, *s, n, f, d, 0),
+                lambda s=shape, n=longest, f=share, d=dtype: fused_cases.attend(
+                    fused_kernels, *s, n, f, d, 0, s[1] > 8
+                ),
             )
 
 

@@ -1,7 +1,7 @@
 """Three kernels in Triton that compute everything of a decoder block between its products, for one token per row.
 
     add_norm   the residual sum and its RMSNorm
-    attend     rotary embedding, writing key and value to the cache, attention of one query over the cache's filled part
+    attend     norms of heads if any, rotary embedding, writing key and value to the cache, attention over its filled part
     gated      SiLU(gate) · up
 
 Each rounds where Hugging Face's layers round. Nothing synchronises with the host, so a CUDA graph can capture a call: the number
@@ -76,11 +76,18 @@ if triton is not None:
         tl.store(normed + row * columns + column, (scale * value.to(dtype).to(tl.float32)).to(dtype), mask=inside)
 
     @triton.jit
-    def _turned(x, channel, partner, inside, cos, sin):
-        """Rotate the channels of rows of x, in the dtype of x."""
+    def _turned(x, channel, partner, inside, cos, sin, gain, eps, CHANNELS: tl.constexpr, NORM: tl.constexpr):
+        """Rotate the channels of rows of x, in the dtype of x; before that, norm each row if asked."""
         own = tl.load(x + channel, mask=inside, other=0.0)
         other = tl.load(x + partner, mask=inside, other=0.0)
-        return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
+        dtype = own.dtype
+        own, other = own.to(tl.float32), other.to(tl.float32)
+        if NORM:
+            scale = tl.rsqrt(tl.sum(own * own, -1, keep_dims=True) / CHANNELS + eps)
+            own = (own * scale).to(dtype).to(tl.float32) * tl.load(gain + channel, mask=inside, other=0.0)
+            other = (other * scale).to(dtype).to(tl.float32) * tl.load(gain + partner, mask=inside, other=0.0)
+            own, other = own.to(dtype).to(tl.float32), other.to(dtype).to(tl.float32)
+        return (own * cos + other * sin).to(dtype)
 
     # One compilation serves every length of the cache and every batch.
     @triton.jit(do_not_specialize=["longest", "groups", "splits"])
@@ -90,6 +97,8 @@ if triton is not None:
         v,
         cos,
         sin,
+        q_gain,
+        k_gain,
         keys,
         values,
         filled,
@@ -99,6 +108,7 @@ if triton is not None:
         totals,
         arrived,
         scale,
+        eps,
         longest,
         q_stride,
         k_stride,
@@ -112,6 +122,7 @@ if triton is not None:
         HEADS: tl.constexpr,
         SPLITS: tl.constexpr,
         TOKENS: tl.constexpr,
+        NORM: tl.constexpr,
         WIDE: tl.constexpr,
         EARLY: tl.constexpr,
     ):
@@ -142,7 +153,9 @@ if triton is not None:
         head = tl.arange(0, ROWS)
         fits = (head[:, None] < SHARED) & inside[None, :]
         queries = q + row * q_stride + (group * SHARED + head[:, None]) * CHANNELS
-        query = _turned(queries, channel[None, :], partner[None, :], fits, turn_cos[None, :], turn_sin[None, :])
+        columns, partners = channel[None, :], partner[None, :]
+        all_cos, all_sin = turn_cos[None, :], turn_sin[None, :]
+        query = _turned(queries, columns, partners, fits, all_cos, all_sin, q_gain, eps, CHANNELS, NORM)
 
         # Online softmax. The first split begins with the new token, so that no program reads what another one writes.
         top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -150,7 +163,8 @@ if triton is not None:
         sum_ = tl.zeros((ROWS, WIDTH), tl.float32)
         start_of_cache = pair.to(tl.int64) * longest * CHANNELS
         if split == 0:
-            key = _turned(k + row * k_stride + group * CHANNELS, channel, partner, inside, turn_cos, turn_sin)
+            own = k + row * k_stride + group * CHANNELS
+            key = _turned(own, channel, partner, inside, turn_cos, turn_sin, k_gain, eps, CHANNELS, NORM)
             value = tl.load(v + row * v_stride + group * CHANNELS + channel, mask=inside, other=0.0)
             tl.store(keys + start_of_cache + count * CHANNELS + channel, key, mask=inside)
             tl.store(values + start_of_cache + count * CHANNELS + channel, value, mask=inside)
@@ -251,7 +265,8 @@ class Attention:
     """The attention of one layer over its static cache.
 
     heads: h, of queries; cos, sin (longest, e / 2): of the rotary embedding by position; keys, values (b, g, longest, e),
-    contiguous; filled: the number of cached tokens, int64, on the device; scale: of the scores.
+    contiguous; filled: the number of cached tokens, int64, on the device; scale: of the scores; gains (e,), eps: of the norms of
+    each head's query and key before rotary embedding, if there are any.
     """
 
     heads: int
@@ -261,6 +276,8 @@ class Attention:
     values: torch.Tensor
     filled: torch.Tensor
     scale: float
+    gains: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    eps: float = 0.0
 
     @functools.cached_property
     def splits(self) -> int:
@@ -295,16 +312,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Attention) 
         v,
         layer.cos,
         layer.sin,
+        *layer.gains,
         layer.keys,
         layer.values,
         layer.filled,
         out,
         *layer.scratch,
         layer.scale,
+        layer.eps,
         longest,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
+        *(x.stride(0) for x in (q, k, v)),
         groups,
         layer.splits,
         SHARED=shared,
@@ -314,6 +331,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Attention) 
         HEADS=triton.next_power_of_2(shared),
         SPLITS=MOST_SPLITS,
         TOKENS=TOKENS,
+        NORM=layer.gains[0] is not None,
         # The interpreter cannot multiply bf16.
         WIDE=q.dtype == torch.float32 or triton.knobs.runtime.interpret,
         num_warps=4,

@@ -16,8 +16,7 @@ def add_norm(
     if fused_kernels.usable(x, gain):
         return fused_kernels.add_norm(x, residual, gain, eps)
     total = x if residual is None else x + residual
-    wide = total.float()
-    return gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype), total
+    return _normed(total, gain, eps), total
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Attention) -> torch.Tensor:
@@ -29,14 +28,25 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Attention) 
         return fused_kernels.attend(q, k, v, layer)
     batch, groups, longest, channels = layer.keys.shape
     place = layer.filled.view(1)
-    q, k = (_turned(x.view(batch, -1, 1, channels), layer.cos[place], layer.sin[place]) for x in (q, k))
+    cos, sin = layer.cos[place], layer.sin[place]
+    q, k = (
+        _turned(_normed(x.view(batch, -1, 1, channels), gain, layer.eps), cos, sin)
+        for x, gain in zip((q, k), layer.gains, strict=True)
+    )
     layer.keys.index_copy_(2, place, k)
     layer.values.index_copy_(2, place, v.view(batch, groups, 1, channels))
     seen = (torch.arange(longest, device=q.device) <= place)[None]
-    heads = functional.scaled_dot_product_attention(
+    result = functional.scaled_dot_product_attention(
         q, layer.keys, layer.values, attn_mask=seen, scale=layer.scale, enable_gqa=True
     )
-    return heads.reshape(batch, layer.heads * channels)
+    return result.reshape(batch, layer.heads * channels)
+
+
+def _normed(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Tensor:
+    if gain is None:
+        return x
+    wide = x.float()
+    return gain * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

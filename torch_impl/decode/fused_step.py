@@ -24,10 +24,11 @@ from torch_impl.decode import fused_operations as operations
 from torch_impl.decode.fused_kernels import MOST_SHARED, Attention
 from torch_impl.engine.decoder import Decoder
 
-# The modules of a body, a block, its attention and its MLP; no others.
+# The modules of a body, a block, its attention, which may norm each head's query and key too, and its MLP; no others.
 BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 BLOCK = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEAD_NORMS = ("q_norm", "k_norm")
 MLP = ("gate_proj", "up_proj", "act_fn", "down_proj")
 # Tokens of the check.
 CHECKED = 4
@@ -91,7 +92,10 @@ class _Layer:
         self.qkv, self.o = (own.q_proj, own.k_proj, own.v_proj), own.o_proj
         self.gate_up, self.down = (mlp.gate_proj, mlp.up_proj), mlp.down_proj
         heads = own.o_proj.in_features // cache.keys.shape[-1]
-        self.attention = Attention(heads, cos, sin, cache.keys, cache.values, cache.cumulative_length, own.scaling)
+        norms = (own.q_norm, own.k_norm) if hasattr(own, "q_norm") else ()
+        given = {"gains": tuple(norm.weight for norm in norms), "eps": norms[0].variance_epsilon} if norms else {}
+        parts = (cos, sin, cache.keys, cache.values, cache.cumulative_length)
+        self.attention = Attention(heads, *parts, own.scaling, **given)
 
 
 class _Step:
@@ -142,16 +146,22 @@ def _obstacle(decoder: Decoder, cache: Any) -> str | None:
 
 def _obstacle_in_block(block: Any, cache: Any) -> str | None:
     reason = _differs("a block", block, BLOCK)
-    reason = reason or _differs("attention", block.self_attn, ATTENTION) or _differs("the MLP", block.mlp, MLP)
-    reason = reason or _obstacle_in_norm("a block's norm", block.input_layernorm)
-    reason = reason or _obstacle_in_norm("a block's norm", block.post_attention_layernorm)
+    own = block.self_attn
+    named = HEAD_NORMS if hasattr(own, "q_norm") else ()
+    reason = reason or _differs("attention", own, ATTENTION + named) or _differs("the MLP", block.mlp, MLP)
+    if reason:
+        return reason
+    norms = [block.input_layernorm, block.post_attention_layernorm, *(getattr(own, name) for name in named)]
+    reason = next(filter(None, (_obstacle_in_norm("a block's norm", norm) for norm in norms)), None)
     if reason:
         return reason
     some = torch.linspace(-3, 3, 7)
     if not torch.allclose(block.mlp.act_fn(some), functional.silu(some)):
         return "the MLP's activation is not SiLU"
     _, groups, _, channels = cache.keys.shape
-    shared = block.self_attn.o_proj.in_features // channels // groups
+    shared = own.o_proj.in_features // channels // groups
+    if any(len(norm.weight) != channels for norm in norms[2:]):
+        return "attention does not norm head by head"
     return f"{shared} heads share keys; the kernel supports {MOST_SHARED}" if shared > MOST_SHARED else None
 
 
