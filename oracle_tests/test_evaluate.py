@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from oracle_tests.small_runs import arguments, fails
 from tiny_models.random_models import random_model
+from torch_impl.commands import evaluate
 from torch_impl.engine import calibration, distributed, files
 from torch_impl.engine.checkpoints import offload
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import run_checkpoints
-from torch_impl.experiment import job, metrics
+from torch_impl.experiment import job, metrics, zero_shot
 from torch_impl.experiment.evaluate import perplexity, stream_perplexity
 from torch_impl.run import main
 
@@ -147,6 +148,38 @@ def test_half_precision_that_overflows_ends_at_the_first_figure(
         capsys, place, arguments(place, dtype="float16", **plain), ["output of model.layers.1", "float16", "bfloat16"]
     )
     assert main(arguments(place, dtype="float32", **plain)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "passed"),
+    [
+        ([], {"text": "wikitext2", "seqlen": 2048, "windows": None, "protocol": None, "batch_size": 8}),
+        (
+            ["--text", "c4", "--seqlen", "64", "--windows", "3", "--protocol", "c4", "--batch_size", "5"],
+            {"text": "c4", "seqlen": 64, "windows": 3, "protocol": "c4", "batch_size": 5},
+        ),
+    ],
+)
+def test_the_command_measures_what_it_is_asked_for(
+    options: list[str], passed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The defaults are those of --help."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(evaluate, "load", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate.api, "evaluate", lambda *_, **options: given.update(options) or {"perplexity": 1.0})
+    assert evaluate.main(["MODEL", *options, "--json"]) == 0
+    assert given == passed
+
+
+def test_the_command_asks_for_the_tasks_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    nothing = zero_shot.ZeroShot({}, {}, {}, {}, 0.0, "0", {}, 3)
+    monkeypatch.setattr(evaluate, "load", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate.zero_shot, "load_tasks", lambda *given: calls.append(given) or {"piqa": None})
+    monkeypatch.setattr(evaluate.zero_shot, "measure", lambda *given: calls.append(given[2:]) or nothing)
+    tasks = ["--tasks", "piqa", "--tasks_data", "folder", "--limit", "3", "--num_fewshot", "2", "--batch_size", "5"]
+    assert evaluate.main(["MODEL", *tasks, "--json"]) == 0
+    assert calls == [(["piqa"], "folder", 2), ({"piqa": None}, 3, 5)]
 
 
 def strict(text: str) -> Any:

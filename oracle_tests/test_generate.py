@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +267,34 @@ def test_a_tokenizer_without_a_mask(tmp_path: Path, seen: dict[str, Any], capsys
     edit(model, "tokenizer_config.json", model_input_names=["input_ids"])
     assert run(model, capsys)[0] == 0
     assert seen["new"] == greedy(model)
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "tokens", "found"),
+    [
+        ("auto", "cuda", 256, True),
+        ("auto", "cuda", 255, False),
+        ("auto", "cpu", 10_000, False),
+        ("on", "cpu", 1, True),
+        ("off", "cuda", 10_000, False),
+    ],
+)
+def test_compiling_must_pay_off(choice: str, device: str, tokens: int, found: bool) -> None:
+    """As --help says: on a GPU from 256 new tokens."""
+    assert generate.compiles(choice, torch.device(device), tokens) is found
+
+
+def test_the_summary_s_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shares memory counts once; ru_maxrss is in KiB; the first token is timed from the prompt's echo."""
+    model = torch.nn.Linear(500, 1000, bias=False)
+    model.register_buffer("tied", model.weight.data.view(-1))
+    model.device, model.dtype = torch.device("cpu"), torch.float32  # type: ignore[assignment]
+    monkeypatch.setattr(generate.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=500_000))
+    assert generate._summary(model, 7, [1.0, 1.5, 2.0, 2.5]).splitlines() == [  # type: ignore[arg-type]
+        "prompt of 7 tokens: first token after 0.50 s",
+        "2 more tokens: 2.00 tokens/s",
+        "weights 2.0 MB, float32; peak memory 512 MB",
+    ]
 
 
 def test_ctrl_c_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

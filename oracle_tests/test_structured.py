@@ -84,6 +84,7 @@ def test_the_smaller_model_computes_the_same(family: str, unequal: bool, tmp_pat
     """Loaded by transformers alone. If blocks differ, it has the size of the largest; OPT keeps its heads."""
     model = random_model(family, dtype=torch.float64)
     model.get_output_embeddings().weight.requires_grad_(False)
+    model.generation_config.eos_token_id, model.config.name_or_path = 77, "org/name"
     remove(model, 1, 8, unequal)
     found = make_smaller(model)
     heads = {"llama": 3, "llama-gqa": 1, "mistral": 1, "qwen2": 1, "qwen3": 1, "opt": 4}[family]
@@ -91,6 +92,7 @@ def test_the_smaller_model_computes_the_same(family: str, unequal: bool, tmp_pat
     note = "OPTConfig has no place for fewer heads" if family == "opt" else "blocks keep different numbers" * unequal
     assert note in found.note
     assert bool(note) == bool(found.note)
+    assert (found.model.generation_config.eos_token_id, found.model.config.name_or_path) == (77, "org/name")
     assert not found.model.training
     assert not found.model.get_output_embeddings().weight.requires_grad
     assert Decoder(found.model).weights[0].requires_grad
@@ -280,6 +282,16 @@ def test_comparisons_time_blocks_without_what_is_gone(monkeypatch: pytest.Monkey
     assert shapes_of(timed[0]) == {(1, 40), (1, 39), (1, 38)}
     assert shapes_of(model) == {(2, 48)}
     torch.testing.assert_close(timed[0](IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_are_those_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two each in bfloat16; a token's keys and values are 2 · 16 in each of three blocks."""
+    monkeypatch.setattr(footprint, "_decoding", lambda _: None)
+    monkeypatch.setattr(footprint, "_reading", lambda *_: None)
+    model = random_model("llama-gqa", dtype=torch.bfloat16)
+    found = footprint.footprint(model, torch.zeros(1, 4, dtype=torch.long))
+    assert found.bytes == 2 * found.parameters
+    assert found.cache_bytes == 2 * 3 * 2 * 16
 
 
 def test_the_library_returns_the_smaller_model() -> None:

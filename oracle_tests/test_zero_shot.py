@@ -9,6 +9,7 @@ import logging
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -120,6 +121,32 @@ def test_a_model_of_peft(folder: Path) -> None:
     assert figures(wrapped.merge_and_unload(), folder) == found
     text = torch_impl.evaluate(wrapped, TOKENIZER, text=["some text"], seqlen=4)
     assert set(text) >= {"perplexity", "protocol"}
+
+
+def test_the_mean_is_over_tasks_however_long_they_are() -> None:
+    """A task of 8 documents counts as much as one of 2; acc_norm is not acc; one document has no standard error."""
+
+    def task(name: str) -> Any:
+        config = SimpleNamespace(
+            metadata={}, dataset_path=name, dataset_name=None, test_split="test", validation_split=None, num_fewshot=0
+        )
+        return SimpleNamespace(config=config, instances=[])
+
+    figures = {
+        "short": {"acc_norm,none": 0.9, "acc,none": 0.5, "acc_stderr,none": 0.25, "acc_norm_stderr,none": 0.1},
+        "long": {"acc,none": 1.0, "acc_stderr,none": 0.125},
+        "single": {"acc,none": 0.0, "acc_stderr,none": "N/A"},
+    }
+    counts = {"short": (2, 5), "long": (8, 8), "single": (1, 9)}
+    results = {
+        "results": figures,
+        "n-samples": {name: {"effective": used, "original": there} for name, (used, there) in counts.items()},
+    }
+    found = subject._summarise({name: task(name) for name in figures}, results, 8)
+    assert found.accuracy == {"short": 0.5, "long": 1.0, "single": 0.0}
+    assert found.stderr == {"short": 0.25, "long": 0.125, "single": None}
+    assert found.documents == {"short": 2, "long": 8, "single": 1}
+    assert (found.mean, found.limit) == (0.5, 8)
 
 
 def test_nothing_is_changed_or_said(folder: Path, capsys: pytest.CaptureFixture) -> None:

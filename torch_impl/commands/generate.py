@@ -181,6 +181,11 @@ def _settings(
     return settings, StoppingCriteriaList([StopStringCriteria(tokenizer, stops)] if stops else [])
 
 
+def compiles(choice: str, device: torch.device, tokens: int) -> bool:
+    """Return whether to compile the blocks. choice: on, off or auto; tokens: the number of new ones."""
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and tokens >= WORTH_COMPILING)
+
+
 # Not inference_mode: its tensors do not record modifications, which `PackedGroup.share` needs to know.
 @torch.no_grad()
 def generate(
@@ -189,8 +194,7 @@ def generate(
     """Generate text to standard output. Return the new token ids (n,) and the times of the prompt and each token, seconds."""
     streamer = _TimedStreamer(tokenizer)
     inputs = _prompt_ids(model, tokenizer, options)
-    worth = model.device.type == "cuda" and options.max_new_tokens >= WORTH_COMPILING
-    fuse = options.compile == "on" or (options.compile == "auto" and worth)
+    fuse = compiles(options.compile, model.device, options.max_new_tokens)
     # On a GPU a static cache gives every token the same shapes, so one graph or one compiled block serves all. Replace the
     # model's own settings, because transformers uses them for everything not set here.
     fixed = fuse or model.device.type == "cuda"
