@@ -197,6 +197,30 @@ def test_mixed_bits_follow_importance_with_the_mean(plain: Path, tmp_path: Path,
     assert [model.model.layers[i].mlp.up_proj.bits for i in range(3)] == facts["bits"]
 
 
+@pytest.mark.parametrize(
+    ("given", "bits", "windows"),
+    [
+        ([], 4.0, {"nsamples": 128, "seqlen": 2048, "seed": 0}),
+        (
+            ["--mean_bits", "3.5", "--nsamples", "7", "--seqlen", "33", "--seed", "5"],
+            3.5,
+            {"nsamples": 7, "seqlen": 33, "seed": 5},
+        ),
+    ],
+)
+def test_the_command_rounds_as_told(
+    given: list[str], bits: float, windows: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The defaults are those of --help."""
+    asked: list[dict[str, int]] = []
+    monkeypatch.setattr(pack.pretrained, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(pack, "windows_of", lambda *_, **options: asked.append(options) or IDS)
+    words = ["MODEL", "OUT", "--values", "mixed", "--calibration_data", "stdlib", *given]
+    found = pack._rounding(pack._parser().parse_args(words))
+    assert found is not None
+    assert (found.values, found.mean_bits, asked) == ("mixed", bits, [windows])
+
+
 def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compensated: Path) -> None:
     layer: Any = torch_impl.load_packed(compensated, "cpu").model.layers[1].mlp.down_proj
     parts = {name: part.clone() for name, part in layer.stored().items()}
