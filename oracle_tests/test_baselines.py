@@ -191,7 +191,7 @@ def test_half_precision_is_trained_in_float32(setting: Setting, name: str, monke
     assert perplexity(result.model, material.evaluation, 8) < 1000
 
 
-@pytest.mark.parametrize("name", ["lora", "sora"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "sora"])
 def test_the_same_seed_gives_the_same_bits(setting: Setting, name: str) -> None:
     torch.manual_seed(1)
     first = setting.run(name).model.state_dict()
@@ -215,6 +215,32 @@ def test_training_in_cuda_graphs_is_training_launch_by_launch(
     assert sum(graph.replays for graph in graphs) >= 5
     for key, tensor in captured.items():
         torch.testing.assert_close(tensor, plain[key], rtol=1e-4, atol=1e-5)
+
+
+def test_no_two_adapters_of_sora_start_alike(setting: Setting) -> None:
+    layers = sora.attach(Decoder(copy.deepcopy(setting.material.model)), 4, 1.0, seed=0)
+    starts = [(layer.A.shape[1], layer.A[0, 0].item(), layer.gate[0].item()) for layer in layers]
+    assert len({first for _, first, _ in starts}) == len({gate for _, _, gate in starts}) == len(layers)
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "sora", "full"])
+def test_one_schedule_ends_with_the_last_optimizer_step(
+    setting: Setting, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All start at the first of three steps and decay until the last: the rates that AdamW sees."""
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, *given: Any, **options: Any) -> Any:
+        rates.append(float(self.param_groups[0]["lr"]))
+        return step(self, *given, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = dataclasses.replace(
+        setting.config, training=dataclasses.replace(setting.config.training, warmup_ratio=0.0, learning_rate=1e-3)
+    )
+    setting.run(name, config)
+    assert rates == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
 
 
 def test_no_training_is_one_shot_of_algorithm_1(setting: Setting) -> None:

@@ -169,6 +169,15 @@ def test_a_copy_saves_itself(packed_model: Path, tmp_path: Path) -> None:
     assert_same_model(load(tmp_path / "own"), model)
 
 
+def test_a_model_is_saved_in_the_dtype_that_it_has_now(packed_model: Path, tmp_path: Path) -> None:
+    """Its configuration was written for another one."""
+    model = load(packed_model).to(torch.bfloat16)
+    model.config.dtype = torch.float32
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {parameter.dtype for parameter in load(tmp_path / "again", dtype="auto").parameters()} == {torch.bfloat16}
+
+
 def test_options_of_saving(packed_model: Path, tmp_path: Path) -> None:
     model = load(packed_model)
     with pytest.raises(ValueError, match="a packed model is saved without push_to_hub, variant"):

@@ -190,6 +190,8 @@ def test_mixed_bits_follow_importance_with_the_mean(plain: Path, tmp_path: Path,
     for key, entry in listed["tensors"].items():
         if entry["packed"]:
             assert entry["bits"] == facts["bits"][int(re.search(r"layers\.(\d+)", key)[1])]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"codes of {min(facts['bits'])} to {max(facts['bits'])} bits" in card
     table = pack._rounded(tmp_path / "out")
     for block, bits in enumerate(facts["bits"]):
         assert re.search(rf"^ +{block} +{facts['importance'][block]:.6f} +{bits}$", table, re.MULTILINE)
