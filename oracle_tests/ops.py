@@ -213,6 +213,12 @@ OPS = (
         ({"importance": ROW, "mean_bits": 4.5, "choices": (4, 8)}, "mean_bits"),
     ),
     Op(
+        "sparsity.allocate_bits_by_harm",
+        s.harms(),
+        Kind.EXACT,
+        ({"harm": W, "sizes": [1, 0], "mean_bits": 4.0, "choices": (3, 4, 5)}, "sizes"),
+    ),
+    Op(
         "owl.outlier_share",
         _cases(scores=st.lists(s.matrices().map(np.abs), min_size=1, max_size=3), factor=st.sampled_from([5.0, 1.5])),
         Kind.CLOSE,
@@ -408,6 +414,12 @@ OPS = (
         s.rounding_cases(),
         Kind.EXACT,
         ({"weight": W, "hessian": EYE, "bits": 1}, "bits"),
+    ),
+    Op(
+        "masks.sparsegpt.rounding_harm",
+        s.harm_cases(),
+        Kind.CLOSE,
+        ({"weight": W, "hessian": EYE, "output_weights": -ROW, "choices": (4,)}, "output_weights"),
     ),
     Op(
         "masks.sparsegpt.sparsegpt_nm",

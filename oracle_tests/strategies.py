@@ -145,6 +145,15 @@ def rounding_cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
+def harm_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of rounding_harm."""
+    case = draw(sparsegpt_cases())
+    gradients = _rng(draw).standard_normal(len(case["weight"])) ** 2 * draw(st.sampled_from([1.0, 0.0, 1e-6]))
+    choices = draw(st.lists(BITS, min_size=1, max_size=3))
+    return {name: case[name] for name in ("weight", "hessian")} | {"output_weights": gradients, "choices": choices}
+
+
+@st.composite
 def searched_cases(draw: st.DrawFn, group: bool = False) -> dict[str, Any]:
     """Arguments of alps and admm, or of their N:M forms.
 
@@ -309,6 +318,19 @@ def bit_allocations(draw: st.DrawFn) -> dict[str, Any]:
     choices = draw(st.sampled_from([(4, 8), (3, 4, 5), (2, 3, 8), (4,)]) | st.lists(BITS, min_size=1, max_size=4))
     bits = draw(st.lists(st.sampled_from(choices), min_size=len(importance), max_size=len(importance)))
     return {"importance": importance, "mean_bits": sum(bits) / len(bits), "choices": choices}
+
+
+@st.composite
+def harms(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of allocate_bits_by_harm: harms that fall, that tie, and that follow no rule; equal and unequal sizes."""
+    choices = sorted(draw(st.sets(BITS, min_size=1, max_size=4)))
+    sizes = draw(st.lists(st.sampled_from([1, 2, 3, 6, 64]), min_size=1, max_size=5))
+    harm = _rng(draw).random((len(sizes), len(choices)))
+    kind = draw(st.sampled_from(["falling", "ties", "any"]))
+    harm = harm * 4.0 ** -np.array(choices) if kind == "falling" else np.rint(3 * harm) if kind == "ties" else harm
+    share = draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1))
+    mean = (1 - share) * choices[0] + share * choices[-1]
+    return {"harm": harm, "sizes": sizes, "mean_bits": min(max(mean, choices[0]), choices[-1]), "choices": choices}
 
 
 @st.composite

@@ -29,6 +29,10 @@ from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import CODED
 
+PROJECTIONS = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
 IDS = torch.randint(0, 200, (6, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -85,7 +89,8 @@ def test_without_calibration_the_codes_are_those_of_rounding_to_nearest(plain: P
             np.testing.assert_array_equal(found[name][1], scales)
         listed = json.loads((tmp_path / values / "packed.json").read_text())
         assert listed["version"] == 2
-        assert listed["rounding"] == {"values": values, "bits": [bits] * 3, "importance": [], "calibration": None}
+        blocks = [dict.fromkeys(PROJECTIONS, bits)] * 3
+        assert listed["rounding"] == {"values": values, "bits": blocks, "importance": [], "calibration": None}
 
 
 def test_with_calibration_each_block_is_rounded_on_what_the_rounded_blocks_put_out(
@@ -178,25 +183,77 @@ def test_sizes_are_the_formula_s_and_the_files(
     assert sum(saving.positions - saving.kept for saving in sizes if saving.kind != "other") == zeros
 
 
-def test_mixed_bits_follow_importance_with_the_mean(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    torch_impl.pack(plain, tmp_path / "out", values="mixed", calibration=IDS, mean_bits=14 / 3)
-    listed = json.loads((tmp_path / "out" / "packed.json").read_text())
-    facts = listed["rounding"]
+@pytest.mark.parametrize("by", ["rmi", "gradient"])
+def test_mixed_bits_follow_importance_with_the_mean(plain: Path, tmp_path: Path, by: str) -> None:
+    torch_impl.pack(plain, tmp_path / "out", values="mixed", calibration=IDS, mean_bits=14 / 3, bits_by=by)
+    facts = facts_of(tmp_path / "out")
     expected = spec_sparsity.allocate_bits(np.array(facts["importance"]), 14 / 3, (3, 4, 5, 6))
-    assert facts["bits"] == expected.tolist()
-    assert sum(facts["bits"]) == 14
-    assert len(set(facts["bits"])) > 1
-    assert facts["calibration"] == {"sequences": 6, "tokens": 20}
-    for key, entry in listed["tensors"].items():
-        if entry["packed"]:
-            assert entry["bits"] == facts["bits"][int(re.search(r"layers\.(\d+)", key)[1])]
+    assert facts["bits"] == [dict.fromkeys(PROJECTIONS, bits) for bits in expected.tolist()]
+    assert len(set(expected.tolist())) > 1
+    assert expected.sum() == 14
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"codes of {min(facts['bits'])} to {max(facts['bits'])} bits" in card
+    assert f"codes of {expected.min()} to {expected.max()} bits" in card
+    if by == "gradient":
+        np.testing.assert_allclose(facts["importance"], first_order(plain), rtol=1e-4)
     table = pack._rounded(tmp_path / "out")
+    for block, bits in enumerate(expected):
+        assert re.search(rf"^ +{block} +{facts['importance'][block]:.6g} +{bits}$", table, re.MULTILINE)
+
+
+def first_order(plain: Path) -> list[float]:
+    """Σ |w · ∂loss/∂w| of each block, by autograd, for each weight and predicted token."""
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    model(IDS, labels=IDS).loss.backward()
+    blocks = [list(Decoder(model).projections(index).values()) for index in range(3)]
+    return [
+        float(sum((layer.weight.detach() * layer.weight.grad).abs().sum() for layer in block))
+        / sum(layer.weight.numel() for layer in block)
+        for block in blocks
+    ]
+
+
+def test_mixed_bits_do_the_least_harm(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Against the spec's functions on inputs and gradients by autograd of the whole model."""
+    torch_impl.pack(plain, tmp_path / "out", values="mixed", calibration=IDS, mean_bits=4.25)
+    facts = facts_of(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    decoder, seen, gradients = Decoder(model), {}, {}
+
+    def note(place: tuple[int, str], _: torch.nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen[place] = given[0].detach().double().numpy()
+        output.register_hook(lambda gradient: gradients.__setitem__(place, gradient.flatten(0, 1).double().numpy()))
+
+    layers = {(index, name): layer for index in range(3) for name, layer in decoder.projections(index).items()}
+    for place, layer in layers.items():
+        layer.register_forward_hook(functools.partial(note, place))
+    model(IDS, labels=IDS).loss.backward()
+    harms = []
+    for (index, name), layer in layers.items():
+        rows, squares = seen[index, name].reshape(-1, layer.in_features), gradients[index, name] ** 2
+        hessian = rows.T @ np.diag(squares.mean(1)) @ rows
+        weight = layer.weight.detach().numpy()
+        harms.append(spec_sparsegpt.rounding_harm(weight, hessian, squares.sum(0), range(2, 9)))
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    expected = spec_sparsity.allocate_bits_by_harm(harms, sizes, 4.25, range(2, 9)).tolist()
+    assert [bits for block in facts["bits"] for bits in block.values()] == expected
+    assert len(set(expected)) > 2
+    assert facts["bits_by"] == "error"
+    assert facts["importance"] == []
+    assert facts["calibration"] == {"sequences": 6, "tokens": 20}
+    listed = json.loads((tmp_path / "out" / "packed.json").read_text())["tensors"]
+    for (index, name), bits in zip(layers, expected, strict=True):
+        assert listed[decoder.full_name(index, f"{name}.weight")]["bits"] == bits
+    table = pack._rounded(tmp_path / "out")
+    assert "bits by error" in table
     for block, bits in enumerate(facts["bits"]):
-        assert re.search(rf"^ +{block} +{facts['importance'][block]:.6f} +{bits}$", table, re.MULTILINE)
-    model = torch_impl.load_packed(tmp_path / "out", "cpu")
-    assert [model.model.layers[i].mlp.up_proj.bits for i in range(3)] == facts["bits"]
+        assert re.search(rf"^ +{block} +{' +'.join(map(str, bits.values()))}$", table, re.MULTILINE)
+    packed = torch_impl.load_packed(tmp_path / "out", "cpu")
+    assert [layer.bits for index in range(3) for layer in Decoder(packed).projections(index).values()] == expected
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / "packed.json").read_text())["rounding"]
+    return facts
 
 
 @pytest.mark.parametrize(
@@ -293,6 +350,8 @@ def test_what_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for words, message in (
         (["--values", "int9"], "values is 'int9'; allowed: same, int2, int3, int4, int5, int6, int7, int8, mixed"),
         (["--values", "mixed"], "values is 'mixed', whose bits are chosen on calibration text; give calibration text"),
+        (["--bits_by", "rmi"], "bits_by is rmi and has no effect without --values mixed; leave it out"),
+        (["--values", "mixed", "--bits_by", "size"], "bits_by is 'size'; allowed: rmi, gradient, error"),
         (["--mean_bits", "5"], "mean_bits is 5.0 and has no effect without --values mixed; leave it out"),
         (
             ["--values", "int8", "--nsamples", "4"],

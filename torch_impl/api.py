@@ -38,6 +38,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.engine.rounding import ERROR
 from torch_impl.engine.smaller import make_smaller
 from torch_impl.engine.structure import check_structure
 from torch_impl.experiment import config as options_of
@@ -149,13 +150,15 @@ def pack(
     nsamples: int = 128,
     seqlen: int = 2048,
     mean_bits: float = 4.0,
+    bits_by: str = ERROR,
     seed: int = 0,
 ) -> list[Saving]:
     """Write a sparse model without its zeros to `folder`, which appears when complete. Return the sizes per kind of tensor.
 
     model: a plain transformers model, or its folder. tokenizer: saved with a model; a folder has its own. values: how kept
     values are stored; same: in the model's dtype; int8, int4 or any from int2: rounded to codes of that many bits; mixed: to
-    codes whose bits mutual information chooses for each block, `mean_bits` on average.
+    codes of `mean_bits` on average. bits_by: what chooses them; error: for each projection, the estimated harm of rounding to
+    the loss; gradient, rmi: for each block, its first-order importance or mutual information.
 
     calibration: token ids (n, t), texts or the name of a text source, of which nsamples windows of seqlen tokens are taken;
     each weight's error is then compensated for by the weights to its right. None: weights are rounded to nearest.
@@ -171,7 +174,7 @@ def pack(
             source = Path(model)
             if calibration is not None and not _is_ids(calibration) and tokenizer is None:
                 tokenizer = pretrained.load_tokenizer(source)
-            rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, seed)
+            rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, bits_by, seed)
             return packed_folder.pack_folder(source, place, torch.device("cpu"), rounding=rounding)
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is {type(model).__name__}; give a transformers model or the folder of one")
@@ -179,7 +182,7 @@ def pack(
             model.save_pretrained(plain)
             if tokenizer is not None:
                 tokenizer.save_pretrained(plain)
-            rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, seed)
+            rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, bits_by, seed)
             return packed_folder.pack_folder(Path(plain), place, torch.device("cpu"), rounding=rounding)
 
 
@@ -190,6 +193,7 @@ def _rounding(
     nsamples: int,
     seqlen: int,
     mean_bits: float,
+    bits_by: str,
     seed: int,
 ) -> packed_rounding.Rounding | None:
     if values == packed_rounding.SAME:
@@ -197,7 +201,7 @@ def _rounding(
     _checks.count("nsamples", nsamples, 2)
     _checks.count("seqlen", seqlen)
     ids = None if calibration is None else given.windows_of(calibration, tokenizer, nsamples, seqlen, seed)
-    return packed_rounding.Rounding(values, ids, mean_bits)
+    return packed_rounding.Rounding(values, ids, mean_bits, bits_by=bits_by)
 
 
 def load_packed(folder: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:

@@ -212,6 +212,49 @@ def allocate_bits(importance: torch.Tensor, mean_bits: float, choices: Sequence[
     return allocated.to(importance.device)
 
 
+def allocate_bits_by_harm(
+    harm: torch.Tensor, sizes: Sequence[int], mean_bits: float, choices: Sequence[int]
+) -> torch.Tensor:
+    """Choose the bits (P,) int64 of each projection: min Σ harm, with a mean over all weights of at most mean_bits.
+
+    harm: (P, choices); sizes: weights of each projection; choices: increasing numbers of bits. Ties: fewer bits in all, then
+    for the last projection, and so on.
+    """
+    harm = _checks.finite("harm", harm, "projections", "choices").double().cpu()
+    choices = [_checks.integer("choices", bits, 1) for bits in choices]
+    if len(choices) != harm.shape[1] or choices != sorted(set(choices)):
+        raise ValueError(
+            f"choices is {choices}; allowed: {harm.shape[1]} increasing numbers of bits, one for each harm"
+        )
+    sizes = [_checks.integer("sizes", size, 1) for size in sizes]
+    if len(sizes) != len(harm):
+        raise ValueError(f"sizes has {len(sizes)} entries; allowed: {len(harm)}, one for each projection")
+    mean_bits = _checks.number("mean_bits", mean_bits, choices[0], choices[-1])
+
+    # Bits are counted in units that all sizes are multiples of.
+    unit = math.gcd(*sizes)
+    most = math.floor(mean_bits * sum(sizes) * (1 + SLACK) / unit)
+    best = torch.full((most + 1,), math.inf, dtype=torch.float64)
+    best[0] = 0.0
+    taken: list[torch.Tensor] = []
+    for of_projection, size in zip(harm.tolist(), sizes, strict=True):
+        ways = torch.full((len(choices), most + 1), math.inf, dtype=torch.float64)
+        for way, bits, more in zip(ways, choices, of_projection, strict=True):
+            step = size // unit * bits
+            way[step:] = best[: max(0, most + 1 - step)] + more
+        # Of equal harms, the fewest bits.
+        best, chosen = ways.min(0).values, torch.zeros(most + 1, dtype=torch.int8)
+        for number in reversed(range(len(choices))):
+            chosen[ways[number] == best] = number
+        taken.append(chosen)
+    left = int((best == best.min()).nonzero()[0])
+    allocated = []
+    for chosen, size in zip(reversed(taken), reversed(sizes), strict=True):
+        allocated.append(choices[int(chosen[left])])
+        left -= size // unit * allocated[-1]
+    return torch.tensor(allocated[::-1], dtype=torch.int64)
+
+
 def _in_integers(importance: torch.Tensor) -> tuple[list[int], list[int]]:
     """Return the importances in increasing order, times a common power of two that makes them integers, and the blocks."""
     increasing, order = torch.sort(importance, stable=True)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from oracle_tests import strategies
 from reference import packed, quantise
 from reference.masks.first_token import weigh_first
-from reference.masks.sparsegpt import hessian, sparsegpt, sparsegpt_codes
-from reference.sparsity import allocate_bits
+from reference.masks.sparsegpt import hessian, rounding_harm, sparsegpt, sparsegpt_codes
+from reference.sparsity import allocate_bits, allocate_bits_by_harm
 
 
 def nearest(value: float, scale: float, bits: int) -> int:
@@ -270,3 +270,77 @@ def test_means_that_no_bits_have_are_refused_with_the_nearest(mean_bits: float) 
             allocate_bits(np.ones(3), wrong, (4, 8))
     with pytest.raises(ValueError, match=r"choices is \(\); allowed"):
         allocate_bits(np.ones(3), 4, ())
+
+
+def test_the_harm_is_that_of_the_column_loop() -> None:
+    """What compensated rounding costs in squared output error, for each row and number of bits, without running the loop."""
+    rng = np.random.default_rng(3)
+    X = rng.standard_normal((200, 24)) @ rng.standard_normal((24, 24))
+    W, H = rng.standard_normal((64, 24)), X.T @ X
+    damped = H + 0.01 * np.diag(H).mean() * np.eye(24)
+    for rows in (np.arange(64) < 20, np.arange(64) >= 20):
+        for bits, harm in zip((3, 4, 6, 8), rounding_harm(W, H, rows.astype(float), (3, 4, 6, 8)), strict=True):
+            rounded, _ = sparsegpt(W, H, 0.0, bits=bits)
+            change, share = (rounded - W)[rows], 64 / rows.sum()
+            assert harm == pytest.approx(share * np.sum(change @ damped * change), rel=0.2)
+            nearest_weights = quantise.dequantise_rows(*quantise.quantise_rows(W, bits))
+            plain = (nearest_weights - W)[rows]
+            assert harm < 0.7 * share * np.sum(plain @ damped * plain), "the harm without compensation is another"
+
+
+def test_with_independent_inputs_the_harm_is_the_error_of_rounding_to_nearest() -> None:
+    W, scales = np.array([[7.0, 2.5, -0.25], [0.0, 0.0, 0.0]]), np.array([2.0, 0.5, 3.0])
+    harm = rounding_harm(W, np.diag(scales), [5.0, 9.0], (4, 8), damping=0.0)
+    change = [W - quantise.dequantise_rows(*quantise.quantise_rows(W, bits)) for bits in (4, 8)]
+    np.testing.assert_allclose(harm, [5.0 / 7.0 * (change[i][0] ** 2 @ scales) for i in range(2)])
+    assert rounding_harm(W, np.zeros((3, 3)), [0.0, 0.0], (4, 8)).tolist() == [0.0, 0.0]
+
+
+def test_the_harm_is_the_curvature_of_rows_that_share_their_gradients_alike() -> None:
+    """Σ_t g²_ti x_t x_tᵀ of each row, added up one by one, where every token's gradient is a row's share times the token's."""
+    rng = np.random.default_rng(4)
+    X, of_token, of_row = rng.standard_normal((30, 4)), rng.random(30), rng.random(3)
+    X = np.linalg.qr(X)[0] / np.sqrt(of_token)[:, None]  # Σ s x xᵀ is diagonal
+    W, g2 = rng.standard_normal((3, 4)), np.outer(of_token, of_row)
+    change = quantise.dequantise_rows(*quantise.quantise_rows(W, 4)) - W
+    expected = sum(g2[t, i] * (change[i] @ X[t]) ** 2 for t in range(30) for i in range(3))
+    H = X.T @ np.diag(g2.mean(1)) @ X
+    np.testing.assert_allclose(rounding_harm(W, H, g2.sum(0), (4,), damping=0.0), [expected])
+
+
+@given(strategies.harms())
+# 0.1 + 0.2 + 0.3 and 0.1 + 0.3 + 0.2 differ in float64: sums are in order.
+@example(
+    {"harm": np.array([[0.1, 0.1], [0.3, 0.2], [0.2, 0.3]]), "sizes": [1, 1, 1], "mean_bits": 4, "choices": [3, 4]}
+)
+@example({"harm": np.array([[1.0, 0.0], [1.0, 0.0]]), "sizes": [2, 2], "mean_bits": 3.5, "choices": [3, 4]})
+def test_bits_by_harm_are_the_best_of_all_that_fit(case: dict[str, Any]) -> None:
+    """The least harm; of equals the fewest bits, then the first in dictionary order from the last projection."""
+    harm, sizes, choices = case["harm"], case["sizes"], case["choices"]
+    most = case["mean_bits"] * sum(sizes) + 1e-6
+
+    def cost(places: tuple[int, ...]) -> tuple[float, int, list[int]]:
+        total = 0.0
+        for row, place in zip(harm, places, strict=True):
+            total += row[place]
+        return total, taken(places), list(places[::-1])
+
+    def taken(places: tuple[int, ...]) -> int:
+        return sum(size * choices[place] for size, place in zip(sizes, places, strict=True))
+
+    every = itertools.product(range(len(choices)), repeat=len(sizes))
+    best = min((places for places in every if taken(places) <= most), key=cost)
+    found = allocate_bits_by_harm(**case)
+    np.testing.assert_array_equal(found, [choices[place] for place in best])
+
+
+def test_bad_arguments_of_bits_by_harm_are_named() -> None:
+    harm = np.ones((2, 2))
+    with pytest.raises(ValueError, match=r"choices is \[4, 3\]; allowed: 2 increasing numbers of bits"):
+        allocate_bits_by_harm(harm, [1, 1], 3.5, (4, 3))
+    with pytest.raises(ValueError, match=r"choices is \[3, 4, 5\]; allowed: 2 increasing"):
+        allocate_bits_by_harm(harm, [1, 1], 3.5, (3, 4, 5))
+    with pytest.raises(ValueError, match="sizes has 3 entries; allowed: 2"):
+        allocate_bits_by_harm(harm, [1, 1, 1], 3.5, (3, 4))
+    with pytest.raises(ValueError, match="mean_bits is 5; allowed: 3 to 4"):
+        allocate_bits_by_harm(harm, [1, 1], 5, (3, 4))

@@ -3,7 +3,7 @@
 losa pack MODEL OUT                                       kept values as they are; unpacking restores every bit
 losa pack MODEL OUT --values int8                         rounded to nearest
 losa pack MODEL OUT --values int4 --calibration_data c4   rounded so that the output changes least on this text
-losa pack MODEL OUT --values mixed --mean_bits 5 --calibration_data c4   more bits for blocks that share less information
+losa pack MODEL OUT --values mixed --mean_bits 4 --calibration_data c4   more bits where rounding harms the loss more
 losa pack --unpack PACKED OUT                             the plain folder again
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch_impl import _checks
@@ -22,6 +22,7 @@ from torch_impl.decode.packed_rounding import MEAN_BITS, MIXED, SAME, VALUES, Ro
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.contents import INDEX, PACKED, PACKED_INDEX, SINGLE
 from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.engine.rounding import BITS_BY, ERROR
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.text.given import windows_of
 from torch_impl.experiment.text.sources import SOURCES, check_source
@@ -53,9 +54,15 @@ def _parser() -> argparse.ArgumentParser:
         default=SAME,
         metavar="KIND",
         help="How kept values are stored: same, in the model's dtype (default); int8, int4 or any from int2, as codes of that many "
-        "bits with a scale for every 128 columns; mixed, with the bits of each block chosen by mutual information.",
+        "bits with a scale for every 128 columns; mixed, with bits chosen by --bits_by.",
     )
     rounding.add_argument("--mean_bits", type=float, metavar="B", help="Mean bits of mixed (default 4).")
+    rounding.add_argument(
+        "--bits_by",
+        metavar="RULE",
+        help="What the bits of mixed are chosen by: error, for each projection, so that the estimated harm of rounding to the loss "
+        "is smallest (default); gradient or rmi, for each block, by first-order importance or mutual information.",
+    )
     rounding.add_argument(
         "--calibration_data",
         metavar="SOURCE",
@@ -77,6 +84,7 @@ def _rounding(options: argparse.Namespace) -> Rounding | None:
     for name, given, needed, why in (
         ("calibration_data", options.calibration_data, options.values != SAME, "--values int8"),
         ("mean_bits", options.mean_bits, options.values == MIXED, "--values mixed"),
+        ("bits_by", options.bits_by, options.values == MIXED, "--values mixed"),
         *((name, value, options.calibration_data, "--calibration_data") for name, value in of_text.items()),
     ):
         if given is not None and not needed:
@@ -85,6 +93,8 @@ def _rounding(options: argparse.Namespace) -> Rounding | None:
         return None
     mean_bits = MEAN_BITS if options.mean_bits is None else options.mean_bits
     _checks.number("mean_bits", mean_bits, FEWEST_BITS, MOST_BITS)
+    bits_by = ERROR if options.bits_by is None else options.bits_by
+    _checks.choice("bits_by", bits_by, BITS_BY)
     ids = None
     if options.calibration_data is not None:
         check_source(options.calibration_data, "calibration_data")
@@ -94,23 +104,35 @@ def _rounding(options: argparse.Namespace) -> Rounding | None:
         _checks.count("seed", text["seed"], 0, most=2**63 - 1)
         tokenizer = pretrained.load_tokenizer(options.model, options.trust_remote_code)
         ids = windows_of(options.calibration_data, tokenizer, **text)
-    return Rounding(options.values, ids, mean_bits)
+    return Rounding(options.values, ids, mean_bits, bits_by=bits_by)
 
 
 def _rounded(folder: Path) -> str:
-    """Describe the rounding of a packed folder: how, and the bits of each block if they differ."""
+    """Describe the rounding of a packed folder: how, and the bits if they were chosen."""
     facts = json.loads((folder / PACKED).read_text(encoding="utf-8")).get("rounding")
     if facts is None:
         return ""
     how = "rounded to nearest; give --calibration_data to lose less"
     if facts["calibration"] is not None:
         how = "rounded with compensation on {sequences} windows of {tokens} tokens".format(**facts["calibration"])
-    lines = [f"\n{how}"]
-    if facts["importance"]:
-        lines += ["", "block  importance  bits"]
-        pairs = zip(facts["importance"], facts["bits"], strict=True)
-        lines += [f"{block:>5}  {importance:>10.6f}  {bits:>4}" for block, (importance, bits) in enumerate(pairs)]
-    return "\n".join(lines) + "\n"
+    if facts["values"] != MIXED:
+        return f"\n{how}\n"
+    return f"\n{how}; bits by {facts['bits_by']}\n\n{_table_of_bits(facts['bits'], facts['importance'])}\n"
+
+
+def _table_of_bits(bits: Sequence[Mapping[str, int]], importance: Sequence[float]) -> str:
+    """Show the bits of each block: of each projection, or one number with the importance that it follows."""
+    heads = ["block", "importance", "bits"] if importance else ["block", *(name.rpartition(".")[2] for name in bits[0])]
+    rows = [
+        [f"{importance[block]:.6g}", str(next(iter(own.values())))] if importance else [str(b) for b in own.values()]
+        for block, own in enumerate(bits)
+    ]
+    return _aligned([heads, *([str(block), *row] for block, row in enumerate(rows))])
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
 def table(savings: Sequence[Saving]) -> str:
@@ -133,8 +155,7 @@ def table(savings: Sequence[Saving]) -> str:
                 f"{8 * saving.after / max(1, saving.positions):.2f}",
             ]
         )
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines = [_aligned(cells)]
     if whole.negative_zeros:
         lines += [
             "",

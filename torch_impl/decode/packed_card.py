@@ -11,7 +11,7 @@ TITLE = "# A language model packed without its zeros"
 def write(folder: Path, zeros: float, bits: float, rounded: list[int] | None = None) -> None:
     """Write the card of a packed folder, and keep the plain model's beside it.
 
-    zeros: share of zeros; bits: per weight; rounded: bits of the codes of each block, None if values are exact.
+    zeros: share of zeros; bits: per weight; rounded: the numbers of bits of the codes, None if values are exact.
     """
     values, restores = "the kept values", "restores the plain Hugging Face folder, bit for bit"
     if rounded is not None:

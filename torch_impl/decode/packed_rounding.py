@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch_impl import _checks, packed
 from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.rounding import bits_by_information, check_ids, round_blocks
+from torch_impl.engine.rounding import BITS_BY, ERROR, Chosen, check_ids, choose_bits, round_blocks
 from torch_impl.packed import CODED
 from torch_impl.quantise import FEWEST_BITS, MOST_BITS, quantise_rows
 
@@ -29,19 +29,22 @@ MEAN_BITS = 4.0
 
 @dataclass(frozen=True)
 class Rounding:
-    """How to round. values: int2 to int8, or mixed: bits by block with the mean `mean_bits`. ids: calibration token ids (n, t).
+    """How to round. values: int2 to int8, or mixed: chosen bits with the mean `mean_bits`. ids: calibration token ids (n, t).
 
-    Without ids, weights are rounded to nearest. Errors: ValueError naming values or mean_bits.
+    bits_by: what mixed bits are chosen by, one of `rounding.BITS_BY`. Without ids, weights are rounded to nearest. Errors:
+    ValueError naming values, mean_bits or bits_by.
     """
 
     values: str
     ids: torch.Tensor | None = None
     mean_bits: float = MEAN_BITS
     batch_size: int = 8
+    bits_by: str = ERROR
 
     def __post_init__(self) -> None:
         _checks.choice("values", self.values, (*INTEGERS, MIXED))
         _checks.number("mean_bits", self.mean_bits, FEWEST_BITS, MOST_BITS)
+        _checks.choice("bits_by", self.bits_by, BITS_BY)
         if self.values == MIXED and self.ids is None:
             raise ValueError("values is 'mixed', whose bits are chosen on calibration text; give calibration text")
 
@@ -50,30 +53,36 @@ class Rounding:
 class Rounded:
     """The rounded projections of one model.
 
-    bits: of each block; importance: of each block, if it decided. places: (block, projection) by stored name. folder: with
-    the parts of each weight that is rounded on calibration text.
+    places: (block, projection) by stored name. folder: with the parts of each weight that is rounded on calibration text.
     """
 
     rounding: Rounding
-    bits: list[int]
+    chosen: Chosen
     places: dict[str, tuple[int, str]]
     folder: Path | None = None
-    importance: list[float] = field(default_factory=list)
+
+    @property
+    def bits(self) -> list[int]:
+        """Return the different numbers of bits, in increasing order."""
+        return sorted({bits for of_block in self.chosen.bits for bits in of_block.values()})
 
     def parts(self, key: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the packed parts of a projection, by their stored names, on the CPU."""
         if self.folder is None:
-            bits = self.bits[self.places[key][0]]
+            index, name = self.places[key]
+            bits = self.chosen.bits[index][name]
             found = parts_of(*quantise_rows(weight, bits), bits)
         else:
             found = load_file(self.folder / file_of(*self.places[key]))
         return {f"{key}.{name}": found[name] for name in CODED}
 
     def facts(self) -> dict[str, Any]:
-        """Describe the rounding for packed.json: bits and, if it decided, importance of each block; the calibration text."""
-        ids = self.rounding.ids
+        """Describe the rounding for packed.json: bits by projection and, if they follow it, importance of each block."""
+        ids, chosen = self.rounding.ids, self.chosen
         text = None if ids is None else {"sequences": len(ids), "tokens": ids.shape[1]}
-        return {"values": self.rounding.values, "bits": self.bits, "importance": self.importance, "calibration": text}
+        facts = {"values": self.rounding.values, "bits": chosen.bits, "importance": chosen.importance}
+        by = {"bits_by": self.rounding.bits_by} if self.rounding.values == MIXED else {}
+        return {**facts, **by, "calibration": text}
 
 
 def parts_of(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
@@ -104,18 +113,25 @@ def rounded(
     if rounding is None:
         yield None
         return
-    blocks = 1 + max(index for index, _ in places.values())
-    bits = [MOST_BITS if rounding.values == MIXED else int(rounding.values.removeprefix("int"))] * blocks
     if rounding.ids is None:
-        yield Rounded(rounding, bits, places)
+        yield Rounded(rounding, _equal(rounding.values, places), places)
         return
     decoder = Decoder(open_offloaded(source, device, None, trust_remote_code))
     check_ids(decoder, rounding.ids)
-    importance: list[float] = []
     if rounding.values == MIXED:
-        bits, importance = bits_by_information(decoder, rounding.mean_bits, rounding.ids, rounding.batch_size)
+        chosen = choose_bits(decoder, rounding.bits_by, rounding.mean_bits, rounding.ids, rounding.batch_size)
+    else:
+        chosen = _equal(rounding.values, places)
     with tempfile.TemporaryDirectory(dir=target, prefix=".rounded") as place:
-        for index, name, codes, scales in round_blocks(decoder, bits, rounding.ids, rounding.batch_size):
-            save_tensors(parts_of(codes, scales, bits[index]), Path(place) / file_of(index, name))
+        for index, name, codes, scales in round_blocks(decoder, chosen.bits, rounding.ids, rounding.batch_size):
+            save_tensors(parts_of(codes, scales, chosen.bits[index][name]), Path(place) / file_of(index, name))
         del decoder
-        yield Rounded(rounding, bits, places, Path(place), importance)
+        yield Rounded(rounding, chosen, places, Path(place))
+
+
+def _equal(values: str, places: dict[str, tuple[int, str]]) -> Chosen:
+    """Give every projection the bits of values int2 to int8."""
+    bits: list[dict[str, int]] = [{} for _ in range(1 + max(index for index, _ in places.values()))]
+    for index, name in places.values():
+        bits[index][name] = int(values.removeprefix("int"))
+    return Chosen(bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,7 +11,16 @@ from torch_impl import _checks, _kernels
 from torch_impl.masks.method import Amount, InputStatistic, Method
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask, rest_sparsity
-from torch_impl.quantise import FEWEST_BITS, GROUP, MOST_BITS, group_scales, largest_code, nearest_codes
+from torch_impl.quantise import (
+    FEWEST_BITS,
+    GROUP,
+    MOST_BITS,
+    dequantise_rows,
+    group_scales,
+    largest_code,
+    nearest_codes,
+    quantise_rows,
+)
 
 # Default number of columns whose mask is chosen together.
 BLOCK_SIZE = 128
@@ -95,6 +104,31 @@ def sparsegpt_codes(
     return torch.cat([nearest_codes(part, scales, bits) for part, scales in parts], 1), torch.stack(found, 1)
 
 
+def rounding_harm(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    output_weights: torch.Tensor,
+    choices: Sequence[int],
+    damping: float = 0.01,
+) -> torch.Tensor:
+    """Estimate how much the loss grows when a projection is rounded with compensation; return (choices,) float64.
+
+    harm_b = Σ_i r_i Σ_j (W − Q_b)²_ij / U²_jj, r = output_weights over their mean. hessian: Σ x xᵀ, each token counted by the mean
+    square of its outputs' gradients; output_weights: these squares (out,), summed over tokens. Errors: as `sparsegpt`.
+    """
+    W = _checks.wide(_checks.finite("weight", weight, "out", "in"))
+    g2 = _checks.finite("output_weights", output_weights, "out").double()
+    if len(g2) != len(W) or float(g2.min()) < 0:
+        allowed = f"({len(W)},), 0 or more"
+        raise ValueError(f"output_weights has shape {tuple(g2.shape)} and holds {float(g2.min())}; allowed: {allowed}")
+    H = _hessian_of(hessian, W)
+    if not float(g2.sum()):
+        return g2.new_zeros(len(choices))
+    inverse_scale = _inverse_factor(H, damping).diagonal().double().square().reciprocal()
+    errors = ((W - dequantise_rows(*quantise_rows(W, bits))).square_() for bits in choices)
+    return torch.stack([(g2 / g2.mean()) @ (error @ inverse_scale) for error in errors])
+
+
 def _prune(
     weight: torch.Tensor,
     hessian: torch.Tensor,
@@ -111,11 +145,7 @@ def _prune(
     Returns the new weight, its mask, the scales (out,) of each group.
     """
     W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
-    H = _checks.finite("hessian", _checks.square("hessian", hessian), "n", "n")
-    if len(H) != W.shape[1]:
-        raise ValueError(
-            f"hessian has shape {tuple(H.shape)}; allowed: ({W.shape[1]}, {W.shape[1]}), the weight's inputs"
-        )
+    H = _hessian_of(hessian, W)
     _checks.integer("block_size", block_size, 1)
     if kept is None:
         kept = torch.ones(W.shape, dtype=torch.bool, device=W.device)
@@ -138,6 +168,15 @@ def _prune(
                 scales += _visit_rounding(block, factor, mask[:, start:stop], errors, bits, group)
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
     return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask, scales
+
+
+def _hessian_of(hessian: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Check the Hessian (in, in) of a weight (out, in)."""
+    H = _checks.finite("hessian", _checks.square("hessian", hessian), "n", "n")
+    columns = weight.shape[1]
+    if len(H) != columns:
+        raise ValueError(f"hessian has shape {tuple(H.shape)}; allowed: ({columns}, {columns}), the weight's inputs")
+    return H
 
 
 def _visit(
