@@ -16,8 +16,9 @@ from oracle_tests.tiny_material import token_ids
 from tiny_models.random_models import random_model
 from torch_impl.commands import compare
 from torch_impl.decode.packed_linear import PackedLinear
+from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sleb, sliced_block
+from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sleb, sliced_block, structured
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
 from torch_impl.experiment.comparison import cells
@@ -106,6 +107,19 @@ def test_healing_trains_merged_lora_on_all_examples(name: str, place: Path, mate
         assert 0 < torch.linalg.matrix_rank(after - before) <= 8
     gone = [gone_share(Decoder(found.model), Decoder(material.model)) for found in (made, alone)]
     assert gone[0] == pytest.approx(gone[1])
+
+
+def test_the_adapters_that_heal_start_by_the_seed(place: Path, material: Material) -> None:
+    """Their rank is the mean over the run's steps: 6, 7 and 8."""
+    starts = []
+    for seed in (0, 0, 1):
+        decoder = Decoder(copy.deepcopy(material.model))
+        structured.attach_lora(decoder, settings(place, seed=seed, steps=3, initial_rank=6, step_shares=None))
+        starts.append([layer.A.detach().clone() for layer in adapters(decoder.model)])
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
+    assert len({float(A[0, 0]) for A in starts[0]}) == len(starts[0])
+    assert {len(A) for A in starts[0]} == {7}
 
 
 @pytest.mark.parametrize("name", SMALLER)
