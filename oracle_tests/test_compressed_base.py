@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from oracle_tests import interruptions, offloaded_runs
+from oracle_tests import interruptions, offloaded_runs, plans
 from oracle_tests.interruptions import Counting, Stop, outcome, settings
 from oracle_tests.small_runs import arguments, fails, make_place
 from oracle_tests.spread_runs import peak_config, peak_model
@@ -31,7 +31,7 @@ from torch_impl.engine.gradients import Gradients
 from torch_impl.engine.resume.checkpointer import Checkpointer
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
 from torch_impl.experiment.config import parse
-from torch_impl.experiment.planning import compressed, phases
+from torch_impl.experiment.planning import checks, compressed, phases
 from torch_impl.experiment.planning.cards import find_card
 from torch_impl.experiment.planning.outlook import outlook
 from torch_impl.experiment.planning.phases import Place
@@ -263,7 +263,7 @@ def test_70b_on_one_card(changes: dict[str, Any], fits: bool) -> None:
 
 @pytest.mark.parametrize(("train_base", "offload"), [("packed", "off"), ("int8", "on")])
 def test_the_plan_counts_the_compressed_blocks_of_the_first_step(place: Path, train_base: str, offload: str) -> None:
-    options = {**COMPRESSED, "train_base": train_base, "offload": offload, "eval_windows": 1}
+    options = {**COMPRESSED, "train_base": train_base, "offload": offload, "gradient_checkpointing": "true"}
     config = parse(arguments(place, **options))
     sizes = Sizes.of(Decoder(random_model("llama-gqa")), torch.float32)
     counted: list[int] = []
@@ -272,6 +272,7 @@ def test_the_plan_counts_the_compressed_blocks_of_the_first_step(place: Path, tr
     def counting(model: nn.Module, *rest: Any) -> Any:
         tensors = (t for block in Decoder(model).blocks for t in (*block.parameters(), *block.buffers()))
         counted.append(sum(t.nbytes for t in tensors if not t.requires_grad))
+        assert all(block.gradient_checkpointing for block in Decoder(model).blocks)
         return train(model, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -311,3 +312,15 @@ def test_the_plan_is_what_a_training_step_takes(train_base: str) -> None:
         step = device_peak(lambda: gradients.of(batch), torch.device("cpu"))[0]
     assert foretold.weights + foretold.adapters + foretold.gradients == pytest.approx(held, rel=0.02)
     assert 0.9 < foretold.total / (held + step) < 1.2
+
+
+@pytest.mark.parametrize("moved", [{}, {"prune_method": "sparsegpt"}])
+def test_checkpoints_hold_the_packed_form(moved: dict[str, Any]) -> None:
+    """Also where an uncompressed base needs a bit or a whole number, and where a run without training needs none."""
+    sizes = Sizes.of(Decoder(random_model("llama-gqa")), torch.float32)
+    options = plans.config(train_base="int8", **moved)
+    block = compressed.block(options, sizes)
+    for offloaded in (False, True):
+        found = checks.disk(options, sizes, offloaded=offloaded)
+        # Two files of each of three blocks, and one in each of three checkpoints; values and moments of the adapters.
+        assert found.checkpoints == block * (3 * 2 + 3) + 3 * 3 * sizes.adapters(7)
