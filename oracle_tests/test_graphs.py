@@ -227,14 +227,15 @@ def test_decoding_in_a_graph_owns_its_cache_and_tokens(graphs: list[emulated_gra
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
 @pytest.mark.parametrize(("do_sample", "kernels"), [(False, False), (True, False), (False, True)])
 def test_generate_replays_its_tokens(
-    do_sample: bool, kernels: bool, graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch
+    family: str, do_sample: bool, kernels: bool, graphs: list[emulated_graphs.Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a static cache, rows of different lengths, twice: the tokens are those of the uncompiled model. Only rows without
-    padding can be fused."""
+    padding can be fused. Qwen2 gets a dict of masks."""
     monkeypatch.setattr(next_token, "KERNELS", kernels)
-    model = random_model("llama-gqa").double().eval().requires_grad_(False)
+    model = random_model(family).double().eval().requires_grad_(False)
     ids = torch.randint(model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -264,8 +265,8 @@ def test_generate_replays_its_tokens(
 
 
 def test_what_is_captured_in_generate(graphs: list[emulated_graphs.Graph]) -> None:
-    """One token per row with a static cache; another cache or shape is another graph."""
-    model = random_model("llama-gqa").eval().requires_grad_(False)
+    """One token per row with a static cache; another cache or shape is another graph. Qwen2 takes a dict of masks."""
+    model = random_model("qwen2").eval().requires_grad_(False)
     call = captured_call.CapturedCall(model)
     assert not call._captures
     call._captures = True
@@ -280,7 +281,10 @@ def test_what_is_captured_in_generate(graphs: list[emulated_graphs.Graph]) -> No
 
     assert run(4) == run(4) == 2
     assert run(4, input_ids=ids.repeat(3, 1)) == 2
-    assert run(4, attention_mask=torch.ones(1, 1, 1, 16, dtype=torch.bool)) == 2
+    mask = torch.ones(1, 1, 1, 16, dtype=torch.bool)
+    assert run(4, attention_mask=mask) == run(4, attention_mask={"full_attention": mask}) == 2
+    assert run(4, attention_mask={"full_attention": None}) == 2
+    assert run(4, attention_mask=mask, other="a setting that is no number") == 0
     assert run(4, DynamicCache(config=model.config)) == 0
     assert run(4, input_ids=ids.repeat(1, 2)) == 0
     assert run(4, output_hidden_states=True) == 0

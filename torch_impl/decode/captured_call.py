@@ -24,6 +24,7 @@ from torch_impl.engine.graphs import Captured
 KEPT = ("output_attentions", "output_hidden_states", "output_router_logits")
 # What says which cached tokens a token sees, and where it is; without padding that is every token, and behind them.
 PLACES = ("attention_mask", "position_ids")
+Path = tuple[str, ...]
 
 
 def capture_in_generate(model: PreTrainedModel) -> None:
@@ -47,7 +48,7 @@ class CapturedCall:
         self._model = model
         self._kind: Any = None
         self._seen = 0
-        self._inputs: dict[str, torch.Tensor] = {}
+        self._inputs: dict[Path, torch.Tensor] = {}
         self._graph: Captured[Any] | None = None
         self._fused: FusedStep | None = None
         module: nn.Module = model
@@ -71,14 +72,15 @@ class CapturedCall:
         if self._seen <= WARM_UP:
             return self._forward(**inputs)
         if self._graph is None:
-            self._inputs = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-            work = functools.partial(self._forward, **{**inputs, **self._inputs})
+            self._inputs = {path: tensor.clone() for path, tensor in _tensors(inputs).items()}
+            work = functools.partial(self._forward, **_with(inputs, self._inputs))
             self._graph = capture(work, self._model, inputs["past_key_values"], self._inputs, self._fused)
             self._captures = self._graph is not None
         if self._graph is None:
             return self._forward(**inputs)
-        for name, value in self._inputs.items():
-            value.copy_(inputs[name])
+        given = _tensors(inputs)
+        for path, tensor in self._inputs.items():
+            tensor.copy_(given[path])
         return self._graph.replay()
 
     def _forward(self, **inputs: Any) -> Any:
@@ -87,19 +89,45 @@ class CapturedCall:
 
     def _kind_of(self, inputs: dict[str, Any]) -> Any:
         """Return what calls of one graph have in common, or None if a call cannot be captured."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        cache = inputs.get("past_key_values")
-        settings = {name: value for name, value in inputs.items() if name not in tensors and value is not cache}
+        tensors, cache, ids = _tensors(inputs), inputs.get("past_key_values"), inputs.get("input_ids")
+        held = {path[0] for path in tensors}
+        settings = {name: value for name, value in inputs.items() if name not in held and value is not cache}
         # `generate` keeps attentions and hidden states of all tokens, but no copies.
         kept = any(inputs.get(name, getattr(self._model.config, name, False)) for name in KEPT)
-        known = all(value is None or isinstance(value, bool | int) for value in settings.values())
+        known = all(map(_is_setting, settings.values()))
         if kept or not known or not fixed_shapes(cache):
             return None
-        if "input_ids" not in tensors or tensors["input_ids"].shape[1] != 1:
+        if not isinstance(ids, torch.Tensor) or ids.shape[1] != 1:
             return None
         if {tensor.device for tensor in tensors.values()} != self._devices:
             return None
-        return cache, settings, {name: (value.shape, value.dtype) for name, value in tensors.items()}
+        return cache, settings, {path: (tensor.shape, tensor.dtype) for path, tensor in tensors.items()}
+
+
+def _is_setting(value: Any) -> bool:
+    """Return whether an argument without tensors is one that the graphs of two calls can be told apart by."""
+    if isinstance(value, dict):
+        return all(map(_is_setting, value.values()))
+    return value is None or isinstance(value, bool | int)
+
+
+def _tensors(inputs: dict[str, Any]) -> dict[Path, torch.Tensor]:
+    """Return the tensors among the arguments by where they are: some models get a dict of masks, one for each type of layer."""
+    found: dict[Path, torch.Tensor] = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            found[(name,)] = value
+        elif isinstance(value, dict):
+            found |= {(name, *path): tensor for path, tensor in _tensors(value).items()}
+    return found
+
+
+def _with(inputs: dict[str, Any], tensors: dict[Path, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments with other tensors."""
+    made = dict(inputs)
+    for (name, *rest), tensor in tensors.items():
+        made[name] = _with(made[name], {tuple(rest): tensor}) if rest else tensor
+    return made
 
 
 def _sees_all(inputs: dict[str, Any]) -> bool:
@@ -109,5 +137,8 @@ def _sees_all(inputs: dict[str, Any]) -> bool:
         return False
     count = cache.get_seq_length()
     seen = torch.arange(cache.layers[0].keys.shape[2], device=count.device) <= count
-    own_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and bool((mask == seen).all()))
+    own_mask = all(
+        each is None or (each.dtype == torch.bool and each.dim() == 4 and bool((each == seen).all()))
+        for each in (mask.values() if isinstance(mask, dict) else [mask])
+    )
     return own_mask and (positions is None or bool((positions == count).all()))
