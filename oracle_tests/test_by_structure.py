@@ -104,6 +104,8 @@ def test_llm_pruner_removes_the_lowest_of_the_middle_blocks() -> None:
             expected = expected.index_select(axis, best) if reader == down else expected
             assert torch.equal(block.get_submodule(name).weight, expected), name
     assert by_structure.ends(32, by_structure.FIRST, by_structure.LAST) == (4, 2)
+    # The nearest to 1.5 and 0.75 blocks; a half is rounded up.
+    assert by_structure.ends(12, by_structure.FIRST, by_structure.LAST) == (2, 1)
 
 
 def moments_of(decoder: Decoder, ids: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:

@@ -182,7 +182,7 @@ TEXTS = [
     ({"prompt": PROMPT, "stop": [3]}, 400, "stop is '[3]'; allowed: a text"),
     ({"prompt": PROMPT, "n": 2}, 400, "n is '2'; allowed: 1"),
     ({"prompt": PROMPT, "stream": "yes"}, 400, "stream is 'yes'"),
-    ({"prompt": PROMPT, "logit_bias": {"9999": 1}}, 400, "logit_bias does not map token ids below 257"),
+    ({"prompt": PROMPT, "logit_bias": {"257": 1}}, 400, "logit_bias does not map token ids below 257"),
 ]
 
 

@@ -180,7 +180,8 @@ def test_smaller_models_are_decoded_as_they_are(
 def test_sleb_s_loss_is_that_of_the_smaller_model(family: str) -> None:
     """In whatever order candidates are tried; the smaller model is one of transformers' own with fewer blocks."""
     model = random_model(family, num_hidden_layers=5).double().requires_grad_(False)
-    ids = token_ids(model, 5, 11)
+    # One more than the sequences whose logits are computed at once.
+    ids = token_ids(model, sleb.AT_ONCE + 1, 11)
     loss = sleb.LossWithout(Decoder(model), ids, 2)
     orders = [(0, 2, 3, 4), (0, 1, 3, 4), (0, 1, 2, 4), (0, 3, 4), (0, 2, 4), (0, 4), (0, 1, 2, 3, 4)]
     for left in orders:
@@ -238,6 +239,17 @@ def test_slicegpt_s_rotation_alone_leaves_the_model_unchanged(
     assert all(float((turn - torch.eye(32)).abs().max()) > 0.1 for turn in turned)
     expected = material.model(ids).logits
     torch.testing.assert_close(made.model(ids).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_slicegpt_unties_embeddings_and_head(place: Path, material: Material) -> None:
+    """They are along different axes: to tie them again, as transformers may, must change nothing."""
+    model = random_model("llama-gqa", num_hidden_layers=3, tie_word_embeddings=True).double().requires_grad_(False)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    made = run("slicegpt", dataclasses.replace(material, model=model), settings(place, finetune="false")).model
+    ids = token_ids(model, 2, 6)
+    before = made(ids).logits
+    made.tie_weights()
+    assert torch.equal(made(ids).logits, before)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "opt"])
