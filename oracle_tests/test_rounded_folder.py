@@ -257,18 +257,19 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("given", "bits", "windows"),
+    ("given", "bits", "by", "windows"),
     [
-        ([], 4.0, {"nsamples": 128, "seqlen": 2048, "seed": 0}),
+        ([], 4.0, "error", {"nsamples": 128, "seqlen": 2048, "seed": 0}),
         (
-            ["--mean_bits", "3.5", "--nsamples", "7", "--seqlen", "33", "--seed", "5"],
+            ["--mean_bits", "3.5", "--bits_by", "rmi", "--nsamples", "7", "--seqlen", "33", "--seed", "5"],
             3.5,
+            "rmi",
             {"nsamples": 7, "seqlen": 33, "seed": 5},
         ),
     ],
 )
 def test_the_command_rounds_as_told(
-    given: list[str], bits: float, windows: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    given: list[str], bits: float, by: str, windows: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The defaults are those of --help."""
     asked: list[dict[str, int]] = []
@@ -277,7 +278,7 @@ def test_the_command_rounds_as_told(
     words = ["MODEL", "OUT", "--values", "mixed", "--calibration_data", "stdlib", *given]
     found = pack._rounding(pack._parser().parse_args(words))
     assert found is not None
-    assert (found.values, found.mean_bits, asked) == ("mixed", bits, [windows])
+    assert (found.values, found.mean_bits, found.bits_by, asked) == ("mixed", bits, by, [windows])
 
 
 def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compensated: Path) -> None:
