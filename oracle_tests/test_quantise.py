@@ -13,8 +13,10 @@ from oracle_tests.assertions import assert_exact
 from oracle_tests.ops import to_torch
 from reference import quantise as spec
 from reference.masks import sparsegpt as spec_sparsegpt
+from reference.sparsity import allocate_bits_by_harm as spec_by_harm
 from torch_impl import quantise
 from torch_impl.masks import sparsegpt
+from torch_impl.sparsity import allocate_bits_by_harm
 
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -108,3 +110,12 @@ def test_sparsegpt_has_the_spec_s_values_to_the_last_bit(bits: int, sparsity: fl
 def test_values_just_beside_a_tie_are_not_rounded_before() -> None:
     values = torch.tensor([[0.5 + 2.0**-40, 0.5, 0.5 - 2.0**-40]], dtype=torch.float64)
     assert quantise.nearest_codes(values, torch.ones(1), 4).tolist() == [[1, 0, 0]]
+
+
+def test_of_equal_harms_the_last_projection_gets_fewer_bits() -> None:
+    harm = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    for bits in (
+        spec_by_harm(harm.numpy(), [2, 2, 2], 3.4, (3, 4)),
+        allocate_bits_by_harm(harm, [2, 2, 2], 3.4, (3, 4)),
+    ):
+        assert bits.tolist() == [4, 3, 3]
