@@ -1,0 +1,258 @@
+"""The CUDA kernels of decode/ on an emulated GPU (emulated/device.h), against the spec: values, codes, and unpacking.
+
+Every lane is followed through reads, copies, barriers and products. All tensors lie at the end of accessible memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from oracle_tests import tolerances
+from oracle_tests.assertions import assert_exact
+from oracle_tests.emulated.kernels import Kernels, guarded, translate
+from oracle_tests.strategies import examples
+from reference import quantise as spec
+from torch_impl import quantise
+from torch_impl.decode import cuda, cuda_coded
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or COMPILER is None, reason="emulating a GPU needs Linux and a C++ compiler"
+)
+both_dtypes = pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+# Before compute capability 9.0 the lanes copy; from there on the copy engine.
+ARCHITECTURES = (900, 800)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
+    """The kernels as compiled for each architecture, once for all of xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return [Kernels(str(COMPILER), architecture, folder) for architecture in ARCHITECTURES]
+
+
+def random_weight(rows: int, columns: int, zeros: float) -> torch.Tensor:
+    """A weight with zeros of both signs, the first of several rows empty and the last full."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    kept = torch.rand(rows, columns, generator=generator) >= zeros
+    if rows > 1:
+        kept[0], kept[-1] = False, True
+    return weight * kept
+
+
+def in_guarded_memory(layout: Any) -> Any:
+    return replace(layout, data=guarded(layout.data), starts=guarded(layout.starts))
+
+
+def packed(weight: torch.Tensor, parts: Sequence[int]) -> cuda.Layout:
+    """The layout of weights of so many rows, joined."""
+    layout = cuda.stack([cuda.pack_rows(part) for part in weight.split(list(parts))])
+    return in_guarded_memory(layout)
+
+
+def operands(layout: cuda.Layout, batch: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """x, the bias or None for an even batch, and y, not written yet."""
+    generator = torch.Generator().manual_seed(batch)
+    x, bias = torch.randn(batch, layout.columns, generator=generator), torch.randn(layout.rows, generator=generator)
+    numbers = guarded(x.to(layout.dtype)), guarded(bias.to(layout.dtype)) if batch % 2 else None
+    return *numbers, unwritten(batch, layout.rows, layout.dtype)
+
+
+def unwritten(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return guarded(torch.full((rows, columns), float("nan"), dtype=dtype))
+
+
+def look(layout: cuda.Layout) -> tuple[int, int, int, int]:
+    """The numbers that every kernel is told of a layout."""
+    return layout.rows, layout.columns, layout.panels, layout.slot
+
+
+def assert_product(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Within float32's sums and one rounding of the product in float64."""
+    W, inputs = weight.double().numpy(), x.double().numpy()
+    offset = 0.0 if bias is None else bias.double().numpy()
+    expected, terms = inputs @ W.T + offset, abs(inputs) @ abs(W).T + abs(offset)
+    error = abs(y.double().numpy() - expected)
+    # NaN, which nobody wrote over, is not within any bound.
+    assert (error <= tolerances.one_rounding(y.dtype, abs(expected), terms)).all()
+
+
+def multiply_rows(
+    call: Kernels, weight: torch.Tensor, layout: cuda.Layout, batch: int, strips: int, share: int, groups: int
+) -> None:
+    """Multiply up to 32 rows by cuda_rows.cu and check."""
+    x, bias, y = operands(layout, batch)
+    half = weight.dtype == torch.float16
+    told = (layout.data, layout.starts, x, bias, y, *look(layout), half, batch, strips, share, groups, True)
+    call("losa_matvec_rows", *told)
+    assert_product(weight, x, bias, y)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rows", "columns", "zeros", "batch", "share"),
+    [(1, 8, 0.0, 1, 1), (17, 300, 0.7, 7, 2), (5, 259, 0.5, 8, 1), (33, 1000, 0.8, 3, 3), (16, 128, 1.0, 8, 1)],
+)
+@both_dtypes
+def test_up_to_eight_rows(
+    kernels: list[Kernels], rows: int, columns: int, zeros: float, batch: int, share: int, dtype: torch.dtype
+) -> None:
+    weight = random_weight(rows, columns, zeros).to(dtype)
+    layout = packed(weight, [rows])
+    for call in kernels:
+        x, bias, y = operands(layout, batch)
+        told = (layout.data, layout.starts, x, bias, y, *look(layout), dtype == torch.float16, batch, share, True)
+        call("losa_matvec", *told)
+        assert_product(weight, x, bias, y)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("parts", "columns", "zeros", "batch", "strips", "share", "groups"),
+    [
+        ((1,), 8, 0.0, 1, 2, 1, 1),
+        ((17,), 136, 0.5, 9, 2, 1, 2),
+        ((33,), 264, 0.7, 16, 1, 2, 3),
+        ((16, 32, 5), 392, 0.8, 32, 2, 3, 2),
+        ((31,), 200, 1.0, 24, 1, 1, 1),
+        ((48,), 640, 0.6, 25, 2, 4, 1),
+    ],
+)
+@both_dtypes
+def test_up_to_32_rows(
+    kernels: list[Kernels],
+    parts: Sequence[int],
+    columns: int,
+    zeros: float,
+    batch: int,
+    strips: int,
+    share: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> None:
+    weight = random_weight(sum(parts), columns, zeros).to(dtype)
+    for call in kernels:
+        multiply_rows(call, weight, packed(weight, parts), batch, strips, share, groups)
+
+
+@needs_compiler
+@settings(max_examples=examples(25))
+@given(
+    rows=st.integers(1, 70),
+    eights=st.integers(1, 70),
+    zeros=st.sampled_from([0.5, 0.6, 0.7, 0.8, 1.0]),
+    batch=st.integers(1, 32),
+    strips=st.integers(1, 2),
+    share=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    dtype=st.sampled_from(cuda.DTYPES),
+)
+def test_any_rows(
+    kernels: list[Kernels],
+    rows: int,
+    eights: int,
+    zeros: float,
+    batch: int,
+    strips: int,
+    share: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> None:
+    """Also divisions of the work that no plan chooses."""
+    weight = random_weight(rows, 8 * eights, zeros).to(dtype)
+    layout = packed(weight, [rows])
+    share = min(share, layout.panels)
+    warps = -(-layout.panels // share) * groups
+    assume(warps * cuda.rows_kernel_bytes(layout.slot, strips) <= cuda.Card().shared)
+    multiply_rows(kernels[0], weight, layout, batch, strips, share, groups)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("parts", "columns", "zeros"), [((1,), 3, 0.0), ((16, 17), 263, 0.5), ((33,), 1000, 0.7), ((40,), 136, 1.0)]
+)
+@pytest.mark.parametrize("kernel", ["losa_expand", "losa_expand_eights"])
+def test_unpacked_values(kernels: list[Kernels], kernel: str, parts: Sequence[int], columns: int, zeros: float) -> None:
+    """To the bit, except that zeros of either sign become 0. The kernels do not know which dtype the values have."""
+    weight = random_weight(sum(parts), columns, zeros).bfloat16()
+    layout = packed(weight, parts)
+    for call in kernels:
+        dense = unwritten(sum(parts), columns, weight.dtype)
+        call(kernel, layout.data, layout.starts, dense, *look(layout))
+        assert_exact("bits", torch.where(weight == 0, 0, weight).view(torch.int16), dense.view(torch.int16))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rows", "columns", "zeros", "bits", "batch", "share"),
+    [
+        (1, 8, 0.0, 8, 1, 1),
+        (17, 300, 0.7, 4, 7, 1),
+        (5, 777, 0.5, 6, 8, 3),
+        (33, 520, 0.3, 2, 3, 2),
+        (16, 256, 1.0, 8, 8, 1),
+    ],
+)
+@both_dtypes
+def test_codes(
+    kernels: list[Kernels],
+    rows: int,
+    columns: int,
+    zeros: float,
+    bits: int,
+    batch: int,
+    share: int,
+    dtype: torch.dtype,
+) -> None:
+    codes, scales = quantise.quantise_rows(random_weight(rows, columns, zeros), bits)
+    weight = torch.from_numpy(spec.dequantise_rows(codes.numpy(), scales.numpy()))
+    layout = in_guarded_memory(cuda_coded.pack_codes(codes, scales, bits, dtype))
+    kind = (dtype == torch.float16, layout.code_bits)
+    for call in kernels:
+        x, bias, y = operands(layout, batch)
+        call("losa_matvec_coded", layout.data, layout.starts, x, bias, y, *look(layout), *kind, batch, share, True)
+        assert_product(weight, x, bias, y)
+        for name in ("losa_expand_coded", "losa_expand_coded_eights"):
+            dense = unwritten(rows, columns, dtype)
+            call(name, layout.data, layout.starts, dense, *look(layout), *kind)
+            assert_exact(name, weight.to(dtype), dense)
+
+
+@needs_compiler
+def test_wrong_accesses_are_errors(kernels: list[Kernels]) -> None:
+    weight = random_weight(17, 200, 0.5).half()
+    layout = packed(weight, [17])
+    for call in kernels:
+        for short in (
+            replace(layout, data=guarded(layout.data[:-16])),
+            replace(layout, starts=guarded(layout.starts[:-1])),
+        ):
+            with pytest.raises(RuntimeError, match="memory that does not belong to a tensor"):
+                multiply_rows(call, weight, short, 3, 1, 1, 1)
+        with pytest.raises(RuntimeError, match="shared memory: out of bounds"):
+            multiply_rows(call, weight, replace(layout, slot=16), 3, 1, 1, 1)
+        with pytest.raises(RuntimeError, match="too many threads or too much shared memory"):
+            multiply_rows(call, weight, layout, 3, 1, 1, 33)
+        # And the next launch is right.
+        multiply_rows(call, weight, layout, 3, 1, 1, 1)
+
+
+def test_an_unknown_instruction_is_an_error() -> None:
+    assert translate('asm("" : "+r"(used)); f<T, 8><<<a, (b, c), d>>>(x);') == (
+        "; emulated::launch(f<T, 8>, emulated::Shape{a, (b, c), d}, x);"
+    )
+    with pytest.raises(KeyError, match=r"cp\.async\.wait_group 1"):
+        translate('asm volatile("cp.async.wait_group 1;" ::: "memory");')
