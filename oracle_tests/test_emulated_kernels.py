@@ -201,7 +201,7 @@ def test_unpacked_values(kernels: list[Kernels], kernel: str, parts: Sequence[in
     [
         (1, 8, 0.0, 8, 1, 1),
         (17, 300, 0.7, 4, 7, 1),
-        (5, 777, 0.5, 6, 8, 3),
+        (21, 777, 0.3, 6, 8, 3),
         (33, 520, 0.3, 2, 3, 2),
         (16, 256, 1.0, 8, 8, 1),
     ],

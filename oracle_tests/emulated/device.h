@@ -6,8 +6,9 @@
 // pages that may not be accessed. A deadlock, a lane that leaves its warp, or a wrong access ends the launch with an error that says why.
 //
 // Not emulated: time; several blocks at once and the overlap of kernels; the order in which other lanes see writes to memory between two
-// barriers, beyond the random order of lanes; bounds of shared memory where a kernel accesses it by a pointer; alignment of global memory,
-// unless the CPU objects; how a tensor core rounds its sums (here: once, to float32); registers, and whether nvcc compiles the source.
+// barriers, beyond the random order of lanes (a shuffle acts as a barrier of the warp); bounds of shared memory where a kernel accesses it
+// by a pointer; alignment of global memory, unless the CPU objects; how a tensor core rounds its sums (here: once, to float32); registers,
+// and whether nvcc compiles the source.
 
 #pragma once
 
