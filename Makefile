@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 
 help:
 	@echo "make demo      install into $(VENV) and run LoSA on the embedded model (about 3 minutes on 2 cores)"
-	@echo "make test      install into $(VENV) and run the oracle tests (about 8 minutes on 2 cores)"
+	@echo "make test      install into $(VENV) and run the oracle tests (about 9 minutes on 2 cores)"
 	@echo "make deep      run the oracle tests on ten times as many new random examples (about an hour on 2 cores); SEED=n repeats those of n"
 	@echo "make faults    break fifty runs in every way a long run can break, resume them and compare the bits (5 minutes on 2 cores)"
 	@echo "make spec      render the spec as one page, build/spec.html, with typeset equations beside the code"

@@ -31,8 +31,11 @@ def test_compiling_is_announced(
     start = {"cpu": lambda: cpu.build(cpu.SOURCE), "cuda": cuda._library.__wrapped__}[kind]
     said = []
 
-    def load(name: str, *_: object, **__: object) -> None:
+    def load(name: str, *_: object, extra_ldflags: list[str] | None = None, **__: object) -> None:
         said.append((name, capsys.readouterr().err))
+        if extra_ldflags is not None:
+            # As torch does.
+            extra_ldflags.append("-ltorch")
         raise OSError("no compiler")
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -47,6 +50,8 @@ def test_compiling_is_announced(
         with pytest.raises(OSError, match="no compiler"):
             start()
         assert said[-1][1] == expected
+    # Whatever was built before, a source has one name.
+    assert len({name for name, _ in said}) == 1
     lock = tmp_path / said[0][0] / "lock"
     lock.touch()
     with pytest.raises(OSError, match="no compiler"):

@@ -238,13 +238,15 @@ def fresh_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fresh_paths")
 def test_without_a_compiler_a_slower_path_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\n  here")
 
     weight = sparse(20, 70, 0.5, torch.float32)
     x = torch.randn(3, 70)
+    # Where nothing is compiled yet.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(cpp_extension, "load", broken)
     for _ in range(2):
         assert_product("no compiler", cpu.linear(x, *packed.pack(weight)), x, weight)

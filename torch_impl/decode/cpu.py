@@ -61,8 +61,9 @@ def build(source: Path) -> None:
         # Find ninja even if the virtual environment is not activated.
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
         announce(name, source)
+        # Copies: torch adds its own flags to the list that it is given.
         cpp_extension.load(
-            name, [str(source)], extra_cflags=[*FLAGS, *THREADS], extra_ldflags=THREADS, is_python_module=False
+            name, [str(source)], extra_cflags=[*FLAGS, *THREADS], extra_ldflags=[*THREADS], is_python_module=False
         )
     finally:
         os.environ["PATH"] = before
