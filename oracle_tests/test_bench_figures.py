@@ -103,21 +103,24 @@ def test_tokens_per_second_are_of_the_whole_batch_in_the_fastest_run(monkeypatch
     assert next(steps) == WARM_UP + 1 + 3 * 5
 
 
-def side(fast: float, eager: float, logits: float, compiled: bool = True) -> whole._Side:
+def side(fast: float, eager: float, logits: float, between: str = whole.COMPILED) -> whole._Side:
     """Tokens/s, and logits that are this many times those of the model."""
     true = torch.tensor([3.0, 4.0])
-    return whole._Side(fast, eager, graph=True, compiled=compiled, fast_logits=logits * true, logits=true)
+    return whole._Side(fast, eager, graph=True, between=between, fast_logits=logits * true, logits=true)
 
 
 def test_the_sides_of_a_whole_model_are_told_apart() -> None:
-    packed, dense, joined = side(40.0, 4.0, 1.01), side(20.0, 2.0, 1.0), side(25.0, 1.0, 1.0)
-    row = whole._compare("70", 1, packed, dense, joined, (1.0, 2.0), 0.015)
-    assert (row.packed, row.dense, row.dense_joined, row.ratio) == (40.0, 20.0, 25.0, 2.0)
+    packed, dense, joined = side(40.0, 4.0, 1.01, whole.KERNELS), side(20.0, 2.0, 1.0), side(25.0, 1.0, 1.0)
+    same = side(21.0, 2.0, 1.0, whole.KERNELS)
+    row = whole._compare("70", 1, packed, (dense, joined, same), (1.0, 2.0), 0.015)
+    assert (row.packed, row.dense, row.dense_joined, row.dense_kernels, row.ratio) == (40.0, 20.0, 25.0, 21.0, 2.0)
     assert (row.packed_eager, row.dense_eager, row.packed_gib, row.dense_gib) == (4.0, 2.0, 1.0, 2.0)
     assert row.disagreement == pytest.approx(0.01)
-    assert row.compiled
-    whole._add_unmerged(row, side(30.0, 3.0, 1.02, compiled=False), dense)
-    assert (row.unmerged, row.compiled, row.ratio) == (30.0, False, None), "its logits are others"
+    assert (row.between, row.dense_between) == ("our kernels", "compiled code")
+    without = whole._compare("70", 1, dense, (dense, side(1.0, 1.0, 1.0, whole.PLAIN), dense), (1.0, 2.0), 0.015)
+    assert (without.dense_joined, without.dense_kernels) == (None, None)
+    whole._add_unmerged(row, side(30.0, 3.0, 1.02), dense)
+    assert (row.unmerged, row.ratio) == (30.0, None), "its logits are others"
     assert row.disagreement == pytest.approx(0.02)
 
 

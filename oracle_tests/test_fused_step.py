@@ -108,7 +108,7 @@ def test_logits_and_cache_by_the_kernels(name: str, launches: list[str]) -> None
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
 def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the loop of `losa generate`; nothing of the model is changed afterwards."""
-    monkeypatch.setattr(next_token, "KERNELS", True)
+    monkeypatch.setattr(next_token, "KERNELS", ("cpu",))
     steps = []
     step = fused_step._Step.__call__
     monkeypatch.setattr(fused_step._Step, "__call__", lambda self, ids: (steps.append(ids), step(self, ids))[1])

@@ -65,7 +65,7 @@ def check(make: Maker, dtype: torch.dtype, bits: int, shapes: Sequence[tuple[int
             x = make.normal(batch, columns, dtype=dtype, shift=shift)
             bias = make.normal(rows, dtype=dtype, shift=shift) if batch % 2 else None
             # More rows, and rows too long for shared memory, multiply with the unpacked weight, rounded to the dtype.
-            unpacked = batch > cuda.MOST_ROWS or layout.plan[5] == 0
+            unpacked = batch > layout.MOST_ROWS or layout.plan[5] == 0
             inputs, offset = wide(x)[0], 0.0 if bias is None else wide(bias)[0]
             expected, terms = inputs @ W.T + offset, abs(inputs) @ abs(W).T + abs(offset)
             allowed = tolerances.one_rounding(dtype, abs(expected), terms)

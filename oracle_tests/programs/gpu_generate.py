@@ -1,12 +1,12 @@
 """Compare text from a packed model with the plain one's on a GPU: tokens, logits, tokens/s and memory.
 
-    python -m oracle_tests.programs.gpu_generate [--device cuda] [--blocks 4] [--kernels] [--small]
+    python -m oracle_tests.programs.gpu_generate [--device cuda] [--blocks 4] [--compiled] [--small]
 
 A random LLaMA with blocks of LLaMA-2-7B's shapes over a small vocabulary, pruned to 70 %, is saved, packed by
 `torch_impl.pack` and run by `torch_impl.generate`. Checks that greedy tokens of a tiny model in float32 are the same, also where
 transformers alone opens the folder, by device_map or `model.to`, and that logits in bf16, of a prompt and of single tokens after
 it, are within `tolerances.PACKED_LOGITS`. Exits with 1 if not.
-`--kernels` decodes by the kernels of decode/fused_step.py. `--small` is a quick test of the script.
+`--compiled` compiles the blocks instead of using the kernels of decode/fused_step.py. `--small` is a quick test of the script.
 """
 
 from __future__ import annotations
@@ -149,10 +149,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    next_token.KERNELS |= options.kernels
+    if options.compiled:
+        next_token.KERNELS = ()
     with tempfile.TemporaryDirectory() as folder:
         checks = [
             same_tokens(Path(folder) / "float32", options.device),

@@ -2,7 +2,7 @@
 
     python -m oracle_tests.programs.gpu_rows [--device cuda] [--check] [--sweep]
 
-Users do not run these kernels until `AT_ONCE` and `EIGHTS` of decode/cuda.py say so. Checks them against the spec: shapes that do
+Checks them against the spec: shapes that do
 not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 100 % zeros, odd addresses, projections joined in one
 layout, a CUDA graph, every number of strips, panels and groups that a warp or block can have.
 Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: eight rows at a time as today, 16 and 32 at a time,

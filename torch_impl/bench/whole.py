@@ -1,4 +1,4 @@
-"""Measure tokens per second of a whole model with dense or packed projections, everything else equal."""
+"""Measure tokens per second of a whole model with dense or packed projections, the dense one compiled and by our kernels."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.planning import geometry
 
+# What runs between the projections.
+KERNELS, COMPILED, PLAIN = "our kernels", "compiled code", "Hugging Face's code"
 LONGEST = 256
 GIVEN = 4
 """Number of tokens decoded before logits are compared."""
@@ -25,7 +27,7 @@ GIVEN = 4
 
 @dataclass
 class Speed:
-    """One sparsity and batch: tokens/s of both sides, run as by `generate` on a GPU and as by Hugging Face."""
+    """One sparsity and batch: tokens/s of both sides, packed as by `generate` on a GPU, dense compiled; and as by Hugging Face."""
 
     sparsity: str
     batch: int
@@ -33,14 +35,17 @@ class Speed:
     dense: float
     dense_joined: float | None
     """Dense, with q, k and v as one product and gate and up as one, like ours; None if not compiled."""
+    dense_kernels: float | None
+    """Dense, by the same kernels between the projections as packed; None without them."""
     packed_eager: float
     dense_eager: float
     packed_gib: float
     """Memory of the weights."""
     dense_gib: float
     graph: bool
-    compiled: bool
-    """Whether both sides are compiled between the projections."""
+    between: str
+    """What runs between the packed projections: compiled code, kernels or Hugging Face's code."""
+    dense_between: str
     disagreement: float
     bound: float
     unmerged: float | None = None
@@ -171,36 +176,41 @@ class _Side:
     fast: float
     eager: float
     graph: bool
-    compiled: bool
+    between: str
     fast_logits: torch.Tensor
     logits: torch.Tensor
 
 
-def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int, kernels: bool | None = None) -> _Side:
+def _side(model: PreTrainedModel, options: argparse.Namespace, batch: int, kernels: bool | None = False) -> _Side:
     device, runs = torch.device(options.device), max(2, options.repeats // 3)
     eagerly = Decoding(model, batch, graph=False)
     fast = Decoding(model, batch, True, fuse=device.type == "cuda", kernels=kernels)
     eager = eagerly.tokens_per_second(max(2, options.tokens // 8), runs)
     logits = eagerly.given_logits()
     if not fast.following.captures:
-        return _Side(eager, eager, False, False, logits, logits)
+        return _Side(eager, eager, False, PLAIN, logits, logits)
     speed = fast.tokens_per_second(options.tokens, runs)
-    return _Side(speed, eager, True, fast.following.fuses, fast.given_logits(), logits)
+    between = KERNELS if fast.following.kernels else COMPILED if fast.following.fuses else PLAIN
+    return _Side(speed, eager, True, between, fast.given_logits(), logits)
 
 
 def _compare(
-    sparsity: str, batch: int, packed: _Side, dense: _Side, joined: _Side, gib: tuple[float, float], bound: float
+    sparsity: str, batch: int, packed: _Side, others: Sequence[_Side], gib: tuple[float, float], bound: float
 ) -> Speed:
-    """Compare the sides; the dense model, as run by Hugging Face, is the reference. gib: of the packed and dense model."""
-    apart = max(relative(side.fast_logits, dense.logits) for side in (packed, dense, joined))
-    speeds = (packed.fast, dense.fast, joined.fast if joined.compiled else None, packed.eager, dense.eager)
-    how = (packed.graph, packed.compiled and dense.compiled)
-    return Speed(sparsity, batch, *speeds, *gib, *how, apart, bound)
+    """Compare the sides; the dense model, as run by Hugging Face, is the reference.
+
+    others: dense; with joined projections; by kernels. gib: of the packed and dense model.
+    """
+    dense, joined, same = others
+    apart = max(relative(side.fast_logits, dense.logits) for side in (packed, *others))
+    compiled = joined.fast if joined.between == COMPILED else None
+    kernels = same.fast if same.between == KERNELS else None
+    speeds = (packed.fast, dense.fast, compiled, kernels, packed.eager, dense.eager)
+    return Speed(sparsity, batch, *speeds, *gib, packed.graph, packed.between, dense.between, apart, bound)
 
 
 def _add_unmerged(row: Speed, unmerged: _Side, dense: _Side) -> None:
     row.unmerged = unmerged.fast
-    row.compiled &= unmerged.compiled
     row.disagreement = max(row.disagreement, relative(unmerged.fast_logits, dense.logits))
 
 
@@ -226,16 +236,17 @@ def measure(options: argparse.Namespace) -> list[Speed]:
             linear.weight.data.masked_fill_(torch.rand_like(linear.weight, dtype=torch.float32) >= stay, 0)  # type: ignore[operator, arg-type, union-attr]
         dense_gib = resident(model)
         dense = {batch: _side(model, options, batch) for batch in options.batches}
+        same = {batch: _side(model, options, batch, kernels=None) for batch in options.batches}
         _join_dense(decoder)
         # Only compiled code computes these products once for all layers that read them.
-        joined = {batch: _side(model, options, batch, kernels=False) for batch in options.batches}
+        joined = {batch: _side(model, options, batch) for batch in options.batches}
         for (block, name), linear in zip(places(model), linears, strict=True):
             block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
         group_projections(model)
         gib = (resident(model), dense_gib)
-        packed = {batch: _side(model, options, batch) for batch in options.batches}
+        packed = {batch: _side(model, options, batch, kernels=None) for batch in options.batches}
         found = [
-            _compare(f"{percent:g}", batch, packed[batch], dense[batch], joined[batch], gib, bound)
+            _compare(f"{percent:g}", batch, packed[batch], (dense[batch], joined[batch], same[batch]), gib, bound)
             for batch in options.batches
         ]
         if options.adapters:
@@ -243,7 +254,7 @@ def measure(options: argparse.Namespace) -> list[Speed]:
             for block, name in places(model):
                 block.set_submodule(name, Beside(block.get_submodule(name), options.adapters, like))  # type: ignore[arg-type]
             for row in found:
-                _add_unmerged(row, _side(model, options, row.batch), dense[row.batch])
+                _add_unmerged(row, _side(model, options, row.batch, kernels=None), dense[row.batch])
         rows += found
         for (block, name), linear in zip(places(model), linears, strict=True):
             block.set_submodule(name, linear)
@@ -253,16 +264,20 @@ def measure(options: argparse.Namespace) -> list[Speed]:
 def show(rows: Sequence[Speed]) -> None:
     """Print the rows."""
     if rows:
-        how = "a CUDA graph a token" if rows[0].graph else "no graphs"
-        how += ", both compiled" if all(row.compiled for row in rows) else ", not compiled"
+        print(f"\nwhole model, tokens/s, {'a CUDA graph a token' if rows[0].graph else 'no graphs'}")
+        for side, found in (("packed", {row.between for row in rows}), ("dense", {row.dense_between for row in rows})):
+            print(f"    {side}: {' or '.join(sorted(found))} between the projections")
         print(
-            f"\nwhole model, tokens/s, {how}{'packed':>12}{'dense':>9}{'ratio':>8}{'dense, q,k,v one product':>27}"
+            f"{'packed':>32}{'dense':>9}{'ratio':>8}{'q,k,v one product':>19}{'by our kernels':>16}"
             "   eager: packed, dense   GiB: packed, dense"
         )
     for row in rows:
         ratio = "refused" if row.ratio is None else f"{row.ratio:.2f}×"
-        shown = f"    {row.sparsity + ' %':<8}batch {row.batch}{row.packed:>31.1f}{row.dense:>9.1f}{ratio:>8}"
-        shown += f"{'' if row.dense_joined is None else format(row.dense_joined, '.1f'):>27}"
+        shown = f"    {row.sparsity + ' %':<8}batch {row.batch:<3}{row.packed:>11.1f}{row.dense:>9.1f}{ratio:>8}"
+        shown += "".join(
+            f"{'' if speed is None else format(speed, '.1f'):>{width}}"
+            for speed, width in ((row.dense_joined, 19), (row.dense_kernels, 16))
+        )
         eager = f"{row.packed_eager:>15.1f}{row.dense_eager:>8.1f}{row.packed_gib:>15.2f}{row.dense_gib:>7.2f}"
         if row.unmerged is not None:
             eager += f"   adapters beside {row.unmerged:.1f} ({row.unmerged / row.dense:.2f}×)"

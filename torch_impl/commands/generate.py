@@ -200,7 +200,7 @@ def generate(
     fixed = fuse or model.device.type == "cuda"
     model.generation_config, criteria = _settings(model, tokenizer, options, fixed)
     torch.manual_seed(options.seed)
-    if fuse and not next_token.KERNELS:
+    if fuse and model.device.type not in next_token.KERNELS:
         print("compiling the blocks: some seconds, then every token is faster", file=sys.stderr, flush=True)
     try:
         ids: torch.Tensor = model.generate(  # type: ignore[operator]

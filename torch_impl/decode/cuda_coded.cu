@@ -292,7 +292,7 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
     return call(w, dense, static_cast<cudaStream_t>(stream));
 }
 
-// As losa_expand_coded; it has not run on a GPU yet.
+// As losa_expand_coded.
 extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
                                         int half, int bits, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};

@@ -28,8 +28,8 @@ from torch_impl.engine.graphs import Captured
 
 # Tokens decoded before a graph is captured, so that all libraries and kernels are loaded.
 WARM_UP = 2
-KERNELS = False
-"""Whether decoding uses the kernels of fused_step.py where it can. To be `torch.cuda.is_available()` once they have run on GPUs."""
+KERNELS = ("cuda",)
+"""Types of the devices on which decoding uses the kernels of fused_step.py where it can."""
 Result = TypeVar("Result")
 
 
@@ -79,7 +79,7 @@ class NextToken:
         fixed = fixed_shapes(cache)
         self.captures = graph and fixed and device.type == "cuda"
         self.fuses = fuse and fixed
-        self.kernels = (KERNELS if kernels is None else kernels) and isinstance(cache, StaticCache)
+        self.kernels = (device.type in KERNELS if kernels is None else kernels) and isinstance(cache, StaticCache)
         self._fused: FusedBlocks | FusedStep | None = None
         self._warm = 0
         self._graph: Captured[torch.Tensor] | None = None
