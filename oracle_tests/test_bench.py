@@ -18,7 +18,7 @@ from transformers import StaticCache
 
 from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, int4, large, parts, whole, whole_cpu
+from torch_impl.bench import decode, decode_cpu, int4, large, parts, reconstruct, whole, whole_cpu
 from torch_impl.bench.measure import Row, relative
 from torch_impl.decode.next_token import NextToken
 from torch_impl.decode.packed_linear import PackedLinear
@@ -38,10 +38,10 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, figures = run(tmp_path, "--geometry", "small", "--dtype", "float32", "--sequences", "8", "--length", "64")
     assert status == 0
-    assert len(figures["rows"]) == 12
+    assert len(figures["rows"]) == 13
     for row in figures["rows"]:
         assert row["ours_ms"] > 0
-        if "KL" in row["part"]:
+        if "KL" in row["part"] or "reconstruction" in row["part"]:
             continue
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
         assert 0 <= row["disagreement"] <= row["bound"]
@@ -135,6 +135,29 @@ def test_kl_is_measured_beside_cross_entropy(tmp_path: Path, monkeypatch: pytest
     assert all(row["part"].endswith("KL, 1.50 × cross-entropy") for row in rows)
     # Random predictions over 512 tokens: about log 512 nats, and far less from one model to another.
     assert all(ce > 5 > kl > 0 for kl, ce in zip(losses[::2], losses[1::2], strict=True))
+
+
+def test_reconstruction_of_a_block_is_timed_and_profiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timed(action: Callable[[], Any], _: torch.device) -> tuple[float, float, Any]:
+        return 1000.0, 0.0, action()
+
+    monkeypatch.setattr(reconstruct, "once", timed)
+    options = ["--parts", "reconstruct", "--sequences", "9", "--length", "16", "--reconstruct_epochs", "2", "--profile"]
+    [row] = run(tmp_path, *options, "--geometry", "small", "--dtype", "float32")[1]["rows"]
+    assert row["part"] == "reconstruction, 2 × 9 × 16, compiled: off"
+    # The MLP's weights and o in three products; q of 128 × 128, k and v of 64 × 128 in two.
+    products = 3 * (128 * 128 + 3 * 128 * 352) + 2 * (128 * 128 + 2 * 64 * 128)
+    assert row["tflops"] == pytest.approx(2 * products * 9 * 16 * 2 / 1e12)
+    kernels = capsys.readouterr().out.partition(row["part"])[2]
+    assert "aten::mm\n" in kernels
+    assert "in all, for 144 tokens" in kernels
+    lines = row["kernels"].splitlines()
+    amounts = {line.split("  ")[-1]: int(line.split(" µs")[0].replace(",", "")) for line in lines}
+    kinds = [amounts[kind] for kind in ("products", "attention", "others")]
+    assert min(kinds) > 0
+    assert sum(kinds) == pytest.approx(amounts["in all, for 144 tokens"], abs=3)
 
 
 def test_a_compressed_base_is_held_to_the_dense_one_with_its_values(tmp_path: Path) -> None:

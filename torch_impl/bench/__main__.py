@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import base, decode, large, parts, plain
+from torch_impl.bench import base, decode, large, parts, plain, reconstruct
 from torch_impl.bench.measure import Row, ceilings, host_peak
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 
-PARTS = ("rmi", *plain.METHODS, "train", "kl", "merge", "base")
+# Parts that measure one model, and those that have their own.
+SHARED = ("rmi", *plain.METHODS, "train", "kl", "merge")
+PARTS = (*SHARED, "reconstruct", "base")
 # Parts that write checkpoints to disk, and their default number of blocks.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
@@ -54,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
         "--reconstruct_epochs",
         type=int,
         default=0,
-        help="Epochs of reconstruction of each block, in parts stream and scale.",
+        help="Epochs of reconstruction of each block, in parts stream and scale; in part reconstruct 0 means 8.",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="Show the device's time by kernel, for one epoch of part reconstruct."
     )
     parser.add_argument("--repeats", type=int, default=5, help="Timed repeats of each side; the median counts.")
     parser.add_argument("--ours_only", action="store_true", help="Skip the plain formulation; print no ratios.")
@@ -78,7 +83,7 @@ def _shown(row: Row, top: tuple[float, float]) -> str:
         f"{row.part:<60}{row.ours_ms:>8.1f} ms{plain_ms:>11}{ratio:>8}{rate:>9}{share:>9}{row.ours_gib:>7.1f}{other:>7}"
     )
     if row.disagreement is None:
-        return line
+        return f"{line}\n{row.kernels}".rstrip("\n")
     return f"{line}\n    " + "; ".join([f"sides apart {row.disagreement:.1e}, allowed {row.bound:.1e}", *row.notes])
 
 
@@ -103,20 +108,32 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     bound = 5e-2 if dtype == torch.bfloat16 else 1e-3
     work = parts.Work(device, dtype, options.sequences, options.length, options.repeats, bound)
+    if set(options.parts) & set(SHARED):
+        yield from _of_one_model(work, options)
+    if "reconstruct" in options.parts:
+        block = geometry.build(options.geometry, 1, device, dtype)
+        yield from reconstruct.rows(block, work, options.reconstruct_epochs, options.profile)
+    if "base" in options.parts:
+        yield from base.steps(
+            geometry.build(options.geometry, options.blocks, device, dtype), work, tuple(options.train_lengths)
+        )
+
+
+def _of_one_model(work: parts.Work, options: argparse.Namespace) -> Iterator[Row]:
     compare = not options.ours_only
 
     def small() -> transformers.PreTrainedModel:
-        return geometry.build(options.geometry, 2, device, torch.float32)
+        return geometry.build(options.geometry, 2, work.device, torch.float32)
 
     # Claim a speed-up only for the same algorithm: check that in float32 on two blocks of the geometry.
-    apart = dict.fromkeys(PARTS, 0.0)
+    apart = dict.fromkeys(SHARED, 0.0)
     for method in plain.METHODS:
         if compare and method in options.parts:
             apart[method] = parts.masks_apart(small(), work, method)
     if compare and "train" in options.parts:
         apart["train"] = parts.gradients_apart(small(), work)
     gc.collect()
-    model = geometry.build(options.geometry, options.blocks, device, dtype)
+    model = geometry.build(options.geometry, options.blocks, work.device, work.dtype)
     if "rmi" in options.parts:
         yield parts.mutual_information(model, work, compare)
     for method in plain.METHODS:
@@ -126,11 +143,6 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     yield from _training(model, work, options, apart["train"])
     if "merge" in options.parts:
         yield parts.merge(model, work)
-    if "base" in options.parts:
-        del model
-        yield from base.steps(
-            geometry.build(options.geometry, options.blocks, device, dtype), work, tuple(options.train_lengths)
-        )
 
 
 def _training(

@@ -191,6 +191,7 @@ def stream(
             "bytes of a block": int(size),
             "dense sweep, s a block": (middle - start) / blocks,
             "pruning sweep, s a block": (end - middle) / blocks,
+            "reconstruction, s a block": pruned.record.seconds.get("reconstruct", 0.0) / blocks,
             "read alone, GB/s": size * blocks / read / 1e9,
             "device peak, GB": max(peak, dense_peak) / 1e9,
             "host peak, GB": (host.bytes + pinned) / 1e9,

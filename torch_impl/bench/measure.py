@@ -31,6 +31,8 @@ class Row:
     disagreement: float | None = None
     bound: float | None = None
     notes: list[str] = field(default_factory=list)
+    kernels: str = ""
+    """The device's time by kernel, if asked for."""
 
     @property
     def agrees(self) -> bool:
