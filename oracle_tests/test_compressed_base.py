@@ -287,10 +287,8 @@ def test_the_plan_counts_the_compressed_blocks_of_the_first_step(place: Path, tr
 def test_the_plan_is_what_a_training_step_takes(train_base: str) -> None:
     """An optimizer step of a model whose weights are large beside a few tokens, measured, without the moments."""
     model, config = peak_model(64), peak_config(8)
-    # Of rank 1, because a micro-batch's gradients of the adapters are there beside their sum.
     config = replace(
         config,
-        adapter=AdapterConfig(initial_rank=1),
         training=replace(config.training, train_base=train_base, gradient_checkpointing=True),
     )
     decoder = Decoder(model)

@@ -16,10 +16,13 @@ from transformers import get_linear_schedule_with_warmup
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close
+from oracle_tests.spread_runs import peak_config, peak_model
 from oracle_tests.tiny_material import adapted_model, examples_for
 from reference import llama as spec
 from tiny_models.random_models import FAMILIES, random_model
+from torch_impl.bench.large import device_peak
 from torch_impl.engine import adapted_linear, batches, gradients, loss, training
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, sum_loss
 from torch_impl.engine.settings import TrainingConfig
 
@@ -84,6 +87,20 @@ def test_accumulation_changes_nothing_but_memory(lengths: list[int]) -> None:
         for ours, first in zip(weights, results[0][1], strict=True):
             # Adam's first steps are the gradient's sign: float32 noise of the norms and the softmax shows at 1e-5.
             torch.testing.assert_close(ours, first, rtol=1e-4, atol=1e-5)
+
+
+def test_a_micro_batch_takes_no_second_set_of_gradients() -> None:
+    """Measured with adapters larger than all else that a pass over a few tokens takes."""
+    model = peak_model(64)
+    adapted_linear.attach_adapters(Decoder(model), 1.0)
+    for number, layer in enumerate(adapted_linear.adapters(model)):
+        layer.resize(64, (number,))
+    batch = [{"input_ids": row, "labels": row} for row in torch.randint(64, (4, 8))]
+    with Gradients(model, None, peak_config(8).training) as gradients:
+        gradients.of(batch)
+        size = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        step = device_peak(lambda: gradients.of(batch), torch.device("cpu"))[0]
+    assert step < size / 2
 
 
 def test_gradients_are_backward_s() -> None:

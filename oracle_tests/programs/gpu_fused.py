@@ -116,7 +116,7 @@ def tokens_are_the_same(device: torch.device) -> bool:
 def profile(decoding: Decoding) -> None:
     """Print the microseconds of a token by kernel."""
     count = 8
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(count):
             decoding.step()
         synchronize(decoding.device)

@@ -99,10 +99,11 @@ def device_peak(action: Callable[[], Any], device: torch.device) -> tuple[int, A
         torch.cuda.reset_peak_memory_stats(device)
         result = action()
         return torch.cuda.max_memory_allocated(device), result
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # `torch.profiler.profile` warns of several cycles before torch 2.13 unless it parses all events, which takes long.
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = action()
     held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)

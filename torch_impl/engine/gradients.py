@@ -46,7 +46,12 @@ def sum_loss(model: nn.Module, batch: Example, dense: nn.Module | None) -> torch
 
 
 def add_gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Do `loss.backward()`, but add the gradients of all parameters in a few kernel launches."""
+    """Add the gradients by `parameters` to theirs one after the other, so that there is never a second set of them."""
+    torch.autograd.backward(loss, inputs=parameters)
+
+
+def _add_together(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Do `add_gradients` in a few kernel launches. The second set of gradients takes less than the activations freed by then."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     totals, added = [], []
     for parameter, gradient in zip(parameters, found, strict=True):
@@ -248,7 +253,8 @@ class _Graph:
 
         def work() -> torch.Tensor:
             loss = sum_loss(model, self._batch, teacher) * self._share
-            add_gradients(loss, trained)
+            # A small kernel for each of hundreds of parameters is a few percent of a replay of a small model.
+            _add_together(loss, trained)
             return loss.detach()
 
         with ExitStack() as stack:
