@@ -66,7 +66,9 @@ def rows(model: PreTrainedModel, work: Work, epochs: int, kernels: bool) -> Iter
 def by_kernel(action: Callable[[], Any], tokens: int, device: torch.device) -> str:
     """Run an action; return a table of the device's time by kernel, the longest first, and by kind. On a CPU, by operation."""
     on_device = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]) as profiled:
+    activity = ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU
+    # torch 2.10 to 2.12 warn of cycles, even where there are none, unless events accumulate.
+    with profile(activities=[activity], acc_events=True) as profiled:
         action()
         synchronize(device)
     found = [event for event in profiled.key_averages() if (event.device_type == DeviceType.CUDA) == on_device]

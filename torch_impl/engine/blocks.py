@@ -69,22 +69,15 @@ class Blocks(Protocol):
         """Free a block that only the dense stream needed: the pruned one is there already."""
 
 
-class ModelBlocks:
-    """Blocks of a model in memory, in one or several processes. The dense model may be offloaded."""
+class HeldBlocks:
+    """What the sources have in common whose adapted blocks stay in memory, see `Blocks`."""
 
     restartable = True
 
-    def __init__(self, decoder: Decoder, dense: Decoder | None, ids: torch.Tensor, rmi_rows: int, scale: float) -> None:
-        """Attach adapters and shard the models.
-
-        ids: calibration token ids (n, t); the first rmi_rows measure importance. dense: default a copy of the model.
-        """
-        self.decoder = decoder
-        self.dense = dense or Decoder(fsdp.copy_model(decoder.model).requires_grad_(False))
-        attach_adapters(decoder, scale)
-        for part in (decoder, self.dense):
-            distributed.shard(part, next(decoder.model.parameters()).device)
-        self.weights = torch.tensor(decoder.prunable_weights, dtype=torch.float64)
+    def __init__(self, decoder: Decoder, dense: Decoder, ids: torch.Tensor, rmi_rows: int) -> None:
+        """Remember the calibration token ids (n, t); the first rmi_rows measure importance."""
+        self.decoder, self.dense = decoder, dense
+        self.weights = torch.tensor(dense.prunable_weights, dtype=torch.float64)
         self._ids, self._rmi_rows = ids, rmi_rows
 
     def zero_shares(self) -> torch.Tensor:
@@ -97,13 +90,6 @@ class ModelBlocks:
     def gradients(self, collector: Collector, batch_size: int) -> None:
         sweep_gradients(self.decoder, self._ids, batch_size, collector)
 
-    def start(self, batch_size: int) -> calibration.Stream:
-        ids = distributed.own_sequences(self._ids, "nsamples")
-        return calibration.start_stream(self.dense, ids, batch_size)
-
-    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        yield from zip(sweep(self.dense), self.decoder.blocks, strict=True)
-
     def arguments(self) -> list[dict[str, Any]]:
         return calibration.block_arguments(self.dense, self._ids[:1])
 
@@ -115,6 +101,25 @@ class ModelBlocks:
 
     def discard(self, block: nn.Module) -> None:
         pass
+
+
+class ModelBlocks(HeldBlocks):
+    """Blocks of a model in memory, in one or several processes. The dense model may be offloaded."""
+
+    def __init__(self, decoder: Decoder, dense: Decoder | None, ids: torch.Tensor, rmi_rows: int, scale: float) -> None:
+        """Attach adapters and shard the models. dense: default a copy of the model."""
+        dense = dense or Decoder(fsdp.copy_model(decoder.model).requires_grad_(False))
+        super().__init__(decoder, dense, ids, rmi_rows)
+        attach_adapters(decoder, scale)
+        for part in (decoder, dense):
+            distributed.shard(part, next(decoder.model.parameters()).device)
+
+    def start(self, batch_size: int) -> calibration.Stream:
+        ids = distributed.own_sequences(self._ids, "nsamples")
+        return calibration.start_stream(self.dense, ids, batch_size)
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield from zip(sweep(self.dense), self.decoder.blocks, strict=True)
 
 
 @torch.no_grad()
