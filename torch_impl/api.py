@@ -11,16 +11,14 @@ torch_impl.pack(result.model, packed, tokenizer=tokenizer)
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -30,9 +28,7 @@ from torch_impl import _checks, losa
 from torch_impl.decode import packed_folder, packed_rounding
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
-from torch_impl.engine.batches import Example
 from torch_impl.engine.blocks import zero_share
-from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
@@ -41,21 +37,12 @@ from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.rounding import ERROR
 from torch_impl.engine.smaller import make_smaller
 from torch_impl.engine.structure import check_structure
-from torch_impl.experiment import config as options_of
 from torch_impl.experiment import zero_shot
-from torch_impl.experiment.command import closest
-from torch_impl.experiment.config import Config
+from torch_impl.experiment.arguments import check_model, configuration, is_ids, material_of, with_shape
 from torch_impl.experiment.evaluate import eval_mode, perplexity
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import given
-from torch_impl.experiment.text.windows import split_parts
 from torch_impl.experiment.text.written import with_written
-
-# Sections of options that a program may set; the others are about files and the command line.
-SECTIONS = ("prune", "adapter", "calibration", "training", "reconstruction")
-MORE = ("train_examples", "train_seqlen", "step_shares", "seed")
-# Given by arguments of their own.
-OWN = {"prune_method": "method", "sparsity_ratio": "sparsity", "finetune": "train"}
 
 
 @dataclass
@@ -108,10 +95,10 @@ def prune(
     FloatingPointError if training diverges.
     """
     started = time.perf_counter()
-    config = _config(model, calibration, train, sparsity, method, preset, options)
+    config = configuration(model, calibration, train, sparsity, method, preset, options)
     check_structure(model, config.settings)
-    windows, parts = _material(model, tokenizer, calibration, train, config)
-    config = dataclasses.replace(config, calibration=_as_given(config, windows))
+    windows, parts = material_of(model, tokenizer, calibration, train, config)
+    config = with_shape(config, windows)
     checks.check_memory(model, config)
     windows = with_written(model, tokenizer, windows, config.calibration.written, config.output.seed)
     decoder = Decoder(model)
@@ -172,7 +159,7 @@ def pack(
     with run_folder(target, overwrite, option="folder", marker="config.json", kind="a model") as place:
         if isinstance(model, str | Path):
             source = Path(model)
-            if calibration is not None and not _is_ids(calibration) and tokenizer is None:
+            if calibration is not None and not is_ids(calibration) and tokenizer is None:
                 tokenizer = pretrained.load_tokenizer(source)
             rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, bits_by, seed)
             return packed_folder.pack_folder(source, place, torch.device("cpu"), rounding=rounding)
@@ -281,89 +268,9 @@ def _measurable(model: Any) -> PreTrainedModel:
     """Return the transformers model; of one of peft's, the model that holds its adapters."""
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    _model(model)
+    check_model(model)
     found: PreTrainedModel = model
     return found
-
-
-def _model(model: Any) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is {type(model).__name__}; give a transformers model, as from_pretrained returns it")
-
-
-def _is_ids(given: Any) -> bool:
-    return isinstance(given, torch.Tensor | np.ndarray)
-
-
-def _check_names(options: Iterable[str]) -> None:
-    allowed = {field.name for name in SECTIONS for field in dataclasses.fields(options_of.SECTIONS[name])} | set(MORE)
-    for name in options:
-        if name in OWN:
-            raise TypeError(f"{name} is given by the argument {OWN[name]}")
-        if name not in allowed:
-            raise TypeError(f"{name} is not an option of prune{closest(name, allowed)}")
-
-
-def _config(
-    model: PreTrainedModel,
-    calibration: Any,
-    train: Any,
-    sparsity: float | None,
-    method: str,
-    preset: str,
-    options: dict[str, Any],
-) -> Config:
-    """Build and check the options of a call, like those of the command line."""
-    _model(model)
-    _check_names(options)
-    options = {**options, "prune_method": method, "preset": preset}
-    if options.get("sparsity_type", "unstructured") in ("unstructured", "structured"):
-        options["sparsity_ratio"] = sparsity
-    if train is None:
-        options["finetune"] = False
-    if _is_ids(calibration):
-        for name in ("seqlen", "nsamples"):
-            if name in options:
-                raise TypeError(f"{name} is given, and calibration is token ids, which decide it; leave it out")
-    words = ["--model", model.config.name_or_path or type(model).__name__]
-    for name, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list | tuple) else [value]
-            words += [f"--{name}", *map(str, values)]
-    try:
-        return options_of.parse(words)
-    except ValueError as error:
-        # The caller knows these options as arguments of this function.
-        text = str(error)
-        named = next((option for option in OWN if text.startswith(f"{option} is ")), "")
-        raise ValueError(OWN.get(named, named) + text.removeprefix(named)) from error
-
-
-def _material(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, calibration: Any, train: Any, config: Config
-) -> tuple[torch.Tensor, list[list[Example]]]:
-    """Calibration windows and the parts of the training examples."""
-    seed, found = config.output.seed, config.calibration
-    if not _is_ids(calibration):
-        checks.check_token_ids(config)
-    windows = given.windows_of(calibration, tokenizer, found.nsamples, found.seqlen, seed)
-    examples: list[Example] = []
-    if config.training.finetune:
-        examples = given.examples_of(train, tokenizer, config.text.train_seqlen, config.text.train_examples, seed)
-    learned = [example["input_ids"] for example in examples]
-    given.check_ids(model, {"calibration": [windows], "train": learned})
-    lengths = {"calibration": windows.shape[1], "train": max(map(len, learned), default=0)}
-    limit = position_limit(model)
-    if limit is not None and (beyond := [name for name, length in lengths.items() if length > limit]):
-        raise ValueError(f"{beyond[0]} has sequences of {lengths[beyond[0]]} tokens; this model has {limit} positions")
-    return windows, split_parts(examples, config.text.shares(config.prune.steps)) if examples else []
-
-
-def _as_given(config: Config, windows: torch.Tensor) -> CalibrationConfig:
-    """Return the calibration options with the shape of the windows."""
-    found = config.calibration
-    rows = None if found.rmi_samples is None else min(found.rmi_samples, len(windows))
-    return dataclasses.replace(found, nsamples=len(windows), seqlen=windows.shape[1], rmi_samples=rows)
 
 
 @contextmanager
