@@ -13,7 +13,8 @@ from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.results import DONE, Outcome, Results
 from torch_impl.experiment.planning.cards import find_card
 from torch_impl.experiment.planning.dry_run import work_of
-from torch_impl.experiment.planning.phases import Place, phases
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import phases
 from torch_impl.experiment.planning.table import sizes_of
 
 FILE = """

@@ -34,7 +34,7 @@ from torch_impl.experiment.config import parse
 from torch_impl.experiment.planning import checks, compressed, phases
 from torch_impl.experiment.planning.cards import find_card
 from torch_impl.experiment.planning.outlook import outlook
-from torch_impl.experiment.planning.phases import Place
+from torch_impl.experiment.planning.parts import Place
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.table import sizes_of
 from torch_impl.masks.magnitude import magnitude_mask

@@ -27,7 +27,8 @@ from torch_impl.engine.checkpoints.offload import open_offloaded
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.rates import RULES
-from torch_impl.experiment.planning.phases import Place, peak, phases
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import peak, phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.run import main
 

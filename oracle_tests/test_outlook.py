@@ -13,7 +13,8 @@ from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.planning import outlook as module
 from torch_impl.experiment.planning.cards import CARDS, GIB, Card, card_of_device, find_card
 from torch_impl.experiment.planning.outlook import Outlook, outlook
-from torch_impl.experiment.planning.phases import Place, peak
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.table import sizes_of
 
 SIZES = sizes_of("llama-2-7b")

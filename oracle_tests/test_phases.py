@@ -12,7 +12,8 @@ from oracle_tests.plans import PLAIN, config
 from oracle_tests.tiny_material import SIZES
 from torch_impl.engine import memory
 from torch_impl.experiment.planning import phases
-from torch_impl.experiment.planning.phases import Parts, Peak, Place, peak
+from torch_impl.experiment.planning.parts import Parts, Peak, Place
+from torch_impl.experiment.planning.phases import peak
 
 CPU, CUDA = Place("cpu"), Place("cuda")
 # Two bytes for each of 760 weights; at step 2, seven ranks of 113 entries in float32.
@@ -154,8 +155,8 @@ def test_on_a_gpu_merged_weights_are_held_if_half_of_what_is_free_suffices() -> 
 
 
 def test_what_is_free_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "free_bytes", {"cuda": 5, "cpu": 7}.get)
-    monkeypatch.setattr(phases.torch, "device", str)
+    monkeypatch.setattr("torch_impl.experiment.planning.parts.free_bytes", {"cuda": 5, "cpu": 7}.get)
+    monkeypatch.setattr("torch_impl.experiment.planning.parts.torch.device", str)
     assert Place.here(type("Device", (str,), {"type": "cuda"})("cuda"), 3) == Place("cuda", 3, free=5, free_host=7)
 
 

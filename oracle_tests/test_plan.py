@@ -19,7 +19,8 @@ from torch_impl.experiment.config import parse
 from torch_impl.experiment.planning import checks, dry_run, phases, show
 from torch_impl.experiment.planning.checks import Disk
 from torch_impl.experiment.planning.dry_run import Plan, Work, make_plan
-from torch_impl.experiment.planning.phases import Parts, Peak, Place, peak
+from torch_impl.experiment.planning.parts import Parts, Peak, Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import CalibrationTraffic, StepTraffic, calibration_traffic, step_traffic
 
@@ -114,7 +115,7 @@ TEXTS = {"calibration_data": "alpaca-gpt4", "finetune_data": "c4", "eval_data": 
 @pytest.fixture
 def much(monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory on every device."""
-    monkeypatch.setattr("torch_impl.experiment.planning.phases.free_bytes", lambda device: 10**12)
+    monkeypatch.setattr("torch_impl.experiment.planning.parts.free_bytes", lambda device: 10**12)
 
 
 def plan(place: Path, **changes: object) -> Plan:

@@ -33,7 +33,8 @@ from torch_impl.engine import adapted_linear, distributed
 from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.planning.phases import Place, phases
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import calibration_traffic, step_traffic
 from torch_impl.run import main

@@ -31,6 +31,7 @@ from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.material import load_material
 from torch_impl.experiment.planning import checks, dry_run, phases
+from torch_impl.experiment.planning.parts import Parts, Place
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
 from torch_impl.run import main
@@ -249,7 +250,7 @@ def test_two_models_are_foretold_while_one_is_read_again(place: Path) -> None:
     config = parse(arguments(place, **PLAIN, offload="on"))
     model = offload.open_offloaded(place / "model", torch.device("cpu"), torch.float32)
     sizes = replace(Sizes.of(Decoder(model), torch.float32), outside=((10**9,),))
-    foretold = phases.peak(config, sizes, phases.Place("cpu"))
+    foretold = phases.peak(config, sizes, Place("cpu"))
     assert foretold.phase == "verifying"
     assert foretold.device.weights == foretold.device.reloaded == 4 * 10**9
 
@@ -259,7 +260,7 @@ def test_what_compiled_blocks_make_again_is_foretold(place: Path, checkpointing:
     """Without held weights, and only where no block is computed again as a whole, they keep one output of the MLP less."""
     save_random_model(place / "model", "llama", intermediate_size=1024)
 
-    def foretold(held: str) -> phases.Parts:
+    def foretold(held: str) -> Parts:
         options = {"finetune": "true", "steps": 1, "hold_merged": held, "compile_blocks": "on", "train_seqlen": 512}
         options["gradient_checkpointing"] = str(checkpointing).lower()
         return dry_run.make_plan(parse(arguments(place, **options))).memory.device

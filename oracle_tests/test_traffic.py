@@ -12,7 +12,8 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.config import CONFIGS, parse
 from torch_impl.experiment.planning import table
 from torch_impl.experiment.planning.geometry import GEOMETRIES, build
-from torch_impl.experiment.planning.phases import Place, peak
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import BlockShapes, Sizes
 from torch_impl.experiment.planning.traffic import CalibrationTraffic, StepTraffic, calibration_traffic, step_traffic
 

@@ -31,7 +31,8 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning.geometry import build
-from torch_impl.experiment.planning.phases import Place, phases
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import phases
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import step_traffic
 from torch_impl.experiment.sections import TextConfig

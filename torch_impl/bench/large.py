@@ -30,7 +30,8 @@ from torch_impl.experiment.job import run_in_memory
 from torch_impl.experiment.material import Material
 from torch_impl.experiment.offloaded_job import run_offloaded
 from torch_impl.experiment.planning import geometry
-from torch_impl.experiment.planning.phases import Place, peak
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
 

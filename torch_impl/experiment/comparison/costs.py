@@ -15,7 +15,8 @@ from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.planning.cards import Card, find_card
 from torch_impl.experiment.planning.dry_run import work_of
 from torch_impl.experiment.planning.outlook import CARDS_TRIED, REACHED
-from torch_impl.experiment.planning.phases import Place, phases
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import phases
 from torch_impl.experiment.planning.table import sizes_of
 
 PARTS = {"importance": "rates", "prune": "prune", "reconstruct": "reconstruct", "train": "train"}

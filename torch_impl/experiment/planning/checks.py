@@ -17,6 +17,7 @@ from torch_impl.engine.families import position_limit
 from torch_impl.engine.memory import free_bytes
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import compressed, gradients, phases
+from torch_impl.experiment.planning.parts import Parts, Place
 from torch_impl.experiment.planning.sizes import Sizes
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def disk(config: Config, sizes: Sizes, offloaded: bool) -> Disk:
 
 def least_memory(config: Config, sizes: Sizes) -> int:
     """Estimate the device memory in bytes, besides the loaded model, that even the smallest batches need."""
-    found = phases.phases(config, sizes, phases.Place("cuda"))
-    calibration, training = found["calibration"], found.get("training", phases.Parts())
+    found = phases.phases(config, sizes, Place("cuda"))
+    calibration, training = found["calibration"], found.get("training", Parts())
     # The streams exist before the adapters and are freed before training.
     return calibration.dense_copy + max(calibration.streams, training.adapters + training.gradients + training.moments)
 

@@ -15,7 +15,8 @@ from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks, gradients
 from torch_impl.experiment.planning.cards import Card, card_of_device, find_card
 from torch_impl.experiment.planning.outlook import Outlook, outlook
-from torch_impl.experiment.planning.phases import Peak, Place, peak
+from torch_impl.experiment.planning.parts import Peak, Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import CalibrationTraffic, StepTraffic, calibration_traffic, step_traffic
 from torch_impl.experiment.text.sources import check_source

@@ -10,7 +10,8 @@ from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.settings import DENSE, INT8
 from torch_impl.experiment.config import OFFLOADED, Config, in_memory_options
 from torch_impl.experiment.planning.cards import Card
-from torch_impl.experiment.planning.phases import Place, peak
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import Sizes
 
 # Share of a card's bfloat16 speed that a run reaches: 2.58e17 operations of a 7B run in 7.1 minutes on an H200 (README.md).

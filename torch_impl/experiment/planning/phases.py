@@ -7,92 +7,18 @@ Host memory does not include the libraries themselves.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 
-from torch_impl import schedule
-from torch_impl.engine.calibration import compiles
-from torch_impl.engine.memory import SHARE, MemoryBudget, free_bytes
+from torch_impl.engine.memory import SHARE, MemoryBudget
 from torch_impl.experiment.config import Config
-from torch_impl.experiment.planning import compressed, gradients
+from torch_impl.experiment.planning import compressed, gradients, training
+from torch_impl.experiment.planning.parts import Parts, Peak, Place
 from torch_impl.experiment.planning.sizes import Sizes
 
 # Assumed length of an evaluation text that is not loaded yet: WikiText-2's test set, in tokens.
 EVALUATION_TOKENS = 340_000
-# Free memory to assume for an unknown machine: more than any machine has.
-UNBOUNDED = 2**60
-
-
-@dataclass(frozen=True)
-class Place:
-    """The devices of a run: cards of one kind (cuda or cpu), and the free bytes on each of them and on the host."""
-
-    kind: str
-    cards: int = 1
-    free: int = UNBOUNDED
-    free_host: int = UNBOUNDED
-
-    @classmethod
-    def here(cls, device: torch.device, cards: int = 1) -> Place:
-        """Describe this machine with its current free memory."""
-        return cls(device.type, cards, free_bytes(device), free_bytes(torch.device("cpu")))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Memory in use at the same time, in bytes, by purpose."""
-
-    weights: int = 0
-    """Weights of the pruned model: with several cards, the card's rows; offloaded, those outside the blocks."""
-    dense_copy: int = 0
-    reloaded: int = 0
-    """Weights of the reloaded result."""
-    blocks: int = 0
-    """Whole blocks: gathered from all cards, or between disk and device."""
-    outside: int = 0
-    """Weights outside the blocks, gathered from all cards."""
-    merged: int = 0
-    """Merged weights that are held."""
-    adapters: int = 0
-    gradients: int = 0
-    moments: int = 0
-    streams: int = 0
-    """Hidden states of all sequences."""
-    activations: int = 0
-    """Activations kept for the backward pass."""
-    work: int = 0
-    """Work on a block: computing it, pruning it, or its backward pass."""
-    logits: int = 0
-    """Logits, and the loss over them."""
-    reconstruction: int = 0
-    """Training the weights of a block."""
-    statistics: int = 0
-    """A pruning method's statistics of the gradients of all blocks."""
-    masks: int = 0
-
-    @property
-    def total(self) -> int:
-        """Return the sum."""
-        return sum(self.by_name().values())
-
-    def by_name(self) -> dict[str, int]:
-        """Return the nonzero entries by name."""
-        return {part.name: getattr(self, part.name) for part in fields(self) if getattr(self, part.name)}
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Memory in use when a run needs most of a card, and on the host.
-
-    phase: importance, calibration, reconstruction, training, evaluation or verification; offloaded: the dense, pruning or
-    verifying sweep.
-    """
-
-    offloaded: bool
-    phase: str
-    device: Parts
-    host: Parts
 
 
 def peak(config: Config, sizes: Sizes, place: Place) -> Peak:
@@ -148,7 +74,7 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
     """Return each card's memory in each phase of a run in memory."""
     cards = place.cards
     held = sizes.weights(cards)
-    base = Parts(weights=held, dense_copy=held, **_adapters(config, sizes, cards))
+    base = Parts(weights=held, dense_copy=held, **training.adapters(config, sizes, cards))
     copies = 2 + config.reconstruction.more_streams
     streams = copies * sizes.stream(math.ceil(config.calibration.sequences / cards) * config.calibration.seqlen)
     passing = _gathered_by_a_pass(sizes, cards)
@@ -172,7 +98,7 @@ def phases(config: Config, sizes: Sizes, place: Place) -> dict[str, Parts]:
         work = _reconstruction(config, sizes, cards)
         found["reconstruction"] = replace(base, streams=streams, blocks=blocks, reconstruction=work)
     if config.training.finetune:
-        found["training"] = replace(base, **passing, **_training(config, sizes, place))
+        found["training"] = replace(base, **passing, **training.micro_batches(config, sizes, place))
         if config.training.compressed:
             small = sizes.outside_blocks() + compressed.weights(config, sizes)
             found["training"] = replace(found["training"], weights=small)
@@ -235,14 +161,6 @@ def _calibration(base: Parts, config: Config, sizes: Sizes, cards: int) -> Parts
     return max(pruning, embedding, key=lambda parts: parts.total)
 
 
-def _adapters(config: Config, sizes: Sizes, cards: int) -> dict[str, int]:
-    """Return the adapters at the last step, with the highest ranks; several cards also hold the gradients as one message."""
-    if not config.training.finetune:
-        return {}
-    size = sizes.adapters(schedule.mean_rank(config.prune.steps, config.adapter.initial_rank))
-    return {"adapters": size, "gradients": size * (2 if cards > 1 else 1), "moments": 2 * size}
-
-
 def _evaluation(config: Config, sizes: Sizes) -> dict[str, int]:
     """Return the memory for a batch of windows in a block, or for its logits if larger."""
     windows, seqlen = config.text.eval_batch_size, config.text.eval_seqlen
@@ -254,45 +172,6 @@ def _reconstruction(config: Config, sizes: Sizes, cards: int = 1) -> int:
     """Return the memory for training a window of blocks, gathered on every card, with a card's share of a batch."""
     sequences = math.ceil(min(config.reconstruction.reconstruct_batch_size, config.calibration.sequences) / cards)
     return sizes.reconstruction(sequences * config.calibration.seqlen, config.reconstruction.window)
-
-
-def micro_batch(config: Config, cards: int) -> int:
-    """Return the number of sequences that a card trains on at once."""
-    training = config.training
-    return min(training.per_device_train_batch_size, math.ceil(training.batch_size / cards))
-
-
-def _training(config: Config, sizes: Sizes, place: Place) -> dict[str, int]:
-    training = config.training
-    tokens = micro_batch(config, place.cards) * config.text.train_seqlen
-    merged = sizes.prunable * sizes.itemsize
-    holds = _holds_merged(config, sizes, place)
-    compiled = compiles(training.compiling, sizes.prunable, torch.device(place.kind))
-    of_block = tokens * sizes.kept_for_backward(compiled, not holds and not training.gradient_checkpointing)
-    # The gradient of a weight is a full matrix until it is contracted, and so is a merged weight that is not held, and an
-    # unpacked one.
-    work = sizes.largest_projection * sizes.itemsize * (1 if holds else 3 if training.compressed else 2)
-    logits = sizes.loss(tokens, training.loss == "kl")
-    if training.gradient_checkpointing:
-        kept, work = sizes.stream(tokens), of_block + work
-    else:
-        kept = of_block
-    return {
-        "merged": merged if holds else 0,
-        "activations": kept * len(sizes.blocks),
-        **({"work": work} if work > logits else {"logits": logits}),
-    }
-
-
-def _holds_merged(config: Config, sizes: Sizes, place: Place) -> bool:
-    """Return whether merged weights are held during training; see `TrainingConfig.hold_merged`."""
-    wanted = config.training.hold_merged
-    if config.training.compressed:
-        return False
-    if place.cards > 1 or wanted != "auto":
-        return place.cards == 1 and wanted == "on"
-    needed = 2 * sizes.weights() + 2 * sizes.prunable * sizes.itemsize
-    return place.kind != "cuda" or needed <= place.free
 
 
 def working(config: Config, sizes: Sizes) -> Parts:
@@ -317,7 +196,7 @@ def working(config: Config, sizes: Sizes) -> Parts:
     # Compressed blocks and adapters stay. One more block is the copy of the dense one that is pruned, and one has merged weights.
     merged = sizes.block() if config.prune.steps > 1 else 0
     most = replace(most, blocks=most.blocks + sizes.block(), merged=merged)
-    return replace(most, weights=compressed.weights(config, sizes), **_adapters(config, sizes, 1))
+    return replace(most, weights=compressed.weights(config, sizes), **training.adapters(config, sizes, 1))
 
 
 def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
@@ -353,8 +232,8 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
         if name == "pruning" and place.kind != "cuda":
             found[name] = replace(found[name], statistics=sums)
     if config.training.compressed:
-        beside = Parts(weights=outside + working_parts.weights, **_adapters(config, sizes, 1))
-        found["training"] = replace(beside, **_training(config, sizes, place))
+        beside = Parts(weights=outside + working_parts.weights, **training.adapters(config, sizes, 1))
+        found["training"] = replace(beside, **training.micro_batches(config, sizes, place))
         found["evaluation"] = replace(beside, **_evaluation(config, sizes))
         for name in ("dense", "verifying"):
             # Nothing is compressed yet, or no longer.

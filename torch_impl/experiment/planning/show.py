@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from torch_impl.experiment.planning.dry_run import Plan
 from torch_impl.experiment.planning.outlook import REACHED, Outlook
-from torch_impl.experiment.planning.phases import Parts
+from torch_impl.experiment.planning.parts import Parts
 
 GIB = 2**30
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch_impl.experiment.config import CONFIGS, parse
 from torch_impl.experiment.planning.geometry import GEOMETRIES
-from torch_impl.experiment.planning.phases import Place, peak
+from torch_impl.experiment.planning.parts import Place
+from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import BlockShapes, Sizes
 from torch_impl.experiment.planning.traffic import calibration_traffic, step_traffic
 

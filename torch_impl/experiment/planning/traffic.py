@@ -12,8 +12,8 @@ from dataclasses import astuple, dataclass
 from torch_impl import schedule
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import gradients
-from torch_impl.experiment.planning.phases import micro_batch
 from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.planning.training import micro_batch
 
 FLOAT64 = 8
 
