@@ -120,6 +120,30 @@ def test_half_precision_is_trained_in_float32(dtype: torch.dtype) -> None:
     assert errors[dtype] == pytest.approx(errors[torch.float64], rel=0.05)
 
 
+def first_gradients(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The gradients of the first step; the targets are so large that float16 has no numbers as small as their errors' weights."""
+    model, masks, inputs, targets = problem()
+    twin = to_hugging_face(model).to(kind)
+    [arguments] = calibration.block_arguments(Decoder(twin), torch.zeros(1, 5, dtype=torch.int64))
+    given = {HF_NAMES[name]: torch.from_numpy(mask) for name, mask in masks.items()}
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        reconstruct._Weights, "step", lambda self, *_: found.extend(wide.grad.clone() for wide in self._wide)
+    )
+    x, D = torch.from_numpy(inputs).to(kind), torch.from_numpy(3000 * targets).to(kind)
+    reconstruct.reconstruct_block(twin.model.layers[0], given, x, D, 1, 1e-3, 6, arguments)
+    return torch.cat([gradient.flatten().double() for gradient in found])
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_gradients_in_half_precision_lose_nothing_small(
+    kind: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = first_gradients(torch.float64, monkeypatch)
+    assert exact.abs().max() < 1e-3
+    assert (first_gradients(kind, monkeypatch) - exact).norm() < bound * exact.norm()
+
+
 def test_a_weight_that_is_not_finite_stops_it_with_the_block_as_it_was() -> None:
     model, masks, inputs, targets = problem()
     twin = to_hugging_face(model)

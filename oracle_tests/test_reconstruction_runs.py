@@ -76,11 +76,11 @@ def test_a_window_is_trained_again_in_smaller_parts_when_memory_is_full(
     losa.run(expected, ids, [], setup)
     run, sizes = reconstruct._Passes.run, []
 
-    def limited(self: Any, inputs: torch.Tensor, *given: Any) -> None:
-        sizes.append(len(inputs))
-        if len(inputs) > 2 and sizes.count(3) % 3 == 0:
+    def limited(self: Any, inputs: torch.Tensor, targets: torch.Tensor, rows: range, scale: torch.Tensor) -> None:
+        sizes.append(len(rows))
+        if len(rows) > 2 and sizes.count(3) % 3 == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run(self, inputs, *given)
+        run(self, inputs, targets, rows, scale)
 
     monkeypatch.setattr(reconstruct._Passes, "run", limited)
     losa.run(model, ids, [], setup)

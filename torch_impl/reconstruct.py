@@ -37,14 +37,14 @@ def _as_it_is(work: Callable[[], None], _: Any) -> Callable[[], None]:
 def channel_weights(targets: torch.Tensor) -> torch.Tensor:
     """Compute ω (d,) in float64 from targets D (n, t, d), with e = Σ_tok Σ_c ω_c (S − D)² (LoSA, Eq. 6)."""
     _checks.tensor("targets", targets, "n", "t", "d")
-    return _weights_of(_energy(targets))
+    return _weights_of(_energy(targets, targets.device))
 
 
-def _energy(targets: torch.Tensor) -> torch.Tensor:
-    """Compute Σ_tok D² (d,) in float64, widening one sequence at a time."""
+def _energy(targets: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Compute Σ_tok D² (d,) in float64 on a device, one sequence at a time: they may be in host memory."""
     wide = torch.promote_types(targets.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(targets, dim=1, dtype=wide)
-    return norms.double().square().sum(0)
+    norms = [torch.linalg.vector_norm(D.to(device, non_blocking=True), dim=0, dtype=wide) for D in targets]
+    return torch.stack(norms).double().square().sum(0) if norms else targets.new_zeros(targets.shape[2], device=device)
 
 
 def _weights_of(energy: torch.Tensor) -> torch.Tensor:
@@ -79,6 +79,7 @@ def reconstruct_block(
     return block
 
 
+@torch.no_grad()
 def reconstruct_blocks(
     blocks: Sequence[nn.Module],
     masks: Sequence[Mapping[str, torch.Tensor]],
@@ -109,7 +110,7 @@ def reconstruct_blocks(
         )
     chain = _Chain(blocks, arguments or [{}] * len(blocks))
     device = next(chain.parameters()).device
-    omega = _weights_of(share.total(_energy(targets).to(device)))
+    omega = _weights_of(share.total(_energy(targets, device)))
     sequences = int(share.total(torch.tensor(len(inputs), dtype=torch.float64, device=device)))
     named = {f"blocks.{i}.{name}": mask for i, of_block in enumerate(masks) for name, mask in of_block.items()}
     weights = _Weights(chain, named)
@@ -121,10 +122,11 @@ def reconstruct_blocks(
         for step in range(steps):
             batch = step % batches
             # The batch's sequences that this process has, by their local number.
-            rows = torch.tensor(range((batch - share.first) % batches, len(inputs), batches), dtype=torch.int64)
+            rows = range((batch - share.first) % batches, len(inputs), batches)
             scale = (2 * sequences / len(range(batch, sequences, batches)) * omega).to(weights.dtype)
-            for part in rows.split(rows_at_once or max(1, len(rows))) if len(rows) else ():
-                passes.run(inputs[part], targets[part], scale)
+            at_once = rows_at_once or max(1, len(rows))
+            for start in range(0, len(rows), at_once):
+                passes.run(inputs, targets, rows[start : start + at_once], scale)
             weights.step(learning_rate * (steps - step) / steps, share)
         weights.keep()
     finally:
@@ -155,30 +157,33 @@ class _Chain(nn.Module):
 class _Passes:
     """Forward and backward passes of parts of batches, each adding to the gradients.
 
-    From its second time on, a shape has its own tensors for inputs, targets and scale, and its passes are repeated on them.
+    Parts of one size share their tensors for inputs, targets and scale. From the second one on, the pass is repeated on them.
     """
 
     def __init__(self, chain: _Chain, weights: _Weights, repeat: Repeat) -> None:
         self._chain, self._weights, self._repeat = chain, weights, repeat
         self._device = next(chain.parameters()).device
-        self._seen: set[torch.Size] = set()
-        self._recurring: dict[torch.Size, tuple[list[torch.Tensor], Callable[[], None]]] = {}
+        self._own: dict[int, list[torch.Tensor]] = {}
+        self._repeated: dict[int, Callable[[], None]] = {}
 
-    def run(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> None:
-        """Add the gradients of a part (rows, t, d) of a batch. scale: ω times a factor of the batch (d,)."""
-        given, shape = (inputs, targets, scale), inputs.shape
-        if shape not in self._seen:
-            self._seen.add(shape)
-            self._pass(*(tensor.to(self._device) for tensor in given))
+    def run(self, inputs: torch.Tensor, targets: torch.Tensor, rows: range, scale: torch.Tensor) -> None:
+        """Add the gradients of a part of a batch: these rows of inputs and targets (n, t, d). scale: ω times a factor (d,)."""
+        size, known = len(rows), len(rows) in self._own
+        if not known:
+            pair = (inputs.new_empty((size, *inputs.shape[1:]), device=self._device) for _ in range(2))
+            self._own[size] = [*pair, torch.empty_like(scale)]
+        own = self._own[size]
+        for mine, all_rows in zip(own, (inputs, targets), strict=False):
+            for place, row in zip(mine, rows, strict=True):
+                place.copy_(all_rows[row], non_blocking=True)
+        own[2].copy_(scale)
+        if not known:
+            self._pass(*own)
             return
-        if shape not in self._recurring:
-            own = [torch.empty_like(tensor, device=self._device) for tensor in given]
+        if size not in self._repeated:
             used = own, self._chain.arguments, list(self._chain.parameters()), self._weights.tensors()
-            self._recurring[shape] = own, self._repeat(functools.partial(self._pass, *own), used)
-        own, work = self._recurring[shape]
-        for mine, tensor in zip(own, given, strict=True):
-            mine.copy_(tensor)
-        work()
+            self._repeated[size] = self._repeat(functools.partial(self._pass, *own), used)
+        self._repeated[size]()
 
     def _pass(self, hidden: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
         with torch.enable_grad():
@@ -216,15 +221,17 @@ class _Weights:
 
     def add_gradients(self, output: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> None:
         """Add ∂/∂Z of Σ scale/2 · (S − D)² over the tokens of a part of a batch."""
+        # float16 would lose small numbers in the backward pass: divide them by the largest, and multiply the gradients by it.
+        narrow = output.dtype == torch.float16
         with torch.no_grad():
-            change = output.to(self.dtype).sub_(wanted).mul_(scale)
-            # Scale to at most 1 for the backward pass: float16 would lose small numbers.
-            size = torch.linalg.vector_norm(change, math.inf).clamp_min_(torch.finfo(self.dtype).tiny)
-            change = torch.div(change, size, out=torch.empty_like(output))
+            change, size = output.to(self.dtype).sub_(wanted), torch.ones((), dtype=self.dtype, device=output.device)
+            if narrow:
+                size = torch.linalg.vector_norm(change * scale, math.inf).clamp_min_(torch.finfo(self.dtype).tiny)
+            change = torch.mul(change, scale / size, out=torch.empty_like(output))
         found = torch.autograd.grad(output, self._used, change)
         for wide, gradient, mask in zip(self._wide, found, self._masks, strict=True):
             assert wide.grad is not None
-            wide.grad.addcmul_(gradient.to(self.dtype).mul_(size), mask)
+            wide.grad.addcmul_(gradient.to(self.dtype).mul_(size) if narrow else gradient, mask)
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Return the tensors that `add_gradients` uses."""

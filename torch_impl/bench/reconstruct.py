@@ -60,6 +60,8 @@ def rows(model: PreTrainedModel, work: Work, epochs: int, kernels: bool) -> Iter
             row.tflops = 2 * products * ids.numel() * config.reconstruct_epochs / milliseconds / 1e9
             if kernels:
                 row.kernels = by_kernel(lambda: train(size, 1), size * work.length, work.device)
+                wall = milliseconds * size / (work.sequences * config.reconstruct_epochs)
+                row.kernels += f"\n{wall * 1e3:>12,.0f} µs{'':>14}  for as many tokens in the timed run"
             yield row
 
 
