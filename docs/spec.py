@@ -54,6 +54,7 @@ FILES = (
     "continuation",
     "packed",
     "quantise",
+    "bits",
     "base",
     "tiles",
     "code_tiles",

@@ -207,13 +207,13 @@ OPS = (
         ({"spread": 0.5, "blocks": 0, "m": 4}, "blocks"),
     ),
     Op(
-        "sparsity.allocate_bits",
+        "bits.allocate_bits",
         s.bit_allocations(),
         Kind.EXACT,
         ({"importance": ROW, "mean_bits": 4.5, "choices": (4, 8)}, "mean_bits"),
     ),
     Op(
-        "sparsity.allocate_bits_by_harm",
+        "bits.allocate_bits_by_harm",
         s.harms(),
         Kind.EXACT,
         ({"harm": W, "sizes": [1, 0], "mean_bits": 4.0, "choices": (3, 4, 5)}, "sizes"),

@@ -12,11 +12,11 @@ from oracle_tests import strategies
 from oracle_tests.assertions import assert_exact
 from oracle_tests.ops import to_torch
 from reference import quantise as spec
+from reference.bits import allocate_bits_by_harm as spec_by_harm
 from reference.masks import sparsegpt as spec_sparsegpt
-from reference.sparsity import allocate_bits_by_harm as spec_by_harm
 from torch_impl import quantise
+from torch_impl.bits import allocate_bits_by_harm
 from torch_impl.masks import sparsegpt
-from torch_impl.sparsity import allocate_bits_by_harm
 
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 

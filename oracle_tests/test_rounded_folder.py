@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import torch_impl
 from oracle_tests.packed_models import save_sparse
+from reference import bits as spec_bits
 from reference import packed as spec_packed
 from reference import quantise as spec
-from reference import sparsity as spec_sparsity
 from reference.masks import sparsegpt as spec_sparsegpt
 from reference.masks.first_token import weigh_first
 from torch_impl.commands import pack
@@ -187,7 +187,7 @@ def test_sizes_are_the_formula_s_and_the_files(
 def test_mixed_bits_follow_importance_with_the_mean(plain: Path, tmp_path: Path, by: str) -> None:
     torch_impl.pack(plain, tmp_path / "out", values="mixed", calibration=IDS, mean_bits=14 / 3, bits_by=by)
     facts = facts_of(tmp_path / "out")
-    expected = spec_sparsity.allocate_bits(np.array(facts["importance"]), 14 / 3, (3, 4, 5, 6))
+    expected = spec_bits.allocate_bits(np.array(facts["importance"]), 14 / 3, (3, 4, 5, 6))
     assert facts["bits"] == [dict.fromkeys(PROJECTIONS, bits) for bits in expected.tolist()]
     assert len(set(expected.tolist())) > 1
     assert expected.sum() == 14
@@ -234,7 +234,7 @@ def test_mixed_bits_do_the_least_harm(plain: Path, tmp_path: Path, capsys: pytes
         weight = layer.weight.detach().numpy()
         harms.append(spec_sparsegpt.rounding_harm(weight, hessian, squares.sum(0), range(2, 9)))
     sizes = [layer.weight.numel() for layer in layers.values()]
-    expected = spec_sparsity.allocate_bits_by_harm(harms, sizes, 4.25, range(2, 9)).tolist()
+    expected = spec_bits.allocate_bits_by_harm(harms, sizes, 4.25, range(2, 9)).tolist()
     assert [bits for block in facts["bits"] for bits in block.values()] == expected
     assert len(set(expected)) > 2
     assert facts["bits_by"] == "error"

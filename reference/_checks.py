@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+SLACK = 1e-9
+"""Relative slack for rounding when two budgets are compared."""
+
 
 def array(name: str, value: Any, *axes: str, empty: bool = False, finite: bool = True) -> Array:
     """Convert `value` to float64, one named axis per dimension; a first axis "..." stands for any number of axes.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 MOST = 10**9
+# Relative slack for rounding when two budgets are compared.
+SLACK = 1e-9
 # Names that a message lists before it only says how many more there are.
 SHOWN = 3
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from oracle_tests import strategies
 from reference import packed, quantise
+from reference.bits import allocate_bits, allocate_bits_by_harm
 from reference.masks.first_token import weigh_first
 from reference.masks.sparsegpt import hessian, rounding_harm, sparsegpt, sparsegpt_codes
-from reference.sparsity import allocate_bits, allocate_bits_by_harm
 
 
 def nearest(value: float, scale: float, bits: int) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torch_impl import _checks, sparsity
+from torch_impl import _checks
+from torch_impl.bits import allocate_bits, allocate_bits_by_harm
 from torch_impl.engine import blocks, calibration, statistics
 from torch_impl.engine.adapted_linear import adapt_block, block_adapters
 from torch_impl.engine.checkpoints.offload import sweep
@@ -62,7 +63,7 @@ def choose_bits(decoder: Decoder, by: str, mean: float, ids: torch.Tensor, batch
         importance = importance / torch.tensor(decoder.prunable_weights, dtype=torch.float64)
     # The bits around the mean: one less than its floor to one more than its ceiling.
     choices = [bits for bits in range(int(mean) - 1, -int(-mean // 1) + 2) if FEWEST_BITS <= bits <= MOST_BITS]
-    bits = sparsity.allocate_bits(importance, mean, choices).tolist()
+    bits = allocate_bits(importance, mean, choices).tolist()
     return Chosen([dict.fromkeys(decoder.family.projections, own) for own in bits], importance.tolist())
 
 
@@ -72,7 +73,7 @@ def _by_error(decoder: Decoder, mean: float, ids: torch.Tensor, batch_size: int)
     blocks.sweep_gradients(decoder, ids, batch_size, harms)
     places = [(index, name) for index in range(len(decoder.blocks)) for name in decoder.family.projections]
     table = torch.stack([harms.found[place] for place in places])
-    bits = sparsity.allocate_bits_by_harm(table, [harms.sizes[place] for place in places], mean, ALL_BITS).tolist()
+    bits = allocate_bits_by_harm(table, [harms.sizes[place] for place in places], mean, ALL_BITS).tolist()
     chosen: list[dict[str, int]] = [{} for _ in decoder.blocks]
     for (index, name), own in zip(places, bits, strict=True):
         chosen[index][name] = own
