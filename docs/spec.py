@@ -58,6 +58,8 @@ FILES = (
     "base",
     "tiles",
     "code_tiles",
+    "layers",
+    "loss",
     "llama",
     "adamw",
     "sora",
@@ -67,6 +69,10 @@ FILES = (
     "loraprune",
     "flap",
     "rates",
+    "settings",
+    "adapted_linear",
+    "lockstep",
+    "training",
     "losa",
 )
 STYLE = """

@@ -13,7 +13,7 @@ import torch
 
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close, assert_exact
-from reference import llama as spec
+from reference import layers
 from torch_impl.decode.fused_kernels import Attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def add_norm(side: ModuleType | Any, rows: int, columns: int, dtype: torch.dtype
         assert_close("sum", X + Y, total.cpu(), bound, scale=abs(X) + abs(Y))
     else:
         assert_exact("sum", X, found)
-    expected = spec.rms_norm(found, g, 1e-5)
+    expected = layers.rms_norm(found, g, 1e-5)
     assert normed.dtype == total.dtype == dtype
     assert_close("norm", expected, normed.cpu(), bound, scale=abs(expected) + tolerances.UNIT[dtype])
 
@@ -51,7 +51,7 @@ def gated(side: ModuleType | Any, rows: int, columns: int, dtype: torch.dtype, s
     generator = torch.Generator().manual_seed(seed)
     gate, up = (part(generator, rows, columns, dtype).mul_(4) for _ in range(2))
     G, U = wide(gate, up)
-    expected = spec.silu(G) * U
+    expected = layers.silu(G) * U
     found = side.gated(gate, up)
     assert found.dtype == dtype
     # Numbers too small for fp16 are rounded absolutely.
@@ -74,7 +74,7 @@ def attend(
     reset. pairs: batch and key-value heads."""
     (batch, groups), generator = pairs, torch.Generator().manual_seed(seed)
     filled = min(longest - 1, round(share * longest))
-    angles = spec.rotary_angles(longest, channels, 100.0)
+    angles = layers.rotary_angles(longest, channels, 100.0)
     cos, sin = (torch.from_numpy(x).to(DEVICE, dtype) for x in (np.cos(angles), np.sin(angles)))
     keys, values = (torch.randn(batch, groups, longest, channels, generator=generator) for _ in range(2))
     for cache in (keys, values):
@@ -94,8 +94,8 @@ def attend(
         found = side.attend(q, k, v, layer)
         heads = [x.reshape(batch, -1, 1, channels) for x in wide(q, k)]
         if norms:
-            heads = [spec.rms_norm(x, gain, 1e-5) for x, gain in zip(heads, wide(*gains), strict=True)]
-        turned = [spec.rotate(x, angles[place : place + 1])[:, :, 0] for x in heads]
+            heads = [layers.rms_norm(x, gain, 1e-5) for x, gain in zip(heads, wide(*gains), strict=True)]
+        turned = [layers.rotate(x, angles[place : place + 1])[:, :, 0] for x in heads]
         others = torch.arange(longest) != place
         for old, cache in zip(before, (keys, values), strict=True):
             assert_exact("cache", *(x[:, :, others].float().cpu() for x in (old, cache)))
@@ -111,7 +111,7 @@ def _attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> tuple[np.
     """One query of each head over keys and values (g, tokens, e) that heads share: (result, what roundings are relative to)."""
     heads, channels = q.shape
     keys, values = (np.repeat(x, heads // len(x), axis=0) for x in (keys, values))
-    weight = spec.softmax(np.einsum("he,hte->ht", q, keys) / np.sqrt(channels))
+    weight = layers.softmax(np.einsum("he,hte->ht", q, keys) / np.sqrt(channels))
     # An error of a score is one of its weight's logarithm.
     terms = (np.einsum("he,hte->ht", abs(q), abs(keys)) / np.sqrt(channels)).max(-1, keepdims=True)
     return np.einsum("ht,hte->he", weight, values), np.einsum("ht,hte->he", weight, abs(values)) * (1 + terms)

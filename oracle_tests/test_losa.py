@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from oracle_tests.tiny_material import parts_for, settings, token_ids
+from reference import adapted_linear as spec_adapted
 from reference import losa as spec
 from tiny_models.random_models import random_model
 from torch_impl import hsic, losa, rank
@@ -144,7 +145,7 @@ def test_a_run_starts_from_the_sparsity_of_all_weights_together(
         *(torch.tensor(v, dtype=torch.float64) for v in (shares, sizes)), PruneConfig(sparsity_ratio=target)
     )
     rows = [np.r_[np.zeros(round(2000 * share)), np.ones(2000 - round(2000 * share))] for share in shares]
-    layers = [{"q": spec.AdaptedLinear(row[None], np.zeros((0, 2000)), np.zeros((1, 0)))} for row in rows]
+    layers = [{"q": spec_adapted.AdaptedLinear(row[None], np.zeros((0, 2000)), np.zeros((1, 0)))} for row in rows]
     theirs = lambda: spec._initial_sparsity(layers, np.array(sizes), spec.Settings(sparsity_ratio=target))  # noqa: E731
     for side in (ours, theirs):
         if initial is None:

@@ -17,7 +17,21 @@ from torch_impl.engine import settings
 
 # The spec's small model, optimizer, rate rules and Algorithm 1: production has transformers, torch and engine/ for them,
 # and the whole-run oracle holds the two together.
-WHOLE_RUN = ("reference.llama", "reference.adamw", "reference.rates", "reference.losa")
+WHOLE_RUN = [
+    f"reference.{name}"
+    for name in [
+        "layers",
+        "loss",
+        "llama",
+        "adamw",
+        "rates",
+        "settings",
+        "adapted_linear",
+        "lockstep",
+        "training",
+        "losa",
+    ]
+]
 # Work on blocks of either model, so what they are called with differs in the end: `test_reconstruct` holds the two together.
 OF_BLOCKS = {"reconstruct.reconstruct_block": "block", "reconstruct.reconstruct_blocks": "blocks"}
 

@@ -17,8 +17,9 @@ import torch
 from oracle_tests.assertions import assert_close, assert_exact
 from oracle_tests.tolerances import STEPWISE, one_rounding
 from oracle_tests.whole_runs import SIZES, Case, run_production, special
-from reference import llama, losa, rank, schedule
-from reference.losa import Layers
+from reference import adapted_linear, llama, lockstep, losa, rank, schedule
+from reference import training as spec_training
+from reference.adapted_linear import Layers
 from reference.rates import mutual_information
 
 CASES = {
@@ -73,8 +74,8 @@ def pruning(
     pruned = with_pruned(before, record.layers)
     errors, masks, kept = [], [], []
     for index, block in enumerate(dense.blocks):
-        merged = losa._merged_block(block, before[index], case.settings)
-        found = losa._prune_block(
+        merged = adapted_linear.merged_block(block, before[index], case.settings)
+        found = lockstep._prune_block(
             merged, before[index], stream, dense, case.settings, record.sparsity[index], nm[index], None, last
         )
         for name, layer in found.items():
@@ -85,7 +86,7 @@ def pruning(
             kept.append((layer.weight[same], ours.weight[same]))
         dense_stream = llama.block_forward(block, dense_stream, dense.sizes).output
         stream = llama.block_forward(
-            losa._merged_block(block, pruned[index], case.settings), stream, dense.sizes
+            adapted_linear.merged_block(block, pruned[index], case.settings), stream, dense.sizes
         ).output
         hidden = dense.sizes.hidden
         errors.append(rank.reconstruction_error(dense_stream.reshape(-1, hidden), stream.reshape(-1, hidden)))
@@ -99,11 +100,11 @@ def pruning(
 def training(
     case: Case, dense: llama.Llama, before: list[Layers], record: losa.StepRecord, position: tuple[int, int]
 ) -> dict[str, float]:
-    start = losa._resize(with_pruned(before, record.layers), record.ranks, record.step, case.settings)
-    trained, losses = losa._train(dense, start, case.parts()[record.step - 1], case.settings, position)
+    start = adapted_linear.resize(with_pruned(before, record.layers), record.ranks, record.step, case.settings)
+    trained, losses = spec_training.train(dense, start, case.parts()[record.step - 1], case.settings, position)
     assert len(losses) == len(record.losses)
     moved, found = (
-        [later - P for P, later in zip(losa._parameters(start), losa._parameters(ours), strict=True)]
+        [later - P for P, later in zip(adapted_linear.parameters(start), adapted_linear.parameters(ours), strict=True)]
         for ours in (trained, record.layers)
     )
     return {
@@ -118,13 +119,13 @@ def figures(case: Case, dtype: torch.dtype) -> list[dict[str, float]]:
     production = run_production(case, dtype)
     dense = rounded(case.model(), dtype)
     sizes = np.array([sum(weight.size for weight in block.weights.values()) for block in dense.blocks], dtype=float)
-    positions = losa._lr_positions(case.parts(), settings)
-    before, rates = losa.attach_adapters(dense), np.zeros(case.blocks)
+    positions = spec_training.lr_positions(case.parts(), settings)
+    before, rates = adapted_linear.attach_adapters(dense), np.zeros(case.blocks)
     result = []
     for record in production.records:
         position = positions[record.step - 1]
         target = schedule.cubic_sparsity(record.step, settings.steps, settings.final_sparsity)
-        current = losa.merge_adapters(dense, before, settings.scale)
+        current = adapted_linear.merge_adapters(dense, before, settings.scale)
         importance = mutual_information(current, case.calibration()[: settings.rmi_samples])
         rates, nm = losa._block_targets(settings, target, np.array(record.importance), sizes, rates)
         assert_close("rates", rates, np.array(record.sparsity), 1e-12)

@@ -13,6 +13,8 @@ import torch
 from oracle_tests.llama_pair import HF_NAMES, float64_llama, random_llama, to_hugging_face
 from reference import llama
 from reference import losa as reference_losa
+from reference.adapted_linear import AdaptedLinear
+from reference.loss import IGNORED
 from torch_impl import losa as torch_losa
 from torch_impl.engine import adapted_linear
 from torch_impl.engine.calibration import CalibrationConfig
@@ -85,9 +87,9 @@ class Case:
         def example(number: int) -> reference_losa.Example:
             row = generator.integers(self.sizes.vocabulary, size=generator.integers(4, 9))
             labels = row.copy()
-            labels[: generator.integers(0, 4)] = llama.IGNORED
+            labels[: generator.integers(0, 4)] = IGNORED
             if self.unlabelled and number == 1:
-                labels[:] = llama.IGNORED
+                labels[:] = IGNORED
             return {"input_ids": row, "labels": labels}
 
         steps = self.settings.steps if self.settings.finetune else 0
@@ -161,7 +163,7 @@ def run_production(case: Case, dtype: torch.dtype = torch.float64) -> Production
         values.pop("seconds")
         blocks = [
             {
-                name: reference_losa.AdaptedLinear(
+                name: AdaptedLinear(
                     *(
                         getattr(block.get_submodule(hf), what).double().detach().numpy().copy()
                         for what in ("weight", "A", "B")

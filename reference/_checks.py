@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Ids = NDArray[np.int64]
 
 SLACK = 1e-9
 """Relative slack for rounding when two budgets are compared."""
@@ -87,3 +88,15 @@ def scores(value: Any) -> Array:
     if np.isnan(result).any():
         raise ValueError("score holds NaN; allowed: numbers")
     return result
+
+
+def token_ids(name: str, value: Ids, vocabulary: int, least: int = 0) -> Ids:
+    """Check token ids (n, t), each at least `least` and below `vocabulary`."""
+    ids = np.asarray(value)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {ids.dtype}; allowed: integers")
+    if ids.ndim != 2 or ids.size == 0:
+        raise ValueError(f"{name} has shape {ids.shape}; allowed: (n, t), none of them 0")
+    if ids.min() < least or ids.max() >= vocabulary:
+        raise ValueError(f"{name} holds {ids.min()} to {ids.max()}; allowed: {least} to {vocabulary - 1}")
+    return ids

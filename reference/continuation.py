@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference import _checks
-from reference._checks import Array
-from reference.llama import Ids
+from reference._checks import Array, Ids
 
 
 def next_token(logits: Array, uniforms: Array, excluded: Sequence[int] = ()) -> NDArray[np.int64]:

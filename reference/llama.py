@@ -13,18 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from reference import _checks
-from reference._checks import Array
-
-Ids = NDArray[np.int64]
+from reference._checks import Array, Ids
+from reference.layers import rms_norm, rms_norm_grad, rotary_angles, rotate, silu, silu_grad, softmax
+from reference.loss import cross_entropy, label_count
 
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
 """The projections of a block in order of use, each with the name of its input; some share one input."""
 PROJECTIONS = tuple(INPUT_OF)
-IGNORED = -100
-"""The label of a token that the loss ignores."""
 
 
 @dataclass(frozen=True)
@@ -113,117 +110,6 @@ class Trace:
 
     blocks: tuple[BlockTrace, ...]
     logits: Array
-
-
-def rms_norm(x: Array, gain: Array, eps: float) -> Array:
-    """Scale each token's channels to root mean square 1, then multiply by the gain.
-
-    Source: Zhang & Sennrich 2019. x: (..., d). gain: (d,). eps: added to the mean square.
-    Returns: (..., d). *Deviation*: none.
-
-    >>> rms_norm(np.array([3.0, 4.0]), np.array([1.0, 2.0]), eps=12.5)  # mean square (9 + 16) / 2, plus 12.5: root 5
-    array([0.6, 1.6])
-    """
-    return gain * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def rms_norm_grad(x: Array, gain: Array, eps: float, grad: Array) -> Array:
-    """Compute ∂loss/∂x of `rms_norm`, from grad = ∂loss/∂y.
-
-    Source: with r = (mean x² + ε)^(-1/2) and y = γ r x: ∂r/∂x_j = -r³ x_j / d. x, grad: (..., d). gain: (d,).
-    Returns: (..., d). *Deviation*: none.
-
-    >>> rms_norm_grad(np.array([1.0, 1.0]), np.ones(2), 0.0, np.array([1.0, 1.0]))  # the norm ignores the scale
-    array([0., 0.])
-    """
-    inverse = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-    grad = grad * gain
-    return inverse * grad - inverse**3 * x * np.mean(grad * x, axis=-1, keepdims=True)
-
-
-def rotary_angles(tokens: int, head_dim: int, theta: float) -> Array:
-    """Compute the angle by which token p rotates channel pair i: p · θ^(-2i/e).
-
-    Source: Su et al. 2021 (RoPE). tokens: t. head_dim: e, even. theta: base.
-    Returns: (t, e/2), radians. *Deviation*: none.
-
-    >>> rotary_angles(3, 4, 100.0)  # frequencies 1 and 100^(-2/4) = 0.1
-    array([[0. , 0. ],
-           [1. , 0.1],
-           [2. , 0.2]])
-    """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    return np.arange(tokens)[:, None] * frequencies
-
-
-def rotate(x: Array, angles: Array) -> Array:
-    """Rotate channel pairs (i, i + e/2) by their token's angles. Rotating by -angles is the inverse, and the gradient.
-
-    Source: RoPE, in the half-split pairing of Hugging Face's LLaMA. x: (..., t, e). angles: (t, e/2).
-    Returns: (..., t, e).
-    *Deviation*: the RoPE paper pairs channels (2i, 2i + 1). Hugging Face's LLaMA checkpoints are permuted to match.
-
-    >>> rotate(np.array([[1.0, 0.0]]), np.array([[np.pi / 2]])).round(12)  # a quarter turn
-    array([[0., 1.]])
-    """
-    first, second = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def softmax(x: Array) -> Array:
-    """Compute exp(x) / Σ exp(x) over the last axis.
-
-    Source: definition. Subtracting the row's maximum first does not change the result. x: (..., k); -inf gives exactly 0.
-    Returns: (..., k). *Deviation*: none.
-
-    >>> softmax(np.log([1.0, 3.0]))
-    array([0.25, 0.75])
-    """
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def log_softmax(x: Array) -> Array:
-    """Compute the logarithm of `softmax` without rounding a small probability to 0.
-
-    Source: definition. x: (..., k). Returns: (..., k). *Deviation*: none.
-
-    >>> log_softmax(np.array([0.0, -1000.0]))  # softmax itself would round the second to 0
-    array([    0., -1000.])
-    """
-    shifted = x - x.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def silu(x: Array) -> Array:
-    """Compute x · σ(x), the gate of SwiGLU.
-
-    Source: Shazeer 2020. x: any shape. Returns: the same shape.
-    *Deviation*: none.
-
-    >>> silu(np.array([0.0, np.log(3.0)])).round(12)  # σ(log 3) = 3/4
-    array([0.        , 0.82395922])
-    """
-    return x * _sigmoid(x)
-
-
-def silu_grad(x: Array) -> Array:
-    """Compute d silu / dx = σ(x) (1 + x (1 - σ(x))).
-
-    Source: product rule. x: any shape. Returns: the same shape.
-    *Deviation*: none.
-
-    >>> silu_grad(np.array([0.0]))
-    array([0.5])
-    """
-    sigma = _sigmoid(x)
-    return sigma * (1 + x * (1 - sigma))
-
-
-def _sigmoid(x: Array) -> Array:
-    # exp(-x) would overflow; tanh saturates.
-    return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def _split_heads(x: Array, heads: int) -> Array:
@@ -335,7 +221,7 @@ def forward(model: Llama, ids: Ids) -> Trace:
     >>> forward(model, np.array([[0]])).logits  # no blocks: the embedding (1, 1), times each row of the head
     array([[[1., 2.]]])
     """
-    hidden = model.embedding[_token_ids("ids", ids, model.sizes.vocabulary)]
+    hidden = model.embedding[_checks.token_ids("ids", ids, model.sizes.vocabulary)]
     traces: list[BlockTrace] = []
     for block in model.blocks:
         traces.append(block_forward(block, hidden, model.sizes))
@@ -378,81 +264,3 @@ def weight_gradients(model: Llama, ids: Ids) -> list[dict[str, Array]]:
         {name: np.einsum("nto,nti->oi", grad, block.inputs[INPUT_OF[name]]) for name, grad in backward_of_block.items()}
         for block, backward_of_block in zip(trace.blocks, backward(model, trace, grad_logits), strict=True)
     ]
-
-
-def _token_ids(name: str, value: Ids, vocabulary: int, least: int = 0) -> Ids:
-    ids = np.asarray(value)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{name} has dtype {ids.dtype}; allowed: integers")
-    if ids.ndim != 2 or ids.size == 0:
-        raise ValueError(f"{name} has shape {ids.shape}; allowed: (n, t), none of them 0")
-    if ids.min() < least or ids.max() >= vocabulary:
-        raise ValueError(f"{name} holds {ids.min()} to {ids.max()}; allowed: {least} to {vocabulary - 1}")
-    return ids
-
-
-def _labels(labels: Ids, logits: Array) -> Ids:
-    if np.ndim(logits) != 3 or np.shape(labels) != np.shape(logits)[:2]:
-        raise ValueError(
-            f"labels has shape {np.shape(labels)}; allowed: {np.shape(logits)[:2]}, the first two axes of logits"
-        )
-    checked = np.where(np.equal(labels, IGNORED), 0, labels)
-    _token_ids("labels", checked, np.shape(logits)[-1])
-    return np.asarray(labels)
-
-
-def label_count(labels: Ids) -> int:
-    """Count the predicted tokens; the first token of a sequence is never predicted.
-
-    Source: next-token prediction. labels: (n, t), `IGNORED` for tokens not to predict.
-    Returns: count. *Deviation*: none.
-
-    >>> label_count(np.array([[5, 7, IGNORED, 2]]))
-    2
-    """
-    return int((labels[:, 1:] != IGNORED).sum())
-
-
-def cross_entropy(logits: Array, labels: Ids) -> tuple[float, Array]:
-    """Compute -Σ log p(label) over the predicted tokens, and its gradient; divide both by `label_count` for the mean.
-
-    Source: next-token prediction; gradient p - onehot(label). logits: (n, t, v). labels: (n, t); `IGNORED` is skipped.
-    Returns: (sum, ∂sum/∂logits (n, t, v)).
-    *Deviation*: none; the published code averages each micro-batch, `losa.py` averages over an optimizer step.
-
-    >>> total, grad = cross_entropy(np.log([[[1.0, 3.0], [1.0, 1.0]]]), np.array([[0, 1]]))
-    >>> float(np.exp(total).round(12))  # token 0 predicts label 1 with probability 3/4; the last token predicts nothing
-    1.333333333333
-    >>> grad
-    array([[[ 0.25, -0.25],
-            [ 0.  ,  0.  ]]])
-    """
-    labels = _labels(labels, logits)
-    target = np.zeros(logits.shape)
-    rows, columns = np.nonzero(labels[:, 1:] != IGNORED)
-    target[rows, columns, labels[rows, columns + 1]] = 1
-    counted = target.sum(axis=-1, keepdims=True)
-    return float(-(target * log_softmax(logits)).sum()), counted * softmax(logits) - target
-
-
-def kl_divergence(logits: Array, teacher: Array, labels: Ids) -> tuple[float, Array]:
-    """Compute Σ KL(p of the teacher ‖ p) over the predicted tokens, and its gradient by the logits.
-
-    Source: Hinton et al. 2015, temperature 1; gradient p - p_teacher. logits, teacher: (n, t, v). labels: (n, t), used
-    only to skip `IGNORED` tokens. Returns: (sum, ∂sum/∂logits (n, t, v)).
-    *Deviation*: the paper trains on labels; this loss is our option.
-
-    >>> logits, teacher = np.log([[[1.0, 1.0], [1.0, 1.0]]]), np.log([[[1.0, 3.0], [1.0, 1.0]]])
-    >>> total, grad = kl_divergence(logits, teacher, np.array([[0, 0]]))
-    >>> bool(np.isclose(total, 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)))
-    True
-    >>> grad[0, 0]
-    array([ 0.25, -0.25])
-    """
-    _checks.same_shape("teacher", teacher, logits, "logits")
-    labels = _labels(labels, logits)
-    counted = np.zeros((*labels.shape, 1))
-    counted[:, :-1, 0] = labels[:, 1:] != IGNORED
-    goal = counted * softmax(teacher)
-    total = float((goal * (log_softmax(teacher) - log_softmax(logits))).sum())
-    return total, counted * softmax(logits) - goal

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from reference import atp, first_order, hsic, lamp, llama, owl, rmi, schedule, sparsity
-from reference._checks import Array
-from reference.llama import Ids, Llama
+from reference._checks import Array, Ids
+from reference.llama import Llama
+from reference.loss import cross_entropy
 from reference.masks import wanda
 
 # Of the calibration sequences that measure importance, ATP compares its candidates on every fourth.
@@ -86,7 +87,7 @@ def best_progression(model: Llama, ids: Ids, target: float) -> Array:
             ]
         )
         compared = ids[::COMPARED]
-        losses.append(llama.cross_entropy(llama.forward(pruned, compared).logits, compared)[0])
+        losses.append(cross_entropy(llama.forward(pruned, compared).logits, compared)[0])
     return 1 - candidates[int(np.argmin(losses))]
 
 

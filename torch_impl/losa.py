@@ -244,7 +244,7 @@ def _nothing_to_train(blocks: Blocks, start: torch.Tensor, config: TrainingConfi
     """Return whether the loss is kl and no weight is pruned yet, so that the model still equals the dense one.
 
     start: sparsity of each block (L,) at the start of the run. Such a step's examples are skipped, and the learning-rate
-    schedule continues after them. See reference/losa.py.
+    schedule continues after them. See reference/training.py.
     """
     return config.loss == "kl" and torch.equal(blocks.zero_shares(), start)
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from oracle_tests import strategies
 from oracle_tests.llama_pair import random_llama
 from reference import flap, llama, llm_pruner, loraprune
+from reference.loss import cross_entropy, label_count
 
 RNG = np.random.default_rng(7)
 
@@ -25,7 +26,7 @@ def test_first_order_scores_are_the_change_of_a_llama_s_loss_for_small_weights()
         weights = [dict(block.weights) for block in model.blocks]
         weights[1]["up"] = weight
         logits = llama.forward(model.with_weights(weights), ids).logits
-        return llama.cross_entropy(logits, ids)[0] / llama.label_count(ids)
+        return cross_entropy(logits, ids)[0] / label_count(ids)
 
     weight = model.blocks[1].weights["up"]
     weight[3, 5] = 1e-6

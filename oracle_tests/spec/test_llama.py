@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import HF_NAMES, float64_llama, random_llama, to_hugging_face
 from oracle_tests.strategies import examples
-from reference import adapter, llama
+from reference import adapter, layers, llama
+from reference.loss import IGNORED, cross_entropy, kl_divergence, label_count
 
 MHA = llama.Sizes(vocabulary=11, hidden=8, intermediate=12, heads=2, kv_heads=2)
 GQA = llama.Sizes(vocabulary=11, hidden=16, intermediate=20, heads=4, kv_heads=2, norm_eps=1e-5, rope_theta=500.0)
@@ -38,7 +39,7 @@ def random_ids(sizes: llama.Sizes, shape: tuple[int, int], seed: int = 0) -> np.
 
 def random_labels(ids: np.ndarray, seed: int = 1) -> np.ndarray:
     """Some tokens do not count."""
-    return np.where(np.random.default_rng(seed).random(ids.shape) < 0.3, llama.IGNORED, ids)
+    return np.where(np.random.default_rng(seed).random(ids.shape) < 0.3, IGNORED, ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,16 +90,16 @@ def test_losses_and_gradients_are_hugging_face_s(sizes: llama.Sizes, kind: dict[
     teacher = np.random.default_rng(5).normal(size=trace.logits.shape)
     with float64_llama():
         out = twin(input_ids=torch.tensor(ids), labels=torch.tensor(labels))
-    counted = torch.tensor(labels[:, 1:] != llama.IGNORED)
+    counted = torch.tensor(labels[:, 1:] != IGNORED)
     if loss == "ce":
-        total, grad_logits = llama.cross_entropy(trace.logits, labels)
+        total, grad_logits = cross_entropy(trace.logits, labels)
         # Hugging Face's own loss is a float32 mean; the sum in float64 is what the trainer uses.
-        assert total / llama.label_count(labels) == pytest.approx(out.loss.item(), rel=1e-6)
+        assert total / label_count(labels) == pytest.approx(out.loss.item(), rel=1e-6)
         theirs = torch.nn.functional.cross_entropy(
             out.logits[:, :-1][counted], torch.tensor(labels)[:, 1:][counted], reduction="sum"
         )
     else:
-        total, grad_logits = llama.kl_divergence(trace.logits, teacher, labels)
+        total, grad_logits = kl_divergence(trace.logits, teacher, labels)
         theirs = torch.nn.functional.kl_div(
             out.logits[:, :-1][counted].log_softmax(-1),
             torch.tensor(teacher)[:, :-1][counted].log_softmax(-1),
@@ -138,14 +139,14 @@ def test_gradient_of_each_projection_by_finite_differences(sizes: llama.Sizes, n
     direction = generator.normal(size=weights[0][name].shape)
     direction /= np.linalg.norm(direction)
     trace = llama.forward(model, ids)
-    grads = llama.backward(model, trace, llama.cross_entropy(trace.logits, labels)[1])
+    grads = llama.backward(model, trace, cross_entropy(trace.logits, labels)[1])
 
     for index in range(2):
 
         def moved(h: float, index: int = index) -> float:
             changed = [dict(of_block) for of_block in weights]
             changed[index][name] = changed[index][name] + h * direction
-            return llama.cross_entropy(llama.forward(model.with_weights(changed), ids).logits, labels)[0]
+            return cross_entropy(llama.forward(model.with_weights(changed), ids).logits, labels)[0]
 
         gradient = np.einsum("nto,nti->oi", grads[index][name], trace.blocks[index].inputs[llama.INPUT_OF[name]])
         assert (gradient * direction).sum() == pytest.approx(directional(moved), rel=DIFFERENCES, abs=DIFFERENCES)
@@ -166,7 +167,7 @@ def test_gradient_of_an_adapter_by_finite_differences(loss: str) -> None:
         return model.with_weights([model.blocks[0].weights, model.blocks[1].weights | {"down": merged}])
 
     def loss_of(logits: np.ndarray) -> tuple[float, np.ndarray]:
-        return llama.cross_entropy(logits, ids) if loss == "ce" else llama.kl_divergence(logits, teacher, ids)
+        return cross_entropy(logits, ids) if loss == "ce" else kl_divergence(logits, teacher, ids)
 
     adapted = with_adapter(A, B)
     trace = llama.forward(adapted, ids)
@@ -185,18 +186,18 @@ def test_small_derivatives(seed: int, rows: int, width: int) -> None:
     generator = np.random.default_rng(seed)
     x, out, direction = generator.normal(size=(3, rows, 2 * width))
     gain = generator.uniform(0.5, 2, 2 * width)
-    angles = llama.rotary_angles(rows, 2 * width, 100.0)
+    angles = layers.rotary_angles(rows, 2 * width, 100.0)
 
     def slope(function: Callable[[np.ndarray], np.ndarray]) -> float:
         return directional(lambda h: float((out * function(x + h * direction)).sum()))
 
     tolerance = {"rel": 1e-5, "abs": 1e-5}  # x may come close to 0, where the norm bends sharply: eps = 0.1 bounds that
-    norm = llama.rms_norm_grad(x, gain, 0.1, out)
-    assert (norm * direction).sum() == pytest.approx(slope(lambda x: llama.rms_norm(x, gain, 0.1)), **tolerance)
-    assert (out * llama.silu_grad(x) * direction).sum() == pytest.approx(slope(llama.silu), **tolerance)
-    turned = llama.rotate(out, -angles)
-    assert (turned * direction).sum() == pytest.approx(slope(lambda x: llama.rotate(x, angles)), **tolerance)
-    np.testing.assert_allclose(llama.rotate(llama.rotate(x, angles), -angles), x, atol=1e-14)
+    norm = layers.rms_norm_grad(x, gain, 0.1, out)
+    assert (norm * direction).sum() == pytest.approx(slope(lambda x: layers.rms_norm(x, gain, 0.1)), **tolerance)
+    assert (out * layers.silu_grad(x) * direction).sum() == pytest.approx(slope(layers.silu), **tolerance)
+    turned = layers.rotate(out, -angles)
+    assert (turned * direction).sum() == pytest.approx(slope(lambda x: layers.rotate(x, angles)), **tolerance)
+    np.testing.assert_allclose(layers.rotate(layers.rotate(x, angles), -angles), x, atol=1e-14)
 
 
 def test_causal() -> None:
@@ -212,27 +213,27 @@ def test_causal() -> None:
 def test_losses_are_sums_over_what_counts() -> None:
     generator = np.random.default_rng(11)
     logits, teacher = generator.normal(size=(2, 2, 4, 5))
-    labels = np.array([[0, llama.IGNORED, 3, 4], [llama.IGNORED, 2, 1, llama.IGNORED]])
-    assert llama.label_count(labels) == 4
+    labels = np.array([[0, IGNORED, 3, 4], [IGNORED, 2, 1, IGNORED]])
+    assert label_count(labels) == 4
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     q = np.exp(teacher) / np.exp(teacher).sum(-1, keepdims=True)
     counted = [(0, 1, 3), (0, 2, 4), (1, 0, 2), (1, 1, 1)]
-    assert llama.cross_entropy(logits, labels)[0] == pytest.approx(-sum(np.log(p[i]) for i in counted))
+    assert cross_entropy(logits, labels)[0] == pytest.approx(-sum(np.log(p[i]) for i in counted))
     expected = sum((q[r, c] * np.log(q[r, c] / p[r, c])).sum() for r, c, _ in counted)
-    assert llama.kl_divergence(logits, teacher, labels)[0] == pytest.approx(expected)
-    for grad in (llama.cross_entropy(logits, labels)[1], llama.kl_divergence(logits, teacher, labels)[1]):
+    assert kl_divergence(logits, teacher, labels)[0] == pytest.approx(expected)
+    for grad in (cross_entropy(logits, labels)[1], kl_divergence(logits, teacher, labels)[1]):
         silent = [(0, 0), (0, 3), (1, 2), (1, 3)]
         assert all((grad[position] == 0).all() for position in silent)
         np.testing.assert_allclose(grad.sum(axis=-1), 0, atol=1e-15)
-    assert llama.kl_divergence(teacher, teacher, labels)[0] == pytest.approx(0, abs=1e-14)
+    assert kl_divergence(teacher, teacher, labels)[0] == pytest.approx(0, abs=1e-14)
 
 
 def test_saturated_logits_stay_finite() -> None:
     logits = np.array([[[1000.0, -1000.0], [0.0, 0.0]]])
-    total, grad = llama.cross_entropy(logits, np.array([[0, 1]]))
+    total, grad = cross_entropy(logits, np.array([[0, 1]]))
     assert total == 2000
     np.testing.assert_array_equal(grad[0, 0], [1, -1])
-    assert llama.silu(np.array([-1e4, 1e4])).tolist() == [0, 1e4]
+    assert layers.silu(np.array([-1e4, 1e4])).tolist() == [0, 1e4]
 
 
 def test_bad_arguments() -> None:
@@ -249,8 +250,8 @@ def test_bad_arguments() -> None:
         llama.forward(model, np.array([[0, 11]]))
     logits = np.zeros((1, 2, 4))
     with pytest.raises(ValueError, match=r"labels has shape \(1, 3\); allowed: \(1, 2\)"):
-        llama.cross_entropy(logits, np.zeros((1, 3), dtype=int))
+        cross_entropy(logits, np.zeros((1, 3), dtype=int))
     with pytest.raises(ValueError, match=r"labels holds -1 to 0; allowed: 0 to 3"):
-        llama.cross_entropy(logits, np.array([[llama.IGNORED, -1]]))
+        cross_entropy(logits, np.array([[IGNORED, -1]]))
     with pytest.raises(ValueError, match=r"teacher has shape"):
-        llama.kl_divergence(logits, logits[:, :1], np.zeros((1, 2), dtype=int))
+        kl_divergence(logits, logits[:, :1], np.zeros((1, 2), dtype=int))

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from oracle_tests.llama_pair import random_llama
 from oracle_tests.strategies import examples
-from reference import adapter, llama, losa, rates
-from reference.losa import Settings
+from reference import adapted_linear, adapter, llama, lockstep, losa, rates, training
+from reference.loss import IGNORED
 from reference.masks.prune import METHODS
+from reference.settings import Settings
 
 SIZES = llama.Sizes(vocabulary=13, hidden=8, intermediate=12, heads=4, kv_heads=2)
 QUICK = Settings(
@@ -38,7 +39,7 @@ def parts(steps: int, seed: int = 1, examples: int = 4) -> list[list[losa.Exampl
     def example() -> losa.Example:
         row = generator.integers(SIZES.vocabulary, size=generator.integers(3, 8))
         labels = row.copy()
-        labels[: generator.integers(0, 2)] = llama.IGNORED
+        labels[: generator.integers(0, 2)] = IGNORED
         return {"input_ids": row, "labels": labels}
 
     return [[example() for _ in range(examples)] for _ in range(steps)]
@@ -59,7 +60,7 @@ def test_what_holds_in_every_run(method: str, pattern: str, shrink: str, seed: i
     settings = replace(QUICK, prune_method=method, sparsity_type=pattern, rank_shrink=shrink, seed=seed)
     dense = model(seed=seed)
     merged, records = losa.run(dense, ids(), parts(3), settings)
-    previous = losa.attach_adapters(dense)
+    previous = adapted_linear.attach_adapters(dense)
     for record in records:
         assert [len(layer.A) for block in record.layers for layer in block.values()] == np.repeat(
             record.ranks, 7
@@ -136,19 +137,23 @@ def test_blocks_are_pruned_on_inputs_from_pruned_blocks(method: str) -> None:
 def test_gradients_of_an_optimizer_step_by_finite_differences(loss: str) -> None:
     dense = model(3, seed=5)
     settings = replace(QUICK, loss=loss)
-    layers, _ = losa._prune_model(dense, losa.attach_adapters(dense), ids(), settings, np.full(3, 0.5), [None] * 3)
-    layers = losa._resize(layers, [2, 3, 1], 1, settings)
+    layers, _ = lockstep.prune_model(
+        dense, adapted_linear.attach_adapters(dense), ids(), settings, np.full(3, 0.5), [None] * 3
+    )
+    layers = adapted_linear.resize(layers, [2, 3, 1], 1, settings)
     generator = np.random.default_rng(6)
-    values = [P + 0.1 * generator.normal(size=P.shape) for P in losa._parameters(layers)]
+    values = [P + 0.1 * generator.normal(size=P.shape) for P in adapted_linear.parameters(layers)]
     directions = [generator.normal(size=P.shape) for P in values]
     length = math.sqrt(sum((D**2).sum() for D in directions))
     [batch] = parts(1)
 
     def at(h: float) -> float:
-        moved = losa._with_parameters(layers, [P + h * D / length for P, D in zip(values, directions, strict=True)])
-        return losa._loss_and_gradients(dense, moved, batch, settings)[0]
+        moved = adapted_linear.with_parameters(
+            layers, [P + h * D / length for P, D in zip(values, directions, strict=True)]
+        )
+        return training.loss_and_gradients(dense, moved, batch, settings)[0]
 
-    _, gradients = losa._loss_and_gradients(dense, losa._with_parameters(layers, values), batch, settings)
+    _, gradients = training.loss_and_gradients(dense, adapted_linear.with_parameters(layers, values), batch, settings)
     slope = sum((G * D).sum() for G, D in zip(gradients, directions, strict=True)) / length
     # Central difference, step 1e-4: truncation about 1e-8, rounding 1e-16 / 1e-4.
     assert slope == pytest.approx((at(1e-4) - at(-1e-4)) / 2e-4, rel=1e-6)
@@ -156,18 +161,18 @@ def test_gradients_of_an_optimizer_step_by_finite_differences(loss: str) -> None
 
 def test_loss_is_per_predicted_token_of_the_whole_step() -> None:
     dense = model(3)
-    layers = losa.attach_adapters(dense)
+    layers = adapted_linear.attach_adapters(dense)
     [batch] = parts(1)
-    loss, _ = losa._loss_and_gradients(dense, layers, batch, QUICK)
+    loss, _ = training.loss_and_gradients(dense, layers, batch, QUICK)
     nll, count = 0.0, 0
     for example in batch:
         logits = llama.forward(dense, example["input_ids"][None]).logits[0]
         for position, label in enumerate(example["labels"][1:]):
-            if label != llama.IGNORED:
+            if label != IGNORED:
                 nll -= math.log(np.exp(logits[position, label]) / np.exp(logits[position]).sum())
                 count += 1
     assert loss == pytest.approx(nll / count, rel=1e-12)
-    kl, gradients = losa._loss_and_gradients(dense, layers, batch, replace(QUICK, loss="kl"))
+    kl, gradients = training.loss_and_gradients(dense, layers, batch, replace(QUICK, loss="kl"))
     assert kl == pytest.approx(0, abs=1e-14)
     assert all(not G.any() for G in gradients)  # rank 0
 
@@ -178,9 +183,9 @@ def test_training_learns_and_starts_afresh_each_step() -> None:
     part = parts(1)[0] * 10
     _, [record] = losa.run(dense, ids(), [part], settings)
     assert np.mean(record.losses[-4:]) < 0.7 * np.mean(record.losses[:4])
-    positions = losa._lr_positions([part, part[:3]], settings)
+    positions = training.lr_positions([part, part[:3]], settings)
     assert positions == [(0, 20), (0, 2)]
-    assert losa._lr_positions([part, part[:3]], replace(settings, lr_schedule="whole_run")) == [(0, 22), (20, 22)]
+    assert training.lr_positions([part, part[:3]], replace(settings, lr_schedule="whole_run")) == [(0, 22), (20, 22)]
 
 
 @pytest.mark.parametrize(("pattern", "steps", "idle"), [("1:2", 5, 1), ("3:4", 5, 1), ("7:8", 5, 1), ("4:4", 3, 3)])
@@ -212,11 +217,13 @@ def test_zeros_that_were_there_before_are_nothing_to_heal() -> None:
 def test_ranks_grow_and_shrink_without_moving_what_they_should_not() -> None:
     dense = model(3)
     generator = np.random.default_rng(8)
-    layers = losa._resize(losa.attach_adapters(dense), [3, 3, 3], 1, QUICK)
-    layers = losa._with_parameters(layers, [generator.normal(size=P.shape) for P in losa._parameters(layers)])
-    grown = losa._resize(layers, [4, 5, 3], 2, QUICK)
-    folded = losa._resize(layers, [1, 2, 3], 2, replace(QUICK, rank_shrink="fold"))
-    cut = losa._resize(layers, [1, 2, 3], 2, QUICK)
+    layers = adapted_linear.resize(adapted_linear.attach_adapters(dense), [3, 3, 3], 1, QUICK)
+    layers = adapted_linear.with_parameters(
+        layers, [generator.normal(size=P.shape) for P in adapted_linear.parameters(layers)]
+    )
+    grown = adapted_linear.resize(layers, [4, 5, 3], 2, QUICK)
+    folded = adapted_linear.resize(layers, [1, 2, 3], 2, replace(QUICK, rank_shrink="fold"))
+    cut = adapted_linear.resize(layers, [1, 2, 3], 2, QUICK)
     for index, block in enumerate(layers):
         for number, (name, layer) in enumerate(block.items()):
             merged = layer.merged(2.0)
@@ -231,7 +238,7 @@ def test_ranks_grow_and_shrink_without_moving_what_they_should_not() -> None:
 def test_an_already_sparse_model_goes_on_from_where_it_is() -> None:
     once, _ = losa.run(model(), ids(), [], replace(QUICK, steps=1, sparsity_ratio=0.5, finetune=False))
     _, records = losa.run(once, ids(), [], replace(QUICK, sparsity_ratio=0.6, finetune=False))
-    start = np.mean(losa._zero_shares(losa.attach_adapters(once)))
+    start = np.mean(adapted_linear.zero_shares(adapted_linear.attach_adapters(once)))
     for record in records:
         assert record.target == pytest.approx(0.6 + (start - 0.6) * (1 - record.step / 3) ** 3)
     with pytest.raises(ValueError, match=r"sparsity_ratio is 0.3; allowed: 0\.\d+ or more, the model"):

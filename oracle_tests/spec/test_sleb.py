@@ -10,6 +10,7 @@ import pytest
 
 from oracle_tests.llama_pair import random_llama
 from reference import llama, sleb
+from reference.loss import cross_entropy, label_count
 
 SIZES = llama.Sizes(vocabulary=17, hidden=8, intermediate=16, heads=2, kv_heads=2)
 IDS = np.random.default_rng(1).integers(17, size=(6, 9))
@@ -19,7 +20,7 @@ MODEL = random_llama(SIZES, 6, tied=False, seed=2)
 def loss(left: tuple[int, ...]) -> float:
     """Mean cross-entropy of the model with these blocks alone."""
     smaller = replace(MODEL, blocks=tuple(MODEL.blocks[index] for index in left))
-    return llama.cross_entropy(llama.forward(smaller, IDS).logits, IDS)[0] / llama.label_count(IDS)
+    return cross_entropy(llama.forward(smaller, IDS).logits, IDS)[0] / label_count(IDS)
 
 
 def best(count: int, of: object = loss) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oracle_tests.llama_pair import random_llama
-from reference import llama, slicegpt
+from reference import layers, llama, slicegpt
 
 RNG = np.random.default_rng(4)
 
@@ -63,7 +63,7 @@ def test_two_sliced_layers_are_the_whole_ones_with_projected_states(k: int) -> N
     X, W, V = RNG.standard_normal((5, 8)), RNG.standard_normal((4, 8)), RNG.standard_normal((8, 4))
     gain, eps, Q, new = RNG.uniform(0.5, 1.5, 8), 1e-3, axes_of(8, k), axes_of(8, k)
     states = X @ Q @ Q.T
-    y = llama.rms_norm(states, gain, eps) @ W.T
+    y = layers.rms_norm(states, gain, eps) @ W.T
     expected = (states + y @ V.T) @ new
     sliced = slicegpt.sliced_norm(X @ Q, 8, eps) @ slicegpt.slice_inputs(W, gain, Q).T
     np.testing.assert_allclose(sliced, y)
