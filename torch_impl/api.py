@@ -243,7 +243,7 @@ def evaluate(
         if text is not None:
             found |= _perplexity(model, tokenizer, text, seqlen, windows, protocol, batch_size)
         if loaded is not None and tokenizer is not None:
-            found |= zero_shot.measure(model, tokenizer, loaded, limit, batch_size).by_task()
+            found |= zero_shot.measure(model, zero_shot.Tokens(tokenizer), loaded, limit, batch_size).by_task()
     return found
 
 

@@ -65,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         "--num_fewshot", type=int, metavar="N", help="Examples in each prompt (default: none, or what the task says)."
     )
     parser.add_argument(
-        "--batch_size", type=int, metavar="N", default=8, help="Windows or prompts to measure at once (default 8)."
+        "--batch_size",
+        type=int,
+        metavar="N",
+        default=8,
+        help="Windows, or longest prompts, to measure at once (default 8); shorter prompts come in larger batches.",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda or cuda:N.")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16 or float64.")
@@ -97,7 +101,9 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=options.batch_size,
         )
     if tasks is not None:
-        found |= zero_shot.measure(model, tokenizer, tasks, options.limit, options.batch_size).by_task()
+        found |= zero_shot.measure(
+            model, zero_shot.Tokens(tokenizer), tasks, options.limit, options.batch_size
+        ).by_task()
     say(files.dumps(found, "result") if options.json else _text(found))
 
 

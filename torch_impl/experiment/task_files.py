@@ -2,7 +2,8 @@
 
 A file is JSON Lines and its name begins with the task's name (piqa.jsonl, piqa_plain_text.validation.jsonl). A record has
 either its data set's own fields, or `query`, `choices` and `gold`. A file with the word "train" in its name gives examples for
-few-shot prompts and is not measured.
+few-shot prompts and is not measured. The form that tasks read is `query`, the whole prompt, `choices` and `gold`: lm-eval compiles
+a template again for every document.
 """
 
 from __future__ import annotations
@@ -95,16 +96,16 @@ def _texts(*values: Any) -> list[str]:
     return list(values)
 
 
-def _chosen(query: Any, choices: Any, gold: Any, name: str) -> dict[str, Any]:
+def _chosen(query: Any, choices: Any, gold: Any) -> dict[str, Any]:
     [text], choices = _texts(query), _texts(*choices)
-    return {name: text, "choices": choices, "gold": _gold(gold, len(choices))}
+    return {"query": text, "choices": choices, "gold": _gold(gold, len(choices))}
 
 
 def _hellaswag(row: Row) -> dict[str, Any]:
     if "query" in row:
-        return _chosen(row["query"], row["choices"], row["gold"], "query")
+        return _chosen(row["query"], row["choices"], row["gold"])
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _chosen(_without_marks(context), map(_without_marks, row["endings"]), row["label"], "query")
+    return _chosen(_without_marks(context), map(_without_marks, row["endings"]), row["label"])
 
 
 def _without_marks(text: str) -> str:
@@ -113,29 +114,32 @@ def _without_marks(text: str) -> str:
 
 
 def _question(row: Row) -> dict[str, Any]:
-    """ARC and OpenBookQA. A `query` may be framed as a prompt; the question is what is inside."""
+    """OpenBookQA, whose prompt is the question alone. A `query` may be framed; the question is what is inside."""
     if "query" in row:
         question = row["query"].removeprefix(QUESTION).removesuffix(ANSWER)
-        return _chosen(question, row["choices"], row["gold"], "question")
+        return _chosen(question, row["choices"], row["gold"])
     question = row["question_stem"] if "question_stem" in row else row["question"]
     labels, texts, key = row["choices"]["label"], row["choices"]["text"], row["answerKey"].strip()
     if key not in labels:
         raise ValueError(f"the answer {key!r} is none of the choices {labels}")
-    return _chosen(question, texts, labels.index(key), "question")
+    return _chosen(question, texts, labels.index(key))
+
+
+def _framed_question(row: Row) -> dict[str, Any]:
+    """ARC."""
+    found = _question(row)
+    return {**found, "query": f"{QUESTION}{found['query']}{ANSWER}"}
 
 
 def _piqa(row: Row) -> dict[str, Any]:
     goal, first, second = _texts(row["goal"], row["sol1"], row["sol2"])
-    return {"goal": goal, "sol1": first, "sol2": second, "gold": _gold(row["label"], 2)}
+    return _chosen(f"{QUESTION}{goal}{ANSWER}", (first, second), row["label"])
 
 
 def _boolq(row: Row) -> dict[str, Any]:
     passage, question = _texts(row["passage"], row["question"])
-    return {
-        "passage": passage,
-        "question": question,
-        "gold": _gold(row["label"] if "label" in row else row["answer"], 2),
-    }
+    answer = row["label"] if "label" in row else row["answer"]
+    return _chosen(f"{passage}\n{QUESTION}{question}?{ANSWER}", ("no", "yes"), answer)
 
 
 def _winogrande(row: Row) -> dict[str, Any]:
@@ -156,6 +160,6 @@ CONVERT: dict[str, Callable[[Row], dict[str, Any]]] = {
     "boolq": _boolq,
     "openbookqa": _question,
     "piqa": _piqa,
-    "arc_easy": _question,
-    "arc_challenge": _question,
+    "arc_easy": _framed_question,
+    "arc_challenge": _framed_question,
 }

@@ -26,6 +26,7 @@ from torch_impl.engine.files import sha256_of
 from torch_impl.experiment import task_files
 from torch_impl.experiment.command import closest
 from torch_impl.experiment.evaluate import eval_mode
+from torch_impl.experiment.log_likelihoods import language_model
 from torch_impl.experiment.text.files import one_line
 
 # Where lm-eval defines the paper's tasks. To read all of its definitions takes ten seconds.
@@ -85,6 +86,15 @@ class ZeroShot:
         return {"tasks": tasks, "average_acc": self.mean, "lm_eval": self.version, "limit": self.limit}
 
 
+class Tokens:
+    """A tokenizer, and the token ids of texts that it has encoded. Models that share it need not encode them again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # A copy, because lm-eval gives the tokenizer a padding token.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.known: dict[tuple[Any, ...], list[int]] = {}
+
+
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,9 +110,11 @@ def zero_shot(
     means the paper's seven. data: folder with the tasks' documents, see `task_files`; None: from the hub. limit: only the
     first N documents of each task. num_fewshot: examples in the prompt; None: what the task says, normally none.
 
+    batch_size: of the longest prompts.
+
     Errors: as `load_tasks` and `measure`.
     """
-    return measure(model, tokenizer, load_tasks(tasks, data, num_fewshot), limit, batch_size)
+    return measure(model, Tokens(tokenizer), load_tasks(tasks, data, num_fewshot), limit, batch_size)
 
 
 def load_tasks(tasks: Sequence[str], data: str | Path | None = None, num_fewshot: int | None = None) -> dict[str, Any]:
@@ -131,21 +143,19 @@ def check_installed() -> None:
 
 def measure(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
     tasks: dict[str, Any],
     limit: int | None = None,
     batch_size: int = 8,
 ) -> ZeroShot:
-    """Measure a model on loaded tasks. Errors: ValueError naming limit or batch_size."""
+    """Measure a model on loaded tasks. Errors: ValueError naming limit or batch_size, or a choice that is too long."""
     if limit is not None:
         _checks.count("limit", limit)
     _checks.count("batch_size", batch_size)
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     with _quiet(), eval_mode(model):
-        # A copy, because lm-eval gives the tokenizer a padding token.
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        wrapped = language_model(model, tokens.tokenizer, tokens.known, batch_size)
         # Each task collects its requests, so the loaded ones stay as they are.
         used = {name: copy.copy(task) for name, task in tasks.items()}
         results = evaluate(wrapped, {"tasks": used, "groups": {}}, limit=limit, bootstrap_iters=1, log_samples=False)

@@ -35,6 +35,9 @@ from torch_impl.experiment.evaluate import window_losses
 from torch_impl.experiment.material import Material, load_material
 from torch_impl.experiment.text.windows import describe_windows
 
+Questions = tuple[dict[str, Any], zero_shot.Tokens]
+"""Zero-shot tasks by name, and the token ids of their texts."""
+
 
 class Workshop:
     """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once.
@@ -47,6 +50,7 @@ class Workshop:
         self._written, self._models = written, models
         self._loaded: tuple[str, Material] | None = None
         self._tasks: tuple[Any, dict[str, Any]] | None = None
+        self._tokens: dict[str, zero_shot.Tokens] = {}
 
     def run(self, cell: Cell) -> Outcome:
         """Carry out a cell. Whatever fails is part of the outcome, so that other cells go on."""
@@ -54,11 +58,11 @@ class Workshop:
         try:
             material = self.material(cell)
             facts |= _facts(material)
-            tasks = self.tasks(cell) if cell.tasks else {}
+            questions = self.questions(cell, material) if cell.tasks else None
             made = make(cell, material)
             if self._models is not None and cell.recipe.treatment == LOSA:
                 _save(cell, made.model, material, self._models / re.sub(r"[^\w.]+", "-", str(cell)))
-            return _measured(cell, material, tasks, made, facts)
+            return _measured(cell, material, questions, made, facts)
         except FloatingPointError as error:
             return Outcome(cell.labels, DIVERGED, _line(error), facts=facts)
         except Exception as error:
@@ -94,12 +98,15 @@ class Workshop:
         self._written.mkdir(parents=True, exist_ok=True)
         return self._written / f"{hashlib.sha256(cell.material.encode()).hexdigest()[:16]}.safetensors"
 
-    def tasks(self, cell: Cell) -> dict[str, Any]:
+    def questions(self, cell: Cell, material: Material) -> Questions:
         """Load the zero-shot tasks. Errors: as `zero_shot.load_tasks`."""
         key = (cell.tasks, cell.measures.data)
         if self._tasks is None or self._tasks[0] != key:
             self._tasks = key, zero_shot.load_tasks(*key)
-        return self._tasks[1]
+        model = cell.config.model.model
+        if model not in self._tokens:
+            self._tokens[model] = zero_shot.Tokens(material.tokenizer)
+        return self._tasks[1], self._tokens[model]
 
 
 def make(cell: Cell, material: Material) -> Trained:
@@ -117,7 +124,9 @@ def make(cell: Cell, material: Material) -> Trained:
     return finish(model, unmerged=False, count=0, steps=0, costs=costs)
 
 
-def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Trained, facts: dict[str, Any]) -> Outcome:
+def _measured(
+    cell: Cell, material: Material, questions: Questions | None, made: Trained, facts: dict[str, Any]
+) -> Outcome:
     """Measure a model: learning rates are chosen by the first half of the first text's windows, the second half is reported."""
     start = time.perf_counter()
     size, model = cell.config.text.eval_batch_size, made.model
@@ -127,7 +136,10 @@ def _measured(cell: Cell, material: Material, tasks: dict[str, Any], made: Train
         losses[name] = window_losses(model, found[len(found) // 2 :], size, name)
     first = next(iter(windows.values()))
     tuning = perplexity(window_losses(model, first[: len(first) // 2], size))
-    accuracy = zero_shot.measure(model, material.tokenizer, tasks, cell.measures.limit, size) if tasks else None
+    accuracy = None
+    if questions is not None:
+        tasks, tokens = questions
+        accuracy = zero_shot.measure(model, tokens, tasks, cell.measures.limit, size)
     # A part that does nothing takes microseconds.
     seconds = {part: round(value, 3) for part, value in made.seconds.items() if value >= 1e-3}
     decoder, dense = Decoder(model), Decoder(material.model)
