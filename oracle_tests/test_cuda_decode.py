@@ -18,7 +18,8 @@ from oracle_tests.gpu_instructions import permute
 from oracle_tests.programs import gpu_rows
 from oracle_tests.strategies import examples
 from torch_impl import packed
-from torch_impl.decode import cuda
+from torch_impl.decode import cuda, cuda_plan
+from torch_impl.decode.cuda_plan import Card
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
@@ -168,13 +169,14 @@ def test_a_plan_is_of_the_layout() -> None:
     assert layout.plan[:5] == [40, 300, 3, layout.slot, 1]
     assert layout.plan[5:] == [
         1,
-        int(cuda.Card.of(weight.device).early),
+        int(Card.of(weight.device).early),
         cuda.MOST_ROWS,
         0,
         cuda.AT_ONCE,
         1,
         1,
         1,
+        0,
         int(cuda.EIGHTS),
     ]
     assert cuda.pack_rows(weight.bfloat16()).plan[4] == 0
@@ -213,21 +215,25 @@ def test_every_panel_is_some_warps(rows: int, columns: int, processors: int) -> 
 
 
 def test_every_panel_is_some_warps_of_the_kernel_for_more_rows() -> None:
-    card, refused = cuda.Card(), []
+    card, refused = Card(), []
     for rows, columns, slot in itertools.product(
         (7, 1024, 2048, 4096, 11008, 28672), (3, 128, 2048, 4096, 11008, 28672, 40960, 100000), (272, 1664, 4352)
     ):
         panels = -(-columns // 128)
-        strips, share, groups = cuda.choose_rows_plan(rows, panels, slot, card)
-        if not strips:
+        way = cuda_plan.choose_rows_plan(rows, panels, slot, card)
+        if not way.strips:
             refused.append(columns)
             continue
-        warps = -(-panels // share) * groups
-        assert 1 <= share <= 29
-        assert warps <= cuda.MOST_ROW_WARPS
-        assert warps * cuda.rows_kernel_bytes(slot, strips) <= card.shared
+        assert 1 <= way.share <= 29
+        assert way.warps(panels)[1] <= cuda_plan.MOST_ROW_WARPS
+        assert way.shared(panels, slot) <= card.shared
         # Two strips at once only where nearly every processor still has a block.
-        assert strips == 1 or rows > 0.9 * 32 * card.processors - 32
+        assert way.strips == 1 or rows > 0.9 * 32 * card.processors - 32
+        staged = cuda_plan.choose_staged_plan(rows, panels, slot, card)
+        across, warps = staged.warps(panels)
+        assert across * staged.cluster * staged.share >= panels
+        assert warps <= cuda_plan.MOST_ROW_WARPS
+        assert staged.shared(panels, slot) <= card.shared
     assert set(refused) == {100000}
 
 

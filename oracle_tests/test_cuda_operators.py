@@ -36,7 +36,7 @@ extern "C" int losa_expand(const void* data, const void*, void* dense, int rows,
   std::memcpy(dense, data, 2 * rows * columns);
   return slot;
 }
-// More rows at once count 10000, and unpacking by eights 100 million.
+// More rows at once count 10000, with x in shared memory 20000, and unpacking by eights 100 million.
 extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
                                 int columns, int panels, int slot, int half, int batch, int strips, int share, int groups,
                                 int overlap, void* stream) {
@@ -46,6 +46,14 @@ extern "C" int losa_matvec_rows(const void* data, const void* starts, const void
   if (bias) sums += of(bias, 1, rows, half);
   of(y, batch, rows, half).copy_(sums);
   return slot;
+}
+extern "C" int losa_matvec_staged(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                  int columns, int panels, int slot, int half, int batch, int strips, int share, int groups,
+                                  int cluster, int overlap, void* stream) {
+  if (cluster != 5) return 96;
+  launches += 10000;
+  return losa_matvec_rows(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, strips, share, groups, overlap,
+                          stream);
 }
 extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
                                   void* stream) {
@@ -119,12 +127,20 @@ class Weight:
     """A dense weight in place of a layout, with a bias, and the plan of 24 rows by the kernel."""
 
     def __init__(
-        self, dtype: torch.dtype, share: int = 1, error: int = 0, bits: int = 0, at_once: int = 8, eights: int = 0
+        self,
+        dtype: torch.dtype,
+        share: int = 1,
+        error: int = 0,
+        bits: int = 0,
+        at_once: int = 8,
+        cluster: int = 0,
+        eights: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.dense = torch.randn(20, 32, generator=generator).to(dtype)
         self.bias = torch.randn(20, generator=generator).to(dtype)
-        plan = [20, 32, 1, error, int(dtype == torch.float16), share, 1, 24, bits, at_once, 2, 3, 4, eights]
+        shape = [20, 32, 1, error, int(dtype == torch.float16)]
+        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, eights]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -161,8 +177,9 @@ def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype,
 
 def test_more_rows_at_once(operators: Any) -> None:
     """A last slice of up to eight rows is one of the other kernel, as are all where x cannot be read as vectors."""
-    for rows, at_once, launches in ((8, 32, 1), (9, 32, 10000), (24, 32, 10000), (24, 16, 10001), (17, 16, 10001)):
-        weight = Weight(torch.bfloat16, at_once=at_once)
+    cases = ((8, 32, 1), (9, 32, 10000), (24, 32, 10000), (24, 16, 10001), (17, 16, 10001), (8, 8, 1), (24, 32, 20000))
+    for rows, at_once, launches in cases:
+        weight = Weight(torch.bfloat16, at_once=at_once, cluster=5 * (launches == 20000))
         x = torch.randn(rows + 1, 32).bfloat16()
         before = operators.launches()
         for there, expected in ((x[1:], launches), (x.flatten()[1 : 1 + 32 * rows].view(rows, 32), -(-rows // 8))):
@@ -192,7 +209,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 13 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 14 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

@@ -5,10 +5,11 @@
 Checks them against the spec: shapes that do
 not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 100 % zeros, odd addresses, projections joined in one
 layout, a CUDA graph, every number of strips, panels and groups that a warp or block can have.
-Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: eight rows at a time as today, 16 and 32 at a time,
-unpacked as today and by eights before cuBLAS, dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has
-to be. `--sweep` also times how each projection can be divided, for one and eight rows too, beside the plan of `choose_rows_plan`
-and the kernel of today. Exits with 1 if a number is wrong. Without a GPU, torch computes the products: a test of the program.
+Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: eight rows at a time, 16 and 32 at a time, unpacked as
+before and by eights before cuBLAS, dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has to be.
+`--sweep` times instead how each projection of 7B can be divided, for one and eight rows too, by the kernels of cuda_rows.cu and
+cuda_staged.cu, beside what cuda_plan.py chooses and the kernel for eight rows. Exits with 1 if a number is wrong. Without a GPU,
+torch computes the products: a test of the program.
 """
 
 from __future__ import annotations
@@ -34,20 +35,29 @@ from torch_impl import quantise
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_coded
+from torch_impl.decode.cuda_plan import (
+    MOST_ROW_WARPS,
+    Card,
+    Division,
+    choose_rows_plan,
+    choose_staged_plan,
+    estimate,
+    staged_divisions,
+)
 
 SHAPES = ((1, 8), (8, 64), (17, 1000), (33, 4096), (129, 136), (1100, 304), (63, 1001), (16, 128), (48, 11008))
 BATCHES = (1, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 48, 64)
 KEPT = (0.0, 0.2, 0.3, 0.5, 1.0)
 ROWS = (8, 16, 24, 32, 48, 64, 96, 128)
 # Strips, warps for a row and groups of a block, as the sweep tries them.
-DIVISIONS = tuple(itertools.product((1, 2), (4, 6, 8, 11, 16, 22, 24), (1, 2, 4)))
+DIVISIONS = tuple(itertools.product((1, 2), (1, 2, 4, 6, 8, 11, 16, 22, 24), (1, 2, 3, 4, 6, 11)))
 ALWAYS = 2**30
 
 
 def plan(layout: cuda.Layout, at_once: int, eights: bool, most: int = ALWAYS) -> list[int]:
     """Return a layout's plan with another number of rows at once, another way to unpack, and rows from which it is unpacked."""
     own = layout.plan
-    return [*own[:7], most, own[8], at_once, *own[10:13], int(eights)]
+    return [*own[:7], most, own[8], at_once, *own[10:14], int(eights)]
 
 
 def product(layout: cuda.Layout, x: torch.Tensor, numbers: list[int], bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,31 +76,39 @@ def unpack(layout: cuda.Layout, numbers: list[int]) -> torch.Tensor:
     return dense
 
 
-def divided(
-    layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, strips: int, share: int, groups: int
-) -> torch.Tensor:
+def divided(layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, way: Division) -> torch.Tensor:
     """Multiply up to 32 rows, divided as given."""
     pointers = [
         ctypes.c_void_p(t.data_ptr()) if t is not None else None for t in (layout.data, layout.starts, x, None, y)
     ]
     half, early = layout.plan[4], layout.plan[6]
-    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, half, len(x), strips, share, groups, early)
-    error = library().losa_matvec_rows(*pointers, *numbers, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    shape = (layout.rows, layout.columns, layout.panels, layout.slot, half, len(x), way.strips, way.share, way.groups)
+    name, told = ("losa_matvec_staged", (*shape, way.cluster)) if way.cluster else ("losa_matvec_rows", shape)
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    error = getattr(library(), name)(*pointers, *told, early, stream)
     if error:
-        raise RuntimeError(f"losa_matvec_rows failed with CUDA error {error}")
+        raise RuntimeError(f"{name} failed with CUDA error {error}, divided by {way}")
     return y
 
 
-def divisions(layout: cuda.Layout) -> list[tuple[int, int, int]]:
-    """Return all (strips, share, groups) that fit, each once."""
-    found = []
+def divisions(layout: cuda.Layout) -> list[Division]:
+    """Return the ways to divide a product by cuda_rows.cu that fit, each once."""
+    found, card = [], Card.of(layout.data.device)
     for strips, warps, groups in DIVISIONS:
-        share = min(-(-layout.panels // warps), 29)
-        across = -(-layout.panels // share)
-        needed = across * groups * cuda.rows_kernel_bytes(layout.slot, strips)
-        if across * groups <= cuda.MOST_ROW_WARPS and needed <= cuda.Card.of(layout.data.device).shared:
-            found.append((strips, share, groups))
+        way = Division(strips, min(-(-layout.panels // warps), 29), groups)
+        if way.warps(layout.panels)[1] <= MOST_ROW_WARPS and way.shared(layout.panels, layout.slot) <= card.shared:
+            found.append(way)
     return sorted(set(found))
+
+
+def staged(layout: cuda.Layout, batch: int, most: int) -> list[Division]:
+    """Return up to `most` ways to divide a product by cuda_staged.cu, those first that should be fastest."""
+    card = Card.of(layout.data.device)
+    if not card.early:
+        return []
+    shape = (layout.rows, layout.panels, layout.slot, card)
+    ways = staged_divisions(layout.panels, layout.slot, card)
+    return sorted(ways, key=lambda way: estimate(way, *shape, batch))[:most]
 
 
 def _bounds(
@@ -138,10 +156,11 @@ def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
         for batch in (5, 16, 32):
             x = make.normal(batch, columns, dtype=dtype)
             expected, allowed = _bounds(weight, x, None, dtype)
-            for strips, share, groups in divisions(layout) if x.is_cuda else [(1, 1, 1)]:
+            ways = [*divisions(layout), *staged(layout, batch, 1000)[::7]] if x.is_cuda else [Division(1, 1, 1)]
+            for way in ways:
                 y = make.put(torch.full((batch, rows), float("nan"), dtype=dtype))
-                found = divided(layout, x, y, strips, share, groups) if x.is_cuda else cuda.matvec(layout, x)
-                yield f"{rows} x {columns}, batch {batch}, {strips}, {share}, {groups}", found, expected, allowed
+                found = divided(layout, x, y, way) if x.is_cuda else cuda.matvec(layout, x)
+                yield f"{rows} x {columns}, batch {batch}, {way}", found, expected, allowed
 
 
 def check_joined(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
@@ -257,30 +276,42 @@ def _microseconds(actions: Sequence[Callable[[], Any]], device: torch.device) ->
 
 
 def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> None:
-    """Print the fastest ways to divide each projection, that of `choose_rows_plan`, and the sum of each over a block."""
-    print(f"{name}, {sparsity} %: µs of a projection by (strips of a warp, its panels, groups of a block)")
-    sums = {count: np.zeros(3) for count in rows}
+    """Print the fastest ways to divide each projection by both kernels, what the plans choose, and the sums over a block."""
+    print(
+        f"{name}, {sparsity} %: µs of a projection by (strips of a warp, its panels, groups of a block, blocks of a cluster)"
+    )
+    sums = {count: np.zeros(5) for count in rows}
     for projection, (parts, width, _) in decode.projections(name, joined=True).items():
         weight = torch.randn(sum(parts), width, device=device, dtype=dtype) / width**0.5
         layout = cuda.pack_rows(decode.sparse(weight, sparsity))
         copies = [cuda.stack([layout]) or layout for _ in range(_copies(layout.nbytes, device))]
-        planned = tuple(layout.plan[10:13])
+        shape = (layout.rows, layout.panels, layout.slot, Card.of(device))
         for count in rows:
             x, y = torch.randn(count, width, device=device, dtype=dtype), weight.new_empty(count, sum(parts))
-            found = {
-                way: graphed([partial(divided, own, x, y, *way) for own in copies], device, 3)
-                for way in {*divisions(layout), planned}
-            }
+            plans = choose_rows_plan(*shape), choose_staged_plan(*shape, count)
+            ways = {*divisions(layout), *staged(layout, count, 60), *(way for way in plans if way.strips)}
+            found = {way: graphed([partial(divided, own, x, y, way) for own in copies], device, 3) for way in ways}
             today = _microseconds([partial(product, own, x, plan(own, 8, False)) for own in copies], device)
-            best = sorted(found, key=lambda way: found[way])[:4]
-            cells = "  ".join(f"{way} {found[way]:.1f}" for way in best)
-            print(
-                f"    {projection:<8}{count:>3} rows: {cells}   plan {planned} {found[planned]:.1f}   today {today:.1f}",
-                flush=True,
-            )
-            sums[count] += (found[best[0]], found[planned], today)
-    for count, (first, own, today) in sums.items():
-        print(f"    a block, {count} rows: best {first:.1f}, plan {own:.1f}, today {today:.1f}")
+            best = [
+                sorted((way for way in ways if bool(way.cluster) == new), key=found.__getitem__)[:3]
+                for new in (False, True)
+            ]
+            times = [
+                found[best[0][0]],
+                found[plans[0]],
+                *(found[way] for way in (*best[1][:1], plans[1]) if way in found),
+            ]
+            print(f"    {projection:<8}{count:>3} rows, eight at once {today:.1f}", flush=True)
+            for kind, own, planned in zip(("rows", "staged"), best, plans, strict=True):
+                cells = "  ".join(f"{tuple(way)} {found[way]:.1f}" for way in own)
+                print(f"        {kind:<7}{cells}   plan {tuple(planned)} {found.get(planned, 0):.1f}", flush=True)
+            sums[count][: 1 + len(times)] += (today, *times)
+    for count, (today, *times) in sums.items():
+        first, own, new, planned = times
+        print(
+            f"    a block, {count} rows: eight at once {today:.1f}; rows: best {first:.1f}, plan {own:.1f}; "
+            f"staged: best {new:.1f}, plan {planned:.1f}"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -288,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check", action="store_true", help="do not time")
-    parser.add_argument("--sweep", action="store_true", help="also time the ways to divide a product")
+    parser.add_argument("--sweep", action="store_true", help="time the ways to divide a product instead")
     parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the timed products")
     parser.add_argument("--sparsities", nargs="+", default=["70", "50", "60", "80"], metavar="PERCENT")
@@ -301,16 +332,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     print(f"built in {time.perf_counter() - start:.0f} s")
     right = check_all(device, options.small)
-    if not options.check:
-        dtype = getattr(torch, options.dtype)
+    dtype = getattr(torch, options.dtype)
+    if options.sweep and device.type == "cuda":
+        for sparsity in options.sparsities:
+            sweep("llama-2-7b", sparsity, dtype, device, (1, 8, 16, 32))
+    elif not options.check:
         for name, sparsity in itertools.product(
             ["small"] if options.small else ["llama-2-7b", "llama-3.2-1b"], options.sparsities
         ):
             time_block(name, sparsity, dtype, device, ROWS[:2] if options.small else ROWS)
         time_unpacking("small" if options.small else "llama-2-7b", options.sparsities[0], dtype, device)
-        if options.sweep and device.type == "cuda":
-            sweep("llama-2-7b", options.sparsities[0], dtype, device, (1, 8, 16, 32))
-            sweep("llama-3.2-1b", options.sparsities[0], dtype, device, (16, 32))
     print(f"{'all right' if right else 'WRONG'}, {time.perf_counter() - start:.0f} s")
     return int(not right)
 

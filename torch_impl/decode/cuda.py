@@ -17,46 +17,23 @@ import torch
 from torch.nn import functional
 
 from torch_impl import tiles
+from torch_impl.decode.cuda_plan import BARRIERS, SLOTS, Card, Division, choose_rows_plan, choose_staged_plan
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 64
 """Up to this many rows of input, the kernels are faster than unpacking: 7B's shapes at 60 to 80 % zeros; at 50 % up to 48, 1B's up
 to 48 (one H200, gpu_rows)."""
 AT_ONCE = 32
-"""Rows of input per reading of a weight: more than 8 by the kernel of cuda_rows.cu."""
+"""Rows of input per reading of a weight: more than 8 by the kernels of cuda_rows.cu and cuda_staged.cu."""
 EIGHTS = True
 """Whether unpacking writes eight numbers at once: 175 µs for a 7B block at 70 %, without 883 (one H200, gpu_rows)."""
-# As in cuda.cu: a warp's shared memory besides panels, and the number of panels it loads ahead.
-SCRATCH, BARRIERS, SLOTS = 512, 16, 2
+STAGED = False
+"""Whether more than 8 rows are multiplied by the kernel of cuda_staged.cu where the GPU can: not measured yet (gpu_rows)."""
+# As in cuda_panels.h: bytes of a warp's sums.
+SCRATCH = 512
 # Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
 MOST_WARPS = 32
-# As in cuda_rows.cu: bytes of the counts of a panel's bits and of the sums of 16 x 8, tiles of eight rows of x, warps per block.
-COUNTS, SUMS, MOST_TILES, MOST_ROW_WARPS = 64, 640, 4, 24
-
-
-@dataclass(frozen=True)
-class Card:
-    """The properties of a GPU that a launch depends on; the defaults are those of an H100 or H200."""
-
-    processors: int = 132
-    shared: int = 227 * 1024
-    """Shared memory per block, in bytes."""
-    early: bool = True
-    """Whether a kernel may start before the previous one ends."""
-
-    @staticmethod
-    @functools.cache
-    def of(device: torch.device) -> Card:
-        """Return the properties of a GPU; for other devices the defaults."""
-        if device.type != "cuda":
-            return Card()
-        properties: Any = torch.cuda.get_device_properties(device)
-        # Older versions of torch do not report it: a block may use all but 1 KiB of a processor's shared memory.
-        shared = getattr(
-            properties, "shared_memory_per_block_optin", properties.shared_memory_per_multiprocessor - 1024
-        )
-        return Card(properties.multi_processor_count, shared, properties.major >= 9)
 
 
 @dataclass(frozen=True)
@@ -114,7 +91,10 @@ class Layout:
             # The rows are too long: a block's panels do not fit in shared memory.
             share = 0
         shape = (self.rows, self.columns, self.panels, self.slot)
-        rows_plan = (0, 0, 0) if self.code_bits else choose_rows_plan(self.rows, self.panels, self.slot, card)
+        rows_plan = Division(0, 0, 0) if self.code_bits else choose_rows_plan(self.rows, self.panels, self.slot, card)
+        if STAGED and card.early and not self.code_bits:
+            staged = choose_staged_plan(self.rows, self.panels, self.slot, card)
+            rows_plan = staged if staged.strips else rows_plan
         numbers = (int(self.dtype == torch.float16), share, int(card.early), self.MOST_ROWS, self.code_bits, AT_ONCE)
         return [*shape, *numbers, *rows_plan, int(EIGHTS)]
 
@@ -229,30 +209,6 @@ def _choose_share(rows: int, panels: int, processors: int, warps: tuple[int, int
     return min(-(-panels // warps[few]), tiles.LANES - 1 - SLOTS)
 
 
-def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> tuple[int, int, int]:
-    """Choose how cuda_rows.cu multiplies: (strips per warp, panels of a strip per warp, groups of warps per block).
-
-    Zeros if a block's panels do not fit in shared memory. The numbers of warps are guesses.
-    """
-    all_strips = -(-rows // tiles.ROWS)
-    for strips in (2, 1):
-        blocks = -(-all_strips // strips)
-        if strips > 1 and blocks < 0.9 * card.processors:
-            # Some processors would have no block.
-            continue
-        fitting = min(MOST_ROW_WARPS, card.shared // rows_kernel_bytes(slot, strips))
-        share = -(-panels // max(1, min(8 if blocks > card.processors else 24, fitting)))
-        share = min(share, tiles.LANES - 1 - SLOTS)
-        if -(-panels // share) <= fitting:
-            return strips, share, 1
-    return 0, 0, 0
-
-
-def rows_kernel_bytes(slot: int, strips: int) -> int:
-    """Return the shared memory of a warp of cuda_rows.cu in bytes."""
-    return max(strips * (SLOTS * slot + COUNTS) + BARRIERS, strips * MOST_TILES * SUMS)
-
-
 @functools.cache
 def available() -> tuple[bool, str]:
     """Return (whether the kernels run on this machine, otherwise why not in one line); build them on the first call."""
@@ -277,7 +233,8 @@ def _library() -> None:
     from torch_impl.decode.cpu import announce
 
     sources = [
-        Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_operators.cpp")
+        Path(__file__).with_name(name)
+        for name in ("cuda.cu", "cuda_rows.cu", "cuda_staged.cu", "cuda_coded.cu", "cuda_operators.cpp")
     ]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.
