@@ -18,6 +18,7 @@ from torch_impl.experiment.baselines.structured import kept_parameters
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.results import Outcome, Results
+from torch_impl.experiment.planning import dry_run
 from torch_impl.experiment.text import written
 
 FILE = """
@@ -151,6 +152,27 @@ def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.Ca
         "dense, seed 0", "0.5, losa, seed 0, learning rate 1e+30 (learning rate: the best)", "4 runs",
     ]  # fmt: skip
     assert not out.exists()
+
+
+def test_a_model_is_loaded_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all checks and for all seeds, whose text differs; a run does not depend on what ran before it."""
+    text = FILE.replace('"none", "sparse_lora", "losa"', '"sparse_lora", "none"').replace("1e30, ", "")
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        return lambda *given: calls.append(name) or function(*given)
+
+    monkeypatch.setattr(cells.pretrained, "load", counted("load", cells.pretrained.load))
+    monkeypatch.setattr(dry_run, "outline", counted("outline", dry_run.outline))
+    given = words(place, text, output=tmp_path / "out")
+    assert compare.main([*given, "--seeds", "0", "1"]) == 0
+    assert calls == ["outline", "load"]
+    assert compare.main([*words(place, text, output=tmp_path / "alone"), "--seeds", "0", "1", "--only", "seed=1"]) == 0
+    together, alone = (Results(tmp_path / name).together() for name in ("out", "alone"))
+    assert {o.labels["seed"] for o in together.values()} == {"0", "1"}
+    later = [key for key, outcome in alone.items() if outcome.labels["seed"] == "1"]
+    assert len(later) == 2
+    assert all(together[key].losses == alone[key].losses for key in later)
 
 
 def test_the_last_of_several_processes_writes_the_tables(

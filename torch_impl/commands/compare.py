@@ -24,6 +24,7 @@ from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Comparison, Group
 from torch_impl.experiment.comparison.recipes import DENSE
 from torch_impl.experiment.comparison.results import Results
+from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import dry_run
 
 logger = logging.getLogger(__name__)
@@ -124,15 +125,15 @@ def check(groups: Sequence[Group]) -> None:
         )
     if any(group.base.measures.tasks for group in groups):
         zero_shot.check_installed()
-    seen = set()
+    different: dict[str, Config] = {}
     # Those that train are checked for everything.
     for group in sorted(groups, key=lambda group: not group.base.config.training.finetune):
         for rate in group.rates or (None,):
             config = group.final(group.seeds[0], rate).config
             what = repr((config.model, config.prune, config.text, config.calibration, config.training.finetune))
-            if group.recipe.treatment != DENSE and what not in seen:
-                seen.add(what)
-                dry_run.check(config)
+            if group.recipe.treatment != DENSE:
+                different.setdefault(what, config)
+    dry_run.check(different.values())
 
 
 def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, shown: str) -> int:

@@ -53,18 +53,21 @@ def load_material(
     offloaded: bool = False,
     others: Mapping[str, OtherText] | None = None,
     kept: Path | None = None,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
 ) -> Material:
     """Load model, tokenizer and all text; let the model write what the options ask for.
 
     offloaded: leave the weights of the blocks on disk. others: more texts to measure. kept: a file for what the model writes,
-    see `with_written`.
+    see `with_written`. loaded: the model and its tokenizer, if they are in memory.
 
     Errors: ValueError or FileNotFoundError naming the problem.
     """
     options = config.model
-    load = pretrained.load_offloaded if offloaded else pretrained.load
-    device = pretrained.choose_device(options.device)
-    model, tokenizer = load(options.model, device, options.dtype, options.trust_remote_code)
+    if loaded is None:
+        load = pretrained.load_offloaded if offloaded else pretrained.load
+        device = pretrained.choose_device(options.device)
+        loaded = load(options.model, device, options.dtype, options.trust_remote_code)
+    model, tokenizer = loaded
     check_structure(model, config.settings)
     checks.check_lengths(model, config)
     checks.warn_of_lengths(model, config)

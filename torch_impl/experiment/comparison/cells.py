@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
 from torch_impl.engine.adapted_linear import merge_adapters
@@ -40,7 +40,7 @@ Questions = tuple[dict[str, Any], zero_shot.Tokens]
 
 
 class Workshop:
-    """Carries out cells, one after the other. Model and text that two cells in a row share are loaded once.
+    """Carries out cells, one after the other. The model that two cells in a row share is loaded once, and so is their text.
 
     written: folder to keep the text that models write, for other processes and later cells. models: folder to save the
     models of LoSA's recipes in. Default: neither.
@@ -48,7 +48,7 @@ class Workshop:
 
     def __init__(self, written: Path | None = None, models: Path | None = None) -> None:
         self._written, self._models = written, models
-        self._loaded: tuple[str, Material] | None = None
+        self._loaded: tuple[Cell, Material] | None = None
         self._tasks: tuple[Any, dict[str, Any]] | None = None
         self._tokens: dict[str, zero_shot.Tokens] = {}
 
@@ -79,18 +79,24 @@ class Workshop:
         text = dataclasses.replace(config.text, step_shares=None)
         training = dataclasses.replace(config.training, finetune=cell.finetunes)
         texts = list(cell.measures.texts.items())
-        if self._loaded is None or self._loaded[0] != cell.material:
+        if self._loaded is None or self._loaded[0].material != cell.material:
+            loaded = self._model_for(cell)
             self._loaded = None
             whole = dataclasses.replace(config, text=text, training=training)
-            material = load_material(whole, others=dict(texts[1:]), kept=self._kept(cell))
+            material = load_material(whole, others=dict(texts[1:]), kept=self._kept(cell), loaded=loaded)
             for name, found in zip(cell.measures.texts, [material.evaluation, *material.others.values()], strict=True):
                 if len(found) < 2:
                     raise ValueError(
                         f"the text {name} has only {len(found)} window; give 2 or more, to tune on the first half and "
                         "measure on the second"
                     )
-            self._loaded = cell.material, material
+            self._loaded = cell, material
         return self._loaded[1]
+
+    def _model_for(self, cell: Cell) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+        if self._loaded is None or self._loaded[0].config.model != cell.config.model:
+            return None
+        return self._loaded[1].model, self._loaded[1].tokenizer
 
     def _kept(self, cell: Cell) -> Path | None:
         if self._written is None or not cell.config.calibration.written:

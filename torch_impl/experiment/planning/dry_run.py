@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch_impl.experiment.planning.parts import Peak, Place
 from torch_impl.experiment.planning.phases import peak
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.planning.traffic import CalibrationTraffic, StepTraffic, calibration_traffic, step_traffic
+from torch_impl.experiment.sections import ModelConfig
 from torch_impl.experiment.text.sources import check_source
 from torch_impl.experiment.text.written import check_can_write
 
@@ -57,8 +59,10 @@ class Plan:
     """On the card of --plan_for, or the one that is here, if its speed is known."""
 
 
-def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
-    """Build the model without weights; return it with the device of the run and its sizes.
+def _described(
+    config: Config, known: dict[ModelConfig, PreTrainedModel] | None = None
+) -> tuple[PreTrainedModel, torch.device, Sizes]:
+    """Build the model without weights, unless it is known; return it with the device of the run and its sizes.
 
     Errors: ValueError or FileNotFoundError for anything that shows without weights: model, options, names of texts.
     """
@@ -69,7 +73,10 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
         raise ValueError(f"device is {options.device!r} and plan_for is given, which is a GPU; leave out --device")
     gpus = elsewhere or (config.output.devices is not None and options.device == "auto")
     device = torch.device("cuda") if gpus else choose_device(options.device)
-    model = outline(options.model, device, options.dtype, options.trust_remote_code)
+    known = {} if known is None else known
+    if options not in known:
+        known[options] = outline(options.model, device, options.dtype, options.trust_remote_code)
+    model = known[options]
     decoder = structure.check_structure(model, config.settings)
     checks.check_lengths(model, config)
     check_source(text.calibration_data, "calibration_data")
@@ -79,9 +86,11 @@ def _described(config: Config) -> tuple[PreTrainedModel, torch.device, Sizes]:
     return model, device, Sizes.of(decoder, model.dtype)
 
 
-def check(config: Config) -> None:
-    """Check model, options and names of texts without loading weights. Errors: as `offloads`."""
-    _described(config)
+def check(configs: Iterable[Config]) -> None:
+    """Check models, options and names of texts of runs without loading weights. Errors: as `offloads`."""
+    known: dict[ModelConfig, PreTrainedModel] = {}
+    for config in configs:
+        _described(config, known)
 
 
 def _place(config: Config, device: torch.device, cards: int) -> Place:
