@@ -232,7 +232,7 @@ def test_every_panel_is_some_warps_of_the_kernel_for_more_rows() -> None:
         staged = cuda_plan.choose_staged_plan(rows, panels, slot, card)
         across, warps = staged.warps(panels)
         assert across * staged.cluster * staged.share >= panels
-        assert warps <= cuda_plan.MOST_ROW_WARPS
+        assert warps <= cuda_plan.most_warps(staged.strips, 32)
         assert staged.shared(panels, slot) <= card.shared
     assert set(refused) == {100000}
 

@@ -36,6 +36,7 @@ from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_coded
 from torch_impl.decode.cuda_plan import (
+    CLUSTERS,
     MOST_ROW_WARPS,
     Card,
     Division,
@@ -102,13 +103,14 @@ def divisions(layout: cuda.Layout) -> list[Division]:
 
 
 def staged(layout: cuda.Layout, batch: int, most: int) -> list[Division]:
-    """Return up to `most` ways to divide a product by cuda_staged.cu, those first that should be fastest."""
+    """Return up to `most` ways for each size of a cluster to divide a product by cuda_staged.cu, those that should be fastest."""
     card = Card.of(layout.data.device)
     if not card.early:
         return []
     shape = (layout.rows, layout.panels, layout.slot, card)
-    ways = staged_divisions(layout.panels, layout.slot, card)
-    return sorted(ways, key=lambda way: estimate(way, *shape, batch))[:most]
+    ways = list(staged_divisions(layout.panels, layout.slot, card, batch))
+    ways.sort(key=lambda way: estimate(way, *shape, batch))
+    return [way for size in CLUSTERS for way in [way for way in ways if way.cluster == size][:most]]
 
 
 def _bounds(
@@ -289,7 +291,7 @@ def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, ro
         for count in rows:
             x, y = torch.randn(count, width, device=device, dtype=dtype), weight.new_empty(count, sum(parts))
             plans = choose_rows_plan(*shape), choose_staged_plan(*shape, count)
-            ways = {*divisions(layout), *staged(layout, count, 60), *(way for way in plans if way.strips)}
+            ways = {*divisions(layout), *staged(layout, count, 20), *(way for way in plans if way.strips)}
             found = {way: graphed([partial(divided, own, x, y, way) for own in copies], device, 3) for way in ways}
             today = _microseconds([partial(product, own, x, plan(own, 8, False)) for own in copies], device)
             best = [

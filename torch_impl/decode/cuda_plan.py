@@ -96,8 +96,13 @@ def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> Division:
     return Division(0, 0, 0)
 
 
-def staged_divisions(panels: int, slot: int, card: Card) -> Iterator[Division]:
-    """Yield the ways to divide a product that cuda_staged.cu can take."""
+def most_warps(strips: int, batch: int) -> int:
+    """Return how many warps of cuda_staged.cu have enough registers."""
+    return 20 if strips == 2 and batch > 16 else MOST_ROW_WARPS
+
+
+def staged_divisions(panels: int, slot: int, card: Card, batch: int) -> Iterator[Division]:
+    """Yield the ways to divide a product that cuda_staged.cu can take. batch: rows of x."""
     for cluster in CLUSTERS:
         for strips in (1, 2):
             for groups in range(1, 13):
@@ -105,18 +110,22 @@ def staged_divisions(panels: int, slot: int, card: Card) -> Iterator[Division]:
                     found = Division(strips, share, groups, cluster)
                     across, warps = found.warps(panels)
                     wasted = across * cluster * share > 1.2 * panels
-                    if 4 <= warps <= MOST_ROW_WARPS and found.shared(panels, slot) <= card.shared and not wasted:
+                    if (
+                        4 <= warps <= most_warps(strips, batch)
+                        and found.shared(panels, slot) <= card.shared
+                        and not wasted
+                    ):
                         yield found
 
 
 def estimate(division: Division, rows: int, panels: int, slot: int, card: Card, batch: int) -> float:
     """Estimate the cycles of a product by cuda_staged.cu."""
     across, warps = division.warps(panels)
-    strips = division.strips * division.groups
+    strips, most = division.strips * division.groups, most_warps(division.strips, batch)
     blocks = division.cluster * -(-rows // (tiles.ROWS * strips))
     # The last blocks run beside nothing, so the fullest processor counts.
     fullest = -(-blocks // card.processors)
-    resident = min(fullest, (card.shared + 1024) // (division.shared(panels, slot) + 1024), MOST_ROW_WARPS // warps)
+    resident = min(fullest, (card.shared + 1024) // (division.shared(panels, slot) + 1024), most // warps)
     columns = across * division.share
     accesses = fullest * strips * columns * (ACCESSES + 16 * -(-batch // 8) / division.strips)
     read = fullest * columns * (strips * slot + 2 * tiles.COLUMNS * batch)
@@ -125,5 +134,5 @@ def estimate(division: Division, rows: int, panels: int, slot: int, card: Card, 
 
 def choose_staged_plan(rows: int, panels: int, slot: int, card: Card, batch: int = 32) -> Division:
     """Choose how cuda_staged.cu multiplies; zeros if nothing fits."""
-    ways = list(staged_divisions(panels, slot, card))
+    ways = list(staged_divisions(panels, slot, card, batch))
     return min(ways, key=lambda way: estimate(way, rows, panels, slot, card, batch), default=Division(0, 0, 0))
