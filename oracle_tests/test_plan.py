@@ -269,9 +269,8 @@ def test_a_plan_as_text() -> None:
         "  merged model                      1.25 GiB",
         "  checkpoints to resume from        2.00 GiB",
         "  report                            1.00 GiB",
-        "work, sweeps                          2.50 TFLOP",
-        "work, reconstruction                  0.00 TFLOP",
-        "work, training                        1.00 TFLOP",
+        "work, sweeps                        2.50 TFLOP",
+        "work, training                      1.00 TFLOP",
         "output                          out",
     ]
 

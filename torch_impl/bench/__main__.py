@@ -29,6 +29,10 @@ PARTS = (*SHARED, "reconstruct", "base")
 # Parts that write checkpoints to disk, and their default number of blocks.
 LARGE = ("stream", "scale", "plan")
 FEW = 4
+PARTS_HELP = """What to measure (default: everything). rmi: importance by mutual information; wanda, sparsegpt: masks; train, kl:
+an optimizer step, with labels or against the dense model; merge: merging the adapters; reconstruct: one block; base: optimizer
+steps over compressed base weights. On a checkpoint that is written to disk: stream: prune block by block; scale: the same at
+several sizes of model; plan: planned against measured memory."""
 # The whole run whose time is estimated from the measured parts: the paper's steps; 10,000 sequences in batches of four.
 STEPS, MICRO_BATCHES = 5, 2500
 
@@ -38,34 +42,66 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="losa bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=list(geometry.GEOMETRIES), default="llama-2-7b" if cuda else "small")
-    parser.add_argument("--blocks", type=int, help="Number of decoder blocks (default: all of the geometry).")
-    parser.add_argument("--parts", nargs="+", choices=PARTS + LARGE, default=list(PARTS + LARGE))
     parser.add_argument(
-        "--sequences", type=int, default=128 if cuda else 8, help="Calibration sequences; RMI uses half of them."
+        "--geometry",
+        choices=list(geometry.GEOMETRIES),
+        default="llama-2-7b" if cuda else "small",
+        metavar="NAME",
+        help=f"Shapes of the model: {', '.join(geometry.GEOMETRIES)} (default %(default)s).",
     )
-    parser.add_argument("--length", type=int, default=2048 if cuda else 64, help="Tokens per calibration sequence.")
-    parser.add_argument("--train_lengths", type=int, nargs="+", default=[256, 512, 1024] if cuda else [32])
+    parser.add_argument(
+        "--blocks", type=int, metavar="N", help="Number of decoder blocks (default: all of the geometry)."
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS + LARGE, default=list(PARTS + LARGE), metavar="PART", help=PARTS_HELP
+    )
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        default=128 if cuda else 8,
+        help="Calibration sequences; RMI uses half of them.",
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="N", default=2048 if cuda else 64, help="Tokens per calibration sequence."
+    )
+    parser.add_argument(
+        "--train_lengths",
+        type=int,
+        nargs="+",
+        default=[256, 512, 1024] if cuda else [32],
+        metavar="N",
+        help="Tokens per training sequence: one row for each.",
+    )
     parser.add_argument(
         "--accumulation",
         type=int,
+        metavar="N",
         default=2,
         help="Micro-batches per optimizer step; held weights are merged once for all of them (default: the paper's 2).",
     )
     parser.add_argument(
         "--reconstruct_epochs",
         type=int,
+        metavar="N",
         default=0,
         help="Epochs of reconstruction of each block, in parts stream and scale; in part reconstruct 0 means 8.",
     )
     parser.add_argument(
         "--profile", action="store_true", help="Show the device's time by kernel, for one epoch of part reconstruct."
     )
-    parser.add_argument("--repeats", type=int, default=5, help="Timed repeats of each side; the median counts.")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", default=5, help="Timed repeats of each side; the median counts."
+    )
     parser.add_argument("--ours_only", action="store_true", help="Skip the plain formulation; print no ratios.")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--json", type=Path, help="Also write all figures to this file.")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s).")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16" if cuda else "float32",
+        help="Default %(default)s.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write all figures to this file.")
     return parser
 
 

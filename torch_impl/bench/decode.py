@@ -254,27 +254,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     known = list(geometry.GEOMETRIES)
     every = ["llama-2-7b", "llama-3-8b", "llama-2-70b"]
-    parser.add_argument("--geometries", nargs="*", choices=known, default=every if cuda else ["small"])
-    parser.add_argument("--sparsities", nargs="+", default=["0", "50", "60", "70", "80", "2:4"], metavar="PERCENT|N:M")
-    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 4, 8])
-    parser.add_argument("--whole_model", choices=known, help="Also measure tokens/s of this geometry.")
-    parser.add_argument("--blocks", type=int, help="Number of decoder blocks of the whole model (default: all).")
+    parser.add_argument(
+        "--geometries", nargs="*", choices=known, default=every if cuda else ["small"], metavar="NAME",
+        help=f"Shapes whose projections to time, from {', '.join(known)}.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sparsities", nargs="+", default=["0", "50", "60", "70", "80", "2:4"], metavar="S",
+        help="Percentages of zeros, or N:M (default 0 50 60 70 80 2:4).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batches", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 4, 8], metavar="N",
+        help="Sequences at once, from 1 to 8 (default 1 2 4 8).",
+    )  # fmt: skip
+    parser.add_argument("--whole_model", choices=known, metavar="NAME", help="Also measure tokens/s of this geometry.")
+    parser.add_argument(
+        "--blocks", type=int, metavar="N", help="Number of decoder blocks of the whole model (default: all)."
+    )
     parser.add_argument(
         "--adapters", type=int, metavar="RANK", help="Also with unmerged adapters of this rank beside it."
     )
-    parser.add_argument("--tokens", type=int, default=64 if cuda else 12, help="Tokens of the whole model to time.")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", default=64 if cuda else 12, help="Tokens of the whole model to time."
+    )
     parser.add_argument(
         "--prompt", type=int, default=128, metavar="TOKENS", help="Length of a prompt to time; on a CPU."
     )
     parser.add_argument(
-        "--repeats", type=int, default=9, help="Timed repeats; the median counts on a GPU, the best on a CPU."
+        "--repeats",
+        type=int,
+        metavar="N",
+        default=9,
+        help="Timed repeats; the median counts on a GPU, the best on a CPU.",
     )
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s).")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="Default %(default)s.")
     parser.add_argument(
-        "--values", choices=["same", "int8", "int4"], default="same", help="Round our kept values; lossy, too."
+        "--values",
+        choices=["same", "int8", "int4"],
+        default="same",
+        help="How kept values are stored; int8 and int4 are rounded (default %(default)s).",
     )
-    parser.add_argument("--json", type=Path, help="Also write all figures to this file.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write all figures to this file.")
     return parser
 
 

@@ -128,7 +128,7 @@ SECTIONS: dict[str, type] = {
     "output": OutputConfig,
 }
 
-DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-rank adapters that merge without filling zeros.
+RUN_DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-rank adapters that merge without filling zeros.
 
   losa run                                               prune the embedded model: Wanda, 70 %, two steps
   losa run --model DIR DATA --sparsity_type 2:4          prune your model; keep two of every four weights
@@ -137,10 +137,19 @@ DESCRIPTION = """Prune a language model and restore its quality with LoSA: low-r
   losa plan --config llama_7b --model DIR                show memory and work, and stop
   DATA: --calibration_data c4 --finetune_data alpaca-gpt4 --eval_data wikitext2, or files of yours
 
+"""
+PLAN_DESCRIPTION = """Show what a run would do and need: sparsity and ranks of each step, memory, disk and work. Nothing is loaded.
+
+  losa plan                                           plan the run on the embedded model
+  losa plan --model DIR DATA --preset best            plan a run on your model, with the options of losa run
+  losa plan --model DIR DATA --plan_for "H100 80GB"   does it fit on a GPU that is not here, and how long does it take?
+  DATA: --calibration_data c4 --finetune_data alpaca-gpt4 --eval_data wikitext2, or files of yours
+"""
+EPILOGUE = """
 Flags override --config, --config overrides --preset, and --preset overrides the defaults. The groups below are the sections of
 a configuration file. --help-all also shows the options that are rarely needed.
 """
-
+DESCRIPTIONS = {"losa run": RUN_DESCRIPTION + EPILOGUE, "losa plan": PLAN_DESCRIPTION + EPILOGUE}
 
 # Options that --help leaves out and --help-all shows.
 RARE = (
@@ -161,7 +170,7 @@ def parse(arguments: Sequence[str], data_required: bool = False, prog: str = "lo
     Errors: ValueError naming option, value and what is allowed; FileNotFoundError for a missing TOML file.
     """
     parser = _make_parser()
-    parser.prog = prog
+    parser.prog, parser.description = prog, DESCRIPTIONS.get(prog, parser.description)
     early = parser.parse_args(list(arguments))
     own = _from_toml(_config_file(early.config)) if early.config is not None else {}
     from_file = _with_preset(early.preset, own, arguments)
@@ -242,7 +251,7 @@ def _make_parser() -> _Parser:
         document(section, REGISTRIES)
         section._argument_group_name = name  # type: ignore[attr-defined]
         descriptions[name] = str(section.__doc__)
-    parser = _Parser(list(SECTIONS.values()), prog="losa run", description=DESCRIPTION)  # type: ignore[arg-type]
+    parser = _Parser(list(SECTIONS.values()), prog="losa run", description=DESCRIPTIONS["losa run"])  # type: ignore[arg-type]
     parser.describe_groups(RARE, descriptions)
     return parser
 

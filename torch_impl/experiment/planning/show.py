@@ -80,8 +80,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         )
     yield from _parts("disk", {DISK[name]: size for name, size in asdict(plan.disk).items()})
     for name, operations in asdict(plan.work).items():
-        if name != "writing" or operations:
-            yield f"work, {WORK[name]:<24}{operations / 1e12:>12.2f} TFLOP"
+        if operations:
+            yield f"work, {WORK[name]:<24}{operations / 1e12:>10,.2f} TFLOP"
     if plan.outlook is not None:
         yield from _outlook(plan.outlook, plan.cards)
     yield f"{'output':<30}  {plan.config.output_dir}"
