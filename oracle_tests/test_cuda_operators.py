@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sysconfig
+from functools import partial
 from typing import Any
 
 import pytest
@@ -79,6 +80,23 @@ extern "C" int losa_expand_coded_eights(const void* data, const void* starts, vo
   launches += 100000000;
   return losa_expand_coded(data, starts, dense, rows, columns, panels, slot, half, bits, stream);
 }
+// Other endings of a product write their number everywhere, with codes ten more, and their parameters to the sums of squares.
+extern "C" int losa_ending(const void*, const void*, const void*, const void* bias, void* y, int rows, int, int, int slot,
+                           int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
+                           const void* gain, void*) {
+  of(y, batch, ending % 10 == 2 ? rows / 2 : rows, 0).fill_(ending);
+  if (total) of(total, batch, rows, 0).fill_(share);
+  float* sums = static_cast<float*>(squares);
+  sums[0] = parts, sums[1] = eps, sums[2] = share + 10 * overlap + 100 * (bias != nullptr) + 1000 * (gain != nullptr);
+  return slot;
+}
+extern "C" int losa_ending_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                 int columns, int panels, int slot, int bits, int batch, int share, int overlap, int ending,
+                                 void* squares, int parts, float eps, void* total, const void* gain, void* stream) {
+  if (bits != 4) return 98;
+  return losa_ending(data, starts, x, bias, y, rows, columns, panels, slot, batch, share, overlap, ending + 10, squares,
+                     parts, eps, total, gain, stream);
+}
 TORCH_LIBRARY_FRAGMENT(NAME, library) { library.def("launches() -> int", [] { return launches; }); }
 """
 STREAM = """
@@ -135,12 +153,14 @@ class Weight:
         at_once: int = 8,
         cluster: int = 0,
         eights: int = 0,
+        rows: int = 20,
+        gated: int = 2,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.dense = torch.randn(20, 32, generator=generator).to(dtype)
-        self.bias = torch.randn(20, generator=generator).to(dtype)
-        shape = [20, 32, 1, error, int(dtype == torch.float16)]
-        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, eights]
+        self.dense = torch.randn(rows, 32, generator=generator).to(dtype)
+        self.bias = torch.randn(rows, generator=generator).to(dtype)
+        shape = [rows, 32, 1, error, int(dtype == torch.float16)]
+        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, eights, gated]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -193,6 +213,70 @@ def test_more_rows_at_once(operators: Any) -> None:
         assert operators.launches() - before == count
 
 
+def test_other_endings(operators: Any) -> None:
+    x, squares = torch.ones(3, 32, dtype=torch.bfloat16), torch.zeros(3, 5)
+    for bits, more in ((0, 0), (4, 10)):
+        weight = Weight(torch.bfloat16, bits=bits)
+        y = operators.linear_normed(x, squares, 0.5, *weight.layout, weight.bias)
+        assert torch.equal(y, torch.full((3, 20), 1.0 + more).bfloat16())
+        assert squares[0].tolist() == [5, 0.5, 111, 0, 0]
+        total = torch.zeros(3, 20, dtype=torch.bfloat16)
+        scaled, sums = operators.linear_added(x, total, weight.bias, *weight.layout, None)
+        assert scaled.dtype == total.dtype
+        assert float(scaled[0, 0]) == 3 + more
+        assert sums.shape == (3, 2)
+        assert sums.flatten()[:3].tolist() == [2, 0, 1011]
+        assert total.eq(1).all()
+        y = operators.linear_gated(x, squares, 0.5, *Weight(torch.bfloat16, bits=bits, rows=64).layout, None)
+        assert torch.equal(y, torch.full((3, 32), 2.0 + more).bfloat16())
+        assert squares[0].tolist() == [5, 0.5, 12, 0, 0]
+
+
+def test_other_endings_refuse_what_does_not_fit(operators: Any) -> None:
+    weight = Weight(torch.bfloat16)
+    x, squares = torch.ones(3, 32, dtype=torch.bfloat16), torch.zeros(3, 5)
+    normed = partial(operators.linear_normed, x, squares, 0.5)
+    none = (*weight.layout, None)
+    total = torch.zeros(3, 20, dtype=torch.bfloat16)
+    half, long = Weight(torch.float16).layout, Weight(torch.bfloat16, share=0).layout
+    unfit, failing = Weight(torch.bfloat16, rows=64, gated=0).layout, Weight(torch.bfloat16, error=7).layout
+    many = torch.ones(9, 32, dtype=torch.bfloat16)
+    for call, kind, message in (
+        (lambda: operators.linear_normed(x[:, 1:], squares, 0.5, *none), ValueError, r"^x has shape \[3, 31\]"),
+        (
+            lambda: operators.linear_normed(x.t().contiguous().t(), squares, 0.5, *none),
+            ValueError,
+            "allowed: 1 to 8 rows, c",
+        ),
+        (lambda: operators.linear_normed(many, torch.zeros(9, 5), 0.5, *none), ValueError, "allowed: 1 to 8 rows"),
+        (
+            lambda: operators.linear_normed(x, squares[1:], 0.5, *none),
+            ValueError,
+            r"^squares is Float \[2, 5\] .*allowed: Float \[3, 5\]",
+        ),
+        (lambda: operators.linear_normed(x, squares[0], 0.5, *none), ValueError, r"^squares has shape \[5\]"),
+        (lambda: operators.linear_normed(x, squares.double(), 0.5, *none), ValueError, "^squares is Double"),
+        (lambda: operators.linear_normed(x.half(), squares, 0.5, *half, None), TypeError, "^the weight has dtype Half"),
+        (lambda: normed(*long, None), ValueError, "^a block's panels do not fit in shared memory"),
+        (lambda: normed(*failing, None), RuntimeError, "^losa_ending failed with CUDA error 7"),
+        (
+            lambda: operators.linear_gated(x, squares, 0.5, *none),
+            ValueError,
+            "^the weight has 20 rows; allowed: a multiple",
+        ),
+        (lambda: operators.linear_gated(x, squares, 0.5, *unfit, None), ValueError, "^a block's panels do not fit"),
+        (
+            lambda: operators.linear_added(x, total[:, 1:], weight.bias, *none),
+            ValueError,
+            r"^total is BFloat16 \[3, 19\]",
+        ),
+        (lambda: operators.linear_added(x, total.float(), weight.bias, *none), ValueError, "^total is Float"),
+        (lambda: operators.linear_added(x, total, weight.bias[1:], *none), ValueError, r"^gain is BFloat16 \[19\]"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+
+
 def test_no_gradient_passes(operators: Any) -> None:
     for rows, share in ((2, 1), (30, 1), (2, 0)):
         weight = Weight(torch.bfloat16, share)
@@ -209,7 +293,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 14 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 15 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

@@ -35,13 +35,18 @@ both_dtypes = pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 ARCHITECTURES = (900, 800)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
     """The kernels as compiled for each architecture, once for all of xdist's workers."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     return [Kernels(str(COMPILER), architecture, folder) for architecture in ARCHITECTURES]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
+    """The kernels as compiled for each architecture."""
+    return compiled(tmp_path_factory)
 
 
 def random_weight(rows: int, columns: int, zeros: float) -> torch.Tensor:

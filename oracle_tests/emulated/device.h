@@ -171,6 +171,12 @@ inline bool deliver() {   // one copy of any
     return true;
 }
 inline void copy_async(uint32_t to, const uint8_t* from) { now->copies.push_back(copy_of(to, from, 16, nullptr)); }
+inline void copy_word(uint32_t to, const void* from) {
+    check(to, 4, 4);
+    if (reinterpret_cast<uintptr_t>(from) % 4) fail("copy: not aligned");
+    const auto* bytes = static_cast<const unsigned char*>(from);
+    now->copies.push_back({to, {bytes, bytes + 4}, nullptr});
+}
 inline void finish_copies() {
     for (const Copy& copy : now->copies) write(copy);
     now->copies.clear();
@@ -364,6 +370,7 @@ template <class V> V __shfl_sync(unsigned, V value, int source) {
     return static_cast<V>(emulated::now->out[0]);
 }
 inline size_t __cvta_generic_to_shared(const void* at) { return static_cast<const unsigned char*>(at) - memory; }
+inline float rsqrtf(float f) { return 1 / std::sqrt(f); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) { return emulated::dot_two(a >> 16 & 255 | a >> 24 << 16, b >> 16, emulated::dot_two(a & 255 | (a >> 8 & 255) << 16, b, c)); }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) { return (uint64_t{high} << 32 | low) >> by % 32; }

@@ -15,7 +15,7 @@ import torch
 from torch_impl.decode import cuda
 
 FOLDER = Path(cuda.__file__).parent
-HEADERS = ("cuda_panels.h", "cuda_tiles.h", "cuda_strips.h")
+HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h", "cuda_strips.h")
 SOURCES = ("cuda.cu", "cuda_rows.cu", "cuda_staged.cu", "cuda_coded.cu")
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
 _BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -48,6 +48,7 @@ INSTRUCTIONS = {
     "barrier.cluster.wait.acquire;": "emulated::wait_for(emulated::CLUSTER)",
     _ELSEWHERE: "%0 = emulated::load_from(%1, %2)",
     "cp.async.cg.shared.global [%0], [%1], 16;": "emulated::copy_async(%0, %1)",
+    "cp.async.ca.shared.global [%0], [%1], 4;": "emulated::copy_word(%0, %1)",
     "cp.async.commit_group;": "",
     "cp.async.wait_group 0;": "emulated::finish_copies()",
     "griddepcontrol.wait;": "",
@@ -120,9 +121,10 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._library.emulated_failure.restype = ctypes.c_char_p
 
-    def __call__(self, name: str, *arguments: torch.Tensor | int | None) -> None:
+    def __call__(self, name: str, *arguments: torch.Tensor | float | None) -> None:
         """Call a function without its last argument, the stream. Errors: RuntimeError says what the kernel did wrong."""
-        given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        kinds = {torch.Tensor: lambda tensor: ctypes.c_void_p(tensor.data_ptr()), float: ctypes.c_float}
+        given = [kinds.get(type(a), lambda other: other)(a) for a in arguments]
         if getattr(self._library, name)(*given, None):
             raise RuntimeError(f"{name}: {self._library.emulated_failure().decode()}")
 

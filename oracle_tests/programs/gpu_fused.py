@@ -1,12 +1,14 @@
 """Check the kernels of fused blocks on a GPU, and time whole models with them against compiled blocks.
 
-    python -m oracle_tests.programs.gpu_fused [--geometries llama-2-7b] [--sparsities 50 60 70] [--profile] [--small]
+    python -m oracle_tests.programs.gpu_fused [--geometries llama-2-7b] [--sparsities 50 60 70] [--profile] [--variants] [--small]
 
-First each kernel against the spec: dtypes, shared heads, caches from empty to full. Then greedy tokens of a small model in
-float32, which must be the model's own. Then for each geometry, dense and packed: logits against the model launched layer by
-layer, and tokens/s of one sequence in CUDA graphs with compiled blocks and with fused ones, and how many greedy tokens are the
-same; in bf16 a near tie may end that. `--profile` adds the microseconds of a fused token by kernel. Exits with 1 if kernels,
-tokens or logits differ, or if a model is not fused. `--small` is a quick test of the script.
+First each kernel against the spec: dtypes, shared heads, caches from empty to full; and the products that compute a norm, SiLU or a
+residual sum. Then greedy tokens of a small model in float32, which must be the model's own. Then for each geometry, dense and
+packed, tokens/s of one sequence in CUDA graphs with compiled blocks and with fused ones, in eight launches a block and, packed, in
+five; logits against the model launched layer by layer; how many greedy tokens are the same, which a near tie may end in bf16; and
+the share of the memory's limit: bytes of weights and cache by the rate of a copy. `--profile` adds the microseconds of a token by
+kernel, `--variants` the speed of five launches with other constants of modules. Exits with 1 if kernels, tokens or logits differ,
+or if a model is not fused. `--small` is a quick test of the script.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,10 +32,10 @@ if not torch.cuda.is_available():
 from torch import nn
 from transformers import PreTrainedModel
 
-from oracle_tests import fused_cases
-from torch_impl.bench.measure import relative, synchronize
+from oracle_tests import ending_cases, fused_cases
+from torch_impl.bench.measure import ceilings, relative, synchronize
 from torch_impl.bench.whole import Decoding, places
-from torch_impl.decode import cuda, fused_kernels
+from torch_impl.decode import cuda, fused_attention, fused_kernels, packed_step
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.experiment.planning import geometry
 
@@ -45,10 +50,34 @@ SHAPES = [
     ((8, 8), 3, 128),
     ((3, 1), 16, 48),
 ]
+# Rows and columns of a product that is normed (q, k, v), gated (gate, up), added (o; down): of 7B, 1B and others.
+ENDINGS = {
+    "normed": [(12288, 4096), (3072, 2048), (37, 200)],
+    "gated": [(22016, 4096), (16384, 2048), (64, 100)],
+    "added": [(4096, 4096), (2048, 8192), (4096, 11008), (37, 200)],
+}
+# Other settings of five launches a block, one or two at a time.
+VARIANTS: list[dict[str, Any]] = [
+    {"LAUNCH_FIRST": False},
+    {"GATED_WARPS": 8},
+    {"GATED_WARPS": 12},
+    {"GATED_WARPS": 22},
+    {"MOST_SPLITS": 8},
+    {"MOST_SPLITS": 4},
+    {"MOST_SPLITS": 1},
+    {"PER_PROCESSOR": 1},
+    {"ATTENTION_WARPS": 8},
+    {"WARPS": (8, 16)},
+    {"WARPS": (11, 11)},
+]
+HOLDERS: dict[str, Any] = {
+    "FIVE": packed_step, "LAUNCH_FIRST": cuda, "GATED_WARPS": cuda, "WARPS": cuda.Layout, "MOST_SPLITS": fused_attention,
+    "PER_PROCESSOR": fused_attention, "ATTENTION_WARPS": fused_attention,
+}  # fmt: skip
 CACHES = [(1, 0.0), (33, 1.0), (256, 0.4), (2048, 0.0), (2048, 0.7)]
 
 
-def cases(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(small: bool) -> Iterator[tuple[str, Callable[[], float | None]]]:
     """Name and check of every case."""
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         kind = str(dtype).removeprefix("torch.")
@@ -72,17 +101,29 @@ def cases(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             )
 
 
+def ending_cases_of(small: bool) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Name and check of every product that computes more."""
+    for kind, shapes in ENDINGS.items():
+        for (rows, columns), batch in itertools.product(shapes[-1:] if small else shapes, (1, 8)):
+            yield (
+                f"{kind} {rows} x {columns}, batch {batch}",
+                lambda k=kind, r=rows, c=columns, b=batch: ending_cases.ending(k, r, c, b),
+            )
+
+
 def kernels_are_right(small: bool) -> bool:
     """Run all cases; print those that fail."""
     count, failed, start = 0, 0, time.perf_counter()
-    for name, check in cases(small):
+    worst = 0.0
+    for name, check in itertools.chain(cases(small), ending_cases_of(small)):
         count += 1
         try:
-            check()
+            worst = max(worst, check() or 0.0)
         except (AssertionError, *fused_kernels.ERRORS) as error:
             failed += 1
             print(f"    {name}: {' '.join(str(error).split())[:300]}", flush=True)
     print(f"kernels: {count} cases, {failed} wrong, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"    largest error of products that compute more: {worst:.2f} of its bound", flush=True)
     return not failed
 
 
@@ -125,30 +166,92 @@ def profile(decoding: Decoding) -> None:
         print(f"        {event.device_time_total / count:>9.1f} µs in {event.count / count:>5.0f}: {event.key[:80]}")
 
 
-def compare(model: PreTrainedModel, what: str, options: argparse.Namespace) -> bool:
-    """Print tokens/s with compiled and with fused blocks. Returns whether the fused model is right."""
-    batch, device = options.batch, torch.device(options.device)
-    plain = Decoding(model, batch, graph=False, longest=options.longest)
-    fused = Decoding(model, batch, True, longest=options.longest, kernels=True)
-    compiled = Decoding(model, batch, True, fuse=device.type == "cuda", longest=options.longest)
-    own, logits = greedy(plain, GREEDY), plain.given_logits()
+@contextmanager
+def settings(model: nn.Module, **values: Any) -> Iterator[None]:
+    """Set constants of modules by name. Plans of layouts and attention depend on them."""
+    before = {name: getattr(HOLDERS[name], name) for name in values}
+
+    def change(new: dict[str, Any]) -> None:
+        for name, value in new.items():
+            setattr(HOLDERS[name], name, value)
+        for module in model.modules():
+            layout = getattr(module, "layout", None)
+            if isinstance(layout, cuda.Layout):
+                layout.__dict__.pop("plan", None)
+
+    change(values)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+def token_bytes(model: PreTrainedModel, options: argparse.Namespace) -> int:
+    """Bytes that a token reads: layouts or weights, but the embedding's, and the filled part of the cache, on average."""
+    body, config = model.base_model, model.config
+    tied = model.get_output_embeddings().weight is body.embed_tokens.weight
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    embedding = 0 if tied else body.embed_tokens.weight.nbytes
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * channels
+    return sum(tensors.values()) - embedding + options.batch * token * options.tokens // 2
+
+
+def right(fused: Decoding, own: list[list[int]], logits: torch.Tensor, five: bool) -> tuple[bool, str]:
+    """Whether a fused model is right, and what is said about it."""
     theirs = greedy(fused, GREEDY)
     alike = next((i for i, (one, other) in enumerate(zip(own, theirs, strict=True)) if one != other), GREEDY)
     apart = relative(fused.given_logits(), logits)
-    rates = [side.tokens_per_second(options.tokens, RUNS) for side in (compiled, fused)]
-    passed = apart <= BOUND and fused.following.kernels
-    print(
-        f"    {what:<12}compiled {rates[0]:>7.1f}   fused {rates[1]:>7.1f} tokens/s   {rates[1] / rates[0]:.2f}×   "
-        f"logits apart {apart:.1e}, allowed {BOUND:.1e}   {alike} of {GREEDY} greedy tokens the same"
-        f"{'' if fused.following.captures or device.type != 'cuda' else '   NOT CAPTURED'}{'' if passed else '   WRONG'}",
-        flush=True,
-    )
-    if options.profile and device.type == "cuda":
-        profile(fused)
-    return passed
+    step: Any = fused.following._fused
+    passed = apart <= BOUND and fused.following.kernels and (not five or bool(step._step._packed))
+    said = f"logits apart {apart:.1e}, allowed {BOUND:.1e}   {alike} of {GREEDY} greedy tokens the same"
+    if not fused.following.captures and fused.device.type == "cuda":
+        said += "   NOT CAPTURED"
+    return passed, said + ("" if passed else "   WRONG")
 
 
-def whole(name: str, options: argparse.Namespace) -> bool:
+def compare(
+    model: PreTrainedModel, what: str, options: argparse.Namespace, dense: float | None, rate: float
+) -> tuple[bool, float]:
+    """Print tokens/s with compiled and with fused blocks. Returns whether fused models are right, and tokens/s compiled.
+
+    dense: tokens/s of the dense model, compiled, if this one is packed; rate: bytes that a copy moves in a second.
+    """
+    batch, device = options.batch, torch.device(options.device)
+    make = partial(Decoding, model, batch, longest=options.longest)
+    plain, compiled = make(graph=False), make(graph=True, fuse=device.type == "cuda")
+    own, logits = greedy(plain, GREEDY), plain.given_logits()
+    base = compiled.tokens_per_second(options.tokens, RUNS)
+    print(f"    {what:<12}compiled      {base:>7.1f} tokens/s", flush=True)
+    del compiled
+    limit = rate / token_bytes(model, options) * batch
+    passed = True
+
+    def measure(name: str, five: bool, **values: Any) -> None:
+        nonlocal passed
+        with settings(model, FIVE=five, **values):
+            fused = make(graph=True, kernels=True)
+            fine, said = right(fused, own, logits, five and device.type == "cuda")
+            speed = fused.tokens_per_second(options.tokens, RUNS)
+            passed &= fine
+            more = "" if dense is None else f"   {speed / dense:.2f}× dense"
+            print(
+                f"    {'':<12}{name:<14}{speed:>7.1f} tokens/s   {speed / base:.2f}× compiled{more}   "
+                f"{speed / limit:.0%} of the memory's limit   {said}",
+                flush=True,
+            )
+            if options.profile and not values and device.type == "cuda":
+                profile(fused)
+
+    measure("eight", False)
+    if dense is not None:
+        measure("five", True)
+        for values in VARIANTS if options.variants else []:
+            measure(" ".join(f"{name} {value}" for name, value in values.items()), True, **values)
+    return passed, base
+
+
+def whole(name: str, options: argparse.Namespace, rate: float) -> bool:
     """Compare a model dense, and packed at each sparsity; it is made sparser and sparser."""
     start = time.perf_counter()
     model = geometry.build(name, options.blocks, torch.device(options.device), torch.bfloat16)
@@ -156,7 +259,8 @@ def whole(name: str, options: argparse.Namespace) -> bool:
         f"{name}, {model.config.num_hidden_layers} blocks, bf16, batch {options.batch}, cache {options.longest}",
         flush=True,
     )
-    passed, before = compare(model, "dense", options), 0.0
+    passed, dense = compare(model, "dense", options, None, rate)
+    before = 0.0
     everywhere = places(model)
     linears = [block.get_submodule(place) for block, place in everywhere]
     for percent in sorted(options.sparsities):
@@ -167,7 +271,7 @@ def whole(name: str, options: argparse.Namespace) -> bool:
             assert isinstance(linear, nn.Linear)
             block.set_submodule(place, PackedLinear.of(linear))
         group_projections(model)
-        passed &= compare(model, f"{percent:g} %", options)
+        passed &= compare(model, f"{percent:g} %", options, dense, rate)[0]
     print(f"    {time.perf_counter() - start:.0f} s", flush=True)
     return passed
 
@@ -183,6 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--longest", type=int, default=256, help="Length of the cache.")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--variants", action="store_true")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args(arguments)
     if options.small:
@@ -191,7 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(cuda.available()[1])
         return 1
     passed = [kernels_are_right(options.small), tokens_are_the_same(torch.device(options.device))]
-    passed += [whole(name, options) for name in options.geometries]
+    rate = ceilings(torch.device(options.device), torch.bfloat16)[1] * 1e12
+    print(f"a copy moves {rate / 1e12:.2f} TB/s", flush=True)
+    passed += [whole(name, options, rate) for name in options.geometries]
     print("passed" if all(passed) else "FAILED")
     return int(not all(passed))
 

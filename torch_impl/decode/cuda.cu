@@ -1,69 +1,64 @@
-// y = W x for a sparse W in panels (the layout of cuda.py) and one to eight rows of x, on the tensor cores.
-//
-// A warp reads panels of 16 x 128 one after the other. The order of summation is fixed.
+// y = W x for a sparse W in panels of 16 x 128 (the layout of cuda.py) and one to eight rows of x, on the tensor cores, by the kernel of
+// cuda_decode.h; and W unpacked.
 
+#include "cuda_decode.h"
 #include "cuda_tiles.h"
 
 namespace {
 
-template <typename T>
-__global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T* bias, T* y, int batch, int share_of_warp) {
-    int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
-    const int first = warp * share_of_warp, count = min(share_of_warp, w.panels - first);
-    const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, mine = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + warp * each;
-    const uint32_t scratch = mine + each - SCRATCH;
-    Feed<> feed(w, mine, lane, blockIdx.x * w.panels + first, count);
-    const Share share(lane);
-#if __CUDA_ARCH__ >= 900
-    // Weights do not change, so they load before the previous kernel, which computes x, ends. Let the next kernel do the same.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-    const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
-    // How many numbers of x can be read eight at a time.
-    int whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 ? w.columns - first * COLUMNS : 0;
-    const uint32_t words = lane / 8 * 16;
+// Panels of values, as `decode` multiplies with them.
+struct Values {
+    static constexpr int HEAD = 0;   // bytes of shared memory before those of the warps
+    Share share;
 
-    float sums[4] = {};
-    uint4 now[4] = {};
-    uint32_t used = lane < 4 * batch;
-    asm volatile("" : "+r"(used));
-    for (int panel = 0; panel < count; ++panel) {
-        // Lanes beyond the batch keep their zeros.
-        if (used) {
-            if (whole >= COLUMNS) {
+    __device__ __forceinline__ Values(uint32_t, int lane) : share(lane) {}
+
+    // Add the products of a warp's panels with x. first: number of the first panel in its strip.
+    template <typename T>
+    __device__ __forceinline__ void multiply(float (&sums)[4], Feed<>& feed, const Layout& w, const T* x, int first, int count, int batch,
+                                             uint32_t scratch, int lane) const {
+        const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
+        // How many numbers of x can be read eight at a time.
+        int whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 ? w.columns - first * COLUMNS : 0;
+        const uint32_t words = lane / 8 * 16;
+
+        uint4 now[4] = {};
+        uint32_t used = lane < 4 * batch;
+        asm volatile("" : "+r"(used));
+        for (int panel = 0; panel < count; ++panel) {
+            // Lanes beyond the batch keep their zeros.
+            if (used) {
+                if (whole >= COLUMNS) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) now[i] = *reinterpret_cast<const uint4*>(numbers + i * 32);
-            } else {
-                const int left = w.columns - (first + panel) * COLUMNS - lane % 4 * 8;
+                    for (int i = 0; i < 4; ++i) now[i] = *reinterpret_cast<const uint4*>(numbers + i * 32);
+                } else {
+                    const int left = w.columns - (first + panel) * COLUMNS - lane % 4 * 8;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) now[i] = read_end(numbers + i * 32, left - i * 32);
+                    for (int i = 0; i < 4; ++i) now[i] = read_end(numbers + i * 32, left - i * 32);
+                }
             }
-        }
-        numbers += COLUMNS;
-        whole -= COLUMNS;
-        feed.wait();
-        count_bits(feed.at, scratch, lane);
-        uint32_t values = feed.at + MAP;
+            numbers += COLUMNS;
+            whole -= COLUMNS;
+            feed.wait();
+            count_bits(feed.at, scratch, lane);
+            uint32_t values = feed.at + MAP;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            // Four tiles of 8 x 16: two halves of two products.
-            const uint4 word = load_four(feed.at + words + i * 64), counts = load_four(scratch + i * 16);
-            uint32_t one[4], two[4];
-            read_quad(one[0], one[2], word.x, counts.x, values, share);
-            read_quad(one[1], one[3], word.y, counts.y, values, share);
-            read_quad(two[0], two[2], word.z, counts.z, values, share);
-            read_quad(two[1], two[3], word.w, counts.w, values, share);
-            multiply<T>(sums, one, now[i].x, now[i].y);
-            multiply<T>(sums, two, now[i].z, now[i].w);
+            for (int i = 0; i < 4; ++i) {
+                // Four tiles of 8 x 16: two halves of two products.
+                const uint4 word = load_four(feed.at + words + i * 64), counts = load_four(scratch + i * 16);
+                uint32_t one[4], two[4];
+                read_quad(one[0], one[2], word.x, counts.x, values, share);
+                read_quad(one[1], one[3], word.y, counts.y, values, share);
+                read_quad(two[0], two[2], word.z, counts.z, values, share);
+                read_quad(two[1], two[3], word.w, counts.w, values, share);
+                ::multiply<T>(sums, one, now[i].x, now[i].y);
+                ::multiply<T>(sums, two, now[i].z, now[i].w);
+            }
+            __syncwarp();
+            feed.turn(lane);
         }
-        __syncwarp();
-        feed.turn(lane);
     }
-    add_warps(w, sums, scratch, each, warp, lane, bias, y, batch);
-}
+};
 
 // Write the dense weight (rows, columns), one panel per warp.
 __global__ void expand(Layout w, uint16_t* dense) {
@@ -121,13 +116,6 @@ __global__ void expand_eights(Layout w, uint16_t* dense, int share_of_warp) {
     }
 }
 
-template <typename T>
-cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
-    const int warps = (w.panels + share - 1) / share;
-    return launch_blocks(decode<T>, w, strips(w), warps, warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream, static_cast<const T*>(x),
-                         static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
-}
-
 }  // namespace
 
 // Both return a cudaError_t. half: fp16 numbers, otherwise bf16. overlap: the device can start a kernel before the previous one ends.
@@ -135,8 +123,17 @@ extern "C" int losa_matvec(const void* data, const void* starts, const void* x, 
                            int panels, int slot, int half, int batch, int share, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const auto queue = static_cast<cudaStream_t>(stream);
-    return half ? launch<__half>(w, x, bias, y, batch, share, overlap, queue)
-                : launch<__nv_bfloat16>(w, x, bias, y, batch, share, overlap, queue);
+    return half ? launch<__half, Values, PLAIN>(w, x, bias, y, batch, share, overlap, {}, queue)
+                : launch<__nv_bfloat16, Values, PLAIN>(w, x, bias, y, batch, share, overlap, {}, queue);
+}
+
+// A product in bf16 with another ending, as in cuda_decode.h. overlap: 2, the next kernel can start before the previous one ends, too.
+extern "C" int losa_ending(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
+                           int slot, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
+                           const void* gain, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    const Around around{static_cast<float*>(squares), parts, eps, static_cast<uint16_t*>(total), static_cast<const uint16_t*>(gain), 0, overlap == 2};
+    return launch_ending<Values>(ending, w, x, bias, y, batch, share, overlap, around, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream) {

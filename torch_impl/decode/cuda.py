@@ -29,11 +29,17 @@ EIGHTS = True
 """Whether unpacking writes eight numbers at once: 175 µs for a 7B block at 70 %, without 883 (one H200, gpu_rows)."""
 STAGED = False
 """Whether more than 8 rows are multiplied by the kernel of cuda_staged.cu where the GPU can: not measured yet (gpu_rows)."""
+GATED_WARPS = 16
+"""Warps per block of the product that ends in SiLU(gate) · up: half of them multiply gate's rows, half up's."""
+LAUNCH_FIRST = True
+"""Whether a kernel lets the next one load its weights before it has its own input; only those of a block in five launches ask."""
 # As in cuda_panels.h: bytes of a warp's sums.
 SCRATCH = 512
 # Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
 MOST_WARPS = 32
+# The place in a plan of the number of panels per warp.
+SHARE = 5
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Layout:
         card = Card.of(self.data.device)
         share = _choose_share(self.rows, self.panels, card.processors, self.WARPS)
         warps = -(-self.panels // share)
-        if warps > MOST_WARPS or self.TABLE + warps * (SLOTS * self.slot + BARRIERS + SCRATCH) > card.shared:
+        if warps > MOST_WARPS or self.shared(warps) > card.shared:
             # The rows are too long: a block's panels do not fit in shared memory.
             share = 0
         shape = (self.rows, self.columns, self.panels, self.slot)
@@ -95,8 +101,22 @@ class Layout:
         if STAGED and card.early and not self.code_bits:
             staged = choose_staged_plan(self.rows, self.panels, self.slot, card)
             rows_plan = staged if staged.strips else rows_plan
-        numbers = (int(self.dtype == torch.float16), share, int(card.early), self.MOST_ROWS, self.code_bits, AT_ONCE)
-        return [*shape, *numbers, *rows_plan, int(EIGHTS)]
+        early = card.early + (card.early and LAUNCH_FIRST)
+        numbers = (int(self.dtype == torch.float16), share, early, self.MOST_ROWS, self.code_bits, AT_ONCE)
+        return [*shape, *numbers, *rows_plan, int(EIGHTS), self._gated_share(card.shared)]
+
+    def shared(self, warps: int) -> int:
+        """Return the shared memory of a block of warps of cuda_decode.h, in bytes."""
+        return self.TABLE + warps * (SLOTS * self.slot + BARRIERS + SCRATCH)
+
+    def _gated_share(self, most: int) -> int:
+        """Choose how many panels one warp reads if half of the rows are a gate's; 0 if that is impossible."""
+        if self.rows % (2 * tiles.ROWS):
+            return 0
+        fitting = (most - squares_bytes(self.columns)) // self.shared(2)
+        warps = min(GATED_WARPS // 2, fitting, self.panels)
+        share = -(-self.panels // warps) if warps > 0 else tiles.LANES
+        return share if share <= tiles.LANES - 1 - SLOTS else 0
 
     @functools.cached_property
     def product(self) -> Any:
@@ -107,6 +127,11 @@ class Layout:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is cached: a copy may be on another device."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def squares_bytes(columns: int) -> int:
+    """Return the shared memory for the sums of squares of eight rows, and what they make, in bytes."""
+    return 4 * 8 * (-(-columns // tiles.ROWS) + 1)
 
 
 def pack_rows(weight: torch.Tensor) -> Layout:

@@ -7,9 +7,7 @@
 // them, and how many bits they have. A code is a sign and a size, so as the low byte of a 16-bit number, with the sign at the top, it
 // is a subnormal number, exactly: no conversion. The scale of a row's 128 columns multiplies their float32 sums.
 
-#include <type_traits>
-
-#include "cuda_panels.h"
+#include "cuda_decode.h"
 
 namespace {
 
@@ -93,74 +91,72 @@ __device__ __forceinline__ uint32_t enlarge(uint32_t x) {
 template <typename T, int BITS>
 constexpr float UNIT = (std::is_same_v<T, __nv_bfloat16> ? 0x1p69f : 0x1p24f) / (BITS == 8 ? 1 : 16);
 
-template <typename T, int BITS>
-__global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T* bias, T* y, int batch, int share_of_warp) {
-    int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
-    const int first = warp * share_of_warp, count = min(share_of_warp, w.panels - first);
-    const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-    const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, mine = table + TABLE + warp * each, scratch = mine + each - SCRATCH;
-    Feed<> feed(w, mine, lane, blockIdx.x * w.panels + first, count);
-    if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
-    __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    // Weights do not change, so they load before the previous kernel, which computes x, ends. Let the next kernel do the same.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-    const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
-    const bool whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    int left = w.columns - first * COLUMNS;   // numbers of x to the end of the row
-    uint32_t used = lane < 4 * batch;
-    asm volatile("" : "+r"(used));
+// Panels of codes, as `decode` multiplies with them.
+template <int BITS>
+struct Codes {
+    static constexpr int HEAD = TABLE;
+    uint32_t table;
 
-    float sums[4] = {};
-    for (int panel = 0; panel < count; ++panel) {
-        uint4 now[2][4] = {};
-        // Lanes beyond the batch keep zeros.
-        if (used) {
-            if (whole && left >= COLUMNS) {
+    __device__ __forceinline__ Codes(uint32_t table, int) : table(table) {
+        if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
+        __syncthreads();
+    }
+
+    // Add the products of a warp's panels with x. first: number of the first panel in its strip.
+    template <typename T>
+    __device__ __forceinline__ void multiply(float (&sums)[4], Feed<>& feed, const Layout& w, const T* x, int first, int count, int batch, uint32_t,
+                                             int lane) const {
+        const T* numbers = x + static_cast<size_t>(lane / 4) * w.columns + first * COLUMNS + lane % 4 * 8;
+        const bool whole = w.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+        int left = w.columns - first * COLUMNS;   // numbers of x to the end of the row
+        uint32_t used = lane < 4 * batch;
+        asm volatile("" : "+r"(used));
+
+        for (int panel = 0; panel < count; ++panel) {
+            uint4 now[2][4] = {};
+            // Lanes beyond the batch keep zeros.
+            if (used) {
+                if (whole && left >= COLUMNS) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = *reinterpret_cast<const uint4*>(numbers + i * 32);
-            } else {
+                    for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = *reinterpret_cast<const uint4*>(numbers + i * 32);
+                } else {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = read_end(numbers + i * 32, left - lane % 4 * 8 - i * 32);
-            }
-        }
-        numbers += COLUMNS;
-        left -= COLUMNS;
-        feed.wait();
-        Reader<BITS> reader(feed.at, table, lane);
-        const uint4 bits = load_four(feed.at + 16 * lane);
-        const uint32_t map[4] = {bits.x, bits.y, bits.z, bits.w};
-        const uint32_t scales[2] = {load(feed.at + MAP + lane / 4 * 4), load(feed.at + MAP + SCALES / 2 + lane / 4 * 4)};   // of a row's two groups
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float part[4] = {};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (i % 2 == 0) reader.take(map[2 * half + i / 2]);
-                const uint32_t numbers[4] = {enlarge<T>(now[half][i].x), enlarge<T>(now[half][i].y), enlarge<T>(now[half][i].z), enlarge<T>(now[half][i].w)};
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    uint32_t upper, lower;
-                    reader.read(i % 2 * 2 + h, upper, lower);
-                    const uint32_t a[4] = {pair<false>(upper), pair<false>(lower), pair<true>(upper), pair<true>(lower)};
-                    multiply<T>(part, a, numbers[2 * h], numbers[2 * h + 1]);
+                    for (int i = 0; i < 8; ++i) now[i / 4][i % 4] = read_end(numbers + i * 32, left - lane % 4 * 8 - i * 32);
                 }
             }
+            numbers += COLUMNS;
+            left -= COLUMNS;
+            feed.wait();
+            Reader<BITS> reader(feed.at, table, lane);
+            const uint4 bits = load_four(feed.at + 16 * lane);
+            const uint32_t map[4] = {bits.x, bits.y, bits.z, bits.w};
+            const uint32_t scales[2] = {load(feed.at + MAP + lane / 4 * 4), load(feed.at + MAP + SCALES / 2 + lane / 4 * 4)};   // of a row's two groups
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const __half scale = __ushort_as_half(static_cast<unsigned short>(scales[i / 2] >> 16 * half));
-                sums[i] = fmaf(__half2float(scale) * UNIT<T, BITS>, part[i], sums[i]);
+            for (int half = 0; half < 2; ++half) {
+                float part[4] = {};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (i % 2 == 0) reader.take(map[2 * half + i / 2]);
+                    const uint32_t numbers[4] = {enlarge<T>(now[half][i].x), enlarge<T>(now[half][i].y), enlarge<T>(now[half][i].z), enlarge<T>(now[half][i].w)};
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        uint32_t upper, lower;
+                        reader.read(i % 2 * 2 + h, upper, lower);
+                        const uint32_t a[4] = {pair<false>(upper), pair<false>(lower), pair<true>(upper), pair<true>(lower)};
+                        ::multiply<T>(part, a, numbers[2 * h], numbers[2 * h + 1]);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const __half scale = __ushort_as_half(static_cast<unsigned short>(scales[i / 2] >> 16 * half));
+                    sums[i] = fmaf(__half2float(scale) * UNIT<T, BITS>, part[i], sums[i]);
+                }
             }
+            __syncwarp();
+            feed.turn(lane);
         }
-        __syncwarp();
-        feed.turn(lane);
     }
-    add_warps(w, sums, scratch, each, warp, lane, bias, y, batch);
-}
+};
 
 // Write the dense weight (rows, columns), one panel per warp.
 template <typename T, int BITS>
@@ -251,13 +247,6 @@ __global__ void expand_eights(Layout w, T* dense, int share_of_warp) {
 }
 
 template <typename T, int BITS>
-int multiply_with(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, bool overlap, cudaStream_t stream) {
-    const int warps = (w.panels + share - 1) / share;
-    return launch_blocks(decode<T, BITS>, w, strips(w), warps, TABLE + warps * (SLOTS * w.slot + BARRIERS + SCRATCH), overlap, stream,
-                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, share);
-}
-
-template <typename T, int BITS>
 int expand_to(const Layout& w, void* dense, cudaStream_t stream) {
     constexpr int WARPS = 4;
     const int all = strips(w) * w.panels;
@@ -279,9 +268,19 @@ int expand_eights_to(const Layout& w, void* dense, cudaStream_t stream) {
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                  int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
-    const auto call = half ? (bits == 8 ? multiply_with<__half, 8> : multiply_with<__half, 4>)
-                           : (bits == 8 ? multiply_with<__nv_bfloat16, 8> : multiply_with<__nv_bfloat16, 4>);
-    return call(w, x, bias, y, batch, share, overlap, static_cast<cudaStream_t>(stream));
+    const auto call = half ? (bits == 8 ? launch<__half, Codes<8>, PLAIN> : launch<__half, Codes<4>, PLAIN>)
+                           : (bits == 8 ? launch<__nv_bfloat16, Codes<8>, PLAIN> : launch<__nv_bfloat16, Codes<4>, PLAIN>);
+    return call(w, x, bias, y, batch, share, overlap, {}, static_cast<cudaStream_t>(stream));
+}
+
+// As losa_ending of cuda.cu.
+extern "C" int losa_ending_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
+                                 int slot, int bits, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
+                                 const void* gain, void* stream) {
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    const Around around{static_cast<float*>(squares), parts, eps, static_cast<uint16_t*>(total), static_cast<const uint16_t*>(gain), 0, overlap == 2};
+    const auto call = bits == 8 ? launch_ending<Codes<8>> : launch_ending<Codes<4>>;
+    return call(ending, w, x, bias, y, batch, share, overlap, around, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,

@@ -11,11 +11,15 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 // In cuda.cu. All return a cudaError_t.
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                            int panels, int slot, int half, int batch, int share, int overlap, void* stream);
+extern "C" int losa_ending(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
+                           int slot, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
+                           const void* gain, void* stream);
 extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
 extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
 // In cuda_rows.cu.
@@ -27,6 +31,9 @@ extern "C" int losa_matvec_staged(const void* data, const void* starts, const vo
 // In cuda_coded.cu.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                  int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream);
+extern "C" int losa_ending_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
+                                 int slot, int bits, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
+                                 const void* gain, void* stream);
 extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
                                  int bits, void* stream);
 extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
@@ -39,15 +46,15 @@ constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says mor
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
 // per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups, or, if cluster is not 0, by that of cuda_staged.cu. eights:
-// unpack by eight numbers.
+// unpack by eight numbers. gated: panels per warp of a gated product, or 0.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, eights;
+  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, eights, gated;
 
   explicit Plan(at::IntArrayRef n) {
-    TORCH_CHECK_VALUE(n.size() == 15, "plan has ", n.size(), " numbers; allowed: 15");
+    TORCH_CHECK_VALUE(n.size() == 16, "plan has ", n.size(), " numbers; allowed: 16");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
     rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
-    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), eights = at(14);
+    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), eights = at(14), gated = at(15);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -92,17 +99,21 @@ void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, c
                "losa_matvec");
 }
 
-// y (..., rows) = x (..., columns) W^T (+ bias).
-at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts, at::IntArrayRef numbers,
-                  const std::optional<at::Tensor>& bias) {
-  const Plan plan(numbers);
-  const at::AutoDispatchBelowADInplaceOrView no_gradient;
+void check_operands(const Plan& plan, const at::Tensor& x, const at::Tensor& data, const std::optional<at::Tensor>& bias) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == plan.columns, "x has shape ", x.sizes(), "; allowed: [..., ", plan.columns, "]");
   TORCH_CHECK_TYPE(x.scalar_type() == plan.dtype(), "x has dtype ", x.scalar_type(), "; allowed: ", plan.dtype(), ", the weight's");
   TORCH_CHECK_VALUE(x.device() == data.device(), "x is on ", x.device(), "; allowed: ", data.device(), ", the weight's");
   TORCH_CHECK_VALUE(!bias || (bias->scalar_type() == plan.dtype() && bias->numel() == plan.rows && bias->is_contiguous() &&
                               bias->device() == data.device()),
                     "bias does not match the weight; allowed: ", plan.rows, " entries of its dtype on its device");
+}
+
+// y (..., rows) = x (..., columns) W^T (+ bias).
+at::Tensor linear(const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts, at::IntArrayRef numbers,
+                  const std::optional<at::Tensor>& bias) {
+  const Plan plan(numbers);
+  const at::AutoDispatchBelowADInplaceOrView no_gradient;
+  check_operands(plan, x, data, bias);
   const int64_t count = x.numel() / plan.columns;
   if (count > plan.most || plan.share == 0) return at::linear(x, expand(data, starts, numbers), bias);
   const c10::cuda::CUDAGuard guard(data.device());
@@ -127,17 +138,83 @@ std::vector<at::Tensor> linear_parts(const at::Tensor& x, const at::Tensor& data
   return linear(x, data, starts, numbers, bias).split_with_sizes(sizes, -1);
 }
 
+// As in cuda_decode.h.
+enum Ending { NORMED = 1, GATED, ADDED };
+
+void check_part(const at::Tensor& given, const char* name, at::ScalarType dtype, at::IntArrayRef sizes, const at::Tensor& data) {
+  TORCH_CHECK_VALUE(given.scalar_type() == dtype && given.sizes() == sizes && given.is_contiguous() && given.device() == data.device(), name,
+                    " is ", given.scalar_type(), " ", given.sizes(), " on ", given.device(), "; allowed: ", dtype, " ", sizes, ", contiguous, on ",
+                    data.device());
+}
+
+int64_t strips(int64_t rows) { return (rows + 15) / 16; }
+
+// A product for up to eight rows of x, contiguous, with another ending than `linear`: `width` numbers of the result per row.
+at::Tensor multiply_ending(Ending ending, const Plan& p, const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts,
+                           const std::optional<at::Tensor>& bias, int64_t width, const at::Tensor& squares, double eps, void* total, const void* gain) {
+  check_operands(p, x, data, bias);
+  const int share = ending == GATED ? p.gated : p.share;
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= BATCH && x.is_contiguous(), "x has shape ", x.sizes(),
+                    "; allowed: 1 to 8 rows, contiguous");
+  TORCH_CHECK_TYPE(p.dtype() == at::kBFloat16, "the weight has dtype ", p.dtype(), "; allowed: BFloat16");
+  TORCH_CHECK_VALUE(share > 0, "a block's panels do not fit in shared memory");
+  const int batch = static_cast<int>(x.size(0)), parts = static_cast<int>(squares.size(1));
+  at::Tensor y = at::empty({batch, width}, x.options());
+  const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr(), *from = x.const_data_ptr();
+  const void* own_bias = bias ? bias->const_data_ptr() : nullptr;
+  void *to = y.mutable_data_ptr(), *sums = squares.mutable_data_ptr(), *stream = current_stream(data);
+  const auto least = static_cast<float>(eps);
+  check_launch(p.bits ? losa_ending_coded(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, p.bits, batch, share, p.overlap,
+                                          ending, sums, parts, least, total, gain, stream)
+                      : losa_ending(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, batch, share, p.overlap, ending, sums,
+                                    parts, least, total, gain, stream),
+               "losa_ending");
+  return y;
+}
+
+// y = x W^T / the root of (sum of squares / columns + eps) (+ bias), and if gated SiLU(its first half) * its second half.
+template <Ending ENDING>
+at::Tensor linear_normed(const at::Tensor& x, const at::Tensor& squares, double eps, const at::Tensor& data, const at::Tensor& starts,
+                         at::IntArrayRef numbers, const std::optional<at::Tensor>& bias) {
+  const Plan plan(numbers);
+  const at::AutoDispatchBelowADInplaceOrView no_gradient;
+  TORCH_CHECK_VALUE(squares.dim() == 2, "squares has shape ", squares.sizes(), "; allowed: [rows of x, parts]");
+  check_part(squares, "squares", at::kFloat, {x.size(0), squares.size(1)}, data);
+  TORCH_CHECK_VALUE(ENDING != GATED || plan.rows % 32 == 0, "the weight has ", plan.rows, " rows; allowed: a multiple of 32");
+  const c10::cuda::CUDAGuard guard(data.device());
+  return multiply_ending(ENDING, plan, x, data, starts, bias, ENDING == GATED ? plan.rows / 2 : plan.rows, squares, eps, nullptr, nullptr);
+}
+
+// total += x W^T (+ bias); returns total * gain, and the sums of total's squares per 16 columns.
+std::tuple<at::Tensor, at::Tensor> linear_added(const at::Tensor& x, at::Tensor& total, const at::Tensor& gain, const at::Tensor& data,
+                                                const at::Tensor& starts, at::IntArrayRef numbers, const std::optional<at::Tensor>& bias) {
+  const Plan plan(numbers);
+  const at::AutoDispatchBelowADInplaceOrView no_gradient;
+  check_part(total, "total", at::kBFloat16, {x.size(0), plan.rows}, data);
+  check_part(gain, "gain", at::kBFloat16, {plan.rows}, data);
+  const c10::cuda::CUDAGuard guard(data.device());
+  const at::Tensor squares = at::empty({x.size(0), strips(plan.rows)}, x.options().dtype(at::kFloat));
+  at::Tensor scaled = multiply_ending(ADDED, plan, x, data, starts, bias, plan.rows, squares, 0, total.mutable_data_ptr(), gain.const_data_ptr());
+  return {scaled, squares};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(losa_cuda_decode, library) {
   library.def("linear(Tensor x, Tensor data, Tensor starts, int[] plan, Tensor? bias) -> Tensor");
   library.def("linear_parts(Tensor x, Tensor data, Tensor starts, int[] plan, Tensor? bias, int[] sizes) -> Tensor[]");
+  library.def("linear_normed(Tensor x, Tensor squares, float eps, Tensor data, Tensor starts, int[] plan, Tensor? bias) -> Tensor");
+  library.def("linear_gated(Tensor x, Tensor squares, float eps, Tensor data, Tensor starts, int[] plan, Tensor? bias) -> Tensor");
+  library.def("linear_added(Tensor x, Tensor(a!) total, Tensor gain, Tensor data, Tensor starts, int[] plan, Tensor? bias) -> (Tensor, Tensor)");
   library.def("expand(Tensor data, Tensor starts, int[] plan) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(losa_cuda_decode, CUDA, library) {
   library.impl("linear", &linear);
   library.impl("linear_parts", &linear_parts);
+  library.impl("linear_normed", &linear_normed<NORMED>);
+  library.impl("linear_gated", &linear_normed<GATED>);
+  library.impl("linear_added", &linear_added);
   library.impl("expand", &expand);
 }
 
@@ -145,5 +222,8 @@ TORCH_LIBRARY_IMPL(losa_cuda_decode, CUDA, library) {
 TORCH_LIBRARY_IMPL(losa_cuda_decode, AutogradCUDA, library) {
   library.impl("linear", torch::CppFunction::makeFallthrough());
   library.impl("linear_parts", torch::CppFunction::makeFallthrough());
+  library.impl("linear_normed", torch::CppFunction::makeFallthrough());
+  library.impl("linear_gated", torch::CppFunction::makeFallthrough());
+  library.impl("linear_added", torch::CppFunction::makeFallthrough());
   library.impl("expand", torch::CppFunction::makeFallthrough());
 }

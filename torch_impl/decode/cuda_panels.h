@@ -181,22 +181,31 @@ __device__ __forceinline__ float widen(__half value) { return __half2float(value
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16& to) { to = __float2bfloat16(value); }
 __device__ __forceinline__ void narrow(float value, __half& to) { to = __float2half(value); }
 
-// The lane's sums of a product in shared memory, then y: the sum over the warps, in a fixed order. scratch: of this warp, `each`
-// bytes after that of the warp before.
-template <typename T>
-__device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4], uint32_t scratch, uint32_t each, int warp, int lane,
-                                          const T* bias, T* y, int batch) {
+// Leave the lane's sums of a product in shared memory. scratch: of this warp.
+__device__ __forceinline__ void store_sums(const float (&sums)[4], uint32_t scratch, int lane) {
     const uint32_t to = scratch + lane / 4 * 32 + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) store(to + i / 2 * (SCRATCH / 2) + i % 2 * 4, __float_as_uint(sums[i]));
+}
+
+// Add what `count` warps have left, the first one in `from`, the others `each` bytes apart, in a fixed order.
+__device__ __forceinline__ float sum_warps(float sum, uint32_t from, uint32_t each, int count) {
+    for (int s = 0; s < count; ++s, from += each) sum += __uint_as_float(load(from));
+    return sum;
+}
+
+// The lane's sums of a product in shared memory, then y: the sum over the warps. scratch: of this warp, `each` bytes after that of the
+// warp before.
+template <typename T>
+__device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4], uint32_t scratch, uint32_t each, int warp, int lane,
+                                          const T* bias, T* y, int batch) {
+    store_sums(sums, scratch, lane);
     __syncthreads();
     for (int i = threadIdx.x; i < ROWS * batch; i += blockDim.x) {
         const int b = i / ROWS, r = blockIdx.x * ROWS + i % ROWS;
         if (r >= w.rows) continue;
-        float sum = bias ? widen(bias[r]) : 0;
-        uint32_t from = scratch - warp * each + i % ROWS * 32 + b * 4;
-        for (int s = 0; s < static_cast<int>(blockDim.x / LANES); ++s, from += each) sum += __uint_as_float(load(from));
-        narrow(sum, y[static_cast<size_t>(b) * w.rows + r]);
+        const uint32_t from = scratch - warp * each + i % ROWS * 32 + b * 4;
+        narrow(sum_warps(bias ? widen(bias[r]) : 0, from, each, blockDim.x / LANES), y[static_cast<size_t>(b) * w.rows + r]);
     }
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from torch_impl.decode import fused_kernels
+from torch_impl.decode import cuda_endings, fused_kernels
 from torch_impl.decode.fused_kernels import Attention
 
 
@@ -17,6 +17,11 @@ def add_norm(
         return fused_kernels.add_norm(x, residual, gain, eps)
     total = x if residual is None else x + residual
     return _normed(total, gain, eps), total
+
+
+def begin(x: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute (x · gain, the sums of squares of x per 16 columns) of (b, d)."""
+    return fused_kernels.begin(x, gain) if fused_kernels.usable(x, gain) else cuda_endings.begun(x, gain)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Attention) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """One token through the decoder blocks in eight launches a block: what is between the products is three kernels of ours.
 
 norm · q, k, v · attention · o · norm · gate, up · SiLU · down: the projections are the model's own modules, dense or packed, and
-the cache is Hugging Face's. Which models compute this is found by structure, and checked against the model itself on random
-tokens. Nothing is compiled but the kernels, which are few and small.
+the cache is Hugging Face's. Where all are packed in bf16, five launches do it (packed_step.py). Which models compute this is found
+by structure, and checked against the model itself on random tokens. Nothing is compiled but the kernels, which are few and small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from torch_impl.decode import fused_kernels
+from torch_impl.decode import fused_kernels, packed_step
 from torch_impl.decode import fused_operations as operations
 from torch_impl.decode.fused_kernels import MOST_SHARED, Attention
 from torch_impl.engine.decoder import Decoder
@@ -112,9 +112,17 @@ class _Step:
         ]
         self._embed, self._norm = body.embed_tokens, (body.norm.weight, body.norm.variance_epsilon)
         self._counts = [layer.attention.filled for layer in self.layers]
+        self._packed = packed_step.blocks(self.layers)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        x, total = self._embed(ids)[:, 0], None
+        x = self._embed(ids)[:, 0]
+        x, total = (packed_step.through(self._packed, x, self._norm[0]), None) if self._packed else self._by_modules(x)
+        torch._foreach_add_(self._counts, 1)
+        return operations.add_norm(x, total, *self._norm)[0][:, None]
+
+    def _by_modules(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map hidden states (b, d) to what the last block adds, and what to."""
+        total = None
         for layer in self.layers:
             first, second = layer.norms
             normed, total = operations.add_norm(x, total, *first)
@@ -124,8 +132,7 @@ class _Step:
             normed, total = operations.add_norm(x, total, *second)
             gate, up = (project(normed) for project in layer.gate_up)
             x = layer.down(operations.gated(gate, up))
-        torch._foreach_add_(self._counts, 1)
-        return operations.add_norm(x, total, *self._norm)[0][:, None]
+        return x, total
 
 
 def _obstacle(decoder: Decoder, cache: Any) -> str | None:

@@ -1,0 +1,171 @@
+"""A packed model's token in five launches a block: the model's own logits; models that cannot take them take eight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from oracle_tests.test_fused_step import model_of, next_tokens, pack
+from oracle_tests.tolerances import PACKED_LOGITS
+from torch_impl import packed, quantise
+from torch_impl.bench import whole
+from torch_impl.decode import cuda_endings, fused_kernels, fused_operations, packed_step
+from torch_impl.decode.coded_linear import CodedLinear
+from torch_impl.decode.packed_linear import PackedLinear, group_projections
+from torch_impl.engine.decoder import Decoder
+
+BF16 = torch.bfloat16
+BLOCK = ["normed", "attend", "added", "gated", "added"]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[str]) -> list[str]:
+    """What is launched besides single products, with torch in place of the kernels."""
+    found: list[str] = []
+    for module, names in (
+        (cuda_endings, ("normed", "added", "gated")),
+        (fused_operations, ("add_norm", "attend", "begin", "gated")),
+    ):
+        for name in names:
+            function = getattr(module, name)
+            noted = lambda *given, name=name, function=function: (found.append(name), function(*given))[1]  # noqa: E731
+            monkeypatch.setattr(module, name, noted)
+    # `gated` of the stand-ins calls `normed`.
+    monkeypatch.setattr(cuda_endings, "gated", lambda *given: (found.append("gated"), _silently(found, *given))[1])
+    return found
+
+
+def _silently(found: list[str], *given: Any) -> torch.Tensor:
+    count = len(found)
+    gate, up = cuda_endings.normed(*given).chunk(2, 1)
+    del found[count:]
+    return nn.functional.silu(gate) * up
+
+
+def packed_model(name: str, dtype: torch.dtype = BF16, **overrides: Any) -> Any:
+    model = model_of(name, dtype=dtype, num_hidden_layers=2, **overrides)
+    for norm in model.modules():
+        if hasattr(norm, "variance_epsilon"):
+            nn.init.uniform_(norm.weight, 0.5, 2)
+    pack(model)
+    return model
+
+
+def assert_near(model: Any, batch: int = 1) -> None:
+    plain = next_tokens(model, kernels=False, batch=batch)[0]
+    found, _, following = next_tokens(model, kernels=True, batch=batch)
+    assert following.kernels
+    assert float((found - plain).abs().max() / plain.abs().max()) <= PACKED_LOGITS[BF16]
+
+
+@pytest.mark.parametrize("name", ["llama", "biases", "llama-gqa", "qwen2", "qwen3"])
+def test_logits_are_the_model_s(name: str, launches: list[str]) -> None:
+    for batch in (1, 8):
+        launches.clear()
+        assert_near(packed_model(name), batch)
+        # Four tokens and the check's, two blocks.
+        assert launches == 5 * ["begin", *BLOCK, *BLOCK, "add_norm"]
+
+
+def test_codes_too(launches: list[str]) -> None:
+    model = packed_model("llama-gqa")
+    decoder = Decoder(model)
+    for block in decoder.blocks:
+        for name in decoder.family.projections:
+            codes, scales = quantise.quantise_rows(block.get_submodule(name).unpacked().float(), 8)
+            bitmap, stream, offsets = packed.pack_codes(codes, 8)
+            block.set_submodule(name, CodedLinear((bitmap, stream, scales, offsets), codes.shape[1], BF16))
+    group_projections(model)
+    launches.clear()
+    assert_near(model)
+    assert launches == 5 * ["begin", *BLOCK, *BLOCK, "add_norm"]
+
+
+def test_the_first_kernel_is_torch_s_function() -> None:
+    pytest.importorskip("triton")
+    for rows, columns in ((1, 7), (3, 64), (8, 200), (2, 1500)):
+        x = torch.randn(rows, columns + 5).bfloat16()[:, 3:-2]
+        gain = torch.randn(columns).bfloat16()
+        scaled, squares = fused_kernels.begin(x, gain)
+        expected = cuda_endings.begun(x, gain)
+        # The interpreter truncates.
+        torch.testing.assert_close(scaled, expected[0], rtol=2**-7, atol=0)
+        torch.testing.assert_close(squares, expected[1])
+        torch.testing.assert_close(squares.sum(1), x.float().square().sum(1))
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+
+
+def dense(model: Any) -> None:
+    linear = model.model.layers[1].self_attn.o_proj
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=BF16)
+    model.model.layers[1].self_attn.o_proj = plain
+
+
+def beside(model: Any) -> None:
+    for block, name in whole.places(model):
+        block.set_submodule(name, whole.Beside(block.get_submodule(name), 2, torch.empty(0, dtype=BF16)))
+
+
+def apart(model: Any) -> None:
+    """Gate and up that are not one product."""
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = PackedLinear.of(nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False, dtype=BF16))
+
+
+@pytest.mark.parametrize("change", [hooked, dense, beside, apart])
+def test_other_projections_take_eight_launches(change: Callable[[Any], None], launches: list[str]) -> None:
+    model = packed_model("llama")
+    change(model)
+    assert_near(model)
+    assert "normed" not in launches
+    assert launches.count("add_norm") == 5 * 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(packed_model, "llama", torch.float16),
+        partial(packed_model, "llama", intermediate_size=40),
+    ],
+    ids=["fp16", "rows"],
+)
+def test_other_sizes_and_dtypes_take_eight_launches(make: Callable[[], Any], launches: list[str]) -> None:
+    assert_near(make())
+    assert "normed" not in launches
+
+
+def test_more_than_eight_rows_take_eight_launches(launches: list[str]) -> None:
+    model = packed_model("llama")
+    cache = next_tokens(model, kernels=True, batch=9)[2]
+    assert cache.kernels
+    assert "normed" not in launches
+
+
+def test_five_launches_can_be_turned_off(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_step, "FIVE", False)
+    assert_near(packed_model("llama"))
+    assert "normed" not in launches
+
+
+@pytest.mark.parametrize("name", ["normed", "gated", "added", "begin"])
+def test_the_check_notices(name: str, as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Kernels that are wrong are not used."""
+    module: Any = fused_operations if name == "begin" else cuda_endings
+    right = getattr(module, name)
+
+    def wrong(*given: Any) -> Any:
+        result = right(*given)
+        return result * 1.5 if isinstance(result, torch.Tensor) else (result[0], result[1] * 3)
+
+    model = packed_model("llama")
+    monkeypatch.setattr(module, name, wrong)
+    assert not next_tokens(model, kernels=True)[2].kernels
+    assert "their result differs from the model's by" in capsys.readouterr().err
