@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from oracle_tests import ending_cases
-from oracle_tests.emulated.kernels import Kernels, guarded
-from oracle_tests.ending_cases import BF16, EPS, Numbers
-from oracle_tests.test_emulated_kernels import (
+from oracle_tests.emulated.cases import (
     compiled,
     in_guarded_memory,
     look,
@@ -19,6 +17,8 @@ from oracle_tests.test_emulated_kernels import (
     random_weight,
     unwritten,
 )
+from oracle_tests.emulated.kernels import Kernels, guarded
+from oracle_tests.ending_cases import BF16, EPS, Numbers
 from torch_impl import quantise
 from torch_impl.decode import cuda, cuda_coded
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from oracle_tests.test_fused_step import model_of, next_tokens, pack
+from oracle_tests.fused_models import model_of, next_tokens, pack
 from oracle_tests.tolerances import PACKED_LOGITS
 from torch_impl import packed, quantise
 from torch_impl.bench import whole

@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
         first -= around.across * share_of_warp;
         strip += strips(w) / 2;
     }
-    // Warps that only write have no panels.
-    if (ENDING != PLAIN) first = min(first, w.panels);
+    // Not positive for warps that only write: all their lanes find the strip's end, and copy nothing.
     const int count = min(share_of_warp, w.panels - first);
     const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     const uint32_t mine = table + Panels::HEAD + warp * each, scratch = mine + each - SCRATCH;
