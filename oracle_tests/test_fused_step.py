@@ -94,6 +94,7 @@ def test_any_module_may_be_a_projection() -> None:
 
 
 def test_projections_of_one_input_are_one_product(as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eight launches a block."""
     monkeypatch.setattr(packed_step, "FIVE", False)
     model = model_of("llama-gqa", dtype=torch.bfloat16)
     pack(model)

@@ -25,7 +25,8 @@ BLOCK = ["normed", "attend", "added", "gated", "added"]
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[str]) -> list[str]:
-    """What is launched besides single products, with torch in place of the kernels."""
+    """What is launched besides single products, with torch in place of the kernels, in five launches a block."""
+    monkeypatch.setattr(packed_step, "FIVE", True)
     found: list[str] = []
     for module, names in (
         (cuda_endings, ("normed", "added", "gated")),
@@ -166,6 +167,7 @@ def test_the_check_notices(name: str, as_on_a_gpu: list[str], monkeypatch: pytes
         return result * 1.5 if isinstance(result, torch.Tensor) else (result[0], result[1] * 3)
 
     model = packed_model("llama")
+    monkeypatch.setattr(packed_step, "FIVE", True)
     monkeypatch.setattr(module, name, wrong)
     assert not next_tokens(model, kernels=True)[2].kernels
     assert "their result differs from the model's by" in capsys.readouterr().err

@@ -56,8 +56,10 @@ ENDINGS = {
     "gated": [(22016, 4096), (16384, 2048), (64, 100)],
     "added": [(4096, 4096), (2048, 8192), (4096, 11008), (37, 200)],
 }
-# Other settings of five launches a block, one or two at a time.
+# Settings of five launches a block, and others that `--variants` times, one at a time.
+SETTINGS: dict[str, Any] = {"FIVE": True, "LAUNCH_FIRST": True}
 VARIANTS: list[dict[str, Any]] = [
+    {"FIVE": False},
     {"LAUNCH_FIRST": False},
     {"GATED_WARPS": 8},
     {"GATED_WARPS": 12},
@@ -222,32 +224,32 @@ def compare(
     plain, compiled = make(graph=False), make(graph=True, fuse=device.type == "cuda")
     own, logits = greedy(plain, GREEDY), plain.given_logits()
     base = compiled.tokens_per_second(options.tokens, RUNS)
-    print(f"    {what:<12}compiled      {base:>7.1f} tokens/s", flush=True)
+    print(f"    {what:<12}{'compiled':<20}{base:>7.1f} tokens/s", flush=True)
     del compiled
     limit = rate / token_bytes(model, options) * batch
     passed = True
 
-    def measure(name: str, five: bool, **values: Any) -> None:
+    def measure(name: str, detailed: bool, **values: Any) -> None:
         nonlocal passed
-        with settings(model, FIVE=five, **values):
+        with settings(model, **values):
             fused = make(graph=True, kernels=True)
-            fine, said = right(fused, own, logits, five and device.type == "cuda")
+            fine, said = right(fused, own, logits, values["FIVE"] and device.type == "cuda")
             speed = fused.tokens_per_second(options.tokens, RUNS)
             passed &= fine
             more = "" if dense is None else f"   {speed / dense:.2f}× dense"
             print(
-                f"    {'':<12}{name:<14}{speed:>7.1f} tokens/s   {speed / base:.2f}× compiled{more}   "
+                f"    {'':<12}{name:<20}{speed:>7.1f} tokens/s   {speed / base:.2f}× compiled{more}   "
                 f"{speed / limit:.0%} of the memory's limit   {said}",
                 flush=True,
             )
-            if options.profile and not values and device.type == "cuda":
+            if detailed and options.profile and device.type == "cuda":
                 profile(fused)
 
-    measure("eight", False)
+    measure("eight", True, FIVE=False, LAUNCH_FIRST=False)
     if dense is not None:
-        measure("five", True)
+        measure("five", True, **SETTINGS)
         for values in VARIANTS if options.variants else []:
-            measure(" ".join(f"{name} {value}" for name, value in values.items()), True, **values)
+            measure(" ".join(f"{name} {value}" for name, value in values.items()), False, **SETTINGS | values)
     return passed, base
 
 

@@ -31,8 +31,8 @@ STAGED = False
 """Whether more than 8 rows are multiplied by the kernel of cuda_staged.cu where the GPU can: not measured yet (gpu_rows)."""
 GATED_WARPS = 16
 """Warps per block of the product that ends in SiLU(gate) · up: half of them multiply gate's rows, half up's."""
-LAUNCH_FIRST = True
-"""Whether a kernel lets the next one load its weights before it has its own input; only those of a block in five launches ask."""
+LAUNCH_FIRST = False
+"""Whether a kernel of a fused block lets the next one load weights before it has its own input: not measured yet (gpu_fused)."""
 # As in cuda_panels.h: bytes of a warp's sums.
 SCRATCH = 512
 # Panels start at multiples of this many bytes, as the copy engine requires.

@@ -19,8 +19,8 @@ from torch_impl.decode import fused_operations as operations
 from torch_impl.decode.fused_attention import Attention
 from torch_impl.decode.packed_linear import PackedLinear
 
-FIVE = True
-"""Whether blocks take five launches where they can; otherwise eight."""
+FIVE = False
+"""Whether blocks take five launches where they can; otherwise eight. To be True once that has been measured (gpu_fused)."""
 
 
 @dataclass(frozen=True)
