@@ -66,16 +66,15 @@ class Numbers:
         return worst
 
 
-def ending(kind: str, rows: int, columns: int, batch: int, layout: cuda.Layout | None = None, seed: int = 0) -> float:
+def ending(kind: str, rows: int, columns: int, batch: int, seed: int = 0) -> float:
     """Compute a product by `cuda_endings`, with a bias for odd batches, and check it: the share of the bound."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def some(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE, BF16)
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(BF16)
 
-    if layout is None:
-        weight = some(rows, columns)
-        layout = cuda.pack_rows(weight * (torch.rand_like(weight, dtype=torch.float32) > 0.6))
+    weight = some(rows, columns)
+    layout = cuda.pack_rows(weight * (torch.rand_like(weight, dtype=torch.float32) > 0.6))
     assert cuda_endings.fits(layout, kind)
     x, bias = some(batch, columns), some(rows) if batch % 2 else None
     dense = layout.expanded(torch.float32)
@@ -84,6 +83,6 @@ def ending(kind: str, rows: int, columns: int, batch: int, layout: cuda.Layout |
         total = before.clone()
         scaled, squares = cuda_endings.added(layout, x, total, gain, bias)
         return Numbers(dense, x, bias).added(before, gain, total, scaled, squares)
-    squares = torch.rand(batch, -(-columns // ROWS), generator=generator).to(DEVICE) * 40
+    squares = torch.rand(batch, -(-columns // ROWS), generator=generator, device=DEVICE) * 40
     y = getattr(cuda_endings, kind)(layout, x, squares, EPS, bias)
     return float(getattr(Numbers(dense, x, bias, squares), kind)(y))

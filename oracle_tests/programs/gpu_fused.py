@@ -63,18 +63,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"LAUNCH_FIRST": False},
     {"GATED_WARPS": 8},
     {"GATED_WARPS": 12},
-    {"GATED_WARPS": 22},
     {"MOST_SPLITS": 8},
     {"MOST_SPLITS": 4},
     {"MOST_SPLITS": 1},
-    {"PER_PROCESSOR": 1},
     {"ATTENTION_WARPS": 8},
     {"WARPS": (8, 16)},
     {"WARPS": (11, 11)},
 ]
 HOLDERS: dict[str, Any] = {
     "FIVE": packed_step, "LAUNCH_FIRST": cuda, "GATED_WARPS": cuda, "WARPS": cuda.Layout, "MOST_SPLITS": fused_attention,
-    "PER_PROCESSOR": fused_attention, "ATTENTION_WARPS": fused_attention,
+    "ATTENTION_WARPS": fused_attention,
 }  # fmt: skip
 CACHES = [(1, 0.0), (33, 1.0), (256, 0.4), (2048, 0.0), (2048, 0.7)]
 
@@ -165,7 +163,8 @@ def profile(decoding: Decoding) -> None:
         synchronize(decoding.device)
     found = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
     for event in found[:14]:
-        print(f"        {event.device_time_total / count:>9.1f} µs in {event.count / count:>5.0f}: {event.key[:80]}")
+        name = event.key.replace("(anonymous namespace)::", "")
+        print(f"        {event.device_time_total / count:>9.1f} µs in {event.count / count:>5.0f}: {name[:80]}")
 
 
 @contextmanager
