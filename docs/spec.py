@@ -24,57 +24,19 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonConsoleLexer, PythonLexer
 
 ROOT = Path(__file__).parents[1]
+# In the order of reading.
 FILES = (
-    "schedule",
-    "hsic",
-    "rmi",
-    "first_order",
-    "sparsity",
-    "owl",
-    "atp",
-    "lamp",
-    "masks/select",
-    "masks/nm",
-    "masks/pattern",
-    "masks/method",
-    "masks/first_token",
-    "masks/magnitude",
-    "masks/wanda",
+    "schedule", "hsic", "rmi", "first_order", "sparsity", "owl", "atp", "lamp",
+    "masks/select", "masks/nm", "masks/pattern", "masks/method", "masks/first_token", "masks/magnitude", "masks/wanda",
     "masks/sparsegpt",
-    "masks/least_squares",
-    "masks/alps",
-    "masks/admm",
-    "masks/pruner_zero",
-    "masks/taylor",
-    "masks/structured",
+    "masks/least_squares", "masks/alps", "masks/admm", "masks/pruner_zero", "masks/taylor", "masks/structured",
     "masks/prune",
-    "adapter",
-    "rank",
-    "reconstruct",
-    "continuation",
-    "packed",
-    "quantise",
-    "bits",
-    "base",
-    "tiles",
-    "code_tiles",
-    "layers",
-    "loss",
-    "llama",
-    "adamw",
-    "sora",
-    "sleb",
-    "slicegpt",
-    "llm_pruner",
-    "loraprune",
-    "flap",
-    "rates",
-    "settings",
-    "adapted_linear",
-    "lockstep",
-    "training",
-    "losa",
-)
+    "adapter", "rank", "reconstruct", "continuation",
+    "packed", "quantise", "bits", "base", "tiles", "code_tiles",
+    "layers", "loss", "llama", "adamw",
+    "sora", "sleb", "slicegpt", "llm_pruner", "loraprune", "flap",
+    "rates", "settings", "adapted_linear", "lockstep", "training", "losa",
+)  # fmt: skip
 STYLE = """
 :root { --ink: #1d2330; --soft: #5b6475; --paper: #fdfdfb; --panel: #f3f3ee; --line: #dddcd4; --accent: #7a3b12; }
 @media (prefers-color-scheme: dark) {
@@ -126,8 +88,8 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
 """
 # A letter or one of a few words with a subscript: s_t, X²_{tok,j}, mask_j, but not kept_total.
 SUBSCRIPT = re.compile(
-    r"((?<!\w)\w[\u0300-\u036f]*[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|mask|score|ceiling|floor)(?=_(?:\{|\w{1,2}\b)))"
-    r"_(\{[^}]*\}|\w+)"
+    r"((?<!\w)Δ?\w[\u0300-\u036f]*(?:'|&#x27;)?[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|max|mean|mask|score|ceiling|floor|harm|wanted|"
+    r"offsets|removed)(?=_(?:\{|\w{1,2}\b)))_(\{[^}]*\}|⌊[^⌋]*⌋|(?:(?!ᵀ)\w)+)"
 )
 # What a formula is made of: brackets with what they hold, words, and what separates factors.
 ATOM = re.compile(r"√ ?|\(|\)|⟨[^⟩]*⟩|(?:\{[^}]*\}|[^\s()√=,;·±×⊙⇒+−{}])+|[{}]|\s{2,}|\s|[=,;·±×⊙⇒+−]")

@@ -189,7 +189,7 @@ def rounding_harm(
     (Fisher), a change ΔW costs Σ_i ΔW_i (Σ_t g²_ti x_t x_tᵀ) ΔW_iᵀ. The sums of all rows are one matrix and a factor for each row,
     as if a row's share of g² were the same at every token:
 
-        Σ_t g²_ti x_t x_tᵀ ≈ r_i H,   H = Σ_t mean_i g²_ti · x_t x_tᵀ,   r_i = Σ_t g²_ti / mean over rows
+        Σ_t g²_ti x_t x_tᵀ ≈ r_i H,   H = Σ_t mean_i g²_ti · x_t x_tᵀ,   r_i = Σ_t g²_ti / (mean over rows)
 
     GPTQ's loop (`sparsegpt` with bits) with this H ends at Σ_ij r_i E_ij², where E_ij is the rounding error of W_ij, as it is
     when its column is reached, over U_jj. That error is about as large for the weight as given, so no loop is needed.
