@@ -178,6 +178,7 @@ def test_a_plan_is_of_the_layout() -> None:
         1,
         0,
         int(cuda.EIGHTS),
+        1,
         0,
     ]
     assert cuda.pack_rows(weight.bfloat16()).plan[4] == 0

@@ -25,8 +25,8 @@ static at::Tensor of(const void* at, int rows, int columns, int half) {
   return at::from_blob(const_cast<void*>(at), {rows, columns}, at::TensorOptions().dtype(half ? at::kHalf : at::kBFloat16));
 }
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
-                           int, int slot, int half, int batch, int share, int, void*) {
-  if (batch < 1 || batch > 8 || !share) return 99;
+                           int, int slot, int half, int batch, int share, int groups, int, void*) {
+  if (batch < 1 || batch > 8 || !share || groups != 6) return 99;
   launches++;
   at::Tensor sums = of(x, batch, columns, half).to(at::kFloat).matmul(of(data, rows, columns, half).to(at::kFloat).t());
   if (bias) sums += of(bias, 1, rows, half);
@@ -63,11 +63,11 @@ extern "C" int losa_expand_eights(const void* data, const void* starts, void* de
 }
 // With codes a launch counts 100, and unpacking a million.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
-                                 int columns, int panels, int slot, int half, int bits, int batch, int share, int overlap,
-                                 void* stream) {
+                                 int columns, int panels, int slot, int half, int bits, int batch, int share, int groups,
+                                 int overlap, void* stream) {
   if (bits != 4) return 98;
   launches += 99;
-  return losa_matvec(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, share, overlap, stream);
+  return losa_matvec(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, share, groups, overlap, stream);
 }
 extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
                                  int half, int bits, void* stream) {
@@ -160,7 +160,7 @@ class Weight:
         self.dense = torch.randn(rows, 32, generator=generator).to(dtype)
         self.bias = torch.randn(rows, generator=generator).to(dtype)
         shape = [rows, 32, 1, error, int(dtype == torch.float16)]
-        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, eights, gated]
+        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, eights, 6, gated]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 15 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 16 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

@@ -82,19 +82,33 @@ def multiply_staged(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("rows", "columns", "zeros", "batch", "share"),
-    [(1, 8, 0.0, 1, 1), (17, 300, 0.7, 7, 2), (5, 259, 0.5, 8, 1), (33, 1000, 0.8, 3, 3), (16, 128, 1.0, 8, 1)],
+    ("rows", "columns", "zeros", "batch", "share", "groups"),
+    [
+        (1, 8, 0.0, 1, 1, 1),
+        (17, 300, 0.7, 7, 2, 1),
+        (5, 259, 0.5, 8, 1, 2),
+        (73, 1000, 0.8, 3, 3, 3),
+        (16, 128, 1.0, 8, 1, 1),
+        (64, 136, 0.6, 8, 1, 4),
+    ],
 )
 @both_dtypes
 def test_up_to_eight_rows(
-    kernels: list[Kernels], rows: int, columns: int, zeros: float, batch: int, share: int, dtype: torch.dtype
+    kernels: list[Kernels],
+    rows: int,
+    columns: int,
+    zeros: float,
+    batch: int,
+    share: int,
+    groups: int,
+    dtype: torch.dtype,
 ) -> None:
     weight = random_weight(rows, columns, zeros).to(dtype)
     layout = packed(weight, [rows])
+    half = dtype == torch.float16
     for call in kernels:
         x, bias, y = operands(layout, batch)
-        told = (layout.data, layout.starts, x, bias, y, *look(layout), dtype == torch.float16, batch, share, True)
-        call("losa_matvec", *told)
+        call("losa_matvec", layout.data, layout.starts, x, bias, y, *look(layout), half, batch, share, groups, True)
         assert_product(weight, x, bias, y)
 
 
@@ -212,13 +226,14 @@ def test_unpacked_values(kernels: list[Kernels], kernel: str, parts: Sequence[in
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("rows", "columns", "zeros", "bits", "batch", "share"),
+    ("rows", "columns", "zeros", "bits", "batch", "share", "groups"),
     [
-        (1, 8, 0.0, 8, 1, 1),
-        (17, 300, 0.7, 4, 7, 1),
-        (21, 777, 0.3, 6, 8, 3),
-        (33, 520, 0.3, 2, 3, 2),
-        (16, 256, 1.0, 8, 8, 1),
+        (1, 8, 0.0, 8, 1, 1, 1),
+        (17, 300, 0.7, 4, 7, 1, 1),
+        (21, 777, 0.3, 6, 8, 3, 2),
+        (73, 520, 0.3, 2, 3, 2, 3),
+        (16, 256, 1.0, 8, 8, 1, 1),
+        (64, 264, 0.7, 8, 8, 1, 4),
     ],
 )
 @both_dtypes
@@ -230,6 +245,7 @@ def test_codes(
     bits: int,
     batch: int,
     share: int,
+    groups: int,
     dtype: torch.dtype,
 ) -> None:
     codes, scales = quantise.quantise_rows(random_weight(rows, columns, zeros), bits)
@@ -238,7 +254,8 @@ def test_codes(
     kind = (dtype == torch.float16, layout.code_bits)
     for call in kernels:
         x, bias, y = operands(layout, batch)
-        call("losa_matvec_coded", layout.data, layout.starts, x, bias, y, *look(layout), *kind, batch, share, True)
+        told = (layout.data, layout.starts, x, bias, y, *look(layout), *kind, batch, share, groups, True)
+        call("losa_matvec_coded", *told)
         assert_product(weight, x, bias, y)
         for name in ("losa_expand_coded", "losa_expand_coded_eights"):
             dense = unwritten(rows, columns, dtype)

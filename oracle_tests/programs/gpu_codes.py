@@ -1,11 +1,11 @@
 """Check and time the product with sparse codes and scales on a GPU (decode/cuda_coded.cu).
 
-    python -m oracle_tests.programs.gpu_codes [--device cuda] [--check] [--dtype bfloat16]
+    python -m oracle_tests.programs.gpu_codes [--device cuda] [--check] [--sweep] [--dtype bfloat16]
 
 Checks against the spec's weights: odd shapes, empty and full rows, batches of 1 to 8 and more, codes of 2 to 8 bits, bf16 and
 fp16, x and bias at odd addresses, tiny and large scales, layouts stacked, unpacking, a CUDA graph. Then, without `--check`, times
 LLaMA-2-7B's projections, those with the same input as one product: dense in bf16 (cuBLAS, apart and as one), torch's dense int4,
-our bf16 values, int8 and int4. Exits with 1 if a number is wrong.
+our bf16 values, int8 and int4; with `--sweep` instead the ways to divide ours at 70 % zeros. Exits with 1 if a number is wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch_impl import quantise
 from torch_impl.bench import decode, int4
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_coded
+from torch_impl.decode.cuda_plan import BARRIERS, SLOTS, Card
 
 SHAPES = (
     (1, 1),
@@ -91,6 +92,45 @@ def check_small_numbers(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[
         yield f"x of 2^{exponent}", cuda.matvec(layout, x), expected, np.where(beyond, np.inf, allowed)
 
 
+def divisions(layout: cuda.Layout) -> list[tuple[int, int]]:
+    """Return the ways to divide a product that fit: (panels of a warp, strips of a block)."""
+    found, most = [], Card.of(layout.data.device).shared
+    for share, groups in itertools.product(range(1, min(layout.panels, 29) + 1), range(1, 17)):
+        across = -(-layout.panels // share)
+        shared = layout.TABLE + across * groups * (SLOTS * layout.slot + BARRIERS + cuda.SCRATCH)
+        if 4 <= across * groups <= cuda.MOST_WARPS and across * share < 1.25 * layout.panels and shared <= most:
+            found.append((share, groups))
+    return found
+
+
+def divided(layout: cuda.Layout, x: torch.Tensor, way: tuple[int, int]) -> torch.Tensor:
+    """Multiply up to eight rows, divided as given; without a GPU, by torch."""
+    if layout.product is None:
+        return cuda.matvec(layout, x)
+    numbers = [*layout.plan[:5], way[0], *layout.plan[6:15], way[1], layout.plan[16]]
+    y: torch.Tensor = layout.product(x, layout.data, layout.starts, numbers, None)
+    return y
+
+
+def check_divisions(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[Case]:
+    """Some ways to divide a product, of codes and of values."""
+    codes, scales = rounded(make, 176, 4096, 0.3, bits)
+    weight = quantise.dequantise_rows(codes, scales)
+    values = weight.float().to(dtype)
+    for layout, same in ((cuda_coded.pack_codes(codes, scales, bits, dtype), weight), (cuda.pack_rows(values), values)):
+        [W] = wide(same)
+        for batch, way in itertools.product((1, 8), divisions(layout)[::6]):
+            x = make.normal(batch, 4096, dtype=dtype)
+            [inputs] = wide(x)
+            expected, terms = inputs @ W.T, abs(inputs) @ abs(W).T
+            yield (
+                f"divided by {way}",
+                divided(layout, x, way),
+                expected,
+                tolerances.one_rounding(dtype, abs(expected), terms),
+            )
+
+
 def check_stacked(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[Case]:
     """Layouts with the same input as one, captured in a CUDA graph, bit for bit."""
     layouts = [cuda_coded.pack_codes(*rounded(make, rows, 700, 0.4, bits), bits, dtype) for rows in (32, 16, 21)]
@@ -118,6 +158,7 @@ def check_all(device: torch.device, shapes: Sequence[tuple[int, int]]) -> bool:
                 check(make, dtype, bits, shapes),
                 check_small_numbers(make, dtype, bits),
                 check_stacked(make, dtype, bits),
+                check_divisions(make, dtype, bits),
             )
             for case in itertools.chain(*checks):
                 where, found, expected, allowed = case
@@ -177,6 +218,21 @@ def time_projection(name: str, rows: tuple[int, ...], columns: int, dtype: torch
             )
 
 
+def sweep(name: str, rows: int, columns: int, dtype: torch.dtype, batches: Sequence[int]) -> None:
+    """Print the fastest ways to divide a product, by (panels of a warp, strips of a block), beside that of today."""
+    weight = decode.sparse(torch.randn(rows, columns, device="cuda", dtype=dtype) / columns**0.5, "70")
+    layouts = {"bf16": cuda.pack_rows(weight)}
+    for bits in (8, 4):
+        layouts[f"int{bits}"] = cuda_coded.pack_codes(*quantise.quantise_rows(weight, bits), bits, dtype)
+    for batch, (kind, layout) in itertools.product(batches, layouts.items()):
+        x, own = torch.randn(batch, columns, device="cuda", dtype=dtype), (layout.plan[5], layout.plan[15])
+        copies = [cuda.stack([layout]) or layout for _ in range(decode._copies(layout.nbytes, x.device))]
+        ways = {own, *divisions(layout)}
+        found = {way: graphed([partial(divided, one, x, way) for one in copies], x.device, 3) for way in ways}
+        best = "  ".join(f"{way} {found[way]:.2f}" for way in sorted(found, key=found.__getitem__)[:5])
+        print(f"{name:<9}{kind:<5}{batch:>3} rows, today {own} {found[own]:.2f} µs; best {best}", flush=True)
+
+
 def _linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, weight)
 
@@ -192,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="do not time")
     parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the timed products")
+    parser.add_argument("--sweep", action="store_true", help="time the ways to divide a product instead")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -203,10 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     right = check_all(device, SHAPES[:3] if options.small else SHAPES)
     if options.check or device.type != "cuda":
         return int(not right)
+    dtype, shapes = getattr(torch, options.dtype), decode.projections("llama-2-7b", joined=True)
+    if options.sweep:
+        for name, (rows, width, _) in shapes.items():
+            sweep(name, sum(rows), width, dtype, options.batches)
+        return int(not right)
     columns = "".join(f"{name:>11}{'ratio':>7}{'bits':>6}" for name in ("our bf16", "int8", "int4"))
     print(f"{'':<9}{'zeros':>5}{'batch':>6}{'cuBLAS':>9}{'as one':>9}{'int4':>9}{columns}")
-    for name, (rows, width, _) in decode.projections("llama-2-7b", joined=True).items():
-        time_projection(name, rows, width, getattr(torch, options.dtype), options.batches)
+    for name, (rows, width, _) in shapes.items():
+        time_projection(name, rows, width, dtype, options.batches)
     return int(not right)
 
 

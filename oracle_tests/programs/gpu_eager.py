@@ -104,7 +104,7 @@ def by_ctypes(layout: cuda.Layout, x: torch.Tensor, bias: torch.Tensor | None = 
     given = (layout.data, layout.starts, x, bias, y)
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in given]
     share = cuda._choose_share(layout.rows, layout.panels, Card.of(x.device).processors, layout.WARPS)
-    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, 1)
+    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, 1, 1)
     with torch.cuda.device(x.device):
         queue = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
         if library().losa_matvec(*pointers, *numbers, queue):

@@ -58,7 +58,7 @@ ALWAYS = 2**30
 def plan(layout: cuda.Layout, at_once: int, eights: bool, most: int = ALWAYS) -> list[int]:
     """Return a layout's plan with another number of rows at once, another way to unpack, and rows from which it is unpacked."""
     own = layout.plan
-    return [*own[:7], most, own[8], at_once, *own[10:14], int(eights)]
+    return [*own[:7], most, own[8], at_once, *own[10:14], int(eights), *own[15:]]
 
 
 def product(layout: cuda.Layout, x: torch.Tensor, numbers: list[int], bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -118,13 +118,13 @@ __global__ void expand_eights(Layout w, uint16_t* dense, int share_of_warp) {
 
 }  // namespace
 
-// Both return a cudaError_t. half: fp16 numbers, otherwise bf16. overlap: the device can start a kernel before the previous one ends.
+// Both return a cudaError_t. half: fp16 numbers, otherwise bf16. share: panels of a warp; groups: strips of a block. overlap: the device can start a kernel before the previous one ends.
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
-                           int panels, int slot, int half, int batch, int share, int overlap, void* stream) {
+                           int panels, int slot, int half, int batch, int share, int groups, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const auto queue = static_cast<cudaStream_t>(stream);
-    return half ? launch<__half, Values, PLAIN>(w, x, bias, y, batch, share, overlap, {}, queue)
-                : launch<__nv_bfloat16, Values, PLAIN>(w, x, bias, y, batch, share, overlap, {}, queue);
+    return half ? launch<__half, Values, PLAIN>(w, x, bias, y, batch, share, groups, overlap, {}, queue)
+                : launch<__nv_bfloat16, Values, PLAIN>(w, x, bias, y, batch, share, groups, overlap, {}, queue);
 }
 
 // A product in bf16 with another ending, as in cuda_decode.h. overlap: 2, the next kernel can start before the previous one ends, too.

@@ -33,6 +33,8 @@ GATED_WARPS = 16
 """Warps per block of the product that ends in SiLU(gate) · up: half of them multiply gate's rows, half up's."""
 LAUNCH_FIRST = False
 """Whether a kernel of a fused block lets the next one load weights before it has its own input: not measured yet (gpu_fused)."""
+TOGETHER = 1
+"""Strips of 16 rows per block with up to eight rows of input."""
 # As in cuda_panels.h: bytes of a warp's sums.
 SCRATCH = 512
 # Panels start at multiples of this many bytes, as the copy engine requires.
@@ -103,7 +105,7 @@ class Layout:
             rows_plan = staged if staged.strips else rows_plan
         early = card.early + (card.early and LAUNCH_FIRST)
         numbers = (int(self.dtype == torch.float16), share, early, self.MOST_ROWS, self.code_bits, AT_ONCE)
-        return [*shape, *numbers, *rows_plan, int(EIGHTS), self._gated_share(card.shared)]
+        return [*shape, *numbers, *rows_plan, int(EIGHTS), TOGETHER, self._gated_share(card.shared)]
 
     def shared(self, warps: int) -> int:
         """Return the shared memory of a block of warps of cuda_decode.h, in bytes."""

@@ -266,11 +266,11 @@ int expand_eights_to(const Layout& w, void* dense, cudaStream_t stream) {
 
 // As losa_matvec and losa_expand of cuda.cu. bits: of a code in the layout, 8 or 4.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
-                                 int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream) {
+                                 int panels, int slot, int half, int bits, int batch, int share, int groups, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const auto call = half ? (bits == 8 ? launch<__half, Codes<8>, PLAIN> : launch<__half, Codes<4>, PLAIN>)
                            : (bits == 8 ? launch<__nv_bfloat16, Codes<8>, PLAIN> : launch<__nv_bfloat16, Codes<4>, PLAIN>);
-    return call(w, x, bias, y, batch, share, overlap, {}, static_cast<cudaStream_t>(stream));
+    return call(w, x, bias, y, batch, share, groups, overlap, {}, static_cast<cudaStream_t>(stream));
 }
 
 // As losa_ending of cuda.cu.

@@ -63,6 +63,12 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0);
     int first = warp * share_of_warp, strip = blockIdx.x;
+    if (ENDING == PLAIN) {
+        // A block has several strips. Beyond the last one the last one is multiplied again, and its sums are dropped.
+        const int groups = blockDim.x / LANES / around.across, group = warp / around.across;
+        first -= group * around.across * share_of_warp;
+        strip = min(strip * groups + group, strips(w) - 1);
+    }
     if (ENDING == GATED && warp >= around.across && warp < 2 * around.across) {
         first -= around.across * share_of_warp;
         strip += strips(w) / 2;
@@ -93,7 +99,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     float sums[4] = {};
     panels.multiply(sums, feed, w, x, first, count, batch, scratch, lane);
     if constexpr (ENDING == PLAIN) {
-        add_warps(w, sums, scratch, each, warp, lane, bias, y, batch);
+        add_warps(w, sums, scratch, each, warp, lane, around.across, bias, y, batch);
         return;
     }
     store_sums(sums, scratch, lane);
@@ -126,10 +132,11 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
 }
 
 template <typename T, class Panels, Ending ENDING>
-cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, int overlap, Around around, cudaStream_t stream) {
+cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int share, int groups, int overlap, Around around,
+                   cudaStream_t stream) {
     constexpr bool TWICE = ENDING == GATED, READS = ENDING == NORMED || ENDING == GATED;
     around.across = (w.panels + share - 1) / share;
-    int warps = around.across << TWICE, blocks = strips(w) >> TWICE;
+    int warps = (around.across << TWICE) * groups, blocks = ((strips(w) >> TWICE) + groups - 1) / groups;
     // A thread for each number of the result.
     if (ENDING != PLAIN) warps = max(warps, (ROWS * batch + LANES - 1) / LANES);
     const int shared = Panels::HEAD + warps * (SLOTS * w.slot + BARRIERS + SCRATCH) + (READS ? 4 * batch * (around.parts + 1) : 0);
@@ -142,7 +149,7 @@ cudaError_t launch_ending(int ending, const Layout& w, const void* x, const void
                           cudaStream_t stream) {
     using T = __nv_bfloat16;
     const auto call = ending == NORMED ? launch<T, Panels, NORMED> : ending == GATED ? launch<T, Panels, GATED> : launch<T, Panels, ADDED>;
-    return call(w, x, bias, y, batch, share, overlap, around, stream);
+    return call(w, x, bias, y, batch, share, 1, overlap, around, stream);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 
 // In cuda.cu. All return a cudaError_t.
 extern "C" int losa_matvec(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
-                           int panels, int slot, int half, int batch, int share, int overlap, void* stream);
+                           int panels, int slot, int half, int batch, int share, int groups, int overlap, void* stream);
 extern "C" int losa_ending(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
                            int slot, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
                            const void* gain, void* stream);
@@ -30,7 +30,7 @@ extern "C" int losa_matvec_staged(const void* data, const void* starts, const vo
                                   int panels, int slot, int half, int batch, int strips, int share, int groups, int cluster, int overlap, void* stream);
 // In cuda_coded.cu.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
-                                 int panels, int slot, int half, int bits, int batch, int share, int overlap, void* stream);
+                                 int panels, int slot, int half, int bits, int batch, int share, int groups, int overlap, void* stream);
 extern "C" int losa_ending_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
                                  int slot, int bits, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
                                  const void* gain, void* stream);
@@ -46,15 +46,16 @@ constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says mor
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
 // per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups, or, if cluster is not 0, by that of cuda_staged.cu. eights:
-// unpack by eight numbers. gated: panels per warp of a gated product, or 0.
+// unpack by eight numbers. together: strips per block for up to BATCH rows. gated: panels
+// per warp of a gated product, or 0.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, eights, gated;
+  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, eights, together, gated;
 
   explicit Plan(at::IntArrayRef n) {
-    TORCH_CHECK_VALUE(n.size() == 16, "plan has ", n.size(), " numbers; allowed: 16");
+    TORCH_CHECK_VALUE(n.size() == 17, "plan has ", n.size(), " numbers; allowed: 17");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
     rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
-    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), eights = at(14), gated = at(15);
+    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), eights = at(14), together = at(15), gated = at(16);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -89,13 +90,15 @@ int64_t rows_per_launch(const Plan& p, const void* x) {
 void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, const void* x, const void* bias, void* y, int batch) {
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void* stream = current_stream(data);
-  check_launch(p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share, p.overlap, stream)
+  check_launch(p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share,
+                                          p.together, p.overlap, stream)
                : batch > BATCH && p.cluster
                       ? losa_matvec_staged(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part, p.groups,
                                            p.cluster, p.overlap, stream)
                : batch > BATCH ? losa_matvec_rows(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part,
                                                   p.groups, p.overlap, stream)
-                      : losa_matvec(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.share, p.overlap, stream),
+                      : losa_matvec(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.share, p.together,
+                                    p.overlap, stream),
                "losa_matvec");
 }
 

@@ -194,18 +194,19 @@ __device__ __forceinline__ float sum_warps(float sum, uint32_t from, uint32_t ea
     return sum;
 }
 
-// The lane's sums of a product in shared memory, then y: the sum over the warps. scratch: of this warp, `each` bytes after that of the
-// warp before.
+// The lane's sums of a product in shared memory, then y: the sum over the `across` warps of a strip. scratch: of this warp, `each` bytes
+// after that of the warp before.
 template <typename T>
-__device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4], uint32_t scratch, uint32_t each, int warp, int lane,
+__device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4], uint32_t scratch, uint32_t each, int warp, int lane, int across,
                                           const T* bias, T* y, int batch) {
     store_sums(sums, scratch, lane);
     __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * batch; i += blockDim.x) {
-        const int b = i / ROWS, r = blockIdx.x * ROWS + i % ROWS;
+    const int height = blockDim.x / LANES / across * ROWS;
+    for (int i = threadIdx.x; i < height * batch; i += blockDim.x) {
+        const int b = i / height, below = i - b * height, r = blockIdx.x * height + below;
         if (r >= w.rows) continue;
-        const uint32_t from = scratch - warp * each + i % ROWS * 32 + b * 4;
-        narrow(sum_warps(bias ? widen(bias[r]) : 0, from, each, blockDim.x / LANES), y[static_cast<size_t>(b) * w.rows + r]);
+        const uint32_t from = scratch - warp * each + below / ROWS * across * each + below % ROWS * 32 + b * 4;
+        narrow(sum_warps(bias ? widen(bias[r]) : 0, from, each, across), y[static_cast<size_t>(b) * w.rows + r]);
     }
 }
 
