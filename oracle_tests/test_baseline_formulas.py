@@ -167,6 +167,39 @@ def test_adalora_s_ranks_fall_from_12_to_8_within_the_run(steps: int) -> None:
     assert left[-1] == 8 * projections
 
 
+@torch.no_grad()
+def test_adalora_s_ranks_are_those_of_peft() -> None:
+    """Step by step, with the same gradients: importances, the singular values that are left, the pattern, what is frozen."""
+    from peft.tuners.adalora.layer import RankAllocator
+
+    steps = 40
+    ours, theirs = (peft_adapters.attach_adalora(Decoder(sparse_model()), 8, 2.0, steps, seed=0) for _ in range(2))
+    theirs.rankallocator = RankAllocator(theirs.model, theirs.peft_config["default"], "default")
+    assert type(ours.rankallocator) is not RankAllocator
+    generator, patterns = torch.Generator().manual_seed(1), set()
+    for done in range(1, steps + 1):
+        for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+            if one.requires_grad:
+                one.grad = torch.randn(one.shape, generator=generator).to(one)
+                other.grad = one.grad.clone()
+                one -= 0.01 * one.grad
+                other.copy_(one)
+        for tuner in (ours, theirs):
+            tuner.update_and_allocate(done)
+        for part in ("exp_avg_ipt", "exp_avg_unc"):
+            found, expected = getattr(ours.rankallocator, part), getattr(theirs.rankallocator, part)
+            assert found.keys() == expected.keys()
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-15)
+        for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+            assert torch.equal(one, other), done
+        pattern = ours.peft_config["default"].rank_pattern
+        assert pattern == theirs.peft_config["default"].rank_pattern
+        patterns.add(repr(pattern))
+    assert not found, "the importances are gone when the ranks are settled"
+    assert len(patterns) > 10
+
+
 def test_adalora_s_penalty_is_peft_s() -> None:
     model = sparse_model()
     tuner = peft_adapters.attach_adalora(Decoder(model), 2, 2.0, 10, seed=0)

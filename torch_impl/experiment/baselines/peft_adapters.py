@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch_impl.experiment.baselines.baseline import (
     train,
     trainable_count,
 )
+from torch_impl.experiment.baselines.rank_allocator import allocate_at_once
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
 
@@ -95,6 +97,7 @@ def attach_adalora(decoder: Decoder, rank: int, scale: float, total: int, seed: 
     )
     tuner = AdaLoraModel(decoder.model, {NAME: settings}, NAME)
     _widen(decoder.model)
+    allocate_at_once(tuner)
     return tuner
 
 
@@ -119,12 +122,16 @@ def _widen(model: nn.Module) -> None:
 
 def penalty(tuner: AdaLoraModel) -> Callable[[], torch.Tensor]:
     """Return AdaLoRA's penalty: 0.5 · mean ‖PᵀP − I‖_F over all A (by rows) and B (by columns)."""
-    named = list(tuner.model.named_parameters())
-    rows = [matrix for name, matrix in named if ".lora_A." in name]
-    columns = [matrix for name, matrix in named if ".lora_B." in name]
+    # Alike matrices are multiplied together: hundreds of products of their own would take longer than the optimizer step.
+    alike: defaultdict[tuple[bool, torch.Size], list[torch.Tensor]] = defaultdict(list)
+    for name, matrix in tuner.model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            alike[".lora_A." in name, matrix.shape].append(matrix)
 
     def distance() -> torch.Tensor:
-        grams = [A @ A.T for A in rows] + [B.T @ B for B in columns]
-        return ORTHOGONALITY * torch.stack([torch.dist(gram, torch.eye(len(gram)).to(gram)) for gram in grams]).mean()
+        rows = [torch.stack(found) if by_rows else torch.stack(found).mT for (by_rows, _), found in alike.items()]
+        grams = torch.cat([matrices @ matrices.mT for matrices in rows])
+        identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+        return ORTHOGONALITY * torch.linalg.matrix_norm(grams - identity).mean()
 
     return distance
