@@ -73,7 +73,8 @@ def by_kernel(action: Callable[[], Any], tokens: int, device: torch.device) -> s
     with profile(activities=[activity], acc_events=True) as profiled:
         action()
         synchronize(device)
-    found = [event for event in profiled.key_averages() if (event.device_type == DeviceType.CUDA) == on_device]
+    events = [event for event in profiled.key_averages() if not event.is_user_annotation]
+    found = [event for event in events if (event.device_type == DeviceType.CUDA) == on_device]
     times = {event.key: event.self_device_time_total if on_device else event.self_cpu_time_total for event in found}
     counts, total = {event.key: event.count for event in found}, sum(times.values())
     kinds: dict[str, float] = {}
