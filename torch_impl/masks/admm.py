@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from torch_impl import _checks
-from torch_impl.masks.least_squares import Problem, keep_largest, workspace
-from torch_impl.masks.method import Amount, Method
+from torch_impl.masks.least_squares import Problem, keep_largest, method
+from torch_impl.masks.method import Amount
 from torch_impl.masks.nm import kept_per_group
-from torch_impl.masks.sparsegpt import HESSIAN
 from torch_impl.schedule import cubic_sparsity
 
 # Share of mean(diag H) added to the diagonal.
@@ -70,17 +67,4 @@ def _amount(amount: Amount, iteration: int, zeros: float) -> Amount:
     return (kept_per_group(sparsity, amount[1]), amount[1]) if isinstance(amount, tuple) else sparsity
 
 
-def _prune_further(
-    weight: torch.Tensor, problem: Problem, kept: torch.Tensor, amount: Amount
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return problem.prune(_search, weight, amount, kept)
-
-
-METHOD = Method(
-    "admm",
-    _prune_further,
-    workspace,
-    HESSIAN,
-    moves_weights=True,
-    prepare=functools.partial(Problem.of, damping=DAMPING),
-)
+METHOD = method("admm", _search, DAMPING)

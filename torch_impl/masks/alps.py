@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from torch_impl import _checks
-from torch_impl.masks.least_squares import Problem, keep_largest, refine, workspace
-from torch_impl.masks.method import Amount, Method
-from torch_impl.masks.sparsegpt import HESSIAN
+from torch_impl.masks.least_squares import Problem, keep_largest, method, refine
+from torch_impl.masks.method import Amount
 
 # Share of mean(diag H) added to the diagonal.
 DAMPING = 0.01
@@ -87,17 +84,4 @@ def _next_penalty(rho: float, changed: float, grown: bool) -> tuple[float, bool]
     return (rho * 1.1, True) if grown else (rho / 5, False)
 
 
-def _prune_further(
-    weight: torch.Tensor, problem: Problem, kept: torch.Tensor, amount: Amount
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return problem.prune(_search, weight, amount, kept)
-
-
-METHOD = Method(
-    "alps",
-    _prune_further,
-    workspace,
-    HESSIAN,
-    moves_weights=True,
-    prepare=functools.partial(Problem.of, damping=DAMPING),
-)
+METHOD = method("alps", _search, DAMPING)

@@ -5,17 +5,18 @@ Spec: reference/masks/least_squares.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from torch_impl import _checks
-from torch_impl.masks.method import Amount
+from torch_impl.masks.method import Amount, Method
 from torch_impl.masks.nm import nm_mask
 from torch_impl.masks.select import demote_pruned, matrix_mask
 from torch_impl.masks.select import workspace as choosing
-from torch_impl.masks.sparsegpt import DAMPING_RETRIES
+from torch_impl.masks.sparsegpt import DAMPING_RETRIES, HESSIAN
 
 
 def keep_largest(values: torch.Tensor, kept: torch.Tensor, amount: Amount) -> torch.Tensor:
@@ -135,3 +136,15 @@ def workspace(rows: int, columns: int, itemsize: int) -> int:
     """
     wide, entries = max(4, itemsize), rows * columns
     return max(33 * columns**2, 2 * wide * columns**2 + entries * (8 * wide + 6) + choosing(entries, wide))
+
+
+def method(name: str, search: Search, damping: float) -> Method:
+    """Make the record of a method that chooses weights and support by `search`. damping: share of mean(diag H) added to it."""
+
+    def prune(
+        weight: torch.Tensor, problem: Problem, kept: torch.Tensor, amount: Amount
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return problem.prune(search, weight, amount, kept)
+
+    prepare = functools.partial(Problem.of, damping=damping)
+    return Method(name, prune, workspace, HESSIAN, moves_weights=True, prepare=prepare)
