@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -161,7 +162,12 @@ def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
             ways = [*divisions(layout), *staged(layout, batch, 1000)[::7]] if x.is_cuda else [Division(1, 1, 1)]
             for way in ways:
                 y = make.put(torch.full((batch, rows), float("nan"), dtype=dtype))
-                found = divided(layout, x, y, way) if x.is_cuda else cuda.matvec(layout, x)
+                try:
+                    found = divided(layout, x, y, way) if x.is_cuda else cuda.matvec(layout, x)
+                except RuntimeError as error:
+                    # y is NaN, so the case counts as wrong.
+                    print(error, flush=True)
+                    found = y
                 yield f"{rows} x {columns}, batch {batch}, {way}", found, expected, allowed
 
 
@@ -277,6 +283,15 @@ def _microseconds(actions: Sequence[Callable[[], Any]], device: torch.device) ->
     return graphed(actions, device, 5)
 
 
+def _timed(actions: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    """Time them; infinite if the GPU cannot launch them."""
+    try:
+        return graphed(actions, device, 3)
+    except RuntimeError as error:
+        print(f"    {error}", flush=True)
+        return math.inf
+
+
 def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> None:
     """Print the fastest ways to divide each projection by both kernels, what the plans choose, and the sums over a block."""
     print(
@@ -292,7 +307,7 @@ def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, ro
             x, y = torch.randn(count, width, device=device, dtype=dtype), weight.new_empty(count, sum(parts))
             plans = choose_rows_plan(*shape), choose_staged_plan(*shape, count)
             ways = {*divisions(layout), *staged(layout, count, 20), *(way for way in plans if way.strips)}
-            found = {way: graphed([partial(divided, own, x, y, way) for own in copies], device, 3) for way in ways}
+            found = {way: _timed([partial(divided, own, x, y, way) for own in copies], device) for way in ways}
             today = _microseconds([partial(product, own, x, plan(own, 8, False)) for own in copies], device)
             best = [
                 sorted((way for way in ways if bool(way.cluster) == new), key=found.__getitem__)[:3]
