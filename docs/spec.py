@@ -89,7 +89,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
 # A letter or one of a few words with a subscript: s_t, X²_{tok,j}, mask_j, but not kept_total.
 SUBSCRIPT = re.compile(
     r"((?<!\w)Δ?\w[\u0300-\u036f]*(?:'|&#x27;)?[²³]?|[)Σ][²³]?|(?<!\w)(?:lo|hi|min|max|mean|mask|score|ceiling|floor|harm|wanted|"
-    r"offsets|removed)(?=_(?:\{|\w{1,2}\b)))_(\{[^}]*\}|⌊[^⌋]*⌋|(?:(?!ᵀ)\w)+)"
+    r"offsets|removed)(?=_(?:\{|\w{1,2}\b)))_(\{[^}]*\}|⌊[^⌋]*⌋|(?:(?![ᵀ²³])\w)+)"
 )
 # What a formula is made of: brackets with what they hold, words, and what separates factors.
 ATOM = re.compile(r"√ ?|\(|\)|⟨[^⟩]*⟩|(?:\{[^}]*\}|[^\s()√=,;·±×⊙⇒+−{}])+|[{}]|\s{2,}|\s|[=,;·±×⊙⇒+−]")
@@ -127,9 +127,10 @@ def colours(style: str) -> str:
 def equation(source: str, options: dict[str, bool]) -> str:
     """Convert LaTeX to MathML; a \\tag becomes the number beside the equation."""
     tag = re.search(r"\\tag\{([^}]*)\}", source)
-    source = (
-        re.sub(r"\\tag\{[^}]*\}", "", source).replace("\\tfrac", "\\frac").replace("\\operatorname*", "\\operatorname")
-    )
+    source = re.sub(r"\\tag\{[^}]*\}", "", source)
+    # Browsers do not show bold digits of MathML.
+    for latex, ours in (("\\tfrac", "\\frac"), ("\\operatorname*", "\\operatorname"), ("\\mathbf 1", "𝟏")):
+        source = source.replace(latex, ours)
     mathml = convert(source.strip(), display="block" if options.get("display_mode") else "inline")
     return f'<div class="equation">{mathml}<span>({tag[1]})</span></div>' if tag else mathml
 

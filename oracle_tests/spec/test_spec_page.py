@@ -53,7 +53,15 @@ def test_equations_are_typeset(page: str) -> None:
     assert "s<sub>t</sub> = s<sub>f</sub>" in page
     assert "kept_total" in page
     assert "min<sub>rank</sub>" not in page, "a parameter, beside max_rank"
-    assert "floor<sub>l</sub>" in page
+    for shown in (
+        "floor<sub>l</sub>",
+        "max<sub>b</sub>",
+        "Q&#x27;<sub>k</sub>",
+        "W<sub>ij</sub>²",
+        "Q<sub>k</sub>ᵀ",
+        "𝟏",
+    ):
+        assert shown in page, shown
 
 
 def test_fractions_and_radicals_of_docstrings_are_typeset(spec: ModuleType, page: str) -> None:
