@@ -177,7 +177,6 @@ def test_a_plan_is_of_the_layout() -> None:
         1,
         1,
         0,
-        int(cuda.EIGHTS),
         1,
         0,
     ]

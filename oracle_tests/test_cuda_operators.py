@@ -37,7 +37,7 @@ extern "C" int losa_expand(const void* data, const void*, void* dense, int rows,
   std::memcpy(dense, data, 2 * rows * columns);
   return slot;
 }
-// More rows at once count 10000, with x in shared memory 20000, and unpacking by eights 100 million.
+// More rows at once count 10000, with x in shared memory 20000.
 extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
                                 int columns, int panels, int slot, int half, int batch, int strips, int share, int groups,
                                 int overlap, void* stream) {
@@ -56,11 +56,6 @@ extern "C" int losa_matvec_staged(const void* data, const void* starts, const vo
   return losa_matvec_rows(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, strips, share, groups, overlap,
                           stream);
 }
-extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
-                                  void* stream) {
-  launches += 100000000;
-  return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
-}
 // With codes a launch counts 100, and unpacking a million.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
                                  int columns, int panels, int slot, int half, int bits, int batch, int share, int groups,
@@ -74,11 +69,6 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
   if (bits != 4) return 98;
   launches += 1000000;
   return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
-}
-extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels,
-                                        int slot, int half, int bits, void* stream) {
-  launches += 100000000;
-  return losa_expand_coded(data, starts, dense, rows, columns, panels, slot, half, bits, stream);
 }
 // Other endings of a product write their number everywhere, with codes ten more, and their parameters to the sums of squares.
 extern "C" int losa_ending(const void*, const void*, const void*, const void* bias, void* y, int rows, int, int, int slot,
@@ -152,7 +142,6 @@ class Weight:
         bits: int = 0,
         at_once: int = 8,
         cluster: int = 0,
-        eights: int = 0,
         rows: int = 20,
         gated: int = 2,
     ) -> None:
@@ -160,7 +149,7 @@ class Weight:
         self.dense = torch.randn(rows, 32, generator=generator).to(dtype)
         self.bias = torch.randn(rows, generator=generator).to(dtype)
         shape = [rows, 32, 1, error, int(dtype == torch.float16)]
-        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, eights, 6, gated]
+        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, 6, gated]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -207,10 +196,6 @@ def test_more_rows_at_once(operators: Any) -> None:
             assert near(y, functional.linear(there, weight.dense, weight.bias))
             assert operators.launches() - before == expected
             before = operators.launches()
-    for bits, count in ((0, 100000000), (4, 101000000)):
-        weight, before = Weight(torch.bfloat16, eights=1, bits=bits), operators.launches()
-        assert torch.equal(operators.expand(*weight.layout), weight.dense)
-        assert operators.launches() - before == count
 
 
 def test_other_endings(operators: Any) -> None:
@@ -293,7 +278,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 16 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 15 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

@@ -213,14 +213,13 @@ def test_up_to_32_rows_with_x_in_shared_memory(
 @pytest.mark.parametrize(
     ("parts", "columns", "zeros"), [((1,), 3, 0.0), ((16, 17), 263, 0.5), ((33,), 1000, 0.7), ((40,), 136, 1.0)]
 )
-@pytest.mark.parametrize("kernel", ["losa_expand", "losa_expand_eights"])
-def test_unpacked_values(kernels: list[Kernels], kernel: str, parts: Sequence[int], columns: int, zeros: float) -> None:
+def test_unpacked_values(kernels: list[Kernels], parts: Sequence[int], columns: int, zeros: float) -> None:
     """To the bit, except that zeros of either sign become 0. The kernels do not know which dtype the values have."""
     weight = random_weight(sum(parts), columns, zeros).bfloat16()
     layout = packed(weight, parts)
     for call in kernels:
         dense = unwritten(sum(parts), columns, weight.dtype)
-        call(kernel, layout.data, layout.starts, dense, *look(layout))
+        call("losa_expand", layout.data, layout.starts, dense, *look(layout))
         assert_exact("bits", torch.where(weight == 0, 0, weight).view(torch.int16), dense.view(torch.int16))
 
 
@@ -257,10 +256,9 @@ def test_codes(
         told = (layout.data, layout.starts, x, bias, y, *look(layout), *kind, batch, share, groups, True)
         call("losa_matvec_coded", *told)
         assert_product(weight, x, bias, y)
-        for name in ("losa_expand_coded", "losa_expand_coded_eights"):
-            dense = unwritten(rows, columns, dtype)
-            call(name, layout.data, layout.starts, dense, *look(layout), *kind)
-            assert_exact(name, weight.to(dtype), dense)
+        dense = unwritten(rows, columns, dtype)
+        call("losa_expand_coded", layout.data, layout.starts, dense, *look(layout), *kind)
+        assert_exact("unpacked", weight.to(dtype), dense)
 
 
 @needs_compiler

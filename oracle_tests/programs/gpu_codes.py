@@ -107,7 +107,7 @@ def divided(layout: cuda.Layout, x: torch.Tensor, way: tuple[int, int]) -> torch
     """Multiply up to eight rows, divided as given; without a GPU, by torch."""
     if layout.product is None:
         return cuda.matvec(layout, x)
-    numbers = [*layout.plan[:5], way[0], *layout.plan[6:15], way[1], layout.plan[16]]
+    numbers = [*layout.plan[:5], way[0], *layout.plan[6:14], way[1], layout.plan[15]]
     y: torch.Tensor = layout.product(x, layout.data, layout.starts, numbers, None)
     return y
 
@@ -225,7 +225,7 @@ def sweep(name: str, rows: int, columns: int, dtype: torch.dtype, batches: Seque
     for bits in (8, 4):
         layouts[f"int{bits}"] = cuda_coded.pack_codes(*quantise.quantise_rows(weight, bits), bits, dtype)
     for batch, (kind, layout) in itertools.product(batches, layouts.items()):
-        x, own = torch.randn(batch, columns, device="cuda", dtype=dtype), (layout.plan[5], layout.plan[15])
+        x, own = torch.randn(batch, columns, device="cuda", dtype=dtype), (layout.plan[5], layout.plan[14])
         copies = [cuda.stack([layout]) or layout for _ in range(decode._copies(layout.nbytes, x.device))]
         ways = {own, *divisions(layout)}
         found = {way: graphed([partial(divided, one, x, way) for one in copies], x.device, 3) for way in ways}

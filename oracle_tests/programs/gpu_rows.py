@@ -1,15 +1,13 @@
-"""Check and time products with 9 to 64 rows of input, and unpacking by eight numbers, on a GPU (decode/cuda*.cu).
+"""Check and time products with 9 to 64 rows of input, and unpacking, on a GPU (decode/cuda*.cu).
 
     python -m oracle_tests.programs.gpu_rows [--device cuda] [--check] [--sweep]
 
-Checks them against the spec: shapes that do
-not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 100 % zeros, odd addresses, projections joined in one
-layout, a CUDA graph, every number of strips, panels and groups that a warp or block can have.
-Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: eight rows at a time, 16 and 32 at a time, unpacked as
-before and by eights before cuBLAS, dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has to be.
-`--sweep` times instead how each projection of 7B can be divided, for one and eight rows too, by the kernels of cuda_rows.cu and
-cuda_staged.cu, beside what cuda_plan.py chooses and the kernel for eight rows. Exits with 1 if a number is wrong. Without a GPU,
-torch computes the products: a test of the program.
+Checks them against the spec: shapes that do not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 100 %
+zeros, odd addresses, projections joined in one layout, a CUDA graph, the ways to divide a product by cuda_plan.py.
+Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: 8, 16 and 32 rows at a time, unpacked before cuBLAS,
+dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has to be. `--sweep` times instead how each
+projection of 7B can be divided, for one and eight rows too, by the kernels of cuda_rows.cu and cuda_staged.cu, beside what
+cuda_plan.py chooses and the kernel for eight rows. Exits with 1 if a number is wrong. Without a GPU, torch computes the products.
 """
 
 from __future__ import annotations
@@ -56,10 +54,10 @@ DIVISIONS = tuple(itertools.product((1, 2), (1, 2, 4, 6, 8, 11, 16, 22, 24), (1,
 ALWAYS = 2**30
 
 
-def plan(layout: cuda.Layout, at_once: int, eights: bool, most: int = ALWAYS) -> list[int]:
-    """Return a layout's plan with another number of rows at once, another way to unpack, and rows from which it is unpacked."""
+def plan(layout: cuda.Layout, at_once: int, most: int = ALWAYS) -> list[int]:
+    """Return a layout's plan with another number of rows at once, and up to which it is not unpacked."""
     own = layout.plan
-    return [*own[:7], most, own[8], at_once, *own[10:14], int(eights), *own[15:]]
+    return [*own[:7], most, own[8], at_once, *own[10:]]
 
 
 def product(layout: cuda.Layout, x: torch.Tensor, numbers: list[int], bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,14 +66,6 @@ def product(layout: cuda.Layout, x: torch.Tensor, numbers: list[int], bias: torc
         return cuda.matvec(layout, x, bias)
     y: torch.Tensor = layout.product(x, layout.data, layout.starts, numbers, bias)
     return y
-
-
-def unpack(layout: cuda.Layout, numbers: list[int]) -> torch.Tensor:
-    """Unpack by a plan."""
-    if layout.product is None:
-        return cuda.unpack(layout)
-    dense: torch.Tensor = torch.ops.losa_cuda_decode.expand(layout.data, layout.starts, numbers)
-    return dense
 
 
 def divided(layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, way: Division) -> torch.Tensor:
@@ -130,14 +120,14 @@ def check_products(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, 
         weight = make.sparse(rows, columns, density, dtype)
         layout, where = cuda.pack_rows(weight), f"{rows} x {columns}, {density:.0%} kept"
         [W] = wide(weight)
-        yield f"{where}, unpacked", unpack(layout, plan(layout, 8, True)), W, np.zeros(W.shape)
+        yield f"{where}, unpacked", cuda.unpack(layout), W, np.zeros(W.shape)
         for batch, shift, at_once in itertools.product(BATCHES, (0, 1), (16, 32)):
             if shift and batch not in (9, 32):
                 continue
             x = make.normal(batch, columns, dtype=dtype, shift=shift)
             bias = make.normal(rows, dtype=dtype, shift=shift) if batch % 2 else None
             expected, allowed = _bounds(weight, x, bias, dtype)
-            found = product(layout, x, plan(layout, at_once, True), bias)
+            found = product(layout, x, plan(layout, at_once), bias)
             yield f"{where}, batch {batch} by {at_once}, shift {shift}", found, expected, allowed
 
 
@@ -147,7 +137,7 @@ def check_codes(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, int
         codes, scales = quantise.quantise_rows(make.sparse(rows, columns, density, torch.float32), bits)
         layout = cuda_coded.pack_codes(codes, scales, bits, dtype)
         [W] = wide(quantise.dequantise_rows(codes, scales).float().to(dtype))
-        found = unpack(layout, plan(layout, 8, True))
+        found = cuda.unpack(layout)
         yield f"{rows} x {columns}, {density:.0%} kept, {bits} bits", found, W, np.zeros(W.shape)
 
 
@@ -178,13 +168,13 @@ def check_joined(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
     assert stacked is not None
     whole = torch.cat(weights)
     expected, allowed = _bounds(whole, x, None, dtype)
-    numbers = plan(stacked, 32, True)
+    numbers = plan(stacked, 32)
     first = product(stacked, x, numbers)
     yield "joined", first, expected, allowed
     if x.is_cuda:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y, dense = product(stacked, x, numbers), unpack(stacked, numbers)
+            y, dense = product(stacked, x, numbers), cuda.unpack(stacked)
         y.fill_(float("nan"))
         dense.fill_(float("nan"))
         graph.replay()
@@ -230,11 +220,11 @@ def time_block(name: str, sparsity: str, dtype: torch.dtype, device: torch.devic
     ]
     layouts = [cuda.pack_rows(weight) for weight in weights]
     print(f"{name}, {sparsity} %, µs of one block's products; ratio: dense / the faster of 16 and 32 at once")
-    print(f"{'rows':>6}{'8 at once':>11}{'16':>9}{'32':>9}{'unpacked':>10}{'by eights':>11}{'dense':>9}{'ratio':>8}")
+    print(f"{'rows':>6}{'8 at once':>11}{'16':>9}{'32':>9}{'unpacked':>10}{'dense':>9}{'ratio':>8}")
     last = 0
     for count in rows:
         xs = [torch.randn(count, width, device=device, dtype=dtype) for _, width in shapes] * blocks
-        ways = [(8, False, ALWAYS), (16, False, ALWAYS), (32, False, ALWAYS), (8, False, 0), (8, True, 0)]
+        ways = [(8, ALWAYS), (16, ALWAYS), (32, ALWAYS), (8, 0)]
         found = [
             _microseconds(
                 [partial(product, own, x, plan(own, *way)) for own, x in zip(layouts, xs, strict=True)], device
@@ -244,11 +234,11 @@ def time_block(name: str, sparsity: str, dtype: torch.dtype, device: torch.devic
         found.append(
             _microseconds([partial(functional.linear, x, w) for x, w in zip(xs, weights, strict=True)], device)
         )
-        eight, sixteen, more, unpacked, eights, dense = (us * len(shapes) for us in found)
+        eight, sixteen, more, unpacked, dense = (us * len(shapes) for us in found)
         packed = min(eight, sixteen, more)
-        last = count if packed < min(unpacked, eights) else last
+        last = count if packed < unpacked else last
         print(
-            f"{count:>6}{eight:>11.1f}{sixteen:>9.1f}{more:>9.1f}{unpacked:>10.1f}{eights:>11.1f}{dense:>9.1f}"
+            f"{count:>6}{eight:>11.1f}{sixteen:>9.1f}{more:>9.1f}{unpacked:>10.1f}{dense:>9.1f}"
             f"{dense / min(sixteen, more):>7.2f}×",
             flush=True,
         )
@@ -257,7 +247,7 @@ def time_block(name: str, sparsity: str, dtype: torch.dtype, device: torch.devic
 
 def time_unpacking(name: str, sparsity: str, dtype: torch.dtype, device: torch.device) -> None:
     """Print the µs of unpacking a block's projections: of values, and of codes of 8 and 4 bits."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, float] = {}
     for parts, width, _ in decode.projections(name, joined=True).values():
         weight = decode.sparse(torch.randn(sum(parts), width, device=device, dtype=dtype) / width**0.5, sparsity)
         layouts: dict[str, cuda.Layout] = {"values": cuda.pack_rows(weight)}
@@ -266,12 +256,8 @@ def time_unpacking(name: str, sparsity: str, dtype: torch.dtype, device: torch.d
             layouts[f"int{bits}"] = cuda_coded.pack_codes(codes, scales, bits, dtype)
         for kind, layout in layouts.items():
             # What is unpacked is larger than any cache.
-            times = [
-                _microseconds([partial(unpack, layout, plan(layout, 8, eights))] * 2, device)
-                for eights in (False, True)
-            ]
-            found[kind] = [sum(pair) for pair in zip(found.get(kind, [0.0, 0.0]), times, strict=True)]
-    cells = "; ".join(f"{kind} {today:.0f} today, {eights:.0f} by eights" for kind, (today, eights) in found.items())
+            found[kind] = found.get(kind, 0) + _microseconds([partial(cuda.unpack, layout)] * 2, device)
+    cells = ", ".join(f"{kind} {us:.0f}" for kind, us in found.items())
     print(f"{name}, {sparsity} %, µs to unpack a block: {cells}", flush=True)
 
 
@@ -308,7 +294,7 @@ def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, ro
             plans = choose_rows_plan(*shape), choose_staged_plan(*shape, count)
             ways = {*divisions(layout), *staged(layout, count, 20), *(way for way in plans if way.strips)}
             found = {way: _timed([partial(divided, own, x, y, way) for own in copies], device) for way in ways}
-            today = _microseconds([partial(product, own, x, plan(own, 8, False)) for own in copies], device)
+            today = _microseconds([partial(product, own, x, plan(own, 8)) for own in copies], device)
             best = [
                 sorted((way for way in ways if bool(way.cluster) == new), key=found.__getitem__)[:3]
                 for new in (False, True)

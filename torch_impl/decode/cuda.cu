@@ -60,34 +60,8 @@ struct Values {
     }
 };
 
-// Write the dense weight (rows, columns), one panel per warp.
-__global__ void expand(Layout w, uint16_t* dense) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int panel = blockIdx.x * (blockDim.x / LANES) + warp;
-    unsigned char* mine = memory + warp * (w.slot + SCRATCH);
-    if (panel >= strips(w) * w.panels) return;
-    const int start = w.starts[panel], pieces = w.starts[panel + 1] - start;
-    for (int i = lane; i < pieces; i += LANES)
-        reinterpret_cast<uint4*>(mine)[i] = reinterpret_cast<const uint4*>(w.data)[static_cast<size_t>(start) + i];
-    __syncwarp();
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mine)), counts = at + w.slot;
-    const Share share(lane);
-    count_bits(at, counts, lane);
-    uint32_t values = at + MAP;
-    for (int tile = 0; tile < 16; ++tile) {
-        const int word = tile / 4 * 64 + lane / 8 * 16 + tile % 4 * 4;
-        uint32_t pairs[2];
-        read_quad(pairs[0], pairs[1], load(at + word), load(counts + 4 * tile), values, share);
-        const int row = panel / w.panels * ROWS + tile % 2 * 8 + lane / 4;
-        const int column = panel % w.panels * COLUMNS + tile / 4 * 32 + lane % 4 * 8 + tile / 2 % 2 * 4;
-        for (int j = 0; j < 4; ++j)
-            if (row < w.rows && column + j < w.columns)
-                dense[static_cast<size_t>(row) * w.columns + column + j] = static_cast<uint16_t>(pairs[j / 2] >> (j % 2 * 16));
-    }
-}
-
-// As `expand`, `share` panels per warp, which loads panels ahead.
-__global__ void expand_eights(Layout w, uint16_t* dense, int share_of_warp) {
+// Write the dense weight (rows, columns), `share` panels per warp.
+__global__ void expand(Layout w, uint16_t* dense, int share_of_warp) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int first = (blockIdx.x * (blockDim.x / LANES) + warp) * share_of_warp, count = min(share_of_warp, strips(w) * w.panels - first);
     if (count <= 0) return;
@@ -138,17 +112,8 @@ extern "C" int losa_ending(const void* data, const void* starts, const void* x, 
 
 extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
-    constexpr int WARPS = 4;
-    const int all = (rows + ROWS - 1) / ROWS * panels;
-    expand<<<(all + WARPS - 1) / WARPS, WARPS * LANES, WARPS * (slot + SCRATCH), static_cast<cudaStream_t>(stream)>>>(w, static_cast<uint16_t*>(dense));
-    return cudaGetLastError();
-}
-
-// As losa_expand.
-extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream) {
-    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     constexpr int WARPS = 4, SHARE = 4;
     const int blocks = (strips(w) * panels + WARPS * SHARE - 1) / (WARPS * SHARE);
-    return launch_blocks(expand_eights, w, blocks, WARPS, WARPS * (SLOTS * slot + BARRIERS + SCRATCH), false, static_cast<cudaStream_t>(stream),
+    return launch_blocks(expand, w, blocks, WARPS, WARPS * (SLOTS * slot + BARRIERS + SCRATCH), false, static_cast<cudaStream_t>(stream),
                          static_cast<uint16_t*>(dense), SHARE);
 }

@@ -25,8 +25,6 @@ MOST_ROWS = 64
 to 48 (one H200, gpu_rows)."""
 AT_ONCE = 32
 """Rows of input per reading of a weight: more than 8 by the kernels of cuda_rows.cu and cuda_staged.cu."""
-EIGHTS = True
-"""Whether unpacking writes eight numbers at once: 175 µs for a 7B block at 70 %, without 883 (one H200, gpu_rows)."""
 STAGED = False
 """Whether more than 8 rows are multiplied by the kernel of cuda_staged.cu where the GPU can: not measured yet (gpu_rows)."""
 GATED_WARPS = 16
@@ -105,7 +103,7 @@ class Layout:
             rows_plan = staged if staged.strips else rows_plan
         early = card.early + (card.early and LAUNCH_FIRST)
         numbers = (int(self.dtype == torch.float16), share, early, self.MOST_ROWS, self.code_bits, AT_ONCE)
-        return [*shape, *numbers, *rows_plan, int(EIGHTS), TOGETHER, self._gated_share(card.shared)]
+        return [*shape, *numbers, *rows_plan, TOGETHER, self._gated_share(card.shared)]
 
     def shared(self, warps: int) -> int:
         """Return the shared memory of a block of warps of cuda_decode.h, in bytes."""

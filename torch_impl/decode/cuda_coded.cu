@@ -158,39 +158,6 @@ struct Codes {
     }
 };
 
-// Write the dense weight (rows, columns), one panel per warp.
-template <typename T, int BITS>
-__global__ void expand(Layout w, T* dense) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    const int panel = blockIdx.x * (blockDim.x / LANES) + warp;
-    const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-    if (threadIdx.x < TABLE / 4) store(table + 4 * threadIdx.x, entry<BITS>(threadIdx.x));
-    unsigned char* mine = memory + TABLE + warp * (w.slot + SCRATCH);
-    if (panel < strips(w) * w.panels) {
-        const int start = w.starts[panel], pieces = w.starts[panel + 1] - start;
-        for (int i = lane; i < pieces; i += LANES)
-            reinterpret_cast<uint4*>(mine)[i] = reinterpret_cast<const uint4*>(w.data)[static_cast<size_t>(start) + i];
-    }
-    __syncthreads();
-    if (panel >= strips(w) * w.panels) return;
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
-    Reader<BITS> reader(at, table, lane);
-    for (int octet = 0; octet < 16; ++octet) {
-        if (octet % 4 == 0) reader.take(load(at + 16 * lane + octet));
-        uint32_t quads[2];
-        reader.read(octet % 4, quads[0], quads[1]);
-        const int column = panel % w.panels * COLUMNS + octet / 2 * 32 + lane % 4 * 8 + octet % 2 * 4;
-        for (int i = 0; i < 8; ++i) {
-            const int below = i / 4 * 8 + lane / 4, row = panel / w.panels * ROWS + below;
-            if (row >= w.rows || column + i % 4 >= w.columns) continue;
-            const uint32_t code = quads[i / 4] >> i % 4 * 8 & 255, size = (code & 127) >> (8 - BITS);
-            const uint32_t scales = load(at + MAP + below * 4);
-            const float scale = __half2float(__ushort_as_half(static_cast<unsigned short>(scales >> octet / 8 * 16)));
-            narrow((code & 128 ? -scale : scale) * static_cast<float>(size), dense[static_cast<size_t>(row) * w.columns + column + i % 4]);
-        }
-    }
-}
-
 // Two numbers: the codes i and i + 1 of a quad times the row's scale, rounded once.
 template <typename T, int BITS>
 __device__ __forceinline__ uint32_t widen_pair(uint32_t codes, int i, float scale) {
@@ -205,9 +172,9 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t codes, int i, float scal
     return pair;
 }
 
-// As `expand`, `share` panels per warp, which loads panels ahead and writes eight neighbouring numbers at once.
+// Write the dense weight (rows, columns), `share` panels per warp.
 template <typename T, int BITS>
-__global__ void expand_eights(Layout w, T* dense, int share_of_warp) {
+__global__ void expand(Layout w, T* dense, int share_of_warp) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int first = (blockIdx.x * (blockDim.x / LANES) + warp) * share_of_warp, count = min(share_of_warp, strips(w) * w.panels - first);
     const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
@@ -248,17 +215,9 @@ __global__ void expand_eights(Layout w, T* dense, int share_of_warp) {
 
 template <typename T, int BITS>
 int expand_to(const Layout& w, void* dense, cudaStream_t stream) {
-    constexpr int WARPS = 4;
-    const int all = strips(w) * w.panels;
-    expand<T, BITS><<<(all + WARPS - 1) / WARPS, WARPS * LANES, TABLE + WARPS * (w.slot + SCRATCH), stream>>>(w, static_cast<T*>(dense));
-    return cudaGetLastError();
-}
-
-template <typename T, int BITS>
-int expand_eights_to(const Layout& w, void* dense, cudaStream_t stream) {
     constexpr int WARPS = 4, SHARE = 2;
     const int blocks = (strips(w) * w.panels + WARPS * SHARE - 1) / (WARPS * SHARE);
-    return launch_blocks(expand_eights<T, BITS>, w, blocks, WARPS, TABLE + WARPS * (SLOTS * w.slot + BARRIERS + SCRATCH), false, stream,
+    return launch_blocks(expand<T, BITS>, w, blocks, WARPS, TABLE + WARPS * (SLOTS * w.slot + BARRIERS + SCRATCH), false, stream,
                          static_cast<T*>(dense), SHARE);
 }
 
@@ -283,19 +242,10 @@ extern "C" int losa_ending_coded(const void* data, const void* starts, const voi
     return call(ending, w, x, bias, y, batch, share, overlap, around, static_cast<cudaStream_t>(stream));
 }
 
-extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
-                                 int bits, void* stream) {
+extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
+                                        int half, int bits, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const auto call = half ? (bits == 8 ? expand_to<__half, 8> : expand_to<__half, 4>)
                            : (bits == 8 ? expand_to<__nv_bfloat16, 8> : expand_to<__nv_bfloat16, 4>);
-    return call(w, dense, static_cast<cudaStream_t>(stream));
-}
-
-// As losa_expand_coded.
-extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
-                                        int half, int bits, void* stream) {
-    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
-    const auto call = half ? (bits == 8 ? expand_eights_to<__half, 8> : expand_eights_to<__half, 4>)
-                           : (bits == 8 ? expand_eights_to<__nv_bfloat16, 8> : expand_eights_to<__nv_bfloat16, 4>);
     return call(w, dense, static_cast<cudaStream_t>(stream));
 }

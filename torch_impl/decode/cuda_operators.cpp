@@ -21,7 +21,6 @@ extern "C" int losa_ending(const void* data, const void* starts, const void* x, 
                            int slot, int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
                            const void* gain, void* stream);
 extern "C" int losa_expand(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
-extern "C" int losa_expand_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
 // In cuda_rows.cu.
 extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                 int panels, int slot, int half, int batch, int strips, int share, int groups, int overlap, void* stream);
@@ -36,8 +35,6 @@ extern "C" int losa_ending_coded(const void* data, const void* starts, const voi
                                  const void* gain, void* stream);
 extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
                                  int bits, void* stream);
-extern "C" int losa_expand_coded_eights(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
-                                        int half, int bits, void* stream);
 
 namespace {
 
@@ -45,17 +42,16 @@ constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says mor
 
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
-// per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups, or, if cluster is not 0, by that of cuda_staged.cu. eights:
-// unpack by eight numbers. together: strips per block for up to BATCH rows. gated: panels
-// per warp of a gated product, or 0.
+// per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups, or, if cluster is not 0, by that of cuda_staged.cu. together:
+// strips per block for up to BATCH rows. gated: panels per warp of a gated product, or 0.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, eights, together, gated;
+  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, together, gated;
 
   explicit Plan(at::IntArrayRef n) {
-    TORCH_CHECK_VALUE(n.size() == 17, "plan has ", n.size(), " numbers; allowed: 17");
+    TORCH_CHECK_VALUE(n.size() == 16, "plan has ", n.size(), " numbers; allowed: 16");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
     rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
-    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), eights = at(14), together = at(15), gated = at(16);
+    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), together = at(14), gated = at(15);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -72,10 +68,8 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
-  const auto coded = plan.eights ? losa_expand_coded_eights : losa_expand_coded;
-  const auto values = plan.eights ? losa_expand_eights : losa_expand;
-  check_launch(plan.bits ? coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
-                         : values(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
+  check_launch(plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
+                         : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
                "losa_expand");
   return dense;
 }
