@@ -347,7 +347,8 @@ def test_a_damaged_part_is_named_by_every_reader(compensated: Path, tmp_path: Pa
 
 
 def test_what_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = str(tmp_path / "out")
+    out, empty = str(tmp_path / "out"), tmp_path / "empty.txt"
+    empty.touch()
     for words, message in (
         (["--values", "int9"], "values is 'int9'; allowed: same, int2, int3, int4, int5, int6, int7, int8, mixed"),
         (["--values", "mixed"], "values is 'mixed', whose bits are chosen on calibration text; give calibration text"),
@@ -364,6 +365,7 @@ def test_what_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ),
         (["--values", "int8", "--unpack"], "values is int8 and has no effect with --unpack; leave it out"),
         (["--values", "int4", "--calibration_data", "no such"], "no such is 'calibration_data'"),
+        (["--values", "int4", "--calibration_data", str(empty)], f"calibration_data is '{empty}', which holds no text"),
     ):
         assert pack.main([str(plain), out, *words]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}") or "no such" in words

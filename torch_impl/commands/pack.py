@@ -103,7 +103,7 @@ def _rounding(options: argparse.Namespace) -> Rounding | None:
         _checks.count("seqlen", text["seqlen"])
         _checks.count("seed", text["seed"], 0, most=2**63 - 1)
         tokenizer = pretrained.load_tokenizer(options.model, options.trust_remote_code)
-        ids = windows_of(options.calibration_data, tokenizer, **text)
+        ids = windows_of(options.calibration_data, tokenizer, **text, name="calibration_data")
     return Rounding(options.values, ids, mean_bits, bits_by=bits_by)
 
 

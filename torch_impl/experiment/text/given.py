@@ -26,17 +26,22 @@ FORMS = "token ids (n, t), a list of texts or records, a data set, or the name o
 
 
 def windows_of(
-    given: Any, tokenizer: PreTrainedTokenizerBase | None, nsamples: int, seqlen: int, seed: int
+    given: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    name: str = "calibration",
 ) -> torch.Tensor:
     """Calibration windows, token ids (n, t): token ids as they are; otherwise nsamples windows of seqlen tokens of the text.
 
-    Errors: TypeError or ValueError naming `calibration` and what is wrong with it.
+    Errors: TypeError or ValueError with `name` and what is wrong.
     """
-    if (ids := _token_ids(given, "calibration")) is not None:
+    if (ids := _token_ids(given, name)) is not None:
         if len(ids) < 2:
-            raise ValueError(f"calibration has shape {tuple(ids.shape)}; give 2 or more sequences")
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}; give 2 or more sequences")
         return ids
-    documents = _documents(given, "calibration", tokenizer, "train").documents
+    documents = _documents(given, name, tokenizer, "train").documents
     assert tokenizer is not None
     return calibration_windows(documents, tokenizer, nsamples, seqlen, seed)
 
