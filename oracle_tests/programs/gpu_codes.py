@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from oracle_tests import tolerances
 from oracle_tests.poison import poisoned
-from oracle_tests.programs.gpu_kernels import Case, Maker, Worst, wide
+from oracle_tests.programs.gpu_kernels import HEADING, Case, Maker, Worst, wide
 from torch_impl import quantise
 from torch_impl.bench import decode, int4
 from torch_impl.bench.measure import graphed
@@ -150,7 +150,7 @@ def check_stacked(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[Case]:
 def check_all(device: torch.device, shapes: Sequence[tuple[int, int]]) -> bool:
     """Print a line for each dtype and number of bits; return whether all are right."""
     right = True
-    print(f"{'dtype':<10}{'bits':>5}{'cases':>7}{'error':>11}{'bound':>11}  where the error is closest to its bound")
+    print(HEADING)
     for dtype, bits in itertools.product(cuda.DTYPES, BITS):
         worst, make = Worst(), Maker(device)
         with poisoned():
@@ -165,13 +165,7 @@ def check_all(device: torch.device, shapes: Sequence[tuple[int, int]]) -> bool:
                 known = np.isfinite(allowed)
                 finite = torch.where(torch.from_numpy(known).to(found.device), found, 0)
                 worst.add((where, finite, np.where(known, expected, 0), np.where(known, allowed, 0)))
-        right &= worst.share <= 1
-        said = "" if worst.share <= 1 else "  OUTSIDE"
-        kind = str(dtype).removeprefix("torch.")
-        print(
-            f"{kind:<10}{bits:>5}{worst.cases:>7}{worst.error:>11.2e}{worst.bound:>11.2e}  {worst.where}{said}",
-            flush=True,
-        )
+        right &= worst.report(f"{bits} bits", dtype)
     return right
 
 

@@ -228,6 +228,9 @@ CHECKS: dict[str, tuple[Check, list[torch.dtype]]] = {
 }
 
 
+HEADING = f"{'check':<14}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound"
+
+
 @dataclass
 class Worst:
     """The error closest to its bound, over all cases so far."""
@@ -255,6 +258,13 @@ class Worst:
             self.share, self.error, self.bound = float(share[place]), float(error[place]), float(allowed[place])
             self.where = f"{where}, entry {tuple(map(int, place))}"
 
+    def report(self, check: str, dtype: torch.dtype) -> bool:
+        """Print the line of a check under `HEADING`; return whether all errors are within their bounds."""
+        kind, right = str(dtype).removeprefix("torch."), self.share <= 1
+        figures = f"{self.cases:>6}{self.error:>11.2e}{self.bound:>11.2e}"
+        print(f"{check:<14}{kind:<10}{figures}  {self.where}{'' if right else '  OUTSIDE'}", flush=True)
+        return right
+
 
 def run(name: str, dtype: torch.dtype, device: torch.device, small: bool) -> Worst:
     """Run all cases of one kernel and dtype."""
@@ -276,18 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     if not built:
         print(f"losa_expand, losa_matvec: {cuda.available()[1]}")
-    print(f"{'kernel':<14}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound")
+    print(HEADING)
     right = built
     for name, (_, dtypes) in CHECKS.items():
         for dtype in dtypes:
-            worst = run(name, dtype, device, options.small)
-            right &= worst.share <= 1
-            said = "" if worst.share <= 1 else "  OUTSIDE"
-            kind = str(dtype).removeprefix("torch.")
-            print(
-                f"{name:<14}{kind:<10}{worst.cases:>6}{worst.error:>11.2e}{worst.bound:>11.2e}  {worst.where}{said}",
-                flush=True,
-            )
+            right &= run(name, dtype, device, options.small).report(name, dtype)
     return int(not right)
 
 
