@@ -10,38 +10,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oracle_tests.small_runs import arguments, make_place, watched_windows
+from oracle_tests.small_comparisons import FILE, words
+from oracle_tests.small_runs import make_place, watched_windows
 from torch_impl.commands import compare
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.baselines.decoding import DecodingCost
 from torch_impl.experiment.baselines.structured import kept_parameters
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.comparison.matrix import Cell
-from torch_impl.experiment.comparison.results import Outcome, Results
+from torch_impl.experiment.comparison.results import Results
 from torch_impl.experiment.planning import dry_run
 from torch_impl.experiment.text import written
-
-FILE = """
-[[matrix]]
-sparsity = [0.5]
-recipes = ["none", "sparse_lora", "losa"]
-learning_rates = [1e30, 1e-2]
-[recipes.broken]
-options = { steps = 3, finetune = false, step_shares = [0.5, 0.25, 0.25] }
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("compare"))
-
-
-def words(place: Path, text: str = FILE, **changes: object) -> list[str]:
-    """Words of a small comparison."""
-    (place / "some.toml").write_text(text)
-    given = {"output_dir": None, "learning_rate": None, "output": place / "out", "steps": None, **changes}
-    given |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    return [str(place / "some.toml"), *arguments(place, **given)]
 
 
 def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,37 +157,6 @@ def test_a_model_is_loaded_once(place: Path, tmp_path: Path, monkeypatch: pytest
     later = [key for key, outcome in alone.items() if outcome.labels["seed"] == "1"]
     assert len(later) == 2
     assert all(together[key].losses == alone[key].losses for key in later)
-
-
-def test_the_last_of_several_processes_writes_the_tables(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process has claimed a run, then dies; the command is started again."""
-    out, text = tmp_path / "out", FILE.replace('"none", "sparse_lora", "losa"', '"none"')
-
-    def make(cell: Cell, material: cells.Material) -> cells.Trained:
-        if cell.recipe.name == "none":
-            raise RuntimeError("no memory")
-        return cells.Trained(material.model, False, 0, 0, {}, {})
-
-    monkeypatch.setattr(cells, "make", make)
-    given = words(place, text, output=out)
-    keys: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(cells.Workshop, "run", lambda _, cell: keys.append(cell.key) or Outcome(cell.labels, "diverged"))
-        assert compare.main([*given[:1], *words(place, text, output=tmp_path / "other")[1:]]) == 0
-    capsys.readouterr()
-    with Results(out).claim(keys[-1]) as mine:
-        assert mine
-        assert compare.main(given) == 0
-        assert "1 runs are under way in other processes, which will write the tables" in capsys.readouterr().out
-        assert not (out / "tables.md").exists()
-    assert compare.main(given) == 2
-    captured = capsys.readouterr()
-    assert "error: 1 runs failed" in captured.err
-    assert "RuntimeError: no memory" in captured.out
-    assert (out / "tables.md").exists()
-    assert not list((out / ".claims").iterdir())
 
 
 def test_peaks_are_in_gib_and_parts_that_take_no_time_are_left_out(

@@ -562,13 +562,47 @@ def test_results_survive_without_their_cells(tmp_path: Path) -> None:
     comparison = read(tmp_path)
     groups, results = done(tmp_path, comparison)
     keys = [cell.key for group in groups[0] for cell in running.cells_of(group, results)]
-    found = results.collect(keys)
+    found = {key: results.get(key) for key in keys}
+    results.collect()
     for file in (tmp_path / "cells").iterdir():
         file.unlink()
     again = Results(tmp_path)
-    assert {key: again.get(key) for key in keys} == found
-    assert set(again.collect([])) == set()
-    assert Results(tmp_path).get(keys[0]) is not None, "runs of other comparisons stay"
+    assert {key: again.get(key) for key in keys} == found == again.together()
+    again.put("other", Outcome({}, DIVERGED))
+    Results(tmp_path).collect()
+    assert Results(tmp_path).together().keys() == {*keys, "other"}, "runs that others did meanwhile count"
+
+
+def test_results_of_several_folders(tmp_path: Path) -> None:
+    """Those of the first folder count most, but a failure never counts more than a result. Reading changes no other folder."""
+    own, second, third = (Results(tmp_path / name) for name in ("own", "second", "third"))
+    for folder, outcomes in (
+        (own, {"a": DIVERGED, "b": FAILED, "c": FAILED}),
+        (second, {"a": "done", "b": "done", "d": "done", "e": FAILED}),
+        (third, {"d": DIVERGED, "e": DIVERGED, "f": FAILED}),
+    ):
+        for key, status in outcomes.items():
+            folder.put(key, Outcome({"of": folder.folder.name}, status))
+    second.collect()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json") if path.parts[-2] != "own"}
+    for _ in range(2):
+        merged = Results(own.folder, [second.folder, third.folder])
+        found = {key: merged.get(key) for key in "abcdef"}
+        assert {key: (outcome.labels["of"], outcome.status) for key, outcome in found.items() if outcome} == {
+            "a": ("own", DIVERGED), "b": ("second", "done"), "c": ("own", FAILED), "d": ("second", "done"),
+            "e": ("third", DIVERGED), "f": ("third", FAILED),
+        }  # fmt: skip
+        merged.collect()
+        assert own.together() == found
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_processes_that_do_parts_choose_one_learning_rate(tmp_path: Path) -> None:
+    """Those of the second seed wait for the runs of the first, which choose it."""
+    whole, second = (groups_of(read(tmp_path), *only) for only in ((), ("seed=1",)))
+    kept = [group for group in whole[0] if 1 in group.seeds or group.recipe.treatment == "dense"]
+    assert [g.tuning() for g in second[0]] == [g.tuning() for g in kept]
+    assert any(g.tuning() and g.seeds == (1,) and g.tuning()[0].seed == 0 for g in second[0])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"labels": {}}', '{"labels": {}, "status": "done", "colour": 1}'])

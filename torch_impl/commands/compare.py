@@ -24,6 +24,7 @@ from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Comparison, Group
 from torch_impl.experiment.comparison.recipes import DENSE
 from torch_impl.experiment.comparison.results import Results
+from torch_impl.experiment.comparison.rows import row_of
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import dry_run
 
@@ -52,7 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--keep_models", action="store_true", help="Save each run's model in FOLDER/models; not baselines.")
     add("--dry_run", action="store_true", help="Check everything, list the runs and stop.")
-    add("--tables", type=Path, metavar="FOLDER", help="Write the tables of the results in FOLDER again; run nothing.")
+    add(
+        "--tables",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="Write the tables of the results in FOLDER again, with what further FOLDERs add; run nothing.",
+    )
     return parser
 
 
@@ -68,13 +75,17 @@ def main(arguments: Sequence[str]) -> None:
     if own.data is not None and not own.data.is_dir():
         raise ValueError(f"data {own.data} is not a folder; give the one with models and texts")
     comparison = reading.read(reading.find(file), options, own.data, own.seeds, own.learning_rates)
-    groups = reading.select([comparison.groups(matrix) for matrix in comparison.matrices], own.only)
+    everything = [comparison.groups(matrix) for matrix in comparison.matrices]
+    groups = reading.select(everything, own.only)
     flat = [group for of_matrix in groups for group in of_matrix]
-    shown = shlex.join(["losa", "compare", Path(file).name, *_shown(words)])
+    # The tables are of all runs, also of those of other processes that do another part.
+    part = own.only if own.tables else [word for word in own.only if word.startswith("learning_rate=")]
+    shown = shlex.join(["losa", "compare", Path(file).name, *_shown(words), *(["--only", *part] if part else [])])
     if own.tables is not None:
-        if not own.tables.is_dir():
-            raise ValueError(f"tables {own.tables} is not a folder; give the one with the results")
-        _report(comparison, groups, Results(own.tables), shown)
+        for folder in own.tables:
+            if not folder.is_dir():
+                raise ValueError(f"tables {folder} is not a folder; give the one with the results")
+        _report(comparison, groups, Results(own.tables[0], own.tables[1:]), shown)
         return
     work = running.slots(flat)
     check(flat)
@@ -89,7 +100,8 @@ def main(arguments: Sequence[str]) -> None:
         # The last to end writes the tables: several processes would write the same files.
         say(f"{elsewhere} runs are under way in other processes, which will write the tables into {results.folder}")
         return
-    if failed := _report(comparison, groups, results, shown):
+    _report(comparison, reading.select(everything, part), results, shown)
+    if failed := sum(len(row_of(group, results).failed) for group in flat):
         raise RuntimeError(f"{failed} runs failed; see the last table, and run the command again to try them again")
 
 
@@ -104,7 +116,7 @@ def _shown(words: Sequence[str]) -> list[str]:
     skipping = False
     for word in words:
         if word.startswith("--"):
-            skipping = word.partition("=")[0] in ("--output", "--tables", "--data", "--device")
+            skipping = word.partition("=")[0] in ("--only", "--output", "--tables", "--data", "--device")
         if not skipping:
             found.append(Path(word).name if "/" in word else word)
     return found
@@ -136,22 +148,21 @@ def check(groups: Sequence[Group]) -> None:
     dry_run.check(different.values())
 
 
-def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, shown: str) -> int:
-    """Write tables and curves of the results that there are; print the tables. Return the number of failed runs."""
-    cells = [cell for of_matrix in groups for group in of_matrix for cell in running.cells_of(group, results)]
-    results.collect([cell.key for cell in cells])
+def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, shown: str) -> None:
+    """Write tables and curves of the results that there are; print the tables."""
     results.folder.mkdir(parents=True, exist_ok=True)
-    found = document.sections(comparison, groups, results, shown)
-    try:
-        pictures = curves.draw(results.folder, found)
-    except ImportError:
-        logger.warning('curves need matplotlib: pip install "losa-oracle[report]"')
-        pictures = {}
-    text = document.markdown(found, pictures)
-    (results.folder / "tables.md").write_text(text + "\n", encoding="utf-8")
-    page.write(results.folder / "tables.html", comparison.title, found, pictures)
+    with results.alone():
+        results.collect()
+        found = document.sections(comparison, groups, results, shown)
+        try:
+            pictures = curves.draw(results.folder, found)
+        except ImportError:
+            logger.warning('curves need matplotlib: pip install "losa-oracle[report]"')
+            pictures = {}
+        text = document.markdown(found, pictures)
+        (results.folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+        page.write(results.folder / "tables.html", comparison.title, found, pictures)
     say(text)
-    return sum(len(row.failed) for section in found for row in section.rows)
 
 
 if __name__ == "__main__":

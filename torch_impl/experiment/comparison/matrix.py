@@ -118,18 +118,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """One recipe at one choice of the varied options: a row of a table. rates: none if nothing is trained."""
+    """One recipe at one choice of the varied options: a row of a table.
+
+    rates: none if nothing is trained. tuning_seed: that learning rates are chosen with, whatever part of the seeds is run.
+    """
 
     recipe: Recipe
     varied: tuple[tuple[str, str], ...]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    tuning_seed: int
     base: Cell
     _cells: dict[tuple[int, float | None, bool], Cell] = field(default_factory=dict, compare=False, repr=False)
 
     def tuning(self) -> list[Cell]:
-        """Return the runs to choose a learning rate by, with the first seed; none if there is no choice."""
-        return [self._cell(self.seeds[0], rate, final=False) for rate in self.rates] if len(self.rates) > 1 else []
+        """Return the runs to choose a learning rate by; none if there is no choice."""
+        return [self._cell(self.tuning_seed, rate, final=False) for rate in self.rates] if len(self.rates) > 1 else []
 
     def final(self, seed: int, rate: float | None) -> Cell:
         """Return the run that is reported with a seed. Without tasks and speed, one of them is a run of `tuning`."""
@@ -213,7 +217,7 @@ class Comparison:
         rates = (recipe.learning_rates or matrix.rates) if config.training.finetune else ()
         rates = rates or ((config.training.learning_rate,) if config.training.finetune else ())
         base = Cell(recipe, varied, 0, None, config, measures, self._finetunes, final=True)
-        return Group(recipe, varied, rates, matrix.seeds, base)
+        return Group(recipe, varied, rates, matrix.seeds, matrix.seeds[0], base)
 
     @property
     def _finetunes(self) -> bool:
@@ -278,5 +282,5 @@ def _dense(groups: Sequence[Group]) -> list[Group]:
         varied = tuple((name, value) for name, value in group.varied if name in OF_DENSE)
         recipe = Recipe(DENSE, "dense", DENSE, {})
         cell = dataclasses.replace(group.base, recipe=recipe, varied=varied)
-        found.setdefault(cell.key, Group(recipe, varied, (), group.seeds[:1], cell))
+        found.setdefault(cell.key, Group(recipe, varied, (), group.seeds[:1], group.tuning_seed, cell))
     return list(found.values())

@@ -1,11 +1,11 @@
-"""The folder of a comparison: a file per cell, each written at once, and results.json with all of them."""
+"""The folder of a comparison: a file per cell, each written at once, and results.json with all of them, which is enough."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -58,19 +58,24 @@ class Outcome:
 
 
 class Results:
-    """The outcomes in a folder, by the key of the cell. Several processes share a folder by claims."""
+    """The outcomes in a folder, by the key of the cell. Several processes share a folder by claims.
 
-    def __init__(self, folder: Path) -> None:
+    others: folders whose outcomes count too, if the cell has none here.
+    """
+
+    def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
         self.folder = folder
         self._finished: dict[str, Outcome] = {}
-        self._earlier = self.together()
+        self._earlier = _merged([*(Results(other).everything() for other in reversed(others)), self.together()])
 
     def get(self, key: str) -> Outcome | None:
         """Return the outcome of a cell; None if it has not run. Errors: ValueError naming a file that is no outcome."""
         if key in self._finished:
             return self._finished[key]
         path = self.folder / CELLS / f"{key}.json"
-        found = _outcome(path, _read(path)) if path.is_file() else self._earlier.get(key)
+        cell = {key: _outcome(path, _read(path))} if path.is_file() else {}
+        earlier = {key: self._earlier[key]} if key in self._earlier else {}
+        found = _merged([earlier, cell]).get(key)
         if found is not None and found.finished:
             self._finished[key] = found
         return found
@@ -109,18 +114,40 @@ class Results:
         folder = self.folder / CLAIMS
         return len(os.listdir(folder)) if folder.is_dir() else 0
 
-    def collect(self, keys: Iterable[str]) -> dict[str, Outcome]:
-        """Return the outcomes of these cells that there are, and write them into results.json."""
-        found = {key: outcome for key in keys if (outcome := self.get(key)) is not None}
-        together = self.together() | found
-        if together:
-            write_json(self.folder / ALL, {key: asdict(outcome) for key, outcome in sorted(together.items())})
-        return found
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process writes what is made of all outcomes: results.json, tables and curves."""
+        place = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(place)
+
+    def collect(self) -> None:
+        """Write all outcomes into results.json."""
+        self._earlier = self.everything()
+        if self._earlier:
+            write_json(self.folder / ALL, {key: asdict(outcome) for key, outcome in sorted(self._earlier.items())})
+
+    def everything(self) -> dict[str, Outcome]:
+        """Return all outcomes, of whatever comparison they are."""
+        files = sorted((self.folder / CELLS).glob("*.json"))
+        cells = {file.stem: _outcome(file, _read(file)) for file in files}
+        return _merged([self._earlier, self.together(), cells])
 
     def together(self) -> dict[str, Outcome]:
         """Return the outcomes in results.json."""
         path = self.folder / ALL
         return {key: _outcome(path, value) for key, value in _read(path).items()} if path.is_file() else {}
+
+
+def _merged(parts: Iterable[Mapping[str, Outcome]]) -> dict[str, Outcome]:
+    """Merge outcomes by key: later ones count, but a failure never counts more than a result."""
+    found: dict[str, Outcome] = {}
+    for part in parts:
+        found |= {key: new for key, new in part.items() if new.finished or key not in found or not found[key].finished}
+    return found
 
 
 def _read(path: Path) -> Any:
