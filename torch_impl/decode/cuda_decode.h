@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
         if constexpr (ENDING == ADDED) {
             T total;
             narrow(widen_bits(before) + rounded<T>(sum + own_bias), total);
-            memcpy(around.total + place, &total, sizeof(total));
+            // Not by memcpy: stored by bytes, the lower one is wrong, since ptxas converts the number to an integer (CUDA 13.0).
+            reinterpret_cast<T*>(around.total)[place] = total;
             narrow(widen(total) * widen_bits(gain), y[place]);
             square = widen(total) * widen(total);
         }
