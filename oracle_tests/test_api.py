@@ -214,6 +214,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a preset": ({"preset": "worst"}, ValueError, "preset is 'worst'; allowed: paper"),
     "percent": ({"sparsity": 70}, ValueError, "sparsity is 70.0; allowed: 0 up to"),
     "an option": ({"learning_rat": 1.0}, TypeError, "learning_rat is not an option of prune; did you mean learning_rate"),
+    "an argument": ({"sparsty": 0.5}, TypeError, "sparsty is not an option of prune; did you mean sparsity or"),
     "an option of files": ({"output_dir": "x"}, TypeError, "output_dir is not an option of prune"),
     "an argument's other name": ({"prune_method": "wanda"}, TypeError, "prune_method is given by the argument method"),
     "a value": ({"steps": "many"}, ValueError, "steps"),

@@ -29,7 +29,7 @@ from torch.nn import functional
 from oracle_tests import tolerances
 from oracle_tests.poison import poisoned
 from oracle_tests.programs.gpu_eager import library
-from oracle_tests.programs.gpu_kernels import Case, Maker, Worst, wide
+from oracle_tests.programs.gpu_kernels import HEADING, Case, Maker, Worst, wide
 from torch_impl import quantise
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
@@ -186,7 +186,7 @@ def check_all(device: torch.device, small: bool) -> bool:
     """Print a line for each dtype and check; return whether all are right."""
     right = True
     shapes = SHAPES[1:3] if small else SHAPES
-    print(f"{'check':<11}{'dtype':<10}{'cases':>6}{'error':>11}{'bound':>11}  where the error is closest to its bound")
+    print(HEADING)
     checks: dict[str, Callable[[Maker, torch.dtype], Iterator[Case]]] = {
         "products": lambda make, dtype: check_products(make, dtype, shapes),
         "codes": lambda make, dtype: check_codes(make, dtype, shapes),
@@ -198,13 +198,7 @@ def check_all(device: torch.device, small: bool) -> bool:
         with poisoned():
             for case in check(Maker(device), dtype):
                 worst.add(case)
-        right &= worst.share <= 1
-        said = "" if worst.share <= 1 else "  OUTSIDE"
-        kind = str(dtype).removeprefix("torch.")
-        print(
-            f"{name:<11}{kind:<10}{worst.cases:>6}{worst.error:>11.2e}{worst.bound:>11.2e}  {worst.where}{said}",
-            flush=True,
-        )
+        right &= worst.report(name, dtype)
     return right
 
 

@@ -43,7 +43,7 @@ def _check_names(options: Iterable[str]) -> None:
         if name in OWN:
             raise TypeError(f"{name} is given by the argument {OWN[name]}")
         if name not in allowed:
-            raise TypeError(f"{name} is not an option of prune{closest(name, allowed)}")
+            raise TypeError(f"{name} is not an option of prune{closest(name, allowed | {*OWN.values(), 'preset'})}")
 
 
 def configuration(
