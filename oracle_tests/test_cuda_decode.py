@@ -169,7 +169,7 @@ def test_a_plan_is_of_the_layout() -> None:
     assert layout.plan[:5] == [40, 300, 3, layout.slot, 1]
     assert layout.plan[5:] == [
         1,
-        int(Card.of(weight.device).early),
+        Card.of(weight.device).early * (1 + cuda.LAUNCH_FIRST),
         cuda.MOST_ROWS,
         0,
         cuda.AT_ONCE,
