@@ -30,7 +30,7 @@ from torch_impl.engine.settings import PruneConfig, Settings
 from torch_impl.experiment import offloaded_job
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.material import load_material
-from torch_impl.experiment.planning import checks, dry_run, phases
+from torch_impl.experiment.planning import checks, dry_run, parts, phases
 from torch_impl.experiment.planning.parts import Parts, Place
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.experiment.sweeps import Sweeps
@@ -217,7 +217,7 @@ def test_auto_leaves_on_disk_what_does_not_fit(
 ) -> None:
     config = parse(arguments(place, **PLAIN))
     assert not dry_run.offloads(config)
-    monkeypatch.setattr(phases, "free_bytes", lambda device: 10**5)
+    monkeypatch.setattr(parts, "free_bytes", lambda device: 10**5)
     assert dry_run.offloads(config)
     assert not dry_run.offloads(parse(arguments(place, **PLAIN, offload="off")))
     assert not dry_run.offloads(parse(arguments(place))), "training needs the whole model"
