@@ -102,14 +102,44 @@ def test_results_and_readme_have_the_figures_of_the_runs() -> None:
     assert readme.count(f" {both:.1f} |") >= 3
 
 
-def test_the_best_recipes_accuracy_is_that_of_the_runs() -> None:
+def cells(run: dict[str, Any]) -> str:
+    """Perplexities on both texts and the mean accuracy in percent of a run, as cells of a table."""
+    texts = [math.exp(statistics.fmean(run["losses"][text])) for text in ("WikiText-2", "C4")]
+    return " | ".join(
+        f"{value:.1f}" if value < 1000 else f"{value:.0f}" for value in (*texts, 100 * run["zero_shot"]["mean"])
+    )
+
+
+def test_zero_shot_accuracies_are_those_of_the_runs() -> None:
     found = json.loads((ROOT / "docs" / "results" / "smollm2" / "results.json").read_text()).values()
-    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    names = {None: "dense", "0.5": "50 % (lower rates)", "0.6": "60 %", "2:4": "2:4 (lower rates)"}
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
+    sizes = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
+    recipes = {
+        "none": "pruned at once", "sora": "SoRA", "sparse_lora": "sparse LoRA", "lora": "LoRA", "losa": "LoSA as in the paper",
+        "best": "best recipe", "best_low": "best recipe, lower rates",
+    }  # fmt: skip
     for run in found:
-        texts = [math.exp(statistics.fmean(run["losses"][text])) for text in ("WikiText-2", "C4")]
-        figures = " | ".join(f"{value:.1f}" for value in (*texts, 100 * run["zero_shot"]["mean"]))
-        assert f"| {names[run['labels'].get('sparsity')]} | {figures} |" in results
+        labels = run["labels"]
+        title = f"{sizes[labels['sparsity']]}, {recipes[labels['recipe']]}" if "sparsity" in labels else "dense"
+        others = [value for task, value in run["zero_shot"]["accuracy"].items() if task != "boolq"]
+        assert f"| {title} | {cells(run)} | {100 * statistics.fmean(others):.1f} |" in results
+
+
+def test_smaller_models_are_those_of_the_runs() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "structured" / "results.json").read_text()).values()
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
+    titles = {
+        "dense": "dense", "ends_reconstructed": "LoSA, ends dense, reconstruction", "llm_pruner": "LLM-Pruner", "ends": "LoSA, ends dense",
+        "ends_lora": "Wanda-SP, ends dense, LoRA", "flap": "FLAP", "structured": "LoSA", "structured_lora": "Wanda-SP, LoRA", "sleb": "SLEB",
+        "slicegpt": "SliceGPT",
+    }  # fmt: skip
+    shown = {run["labels"]["recipe"]: run for run in found if run["labels"].get("seed") == "0"}
+    for recipe, title in titles.items():
+        assert f"| {title} | {cells(shown[recipe])} | " in results
+        alone = shown.get({"structured_lora": "structured"}.get(recipe, recipe) + "_alone")
+        if alone:
+            (row,) = (line for line in results.splitlines() if line.startswith(f"| {title} | {cells(shown[recipe])}"))
+            assert row.endswith(f"| {math.exp(statistics.fmean(alone['losses']['WikiText-2'])):.1f} |")
 
 
 def test_windows_are_of_one_kind_within_each_result() -> None:
