@@ -115,9 +115,14 @@ def test_zero_shot_accuracies_are_those_of_the_runs() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
     sizes = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4"}
     recipes = {
-        "none": "pruned at once", "sora": "SoRA", "sparse_lora": "sparse LoRA", "lora": "LoRA", "losa": "LoSA as in the paper",
-        "best": "best recipe", "best_low": "best recipe, lower rates",
-    }  # fmt: skip
+        "none": "pruned at once",
+        "sora": "SoRA",
+        "sparse_lora": "sparse LoRA",
+        "lora": "LoRA",
+        "losa": "LoSA as in the paper",
+        "best": "best recipe",
+        "best_low": "best recipe, lower rates",
+    }
     for run in found:
         labels = run["labels"]
         title = f"{sizes[labels['sparsity']]}, {recipes[labels['recipe']]}" if "sparsity" in labels else "dense"
@@ -129,10 +134,17 @@ def test_smaller_models_are_those_of_the_runs() -> None:
     found = json.loads((ROOT / "docs" / "results" / "structured" / "results.json").read_text()).values()
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
     titles = {
-        "dense": "dense", "ends_reconstructed": "LoSA, ends dense, reconstruction", "llm_pruner": "LLM-Pruner", "ends": "LoSA, ends dense",
-        "ends_lora": "Wanda-SP, ends dense, LoRA", "flap": "FLAP", "structured": "LoSA", "structured_lora": "Wanda-SP, LoRA", "sleb": "SLEB",
+        "dense": "dense",
+        "ends_reconstructed": "LoSA, ends dense, reconstruction",
+        "llm_pruner": "LLM-Pruner",
+        "ends": "LoSA, ends dense",
+        "ends_lora": "Wanda-SP, ends dense, LoRA",
+        "flap": "FLAP",
+        "structured": "LoSA",
+        "structured_lora": "Wanda-SP, LoRA",
+        "sleb": "SLEB",
         "slicegpt": "SliceGPT",
-    }  # fmt: skip
+    }
     shown = {run["labels"]["recipe"]: run for run in found if run["labels"].get("seed") == "0"}
     for recipe, title in titles.items():
         assert f"| {title} | {cells(shown[recipe])} | " in results
