@@ -272,13 +272,14 @@ def test_the_command_rounds_as_told(
     given: list[str], bits: float, by: str, windows: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The defaults are those of --help."""
-    asked: list[dict[str, int]] = []
+    asked: list[dict[str, Any]] = []
     monkeypatch.setattr(pack.pretrained, "load_tokenizer", lambda *_: None)
     monkeypatch.setattr(pack, "windows_of", lambda *_, **options: asked.append(options) or IDS)
     words = ["MODEL", "OUT", "--values", "mixed", "--calibration_data", "stdlib", *given]
     found = pack._rounding(pack._parser().parse_args(words))
     assert found is not None
-    assert (found.values, found.mean_bits, found.bits_by, asked) == ("mixed", bits, by, [windows])
+    named = {**windows, "name": "calibration_data"}
+    assert (found.values, found.mean_bits, found.bits_by, asked) == ("mixed", bits, by, [named])
 
 
 def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compensated: Path) -> None:
