@@ -39,7 +39,7 @@ class Numbers:
         """One rounding."""
         return share_of_bound(found, self.y, UNIT * self.y.abs() + SUMS * self.terms)
 
-    def gated(self, found: torch.Tensor) -> float:
+    def swiglu(self, found: torch.Tensor) -> float:
         """Gate and up are rounded, SiLU and the product. SiLU's slope is at most 1.1."""
         (gate, up), (gate_terms, up_terms) = self.y.chunk(2, 1), self.terms.chunk(2, 1)
         expected = gate * torch.sigmoid(gate) * up

@@ -88,7 +88,7 @@ def test_gate_and_up(kernels: list[Kernels], shape: Any) -> None:
     for call in kernels:
         y = unwritten(case.batch, case.layout.rows // 2, BF16)
         case.run(call, GATED, y, squares)
-        Numbers(case.weight, case.x, case.bias, squares).gated(y)
+        Numbers(case.weight, case.x, case.bias, squares).swiglu(y)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -103,7 +103,7 @@ def test_residual_sum(kernels: list[Kernels], shape: Any) -> None:
         Numbers(case.weight, case.x, case.bias).added(before, gain, total, scaled, squares)
 
 
-@pytest.mark.parametrize("kind", ["normed", "gated", "added"])
+@pytest.mark.parametrize("kind", ["normed", "swiglu", "added"])
 def test_torch_computes_the_same(kind: str) -> None:
     """Where there are no kernels."""
     for rows, columns, batch in ((32, 8, 1), (64, 300, 7), (96, 200, 8)):

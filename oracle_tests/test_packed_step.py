@@ -20,7 +20,7 @@ from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
 
 BF16 = torch.bfloat16
-BLOCK = ["normed", "attend", "added", "gated", "added"]
+BLOCK = ["normed", "attend", "added", "swiglu", "added"]
 
 
 @pytest.fixture
@@ -29,15 +29,15 @@ def launches(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[str]) -> list[st
     monkeypatch.setattr(packed_step, "FIVE", True)
     found: list[str] = []
     for module, names in (
-        (cuda_endings, ("normed", "added", "gated")),
+        (cuda_endings, ("normed", "added", "swiglu")),
         (fused_operations, ("add_norm", "attend", "begin", "gated")),
     ):
         for name in names:
             function = getattr(module, name)
             noted = lambda *given, name=name, function=function: (found.append(name), function(*given))[1]  # noqa: E731
             monkeypatch.setattr(module, name, noted)
-    # `gated` of the stand-ins calls `normed`.
-    monkeypatch.setattr(cuda_endings, "gated", lambda *given: (found.append("gated"), _silently(found, *given))[1])
+    # `swiglu` of the stand-ins calls `normed`.
+    monkeypatch.setattr(cuda_endings, "swiglu", lambda *given: (found.append("swiglu"), _silently(found, *given))[1])
     return found
 
 
@@ -156,7 +156,7 @@ def test_five_launches_can_be_turned_off(launches: list[str], monkeypatch: pytes
     assert "normed" not in launches
 
 
-@pytest.mark.parametrize("name", ["normed", "gated", "added", "begin"])
+@pytest.mark.parametrize("name", ["normed", "swiglu", "added", "begin"])
 def test_the_check_notices(name: str, as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Kernels that are wrong are not used."""
     module: Any = fused_operations if name == "begin" else cuda_endings

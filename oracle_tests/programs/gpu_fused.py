@@ -50,10 +50,10 @@ SHAPES = [
     ((8, 8), 3, 128),
     ((3, 1), 16, 48),
 ]
-# Rows and columns of a product that is normed (q, k, v), gated (gate, up), added (o; down): of 7B, 1B and others.
+# Rows and columns of a product that is normed (q, k, v), swiglu (gate, up), added (o; down): of 7B, 1B and others.
 ENDINGS = {
     "normed": [(12288, 4096), (3072, 2048), (37, 200)],
-    "gated": [(22016, 4096), (16384, 2048), (64, 100)],
+    "swiglu": [(22016, 4096), (16384, 2048), (64, 100)],
     "added": [(4096, 4096), (2048, 8192), (4096, 11008), (37, 200)],
 }
 # Settings of five launches a block, and others that `--variants` times, one at a time.

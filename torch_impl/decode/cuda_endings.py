@@ -20,14 +20,14 @@ DTYPE = torch.bfloat16
 
 
 def fits(layout: cuda.Layout, ending: str) -> bool:
-    """Return whether a product can end so: "normed", "gated" or "added"."""
-    gated, plan = ending == "gated", layout.plan
-    share = plan[-1] if gated else plan[cuda.SHARE]
+    """Return whether a product can end so: "normed", "swiglu" or "added"."""
+    halves, plan = ending == "swiglu", layout.plan
+    share = plan[-1] if halves else plan[cuda.SHARE]
     if layout.dtype != DTYPE or not share or (layout.data.is_cuda and layout.product is None):
         return False
     read = 0 if ending == "added" else cuda.squares_bytes(layout.columns)
     # A thread for each number of eight rows of a strip.
-    warps = max(-(-layout.panels // share) << gated, MOST_ROWS * tiles.ROWS // tiles.LANES)
+    warps = max(-(-layout.panels // share) << halves, MOST_ROWS * tiles.ROWS // tiles.LANES)
     return layout.shared(warps) + read <= cuda.Card.of(layout.data.device).shared
 
 
@@ -44,7 +44,7 @@ def normed(
     return (sums if bias is None else sums + bias.float()).to(x.dtype)
 
 
-def gated(
+def swiglu(
     layout: cuda.Layout, x: torch.Tensor, squares: torch.Tensor, eps: float, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute SiLU(gate) · up (b, rows / 2), where gate and up are the halves of `normed`."""

@@ -74,7 +74,7 @@ class Block:
         plain = all(gain.dtype == cuda_endings.DTYPE and gain.is_contiguous() for gain, _ in layer.norms)
         if not plain or gate != up or gate % tiles.ROWS or len(layer.attention.keys) > cuda_endings.MOST_ROWS:
             return None
-        fitting = qkv.fits("normed") and o.fits("added") and gate_up.fits("gated") and down.fits("added")
+        fitting = qkv.fits("normed") and o.fits("added") and gate_up.fits("swiglu") and down.fits("added")
         return Block(qkv, o, gate_up, down, layer.attention, layer.norms) if fitting else None
 
     def __call__(
@@ -87,7 +87,7 @@ class Block:
         q, k, v = joined.split(qkv.sizes, 1)
         heads = operations.attend(q, k, v, self.attention)
         scaled, squares = cuda_endings.added(o.layout, heads, total, second_gain, o.bias)
-        inner = cuda_endings.gated(gate_up.layout, scaled, squares, second, gate_up.bias)
+        inner = cuda_endings.swiglu(gate_up.layout, scaled, squares, second, gate_up.bias)
         return cuda_endings.added(down.layout, inner, total, gain, down.bias)
 
 

@@ -1,19 +1,42 @@
-"""Progress for people: a bar on a terminal, otherwise nothing but a line a step."""
+"""Progress for people: a bar on a terminal; in a log a line a minute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from torch_impl.engine import distributed
 
+EVERY = 60.0
+"""Seconds between two lines in a log."""
 Item = TypeVar("Item")
 
 
 def bar(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
-    """Show a bar while going through the items, in process 0 and if standard error is a terminal: a log keeps every redraw."""
-    hidden = None if distributed.is_main_process() else True
-    shown: Iterable[Item] = tqdm(items, desc=description, total=total, leave=False, disable=hidden)
+    """Show progress while going through the items, in process 0.
+
+    Standard error gets a bar if it is a terminal. Otherwise, as a log keeps every redraw, it gets a line every `EVERY` seconds.
+    """
+    if not distributed.is_main_process():
+        return items
+    if not sys.stderr.isatty():
+        return _lines(items, description, total)
+    shown: Iterable[Item] = tqdm(items, desc=description, total=total, leave=False)
     return shown
+
+
+def _lines(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+    count = len(items) if total is None and isinstance(items, Sized) else total
+    begun = told = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - told >= EVERY:
+            told = now
+            passed = tqdm.format_interval(now - begun)
+            left = f"; about {tqdm.format_interval((now - begun) / done * (count - done))} left" if count else ""
+            print(f"{description}: {done} of {count or '?'}, {passed}{left}", file=sys.stderr, flush=True)
+        yield item
