@@ -157,8 +157,8 @@ def test_five_launches_can_be_turned_off(launches: list[str], monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["normed", "swiglu", "added", "begin"])
-def test_the_check_notices(name: str, as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Kernels that are wrong are not used."""
+def test_the_check_notices(name: str, launches: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """If kernels of the five launches are wrong, there are eight."""
     module: Any = fused_operations if name == "begin" else cuda_endings
     right = getattr(module, name)
 
@@ -167,7 +167,14 @@ def test_the_check_notices(name: str, as_on_a_gpu: list[str], monkeypatch: pytes
         return result * 1.5 if isinstance(result, torch.Tensor) else (result[0], result[1] * 3)
 
     model = packed_model("llama")
-    monkeypatch.setattr(packed_step, "FIVE", True)
     monkeypatch.setattr(module, name, wrong)
+    assert_near(model)
+    eight = 2 * ["add_norm", "attend", "add_norm", "gated"] + ["add_norm"]
+    # The check of five, the check of eight, four tokens.
+    assert launches == ["begin", *BLOCK, *BLOCK, "add_norm", *5 * eight]
+    told = capsys.readouterr().err
+    assert "decoding: blocks take eight launches, not five (their result differs from the model's by" in told
+    # What both have in common, and what is wrong with eight as well.
+    monkeypatch.setattr(fused_operations, "gated", lambda gate, up: up)
     assert not next_tokens(model, kernels=True)[2].kernels
-    assert "their result differs from the model's by" in capsys.readouterr().err
+    assert "decoding: fused kernels are not used (their result differs" in capsys.readouterr().err

@@ -50,8 +50,7 @@ class FusedStep:
         if reason:
             raise ValueError(reason)
         self._body, self._cache = decoder.body, cache
-        self._step = _Step(decoder, cache)
-        _check(decoder, cache)
+        self._step = _checked_step(decoder, cache)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -76,8 +75,7 @@ def fuse(model: PreTrainedModel, cache: Cache) -> FusedStep | None:
     try:
         return FusedStep(model, cache)
     except fused_kernels.ERRORS as error:
-        reason = " ".join(str(error).split())[:160]
-        print(f"decoding: fused kernels are not used ({reason})", file=sys.stderr)
+        print(f"decoding: fused kernels are not used ({_brief(error)})", file=sys.stderr)
         return None
 
 
@@ -101,7 +99,7 @@ class _Layer:
 class _Step:
     """The body of a model over one cache: ids (b, 1) to hidden states (b, 1, d) after the last norm."""
 
-    def __init__(self, decoder: Decoder, cache: Any) -> None:
+    def __init__(self, decoder: Decoder, cache: Any, five: bool) -> None:
         body: Any = decoder.body
         longest, weight = cache.layers[0].keys.shape[2], body.embed_tokens.weight
         positions = torch.arange(longest, device=weight.device)[None]
@@ -112,11 +110,11 @@ class _Step:
         ]
         self._embed, self._norm = body.embed_tokens, (body.norm.weight, body.norm.variance_epsilon)
         self._counts = [layer.attention.filled for layer in self.layers]
-        self._packed = packed_step.blocks(self.layers)
+        self.packed = packed_step.blocks(self.layers) if five else []
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         x = self._embed(ids)[:, 0]
-        x, total = (packed_step.through(self._packed, x, self._norm[0]), None) if self._packed else self._by_modules(x)
+        x, total = (packed_step.through(self.packed, x, self._norm[0]), None) if self.packed else self._by_modules(x)
         torch._foreach_add_(self._counts, 1)
         return operations.add_norm(x, total, *self._norm)[0][:, None]
 
@@ -133,6 +131,10 @@ class _Step:
             gate, up = (project(normed) for project in layer.gate_up)
             x = layer.down(operations.gated(gate, up))
         return x, total
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _obstacle(decoder: Decoder, cache: Any) -> str | None:
@@ -195,7 +197,21 @@ def _obstacle_in_cache(cache: Cache) -> str | None:
     return None
 
 
-def _check(decoder: Decoder, cache: Any) -> None:
+def _checked_step(decoder: Decoder, cache: Any) -> _Step:
+    """Return a step that computes what the model does: in five launches a block if possible, otherwise in eight."""
+    step = _Step(decoder, cache, packed_step.FIVE)
+    try:
+        _check(decoder, cache, packed_step.FIVE)
+    except fused_kernels.ERRORS as error:
+        if not step.packed:
+            raise
+        print(f"decoding: blocks take eight launches, not five ({_brief(error)})", file=sys.stderr)
+        step = _Step(decoder, cache, False)
+        _check(decoder, cache, False)
+    return step
+
+
+def _check(decoder: Decoder, cache: Any, five: bool) -> None:
     """Compare a token with the model's own, on random tokens and a small cache. Errors: ValueError if they differ."""
     body: Any = decoder.body
     weight = body.embed_tokens.weight
@@ -205,7 +221,7 @@ def _check(decoder: Decoder, cache: Any) -> None:
     body._call_impl(input_ids=ids[:, :-1], past_key_values=theirs, use_cache=True)
     ours = copy.deepcopy(theirs)
     expected = body._call_impl(input_ids=ids[:, -1:], past_key_values=theirs, use_cache=True).last_hidden_state
-    results = [(_Step(decoder, ours)(ids[:, -1:]), expected)]
+    results = [(_Step(decoder, ours, five)(ids[:, -1:]), expected)]
     for own, other in zip(ours.layers, theirs.layers, strict=True):
         results += [
             (own.keys, other.keys),

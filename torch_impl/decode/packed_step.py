@@ -93,7 +93,7 @@ class Block:
 
 def blocks(layers: Sequence[Any]) -> list[Block]:
     """Return the layers of `fused_step` as such blocks, or none if one of them cannot be."""
-    found = [Block.of(layer) for layer in layers] if FIVE else []
+    found = [Block.of(layer) for layer in layers]
     whole = [block for block in found if block is not None]
     return whole if len(whole) == len(found) else []
 
