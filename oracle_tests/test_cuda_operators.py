@@ -37,7 +37,7 @@ extern "C" int losa_expand(const void* data, const void*, void* dense, int rows,
   std::memcpy(dense, data, 2 * rows * columns);
   return slot;
 }
-// More rows at once count 10000, with x in shared memory 20000.
+// More rows at once count 10000.
 extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
                                 int columns, int panels, int slot, int half, int batch, int strips, int share, int groups,
                                 int overlap, void* stream) {
@@ -47,14 +47,6 @@ extern "C" int losa_matvec_rows(const void* data, const void* starts, const void
   if (bias) sums += of(bias, 1, rows, half);
   of(y, batch, rows, half).copy_(sums);
   return slot;
-}
-extern "C" int losa_matvec_staged(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
-                                  int columns, int panels, int slot, int half, int batch, int strips, int share, int groups,
-                                  int cluster, int overlap, void* stream) {
-  if (cluster != 5) return 96;
-  launches += 10000;
-  return losa_matvec_rows(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, strips, share, groups, overlap,
-                          stream);
 }
 // With codes a launch counts 100, and unpacking a million.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
@@ -141,7 +133,6 @@ class Weight:
         error: int = 0,
         bits: int = 0,
         at_once: int = 8,
-        cluster: int = 0,
         rows: int = 20,
         gated: int = 2,
     ) -> None:
@@ -149,7 +140,7 @@ class Weight:
         self.dense = torch.randn(rows, 32, generator=generator).to(dtype)
         self.bias = torch.randn(rows, generator=generator).to(dtype)
         shape = [rows, 32, 1, error, int(dtype == torch.float16)]
-        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, cluster, 6, gated]
+        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, 6, 5 * bool(share), gated]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -186,9 +177,9 @@ def test_up_to_most_rows_are_slices_of_eight(operators: Any, dtype: torch.dtype,
 
 def test_more_rows_at_once(operators: Any) -> None:
     """A last slice of up to eight rows is one of the other kernel, as are all where x cannot be read as vectors."""
-    cases = ((8, 32, 1), (9, 32, 10000), (24, 32, 10000), (24, 16, 10001), (17, 16, 10001), (8, 8, 1), (24, 32, 20000))
+    cases = ((8, 32, 1), (9, 32, 10000), (24, 32, 10000), (24, 16, 10001), (17, 16, 10001), (8, 8, 1))
     for rows, at_once, launches in cases:
-        weight = Weight(torch.bfloat16, at_once=at_once, cluster=5 * (launches == 20000))
+        weight = Weight(torch.bfloat16, at_once=at_once)
         x = torch.randn(rows + 1, 32).bfloat16()
         before = operators.launches()
         for there, expected in ((x[1:], launches), (x.flatten()[1 : 1 + 32 * rows].view(rows, 32), -(-rows // 8))):
@@ -204,14 +195,14 @@ def test_other_endings(operators: Any) -> None:
         weight = Weight(torch.bfloat16, bits=bits)
         y = operators.linear_normed(x, squares, 0.5, *weight.layout, weight.bias)
         assert torch.equal(y, torch.full((3, 20), 1.0 + more).bfloat16())
-        assert squares[0].tolist() == [5, 0.5, 111, 0, 0]
+        assert squares[0].tolist() == [5, 0.5, 115, 0, 0]
         total = torch.zeros(3, 20, dtype=torch.bfloat16)
         scaled, sums = operators.linear_added(x, total, weight.bias, *weight.layout, None)
         assert scaled.dtype == total.dtype
         assert float(scaled[0, 0]) == 3 + more
         assert sums.shape == (3, 2)
-        assert sums.flatten()[:3].tolist() == [2, 0, 1011]
-        assert total.eq(1).all()
+        assert sums.flatten()[:3].tolist() == [2, 0, 1015]
+        assert total.eq(5).all()
         y = operators.linear_gated(x, squares, 0.5, *Weight(torch.bfloat16, bits=bits, rows=64).layout, None)
         assert torch.equal(y, torch.full((3, 32), 2.0 + more).bfloat16())
         assert squares[0].tolist() == [5, 0.5, 12, 0, 0]

@@ -30,7 +30,7 @@ from oracle_tests.strategies import examples
 from reference import quantise as spec
 from torch_impl import quantise
 from torch_impl.decode import cuda, cuda_coded
-from torch_impl.decode.cuda_plan import Card, Division
+from torch_impl.decode.cuda_plan import Card, rows_kernel_bytes
 
 both_dtypes = pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 
@@ -59,24 +59,6 @@ def multiply_rows(
     half = weight.dtype == torch.float16
     told = (layout.data, layout.starts, x, bias, y, *look(layout), half, batch, strips, share, groups, True)
     call("losa_matvec_rows", *told)
-    assert_product(weight, x, bias, y)
-
-
-def multiply_staged(
-    call: Kernels,
-    weight: torch.Tensor,
-    layout: cuda.Layout,
-    batch: int,
-    strips: int,
-    share: int,
-    groups: int,
-    cluster: int,
-) -> None:
-    """Multiply up to 32 rows by cuda_staged.cu and check."""
-    x, bias, y = operands(layout, batch)
-    half = weight.dtype == torch.float16
-    told = (layout.data, layout.starts, x, bias, y, *look(layout), half, batch, strips, share, groups, cluster, True)
-    call("losa_matvec_staged", *told)
     assert_product(weight, x, bias, y)
 
 
@@ -151,7 +133,6 @@ def test_up_to_32_rows(
     strips=st.integers(1, 2),
     share=st.integers(1, 5),
     groups=st.integers(1, 4),
-    cluster=st.sampled_from([0, 1, 2, 4]),
     dtype=st.sampled_from(cuda.DTYPES),
 )
 def test_any_rows(
@@ -163,50 +144,15 @@ def test_any_rows(
     strips: int,
     share: int,
     groups: int,
-    cluster: int,
     dtype: torch.dtype,
 ) -> None:
     """Also divisions of the work that no plan chooses."""
     weight = random_weight(rows, 8 * eights, zeros).to(dtype)
     layout = packed(weight, [rows])
     share = min(share, layout.panels)
-    way = Division(strips, share, groups, cluster)
-    assume(way.warps(layout.panels)[1] <= 24 and way.shared(layout.panels, layout.slot) <= Card().shared)
-    if cluster:
-        multiply_staged(kernels[0], weight, layout, batch, strips, share, groups, cluster)
-    else:
-        multiply_rows(kernels[0], weight, layout, batch, strips, share, groups)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("parts", "columns", "zeros", "batch", "strips", "share", "groups", "cluster"),
-    [
-        ((1,), 8, 0.0, 1, 2, 1, 1, 1),
-        ((17,), 136, 0.5, 9, 2, 1, 2, 2),
-        ((33,), 904, 0.7, 16, 1, 3, 3, 1),
-        ((16, 32, 5), 1032, 0.8, 32, 2, 2, 2, 2),
-        ((31,), 200, 1.0, 24, 1, 1, 1, 1),
-        # Four blocks have panels for the first three parts, and one for the first.
-        ((48,), 640, 0.6, 25, 2, 2, 1, 4),
-        ((80,), 640, 0.6, 8, 1, 5, 5, 1),
-    ],
-)
-@both_dtypes
-def test_up_to_32_rows_with_x_in_shared_memory(
-    kernels: list[Kernels],
-    parts: Sequence[int],
-    columns: int,
-    zeros: float,
-    batch: int,
-    strips: int,
-    share: int,
-    groups: int,
-    cluster: int,
-    dtype: torch.dtype,
-) -> None:
-    weight = random_weight(sum(parts), columns, zeros).to(dtype)
-    multiply_staged(kernels[0], weight, packed(weight, parts), batch, strips, share, groups, cluster)
+    warps = -(-layout.panels // share) * groups
+    assume(warps <= 24 and warps * rows_kernel_bytes(layout.slot, strips) <= Card().shared)
+    multiply_rows(kernels[0], weight, layout, batch, strips, share, groups)
 
 
 @needs_compiler

@@ -1,11 +1,11 @@
 // A GPU in C++ on one thread, enough of it to run the kernels of torch_impl/decode: kernels.py puts this file before their sources.
 //
-// Emulated: every lane of a cluster of blocks, each with its own stack; warps in random order and at random speeds, lanes from a random one
-// on, up to what they wait for (a barrier of the warp, block or cluster, a shuffle, a copy); shared memory, filled with random numbers, with its bounds and alignment; copies
+// Emulated: every lane of a block, each with its own stack; warps in random order, lanes from a random one on, up to what they wait for
+// (a barrier of the warp or block, a shuffle, a copy); shared memory, filled with random numbers, with its bounds and alignment; copies
 // that arrive in random order at random moments, and the barriers that count their bytes; the fragments of mma.sync.m16n8k16; memory
 // pages that may not be accessed. A deadlock, a lane that leaves its warp, or a wrong access ends the launch with an error that says why.
 //
-// Not emulated: time; several clusters at once and the overlap of kernels; the order in which other lanes see writes to memory between two
+// Not emulated: time; several blocks at once and the overlap of kernels; the order in which other lanes see writes to memory between two
 // barriers, beyond the random order of lanes (a shuffle acts as a barrier of the warp); bounds of shared memory where a kernel accesses it
 // by a pointer; alignment of global memory, unless the CPU objects; how a tensor core rounds its sums (here: once, to float32); registers,
 // and whether nvcc compiles the source.
@@ -32,14 +32,12 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define threadIdx (emulated::Index{emulated::now->number})
-#define blockIdx (emulated::Index{emulated::first_block + emulated::now->block})
 
 using std::max;
 using std::min;
 
 constexpr uint32_t MOST_SHARED = 227 * 1024;   // bytes of a block of an H100
-constexpr uint32_t APART = 1 << 18;   // bytes from a block's to that of the next of a cluster
-inline unsigned char memory[8 * APART] __attribute__((aligned(128)));
+inline unsigned char memory[MOST_SHARED] __attribute__((aligned(128)));
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct dim3 { int x; explicit dim3(int x = 1) : x(x) {} };
@@ -81,11 +79,11 @@ inline std::map<uint32_t, Barrier> barriers;
 struct Copy { uint32_t to; std::vector<unsigned char> content; Barrier* barrier; };
 inline std::vector<Copy> copies;
 
-enum State { READY, WARP, BLOCK, CLUSTER, COPIES, DONE };   // DONE: left the kernel; otherwise what it waits for
+enum State { READY, WARP, BLOCK, COPIES, DONE };   // DONE: left the kernel; otherwise what it waits for
 struct Lane {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(64 * 1024);
-    unsigned number, block;   // in its block; of its block in the cluster
+    unsigned number;
     State state;
     void (*collective)(Lane* warp);   // what the lanes of a warp do together when all have come
     uint32_t in[10], out[4];          // of the collective
@@ -97,8 +95,7 @@ inline std::vector<Lane> lanes;
 inline Lane* now;
 inline ucontext_t scheduler;
 inline std::function<void()> kernel;
-inline size_t shared;   // bytes of a block
-inline unsigned first_block, blocks_of_cluster;
+inline size_t shared;   // bytes of the block
 
 inline void wait_for(State state) {
     now->state = state;
@@ -113,23 +110,8 @@ inline void fail(const char* why) {
 inline void check(uint32_t at, uint32_t bytes, uint32_t unit) {
     if (at % unit || at + static_cast<size_t>(bytes) > shared) fail("shared memory: out of bounds or not aligned");
 }
-inline uint32_t place(uint32_t at, unsigned block = now->block) { return block * APART + at; }
-template <class T> T load(uint32_t at, unsigned block = now->block) {
-    check(at, sizeof(T), sizeof(T));
-    T value;
-    memcpy(&value, memory + place(at, block), sizeof(T));
-    return value;
-}
-template <class T> void store(uint32_t at, T value) { check(at, sizeof(T), sizeof(T)); memcpy(memory + place(at), &value, sizeof(T)); }
-inline uint32_t load_from(uint32_t at, unsigned block) {
-    if (block >= blocks_of_cluster) fail("no such block in the cluster");
-    return load<uint32_t>(at, block);
-}
-inline uint32_t increase(uint32_t at, uint32_t most) {
-    const uint32_t before = load<uint32_t>(at);
-    store<uint32_t>(at, before >= most ? 0 : before + 1);
-    return before;
-}
+template <class T> T load(uint32_t at) { check(at, sizeof(T), sizeof(T)); T value; memcpy(&value, memory + at, sizeof(T)); return value; }
+template <class T> void store(uint32_t at, T value) { check(at, sizeof(T), sizeof(T)); memcpy(memory + at, &value, sizeof(T)); }
 inline void load_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t at) {
     const uint4 all = load<uint4>(at);
     a = all.x, b = all.y, c = all.z, d = all.w;
@@ -139,26 +121,24 @@ inline void load_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32
 inline Copy copy_of(uint32_t to, const uint8_t* from, uint32_t bytes, Barrier* barrier) {
     check(to, bytes, 16);
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || !bytes) fail("copy: not aligned or empty");
-    return {place(to), {from, from + bytes}, barrier};
+    return {to, {from, from + bytes}, barrier};
 }
 inline void write(const Copy& copy) { memcpy(memory + copy.to, copy.content.data(), copy.content.size()); }
 inline Barrier& barrier_at(uint32_t at) {
-    if (!barriers.count(place(at))) fail("no barrier there");
-    return barriers[place(at)];
+    if (!barriers.count(at)) fail("no barrier there");
+    return barriers[at];
 }
 inline void settle(Barrier& barrier) {
     if (!barrier.arrivals && !barrier.bytes) barrier.phase++, barrier.arrivals = 1;
 }
-inline void init_barrier(uint32_t at) { check(at, 8, 8); barriers[place(at)] = {1, 0, 0}; }
+inline void init_barrier(uint32_t at) { check(at, 8, 8); barriers[at] = {1, 0, 0}; }
 inline void expect(uint32_t at, uint32_t bytes) {
     Barrier& barrier = barrier_at(at);
     if (barrier.arrivals-- == 0) fail("barrier: more arrivals than it counts");
     barrier.bytes += bytes;
     settle(barrier);
 }
-inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    copies.push_back(copy_of(to, static_cast<const uint8_t*>(from), bytes, &barrier_at(barrier)));
-}
+inline void copy_bulk(uint32_t to, const uint8_t* from, uint32_t bytes, uint32_t barrier) { copies.push_back(copy_of(to, from, bytes, &barrier_at(barrier))); }
 inline void wait_parity(uint32_t at, unsigned parity) { now->barrier = &barrier_at(at), now->parity = parity, wait_for(COPIES); }
 inline bool deliver() {   // one copy of any
     if (copies.empty()) return false;
@@ -270,49 +250,32 @@ inline bool run_warp(Lane* warp) {
     for (Lane* lane = warp; lane < warp + 32; ++lane) lane->state = READY;
     return true;
 }
-inline void fill_with_any(unsigned block) {
-    for (size_t i = 0; i + 4 <= shared; i += 4) { const uint32_t any = random(); memcpy(memory + place(i, block), &any, 4); }
-}
-inline void run_cluster(unsigned threads_of_block) {
+inline void run_block(unsigned threads) {
     barriers.clear(), copies.clear();
-    for (unsigned block = 0; block < blocks_of_cluster; ++block) fill_with_any(block);
-    const unsigned threads = blocks_of_cluster * threads_of_block;
+    for (size_t i = 0; i + 4 <= shared; i += 4) { const uint32_t any = random(); memcpy(memory + i, &any, 4); }
     if (lanes.size() < threads) lanes.resize(threads);
     for (unsigned i = 0; i < threads; ++i) {
         Lane& lane = lanes[i];
-        lane.number = i % threads_of_block, lane.block = i / threads_of_block, lane.state = READY, lane.copies.clear();
+        lane.number = i, lane.state = READY, lane.copies.clear();
         getcontext(&lane.context);
         lane.context.uc_stack.ss_sp = lane.stack.data(), lane.context.uc_stack.ss_size = lane.stack.size();
         makecontext(&lane.context, enter, 0);
     }
-    std::vector<unsigned> order(threads / 32), speed(order.size());
-    for (unsigned i = 0; i < order.size(); ++i) order[i] = i, speed[i] = 1 + random() % 6;
-    const auto all = [](State state, unsigned first, unsigned count) {
-        return std::all_of(lanes.begin() + first, lanes.begin() + first + count, [=](const Lane& lane) { return lane.state == state; });
-    };
-    bool moved_before = true;
-    while (failure.empty() && !all(DONE, 0, threads)) {
-        bool moved = false, passed_over = false;
+    std::vector<unsigned> order(threads / 32);
+    for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+    const auto all = [=](State state) { return std::all_of(lanes.begin(), lanes.begin() + threads, [=](const Lane& lane) { return lane.state == state; }); };
+    while (failure.empty() && !all(DONE)) {
+        bool moved = false;
         std::shuffle(order.begin(), order.end(), random);
         for (unsigned warp : order) {
-            const bool rests = moved_before && random() % 6 >= speed[warp];
-            passed_over |= rests;
-            if (!rests) moved |= run_warp(&lanes[warp * 32]);
+            moved |= run_warp(&lanes[warp * 32]);
             if (random() % 3 == 0) moved |= deliver();
         }
-        const auto release = [&](State state, unsigned first, unsigned count) {
-            if (!all(state, first, count)) return;
-            for (unsigned i = first; i < first + count; ++i) lanes[i].state = READY;
+        if (all(BLOCK)) {
+            for (unsigned i = 0; i < threads; ++i) lanes[i].state = READY;
             moved = true;
-        };
-        for (unsigned first = 0; first < threads; first += threads_of_block) {
-            release(BLOCK, first, threads_of_block);
-            // Others may have the shared memory of a block that has ended.
-            if (blocks_of_cluster > 1 && all(DONE, first, threads_of_block)) fill_with_any(first / threads_of_block);
         }
-        release(CLUSTER, 0, threads);
-        if (!moved && !passed_over && !deliver()) fail("deadlock");
-        moved_before = moved;
+        if (!moved && !deliver()) fail("deadlock");
     }
     if (!copies.empty()) fail("the block ended before its copies");
 }
@@ -320,23 +283,21 @@ inline void refuse(int) { fail("memory that does not belong to a tensor, or not 
 
 }  // namespace emulated
 
-inline emulated::Index blockDim;
+inline emulated::Index blockIdx, blockDim;
 
 namespace emulated {
 
-struct Shape { int blocks, threads, shared; void* stream; int cluster = 1; };
+struct Shape { int blocks, threads, shared; void* stream; };
 template <class... Parameters, class... Arguments>
 int launch(void (*function)(Parameters...), Shape shape, Arguments... arguments) {
     failure.clear(), random.seed(1);
     if (shape.threads > 1024 || shape.shared > static_cast<int>(MOST_SHARED)) fail("too many threads or too much shared memory");
-    if (shape.cluster > 8 || shape.blocks % shape.cluster) fail("clusters of more than eight blocks, or not of all blocks");
     struct sigaction ours {}, before;
     ours.sa_handler = refuse;
     sigaction(SIGSEGV, &ours, &before);
     shared = shape.shared, blockDim.x = shape.threads;
     kernel = [=] { function(static_cast<Parameters>(arguments)...); };
-    blocks_of_cluster = shape.cluster;
-    for (first_block = 0; first_block < static_cast<unsigned>(shape.blocks) && failure.empty(); first_block += shape.cluster) run_cluster(shape.threads);
+    for (blockIdx.x = 0; blockIdx.x < static_cast<unsigned>(shape.blocks) && failure.empty(); ++blockIdx.x) run_block(shape.threads);
     sigaction(SIGSEGV, &before, nullptr);
     return !failure.empty();
 }
@@ -349,17 +310,13 @@ extern "C" const char* emulated_failure() { return emulated::failure.c_str(); }
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 0, cudaLaunchAttributeProgrammaticStreamSerialization = 0;
-constexpr int cudaLaunchAttributeClusterDimension = 1;
-struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; struct { int x, y, z; } clusterDim; } val; };
+struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute* attrs; int numAttrs; };
 template <class Kernel> int cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
 inline int cudaGetLastError() { return !emulated::failure.empty(); }
 template <class... Parameters, class... Arguments>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*function)(Parameters...), Arguments... arguments) {
-    int cluster = 1;
-    for (int i = 0; i < c->numAttrs; ++i)
-        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
-    return emulated::launch(function, {c->gridDim.x, c->blockDim.x, static_cast<int>(c->dynamicSmemBytes), c->stream, cluster}, arguments...);
+    return emulated::launch(function, {c->gridDim.x, c->blockDim.x, static_cast<int>(c->dynamicSmemBytes), c->stream}, arguments...);
 }
 inline void __syncwarp() { emulated::together(emulated::meet); }
 inline void __syncthreads() { emulated::wait_for(emulated::BLOCK); }

@@ -15,11 +15,10 @@ import torch
 from torch_impl.decode import cuda
 
 FOLDER = Path(cuda.__file__).parent
-HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h", "cuda_strips.h")
-SOURCES = ("cuda.cu", "cuda_rows.cu", "cuda_staged.cu", "cuda_coded.cu")
+HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h")
+SOURCES = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu")
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
 _BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-_ELSEWHERE = "{.reg .u32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.u32 %0, [a];}"
 _WAIT = "{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
 INSTRUCTIONS = {
     "": "",
@@ -41,12 +40,6 @@ INSTRUCTIONS = {
     "mbarrier.arrive.expect_tx.shared.b64 _, [%1], %0;": "emulated::expect(%1, %0)",
     _BULK: "emulated::copy_bulk(%0, %1, %2, %3)",
     _WAIT: "emulated::wait_parity(%0, %1)",
-    "atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;": "%0 = emulated::increase(%1, %2)",
-    "mov.u32 %0, %%cluster_ctarank;": "%0 = emulated::now->block",
-    "mov.u32 %0, %%cluster_nctarank;": "%0 = emulated::blocks_of_cluster",
-    "barrier.cluster.arrive.release;": "",
-    "barrier.cluster.wait.acquire;": "emulated::wait_for(emulated::CLUSTER)",
-    _ELSEWHERE: "%0 = emulated::load_from(%1, %2)",
     "cp.async.cg.shared.global [%0], [%1], 16;": "emulated::copy_async(%0, %1)",
     "cp.async.ca.shared.global [%0], [%1], 4;": "emulated::copy_word(%0, %1)",
     "cp.async.commit_group;": "",

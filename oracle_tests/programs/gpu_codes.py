@@ -28,7 +28,7 @@ from torch_impl import quantise
 from torch_impl.bench import decode, int4
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_coded
-from torch_impl.decode.cuda_plan import BARRIERS, SLOTS, Card
+from torch_impl.decode.cuda_plan import MOST_WARPS, Card
 
 SHAPES = (
     (1, 1),
@@ -97,8 +97,8 @@ def divisions(layout: cuda.Layout) -> list[tuple[int, int]]:
     found, most = [], Card.of(layout.data.device).shared
     for share, groups in itertools.product(range(1, min(layout.panels, 29) + 1), range(1, 17)):
         across = -(-layout.panels // share)
-        shared = layout.TABLE + across * groups * (SLOTS * layout.slot + BARRIERS + cuda.SCRATCH)
-        if 4 <= across * groups <= cuda.MOST_WARPS and across * share < 1.25 * layout.panels and shared <= most:
+        shared = layout.shared(across * groups)
+        if 4 <= across * groups <= MOST_WARPS and across * share < 1.25 * layout.panels and shared <= most:
             found.append((share, groups))
     return found
 
@@ -107,7 +107,8 @@ def divided(layout: cuda.Layout, x: torch.Tensor, way: tuple[int, int]) -> torch
     """Multiply up to eight rows, divided as given; without a GPU, by torch."""
     if layout.product is None:
         return cuda.matvec(layout, x)
-    numbers = [*layout.plan[:5], way[0], *layout.plan[6:14], way[1], layout.plan[15]]
+    numbers = list(layout.plan)
+    numbers[cuda.SHARE], numbers[cuda.TOGETHER] = way
     y: torch.Tensor = layout.product(x, layout.data, layout.starts, numbers, None)
     return y
 
@@ -219,7 +220,10 @@ def sweep(name: str, rows: int, columns: int, dtype: torch.dtype, batches: Seque
     for bits in (8, 4):
         layouts[f"int{bits}"] = cuda_coded.pack_codes(*quantise.quantise_rows(weight, bits), bits, dtype)
     for batch, (kind, layout) in itertools.product(batches, layouts.items()):
-        x, own = torch.randn(batch, columns, device="cuda", dtype=dtype), (layout.plan[5], layout.plan[14])
+        x, own = (
+            torch.randn(batch, columns, device="cuda", dtype=dtype),
+            (layout.plan[cuda.SHARE], layout.plan[cuda.TOGETHER]),
+        )
         copies = [cuda.stack([layout]) or layout for _ in range(decode._copies(layout.nbytes, x.device))]
         ways = {own, *divisions(layout)}
         found = {way: graphed([partial(divided, one, x, way) for one in copies], x.device, 3) for way in ways}

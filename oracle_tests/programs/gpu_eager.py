@@ -31,7 +31,6 @@ from torch_impl.bench.decode import sparse
 from torch_impl.bench.measure import graphed, relative, synchronize
 from torch_impl.decode import cuda
 from torch_impl.decode.captured_call import capture_in_generate
-from torch_impl.decode.cuda_plan import Card
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.planning import geometry
@@ -103,8 +102,8 @@ def by_ctypes(layout: cuda.Layout, x: torch.Tensor, bias: torch.Tensor | None = 
     y = x.new_empty(len(x), layout.rows)
     given = (layout.data, layout.starts, x, bias, y)
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in given]
-    share = cuda._choose_share(layout.rows, layout.panels, Card.of(x.device).processors, layout.WARPS)
-    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, 1, 1)
+    share, groups = layout.plan[cuda.SHARE], layout.plan[cuda.TOGETHER]
+    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, groups, 1)
     with torch.cuda.device(x.device):
         queue = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
         if library().losa_matvec(*pointers, *numbers, queue):

@@ -6,8 +6,8 @@ Checks them against the spec: shapes that do not fit tiles, empty and full rows,
 zeros, odd addresses, projections joined in one layout, a CUDA graph, the ways to divide a product by cuda_plan.py.
 Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: 8, 16 and 32 rows at a time, unpacked before cuBLAS,
 dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has to be. `--sweep` times instead how each
-projection of 7B can be divided, for one and eight rows too, by the kernels of cuda_rows.cu and cuda_staged.cu, beside what
-cuda_plan.py chooses and the kernel for eight rows. Exits with 1 if a number is wrong. Without a GPU, torch computes the products.
+projection of 7B can be divided, for one and eight rows too, beside what cuda_plan.py chooses and the kernel for eight rows.
+Exits with 1 if a number is wrong. Without a GPU, torch computes the products.
 """
 
 from __future__ import annotations
@@ -34,16 +34,7 @@ from torch_impl import quantise
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_coded
-from torch_impl.decode.cuda_plan import (
-    CLUSTERS,
-    MOST_ROW_WARPS,
-    Card,
-    Division,
-    choose_rows_plan,
-    choose_staged_plan,
-    estimate,
-    staged_divisions,
-)
+from torch_impl.decode.cuda_plan import MOST_ROW_WARPS, Card, Division, rows_kernel_bytes
 
 SHAPES = ((1, 8), (8, 64), (17, 1000), (33, 4096), (129, 136), (1100, 304), (63, 1001), (16, 128), (48, 11008))
 BATCHES = (1, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 48, 64)
@@ -74,34 +65,23 @@ def divided(layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, way: Division
         ctypes.c_void_p(t.data_ptr()) if t is not None else None for t in (layout.data, layout.starts, x, None, y)
     ]
     half, early = layout.plan[4], layout.plan[6]
-    shape = (layout.rows, layout.columns, layout.panels, layout.slot, half, len(x), way.strips, way.share, way.groups)
-    name, told = ("losa_matvec_staged", (*shape, way.cluster)) if way.cluster else ("losa_matvec_rows", shape)
+    shape = (layout.rows, layout.columns, layout.panels, layout.slot, half, len(x))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    error = getattr(library(), name)(*pointers, *told, early, stream)
+    error = library().losa_matvec_rows(*pointers, *shape, *way, early, stream)
     if error:
-        raise RuntimeError(f"{name} failed with CUDA error {error}, divided by {way}")
+        raise RuntimeError(f"losa_matvec_rows failed with CUDA error {error}, divided by {way}")
     return y
 
 
 def divisions(layout: cuda.Layout) -> list[Division]:
-    """Return the ways to divide a product by cuda_rows.cu that fit, each once."""
+    """Return the ways to divide a product that fit, each once."""
     found, card = [], Card.of(layout.data.device)
     for strips, warps, groups in DIVISIONS:
         way = Division(strips, min(-(-layout.panels // warps), 29), groups)
-        if way.warps(layout.panels)[1] <= MOST_ROW_WARPS and way.shared(layout.panels, layout.slot) <= card.shared:
+        warps = way.warps(layout.panels)
+        if warps <= MOST_ROW_WARPS and warps * rows_kernel_bytes(layout.slot, strips) <= card.shared:
             found.append(way)
     return sorted(set(found))
-
-
-def staged(layout: cuda.Layout, batch: int, most: int) -> list[Division]:
-    """Return up to `most` ways for each size of a cluster to divide a product by cuda_staged.cu, those that should be fastest."""
-    card = Card.of(layout.data.device)
-    if not card.early:
-        return []
-    shape = (layout.rows, layout.panels, layout.slot, card)
-    ways = list(staged_divisions(layout.panels, layout.slot, card, batch))
-    ways.sort(key=lambda way: estimate(way, *shape, batch))
-    return [way for size in CLUSTERS for way in [way for way in ways if way.cluster == size][:most]]
 
 
 def _bounds(
@@ -149,7 +129,7 @@ def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
         for batch in (5, 16, 32):
             x = make.normal(batch, columns, dtype=dtype)
             expected, allowed = _bounds(weight, x, None, dtype)
-            ways = [*divisions(layout), *staged(layout, batch, 1000)[::7]] if x.is_cuda else [Division(1, 1, 1)]
+            ways = divisions(layout) if x.is_cuda else [Division(1, 1, 1)]
             for way in ways:
                 y = make.put(torch.full((batch, rows), float("nan"), dtype=dtype))
                 try:
@@ -273,42 +253,29 @@ def _timed(actions: Sequence[Callable[[], Any]], device: torch.device) -> float:
 
 
 def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, rows: Sequence[int]) -> None:
-    """Print the fastest ways to divide each projection by both kernels, what the plans choose, and the sums over a block."""
-    print(
-        f"{name}, {sparsity} %: µs of a projection by (strips of a warp, its panels, groups of a block, blocks of a cluster)"
-    )
-    sums = {count: np.zeros(5) for count in rows}
+    """Print the fastest ways to divide each projection, what the plan chooses, and the sums over a block."""
+    print(f"{name}, {sparsity} %: µs of a projection by (strips of a warp, its panels, groups of a block)")
+    sums = {count: np.zeros(3) for count in rows}
     for projection, (parts, width, _) in decode.projections(name, joined=True).items():
         weight = torch.randn(sum(parts), width, device=device, dtype=dtype) / width**0.5
         layout = cuda.pack_rows(decode.sparse(weight, sparsity))
         copies = [cuda.stack([layout]) or layout for _ in range(_copies(layout.nbytes, device))]
-        shape = (layout.rows, layout.panels, layout.slot, Card.of(device))
+        planned = Division(*layout.plan[10:13])
         for count in rows:
             x, y = torch.randn(count, width, device=device, dtype=dtype), weight.new_empty(count, sum(parts))
-            plans = choose_rows_plan(*shape), choose_staged_plan(*shape, count)
-            ways = {*divisions(layout), *staged(layout, count, 20), *(way for way in plans if way.strips)}
+            ways = {planned, *divisions(layout)}
             found = {way: _timed([partial(divided, own, x, y, way) for own in copies], device) for way in ways}
             today = _microseconds([partial(product, own, x, plan(own, 8)) for own in copies], device)
-            best = [
-                sorted((way for way in ways if bool(way.cluster) == new), key=found.__getitem__)[:3]
-                for new in (False, True)
-            ]
-            times = [
-                found[best[0][0]],
-                found[plans[0]],
-                *(found[way] for way in (*best[1][:1], plans[1]) if way in found),
-            ]
-            print(f"    {projection:<8}{count:>3} rows, eight at once {today:.1f}", flush=True)
-            for kind, own, planned in zip(("rows", "staged"), best, plans, strict=True):
-                cells = "  ".join(f"{tuple(way)} {found[way]:.1f}" for way in own)
-                print(f"        {kind:<7}{cells}   plan {tuple(planned)} {found.get(planned, 0):.1f}", flush=True)
-            sums[count][: 1 + len(times)] += (today, *times)
-    for count, (today, *times) in sums.items():
-        first, own, new, planned = times
-        print(
-            f"    a block, {count} rows: eight at once {today:.1f}; rows: best {first:.1f}, plan {own:.1f}; "
-            f"staged: best {new:.1f}, plan {planned:.1f}"
-        )
+            best = sorted(ways, key=found.__getitem__)[:4]
+            cells = "  ".join(f"{tuple(way)} {found[way]:.1f}" for way in best)
+            print(
+                f"    {projection:<8}{count:>3} rows: {cells}   plan {tuple(planned)} {found[planned]:.1f}   "
+                f"eight at once {today:.1f}",
+                flush=True,
+            )
+            sums[count] += (found[best[0]], found[planned], today)
+    for count, (first, own, today) in sums.items():
+        print(f"    a block, {count} rows: best {first:.1f}, plan {own:.1f}, eight at once {today:.1f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

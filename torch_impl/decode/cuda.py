@@ -17,30 +17,32 @@ import torch
 from torch.nn import functional
 
 from torch_impl import tiles
-from torch_impl.decode.cuda_plan import BARRIERS, SLOTS, Card, Division, choose_rows_plan, choose_staged_plan
+from torch_impl.decode.cuda_plan import (
+    BARRIERS,
+    MOST_SHARE,
+    SCRATCH,
+    SLOTS,
+    Card,
+    Division,
+    choose_plan,
+    choose_rows_plan,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_ROWS = 64
 """Up to this many rows of input, the kernels are faster than unpacking: 7B's shapes at 60 to 80 % zeros; at 50 % up to 48, 1B's up
 to 48 (one H200, gpu_rows)."""
 AT_ONCE = 32
-"""Rows of input per reading of a weight: more than 8 by the kernels of cuda_rows.cu and cuda_staged.cu."""
-STAGED = False
-"""Whether more than 8 rows are multiplied by the kernel of cuda_staged.cu where the GPU can: not measured yet (gpu_rows)."""
+"""Rows of input per reading of a weight: more than 8 by the kernel of cuda_rows.cu."""
 GATED_WARPS = 16
 """Warps per block of the product that ends in SiLU(gate) · up: half of them multiply gate's rows, half up's."""
 LAUNCH_FIRST = True
 """Whether a kernel of a fused block lets the next one load weights before it has its own input: 445 instead of 425 tokens/s for 7B
 at 70 % (one H200, gpu_fused)."""
-TOGETHER = 1
-"""Strips of 16 rows per block with up to eight rows of input."""
-# As in cuda_panels.h: bytes of a warp's sums.
-SCRATCH = 512
 # Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
-MOST_WARPS = 32
-# The place in a plan of the number of panels per warp.
-SHARE = 5
+# The places in a plan: panels per warp, strips per block, panels per warp in a block with one strip.
+SHARE, TOGETHER, ALONE = 5, 13, 14
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Layout:
 
     TABLE: ClassVar[int] = 0
     """Bytes of a block's shared memory besides its warps'."""
-    WARPS: ClassVar[tuple[int, int]] = (8, 11)
-    """Warps per block if there are many blocks, and if all blocks run at once."""
+    PANEL: ClassVar[int] = tiles.COLUMNS
+    """Columns of a panel."""
     MOST_ROWS: ClassVar[int] = MOST_ROWS
     """Up to this many rows of input, the kernels are faster than unpacking."""
     rows: int
@@ -92,19 +94,15 @@ class Layout:
     def plan(self) -> list[int]:
         """Return the numbers that the operators need, `Plan` of cuda_operators.cpp, computed once."""
         card = Card.of(self.data.device)
-        share = _choose_share(self.rows, self.panels, card.processors, self.WARPS)
-        warps = -(-self.panels // share)
-        if warps > MOST_WARPS or self.shared(warps) > card.shared:
-            # The rows are too long: a block's panels do not fit in shared memory.
-            share = 0
+        fitting = (card.shared - self.TABLE) // (self.shared(1) - self.TABLE)
+        few = choose_plan(self.rows, self.panels, self.PANEL, fitting, card.processors)
+        # Not measured in blocks with one strip: eight warps, as before.
+        alone = few.share if few.groups <= 1 else -(-self.panels // 8)
         shape = (self.rows, self.columns, self.panels, self.slot)
         rows_plan = Division(0, 0, 0) if self.code_bits else choose_rows_plan(self.rows, self.panels, self.slot, card)
-        if STAGED and card.early and not self.code_bits:
-            staged = choose_staged_plan(self.rows, self.panels, self.slot, card)
-            rows_plan = staged if staged.strips else rows_plan
         early = card.early + (card.early and LAUNCH_FIRST)
-        numbers = (int(self.dtype == torch.float16), share, early, self.MOST_ROWS, self.code_bits, AT_ONCE)
-        return [*shape, *numbers, *rows_plan, TOGETHER, self._gated_share(card.shared)]
+        numbers = (int(self.dtype == torch.float16), few.share, early, self.MOST_ROWS, self.code_bits, AT_ONCE)
+        return [*shape, *numbers, *rows_plan, few.groups, alone, self._gated_share(card.shared)]
 
     def shared(self, warps: int) -> int:
         """Return the shared memory of a block of warps of cuda_decode.h, in bytes."""
@@ -117,7 +115,7 @@ class Layout:
         fitting = (most - squares_bytes(self.columns)) // self.shared(2)
         warps = min(GATED_WARPS // 2, fitting, self.panels)
         share = -(-self.panels // warps) if warps > 0 else tiles.LANES
-        return share if share <= tiles.LANES - 1 - SLOTS else 0
+        return share if share <= MOST_SHARE else 0
 
     @functools.cached_property
     def product(self) -> Any:
@@ -226,15 +224,6 @@ def matvec_parts(
     return matvec(layout, x, bias).split(sizes, -1)
 
 
-def _choose_share(rows: int, panels: int, processors: int, warps: tuple[int, int]) -> int:
-    """Choose how many panels of a strip one warp reads.
-
-    Its lanes hold the panels' starts, the end of the last one, and SLOTS starts after it; that limits the number.
-    """
-    few = rows <= tiles.ROWS * 2 * processors
-    return min(-(-panels // warps[few]), tiles.LANES - 1 - SLOTS)
-
-
 @functools.cache
 def available() -> tuple[bool, str]:
     """Return (whether the kernels run on this machine, otherwise why not in one line); build them on the first call."""
@@ -259,8 +248,7 @@ def _library() -> None:
     from torch_impl.decode.cpu import announce
 
     sources = [
-        Path(__file__).with_name(name)
-        for name in ("cuda.cu", "cuda_rows.cu", "cuda_staged.cu", "cuda_coded.cu", "cuda_operators.cpp")
+        Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_operators.cpp")
     ]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.

@@ -24,7 +24,7 @@ class CodedLayout(cuda.Layout):
     """
 
     TABLE: ClassVar[int] = TABLE
-    WARPS: ClassVar[tuple[int, int]] = (8, 16)
+    PANEL: ClassVar[int] = code_tiles.COLUMNS
     # 69 µs for eight rows, 275 to unpack and multiply: 7B, 70 %, 8 bits, one H200 (gpu_codes, gpu_rows).
     MOST_ROWS: ClassVar[int] = 24
     bits: int = 8

@@ -24,9 +24,6 @@ extern "C" int losa_expand(const void* data, const void* starts, void* dense, in
 // In cuda_rows.cu.
 extern "C" int losa_matvec_rows(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                 int panels, int slot, int half, int batch, int strips, int share, int groups, int overlap, void* stream);
-// In cuda_staged.cu.
-extern "C" int losa_matvec_staged(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
-                                  int panels, int slot, int half, int batch, int strips, int share, int groups, int cluster, int overlap, void* stream);
 // In cuda_coded.cu.
 extern "C" int losa_matvec_coded(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                  int panels, int slot, int half, int bits, int batch, int share, int groups, int overlap, void* stream);
@@ -42,16 +39,16 @@ constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says mor
 
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
-// per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups, or, if cluster is not 0, by that of cuda_staged.cu. together:
-// strips per block for up to BATCH rows. gated: panels per warp of a gated product, or 0.
+// per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups. together: strips per block for up to BATCH rows.
+// alone: panels per warp of a block with one strip, for other endings than `linear`'s. gated: the same of a gated product, or 0.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, cluster, together, gated;
+  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, together, alone, gated;
 
   explicit Plan(at::IntArrayRef n) {
     TORCH_CHECK_VALUE(n.size() == 16, "plan has ", n.size(), " numbers; allowed: 16");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
     rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
-    at_once = at(9), strips = at(10), part = at(11), groups = at(12), cluster = at(13), together = at(14), gated = at(15);
+    at_once = at(9), strips = at(10), part = at(11), groups = at(12), together = at(13), alone = at(14), gated = at(15);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -86,9 +83,6 @@ void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, c
   void* stream = current_stream(data);
   check_launch(p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share,
                                           p.together, p.overlap, stream)
-               : batch > BATCH && p.cluster
-                      ? losa_matvec_staged(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part, p.groups,
-                                           p.cluster, p.overlap, stream)
                : batch > BATCH ? losa_matvec_rows(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part,
                                                   p.groups, p.overlap, stream)
                       : losa_matvec(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.share, p.together,
@@ -150,7 +144,7 @@ int64_t strips(int64_t rows) { return (rows + 15) / 16; }
 at::Tensor multiply_ending(Ending ending, const Plan& p, const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts,
                            const std::optional<at::Tensor>& bias, int64_t width, const at::Tensor& squares, double eps, void* total, const void* gain) {
   check_operands(p, x, data, bias);
-  const int share = ending == GATED ? p.gated : p.share;
+  const int share = ending == GATED ? p.gated : p.alone;
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= BATCH && x.is_contiguous(), "x has shape ", x.sizes(),
                     "; allowed: 1 to 8 rows, contiguous");
   TORCH_CHECK_TYPE(p.dtype() == at::kBFloat16, "the weight has dtype ", p.dtype(), "; allowed: BFloat16");

@@ -213,36 +213,23 @@ __device__ __forceinline__ void add_warps(const Layout& w, const float (&sums)[4
 // The strips of a weight.
 __host__ __device__ __forceinline__ int strips(const Layout& w) { return (w.rows + ROWS - 1) / ROWS; }
 
-// Launch a kernel. cluster: that many neighbouring blocks see each other's shared memory. overlap: the kernel may start before the previous one ends.
+// Launch a kernel. overlap: it may start before the previous kernel ends.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, int blocks, int warps, int shared, bool overlap, cudaStream_t stream,
-                            Arguments... arguments) {
+cudaError_t launch_blocks(void (*kernel)(Parameters...), const Layout& w, int blocks, int warps, int shared, bool overlap, cudaStream_t stream,
+                          Arguments... arguments) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute wanted[2]{};
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(warps * LANES);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = wanted;
-    if (overlap) {
-        cudaLaunchAttribute& early = wanted[config.numAttrs++];
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (cluster > 1) {
-        cudaLaunchAttribute& size = wanted[config.numAttrs++];
-        size.id = cudaLaunchAttributeClusterDimension;
-        size.val.clusterDim.x = cluster, size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    }
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_blocks(void (*kernel)(Parameters...), const Layout& w, int blocks, int warps, int shared, bool overlap, cudaStream_t stream,
-                          Arguments... arguments) {
-    return launch_clusters(kernel, 1, blocks, warps, shared, overlap, stream, w, arguments...);
+    config.attrs = &early;
+    config.numAttrs = overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, w, arguments...);
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
-"""How the products of cuda_rows.cu and cuda_staged.cu are divided among a GPU's processors."""
+"""How the products of cuda.cu, cuda_coded.cu and cuda_rows.cu are divided among a GPU's processors."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,16 +10,14 @@ import torch
 
 from torch_impl import tiles
 
-# As in cuda_panels.h: bytes of a warp's barriers, and panels that it loads ahead.
-BARRIERS, SLOTS = 16, 2
-# As in cuda_strips.h: bytes of the counts of a panel's bits and of the sums of 16 x 8, tiles of eight rows of x, warps on a
-# processor.
-COUNTS, SUMS, MOST_TILES, MOST_ROW_WARPS = 64, 640, 4, 24
-# As in cuda_staged.cu: bytes of a row of x in a tile, of a part's barriers, blocks of a cluster.
-PITCH, CONTROL, CLUSTERS = 288, 32, (1, 2, 4, 8)
-# Guesses. A processor reads so many bytes a cycle from the second-level cache; a panel takes so many accesses of shared memory,
-# one a cycle, beside those of x; with fewer warps a processor waits; a block takes so many cycles to begin and end.
-BYTES_A_CYCLE, ACCESSES, ENOUGH_WARPS, TURN = 25, 105, 16, 1500
+# As in cuda_panels.h: bytes of a warp's barriers and sums, and panels that it loads ahead.
+BARRIERS, SCRATCH, SLOTS = 16, 512, 2
+# As in cuda_rows.cu: bytes of the counts of a panel's bits and of the sums of 16 x 8, tiles of eight rows of x.
+COUNTS, SUMS, MOST_TILES = 64, 640, 4
+# A warp's lanes hold the starts of its panels, the end of the last one, and SLOTS starts after it.
+MOST_SHARE = tiles.LANES - 1 - SLOTS
+# Warps that a processor holds, and so a block, by their registers; of cuda_rows.cu fewer.
+MOST_WARPS, MOST_ROW_WARPS = 32, 24
 
 
 @dataclass(frozen=True)
@@ -50,26 +47,37 @@ class Card:
 class Division(NamedTuple):
     """How a product is divided.
 
-    strips: of a warp; share: panels of a strip that a warp multiplies; groups: of warps in a block, each with strips of its own;
-    cluster: blocks that share a strip, 0 for the kernel of cuda_rows.cu.
+    strips: of a warp; share: panels of a strip that a warp multiplies; groups: of warps in a block, each with strips of its own.
+    Zeros: it cannot be, as a block's panels do not fit in shared memory.
     """
 
     strips: int
     share: int
     groups: int
-    cluster: int = 0
 
-    def warps(self, panels: int) -> tuple[int, int]:
-        """Return the warps of a block: of a group, and in all."""
-        across = -(-panels // self.share)
-        across = -(-across // max(1, self.cluster))
-        return across, across * self.groups
+    def warps(self, panels: int) -> int:
+        """Return the warps of a block."""
+        return -(-panels // self.share) * self.groups
 
-    def shared(self, panels: int, slot: int) -> int:
-        """Return the shared memory of a block in bytes."""
-        across, warps = self.warps(panels)
-        x = across * (SLOTS * MOST_TILES * 8 * PITCH + CONTROL) if self.cluster else 0
-        return warps * rows_kernel_bytes(slot, self.strips) + x
+
+def choose_plan(rows: int, panels: int, width: int, fitting: int, processors: int) -> Division:
+    """Choose how up to eight rows of x are multiplied.
+
+    If all strips can be multiplied at once, a processor has some 16 warps, and a warp 256 to 1024 columns. A block takes several
+    strips if it has up to 12 warps then, and every processor as many strips. Otherwise blocks follow one another: they have one
+    strip, and eight warps of four panels or more. The numbers are what suits 7B's shapes on an H200 (gpu_codes --sweep).
+
+    width: columns of a panel; fitting: warps that fit in a processor's shared memory.
+    """
+    fitting = min(fitting, MOST_WARPS)
+    of_processor = -(-rows // (tiles.ROWS * processors))
+    share = min(max(panels * of_processor // 16, 256 // width), 1024 // width, panels)
+    across = -(-panels // share)
+    if across * of_processor <= fitting:
+        even = [groups for groups in range(1, of_processor + 1) if of_processor % groups == 0 and groups * across <= 12]
+        return Division(1, share, max(even, default=1))
+    share = min(max(-(-panels // 8), 4), MOST_SHARE, panels)
+    return Division(1, share, 1) if -(-panels // share) <= fitting else Division(0, 0, 0)
 
 
 def rows_kernel_bytes(slot: int, strips: int) -> int:
@@ -80,7 +88,8 @@ def rows_kernel_bytes(slot: int, strips: int) -> int:
 def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> Division:
     """Choose how cuda_rows.cu multiplies.
 
-    Zeros if a block's panels do not fit in shared memory. The numbers of warps are guesses.
+    A processor with one block has 24 warps. Several have eight each: in one group, or in two, whose warps have twice the panels,
+    if all strips can be multiplied at once only so. The numbers are what suits 7B's shapes on an H200 (gpu_rows --sweep).
     """
     all_strips = -(-rows // tiles.ROWS)
     for strips in (2, 1):
@@ -89,50 +98,11 @@ def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> Division:
             # Some processors would have no block.
             continue
         fitting = min(MOST_ROW_WARPS, card.shared // rows_kernel_bytes(slot, strips))
-        share = -(-panels // max(1, min(8 if blocks > card.processors else 24, fitting)))
-        share = min(share, tiles.LANES - 1 - SLOTS)
-        if -(-panels // share) <= fitting:
-            return Division(strips, share, 1)
+        of_processor = -(-blocks // card.processors)
+        halved = 4 * of_processor <= fitting < 8 * of_processor and panels <= 4 * MOST_SHARE
+        warps = 24 if of_processor == 1 else 4 if halved else 8
+        share = min(-(-panels // max(1, min(warps, fitting))), MOST_SHARE)
+        found = Division(strips, share, 1 + halved)
+        if found.warps(panels) <= fitting:
+            return found
     return Division(0, 0, 0)
-
-
-def most_warps(strips: int, batch: int) -> int:
-    """Return how many warps of cuda_staged.cu have enough registers."""
-    return 20 if strips == 2 and batch > 16 else MOST_ROW_WARPS
-
-
-def staged_divisions(panels: int, slot: int, card: Card, batch: int) -> Iterator[Division]:
-    """Yield the ways to divide a product that cuda_staged.cu can take. batch: rows of x."""
-    for cluster in CLUSTERS:
-        for strips in (1, 2):
-            for groups in range(1, 13):
-                for share in range(1, min(panels, tiles.LANES - 1 - SLOTS) + 1):
-                    found = Division(strips, share, groups, cluster)
-                    across, warps = found.warps(panels)
-                    wasted = across * cluster * share > 1.2 * panels
-                    if (
-                        4 <= warps <= most_warps(strips, batch)
-                        and found.shared(panels, slot) <= card.shared
-                        and not wasted
-                    ):
-                        yield found
-
-
-def estimate(division: Division, rows: int, panels: int, slot: int, card: Card, batch: int) -> float:
-    """Estimate the cycles of a product by cuda_staged.cu."""
-    across, warps = division.warps(panels)
-    strips, most = division.strips * division.groups, most_warps(division.strips, batch)
-    blocks = division.cluster * -(-rows // (tiles.ROWS * strips))
-    # The last blocks run beside nothing, so the fullest processor counts.
-    fullest = -(-blocks // card.processors)
-    resident = min(fullest, (card.shared + 1024) // (division.shared(panels, slot) + 1024), most // warps)
-    columns = across * division.share
-    accesses = fullest * strips * columns * (ACCESSES + 16 * -(-batch // 8) / division.strips)
-    read = fullest * columns * (strips * slot + 2 * tiles.COLUMNS * batch)
-    return max(accesses * max(1, ENOUGH_WARPS / (warps * resident)), read / BYTES_A_CYCLE) + TURN * fullest / resident
-
-
-def choose_staged_plan(rows: int, panels: int, slot: int, card: Card, batch: int = 32) -> Division:
-    """Choose how cuda_staged.cu multiplies; zeros if nothing fits."""
-    ways = list(staged_divisions(panels, slot, card, batch))
-    return min(ways, key=lambda way: estimate(way, rows, panels, slot, card, batch), default=Division(0, 0, 0))
