@@ -20,8 +20,10 @@ from torch_impl import packed
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLAGS = ["-O3"]
-# Bytes of a weight that are unpacked at a time for a prompt.
-SLAB = 4_000_000
+# For a prompt, about this many bytes of a weight are unpacked at a time: a whole number of `TILE` rows, as torch's product pads
+# the last ones.
+SLAB = 4 * 2**20
+TILE = 64
 # Without this flag torch's parallel_for, a template, compiles to a single-threaded loop.
 THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
@@ -147,11 +149,11 @@ def linear_unpacked(
 ) -> torch.Tensor:
     """Compute x Wᵀ + b (n, out) of many rows x (n, in), by torch's product with the weight that `unpack` returns.
 
-    `slab` bytes of it are unpacked at a time, to the same memory: new memory, which the system clears first, takes far longer
-    to fill than the cache.
+    About `slab` bytes of it are unpacked at a time, to the same memory: new memory, which the system clears first, takes far
+    longer to fill than the cache.
     """
     rows, columns = len(parts[0]), x.shape[1]
-    height = max(1, slab // (columns * x.element_size()))
+    height = TILE * max(1, round(slab / (TILE * columns * x.element_size())))
     if not _by_kernels(parts, x.dtype) or rows <= height:
         return nn.functional.linear(x, unpack(parts, columns, x.dtype), bias)
     y = x.new_empty(len(x), rows)
@@ -160,7 +162,10 @@ def linear_unpacked(
         weight = memory[: rows - first]
         _fill(weight, parts, first)
         own = slice(first, first + len(weight))
-        y[:, own] = nn.functional.linear(x, weight, None if bias is None else bias[own])
+        if bias is None:
+            torch.mm(x, weight.T, out=y[:, own])
+        else:
+            torch.addmm(bias[own], x, weight.T, out=y[:, own])
     return y
 
 
