@@ -82,6 +82,28 @@ struct Avx512Unpack {
   }
 };
 
+struct Avx512Bf16Unpack : Avx512Unpack {
+  using Avx512Unpack::coded_row;
+
+  // One instruction rounds 32 numbers. It takes subnormal ones for zero, which no code times a float16 is.
+  AVX512BF16 static void coded_row(const uint8_t* bitmap, int64_t words, const int8_t* codes, const float* scales,
+                                   BFloat16* to) {
+    const __m256i zeros = _mm512_castsi512_si256(hidden_zeros());
+    for (int64_t w = 0; w < words; w++, to += kColumns) {
+      const uint32_t mask = load<uint32_t>(bitmap + 4 * w);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead, _MM_HINT_T0);
+      const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      const __m256i found = _mm256_mask_expand_epi8(zeros, mask, loaded);
+      const __m512 scale = _mm512_set1_ps(scales[w / kWords]);
+      const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(found)));
+      const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(found, 1)));
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scale), _mm512_mul_ps(low, scale));
+      std::memcpy(to, &both, sizeof both);
+      codes += __builtin_popcount(mask);
+    }
+  }
+};
+
 #endif
 
 // Call write(row, to) for the rows of a packed weight from `first` on that `weight` has room for, in parallel. It writes whole
@@ -136,12 +158,17 @@ void unpack_codes(const Coded& packed, int64_t first, at::Tensor& weight) {
   const auto* starts = static_cast<const int64_t*>(packed.offsets.const_data_ptr());
   unpack_rows<T>(weight, first, words, [&](int64_t r, T* to) {
     const int64_t kept = starts[r + 1] - starts[r];
-    // A vector stores or loads up to 63 bytes more.
-    std::vector<int8_t> row(kept + 2 * kBlock);
+    std::vector<int8_t> wide;
+    const auto* row = reinterpret_cast<const int8_t*>(codes + starts[r]);
+    if (bits < 8 || starts[r + 1] + kBlock > bytes) {
+      // A vector stores or loads up to 63 bytes more.
+      wide.resize(kept + 2 * kBlock);
+      Path::Codes::widen({codes, bytes, starts[r] * bits, kept, bits}, wide.data());
+      row = wide.data();
+    }
     std::vector<float> factors(groups);
-    Path::Codes::widen({codes, bytes, starts[r] * bits, kept, bits}, row.data());
     Path::Codes::convert(scales + r * groups, groups, factors.data());
-    Path::template coded_row<T>(bitmap + 4 * words * r, words, row.data(), factors.data(), to);
+    Path::coded_row(bitmap + 4 * words * r, words, row, factors.data(), to);
   });
 }
 
@@ -149,7 +176,8 @@ void unpack_codes(const Coded& packed, int64_t first, at::Tensor& weight) {
 template <class Work>
 void with_unpack_path(const std::string& path, const Work& work) {
 #if defined(__x86_64__)
-  if (path == "avx512bf16" || path == "avx512") return work(Avx512Unpack());
+  if (path == "avx512bf16") return work(Avx512Bf16Unpack());
+  if (path == "avx512") return work(Avx512Unpack());
 #endif
   work(ScalarUnpack());
 }
