@@ -21,9 +21,10 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLAGS = ["-O3"]
 # For a prompt, about this many bytes of a weight are unpacked at a time: a whole number of `TILE` rows, as torch's product pads
-# the last ones.
+# the last ones, for each thread, as far as `WIDEST` times as many bytes allow.
 SLAB = 4 * 2**20
 TILE = 64
+WIDEST = 4
 # Without this flag torch's parallel_for, a template, compiles to a single-threaded loop.
 THREADS = ["-fopenmp"] if sys.platform == "linux" else []
 
@@ -153,7 +154,9 @@ def linear_unpacked(
     longer to fill than the cache.
     """
     rows, columns = len(parts[0]), x.shape[1]
-    height = TILE * max(1, round(slab / (TILE * columns * x.element_size())))
+    tile = TILE * columns * x.element_size()
+    threads = max(1, min(torch.get_num_threads(), WIDEST * slab // tile))
+    height = TILE * threads * max(1, round(slab / (threads * tile)))
     if not _by_kernels(parts, x.dtype) or rows <= height:
         return nn.functional.linear(x, unpack(parts, columns, x.dtype), bias)
     y = x.new_empty(len(x), rows)
