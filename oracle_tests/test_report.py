@@ -143,6 +143,9 @@ def test_what_a_smaller_model_takes() -> None:
         "the cache; 75 tokens/s in decoding (dense: 50), 1,200 tokens/s in reading a prompt (dense: 900).\n"
     ) in f"{text}\n"
     assert "losa pack" not in text
+    assert "every pruned weight of 21 projections is gone, logits within 1.2e-06 of" in text
+    less = replace(RESULT, footprints=Footprints(dense, saved, ""), losa=replace(RESULT.losa, sparsity=0.6904))
+    assert "Requested 70.00% smaller blocks, got 69.04%: " in report.table(less)
     known = Footprints(replace(dense, peak_bytes=9_000_000), replace(saved, peak_bytes=7_500_000), "")
     assert (
         "(dense: 900), 7.50 MB of memory in both (dense: 9.00 MB).\n"

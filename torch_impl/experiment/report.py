@@ -83,7 +83,8 @@ def notes_of(result: Result) -> list[str]:
         f"learning rate {result.learning_rate:g}, scheduled {SCHEDULES[result.lr_schedule]}."
         if result.finetuned
         else "Nothing was trained.",
-        f"Reloaded {checks.reloaded}: every pruned weight of {checks.projections} projections is zero, logits "
+        f"Reloaded {checks.reloaded}: every pruned weight of {checks.projections} projections is "
+        f"{'gone' if is_smaller(result) else 'zero'}, logits "
         f"within {checks.largest_logit_difference:.1e} of the unmerged model's.",
         *_as_saved(result),
     ]
@@ -144,7 +145,8 @@ def _why_not_as_asked(result: Result) -> list[str]:
         why = "parts of the model were already sparser"
     else:
         why = "the number of pruned weights is rounded down in each row or group, which is visible if rows are short"
-    return [f"Requested {asked:.2%} zeros, got {found:.2%}: {why}."]
+    kind = "smaller blocks" if is_smaller(result) else "zeros"
+    return [f"Requested {asked:.2%} {kind}, got {found:.2%}: {why}."]
 
 
 def _measured_on(facts: dict[str, Any], name: str) -> str:
