@@ -226,6 +226,17 @@ def test_everything_else_takes_the_model_s_own_way(monkeypatch: pytest.MonkeyPat
     assert model.model._compiled_call_impl is None
 
 
+@pytest.mark.parametrize("values", [gpu_fused.SETTINGS, *gpu_fused.VARIANTS], ids=str)
+def test_a_variant_of_the_program_is_set_for_a_while(values: dict[str, Any]) -> None:
+    def found() -> dict[str, Any]:
+        return {name: getattr(gpu_fused.HOLDERS[name], name) for name in values}
+
+    before = found()
+    with gpu_fused.settings(torch.nn.Module(), **values):
+        assert found() == values
+    assert found() == before
+
+
 def test_the_program_for_a_gpu_runs_and_notices_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,13 +67,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"MOST_SPLITS": 4},
     {"MOST_SPLITS": 1},
     {"ATTENTION_WARPS": 8},
-    {"WARPS": (8, 16)},
-    {"WARPS": (11, 11)},
 ]
 HOLDERS: dict[str, Any] = {
-    "FIVE": packed_step, "LAUNCH_FIRST": cuda, "GATED_WARPS": cuda, "WARPS": cuda.Layout, "MOST_SPLITS": fused_attention,
+    "FIVE": packed_step,
+    "LAUNCH_FIRST": cuda,
+    "GATED_WARPS": cuda,
+    "MOST_SPLITS": fused_attention,
     "ATTENTION_WARPS": fused_attention,
-}  # fmt: skip
+}
 CACHES = [(1, 0.0), (33, 1.0), (256, 0.4), (2048, 0.0), (2048, 0.7)]
 
 
