@@ -32,7 +32,7 @@ FILES = (
     "masks/least_squares", "masks/alps", "masks/admm", "masks/pruner_zero", "masks/taylor", "masks/structured",
     "masks/prune",
     "adapter", "rank", "reconstruct", "continuation",
-    "packed", "quantise", "bits", "base", "tiles", "code_tiles",
+    "packed", "quantise", "bits", "base", "tiles", "code_tiles", "gaps",
     "layers", "loss", "llama", "adamw",
     "sora", "sleb", "slicegpt", "llm_pruner", "loraprune", "flap",
     "rates", "settings", "adapted_linear", "lockstep", "training", "losa",

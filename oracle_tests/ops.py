@@ -98,6 +98,16 @@ CODE_TILED = {
 }
 TILED = {"bitmaps": np.zeros((1, 256), dtype=np.uint8), "values": np.ones(0), "rows": 2, "columns": 3}
 
+# No kept weight.
+GAPPED = {
+    "values": np.zeros((0, 32, 8)),
+    "gaps": np.zeros((0, 32, 8), dtype=np.uint8),
+    "starts": np.zeros(2, dtype=np.int64),
+    "order": np.arange(2),
+    "rows": 2,
+    "columns": 3,
+}
+
 
 def _cases(**arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(arguments)
@@ -747,4 +757,6 @@ OPS = (
         Kind.EXACT,
         ({**CODE_TILED, "starts": np.zeros(3, np.int64)}, "starts"),
     ),
+    Op("gaps.pack_gaps", _cases(weight=s.weights_with_gaps()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
+    Op("gaps.unpack_gaps", s.gapped_weights(), Kind.EXACT, ({**GAPPED, "order": np.ones(2, np.int64)}, "order")),
 )

@@ -560,6 +560,46 @@ def tiled_codes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@st.composite
+def weights_with_gaps(draw: st.DrawFn, most_rows: int = 70) -> np.ndarray:
+    """(out, in) of one to three strips of 32 rows, each row with its own share of zeros: dense, empty, gaps of 1 to 199."""
+    rng, shape = _rng(draw), (draw(st.integers(1, most_rows) | st.sampled_from([32, 33])), draw(st.integers(1, 200)))
+    kept = draw(st.lists(st.sampled_from([0.0, 0.01, 0.05, 0.3, 1.0]), min_size=1, max_size=4))
+    weight = rng.standard_normal(shape)
+    weight[rng.random(shape) < 0.1] = -0.0
+    weight[rng.random(shape) >= rng.choice(kept, shape[0])[:, None]] = 0
+    return weight
+
+
+@st.composite
+def gapped_weights(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of unpack_gaps, built by hand: fillers anywhere, groups to spare, rows in any order."""
+    rng, weight = _rng(draw), draw(weights_with_gaps(40))
+    rows, columns = weight.shape
+    order = rng.permutation(rows)
+    streams: list[list[tuple[int, float]]] = []
+    for row in weight[order]:
+        steps = np.diff(np.flatnonzero(row), prepend=0)
+        stream = []
+        for step, value in zip(steps.tolist(), row[row != 0].tolist(), strict=True):
+            left = step
+            while left > 15 or (left and rng.random() < 0.2):
+                gap = int(rng.integers(0, min(left, 15) + 1))
+                stream.append((gap, 0.0))
+                left -= gap
+            stream.append((left, value))
+        streams.append(stream)
+    strips = [streams[first : first + 32] for first in range(0, rows, 32)]
+    counts = [-(-max(map(len, strip)) // 8) + int(rng.integers(0, 2)) for strip in strips]
+    values, gaps = np.zeros((sum(counts), 32, 8)), np.zeros((sum(counts), 32, 8), dtype=np.uint8)
+    starts = np.cumsum([0, *counts])
+    for position, stream in enumerate(streams):
+        for number, (gap, value) in enumerate(stream):
+            place = starts[position // 32] + number // 8, position % 32, number % 8
+            gaps[place], values[place] = gap, value
+    return {"values": values, "gaps": gaps, "starts": starts, "order": order, "rows": rows, "columns": columns}
+
+
 # Never on the border between two tokens of a small vocabulary with equal logits, where rounding decides.
 _UNIFORMS = st.integers(0, 999).map(lambda number: (number + 0.37) / 1000)
 

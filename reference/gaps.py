@@ -1,0 +1,143 @@
+"""A sparse matrix as its kept values and the gaps between them, a row for each lane of a GPU's warp.
+
+Legend: an entry (g, v) of a row is a gap g from 0 to 15 and a value v. It lies g columns behind the entry before it, the
+first one g columns behind column 0. An entry of value 0 only moves on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference import _checks
+from reference._checks import Array
+
+LANES = 32
+"""Rows of a strip, one for each lane of a warp."""
+ENTRIES = 8
+"""Entries of a row in a group, which a lane reads at once: 16 bytes of 16-bit values."""
+MOST_GAP = 15
+"""The largest gap: 4 bits."""
+
+
+def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """Write each row as entries, one for each kept value, and cut the rows into strips of 32.
+
+    Source: ours; MACKO (Macko and Boža, arXiv 2511.13061) has gaps of 4 bits too, with the lanes of a warp along a row.
+
+        entries of a kept value d columns behind the one before: ⌈d/15⌉ − 1 fillers (15, 0), if d > 15, then (the rest, v)
+        order: rows by their number of entries, the longest first; equally long ones stay in order
+        strip: the next 32 rows of that order, each filled up with (0, 0) to whole groups of 8 that hold the longest
+        groups: strip by strip; the groups of a strip from left to right; in each, 8 entries of lane 0, then of lane 1, …
+
+    Parameters: weight (out, in).
+    Returns: (values (groups, 32, 8), gaps (groups, 32, 8) uint8, starts (strips + 1,) int64, each strip's first group, order
+    (out,) int64, the row of each lane of each strip). A weight of +0 or −0 is left out. Lanes after the last row are empty.
+    A strip without a kept value has no group.
+
+    *Deviation*: none.
+
+    >>> weight = np.zeros((2, 40))
+    >>> weight[1, [0, 3, 39]] = 7, 8, 9
+    >>> values, gaps, starts, order = pack_gaps(weight)
+    >>> values[0, 0], gaps[0, 0]  # 39 − 3 = 15 + 15 + 6
+    (array([7., 8., 0., 0., 9., 0., 0., 0.]), array([ 0,  3, 15, 15,  6,  0,  0,  0], dtype=uint8))
+    >>> values.shape, starts, order
+    ((1, 32, 8), array([0, 1]), array([1, 0]))
+    """
+    weight = _checks.array("weight", weight, "out", "in", finite=False)
+    rows = [_entries(row) for row in weight]
+    order = np.argsort([-len(row) for row in rows], kind="stable")
+    starts = [0]
+    for longest in order[::LANES]:
+        starts.append(starts[-1] + -(-len(rows[longest]) // ENTRIES))
+    values = np.zeros((starts[-1], LANES, ENTRIES))
+    gaps = np.zeros(values.shape, dtype=np.uint8)
+    for position, row in enumerate(order):
+        strip, lane = divmod(position, LANES)
+        for number, (gap, value) in enumerate(rows[row]):
+            group, place = divmod(number, ENTRIES)
+            gaps[starts[strip] + group, lane, place] = gap
+            values[starts[strip] + group, lane, place] = value
+    return values, gaps, np.array(starts, dtype=np.int64), order
+
+
+def unpack_gaps(
+    values: Array, gaps: NDArray[np.uint8], starts: NDArray[np.int64], order: NDArray[np.int64], rows: int, columns: int
+) -> Array:
+    """Restore the weight from its entries.
+
+    Source: ours, the inverse of `pack_gaps`.
+
+    Parameters: values, gaps, starts, order as `pack_gaps` returns them; rows, columns: of the weight. Strips may have more
+    groups than they need, and their rows may be in any order.
+    Returns: the weight (rows, columns), with +0 where no value is stored.
+
+    Errors: ValueError or TypeError for a wrong shape or dtype; a gap above 15; starts that do not count the groups; an order
+    that does not hold each row once; an entry behind the last column; a value after the last row; two values in one place.
+
+    *Deviation*: none.
+
+    >>> unpack_gaps(*pack_gaps([[3, 4, 0, 5]]), 1, 4)
+    array([[3., 4., 0., 5.]])
+    """
+    values = _checks.array("values", values, "groups", "32", "8", empty=True, finite=False)
+    rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
+    _check(values, gaps, starts, order, rows)
+    weight = np.zeros((rows, columns))
+    for strip in range(len(starts) - 1):
+        for lane in range(LANES):
+            column = 0
+            for group in range(starts[strip], starts[strip + 1]):
+                for gap, value in zip(gaps[group, lane], values[group, lane], strict=True):
+                    column += int(gap)
+                    if column >= columns:
+                        raise ValueError(f"gaps leads beyond column {columns - 1} in strip {strip}")
+                    if value != 0:
+                        weight[order[strip * LANES + lane], column] = value
+    kept, found = np.count_nonzero(values), np.count_nonzero(weight)
+    if kept != found:
+        raise ValueError(f"values has {kept} entries other than 0, but gaps leads to {found} places")
+    return weight
+
+
+def _entries(row: Array) -> list[tuple[int, float]]:
+    """List the entries (gap, value) of a row."""
+    entries, before = [], 0
+    for column in np.flatnonzero(row):
+        while column - before > MOST_GAP:
+            entries.append((MOST_GAP, 0.0))
+            before += MOST_GAP
+        entries.append((int(column) - before, float(row[column])))
+        before = int(column)
+    return entries
+
+
+def _check(values: Array, gaps: Any, starts: Any, order: Any, rows: int) -> None:
+    """Check what can be checked without following the entries."""
+    strips = -(-rows // LANES)
+    if values.shape[1:] != (LANES, ENTRIES):
+        raise ValueError(f"values has shape {values.shape}; allowed: (groups, {LANES}, {ENTRIES})")
+    _check_integers("gaps", gaps, np.uint8, values.shape)
+    _check_integers("starts", starts, np.int64, (strips + 1,))
+    _check_integers("order", order, np.int64, (rows,))
+    if gaps.max(initial=0) > MOST_GAP:
+        raise ValueError(f"gaps holds {gaps.max()}; allowed: 0 to {MOST_GAP}")
+    if starts[0] != 0 or starts[-1] != len(values) or (np.diff(starts) < 0).any():
+        raise ValueError(f"starts does not rise from 0 to {len(values)}, the number of groups")
+    if not np.array_equal(np.sort(order), np.arange(rows)):
+        raise ValueError(f"order does not hold each of 0 to {rows - 1} once")
+    if values[starts[-2] :, rows - (strips - 1) * LANES :].any():
+        raise ValueError(f"values has an entry other than 0 in a lane after row {rows - 1}")
+
+
+def _check_integers(name: str, array: Any, dtype: type, shape: tuple[int, ...]) -> None:
+    """Check type, dtype and shape."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is {type(array).__name__}; allowed: an array of real numbers")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}; allowed: {np.dtype(dtype)}")
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; allowed: {shape}")

@@ -1,0 +1,126 @@
+"""A sparse matrix as its kept values and the gaps between them, a row for each lane of a warp. Spec: reference/gaps.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_impl import _checks
+
+LANES = 32
+"""Rows of a strip, one for each lane of a warp."""
+ENTRIES = 8
+"""Entries of a row in a group, which a lane reads at once."""
+MOST_GAP = 15
+"""The largest gap: 4 bits."""
+SLAB = 2**24
+"""About so many weights at a time, for each of which some 64 bytes of memory are needed if it is kept."""
+
+
+def pack_gaps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pack weight (out, in) into (values (groups, 32, 8), gaps (groups, 32, 8) uint8, starts (strips + 1,), order (out,))."""
+    weight = _checks.tensor("weight", weight, "out", "in")
+    rows = len(weight)
+    lengths = torch.cat([slab[1] for slab in _slabs(weight)])
+    order = lengths.argsort(descending=True, stable=True)
+    starts = _running(-(-lengths[order[::LANES]] // ENTRIES))
+    position = torch.empty_like(order)
+    position[order] = torch.arange(rows, device=weight.device)
+    # Row r begins at entry first[r] of all, its next group LANES * ENTRIES entries on.
+    first = (starts[position // LANES] * LANES + position % LANES) * ENTRIES
+    groups = int(starts[-1])
+    values = weight.new_zeros(groups * LANES * ENTRIES)
+    gaps = _fillers(lengths[order], starts).flatten()
+    for top, _, kept, number, gap in _slabs(weight):
+        row = kept // weight.shape[1]
+        place = first[top:][row] + number // ENTRIES * (LANES * ENTRIES) + number % ENTRIES
+        values[place] = weight[top:].flatten()[kept]
+        gaps[place] = gap.to(torch.uint8)
+    return values.view(groups, LANES, ENTRIES), gaps.view(groups, LANES, ENTRIES), starts, order
+
+
+def unpack_gaps(
+    values: torch.Tensor, gaps: torch.Tensor, starts: torch.Tensor, order: torch.Tensor, rows: int, columns: int
+) -> torch.Tensor:
+    """Restore the weight (rows, columns) from its entries, with +0 where no value is stored."""
+    values = _checks.tensor("values", values, "groups", "32", "8", empty=True)
+    rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
+    _check(values, gaps, starts, order, rows)
+    strip = torch.repeat_interleave(starts.diff())
+    column = gaps.cumsum(-1)
+    before = _running(column[..., -1])
+    column += (before[:-1] - before[starts[:-1]][strip])[..., None]
+    beyond = (column >= columns).flatten(1).any(1)
+    if bool(beyond.any()):
+        raise ValueError(f"gaps leads beyond column {columns - 1} in strip {int(strip[beyond][0])}")
+    row = nn.functional.pad(order, (0, -rows % LANES)).view(-1, LANES)[strip]
+    kept = values != 0
+    weight = values.new_zeros(rows * columns)
+    weight[column.add_(row[..., None], alpha=columns)[kept]] = values[kept]
+    entries, places = int(kept.sum()), int(weight.count_nonzero())
+    if entries != places:
+        raise ValueError(f"values has {entries} entries other than 0, but gaps leads to {places} places")
+    return weight.view(rows, columns)
+
+
+def _slabs(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield a slab's first row, its rows' numbers of entries and, of each kept value, its place in the slab, number and gap."""
+    columns = weight.shape[1]
+    step = max(1, SLAB // columns)
+    for top in range(0, len(weight), step):
+        slab = weight[top : top + step]
+        kept = slab.flatten().nonzero()[:, 0]
+        row, column = kept // columns, kept % columns
+        ends = _running((slab != 0).sum(1))
+        distance = column - nn.functional.pad(column, (1, 0))[:-1]
+        begins = ends[:-1][ends.diff() > 0]
+        distance[begins] = column[begins]
+        fillers = (distance - 1).clamp_(min=0) // MOST_GAP
+        entries = _running(fillers + 1)
+        before = entries[ends]
+        yield top, before.diff(), kept, entries[1:] - 1 - before[row], distance - MOST_GAP * fillers
+
+
+def _fillers(lengths: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Return gaps (groups, 32, 8): 15 for every entry that a row has, by the rows' numbers of entries in the order of lanes."""
+    strip = torch.repeat_interleave(starts.diff())
+    group = torch.arange(len(strip), device=starts.device) - starts[strip]
+    number = group[:, None, None] * ENTRIES + torch.arange(ENTRIES, device=starts.device)
+    own = nn.functional.pad(lengths, (0, -len(lengths) % LANES)).view(-1, LANES)[strip]
+    return (number < own[..., None]).view(torch.uint8) * MOST_GAP
+
+
+def _running(counts: torch.Tensor) -> torch.Tensor:
+    """Return 0, then the running sums along the first axis, as int64."""
+    return torch.cat([counts.new_zeros((1, *counts.shape[1:]), dtype=torch.int64), counts.cumsum(0)])
+
+
+def _check(values: torch.Tensor, gaps: Any, starts: Any, order: Any, rows: int) -> None:
+    """Check what can be checked without following the entries."""
+    strips = -(-rows // LANES)
+    if values.shape[1:] != (LANES, ENTRIES):
+        raise ValueError(f"values has shape {tuple(values.shape)}; allowed: (groups, {LANES}, {ENTRIES})")
+    _check_integers("gaps", gaps, torch.uint8, tuple(values.shape))
+    _check_integers("starts", starts, torch.int64, (strips + 1,))
+    _check_integers("order", order, torch.int64, (rows,))
+    if bool((gaps > MOST_GAP).any()):
+        raise ValueError(f"gaps holds {int(gaps.max())}; allowed: 0 to {MOST_GAP}")
+    if int(starts[0]) != 0 or int(starts[-1]) != len(values) or bool((starts.diff() < 0).any()):
+        raise ValueError(f"starts does not rise from 0 to {len(values)}, the number of groups")
+    if not torch.equal(order.sort().values, torch.arange(rows, device=order.device)):
+        raise ValueError(f"order does not hold each of 0 to {rows - 1} once")
+    if bool(values[int(starts[-2]) :, rows - (strips - 1) * LANES :].any()):
+        raise ValueError(f"values has an entry other than 0 in a lane after row {rows - 1}")
+
+
+def _check_integers(name: str, tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Check type, dtype and shape."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; allowed: a tensor")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {str(dtype).removeprefix('torch.')}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
