@@ -1,8 +1,12 @@
-"""The programs of oracle_tests/programs/ that need no GPU."""
+"""The programs of oracle_tests/programs/, as far as they need no GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from oracle_tests.programs import configuration_hashes, importance_orders, lowest_versions
+from oracle_tests.programs import configuration_hashes, gpu_counters, importance_orders, lowest_versions
 from oracle_tests.small_runs import ROOT, arguments, make_place
+from torch_impl.experiment.planning import geometry
 
 
 def test_hashes_are_compared_with_earlier_ones(
@@ -89,3 +94,76 @@ def test_orders_of_importance_are_compared(tmp_path: Path, capsys: pytest.Captur
     values = {"rmi": [1, 2, 3, 4], "gradient": [20, 10, 30, 40], "owl": [4, 3, 2, 1], "e": [5, 5, 5, 5]}
     found = importance_orders.correlations({name: np.array(value) for name, value in values.items()})
     np.testing.assert_allclose(found[0], [1, 0.8, -1, np.nan])
+
+
+COUNTED = (ROOT / "oracle_tests/data/ncu.csv").read_text()
+"""What ncu printed on one H200, of a few kernels and counters."""
+
+
+def test_counters_are_read_from_what_ncu_prints() -> None:
+    heading, *lines = gpu_counters.report(COUNTED)
+    assert heading.split()[:5] == ["µs", "MB", "memory", "%", "L2"]
+    assert heading.endswith("waits for")
+    assert [" ".join(line.split()) for line in lines] == [
+        "o dense 1 11.9 33.6 59.5 29.4 12.4 10.9 3.7 1.5 14.3 1083.8 "
+        "global memory 12.8, fixed latency 1.8, instructions 1.0, constants 0.9, arithmetic unit 0.3",
+        "o dense 1, kernel 2 3.5 0.0 0.2 0.5 14.6 1.0 2.5 0.0 9.4 85.2 "
+        "constants 5.9, instructions 4.8, shared memory 4.6, fixed latency 1.6, global memory 1.6",
+        "gate,up same 1 28.3 65.9 50.1 24.9 69.4 64.8 40.0 3.0 42.8 15931.3 "
+        "global memory 2.2, another warp's turn 2.0, fixed latency 1.4, shared memory 1.0, arithmetic unit 0.6",
+        "gate,up int8 8 29.7 48.6 36.1 26.4 59.2 53.9 52.4 2.9 40.3 14269.1 "
+        "global memory 2.8, another warp's turn 1.9, fixed latency 1.4, arithmetic unit 1.2, shared memory 1.0",
+    ]
+
+
+def test_a_counter_that_ncu_lacks_is_left_open_and_no_kernel_is_an_error() -> None:
+    first = gpu_counters.report(COUNTED.replace("dram__bytes_read.sum", "dram__renamed.sum"))[1]
+    assert first.split()[:6] == ["o", "dense", "1", "11.9", "nan", "59.5"]
+    assert gpu_counters.report("\n".join(COUNTED.splitlines()[:5])) == []
+    assert gpu_counters.report("==ERROR== no permission\n") == []
+
+
+def test_every_product_is_launched_once_in_a_range_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the ranges recorded."""
+    ranges: list[str] = []
+
+    @contextlib.contextmanager
+    def named(name: str) -> Iterator[None]:
+        yield ranges.append(name)
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", named)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: None)
+    shape = {"hidden_size": 64, "intermediate_size": 96}
+    monkeypatch.setitem(geometry.GEOMETRIES, "small", geometry.GEOMETRIES["small"] | shape)
+    options = gpu_counters.parser().parse_args(["--geometry", "small", "--rows", "1", "16", "--values", "same", "int8"])
+    gpu_counters.launch(options, torch.device("cpu"))
+    products = ["dense 1", "same 1", "int8 1", "dense 16", "same 16"]
+    assert ranges == [f"#{name} {product}" for name in ("q,k,v", "o", "gate,up", "down") for product in products]
+
+
+def test_counting_runs_the_program_itself_under_ncu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a ncu that prints what one printed before."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int("--sparsity" not in command), COUNTED, "no such thing")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu_counters.main([]) == 1
+    assert "needs a GPU and ncu" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_counters.shutil, "which", lambda name: f"/somewhere/{name}")
+    given = ["--sparsity", "2:4", "--save", str(tmp_path / "kept.csv")]
+    assert gpu_counters.main(given) == 0
+    assert capsys.readouterr().out.splitlines() == gpu_counters.report(COUNTED)
+    assert (tmp_path / "kept.csv").read_text() == COUNTED
+    own = ["-m", "oracle_tests.programs.gpu_counters", *given, "--launch"]
+    assert commands[0][0] == "/somewhere/ncu"
+    assert commands[0][-len(own) - 1 :] == [sys.executable, *own]
+    with pytest.raises(RuntimeError, match="ncu failed with 1: no such thing"):
+        gpu_counters.main([])
