@@ -264,3 +264,19 @@ def test_the_program_for_a_gpu_runs_and_notices_what_is_wrong(
     assert said.count("NOT the same") == 2
     # Dense; packed, in eight launches and in five.
     assert said.count("WRONG") == 3
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_program_for_a_gpu_compares_five_launches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu_fused, "GREEDY", 4)
+    for name in ("kernels_are_right", "tokens_are_the_same"):
+        monkeypatch.setattr(gpu_fused, name, lambda given: True)
+    run = partial(gpu_fused.main, ["--small", "--device", "cpu"])
+    assert run() == 0
+    monkeypatch.setattr(packed_step, "blocks", lambda layers: [])
+    assert run() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said if "WRONG" in line] == ["five"]
