@@ -1,0 +1,117 @@
+"""Gaps: entries by hand, where they lie, how many there are by counting runs of zeros, and the product that a lane computes."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from oracle_tests import strategies
+from reference.gaps import pack_gaps, unpack_gaps
+
+
+@settings(max_examples=strategies.examples(25))
+@given(strategies.weights_with_gaps())
+def test_there_and_back(weight: np.ndarray) -> None:
+    values, gaps, starts, order = pack_gaps(weight)
+    found = unpack_gaps(values, gaps, starts, order, *weight.shape)
+    assert np.array_equal(found, weight)
+    assert not np.signbit(found[found == 0]).any()
+    # Nothing but the kept weights; rows by their length; strips no longer than their longest row needs.
+    assert sorted(values[values != 0]) == sorted(weight[weight != 0])
+    lengths = [length(row) for row in weight]
+    assert order.tolist() == sorted(range(len(weight)), key=lambda row: (-lengths[row], row))
+    longest = [max(lengths[row] for row in order[first : first + 32]) for first in range(0, len(order), 32)]
+    assert starts.tolist() == np.cumsum([0, *(-(-most // 8) for most in longest)]).tolist()
+
+
+def length(row: np.ndarray) -> int:
+    """Count a row's entries by its runs of zeros: z zeros between two kept values need z // 15 fillers."""
+    first, *between = re.findall("(0*)1", "".join("01"[int(kept)] for kept in row != 0)) or [None]
+    if first is None:
+        return 0
+    # Before the first kept value there is no step over the value before.
+    return 1 + max(0, len(first) - 1) // 15 + sum(1 + len(zeros) // 15 for zeros in between)
+
+
+@pytest.mark.parametrize(
+    ("columns", "gaps"),
+    [
+        ([0], [0]),
+        ([15], [15]),
+        ([16], [15, 1]),
+        ([30], [15, 15]),
+        ([31], [15, 15, 1]),
+        ([0, 1, 2], [0, 1, 1]),
+        ([3, 18, 34, 64, 95], [3, 15, 15, 1, 15, 15, 15, 15, 1]),
+        ([599], [15] * 39 + [14]),
+    ],
+)
+def test_the_entries_of_a_row(columns: list[int], gaps: list[int]) -> None:
+    """A value lies where the running sum of gaps is its column; every other entry has the value 0."""
+    weight = np.zeros((1, 600))
+    weight[0, columns] = np.arange(1, len(columns) + 1)
+    values, found, starts, _ = pack_gaps(weight)
+    groups = -(-len(gaps) // 8)
+    assert starts.tolist() == [0, groups]
+    assert found[:, 0].ravel().tolist() == gaps + [0] * (8 * groups - len(gaps))
+    ends = [number for number, column in enumerate(np.cumsum(gaps)) if column in columns]
+    expected = np.zeros(8 * groups)
+    expected[ends] = weight[0, columns]
+    assert values[:, 0].ravel().tolist() == expected.tolist()
+    assert not found[:, 1:].any()
+    assert not values[:, 1:].any()
+
+
+def test_where_rows_lie() -> None:
+    """Rows 0 to 68 of 69, by their number of entries: 20 in row 40, 9 in rows 3 and 50, 1 in 32 more, else none."""
+    weight = np.zeros((69, 64))
+    weight[40, :20], weight[[3, 50], :9], weight[5:37, 2] = 7, 8, 9
+    values, gaps, starts, order = pack_gaps(weight)
+    assert order.tolist() == [40, 3, 50, *range(5, 37), *(row for row in range(69) if not weight[row].any())]
+    # Three groups for 20 entries, one for the last three rows with a value, none for a strip without.
+    assert starts.tolist() == [0, 3, 4, 4]
+    assert gaps.shape == values.shape == (4, 32, 8)
+    assert (values != 0).sum(2)[:, :4].tolist() == [[8, 8, 8, 1], [8, 1, 1, 0], [4, 0, 0, 0], [1, 1, 1, 0]]
+    assert values[3, :3, 0].tolist() == [9, 9, 9]
+    assert gaps[3, :3, 0].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (32, 5), (33, 5)])
+def test_a_matrix_of_zeros_has_no_group(shape: tuple[int, int]) -> None:
+    values, gaps, starts, order = pack_gaps(np.full(shape, -0.0))
+    assert values.shape == gaps.shape == (0, 32, 8)
+    assert not starts.any()
+    assert len(starts) == -(-shape[0] // 32) + 1
+    assert order.tolist() == list(range(shape[0]))
+    assert not np.signbit(unpack_gaps(values, gaps, starts, order, *shape)).any()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 0.1])
+def test_the_size_is_that_of_random_zeros(share: float) -> None:
+    """(1 − ρ) / (1 − ρ^15) entries a weight, if every row keeps as many; and some to spare, up to the longest row's groups."""
+    ranks = np.random.default_rng(0).random((64, 4096)).argsort(axis=1)
+    values, gaps, *_ = pack_gaps(ranks < round(share * 4096))
+    needed = 64 * 4096 * share / (1 - (1 - share) ** 15)
+    used = np.count_nonzero(values) + (gaps[values == 0] == 15).sum()
+    assert abs(used / needed - 1) < 0.005
+    assert 1 <= values.size / used < 1.06
+
+
+@settings(max_examples=strategies.examples(15))
+@given(strategies.gapped_weights())
+def test_a_lane_multiplies_by_walking_its_row(case: dict[str, Any]) -> None:
+    """Fillers too read x at a column of the weight, and add nothing."""
+    weight = unpack_gaps(**case)
+    x = np.arange(1.0, case["columns"] + 1)
+    y = np.zeros(case["rows"])
+    for strip, (first, last) in enumerate(pairwise(case["starts"])):
+        gaps, values = (case[name][first:last].swapaxes(0, 1).reshape(32, -1) for name in ("gaps", "values"))
+        columns = gaps.cumsum(axis=1, dtype=np.int64)
+        rows = case["order"][32 * strip :][:32]
+        y[rows] = (values * x[columns]).sum(axis=1)[: len(rows)]
+    np.testing.assert_allclose(y, weight @ x, rtol=1e-12, atol=1e-12 * len(x) ** 2)
