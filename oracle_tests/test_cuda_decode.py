@@ -17,35 +17,15 @@ from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
 from oracle_tests.gpu_instructions import permute
 from oracle_tests.programs import gpu_rows
+from oracle_tests.sparse_weights import sparse_weights
 from oracle_tests.strategies import examples
 from torch_impl import packed
 from torch_impl.decode import cuda, cuda_coded, cuda_plan
 from torch_impl.decode.cuda_plan import Card
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
 AROUND = np.array([-1, -2, 0, 1])
 """Where a lane reads, from its middle: two values before it and two behind it, the nearer first."""
-
-
-@st.composite
-def sparse_weights(draw: st.DrawFn, most_rows: int = 70, most_columns: int = 300) -> torch.Tensor:
-    """Weights of any shape and sparsity: empty rows, full panels, N:M, large and tiny values, zeros of both signs."""
-    rows = draw(st.sampled_from([n for n in (1, 5, 15, 16, 17, 33, 70) if n <= most_rows]))
-    columns = draw(st.integers(1, most_columns))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    weight = torch.randn(rows, columns, generator=generator) * draw(st.sampled_from([1.0, 1e-3, 1e2]))
-    kind = draw(st.sampled_from([0.0, 0.5, 0.7, 0.95, 1.0, "2:4", "uneven"]))
-    if kind == "2:4":
-        place = torch.rand(rows, -(-columns // 4), 4, generator=generator).argsort(2)
-        weight[(place < 2).flatten(1)[:, :columns]] = 0
-    elif kind == "uneven":
-        # Panels of very different sizes.
-        weight[torch.rand(weight.shape, generator=generator) < torch.rand(rows, 1, generator=generator)] = 0
-    else:
-        weight[torch.rand(rows, columns, generator=generator) < kind] = 0
-    weight[draw(st.integers(0, rows - 1))] *= 0
-    return weight.to(draw(DTYPES))
 
 
 def read_quad(halves: np.ndarray, middle: int, bits: int) -> list[int]:
@@ -169,8 +149,9 @@ def test_a_plan_is_of_the_layout() -> None:
     layout = cuda.pack_rows(weight)
     assert layout.plan[:5] == [40, 300, 3, layout.slot, 1]
     early = Card.of(weight.device).early * (1 + cuda.LAUNCH_FIRST)
-    # After those of both kernels: panels of a warp in a block with one strip, and of a product with SwiGLU, which is impossible.
-    assert layout.plan[5:] == [2, early, cuda.MOST_ROWS, 0, cuda.AT_ONCE, 1, 1, 1, 1, 2, 0]
+    # After those of both kernels: panels of a warp in a block with one strip, and of a product with SwiGLU, which is impossible;
+    # no gaps.
+    assert layout.plan[5:] == [2, early, cuda.MOST_ROWS, 0, cuda.AT_ONCE, 1, 1, 1, 1, 2, 0, 0]
     assert cuda.pack_rows(weight.bfloat16()).plan[4] == 0
     assert replace(layout, slot=2**20).plan[5] == 0
     assert copy.deepcopy(layout).__dict__.keys() == replace(layout).__dict__.keys() < layout.__dict__.keys()

@@ -62,6 +62,17 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
   launches += 1000000;
   return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
 }
+// With gaps a launch counts ten, and unpacking a thousand.
+extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                int columns, int panels, int slot, int half, int batch, int groups, int overlap, void* stream) {
+  launches += 9;
+  return losa_matvec(data, starts, x, bias, y, rows, columns, panels, slot, half, batch, 1, groups, overlap, stream);
+}
+extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot,
+                                void* stream) {
+  launches += 1000;
+  return losa_expand(data, starts, dense, rows, columns, panels, slot, stream);
+}
 // Other endings of a product write their number everywhere, with codes ten more, and their parameters to the sums of squares.
 extern "C" int losa_ending(const void*, const void*, const void*, const void* bias, void* y, int rows, int, int, int slot,
                            int batch, int share, int overlap, int ending, void* squares, int parts, float eps, void* total,
@@ -135,12 +146,13 @@ class Weight:
         at_once: int = 8,
         rows: int = 20,
         gated: int = 2,
+        gaps: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.dense = torch.randn(rows, 32, generator=generator).to(dtype)
         self.bias = torch.randn(rows, generator=generator).to(dtype)
         shape = [rows, 32, 1, error, int(dtype == torch.float16)]
-        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, 6, 5 * bool(share), gated]
+        plan = [*shape, share, 1, 24, bits, at_once, 2, 3, 4, 6, 5 * bool(share), gated, gaps]
         self.layout = (self.dense.view(torch.uint8), torch.zeros(1, dtype=torch.int32), plan)
 
 
@@ -187,6 +199,26 @@ def test_more_rows_at_once(operators: Any) -> None:
             assert near(y, functional.linear(there, weight.dense, weight.bias))
             assert operators.launches() - before == expected
             before = operators.launches()
+
+
+def test_gaps_take_up_to_at_once_rows(operators: Any) -> None:
+    """However x lies; more than the plan's most are multiplied with the unpacked weight, as are rows too long for a block."""
+    for rows, at_once, share, launches in (
+        (1, 8, 1, 10),
+        (9, 8, 1, 20),
+        (9, 4, 1, 30),
+        (25, 8, 1, 1000),
+        (3, 0, 0, 1000),
+    ):
+        weight = Weight(torch.bfloat16, share=share, at_once=at_once, gaps=1)
+        for x in (torch.randn(rows, 32).bfloat16(), torch.randn(32 * rows + 1).bfloat16()[1:].view(rows, 32)):
+            before = operators.launches()
+            y = operators.linear(x, *weight.layout, weight.bias)
+            assert near(y, functional.linear(x, weight.dense, weight.bias))
+            assert operators.launches() - before == launches
+    before = operators.launches()
+    assert torch.equal(operators.expand(*weight.layout), weight.dense)
+    assert operators.launches() - before == 1000
 
 
 def test_other_endings(operators: Any) -> None:
@@ -269,7 +301,7 @@ def test_what_does_not_fit_is_refused(operators: Any) -> None:
         ((x[:, 1:], data, starts, plan, None), ValueError, r"^x has shape \[1, 31\]; allowed: \[..., 32\]"),
         ((x[0, 0], data, starts, plan, None), ValueError, "^x has shape"),
         ((x.half(), data, starts, plan, None), TypeError, "^x has dtype Half; allowed: BFloat16, the weight's"),
-        ((x, data, starts, plan[1:], None), ValueError, "^plan has 15 numbers"),
+        ((x, data, starts, plan[1:], None), ValueError, "^plan has 16 numbers"),
         ((x, data, starts, plan, weight.bias[1:]), ValueError, "^bias does not match the weight; allowed: 20 entries"),
         ((x, data, starts, plan, weight.bias.float()), ValueError, "^bias does not match"),
         ((x.to("meta"), data, starts, plan, None), NotImplementedError, "Meta"),

@@ -113,9 +113,9 @@ def test_torch_computes_the_same(kind: str) -> None:
 def test_the_plan_of_gate_and_up_fits() -> None:
     for rows, columns in ((22016, 4096), (28672, 8192), (64, 100), (28672, 16384)):
         layout = cuda.Layout(rows, columns, -(-columns // 128), 3000, BF16, torch.empty(0), torch.empty(0))
-        share = layout.plan[-1]
+        share = layout.plan[cuda.GATED]
         assert 0 < share <= 29
         warps = 2 * -(-layout.panels // share)
         assert warps <= 32
         assert layout.shared(warps) + cuda.squares_bytes(columns) <= cuda.Card().shared
-    assert cuda.Layout(40, 128, 1, 3000, BF16, torch.empty(0), torch.empty(0)).plan[-1] == 0
+    assert cuda.Layout(40, 128, 1, 3000, BF16, torch.empty(0), torch.empty(0)).plan[cuda.GATED] == 0

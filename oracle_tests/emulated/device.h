@@ -40,6 +40,7 @@ constexpr uint32_t MOST_SHARED = 227 * 1024;   // bytes of a block of an H100
 inline unsigned char memory[MOST_SHARED] __attribute__((aligned(128)));
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
 struct dim3 { int x; explicit dim3(int x = 1) : x(x) {} };
 
 // Numbers of 16 bits.
@@ -116,6 +117,22 @@ inline void load_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32
     const uint4 all = load<uint4>(at);
     a = all.x, b = all.y, c = all.z, d = all.w;
 }
+inline void load_two(uint32_t& a, uint32_t& b, uint32_t at) {
+    const uint2 both = load<uint2>(at);
+    a = both.x, b = both.y;
+}
+
+// Global memory, by an instruction.
+template <class T> T read(const uint8_t* from) {
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) fail("global memory: not aligned");
+    T value;
+    memcpy(&value, from, sizeof(T));
+    return value;
+}
+inline void read_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const uint8_t* from) {
+    const uint4 all = read<uint4>(from);
+    a = all.x, b = all.y, c = all.z, d = all.w;
+}
 
 // Copies. Global memory is read at once, by the lane; only the writing comes later.
 inline Copy copy_of(uint32_t to, const uint8_t* from, uint32_t bytes, Barrier* barrier) {
@@ -168,6 +185,11 @@ inline void meet(Lane*) {}
 inline void choose_any(Lane* warp) {
     const unsigned chosen = random() % 32;
     for (unsigned i = 0; i < 32; ++i) warp[i].out[0] = i == chosen;
+}
+inline void find_any(Lane* warp) {
+    uint32_t any = 0;
+    for (Lane* lane = warp; lane < warp + 32; ++lane) any |= lane->in[0];
+    for (Lane* lane = warp; lane < warp + 32; ++lane) lane->out[0] = any;
 }
 inline void shuffle(Lane* warp) {
     for (Lane* lane = warp; lane < warp + 32; ++lane) lane->out[0] = warp[lane->in[1] % 32].in[0];
@@ -325,6 +347,11 @@ template <class V> V __shfl_sync(unsigned, V value, int source) {
     emulated::now->in[0] = static_cast<uint32_t>(value), emulated::now->in[1] = source;
     emulated::together(emulated::shuffle);
     return static_cast<V>(emulated::now->out[0]);
+}
+inline bool __any_sync(unsigned, bool value) {
+    emulated::now->in[0] = value;
+    emulated::together(emulated::find_any);
+    return emulated::now->out[0];
 }
 inline size_t __cvta_generic_to_shared(const void* at) { return static_cast<const unsigned char*>(at) - memory; }
 inline float rsqrtf(float f) { return 1 / std::sqrt(f); }

@@ -41,8 +41,8 @@ LAUNCH_FIRST = True
 at 70 % (one H200, gpu_fused)."""
 # Panels start at multiples of this many bytes, as the copy engine requires.
 PIECE = 16
-# The places in a plan: panels per warp, strips per block, panels per warp in a block with one strip.
-SHARE, TOGETHER, ALONE = 5, 13, 14
+# The places in a plan: panels per warp, strips per block, panels per warp in a block with one strip and in one of gate and up.
+SHARE, TOGETHER, ALONE, GATED = 5, 13, 14, 15
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Layout:
         rows_plan = Division(0, 0, 0) if self.code_bits else choose_rows_plan(self.rows, self.panels, self.slot, card)
         early = card.early + (card.early and LAUNCH_FIRST)
         numbers = (int(self.dtype == torch.float16), few.share, early, self.MOST_ROWS, self.code_bits, AT_ONCE)
-        return [*shape, *numbers, *rows_plan, few.groups, alone, self._gated_share(card.shared)]
+        return [*shape, *numbers, *rows_plan, few.groups, alone, self._gated_share(card.shared), 0]
 
     def shared(self, warps: int) -> int:
         """Return the shared memory of a block of warps of cuda_decode.h, in bytes."""
@@ -122,6 +122,26 @@ class Layout:
         """Return the operator that multiplies with the weight, or None without kernels; looked up once."""
         usable = self.data.is_cuda and available()[0]
         return torch.ops.losa_cuda_decode.linear.default if usable else None
+
+    def stacked(self, others: Sequence[Layout]) -> Layout | None:
+        """Return the rows of layouts of this kind below each other, or None as `stack`."""
+        layouts, offset, starts = [self, *others], 0, [self.starts[:1]]
+        if any(layout.rows % tiles.ROWS for layout in layouts[:-1]):
+            return None
+        for layout in layouts:
+            starts.append(layout.starts[1:] + offset)
+            offset += len(layout.data) // PIECE
+        data = torch.cat([layout.data for layout in layouts])
+        rows, slot = sum(layout.rows for layout in layouts), max(layout.slot for layout in layouts)
+        complete(data)
+        return replace(self, rows=rows, slot=slot, data=data, starts=torch.cat(starts))
+
+    def part(self, start: int, rows: int) -> Layout | None:
+        """Return some rows as a layout that shares the data, or None if they are not whole strips of panels."""
+        if start % tiles.ROWS or rows % tiles.ROWS:
+            return None
+        first, last = (row // tiles.ROWS * self.panels for row in (start, start + rows))
+        return replace(self, rows=rows, starts=self.starts[first : last + 1])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is cached: a copy may be on another device."""
@@ -161,16 +181,7 @@ def complete(data: torch.Tensor) -> None:
 
 def stack(layouts: Sequence[Layout]) -> Layout | None:
     """Stack the rows of layouts of one kind, or return None if one that is not the last ends within a strip of panels."""
-    first, offset, starts = layouts[0], 0, [layouts[0].starts[:1]]
-    if any(layout.rows % tiles.ROWS for layout in layouts[:-1]):
-        return None
-    for layout in layouts:
-        starts.append(layout.starts[1:] + offset)
-        offset += len(layout.data) // PIECE
-    data = torch.cat([layout.data for layout in layouts])
-    rows, slot = sum(layout.rows for layout in layouts), max(layout.slot for layout in layouts)
-    complete(data)
-    return replace(first, rows=rows, slot=slot, data=data, starts=torch.cat(starts))
+    return layouts[0].stacked(layouts[1:])
 
 
 def unpack(layout: Layout) -> torch.Tensor:
@@ -247,9 +258,8 @@ def _library() -> None:
 
     from torch_impl.decode.cpu import announce
 
-    sources = [
-        Path(__file__).with_name(name) for name in ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_operators.cpp")
-    ]
+    names = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_gaps.cu", "cuda_operators.cpp")
+    sources = [Path(__file__).with_name(name) for name in names]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.
         warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16
 def fits(layout: cuda.Layout, ending: str) -> bool:
     """Return whether a product can end so: "normed", "swiglu" or "added"."""
     halves, plan = ending == "swiglu", layout.plan
-    share = plan[-1] if halves else plan[cuda.ALONE]
+    share = plan[cuda.GATED if halves else cuda.ALONE]
     if layout.dtype != DTYPE or not share or (layout.data.is_cuda and layout.product is None):
         return False
     read = 0 if ending == "added" else cuda.squares_bytes(layout.columns)

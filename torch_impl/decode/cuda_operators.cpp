@@ -33,6 +33,11 @@ extern "C" int losa_ending_coded(const void* data, const void* starts, const voi
 extern "C" int losa_expand_coded(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
                                  int bits, void* stream);
 
+// In cuda_gaps.cu.
+extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                                int panels, int slot, int half, int batch, int groups, int overlap, void* stream);
+extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
+
 namespace {
 
 constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says more
@@ -41,14 +46,16 @@ constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says mor
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
 // per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups. together: strips per block for up to BATCH rows.
 // alone: panels per warp of a block with one strip, for other endings than `linear`'s. gated: the same of a gated product, or 0.
+// gaps: the weight holds values and gaps, of which a warp has one panel if share is 1; at_once is at most BATCH.
 struct Plan {
-  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, together, alone, gated;
+  int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, together, alone, gated, gaps;
 
   explicit Plan(at::IntArrayRef n) {
-    TORCH_CHECK_VALUE(n.size() == 16, "plan has ", n.size(), " numbers; allowed: 16");
+    TORCH_CHECK_VALUE(n.size() == 17, "plan has ", n.size(), " numbers; allowed: 17");
     const auto at = [&](size_t i) { return static_cast<int>(n[i]); };
     rows = at(0), columns = at(1), panels = at(2), slot = at(3), half = at(4), share = at(5), overlap = at(6), most = at(7), bits = at(8);
     at_once = at(9), strips = at(10), part = at(11), groups = at(12), together = at(13), alone = at(14), gated = at(15);
+    gaps = at(16);
   }
 
   at::ScalarType dtype() const { return half ? at::kHalf : at::kBFloat16; }
@@ -65,14 +72,16 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
-  check_launch(plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
-                         : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
+  check_launch(plan.gaps ? losa_expand_gaps(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream)
+               : plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
+                           : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
                "losa_expand");
   return dense;
 }
 
-// Rows of x per launch. More than BATCH are read as vectors of 16 bytes.
+// Rows of x per launch. Of panels, more than BATCH are read as vectors of 16 bytes.
 int64_t rows_per_launch(const Plan& p, const void* x) {
+  if (p.gaps) return p.at_once;
   const bool vectors = p.columns % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   return p.strips && vectors ? std::max<int64_t>(BATCH, p.at_once) : BATCH;
 }
@@ -81,8 +90,9 @@ int64_t rows_per_launch(const Plan& p, const void* x) {
 void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, const void* x, const void* bias, void* y, int batch) {
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void* stream = current_stream(data);
-  check_launch(p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share,
-                                          p.together, p.overlap, stream)
+  check_launch(p.gaps ? losa_matvec_gaps(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.together, p.overlap, stream)
+               : p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share,
+                                            p.together, p.overlap, stream)
                : batch > BATCH ? losa_matvec_rows(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part,
                                                   p.groups, p.overlap, stream)
                       : losa_matvec(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.share, p.together,

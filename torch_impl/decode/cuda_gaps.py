@@ -1,0 +1,146 @@
+"""Decoding with sparse values and gaps on a GPU: the layout of cuda_gaps.cu, computed on load. The product is `cuda.matvec`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from torch_impl import gaps
+from torch_impl.decode import cuda
+from torch_impl.decode.cuda_plan import Card, choose_parts, choose_together, gaps_kernel_bytes
+
+# As in cuda_gaps.cu: bytes of a group's values, and of a group.
+VALUES = 2 * gaps.LANES * gaps.ENTRIES
+GROUP = VALUES + gaps.LANES * gaps.ENTRIES // 2
+HALF = gaps.ENTRIES // 2
+MOST_COLUMNS = 2**16
+"""A part's first column has 16 bits."""
+
+
+@dataclass(frozen=True)
+class GapLayout(cuda.Layout):
+    """A sparse weight (rows, columns) as a GPU reads it: each row's values and gaps (gaps.py), in strips of 32 rows.
+
+    A panel is a part of a strip, some of its groups: what one warp multiplies.
+
+    data: the groups, each its values, lane by lane, and then its gaps: four bytes a lane, byte j with that of entry j in its
+    lower half and of entry 4 + j in its upper one. starts int32: the strips' first groups (strips + 1), the row of each lane
+    of each strip (rows), the column that each lane has reached before each part (strips, panels, 32) in 16 bits.
+    slot: bytes of a group; sizes: rows of the weights that are stacked, each with its own order.
+    """
+
+    PANEL: ClassVar[int] = gaps.ENTRIES
+    MOST_ROWS: ClassVar[int] = 8
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def strips(self) -> int:
+        """Return the number of strips."""
+        return -(-self.rows // gaps.LANES)
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return values, gaps, starts and order as `gaps.pack_gaps` does."""
+        starts, order, _ = self._index()
+        groups = self.data.view(-1, GROUP)[int(starts[0]) : int(starts[-1])]
+        values = groups[:, :VALUES].contiguous().view(self.dtype).view(-1, gaps.LANES, gaps.ENTRIES)
+        return values, _read_gaps(groups), (starts - starts[0]).long(), order.long()
+
+    def _index(self) -> Sequence[torch.Tensor]:
+        """Return the three parts of `starts`."""
+        columns = self.strips * self.panels * gaps.LANES // 2
+        return self.starts.split([self.strips + 1, self.rows, columns])
+
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Restore the dense weight (rows, columns) by torch, rounded once."""
+        return gaps.unpack_gaps(*self.parts(), self.rows, self.columns).to(dtype)
+
+    @functools.cached_property
+    def plan(self) -> list[int]:
+        """Return the numbers that the operators need, `Plan` of cuda_operators.cpp, computed once."""
+        card = Card.of(self.data.device)
+        together = choose_together(self.rows, self.panels, card.processors)
+        warps = self.panels * together
+        fitting = [rows for rows in (8, 4, 2, 1) if gaps_kernel_bytes(self.columns, warps, rows) <= card.shared]
+        shape = (self.rows, self.columns, self.panels, self.slot, int(self.dtype == torch.float16))
+        early = card.early + (card.early and cuda.LAUNCH_FIRST)
+        at_once = max(fitting, default=0)
+        return [*shape, int(at_once > 0), early, self.MOST_ROWS, 0, at_once, 0, 0, 0, together, 0, 0, 1]
+
+    def stacked(self, others: Sequence[cuda.Layout]) -> cuda.Layout | None:
+        """Return the rows of layouts of this kind below each other, or None if one but the last ends within a strip."""
+        layouts = [own for own in (self, *others) if isinstance(own, GapLayout)]
+        if any(own.rows % gaps.LANES for own in layouts[:-1]):
+            return None
+        starts, order, groups, rows = [self.starts.new_zeros(1)], [], 0, 0
+        for own in layouts:
+            own_starts, own_order, _ = own._index()
+            starts.append(own_starts[1:] + groups)
+            order.append(own_order + rows)
+            groups += len(own.data) // GROUP
+            rows += own.rows
+        data = torch.cat([own.data for own in layouts])
+        sizes = tuple(size for own in layouts for size in own.sizes)
+        return _layout(data, torch.cat(starts), torch.cat(order), self.columns, self.dtype, sizes)
+
+    def part(self, start: int, rows: int) -> cuda.Layout | None:
+        """Return some rows as a layout that shares the data, or None if they are not whole strips of whole weights."""
+        ends = [sum(self.sizes[:count]) for count in range(len(self.sizes) + 1)]
+        if start not in ends or start + rows not in ends or start % gaps.LANES:
+            return None
+        first, last = start // gaps.LANES, -(-(start + rows) // gaps.LANES)
+        starts, order, columns = self._index()
+        own = starts[first : last + 1], order[start : start + rows] - start, columns.view(self.strips, -1)[first:last]
+        sizes = self.sizes[ends.index(start) : ends.index(start + rows)]
+        return replace(self, rows=rows, starts=torch.cat([tensor.flatten() for tensor in own]), sizes=sizes)
+
+
+def pack_gaps_rows(weight: torch.Tensor, parts: int | None = None) -> GapLayout:
+    """Pack a weight (out, in) in bf16 or fp16, on its device; zeros of either sign are left out.
+
+    parts: of a strip; default: as suits the device (cuda_plan.py). Errors: TypeError for another dtype.
+    """
+    if weight.dtype not in cuda.DTYPES:
+        raise TypeError(f"weight has dtype {weight.dtype}; allowed: bfloat16 or float16")
+    values, own, starts, order = gaps.pack_gaps(weight.detach())
+    pairs = own[..., :HALF] | own[..., HALF:] << 4
+    data = torch.cat([values.flatten(1).view(torch.uint8), pairs.flatten(1)], 1).flatten()
+    return _layout(data, starts.int(), order.int(), weight.shape[1], weight.dtype, (len(weight),), parts)
+
+
+def _layout(
+    data: torch.Tensor,
+    starts: torch.Tensor,
+    order: torch.Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    parts: int | None = None,
+) -> GapLayout:
+    """Return the layout of groups. Waits for its data."""
+    if parts is None:
+        parts = choose_parts(len(order), columns, Card.of(data.device).processors)
+    if columns > MOST_COLUMNS:
+        parts = 1
+    together = torch.cat([starts, order, _columns_before(data, starts.long(), parts)])
+    cuda.complete(data)
+    return GapLayout(len(order), columns, parts, GROUP, dtype, data, together, sizes)
+
+
+def _columns_before(data: torch.Tensor, starts: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return the column that each lane has reached before each part of a strip, two numbers of 16 bits in each int32."""
+    reached = functional.pad(_read_gaps(data.view(-1, GROUP)).sum(-1).cumsum(0), (0, 0, 1, 0))
+    part = torch.arange(parts, device=data.device)
+    first = starts[:-1, None] + starts.diff()[:, None] * part // parts
+    columns = reached[first] - reached[starts[:-1], None]
+    return columns.to(torch.int16).flatten().view(torch.int32)
+
+
+def _read_gaps(groups: torch.Tensor) -> torch.Tensor:
+    """Return the gaps (groups, 32, 8) of groups of bytes."""
+    pairs = groups[:, VALUES:].view(-1, gaps.LANES, HALF)
+    return torch.cat([pairs & 15, pairs >> 4], -1)
