@@ -1,7 +1,7 @@
 """A sparse matrix as its kept values and the gaps between them, a row for each lane of a GPU's warp.
 
-Legend: an entry (g, v) of a row is a gap g from 0 to 15 and a value v. It lies g columns behind the entry before it, the
-first one g columns behind column 0. An entry of value 0 only moves on.
+Legend: an entry (g, v) of a row is a gap g from 0 to 15 and a value v. The first entry lies in column g, every other one g
+columns after the entry before it. An entry of value 0 only moves on.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ MOST_GAP = 15
 
 
 def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """Write each row as entries, one for each kept value, and cut the rows into strips of 32.
+    """Write each row as entries, and cut the rows into strips of 32.
 
     Source: ours; MACKO (Macko and Boža, arXiv 2511.13061) has gaps of 4 bits too, with the lanes of a warp along a row.
 
-        entries of a kept value d columns behind the one before: ⌈d/15⌉ − 1 fillers (15, 0), if d > 15, then (the rest, v)
-        order: rows by their number of entries, the longest first; equally long ones stay in order
-        strip: the next 32 rows of that order, each filled up with (0, 0) to whole groups of 8 that hold the longest
-        groups: strip by strip; the groups of a strip from left to right; in each, 8 entries of lane 0, then of lane 1, …
+        row: of each kept value v, d columns after the one before, or in column d if it is the first:
+             ⌈d/15⌉ − 1 fillers (15, 0), if d > 15, then (what is left of d, v)
+        order: the rows by their number of entries, the longest first; equally long ones stay in order
+        strip: the next 32 rows of that order, each filled up with (0, 0) to the longest one's number, rounded up to groups of 8
+        groups: strip by strip, from left to right; in each, 8 entries of lane 0, then 8 of lane 1, …
 
     Parameters: weight (out, in).
     Returns: (values (groups, 32, 8), gaps (groups, 32, 8) uint8, starts (strips + 1,) int64, each strip's first group, order
@@ -76,7 +77,8 @@ def unpack_gaps(
     Returns: the weight (rows, columns), with +0 where no value is stored.
 
     Errors: ValueError or TypeError for a wrong shape or dtype; a gap above 15; starts that do not count the groups; an order
-    that does not hold each row once; an entry behind the last column; a value after the last row; two values in one place.
+    that does not hold each row once; an entry beyond the last column; a value in a lane after the last
+    row; two values in one place.
 
     *Deviation*: none.
 

@@ -22,7 +22,7 @@ SLAB = 2**24
 
 def pack_gaps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pack weight (out, in) into (values (groups, 32, 8), gaps (groups, 32, 8) uint8, starts (strips + 1,), order (out,))."""
-    weight = _checks.tensor("weight", weight, "out", "in")
+    weight = _checks.tensor("weight", weight, "out", "in").contiguous()
     rows = len(weight)
     lengths = torch.cat([slab[1] for slab in _slabs(weight)])
     order = lengths.argsort(descending=True, stable=True)
