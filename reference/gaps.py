@@ -25,7 +25,7 @@ MOST_GAP = 15
 def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """Write each row as entries, and cut the rows into strips of 32.
 
-    Source: ours; MACKO (Macko and Boža, arXiv 2511.13061) has gaps of 4 bits too, with the lanes of a warp along a row.
+    Source: ours; MACKO (Macko and Boža, arXiv 2511.13061) has 4-bit gaps and fillers too, and a warp for a row.
 
         row: of each kept value v, d columns after the one before, or in column d if it is the first:
              ⌈d/15⌉ − 1 fillers (15, 0), if d > 15, then (what is left of d, v)
