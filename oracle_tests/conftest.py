@@ -28,7 +28,7 @@ from torch import nn
 
 from oracle_tests.poison import poisoned
 from oracle_tests.small_runs import make_place
-from torch_impl.decode import cuda, packed_linear
+from torch_impl.decode import cuda, cuda_gaps, cuda_layouts, packed_linear
 from torch_impl.engine import training
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -67,23 +67,33 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make the layer act as on a GPU with kernels, replaced by torch here. Returns the names of its calls, in order."""
     calls = []
 
-    def noted(name: str, known_as: str) -> None:
-        function = getattr(cuda, name)
+    def noted(name: str, known_as: str, module: Any = cuda) -> None:
+        function = getattr(module, name)
 
         def call(*arguments: Any) -> Any:
             calls.append(known_as)
             return function(*arguments)
 
-        monkeypatch.setattr(cuda, name, call)
+        monkeypatch.setattr(module, name, call)
 
     for name in ("pack_rows", "stack", "matvec", "unpack"):
         noted(name, name)
+    noted("pack_gaps_rows", "pack_gaps_rows", cuda_gaps)
     if torch.cuda.is_available():
         # Elsewhere this calls `matvec`.
         noted("matvec_parts", "matvec")
     else:
         monkeypatch.setattr(packed_linear, "_has_kernels", lambda device, dtype: dtype in cuda.DTYPES)
     return calls
+
+
+@pytest.fixture(params=["panels", "gaps"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[cuda.Layout]:
+    """Give every weight of values on a GPU panels, or gaps. Returns the class of such a layout."""
+    monkeypatch.setattr(cuda_layouts, "FEW", 0 if request.param == "panels" else float("inf"))
+    for name in ("MOST_KEPT", "MOST_SIZE"):
+        monkeypatch.setattr(cuda_layouts, name, float("inf"))
+    return cuda.Layout if request.param == "panels" else cuda_gaps.GapLayout
 
 
 @pytest.fixture

@@ -32,14 +32,15 @@ def model_of(name: str, **overrides: Any) -> PreTrainedModel:
     return random_model(family, **changes, **overrides).eval()
 
 
-def pack(model: PreTrainedModel) -> None:
+def pack(model: PreTrainedModel, sequences: int = 1) -> None:
+    """Prune to 60 % at random, and pack for so many sequences at once."""
     torch.manual_seed(0)
     decoder = Decoder(model)
     for block in decoder.blocks:
         for name in decoder.family.projections:
             linear = block.get_submodule(name)
             linear.weight.data[torch.rand_like(linear.weight, dtype=torch.float32) < 0.6] = 0
-            block.set_submodule(name, PackedLinear.of(linear))
+            block.set_submodule(name, PackedLinear.of(linear, sequences))
     group_projections(model)
 
 

@@ -379,11 +379,11 @@ def test_decoding_that_gives_other_numbers_gets_no_ratio(
 ) -> None:
     pack = decode.pack
 
-    def wrong(weight: torch.Tensor, values: str) -> tuple[decode.Product, int, torch.Tensor]:
+    def wrong(weight: torch.Tensor, *given: Any) -> tuple[decode.Product, int, torch.Tensor]:
         # The small model's projections add little to its embeddings.
-        return *pack(-20 * weight, values)[:2], weight.double()
+        return *pack(-20 * weight, *given)[:2], weight.double()
 
-    def wrong_layer(linear: nn.Linear) -> PackedLinear:
+    def wrong_layer(linear: nn.Linear, sequences: int = 1) -> PackedLinear:
         return PackedLinear(*packed.pack(-20 * linear.weight), linear.in_features)
 
     monkeypatch.setattr(decode, "pack", wrong)

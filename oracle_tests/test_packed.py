@@ -6,6 +6,7 @@ import copy
 import ctypes
 import functools
 import mmap
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils import cpp_extension
 from oracle_tests import tolerances
 from oracle_tests.assertions import assert_close
 from reference import packed as spec
-from torch_impl import packed
+from torch_impl import gaps, packed, tiles
 from torch_impl.decode import cpu, cuda, packed_linear
 from torch_impl.decode.packed_linear import DECODE_ROWS, PackedGroup, PackedLinear
 
@@ -277,9 +278,12 @@ def gpu_pair(dtype: torch.dtype) -> tuple[nn.Linear, PackedLinear]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtype: torch.dtype) -> None:
+def test_on_a_gpu_few_rows_multiply_and_more_unpack(
+    as_on_a_gpu: list[str], kind: type[cuda.Layout], dtype: torch.dtype
+) -> None:
     linear, layer = gpu_pair(dtype)
-    assert as_on_a_gpu == ["pack_rows"]
+    assert as_on_a_gpu == ["pack_rows" if kind is cuda.Layout else "pack_gaps_rows"]
+    assert type(layer.layout) is kind
     assert layer.bitmap is layer.values is layer.offsets is None
     assert {name for name, _ in layer.named_buffers()} == {f"layout_{n}" for n in layer.layout.tensors()} | {"bias"}
     for lead, expected in (
@@ -287,21 +291,21 @@ def test_on_a_gpu_few_rows_multiply_and_more_unpack(as_on_a_gpu: list[str], dtyp
         ((2, 2), "matvec"),
         ((), "matvec"),
         ((8,), "matvec"),
-        ((cuda.MOST_ROWS,), "matvec"),
-        ((cuda.MOST_ROWS + 1,), "unpack"),
-        ((3, cuda.MOST_ROWS // 2), "unpack"),
+        ((kind.MOST_ROWS,), "matvec"),
+        ((kind.MOST_ROWS + 1,), "unpack"),
+        ((3, kind.MOST_ROWS // 2), "unpack"),
     ):
         as_on_a_gpu.clear()
         x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
         y = layer(x)
         # On the CPU the stand-in for `matvec` unpacks too.
         assert as_on_a_gpu[0] == expected
-        assert "pack_rows" not in as_on_a_gpu
+        assert not [call for call in as_on_a_gpu if call.startswith("pack")]
         assert_close("layer", linear(x).detach().cpu(), y.cpu(), tolerances.same_product(dtype), floor=1e-30)
-    assert layer(x[:0]).shape == (0, cuda.MOST_ROWS // 2, 41)
+    assert layer(x[:0]).shape == (0, kind.MOST_ROWS // 2, 41)
 
 
-def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
+def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str], kind: type[cuda.Layout]) -> None:
     linear, layer = gpu_pair(torch.bfloat16)
     parts = packed.pack(linear.weight.detach())
     state = layer.state_dict()
@@ -311,8 +315,10 @@ def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
     as_on_a_gpu.clear()
     assert layer.to(DEVICE).to(torch.bfloat16) is layer
     assert as_on_a_gpu == []
-    other = copy.deepcopy(layer)
-    assert other.layout.data.data_ptr() == other.layout_data.data_ptr() != layer.layout_data.data_ptr()
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert type(other.layout) is kind
+        assert other.layout.data.data_ptr() == other.layout_data.data_ptr() != layer.layout_data.data_ptr()
+        assert torch.equal(other.unpacked(), linear.weight)
     # Another dtype without kernels goes back to the bitmap, and from there to the layout again.
     other.float()
     assert other.layout is None
@@ -321,7 +327,7 @@ def test_on_a_gpu_the_state_is_the_packed_form(as_on_a_gpu: list[str]) -> None:
     x = torch.randn(2, 70, device=DEVICE)
     assert_close("float", linear.float()(x).detach().cpu(), other(x).cpu(), 1e-6, floor=1e-30)
     other.half()
-    assert other.layout.dtype == torch.float16
+    assert (type(other.layout), other.layout.dtype) == (kind, torch.float16)
     assert torch.equal(other.unpacked(), linear.weight.half())
     # Loaded into a layer of the same sparsity, on the GPU or not.
     layer.load_state_dict({**state, "values": -state["values"]})
@@ -344,10 +350,13 @@ def gpu_group(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_group_is_one_product_of_few_rows(as_on_a_gpu: list[str], dtype: torch.dtype) -> None:
+def test_a_group_is_one_product_of_few_rows(
+    as_on_a_gpu: list[str], kind: type[cuda.Layout], dtype: torch.dtype
+) -> None:
     linears, layers = gpu_group(dtype)
+    assert type(layers[0].group.layout) is kind
     assert all(torch.equal(layer.unpacked(), linear.weight) for linear, layer in zip(linears, layers, strict=True))
-    many = cuda.MOST_ROWS
+    many = kind.MOST_ROWS
     for lead, products in (((1,), 1), ((2, 2), 1), ((), 1), ((many,), 1), ((many + 1,), 0), ((3, many), 0)):
         as_on_a_gpu.clear()
         x = torch.randn(*lead, 70, device=DEVICE).to(dtype)
@@ -358,10 +367,11 @@ def test_a_group_is_one_product_of_few_rows(as_on_a_gpu: list[str], dtype: torch
         assert as_on_a_gpu.count("matvec") == products
         # With more rows each layer works alone.
         assert as_on_a_gpu.count("unpack") == (0 if products else 3)
-        assert "pack_rows" not in as_on_a_gpu
+        assert not [call for call in as_on_a_gpu if call.startswith("pack")]
     assert layers[1](x[:0]).shape == (0, many, 33)
 
 
+@pytest.mark.usefixtures("kind")
 def test_a_share_is_of_the_numbers_that_were_given(as_on_a_gpu: list[str]) -> None:
     """Written to, asked for again, another of the same numbers, in inference mode: whatever is not certain is worked out."""
     linears, layers = gpu_group()
@@ -395,20 +405,27 @@ def test_a_share_is_of_the_numbers_that_were_given(as_on_a_gpu: list[str]) -> No
             right(layer, y, 1)
 
 
-def test_in_inference_mode_a_layer_reads_its_own_rows(as_on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """If they are whole strips of panels; a product of all rows for each layer would read everything several times."""
-    linears, layers = gpu_group(sizes=(48, 32, 16, 7))
+def test_in_inference_mode_or_of_many_rows_a_layer_reads_its_own_rows(
+    as_on_a_gpu: list[str], kind: type[cuda.Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If they are whole strips; all rows for each layer would be everything several times."""
+    strip = tiles.ROWS if kind is cuda.Layout else gaps.LANES
+    linears, layers = gpu_group(sizes=(3 * strip, 2 * strip, strip, 7))
     rows = []
-    product = cuda.matvec
-    monkeypatch.setattr(cuda, "matvec", lambda layout, *given: rows.append(layout.rows) or product(layout, *given))
+    for name in ("matvec", "unpack"):
+        function = getattr(cuda, name)
+        noted = lambda layout, *given, f=function: rows.append(layout.rows) or f(layout, *given)  # noqa: E731
+        monkeypatch.setattr(cuda, name, noted)
+    expected = [3 * strip, 2 * strip, strip, 7 if layers[0].group.layout.part(6 * strip, 7) else 6 * strip + 7]
     for group in (layers, copy.deepcopy(layers), [layer.to(DEVICE) for layer in layers]):
-        with torch.inference_mode():
-            x = torch.randn(2, 70, device=DEVICE).bfloat16()
-            for linear, layer in zip(linears, group, strict=True):
-                expected = linear(x).cpu()
-                assert_close("layer", expected, layer(x).cpu(), tolerances.same_product(x.dtype), floor=1e-30)
-        assert rows == [48, 32, 16, 103]
-        rows.clear()
+        for count, mode in ((2, torch.inference_mode), (kind.MOST_ROWS + 1, torch.no_grad)):
+            with mode():
+                x = torch.randn(count, 70, device=DEVICE).bfloat16()
+                for linear, layer in zip(linears, group, strict=True):
+                    y = linear(x).cpu()
+                    assert_close("layer", y, layer(x).cpu(), tolerances.same_product(x.dtype), floor=1e-30)
+            assert rows == expected
+            rows.clear()
 
 
 def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:
@@ -420,7 +437,9 @@ def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:
     assert not alone(torch.randn(2, 70, dtype=torch.float64, requires_grad=True)).requires_grad
 
 
-def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: list[str]) -> None:
+def test_a_group_has_the_weights_once_and_the_state_of_its_layers(
+    as_on_a_gpu: list[str], kind: type[cuda.Layout]
+) -> None:
     linears, layers = gpu_group()
     alone = nn.ModuleList(PackedLinear.of(linear) for linear in linears)
     model = nn.ModuleList(layers)
@@ -450,7 +469,7 @@ def test_a_group_has_the_weights_once_and_the_state_of_its_layers(as_on_a_gpu: l
             assert layer.group is other[0].group is not group
             assert layer.layout is None
             assert torch.equal(layer.unpacked(), linear.weight.to(dtype))
-            y = linear.to(dtype)(x.to(dtype)).detach()
+            y = copy.deepcopy(linear).to(dtype)(x.to(dtype)).detach()
             assert_close("cast", y.cpu(), layer(x.to(dtype)).cpu(), bound, floor=1e-30)
     assert all(layer.group is group for layer in layers)
     # One that is loaded leaves; the others stay.

@@ -84,7 +84,7 @@ def test_on_a_gpu_projections_of_one_input_are_loaded_as_one(
     """One of them was left dense; the prompt and each token are of as few products as there are inputs."""
     source = save_sparse(tmp_path / "plain", "llama-gqa", torch.bfloat16)
     assert pack.main([str(source), str(tmp_path / "packed"), "--device", "cpu"]) == 0
-    arguments = [str(tmp_path / "packed"), "--prompt", "of some tokens", "--device", DEVICE, "--max_new_tokens", "4"]
+    arguments = [str(tmp_path / "packed"), "--prompt", "of some", "--device", DEVICE, "--max_new_tokens", "4"]
     options = generate._parser().parse_args(arguments)
     model, tokenizer = generate._load(options)
     projections = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]

@@ -14,7 +14,7 @@ from oracle_tests.fused_models import model_of, next_tokens, pack
 from oracle_tests.tolerances import PACKED_LOGITS
 from torch_impl import packed, quantise
 from torch_impl.bench import whole
-from torch_impl.decode import cuda_endings, fused_kernels, fused_operations, packed_step
+from torch_impl.decode import cuda_endings, cuda_layouts, fused_kernels, fused_operations, packed_step
 from torch_impl.decode.coded_linear import CodedLinear
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
@@ -53,7 +53,8 @@ def packed_model(name: str, dtype: torch.dtype = BF16, **overrides: Any) -> Any:
     for norm in model.modules():
         if hasattr(norm, "variance_epsilon"):
             nn.init.uniform_(norm.weight, 0.5, 2)
-    pack(model)
+    # Only panels can end so.
+    pack(model, cuda_layouts.FEW + 1)
     return model
 
 

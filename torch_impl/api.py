@@ -191,17 +191,22 @@ def _rounding(
     return packed_rounding.Rounding(values, ids, mean_bits, bits_by=bits_by)
 
 
-def load_packed(folder: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+def load_packed(
+    folder: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto", *, sequences: int = 1
+) -> PreTrainedModel:
     """Load a packed model, in eval mode, without unpacking it.
 
     device: auto (a GPU if available), cpu, cuda or cuda:N. dtype: auto (as stored), or a floating-point dtype or its name.
+    sequences: how many will be decoded at once, by which a GPU's layout of the weights is chosen; others are right too, only
+    slower.
 
-    Errors: ValueError or FileNotFoundError naming folder, file and tensor.
+    Errors: ValueError or FileNotFoundError naming folder, file and tensor; ValueError or TypeError naming sequences.
     """
+    _checks.count("sequences", sequences)
     name = str(dtype).removeprefix("torch.")
     pretrained.check_dtype(name)
     wanted = None if name == "auto" else pretrained.DTYPES[name]
-    return packed_folder.load_model(Path(folder), pretrained.choose_device(device), wanted)
+    return packed_folder.load_model(Path(folder), pretrained.choose_device(device), wanted, sequences=sequences)
 
 
 def evaluate(

@@ -3,9 +3,9 @@
     python -m oracle_tests.programs.gpu_eager [--device cuda] [--blocks 16] [--tokens 48] [--small]
 
 Random LLaMAs of 7B's and 1B's shapes, pruned to 70 %, run dense and packed with the same weights: uncompiled as `generate` does
-by default; packed as before operators, by ctypes with Python's checks; and with `cache_implementation="static"`, which captures
-a packed model. Checks that the logits agree, and that captured tokens are those of the uncaptured model. Then host time per
-projection, and the product of one block with 8 to 64 rows: the kernel in slices of 8 rows against unpacking.
+by default; and with `cache_implementation="static"`, which captures a packed model. Checks that the logits agree, and that
+captured tokens are those of the uncaptured model. Then host time per projection, and the product of one block with 8 to 64 rows:
+the kernel in slices of 8 rows against unpacking.
 Exits with 1 if anything differs. Time per token is about proportional to the blocks. `--small` is a quick test of the script.
 """
 
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import cpp_extension
 from transformers import DynamicCache, PreTrainedModel
 
 from torch_impl.bench.decode import sparse
@@ -89,43 +86,6 @@ def seconds(action: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels without operators."""
-    return ctypes.CDLL(str(Path(cpp_extension._get_build_directory("losa_cuda_decode", False)) / "losa_cuda_decode.so"))
-
-
-def by_ctypes(layout: cuda.Layout, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply as before there were operators, for a comparison."""
-    shape = x.shape
-    x = x.reshape(-1, shape[-1]).contiguous()
-    y = x.new_empty(len(x), layout.rows)
-    given = (layout.data, layout.starts, x, bias, y)
-    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in given]
-    share, groups = layout.plan[cuda.SHARE], layout.plan[cuda.TOGETHER]
-    numbers = (layout.rows, layout.columns, layout.panels, layout.slot, 0, len(x), share, groups, 1)
-    with torch.cuda.device(x.device):
-        queue = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-        if library().losa_matvec(*pointers, *numbers, queue):
-            raise RuntimeError("losa_matvec failed")
-    return y.view(*shape[:-1], layout.rows)
-
-
-def by_ctypes_too(action: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the action with products by ctypes."""
-
-    def run() -> Any:
-        before = cuda.matvec, cuda.matvec_parts
-        cuda.matvec = by_ctypes
-        cuda.matvec_parts = lambda layout, x, bias, sizes: by_ctypes(layout, x, bias).split(sizes, -1)
-        try:
-            return action()
-        finally:
-            cuda.matvec, cuda.matvec_parts = before
-
-    return run
-
-
 def compare(name: str, options: argparse.Namespace) -> bool:
     """Compare the two models: logits, tokens, tokens/s."""
     device, tokens = torch.device(options.device), options.tokens
@@ -145,7 +105,6 @@ def compare(name: str, options: argparse.Namespace) -> bool:
         "packed": lambda: generate(packed, ids, tokens),
     }
     if device.type == "cuda":
-        sides["packed, by ctypes"] = by_ctypes_too(sides["packed"])
         sides["packed, inference_mode"] = torch.inference_mode()(sides["packed"])
         sides["packed, static, not captured"] = lambda: generate(
             packed, ids, tokens, cache_implementation="static", disable_compile=True
@@ -196,12 +155,7 @@ def host(dense: PreTrainedModel, packed: PreTrainedModel, device: torch.device) 
 
     for names in groups:
         one, other = of([plain[name] for name in names]), of([ours[name] for name in names])
-        earlier = (
-            by_ctypes_too(lambda names=names: of([ours[name] for name in names]))()
-            if ours[names[0]].bitmap is None and device.type == "cuda"
-            else float("nan")
-        )
-        print(f"    host µs per call, {', '.join(names)}: dense {one:.1f}, packed {other:.1f}, by ctypes {earlier:.1f}")
+        print(f"    host µs per call, {', '.join(names)}: dense {one:.1f}, packed {other:.1f}")
 
 
 def crossover(device: torch.device, small: bool) -> bool:

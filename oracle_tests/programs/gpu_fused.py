@@ -1,14 +1,16 @@
 """Check the kernels of fused blocks on a GPU, and time whole models with them against compiled blocks.
 
-    python -m oracle_tests.programs.gpu_fused [--geometries llama-2-7b] [--sparsities 50 60 70] [--profile] [--variants] [--small]
+    python -m oracle_tests.programs.gpu_fused [--geometries llama-2-7b] [--sparsities 50 60 70] [--layouts gaps panels] [--profile]
+        [--variants] [--small]
 
-First each kernel against the spec: dtypes, shared heads, caches from empty to full; and the products that compute a norm, SiLU or a
-residual sum. Then greedy tokens of a small model in float32, which must be the model's own. Then for each geometry, dense and
-packed, tokens/s of one sequence in CUDA graphs with compiled blocks and with fused ones, in eight launches a block and, packed, in
-five; logits against the model launched layer by layer; how many greedy tokens are the same, which a near tie may end in bf16; and
-the share of the memory's limit: bytes of weights and cache by the rate of a copy. `--profile` adds the microseconds of a token by
-kernel, `--variants` the speed of five launches with other constants of modules. Exits with 1 if kernels, tokens or logits differ,
-or if a model is not fused. `--small` is a quick test of the script.
+First each kernel against the spec: dtypes, shared heads, caches from empty to full; and the products that compute a norm, SiLU or
+a residual sum. Then greedy tokens of a small model in float32, which must be the model's own. Then for each geometry, dense and
+packed, tokens/s of one sequence in CUDA graphs with compiled blocks and with fused ones, in eight launches a block and, where the
+layout can end so, in five; packed as users get it, or in each of `--layouts`; logits against the model launched layer by layer;
+how many greedy tokens are the same, which a near tie may end in bf16; and the share of the memory's limit: bytes of weights and
+cache by the rate of a copy. `--profile` adds the microseconds of a token by kernel, `--variants` the speed of five launches with
+other constants of modules. Exits with 1 if kernels, tokens or logits differ, or if a model is not fused. `--small` is a quick
+test of the script.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import itertools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +38,7 @@ from transformers import PreTrainedModel
 from oracle_tests import ending_cases, fused_cases
 from torch_impl.bench.measure import ceilings, relative, synchronize
 from torch_impl.bench.whole import Decoding, places
-from torch_impl.decode import cuda, cuda_endings, fused_attention, fused_kernels, packed_step
+from torch_impl.decode import cuda, cuda_endings, cuda_layouts, fused_attention, fused_kernels, packed_step
 from torch_impl.decode.packed_group import Packed
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.experiment.planning import geometry
@@ -57,6 +60,11 @@ ENDINGS = {
     "swiglu": [(22016, 4096), (16384, 2048), (64, 100)],
     "added": [(4096, 4096), (2048, 8192), (4096, 11008), (37, 200)],
 }
+# Settings with which every weight has this layout.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "gaps": dict.fromkeys(("FEW", "MOST_KEPT", "MOST_SIZE"), float("inf")),
+    "panels": {"FEW": 0},
+}
 # Settings of five launches a block, and others that `--variants` times, one at a time.
 SETTINGS: dict[str, Any] = {"FIVE": True, "LAUNCH_FIRST": True}
 VARIANTS: list[dict[str, Any]] = [
@@ -75,6 +83,7 @@ HOLDERS: dict[str, Any] = {
     "GATED_WARPS": cuda,
     "MOST_SPLITS": fused_attention,
     "ATTENTION_WARPS": fused_attention,
+    **dict.fromkeys(LAYOUTS["gaps"], cuda_layouts),
 }
 CACHES = [(1, 0.0), (33, 1.0), (256, 0.4), (2048, 0.0), (2048, 0.7)]
 
@@ -200,10 +209,15 @@ def token_bytes(model: PreTrainedModel, options: argparse.Namespace) -> int:
     return sum(tensors.values()) - embedding + options.batch * token * options.tokens // 2
 
 
+def layouts_of(model: nn.Module) -> list[cuda.Layout]:
+    """The layouts of a packed model; none without kernels."""
+    return [module.layout for module in model.modules() if isinstance(module, Packed) and module.layout is not None]
+
+
 def takes_five(model: nn.Module) -> bool:
     """Whether the layouts of a packed model can end as five launches a block need."""
-    layouts = [module.layout for module in model.modules() if isinstance(module, Packed) and module.layout is not None]
-    return bool(layouts) and all(cuda_endings.fits(layout, "added") for layout in layouts)
+    found = layouts_of(model)
+    return bool(found) and all(cuda_endings.fits(layout, "added") for layout in found)
 
 
 def right(fused: Decoding, own: list[list[int]], logits: torch.Tensor, five: bool) -> tuple[bool, str]:
@@ -252,16 +266,17 @@ def compare(
             if detailed and options.profile and device.type == "cuda":
                 profile(fused)
 
-    measure("eight", True, FIVE=False, LAUNCH_FIRST=False)
-    if dense is not None:
+    measure("eight", True, **SETTINGS | {"FIVE": False})
+    if takes_five(model):
         measure("five", True, **SETTINGS)
+    if dense is not None:
         for values in VARIANTS if options.variants else []:
             measure(" ".join(f"{name} {value}" for name, value in values.items()), False, **SETTINGS | values)
     return passed, base
 
 
 def whole(name: str, options: argparse.Namespace, rate: float) -> bool:
-    """Compare a model dense, and packed at each sparsity; it is made sparser and sparser."""
+    """Compare a model dense, and packed at each sparsity in each layout; it is made sparser and sparser."""
     start = time.perf_counter()
     model = geometry.build(name, options.blocks, torch.device(options.device), torch.bfloat16)
     print(
@@ -274,13 +289,18 @@ def whole(name: str, options: argparse.Namespace, rate: float) -> bool:
     linears = [block.get_submodule(place) for block, place in everywhere]
     for percent in sorted(options.sparsities):
         stay, before = (1 - percent / 100) / (1 - before), percent / 100
-        for (block, place), linear in zip(everywhere, linears, strict=True):
+        for linear in linears:
             weight: torch.Tensor = linear.weight.data  # type: ignore[union-attr, assignment]
             weight.masked_fill_(torch.rand_like(weight, dtype=torch.float32) >= stay, 0)
-            assert isinstance(linear, nn.Linear)
-            block.set_submodule(place, PackedLinear.of(linear))
-        group_projections(model)
-        passed &= compare(model, f"{percent:g} %", options, dense, rate)[0]
+        for layout in options.layouts or [""]:
+            with settings(model, **LAYOUTS.get(layout, {})):
+                for (block, place), linear in zip(everywhere, linears, strict=True):
+                    assert isinstance(linear, nn.Linear)
+                    block.set_submodule(place, PackedLinear.of(linear, options.batch))
+                group_projections(model)
+            kinds = Counter(type(found).__name__ for found in layouts_of(model))
+            print(f"    {percent:g} %: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}", flush=True)
+            passed &= compare(model, f"{percent:g} % {layout}", options, dense, rate)[0]
     print(f"    {time.perf_counter() - start:.0f} s", flush=True)
     return passed
 
@@ -291,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--geometries", nargs="*", default=["llama-3.2-1b", "llama-3.2-3b", "llama-2-7b"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[50.0, 60.0, 70.0], metavar="PERCENT")
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, help="Default: one for so many sequences.")
     parser.add_argument("--blocks", type=int, help="Number of blocks of each model (default: all).")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--longest", type=int, default=256, help="Length of the cache.")

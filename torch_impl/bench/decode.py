@@ -2,9 +2,9 @@
 
 Kernels: each projection of a block, ours against the fastest dense product in the same dtype, over copies that exceed any
 cache. On a GPU that is cuBLAS, both in CUDA graphs; on a CPU torch or an optimised loop, in turns (decode_cpu.py). On a GPU,
-packed projections that share an input are one product. Dense ones are separate, as in Hugging Face's models; their time as
-one product is shown too. The times of torch's products with dense weights of 8 (CPU) and 4 bits, which are lossy, are shown for
-comparison.
+packed projections that share an input are one product, laid out for as many sequences as are timed. Dense ones are separate, as
+in Hugging Face's models; their time as one product is shown too. The times of torch's products with dense weights of 8 (CPU) and
+4 bits, which are lossy, are shown for comparison.
 Whole model: a Hugging Face model with a static cache. On a GPU tokens/s with CUDA graphs; on a CPU milliseconds of a token and
 of a prompt, and of a token without its projections (whole_cpu.py). A ratio is printed only if both sides compute the same numbers.
 """
@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch_impl import quantise
 from torch_impl.bench import decode_cpu, int4, whole, whole_cpu
 from torch_impl.bench.measure import ceilings, graphed, relative
-from torch_impl.decode import cpu, cuda, cuda_coded
+from torch_impl.decode import cpu, cuda, cuda_coded, cuda_layouts
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 from torch_impl.masks.nm import nm_mask
@@ -117,10 +117,10 @@ def sparse(weight: torch.Tensor, sparsity: str) -> torch.Tensor:
     return weight.masked_fill(~kept.bool(), 0)
 
 
-def pack(weight: torch.Tensor, values: str = "same") -> tuple[Product, int, torch.Tensor]:
+def pack(weight: torch.Tensor, values: str = "same", sequences: int = 1) -> tuple[Product, int, torch.Tensor]:
     """Return (the function x ↦ y = x Wᵀ with the weight packed for its device, its size in bytes, W in float64).
 
-    values: same, or int8 and int4, which round the weight.
+    values: same, or int8 and int4, which round the weight. sequences: as `cuda_layouts.lay_out`.
     """
     if values != "same" and weight.is_cuda:
         bits = int(values.removeprefix("int"))
@@ -131,7 +131,7 @@ def pack(weight: torch.Tensor, values: str = "same") -> tuple[Product, int, torc
         return decode_cpu.pack_codes(weight, int(values.removeprefix("int")))
     if not weight.is_cuda:
         return *decode_cpu.pack(weight), weight.double()
-    layout = cuda.pack_rows(weight)
+    layout = cuda_layouts.lay_out(weight, sequences)
     return partial(cuda.matvec, layout), layout.nbytes, weight.double()
 
 
@@ -195,15 +195,17 @@ def measure(name: str, options: argparse.Namespace, peak: float) -> list[Cell]:
         lossy = dict(zip(inputs, _lossy_times(weight, list(inputs.values()), options.repeats), strict=True))
         for sparsity in options.sparsities:
             zeroed = sparse(weight, sparsity)
-            product, size, meant = pack(zeroed, options.values)
-            # The tensors that a product holds are copied with it.
-            products = [copy.deepcopy(product) for _ in range(_copies(size, device))]
-            for batch, x in inputs.items():
-                ours, dense, joined = _times(products, weights, rows, x, options.repeats)
-                apart = relative(products[0](x), x.double() @ meant.T)
-                sizes = (size, dense_bytes, peak, apart, bound)
-                others = (joined, *lossy[batch])
-                cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, *others))
+            for batches in cuda_layouts.by_layout(options.batches):
+                product, size, meant = pack(zeroed, options.values, batches[0])
+                # The tensors that a product holds are copied with it.
+                products = [copy.deepcopy(product) for _ in range(_copies(size, device))]
+                for batch in batches:
+                    x = inputs[batch]
+                    ours, dense, joined = _times(products, weights, rows, x, options.repeats)
+                    apart = relative(products[0](x), x.double() @ meant.T)
+                    sizes = (size, dense_bytes, peak, apart, bound)
+                    others = (joined, *lossy[batch])
+                    cells.append(Cell(name, projection, count, sparsity, batch, ours, dense, *sizes, *others))
     return cells
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, StaticCache
 
 from torch_impl.bench.measure import relative, resident, synchronize
+from torch_impl.decode import cuda_layouts
 from torch_impl.decode.next_token import WARM_UP, NextToken
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
@@ -240,25 +241,35 @@ def measure(options: argparse.Namespace) -> list[Speed]:
         _join_dense(decoder)
         # Only compiled code computes these products once for all layers that read them.
         joined = {batch: _side(model, options, batch) for batch in options.batches}
-        for (block, name), linear in zip(places(model), linears, strict=True):
-            block.set_submodule(name, PackedLinear.of(linear))  # type: ignore[arg-type]
-        group_projections(model)
-        gib = (resident(model), dense_gib)
-        packed = {batch: _side(model, options, batch, kernels=None) for batch in options.batches}
-        found = [
-            _compare(f"{percent:g}", batch, packed[batch], (dense[batch], joined[batch], same[batch]), gib, bound)
-            for batch in options.batches
-        ]
-        if options.adapters:
-            like = torch.empty(0, dtype=dtype, device=device)
-            for block, name in places(model):
-                block.set_submodule(name, Beside(block.get_submodule(name), options.adapters, like))  # type: ignore[arg-type]
-            for row in found:
-                _add_unmerged(row, _side(model, options, row.batch, kernels=None), dense[row.batch])
-        rows += found
+        for batches in cuda_layouts.by_layout(options.batches):
+            _pack(model, linears, batches[0])
+            gib = (resident(model), dense_gib)
+            packed = {batch: _side(model, options, batch, kernels=None) for batch in batches}
+            found = [
+                _compare(f"{percent:g}", batch, packed[batch], (dense[batch], joined[batch], same[batch]), gib, bound)
+                for batch in batches
+            ]
+            if options.adapters:
+                _put_beside(model, options.adapters, torch.empty(0, dtype=dtype, device=device))
+                for row in found:
+                    _add_unmerged(row, _side(model, options, row.batch, kernels=None), dense[row.batch])
+            rows += found
         for (block, name), linear in zip(places(model), linears, strict=True):
             block.set_submodule(name, linear)
     return rows
+
+
+def _pack(model: PreTrainedModel, linears: Sequence[nn.Module], sequences: int) -> None:
+    """Put packed projections in the places of all, for so many sequences at once."""
+    for (block, name), linear in zip(places(model), linears, strict=True):
+        block.set_submodule(name, PackedLinear.of(linear, sequences))  # type: ignore[arg-type]
+    group_projections(model)
+
+
+def _put_beside(model: PreTrainedModel, rank: int, like: torch.Tensor) -> None:
+    """Put adapters beside all packed projections."""
+    for block, name in places(model):
+        block.set_submodule(name, Beside(block.get_submodule(name), rank, like))  # type: ignore[arg-type]
 
 
 def show(rows: Sequence[Speed]) -> None:

@@ -96,10 +96,14 @@ class CodedLinear(PackedLinear):
 
 
 def layer_of(
-    parts: Sequence[torch.Tensor], columns: int, dtype: torch.dtype, bias: torch.Tensor | None = None
+    parts: Sequence[torch.Tensor],
+    columns: int,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    sequences: int = 1,
 ) -> PackedLinear:
     """Return the layer of a packed weight's parts. dtype: of a layer of codes, whose parts do not tell it."""
     if len(parts) == len(CODED):
         return CodedLinear(parts, columns, dtype, bias)
     bitmap, values, offsets = parts
-    return PackedLinear(bitmap, values, offsets, columns, bias)
+    return PackedLinear(bitmap, values, offsets, columns, bias, sequences)

@@ -178,9 +178,13 @@ def load(
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    sequences: int = 1,
 ) -> PreTrainedModel:
-    """Load a packed model, in eval mode, without unpacking. dtype: default as stored.
+    """Load a packed model, in eval mode, without unpacking. dtype: default as stored. sequences: as `cuda_layouts.lay_out`.
 
     Errors: ValueError or FileNotFoundError naming file and tensor if anything is missing, truncated or inconsistent.
     """
@@ -194,7 +198,7 @@ def load_model(
             if key in places:
                 check_finite(((key, part.to(model.dtype)) for part in parts if part.is_floating_point()), folder)
                 with naming(folder / file, key):
-                    _place(model, places[key], parts, device)
+                    _place(model, places[key], parts, device, sequences)
     found.tie(model)
     module: nn.Module = model
     module.to(device).eval().requires_grad_(False)
@@ -232,13 +236,13 @@ def _smallest(key: str, tensor: torch.Tensor, projection: bool, device: torch.de
     return stored if bytes_of(*stored.values()) < bytes_of(tensor) else {key: tensor}
 
 
-def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor], device: torch.device) -> None:
+def _place(model: PreTrainedModel, name: str, parts: list[torch.Tensor], device: torch.device, sequences: int) -> None:
     """Put a tensor, or the parts of a packed one, into the empty model, on a device and in the model's dtype."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     room = getattr(module, leaf)
     if len(parts) >= len(PARTS):
-        layer = layer_of(parts, room.shape[1], model.dtype)
+        layer = layer_of(parts, room.shape[1], model.dtype, sequences=sequences)
         if layer.out_features != len(room):
             raise ValueError(f"bitmap has {layer.out_features} rows, but {PACKED} lists {len(room)}")
         layer.to(device=device, dtype=model.dtype)

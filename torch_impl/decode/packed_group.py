@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_impl import tiles
 from torch_impl.decode import cuda
 
 _numbers = itertools.count()
@@ -37,7 +36,7 @@ class Packed(nn.Module):
         """Map x (..., in) to (..., out). Compiled code calls this as one operation, through `handle`."""
         # Between Python's lines a GPU waits: no attribute here goes through `nn.Module.__getattr__`.
         layout = self.layout
-        if layout is not None and 0 < x.numel() <= cuda.MOST_ROWS * layout.columns:
+        if layout is not None and 0 < x.numel() <= layout.MOST_ROWS * layout.columns:
             return cuda.matvec(layout, x, self._buffers["bias"])
         return self._multiply_unpacked(x)
 
@@ -97,12 +96,17 @@ class PackedGroup(Packed):
             bias = torch.cat([zero if given is None else given for zero, given in zip(zeros, biases, strict=True)])
         self.register_buffer("bias", bias, persistent=False)
         self._shares: tuple[weakref.ref[torch.Tensor], Any, dict[int, torch.Tensor]] | None = None
-        # The layouts of single layers: rows of the group's.
-        self._strips: dict[int, cuda.Layout] = {}
+        # The layouts of single layers: rows of the group's. None: they are not whole strips.
+        self._layouts: dict[int, cuda.Layout | None] = {}
 
     def unpacked(self) -> torch.Tensor:
         """Unpack the weights (rows, in)."""
         return cuda.unpack(self.layout)
+
+    def unpacked_part(self, start: int) -> torch.Tensor:
+        """Unpack the weight (out, in) of the layer whose rows begin at `start`."""
+        layout = self._layout_of(start)
+        return self.unpacked()[self._rows(start)] if layout is None else cuda.unpack(layout)
 
     def share(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Return the product of the layer whose rows begin at `start`. The first layer that calls this computes it for all.
@@ -125,19 +129,26 @@ class PackedGroup(Packed):
         return own
 
     def _part(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Compute the rows of one layer: alone if they are whole strips of panels, otherwise with all others."""
-        rows = self.sizes[self.starts.index(start)]
-        if start % tiles.ROWS or rows % tiles.ROWS:
-            return self.product(x)[..., start : start + rows]
-        if start not in self._strips:
-            first, last = (row // tiles.ROWS * self.layout.panels for row in (start, start + rows))
-            self._strips[start] = replace(self.layout, rows=rows, starts=self.layout.starts[first : last + 1])
+        """Compute the rows of one layer: alone if they are whole strips, otherwise with all others."""
+        layout, rows = self._layout_of(start), self._rows(start)
+        if layout is None:
+            return self.product(x)[..., rows]
         bias = self._buffers["bias"]
-        return cuda.matvec(self._strips[start], x, None if bias is None else bias[start : start + rows])
+        return cuda.matvec(layout, x, None if bias is None else bias[rows])
+
+    def _rows(self, start: int) -> slice:
+        return slice(start, start + self.sizes[self.starts.index(start)])
+
+    def _layout_of(self, start: int) -> cuda.Layout | None:
+        """Return the layout of one layer, or None if its rows are not whole strips."""
+        if start not in self._layouts:
+            rows = self._rows(start)
+            self._layouts[start] = self.layout.part(start, rows.stop - start)
+        return self._layouts[start]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached rows and layouts."""
-        return {**self.__dict__, "_shares": None, "_strips": {}}
+        return {**self.__dict__, "_shares": None, "_layouts": {}}
 
     def extra_repr(self) -> str:
         """Describe the layer for `print`."""
@@ -146,7 +157,7 @@ class PackedGroup(Packed):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedGroup:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow()
-        self._strips.clear()
+        self._layouts.clear()
         return self
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_impl import packed
-from torch_impl.decode import cpu, cuda
+from torch_impl.decode import cpu, cuda, cuda_layouts
 from torch_impl.decode.packed_group import Packed, PackedGroup
 from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import PARTS
@@ -25,8 +25,8 @@ class PackedLinear(Packed):
     """y = x Wᵀ + b, where W (out, in) is a bitmap and its kept values, on any device. Nothing is trainable.
 
     bitmap, values, offsets: as `packed.pack` returns them; bias: (out,) or None. On a GPU with kernels for the dtype,
-    `layout` replaces them, or the layout of a `group` of layers, in which this weight's rows begin at `start`. A state_dict
-    always holds bitmap, values and offsets, without kept zeros.
+    `layout` replaces them, or the layout of a `group` of layers, in which this weight's rows begin at `start`. Which kind it is
+    depends on `sequences`, how many are decoded at once. A state_dict always holds bitmap, values and offsets, without kept zeros.
 
     Errors: as `packed.check`. Tensors on the meta device are not checked: fill the buffers, then call `loaded`.
     """
@@ -43,13 +43,14 @@ class PackedLinear(Packed):
         offsets: torch.Tensor,
         columns: int,
         bias: torch.Tensor | None = None,
+        sequences: int = 1,
     ) -> None:
         super().__init__(len(bitmap))
-        self._fill((bitmap, values, offsets), columns, bias)
+        self._fill((bitmap, values, offsets), columns, bias, sequences)
 
-    def _fill(self, parts: Sequence[torch.Tensor], columns: int, bias: torch.Tensor | None) -> None:
+    def _fill(self, parts: Sequence[torch.Tensor], columns: int, bias: torch.Tensor | None, sequences: int = 1) -> None:
         """Take over the parts, in the order of `names`."""
-        self.in_features = columns
+        self.in_features, self.sequences = columns, sequences
         self.group: PackedGroup | None = None
         self.start = 0
         # The packed layers with the same input, this one among them.
@@ -62,10 +63,10 @@ class PackedLinear(Packed):
         self._settle()
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> PackedLinear:
+    def of(cls, linear: nn.Linear, sequences: int = 1) -> PackedLinear:
         """Pack a linear layer."""
         bitmap, values, offsets = packed.pack(linear.weight.detach())
-        return cls(bitmap, values, offsets, linear.in_features, linear.bias)
+        return cls(bitmap, values, offsets, linear.in_features, linear.bias, sequences)
 
     @property
     def positions(self) -> int:
@@ -90,7 +91,7 @@ class PackedLinear(Packed):
     def unpacked(self) -> torch.Tensor:
         """Unpack the weight (out, in)."""
         if self.group is not None:
-            return self.group.unpacked()[self.start : self.start + self.out_features]
+            return self.group.unpacked_part(self.start)
         if self.layout is not None:
             return cuda.unpack(self.layout)
         return self._expanded()
@@ -107,7 +108,7 @@ class PackedLinear(Packed):
         group: Any = self._modules.get("group")
         if torch.compiler.is_compiling():
             return self._traced(x, group)
-        if group is not None and x.numel() <= cuda.MOST_ROWS * self.in_features:
+        if group is not None and x.numel() <= group.layout.MOST_ROWS * self.in_features:
             shared: torch.Tensor = group.share(x, self.start)
             return shared
         return self.product(x)
@@ -143,9 +144,19 @@ class PackedLinear(Packed):
     @torch.no_grad()
     def _multiply_unpacked(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cpu or self._on_gpu is not None:
+            self._advise(x)
             return super()._multiply_unpacked(x)
         y = cpu.linear_unpacked(x.reshape(-1, x.shape[-1]), self._parts(), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _advise(self, x: torch.Tensor) -> None:
+        """Say once if x has a token of each of more sequences than the layout is for."""
+        layout = self._on_gpu
+        if layout is not None and x.dim() == 3 and x.shape[1] == 1 and layout.MOST_ROWS < len(x) <= cuda.MOST_ROWS:
+            _say(
+                f"packed weights: their layout is for up to {cuda_layouts.FEW} sequences at once, so decoding {len(x)} is slower; "
+                f"load the model with sequences={len(x)}"
+            )
 
     def _parts(self) -> list[torch.Tensor]:
         """Return the buffers of the packed weight, in the order of `names`."""
@@ -158,7 +169,7 @@ class PackedLinear(Packed):
 
     def _lay_out(self) -> cuda.Layout:
         """Return the layout of the buffers on a GPU."""
-        return cuda.pack_rows(self.unpacked())
+        return cuda_layouts.lay_out(self.unpacked(), self.sequences)
 
     def _settle(self) -> None:
         """Convert to the GPU's layout if there are kernels. All building and synchronising happens here, not in `forward`.
@@ -252,13 +263,14 @@ def join(modules: Sequence[nn.Module]) -> None:
 
 
 def _group(layers: Sequence[PackedLinear]) -> None:
-    """Group layers, packed on a GPU, that share one input, if they are two or more with one kind of layout on one device."""
+    """Group layers, packed on a GPU, that share one input, if they are two or more of one dtype and device, all codes or none."""
     layouts = [layer.layout for layer in layers if layer.layout is not None]
     if len(layers) < 2 or len({(own.code_bits, own.dtype, own.data.device) for own in layouts}) > 1:
         return
-    layout = cuda.stack(layouts)
+    layout = cuda.stack(layouts) if len({type(own) for own in layouts}) == 1 else None
     if layout is None and not layouts[0].code_bits:
-        layout = cuda.pack_rows(torch.cat([layer.unpacked() for layer in layers]))
+        weight = torch.cat([layer.unpacked() for layer in layers])
+        layout = cuda_layouts.lay_out(weight, max(layer.sequences for layer in layers))
     if layout is not None:
         group = PackedGroup(layout, [layer.out_features for layer in layers], [layer.bias for layer in layers])
         for layer, start in zip(layers, group.starts, strict=True):

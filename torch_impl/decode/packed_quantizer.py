@@ -15,6 +15,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from torch_impl import _checks
 from torch_impl.engine.checkpoints.contents import METHOD, PACKED_INDEX, Entry, headers
 from torch_impl.packed import CODED, PARTS, WORD
 
@@ -23,10 +24,21 @@ if TYPE_CHECKING:
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The entry `quantization_config` of a packed model's config.json."""
+    """The entry `quantization_config` of a packed model's config.json, and what loading adds to it.
 
-    def __init__(self, quant_method: str = METHOD, **_: Any) -> None:
+    sequences: how many are decoded at once, for which a GPU's layout of the weights is chosen:
+
+        config = AutoConfig.from_pretrained(folder)
+        config.quantization_config["sequences"] = 8
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+    Errors: ValueError or TypeError if that is not a positive integer.
+    """
+
+    def __init__(self, quant_method: str = METHOD, sequences: int = 1, **_: Any) -> None:
+        _checks.count("sequences", sequences)
         self.quant_method: Any = quant_method
+        self.sequences = sequences
 
 
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -59,9 +71,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         weights = _packed_weights(model, stored)
         entries = {key: entry for key, entry in stored.items() if key.rpartition(".")[0] not in weights}
         entries |= {key: _plain(model, key, parts) for key, parts in weights.items()}
+        settings: Any = self.quantization_config
         for name, key in match(Path(str(model.config.name_or_path)), model, entries).names.items():
             if key in weights:
-                _replace(model, name.rpartition(".")[0], weights[key])
+                _replace(model, name.rpartition(".")[0], weights[key], settings.sequences)
 
     def get_weight_conversions(self) -> list[Any]:
         """Return how stored names become names in the model: NAME.weight.bitmap is NAME.bitmap."""
@@ -157,7 +170,7 @@ def _plain(model: PreTrainedModel, key: str, parts: list[Entry]) -> Entry:
     return Entry(bitmap.file, (rows, columns), numbers.code)
 
 
-def _replace(model: PreTrainedModel, path: str, parts: list[Entry]) -> None:
+def _replace(model: PreTrainedModel, path: str, parts: list[Entry], sequences: int) -> None:
     """Replace a linear layer with an empty packed layer on the meta device."""
     from torch_impl.decode.coded_linear import layer_of
 
@@ -165,4 +178,5 @@ def _replace(model: PreTrainedModel, path: str, parts: list[Entry]) -> None:
     codes = [torch.uint8] * (len(parts) == len(CODED))
     dtypes = (torch.uint8, *codes, parts[-2].dtype, torch.int64)
     empty = [torch.empty(part.shape, dtype=dtype, device="meta") for part, dtype in zip(parts, dtypes, strict=True)]
-    model.set_submodule(path, layer_of(empty, linear.in_features, linear.weight.dtype, linear.bias))
+    layer = layer_of(empty, linear.in_features, linear.weight.dtype, linear.bias, sequences)
+    model.set_submodule(path, layer)

@@ -1,0 +1,47 @@
+"""Which layout a packed weight has on a GPU: panels (cuda.py) or values and gaps (cuda_gaps.py), one of them.
+
+Gaps are for few rows of x: a lane visits kept values only, but each row of x costs as much again. Panels are for more rows, and for
+weights with fewer zeros, which they store in fewer bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from torch_impl import tiles
+from torch_impl.decode import cuda, cuda_gaps
+
+# To be measured by gpu_gaps: a weight has gaps if
+FEW = 4
+"""at most so many sequences are decoded at once,"""
+MOST_KEPT = 0.45
+"""at most this share of it is not 0, which leaves out 2:4,"""
+MOST_SIZE = 1.15
+"""and gaps take at most so many times the bytes of panels: more if its rows have very different numbers of zeros."""
+
+
+def lay_out(weight: torch.Tensor, sequences: int = 1) -> cuda.Layout:
+    """Lay out a weight (out, in) in bf16 or fp16, on its device, for decoding so many sequences at once.
+
+    Errors: TypeError for another dtype.
+    """
+    (rows, columns), kept = weight.shape, int(weight.count_nonzero())
+    if sequences <= FEW and kept <= MOST_KEPT * weight.numel():
+        layout = cuda_gaps.pack_gaps_rows(weight)
+        if layout.nbytes <= MOST_SIZE * _bytes_of_panels(rows, columns, kept):
+            return layout
+    return cuda.pack_rows(weight)
+
+
+def by_layout(sequences: Sequence[int]) -> list[list[int]]:
+    """Group neighbouring numbers of sequences for which `lay_out` does the same."""
+    return [list(numbers) for _, numbers in itertools.groupby(sequences, lambda number: number <= FEW)]
+
+
+def _bytes_of_panels(rows: int, columns: int, kept: int) -> float:
+    """Estimate the bytes of `cuda.pack_rows`, within 1 %: a panel is filled up by half a piece, and its start has four bytes."""
+    panels = -(-rows // tiles.ROWS) * -(-columns // tiles.COLUMNS)
+    return panels * (tiles.MAP + cuda.PIECE / 2 + 4) + 2 * kept
