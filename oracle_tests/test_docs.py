@@ -80,14 +80,24 @@ def perplexities(name: str, **labels: str) -> list[tuple[float, float]]:
 def test_results_and_readme_have_the_figures_of_the_runs() -> None:
     results, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/results.md", "README.md"))
     peers = {"sora": "SoRA", "sparse_lora": "sparse LoRA", "lora": "LoRA", "losa": "**LoSA, as in the paper**"}
-    shown = {}
     for recipe, title in peers.items():
-        [(second, both)] = perplexities("tuning", recipe=recipe, learning_rate="0.002")
+        [(second, _)] = perplexities("tuning", recipe=recipe, learning_rate="0.002")
         stars = "**" if "**" in title else ""
         assert f"| {title} | {stars}{second:.1f}{stars} | 2e-3 |" in results
-        shown[recipe] = f"{both:.1f}"
-    assert f"| {shown['lora']}; {shown['sparse_lora']} |" in readme
-    assert f"(`--preset paper`) | 39.1 | | {shown['losa']} |" in readme
+    shown: dict[str, list[str]] = {}
+    for recipe, sparsity in itertools.product(("none", "lora", "sparse_lora", "losa"), ("0.5", "0.6", "0.7", "2:4")):
+        [(second, both)] = perplexities("smollm2", recipe=recipe, sparsity=sparsity, prune_method="wanda")
+        digits = 1 if both < 1000 else 0
+        shown.setdefault(recipe, []).append(f"{both:.{digits}f}")
+        if recipe in ("none", "losa"):
+            assert f" {both:.{digits}f} ({second:.{digits}f}) |" in results
+    both_loras = map("; ".join, zip(shown["lora"][:3], shown["sparse_lora"][:3], strict=True))
+    for title, figures in (
+        ("pruned at once", shown["none"][:3]),
+        ("sparse LoRA", both_loras),
+        ("(`--preset paper`)", shown["losa"][:3]),
+    ):
+        assert f"{title} | {' | '.join(figures)} |" in readme
     cells = []
     for sparsity in ("0.5", "0.6", "0.7", "2:4"):
         runs = perplexities("recovery", sparsity=sparsity)
@@ -106,7 +116,7 @@ def cells(run: dict[str, Any]) -> str:
     """Perplexities on both texts and the mean accuracy in percent of a run, as cells of a table."""
     texts = [math.exp(statistics.fmean(run["losses"][text])) for text in ("WikiText-2", "C4")]
     return " | ".join(
-        f"{value:.1f}" if value < 1000 else f"{value:.0f}" for value in (*texts, 100 * run["zero_shot"]["mean"])
+        f"{value:.1f}" if value < 1000 else f"{value:,.0f}" for value in (*texts, 100 * run["zero_shot"]["mean"])
     )
 
 
@@ -119,39 +129,85 @@ def test_zero_shot_accuracies_are_those_of_the_runs() -> None:
         "sora": "SoRA",
         "sparse_lora": "sparse LoRA",
         "lora": "LoRA",
+        "adalora": "AdaLoRA",
         "losa": "LoSA as in the paper",
         "best": "best recipe",
         "best_low": "best recipe, lower rates",
     }
+    methods = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
     for run in found:
         labels = run["labels"]
+        if labels.get("recipe") in ("none", "losa") and labels["sparsity"] in ("0.7", "2:4"):
+            text, _, mean = cells(run).split(" | ")
+            (row,) = (
+                line for line in results.splitlines() if line.startswith(f"| {methods[labels['prune_method']]} |")
+            )
+            place = 1 + 2 * (labels["sparsity"] == "2:4") + (labels["recipe"] == "losa")
+            assert row.split(" | ")[place].removesuffix(" |") == f"{text} ({mean})"
+        if labels.get("prune_method", "wanda") != "wanda":
+            continue
         title = f"{sizes[labels['sparsity']]}, {recipes[labels['recipe']]}" if "sparsity" in labels else "dense"
         others = [value for task, value in run["zero_shot"]["accuracy"].items() if task != "boolq"]
         assert f"| {title} | {cells(run)} | {100 * statistics.fmean(others):.1f} |" in results
 
 
 def test_smaller_models_are_those_of_the_runs() -> None:
-    found = json.loads((ROOT / "docs" / "results" / "structured" / "results.json").read_text()).values()
+    runs = json.loads((ROOT / "docs" / "results" / "structured" / "results.json").read_text()).values()
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
     titles = {
-        "dense": "dense",
         "ends_reconstructed": "LoSA, ends dense, reconstruction",
         "llm_pruner": "LLM-Pruner",
         "ends": "LoSA, ends dense",
         "ends_lora": "Wanda-SP, ends dense, LoRA",
         "flap": "FLAP",
-        "structured": "LoSA",
+        "reconstructed": "LoSA, reconstruction",
         "structured_lora": "Wanda-SP, LoRA",
+        "structured": "LoSA",
         "sleb": "SLEB",
         "slicegpt": "SliceGPT",
     }
-    shown = {run["labels"]["recipe"]: run for run in found if run["labels"].get("seed") == "0"}
+
+    def of(recipe: str, sparsity: str) -> list[dict[str, Any]]:
+        return [run for run in runs if run["labels"].items() >= {"recipe": recipe, "sparsity": sparsity}.items()]
+
+    (dense,) = (run for run in runs if run["labels"]["recipe"] == "dense")
+    assert f"| dense | {cells(dense)} |" in results
     for recipe, title in titles.items():
-        assert f"| {title} | {cells(shown[recipe])} | " in results
-        alone = shown.get({"structured_lora": "structured"}.get(recipe, recipe) + "_alone")
-        if alone:
-            (row,) = (line for line in results.splitlines() if line.startswith(f"| {title} | {cells(shown[recipe])}"))
-            assert row.endswith(f"| {math.exp(statistics.fmean(alone['losses']['WikiText-2'])):.1f} |")
+        (row,) = (line for line in results.splitlines() if line.startswith(f"| {title} |") and line.count("|") == 9)
+        found = [cell.strip() for cell in row.split("|")[2:-1]]
+        assert " | ".join(found[:3]) == seeds(of(recipe, "0.2"))
+        alone = of({"structured_lora": "structured"}.get(recipe, recipe) + "_alone", "0.2")
+        assert found[3] == (f"{math.exp(statistics.fmean(alone[0]['losses']['WikiText-2'])):.1f}" if alone else "")
+        later = of("ends_late" if recipe == "ends" else recipe, "0.3")
+        assert " | ".join(found[4:]) == (seeds(later) if later else " |  | ")
+
+
+def seeds(runs: list[dict[str, Any]]) -> str:
+    """`cells`, with the deviation over seeds of the perplexities if there are several."""
+    columns = [[math.exp(statistics.fmean(run["losses"][text])) for run in runs] for text in ("WikiText-2", "C4")]
+    texts = [
+        f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+        for values in columns
+    ]
+    return " | ".join((*texts, f"{100 * statistics.fmean(run['zero_shot']['mean'] for run in runs):.1f}"))
+
+
+def test_zeros_and_bits_are_those_measured() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "bits" / "bits.json").read_text())
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
+    values = {(row["zeros"], row["values"]): row for row in found}
+    for (zeros, kind), row in values.items():
+        bits, perplexity = row["bits"], row["perplexity"]
+        title = f"{zeros:.0%}".replace("%", " %") if zeros else "dense"
+        rise = perplexity / values[zeros, "bf16"]["perplexity"] - 1
+        (line,) = (line for line in results.splitlines() if line.startswith(f"| {title}, {kind} | "))
+        assert line.startswith(f"| {title}, {kind} | {f'{bits:.1f}'.removesuffix('.0')} | {perplexity:.1f}")
+        assert kind != "int8" or abs(rise) < 0.003
+    # Bitmap, codes, and a scale of 16 bits for 128 weights.
+    for (zeros, kind), row in values.items():
+        if zeros:
+            wide = 1 + (1 - zeros) * (16 if kind == "bf16" else int(kind[3:])) + (kind != "bf16") / 8
+            assert wide - 0.1 < row["bits"] + (0.15 if kind == "int3" else 0) < wide + 0.2, row
 
 
 def test_windows_are_of_one_kind_within_each_result() -> None:
