@@ -82,10 +82,9 @@ def attend(
         cache[:, :, filled:] = 1e3
     keys, values = keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
     count = torch.tensor(filled, device=DEVICE)
-    gains = (
-        tuple(torch.randn(channels, generator=generator).to(DEVICE, dtype) for _ in range(2)) if norms else (None, None)
-    )
-    layer = Attention(groups * shared, cos, sin, keys, values, count, channels**-0.5, gains, 1e-5)
+    gains = [torch.randn(channels, generator=generator).to(DEVICE, dtype) for _ in range(2 * norms)]
+    both = (gains[0], gains[1]) if norms else (None, None)
+    layer = Attention(groups * shared, cos, sin, keys, values, count, channels**-0.5, both, 1e-5)
     # Queries, keys and the cosines are rounded, on a GPU the weights of the tokens too; the interpreter truncates.
     bound = 2 * tolerances.bound(dtype)
     for place in range(filled, min(filled + 2, longest)):

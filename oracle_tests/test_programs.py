@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -14,8 +17,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from oracle_tests.programs import configuration_hashes, gpu_counters, importance_orders, lowest_versions
+from oracle_tests.programs import (
+    configuration_hashes,
+    gpu_counters,
+    gpu_resume,
+    gpu_spread,
+    gpu_step,
+    importance_orders,
+    lowest_versions,
+)
 from oracle_tests.small_runs import ROOT, arguments, make_place
+from oracle_tests.tolerances import GPU_STEP
 from torch_impl.experiment.planning import geometry
 
 
@@ -167,3 +179,67 @@ def test_counting_runs_the_program_itself_under_ncu(
     assert commands[0][-len(own) - 1 :] == [sys.executable, *own]
     with pytest.raises(RuntimeError, match="ncu failed with 1: no such thing"):
         gpu_counters.main([])
+
+
+PROGRAMS = sorted(path.stem for path in (ROOT / "oracle_tests/programs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_says_how_to_call_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    program = importlib.import_module(f"oracle_tests.programs.{name}")
+    if hasattr(program, "main"):
+        assert f"-m oracle_tests.programs.{name}" in program.__doc__
+        with pytest.raises(SystemExit, match=r"^0$"):
+            program.main(*[["--help"]] * bool(inspect.signature(program.main).parameters))
+        assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_a_step_on_a_gpu_is_compared_with_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the CPU in bf16 as the GPU."""
+    assert gpu_step.main(["--small", "--device", "cpu"]) == 0
+    found = re.findall(r"^(.+?) +([\d.e+-]+) +[\d.e+-]+$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in found] == list(GPU_STEP)
+    assert all(float(value) > 0 for _, value in found)
+
+
+def test_several_processes_are_compared_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """With one process as several."""
+    assert gpu_spread.main(["--small", "--device", "cpu", "--blocks", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ranks are the same +True\n", printed)
+    held, formula = re.search(r"rows of the weights +([\d,]+) +([\d,]+)\n", printed).groups()
+    assert held == formula
+
+
+def test_a_run_is_stopped_resumed_and_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, with fewer tokens and no compiled blocks; then with a resumed run that differs."""
+    ready, (ids, parts) = gpu_resume.settings, gpu_resume.tokens()
+    less = ids[:, :16], [[{name: row[:16] for name, row in example.items()} for example in part] for part in parts]
+
+    def settings(method: str) -> gpu_resume.Settings:
+        found = ready(method)
+        return dataclasses.replace(
+            found,
+            calibration=dataclasses.replace(found.calibration, seqlen=16),
+            training=dataclasses.replace(found.training, compile_blocks="off"),
+        )
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert gpu_resume.main(command[3:]) == 0
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out)
+
+    monkeypatch.setattr(gpu_resume, "settings", settings)
+    monkeypatch.setattr(gpu_resume, "tokens", lambda: less)
+    monkeypatch.setattr(gpu_resume, "make_deterministic", lambda: None)
+    monkeypatch.setattr(subprocess, "run", run)
+    given = ["--device", "cpu", "--hidden", "64", "--blocks", "3"]
+    assert gpu_resume.main(given) == 0
+    assert capsys.readouterr().out.count("stopped three times and resumed: same bits; run again: same bits") == 2
+    monkeypatch.setattr(gpu_resume, "measure", lambda _: {"wanda": {"seconds": 1.0, "hashes": ["a", "a", "b"]}})
+    assert gpu_resume.main(given) == 1
+    assert "stopped three times and resumed: OTHER BITS; run again: same bits" in capsys.readouterr().out

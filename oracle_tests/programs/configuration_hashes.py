@@ -58,7 +58,7 @@ def write_text(file: Path) -> None:
 def hash_of_weights(folder: Path) -> str:
     """Hash all tensors of a folder by name, however they are divided among files."""
     found = hashlib.sha256()
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -36,8 +36,7 @@ import torch
 from tiny_models import corpus
 from torch_impl.engine import training
 from torch_impl.engine.files import UNFINISHED, sha256_of
-from torch_impl.engine.resume import run_checkpoints
-from torch_impl.engine.resume import run_folder as run_folder
+from torch_impl.engine.resume import run_checkpoints, run_folder
 from torch_impl.experiment import report_page
 from torch_impl.run import main as run_main
 
@@ -130,7 +129,7 @@ def at_write(number: int, act: Callable[[Path, bytes], None]) -> Callable[[], No
                 act(path, data)
             plain(path, data)
 
-        run_checkpoints.write_atomically = run_folder.write_atomically = write
+        run_checkpoints.write_atomically = write
 
     return prepare
 
@@ -177,7 +176,7 @@ def nan_at(number: int) -> Callable[[], None]:
                 gradient.view(-1)[0] = float("nan")
             plain(parameters, *rest)
 
-        training._clip = clip
+        training._clip = clip  # type: ignore[assignment]
 
     return prepare
 
@@ -229,8 +228,8 @@ class Harness:
                 counted["steps"] += 1
                 plain_clip(*arguments)
 
-            run_checkpoints.write_atomically = run_folder.write_atomically = write
-            training._clip = clip
+            run_checkpoints.write_atomically = write
+            training._clip = clip  # type: ignore[assignment]
 
         out = self.place.parent / "plain"
         self.plain = attempt([*self.options, "--output_dir", str(out)], self.log, prepare)

@@ -27,8 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from oracle_tests.programs.gpu_resume import Stop, Stopping
 from torch_impl import losa, reconstruct
@@ -84,11 +90,11 @@ def poison(device: torch.device) -> int:
     return filled
 
 
-def random_llama(device: torch.device, shape: dict[str, object], **more: object) -> LlamaForCausalLM:
+def random_llama(device: torch.device, shape: dict[str, Any], **more: Any) -> LlamaForCausalLM:
     """Make a model with random weights in bf16 (float32 on a CPU)."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **more})).to(device, dtype)
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **more})).to(device, dtype)  # type: ignore[arg-type]
 
 
 def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor, list[Example]]:
@@ -111,7 +117,9 @@ def records(options: argparse.Namespace, vocabulary: int) -> tuple[torch.Tensor,
 class Job:
     """One model and its tokens; `losses` trains it with other options."""
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, examples: list[Example], device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, ids: torch.Tensor, examples: list[Example], device: torch.device
+    ) -> None:
         self._model, self._ids, self._device = model, ids, device
         half = len(examples) // STEPS
         self._parts = [examples[:half], examples[half:]]
@@ -232,7 +240,7 @@ def check_out_of_memory(device: torch.device, job: Job) -> bool:
 
 
 @torch.no_grad()
-def check_decoding(model: nn.Module, device: torch.device, compiles: bool) -> bool:
+def check_decoding(model: PreTrainedModel, device: torch.device, compiles: bool) -> bool:
     """Compare logits of single tokens, in a graph and by compiled blocks, with the model called token by token."""
     ids = torch.randint(model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(2)).to(device)
     results: list[torch.Tensor] = []
@@ -254,7 +262,7 @@ def check_decoding(model: nn.Module, device: torch.device, compiles: bool) -> bo
 
 
 @torch.no_grad()
-def check_host_streams(model: nn.Module, ids: torch.Tensor) -> bool:
+def check_host_streams(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     """Compare Gram matrices of hidden states on the host, read as soon as a block is done, with those on the device."""
     decoder = Decoder(model)
     started = time.perf_counter()
@@ -286,7 +294,7 @@ class Poisoning(Repeater):
         return poisoned
 
 
-def check_reconstruction(model: nn.Module, ids: torch.Tensor, device: torch.device) -> bool:
+def check_reconstruction(model: PreTrainedModel, ids: torch.Tensor, device: torch.device) -> bool:
     """Compare two blocks reconstructed together, with graphs and launch by launch, in batches of two sizes."""
     decoder = Decoder(model)
     stream = calibration.start_stream(decoder, ids.repeat(3, 1)[:46], 8)
@@ -298,7 +306,7 @@ def check_reconstruction(model: nn.Module, ids: torch.Tensor, device: torch.devi
         blocks = list(copy.deepcopy(decoder.blocks[:2]))
         arguments = calibration.block_arguments(decoder, ids[:1])[:2]
         masks = [
-            {name: block.get_submodule(name).weight > 0 for name in decoder.family.projections} for block in blocks
+            {name: block.get_parameter(f"{name}.weight") > 0 for name in decoder.family.projections} for block in blocks
         ]
         started = time.perf_counter()
         reconstruct.reconstruct_blocks(blocks, masks, inputs, stream.hidden, 4, 1e-3, 8, arguments, repeat=repeat)
@@ -327,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         make_deterministic()
     if options.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(options.model).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(options.model).to(device).eval()  # type: ignore[arg-type]
     else:
         model = random_llama(device, SMALL if options.small else SMOLLM2).eval()
     ids, examples = records(options, model.config.vocab_size)

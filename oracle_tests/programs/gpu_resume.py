@@ -66,7 +66,7 @@ def build(hidden: int, blocks: int, device: torch.device) -> LlamaForCausalLM:
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
     )
-    return LlamaForCausalLM(config).to(device, torch.bfloat16)
+    return LlamaForCausalLM(config).to(device, torch.bfloat16)  # type: ignore[arg-type]
 
 
 def settings(method: str) -> Settings:

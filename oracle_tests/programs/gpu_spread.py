@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,15 @@ def compare(several: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    """Run both, compare and print."""
+def main(given: Sequence[str] | None = None) -> int:
+    """Run both, compare and print. Returns 1 if a figure is outside its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true", help="small shapes: runs anywhere in seconds")
     parser.add_argument("--blocks", type=int, default=4, help="decoder blocks")
     parser.add_argument("--method", default="wanda", help="magnitude, wanda or sparsegpt")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = pretrained.choose_device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = options(arguments.small, arguments.method)

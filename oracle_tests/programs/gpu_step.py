@@ -14,12 +14,11 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oracle_tests.tolerances import GPU_STEP
@@ -38,14 +37,19 @@ from torch_impl.masks import prune as masks
 def build(small: bool, blocks: int, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
     """Make random LLaMA-2-7B blocks over a small vocabulary, with realistic activations (a few loud channels)."""
     torch.manual_seed(0)
-    size = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4}
+    size: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     if not small:
         size = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
     config = LlamaConfig(vocab_size=1000, num_hidden_layers=blocks, tie_word_embeddings=False, **size)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(torch.exp(torch.randn(config.hidden_size)))
-    return model.to(dtype)
+    return model.to(dtype)  # type: ignore[arg-type]
 
 
 def settings(method: str, rows: int, length: int, batch: int) -> Settings:
@@ -59,24 +63,31 @@ def settings(method: str, rows: int, length: int, batch: int) -> Settings:
 
 
 class Recorder:
-    """Record the arguments with which every projection is pruned."""
+    """Record the weight, Wanda's norms and the mask of every projection that is pruned."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> Recorder:
-        self._original = masks.prune
+        self._original = masks.prune_prepared
 
-        def prune(method: str, weight: torch.Tensor, statistic: torch.Tensor, kept: torch.Tensor, **target: Any) -> Any:
-            new, mask = self._original(method, weight, statistic, kept, **target)
-            self.calls.append((weight.cpu().clone(), statistic.cpu().clone(), mask.cpu().clone()))
+        def prune_prepared(
+            method: masks.Method,
+            weight: torch.Tensor,
+            prepared: Any,
+            kept: torch.Tensor,
+            sparsity: float | None = None,
+            nm: tuple[int, int] | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            new, mask = self._original(method, weight, prepared, kept, sparsity, nm)
+            self.calls.append((weight.cpu().clone(), prepared.cpu().clone(), mask.cpu().clone()))
             return new, mask
 
-        masks.prune = prune
+        masks.prune_prepared = prune_prepared
         return self
 
     def __exit__(self, *_: object) -> None:
-        masks.prune = self._original
+        masks.prune_prepared = self._original
 
 
 def compare_masks(gpu: Recorder, cpu: Recorder) -> tuple[float, float]:
@@ -98,7 +109,7 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
-def gradients(model: nn.Module, dense: nn.Module, ids: torch.Tensor, seed: int) -> tuple[float, list[torch.Tensor]]:
+def gradients(model: LlamaForCausalLM, ids: torch.Tensor, seed: int) -> tuple[float, list[torch.Tensor]]:
     """Compute loss and adapter gradients of one micro-batch, with B set so that both A and B have a gradient."""
     for number, layer in enumerate(adapters(model)):
         layer.resize(8, (seed, number))
@@ -108,7 +119,7 @@ def gradients(model: nn.Module, dense: nn.Module, ids: torch.Tensor, seed: int) 
     config = TrainingConfig(per_device_train_batch_size=len(ids), gradient_accumulation_steps=1)
     with Gradients(model, None, config) as step:
         loss = step.of(examples)
-    return loss, [p.grad for layer in adapters(model) for p in (layer.A, layer.B)]
+    return loss, [p.grad for layer in adapters(model) for p in (layer.A, layer.B) if p.grad is not None]
 
 
 def timed(action: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -134,7 +145,7 @@ def check(device: torch.device, small: bool) -> dict[str, float]:
     results = []
     # The GPU in bf16 and the CPU in float32, both from the same bf16 weights.
     for place, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float32)):
-        model = copy.deepcopy(start).to(place, dtype)
+        model = copy.deepcopy(start).to(place, dtype)  # type: ignore[arg-type]
         with Recorder() as recorder:
             [record] = losa.run(model, ids.to(place), [], settings("wanda", rows, length, 4))
         results.append((model, recorder, record))
@@ -143,8 +154,8 @@ def check(device: torch.device, small: bool) -> dict[str, float]:
     # Compare gradients under one mask, or differences of masks would show again.
     for ours, reference in zip(adapters(gpu), adapters(cpu), strict=True):
         ours.set_base(reference.weight.to(ours.weight))
-    gpu_loss, gpu_grads = gradients(gpu, gpu, train_ids, 3)
-    cpu_loss, cpu_grads = gradients(cpu, cpu, train_ids, 3)
+    gpu_loss, gpu_grads = gradients(gpu, train_ids, 3)
+    cpu_loss, cpu_grads = gradients(cpu, train_ids, 3)
     merged = [relative(a.merged(), b.merged()) for a, b in zip(adapters(gpu), adapters(cpu), strict=True)]
     return {
         "mask entries that differ (share)": share,
@@ -159,7 +170,7 @@ def check(device: torch.device, small: bool) -> dict[str, float]:
 def measure(device: torch.device, small: bool) -> dict[str, float]:
     """Measure milliseconds of every part of a step: two blocks, 16 × 2048 calibration tokens, 4 × 512 training tokens."""
     rows, length, train_length = (4, 64, 32) if small else (16, 2048, 512)
-    model = build(small, 2).to(device)
+    model = build(small, 2).to(device)  # type: ignore[arg-type]
     decoder = Decoder(model)
     ids = torch.randint(1000, (rows, length)).to(device)
     times = {
@@ -186,13 +197,13 @@ def measure(device: torch.device, small: bool) -> dict[str, float]:
     return times
 
 
-def main() -> int:
-    """Check, measure and print."""
+def main(given: Sequence[str] | None = None) -> int:
+    """Check, measure and print. Returns 1 if a figure is outside its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="small shapes: runs anywhere in seconds")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     figures = check(device, arguments.small)

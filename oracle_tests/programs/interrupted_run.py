@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("place", type=Path, help="a new folder")
     place = parser.parse_args(arguments).place
     make(place)
+    state = last_state(place)
+    assert state is not None
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    print(
-        f"{place}: {size} bytes, stopped after {len(last_state(place)['progress']['losses'])} optimizer steps of step 2"
-    )
+    print(f"{place}: {size} bytes, stopped after {len(state['progress']['losses'])} optimizer steps of step 2")
     return 0
 
 

@@ -282,7 +282,8 @@ def attempts(mutants: Sequence[Mutant], reach: Reach, budget: float, places: lis
                 outcomes.append(Outcome(mutant, "unreached"))
                 _tell(outcomes[-1], len(outcomes), len(mutants))
                 continue
-            chosen, taken = [], 0.0
+            chosen: list[str] = []
+            taken = 0.0
             for test in every:
                 if not chosen or taken + reach.seconds[test] <= budget:
                     chosen.append(test)
