@@ -14,21 +14,23 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils import cpp_extension
 
 from oracle_tests import tolerances
 from oracle_tests.poison import poisoned
-from oracle_tests.programs.gpu_eager import library
 from oracle_tests.programs.gpu_kernels import HEADING, Case, Maker, Worst, wide
 from torch_impl import quantise
 from torch_impl.bench import decode
@@ -57,6 +59,12 @@ def product(layout: cuda.Layout, x: torch.Tensor, numbers: list[int], bias: torc
         return cuda.matvec(layout, x, bias)
     y: torch.Tensor = layout.product(x, layout.data, layout.starts, numbers, bias)
     return y
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels without operators, to divide a product in other ways."""
+    return ctypes.CDLL(str(Path(cpp_extension._get_build_directory("losa_cuda_decode", False)) / "losa_cuda_decode.so"))
 
 
 def divided(layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, way: Division) -> torch.Tensor:
