@@ -9,7 +9,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 
 from oracle_tests.programs import (
     configuration_hashes,
+    gpu_codes,
     gpu_counters,
     gpu_resume,
+    gpu_rows,
     gpu_spread,
     gpu_step,
     importance_orders,
@@ -28,6 +30,9 @@ from oracle_tests.programs import (
 )
 from oracle_tests.small_runs import ROOT, arguments, make_place
 from oracle_tests.tolerances import GPU_STEP
+from torch_impl.bench import decode
+from torch_impl.decode import cuda
+from torch_impl.decode.cuda_plan import Division
 from torch_impl.experiment.planning import geometry
 
 
@@ -243,3 +248,71 @@ def test_a_run_is_stopped_resumed_and_compared(
     monkeypatch.setattr(gpu_resume, "measure", lambda _: {"wanda": {"seconds": 1.0, "hashes": ["a", "a", "b"]}})
     assert gpu_resume.main(given) == 1
     assert "stopped three times and resumed: OTHER BITS; run again: same bits" in capsys.readouterr().out
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program take the CPU for a GPU on which every product takes 10 µs, with a small model's shapes for 7B's."""
+    randn, small = torch.randn, {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+
+    def timed(actions: Sequence[Callable[[], object]], *_: object) -> float:
+        for action in actions:
+            action()
+        return 10.0
+
+    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(cuda, "available", lambda: (True, ""))
+    monkeypatch.setattr(decode, "_copies", lambda *_: 2)
+    monkeypatch.setitem(geometry.GEOMETRIES, "llama-2-7b", geometry.GEOMETRIES["small"] | small)
+    for program in (gpu_codes, gpu_rows):
+        monkeypatch.setattr(program, "graphed", timed)
+        monkeypatch.setattr(program, "check_all", lambda *_: True)
+
+
+PROJECTIONS = ["q,k,v", "o", "gate,up", "down"]
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_products_with_codes_are_timed_as_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_codes.main(["--device", "cuda"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    batches, zeros = ("1", "8"), ("50", "60", "70")
+    assert [line[:4] for line in lines] == [[n, z, "%", b] for n in PROJECTIONS for z in zeros for b in batches]
+    # Dense, there are as many products as projections.
+    assert {(line[0], line[9]) for line in lines} == {
+        *zip(PROJECTIONS, ("3.00×", "1.00×", "2.00×", "1.00×"), strict=True)
+    }
+    assert gpu_codes.main(["--device", "cuda", "--sweep", "--batches", "2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[:3] for line in lines] == [[n, kind, "2"] for n in PROJECTIONS for kind in ("bf16", "int8", "int4")]
+    assert all("10.00" in line for line in lines)
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_products_of_more_rows_are_timed_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A product that cannot be launched is left out of a sweep."""
+
+    def divided(layout: cuda.Layout, x: torch.Tensor, y: torch.Tensor, way: Division) -> torch.Tensor:
+        if way.groups > 1:
+            raise RuntimeError(f"divided by {way}")
+        return y.copy_(cuda.matvec(layout, x))
+
+    monkeypatch.setattr(gpu_rows, "divided", divided)
+    monkeypatch.setattr(gpu_rows, "DIVISIONS", ((1, 4, 1), (1, 4, 2)))
+    assert gpu_rows.main(["--device", "cuda", "--sweep", "--sparsities", "70"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if "eight at once 10" in line] == [
+        n for n in PROJECTIONS for _ in range(4)
+    ]
+    assert "divided by Division(strips=1, share=1, groups=2)" in printed
+    assert "    a block, 32 rows: best 40.0, plan 40.0, eight at once 40.0" in printed
+    monkeypatch.setitem(geometry.GEOMETRIES, "llama-3.2-1b", geometry.GEOMETRIES["llama-2-7b"])
+    assert gpu_rows.main(["--device", "cuda", "--sparsities", "70"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.split()[0] in ("8", "128")] == [
+        f"{rows:>6}       40.0     40.0     40.0      40.0     40.0   1.00×" for rows in (8, 128)
+    ] * 2
+    assert "µs to unpack a block: values 40, int8 40, int4 40" in printed
