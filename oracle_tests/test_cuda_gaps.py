@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from oracle_tests.assertions import assert_exact
 from oracle_tests.fused_cases import DEVICE
+from oracle_tests.programs import gpu_gaps
 from oracle_tests.sparse_weights import sparse_weights
 from oracle_tests.strategies import examples
 from torch_impl.decode import cuda, cuda_gaps, cuda_plan
@@ -21,13 +22,14 @@ from torch_impl.decode.cuda_plan import Card
 def walk(layout: cuda_gaps.GapLayout) -> np.ndarray:
     """The dense weight's bits as the lanes find them, each part from the column that is stored for it."""
     data, index = layout.data.numpy(), layout.starts.numpy()
-    starts, rest = index[: layout.strips + 1], index[layout.strips + 1 :]
+    panels = layout.strips * layout.panels
+    starts, rest = index[: panels + 1], index[panels + 1 :]
     order, reached = rest[: layout.rows], rest[layout.rows :].view(np.uint16).reshape(layout.strips, layout.panels, 32)
     dense = np.zeros((layout.rows, layout.columns), dtype=np.uint16)
     for strip, part, lane in np.ndindex(reached.shape):
-        column, groups = int(reached[strip, part, lane]), int(starts[strip + 1] - starts[strip])
-        for group in range(groups * part // layout.panels, groups * (part + 1) // layout.panels):
-            record = data[640 * (starts[strip] + group) :][:640]
+        column, panel = int(reached[strip, part, lane]), strip * layout.panels + part
+        for group in range(starts[panel], starts[panel + 1]):
+            record = data[640 * group :][:640]
             values, nibbles = record[16 * lane :][:16].view(np.uint16), record[512 + 4 * lane :][:4]
             for entry in range(8):
                 column += int(nibbles[entry % 4]) >> entry // 4 * 4 & 15
@@ -92,6 +94,17 @@ def test_the_product_without_kernels() -> None:
     assert_exact("parts", y.cpu(), torch.cat(list(parts), -1).cpu())
     with pytest.raises(TypeError, match=r"^weight has dtype torch.float32; allowed: bfloat16 or float16$"):
         cuda_gaps.pack_gaps_rows(torch.ones(3, 8))
+
+
+def test_the_gpu_program_runs_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_gaps, "BATCHES", ((1, 0), (8, 3)))
+    small = ["--small", "--sparsities", "70", "--batches", "1"]
+    assert gpu_gaps.main(small) == 0
+    assert "a block   70 %    1" in capsys.readouterr().out
+    if DEVICE == "cpu":
+        right = cuda.matvec
+        monkeypatch.setattr(cuda, "matvec", lambda *arguments: right(*arguments) * 1.02)
+        assert gpu_gaps.main([*small, "--check"]) == 1
 
 
 def layout_of(rows: int, columns: int) -> cuda_gaps.GapLayout:

@@ -66,6 +66,8 @@ def multiply(
     [
         ((1,), 1, 0.0, 1, 1, 1, 0),
         ((33,), 300, 0.7, 3, 1, 2, 0),
+        ((40,), 304, 0.6, 2, 1, 1, 0),
+        ((64,), 1000, 0.6, 13, 2, 2, 0),
         ((31,), 304, 0.5, 2, 1, 1, 1),
         ((70,), 259, 0.5, 5, 2, 3, 0),
         ((32, 64, 5), 1000, 0.8, None, 3, 1, 0),
@@ -118,16 +120,24 @@ def test_any_division(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "columns", "zeros", "parts"),
-    [((1,), 3, 0.0, 1), ((64, 17), 263, 0.5, 3), ((33,), 1000, 0.7, 4), ((40,), 136, 1.0, 2), ((20,), 1304, 0.96, 5)],
+    ("sizes", "columns", "zeros", "parts", "width"),
+    [
+        ((1,), 3, 0.0, 1, 8),
+        ((64, 17), 263, 0.5, None, 128),
+        ((33,), 1000, 0.7, 4, 256),
+        ((40,), 136, 1.0, 2, 1024),
+        ((20,), 1304, 0.96, 5, 512),
+    ],
 )
-def test_unpacked(kernels: list[Kernels], sizes: Sequence[int], columns: int, zeros: float, parts: int) -> None:
+def test_unpacked(
+    kernels: list[Kernels], sizes: Sequence[int], columns: int, zeros: float, parts: int | None, width: int
+) -> None:
     """To the bit, except that zeros of either sign become 0. The kernel does not know which dtype the values have."""
     weight = random_weight(sum(sizes), columns, zeros).bfloat16()
     layout = packed(weight, sizes, parts)
     for call in kernels:
         dense = unwritten(sum(sizes), columns, weight.dtype)
-        call("losa_expand_gaps", layout.data, layout.starts, dense, *look(layout))
+        call("losa_expand_gaps", layout.data, layout.starts, dense, *look(layout), width)
         assert_exact("bits", torch.where(weight == 0, 0, weight).view(torch.int16), dense.view(torch.int16))
 
 

@@ -167,7 +167,7 @@ inline bool deliver() {   // one copy of any
     settle(*copy.barrier);
     return true;
 }
-inline void copy_async(uint32_t to, const uint8_t* from) { now->copies.push_back(copy_of(to, from, 16, nullptr)); }
+inline void copy_async(uint32_t to, const void* from) { now->copies.push_back(copy_of(to, static_cast<const uint8_t*>(from), 16, nullptr)); }
 inline void copy_word(uint32_t to, const void* from) {
     check(to, 4, 4);
     if (reinterpret_cast<uintptr_t>(from) % 4) fail("copy: not aligned");

@@ -1,7 +1,7 @@
 // y = x W^T for a sparse W as values and the gaps between them (the layout of cuda_gaps.py) and one to eight rows of x; and W unpacked.
 //
 // A lane goes along one row of W and adds its kept values times x, which lies in shared memory column by column. It reads eight entries
-// at once; a multiplication adds up the gaps of four. A warp takes a part of a strip's groups, and begins at the columns that are stored
+// at once; a dot product adds up their gaps. A warp takes a part of a strip's groups, and begins at the columns that are stored
 // for it. The order of summation is fixed.
 
 #include "cuda_tiles.h"
@@ -16,10 +16,10 @@ constexpr int GROUP = VALUES + LANES * ENTRIES / 2;    // bytes of a group
 constexpr uint32_t NIBBLES = 0x0f0f0f0f, EACH = 0x01010101;
 
 __device__ __forceinline__ int strips_of_lanes(const Layout& w) { return (w.rows + LANES - 1) / LANES; }
-// What follows the strips' first groups: the row of each lane of each strip, then each part's first columns.
-__device__ __forceinline__ const int* order(const Layout& w) { return w.starts + strips_of_lanes(w) + 1; }
-__device__ __forceinline__ const uint16_t* columns_before(const Layout& w, int strip, int part) {
-    return reinterpret_cast<const uint16_t*>(order(w) + w.rows) + (static_cast<size_t>(strip) * w.panels + part) * LANES;
+// What follows the parts' first groups: the row of each lane of each strip, then the column that each lane has reached before each part.
+__device__ __forceinline__ const int* order(const Layout& w) { return w.starts + strips_of_lanes(w) * w.panels + 1; }
+__device__ __forceinline__ const uint16_t* columns_before(const Layout& w, int part) {
+    return reinterpret_cast<const uint16_t*>(order(w) + w.rows) + static_cast<size_t>(part) * LANES;
 }
 
 __device__ __forceinline__ void store_four(uint32_t to, const uint4& v) {
@@ -31,52 +31,55 @@ __device__ __forceinline__ void store_half(uint32_t to, uint32_t value) { asm vo
 struct Entries {
     uint32_t pairs[4], gaps;
 
-    __device__ __forceinline__ void read(const uint8_t* group, int lane) {
-        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3]) : "l"(group + lane * 16));
-        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(gaps) : "l"(group + VALUES + lane * 4));
+    // Not by ld.global.nc, which ptxas moves behind griddepcontrol.wait.
+    __device__ __forceinline__ void read(const uint8_t* values, const uint8_t* nibbles) {
+        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3]) : "l"(values));
+        asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(gaps) : "l"(nibbles));
     }
 
     // Call use(value's pair, whether it is the upper one, place) for each entry. at: the place reached so far; a column takes STEP.
     template <int STEP, class Use>
     __device__ __forceinline__ void walk(uint32_t& at, Use use) const {
-        // Sums of four gaps times this fit in a byte.
-        constexpr uint32_t FACTOR = STEP < 4 ? STEP : 4, REST = STEP / FACTOR;
-        const uint32_t sums[2] = {(gaps & NIBBLES) * (FACTOR * EACH), (gaps >> 4 & NIBBLES) * (FACTOR * EACH)};
+        const uint32_t four[2] = {gaps & NIBBLES, gaps >> 4 & NIBBLES};
 #pragma unroll
         for (int i = 0; i < ENTRIES; ++i) {
-            const uint32_t place = __dp4a(sums[i / 4], REST << i % 4 * 8, at);
+            // The sum of the gaps up to this one.
+            const uint32_t place = __dp4a(four[i / 4], STEP * EACH >> (3 - i % 4) * 8, at);
             use(pairs[i / 2], i % 2, place);
             if (i % 4 == 3) at = place;
         }
     }
 };
 
-// The groups of a part of a strip, the next AHEAD of them in registers.
-template <int AHEAD>
+// The groups of a part of a strip, the next COUNT of them in registers.
+template <int COUNT>
 struct Part {
-    const uint8_t* next;
-    int count;
-    Entries ahead[AHEAD];
+    const uint8_t *values, *nibbles;   // of this lane, in the next group to multiply
+    int left;
+    Entries ahead[COUNT];
 
-    __device__ __forceinline__ Part(const Layout& w, int strip, int part, int lane) {
-        const int start = w.starts[strip], groups = w.starts[strip + 1] - start, first = groups * part / w.panels;
-        count = groups * (part + 1) / w.panels - first;
-        next = w.data + static_cast<size_t>(start + first) * GROUP;
+    // part: its number in the whole weight.
+    __device__ __forceinline__ Part(const Layout& w, int part, int lane) {
+        const int start = w.starts[part];
+        left = w.starts[part + 1] - start;
+        const uint8_t* group = w.data + static_cast<size_t>(start) * GROUP;
+        values = group + lane * 16, nibbles = group + VALUES + lane * 4;
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (i < count) ahead[i].read(next + i * GROUP, lane);
+        for (int i = 0; i < COUNT; ++i)
+            if (i < left) ahead[i].read(values + i * GROUP, nibbles + i * GROUP);
     }
 
     template <class Use>
-    __device__ __forceinline__ void each(int lane, Use use) {
-        for (int left = count; left > 0; left -= AHEAD) {
-            next += AHEAD * GROUP;
+    __device__ __forceinline__ void each(Use use) {
+        for (; left > 0; left -= COUNT, values += COUNT * GROUP, nibbles += COUNT * GROUP) {
+            // Two pointers, not one and a difference that is added before each reading.
+            asm volatile("" : "+l"(values), "+l"(nibbles));
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
+            for (int i = 0; i < COUNT; ++i) {
                 if (i >= left) return;
                 use(ahead[i]);
-                if (i + AHEAD < left) ahead[i].read(next + i * GROUP, lane);
+                if (i + COUNT < left) ahead[i].read(values + (i + COUNT) * GROUP, nibbles + (i + COUNT) * GROUP);
             }
         }
     }
@@ -103,13 +106,18 @@ __device__ __forceinline__ void add_column(float (&sums)[B], float value, uint32
     for (int b = 0; b < B; ++b) sums[b] += value * widen_half<T>(x[b / 2], b % 2);
 }
 
-// Copy rows of x to shared memory, column by column, B numbers each: zeros after the batch. A thread writes 16 bytes at a time.
+// Copy rows of x to shared memory, column by column, B numbers each: zeros after the batch. A thread writes 16 bytes at a time. One row
+// is not copied through registers: the copy would wait for the weights, because ptxas counts all loads by one scoreboard.
 template <int B>
 __device__ __forceinline__ void copy_columns(const uint16_t* x, int columns, int batch, uint32_t to) {
     constexpr int WIDTH = 8 / B, WORDS = (WIDTH + 1) / 2;   // columns that a thread reads of each row, and their words
     using Vector = std::conditional_t<WIDTH == 8, uint4, std::conditional_t<WIDTH == 4, uint2, std::conditional_t<WIDTH == 2, uint32_t, uint16_t>>>;
     const bool vectors = columns % WIDTH == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(Vector) == 0;
     for (int column = threadIdx.x * WIDTH; column < columns; column += blockDim.x * WIDTH) {
+        if (B == 1 && vectors) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + column * 2), "l"(x + column) : "memory");
+            continue;
+        }
         uint32_t rows[B][WORDS] = {};
 #pragma unroll
         for (int b = 0; b < B; ++b) {
@@ -133,26 +141,36 @@ __device__ __forceinline__ void copy_columns(const uint16_t* x, int columns, int
         }
         store_four(to + column * B * 2, uint4{words[0], words[1], words[2], words[3]});
     }
+    if (B == 1) {
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
 }
 
 // Bytes of x in shared memory.
 template <int B>
 __host__ __device__ __forceinline__ int bytes_of_columns(int columns) { return (columns * B * 2 + 15) / 16 * 16; }
 
-// A warp for each part (`panels`) of each of a block's strips.
-template <typename T, int B, int AHEAD>
-__global__ void __launch_bounds__(1024, 1) multiply_gaps(Layout w, const T* x, const T* bias, T* y, int batch) {
+// LARGE: a block has up to 32 warps, otherwise 24, whose lanes have 40 registers, so that a processor holds 48 warps.
+template <bool LARGE>
+constexpr int MOST_GAP_WARPS = LARGE ? 32 : 24;
+template <int B, bool LARGE>
+constexpr int AHEAD = LARGE && B <= 2 ? 4 : B == 1 ? 3 : 2;
+
+// A warp for each part of each of `together` strips. inverse: of `panels`, times 2^16, rounded up.
+template <typename T, int B, bool LARGE>
+__global__ void __launch_bounds__(MOST_GAP_WARPS<LARGE> * LANES, LARGE ? 1 : 2)
+    multiply_gaps(Layout w, const T* x, const T* bias, T* y, int batch, int together, uint32_t inverse) {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), together = blockDim.x / LANES / w.panels, own = warp / w.panels, part = warp - own * w.panels;
+    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), own = warp * inverse >> 16, part = warp - own * w.panels;
     // Beyond the last strip the last one is multiplied again, and its sums are dropped.
-    const int strip = min(static_cast<int>(blockIdx.x) * together + own, strips_of_lanes(w) - 1);
-    Part<AHEAD> groups(w, strip, part, lane);
+    const int wanted = blockIdx.x * together + own, strip = min(wanted, strips_of_lanes(w) - 1);
+    Part<AHEAD<B, LARGE>> groups(w, strip * w.panels + part, lane);
     const uint32_t columns = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-    uint32_t at = columns + columns_before(w, strip, part)[lane] * B * 2;
-    // The row whose sums this thread adds up.
-    const int below = warp % together * LANES + lane, position = blockIdx.x * together * LANES + below;
-    const int row = position < w.rows ? order(w)[position] : -1;
+    uint32_t at = columns + columns_before(w, strip * w.panels + part)[lane] * B * 2;
+    // The row of this lane's sums.
+    const int row = wanted * LANES + lane < w.rows ? order(w)[wanted * LANES + lane] : -1;
 #if __CUDA_ARCH__ >= 900
     // As in cuda_decode.h: weights load before the previous kernel, which computes x, ends.
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -162,19 +180,19 @@ __global__ void __launch_bounds__(1024, 1) multiply_gaps(Layout w, const T* x, c
     __syncthreads();
 
     float sums[B] = {};
-    groups.each(lane, [&](const Entries& entries) {
+    groups.each([&](const Entries& entries) {
         entries.walk<B * 2>(at, [&](uint32_t pair, bool upper, uint32_t column) { add_column<T, B>(sums, widen_half<T>(pair, upper), column); });
     });
 
+    // A warp's sums, and then those of its strip.
     constexpr uint32_t EACH_WARP = B * LANES * 4;
-    const uint32_t scratch = columns + bytes_of_columns<B>(w.columns);
+    const uint32_t scratch = columns + bytes_of_columns<B>(w.columns) + own * w.panels * EACH_WARP + lane * 4;
 #pragma unroll
-    for (int b = 0; b < B; ++b) store(scratch + warp * EACH_WARP + (b * LANES + lane) * 4, __float_as_uint(sums[b]));
+    for (int b = 0; b < B; ++b) store(scratch + part * EACH_WARP + b * LANES * 4, __float_as_uint(sums[b]));
     __syncthreads();
     if (row < 0) return;
-    const uint32_t from = scratch + below / LANES * w.panels * EACH_WARP + lane * 4;
-    for (int b = warp / together; b < batch; b += w.panels)
-        narrow(sum_warps(bias ? widen(bias[row]) : 0, from + b * LANES * 4, EACH_WARP, w.panels), y[static_cast<size_t>(b) * w.rows + row]);
+    for (int b = part; b < batch; b += w.panels)
+        narrow(sum_warps(bias ? widen(bias[row]) : 0, scratch + b * LANES * 4, EACH_WARP, w.panels), y[static_cast<size_t>(b) * w.rows + row]);
 }
 
 // Write the dense weight (rows, columns): a block writes `width` columns of a strip, which it puts together in shared memory.
@@ -185,12 +203,13 @@ __global__ void __launch_bounds__(512, 3) expand_gaps(Layout w, uint16_t* dense,
     for (uint32_t i = threadIdx.x * 16; i < LANES * stride; i += blockDim.x * 16) store_four(table + i, uint4{});
     __syncthreads();
     for (int part = warp; part < w.panels; part += warps) {
-        const int first = columns_before(w, strip, part)[lane], last = part + 1 < w.panels ? columns_before(w, strip, part + 1)[lane] : w.columns;
+        const uint16_t* reached = columns_before(w, strip * w.panels + part) + lane;
+        const int first = reached[0], last = part + 1 < w.panels ? reached[LANES] : w.columns;
         if (!__any_sync(ALL, first < left + width && last >= left)) continue;
         // In bytes from the window's left end: too large to its left, too.
         uint32_t at = 2 * (first - left);
-        Part<2> groups(w, strip, part, lane);
-        groups.each(lane, [&](const Entries& entries) {
+        Part<2> groups(w, strip * w.panels + part, lane);
+        groups.each([&](const Entries& entries) {
             entries.walk<2>(at, [&](uint32_t pair, bool upper, uint32_t place) {
                 const uint32_t value = upper ? pair >> 16 : pair & 0xffff;
                 if (value && place < 2 * width) store_half(own + place, value);
@@ -207,16 +226,18 @@ __global__ void __launch_bounds__(512, 3) expand_gaps(Layout w, uint16_t* dense,
     }
 }
 
-template <typename T, int B, int AHEAD>
+template <typename T, int B>
 cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int together, bool overlap, cudaStream_t stream) {
     const int warps = w.panels * together, blocks = (w.rows + together * LANES - 1) / (together * LANES);
-    return launch_blocks(multiply_gaps<T, B, AHEAD>, w, blocks, warps, bytes_of_columns<B>(w.columns) + warps * B * LANES * 4, overlap, stream,
-                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch);
+    // Eight rows of x need more registers.
+    const auto kernel = B == BATCH || warps > MOST_GAP_WARPS<false> ? multiply_gaps<T, B, true> : multiply_gaps<T, B, B == BATCH>;
+    return launch_blocks(kernel, w, blocks, warps, bytes_of_columns<B>(w.columns) + warps * B * LANES * 4, overlap, stream,
+                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, together, (1u << 16) / w.panels + 1);
 }
 
 template <typename T>
 cudaError_t launch_for(const Layout& w, const void* x, const void* bias, void* y, int batch, int together, bool overlap, cudaStream_t stream) {
-    const auto call = batch <= 1 ? launch<T, 1, 4> : batch <= 2 ? launch<T, 2, 4> : batch <= 4 ? launch<T, 4, 3> : launch<T, 8, 2>;
+    const auto call = batch <= 1 ? launch<T, 1> : batch <= 2 ? launch<T, 2> : batch <= 4 ? launch<T, 4> : launch<T, 8>;
     return call(w, x, bias, y, batch, together, overlap, stream);
 }
 
@@ -230,8 +251,9 @@ extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void
     return half ? launch_for<__half>(w, x, bias, y, batch, groups, overlap, queue) : launch_for<__nv_bfloat16>(w, x, bias, y, batch, groups, overlap, queue);
 }
 
-extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream) {
-    constexpr int width = 1024;
+// width: columns of a block, a multiple of 8.
+extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int width,
+                                void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const int blocks = (rows + LANES - 1) / LANES * ((columns + width - 1) / width), warps = min(16, max(panels, 4));
     return launch_blocks(expand_gaps, w, blocks, warps, LANES * (2 * width + 16), false, static_cast<cudaStream_t>(stream), static_cast<uint16_t*>(dense),

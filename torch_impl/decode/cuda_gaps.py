@@ -29,8 +29,8 @@ class GapLayout(cuda.Layout):
     A panel is a part of a strip, some of its groups: what one warp multiplies.
 
     data: the groups, each its values, lane by lane, and then its gaps: four bytes a lane, byte j with that of entry j in its
-    lower half and of entry 4 + j in its upper one. starts int32: the strips' first groups (strips + 1), the row of each lane
-    of each strip (rows), the column that each lane has reached before each part (strips, panels, 32) in 16 bits.
+    lower half and of entry 4 + j in its upper one. starts int32: the first group of each part (strips * panels + 1), the row
+    of each lane of each strip (rows), the column that each lane has reached before each part (strips, panels, 32) in 16 bits.
     slot: bytes of a group; sizes: rows of the weights that are stacked, each with its own order.
     """
 
@@ -48,12 +48,12 @@ class GapLayout(cuda.Layout):
         starts, order, _ = self._index()
         groups = self.data.view(-1, GROUP)[int(starts[0]) : int(starts[-1])]
         values = groups[:, :VALUES].contiguous().view(self.dtype).view(-1, gaps.LANES, gaps.ENTRIES)
-        return values, _read_gaps(groups), (starts - starts[0]).long(), order.long()
+        return values, _read_gaps(groups), (starts - starts[0])[:: self.panels].long(), order.long()
 
     def _index(self) -> Sequence[torch.Tensor]:
         """Return the three parts of `starts`."""
-        columns = self.strips * self.panels * gaps.LANES // 2
-        return self.starts.split([self.strips + 1, self.rows, columns])
+        panels = self.strips * self.panels
+        return self.starts.split([panels + 1, self.rows, panels * gaps.LANES // 2])
 
     def expanded(self, dtype: torch.dtype) -> torch.Tensor:
         """Restore the dense weight (rows, columns) by torch, rounded once."""
@@ -79,7 +79,7 @@ class GapLayout(cuda.Layout):
         starts, order, groups, rows = [self.starts.new_zeros(1)], [], 0, 0
         for own in layouts:
             own_starts, own_order, _ = own._index()
-            starts.append(own_starts[1:] + groups)
+            starts.append(own_starts[own.panels :: own.panels] + groups)
             order.append(own_order + rows)
             groups += len(own.data) // GROUP
             rows += own.rows
@@ -94,7 +94,11 @@ class GapLayout(cuda.Layout):
             return None
         first, last = start // gaps.LANES, -(-(start + rows) // gaps.LANES)
         starts, order, columns = self._index()
-        own = starts[first : last + 1], order[start : start + rows] - start, columns.view(self.strips, -1)[first:last]
+        own = (
+            starts[first * self.panels : last * self.panels + 1],
+            order[start : start + rows] - start,
+            columns.view(self.strips, -1)[first:last],
+        )
         sizes = self.sizes[ends.index(start) : ends.index(start + rows)]
         return replace(self, rows=rows, starts=torch.cat([tensor.flatten() for tensor in own]), sizes=sizes)
 
@@ -121,23 +125,24 @@ def _layout(
     sizes: tuple[int, ...],
     parts: int | None = None,
 ) -> GapLayout:
-    """Return the layout of groups. Waits for its data."""
+    """Return the layout of groups. starts: the first of each strip, and the end. Waits for its data."""
     if parts is None:
         parts = choose_parts(len(order), columns, Card.of(data.device).processors)
     if columns > MOST_COLUMNS:
         parts = 1
-    together = torch.cat([starts, order, _columns_before(data, starts.long(), parts)])
+    strips = starts.diff()[:, None]
+    first = (starts[:-1, None] + strips * torch.arange(parts, device=data.device) // parts).flatten()
+    first = torch.cat([first, starts[-1:]])
+    together = torch.cat([first.int(), order, _columns_before(data, first, parts)])
     cuda.complete(data)
     return GapLayout(len(order), columns, parts, GROUP, dtype, data, together, sizes)
 
 
-def _columns_before(data: torch.Tensor, starts: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return the column that each lane has reached before each part of a strip, two numbers of 16 bits in each int32."""
-    reached = functional.pad(_read_gaps(data.view(-1, GROUP)).sum(-1).cumsum(0), (0, 0, 1, 0))
-    part = torch.arange(parts, device=data.device)
-    first = starts[:-1, None] + starts.diff()[:, None] * part // parts
-    columns = reached[first] - reached[starts[:-1], None]
-    return columns.to(torch.int16).flatten().view(torch.int32)
+def _columns_before(data: torch.Tensor, first: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return the column that each lane has reached before each part, two numbers of 16 bits in each int32."""
+    reached = functional.pad(_read_gaps(data.view(-1, GROUP)).sum(-1).cumsum(0), (0, 0, 1, 0))[first[:-1]]
+    reached = reached.view(-1, parts, gaps.LANES)
+    return (reached - reached[:, :1]).to(torch.int16).flatten().view(torch.int32)
 
 
 def _read_gaps(groups: torch.Tensor) -> torch.Tensor:

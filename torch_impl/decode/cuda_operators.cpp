@@ -36,11 +36,13 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
 // In cuda_gaps.cu.
 extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                 int panels, int slot, int half, int batch, int groups, int overlap, void* stream);
-extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, void* stream);
+extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int width,
+                                void* stream);
 
 namespace {
 
 constexpr int64_t BATCH = 8;   // rows of x per launch, unless the plan says more
+constexpr int WIDTH = 1024;    // columns that a block unpacks of a weight with gaps
 
 // The numbers of `Layout.plan` in cuda.py. share: panels per warp, or 0 if a block's panels do not fit in shared memory. most:
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
@@ -72,7 +74,7 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
-  check_launch(plan.gaps ? losa_expand_gaps(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream)
+  check_launch(plan.gaps ? losa_expand_gaps(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, WIDTH, stream)
                : plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
                            : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
                "losa_expand");
