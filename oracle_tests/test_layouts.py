@@ -140,6 +140,12 @@ def test_layers_of_two_kinds_are_a_group_of_one(monkeypatch: pytest.MonkeyPatch)
     assert layers[0].group is layers[1].group is not None
     assert type(layers[0].group.layout) is GapLayout
     assert all(torch.equal(layer.unpacked(), linear.weight) for layer, linear in zip(layers, linears, strict=True))
+    # Rows that are no whole strips are laid out again, too.
+    monkeypatch.setattr(cuda_layouts, "MOST_SIZE", float("inf"))
+    for sequences, kind in ((1, GapLayout), (8, cuda.Layout)):
+        some = [PackedLinear.of(linear, sequences) for linear in (linears[0], nn.Linear(1024, 5, dtype=BF16))]
+        packed_linear.join(some[::-1])
+        assert type(some[0].group.layout) is kind
 
 
 @pytest.mark.usefixtures("as_on_a_gpu", "kind")
@@ -211,6 +217,7 @@ def test_more_sequences_than_the_layout_is_for_are_said_once(
     model = model_of("llama", dtype=BF16)
     pack(model, sequences)
     model(torch.arange(12)[None])
+    model(torch.arange(24).view(12, 2))
     model(torch.arange(8)[:, None])
     model(torch.arange(70)[:, None])
     assert capsys.readouterr().err == ""

@@ -426,6 +426,10 @@ def test_in_inference_mode_or_of_many_rows_a_layer_reads_its_own_rows(
                     assert_close("layer", y, layer(x).cpu(), tolerances.same_product(x.dtype), floor=1e-30)
             assert rows == expected
             rows.clear()
+    nn.ModuleList(layers)._apply(torch.clone)
+    assert torch.equal(layers[0].unpacked(), linears[0].weight)
+    held = layers[0].group
+    assert held._layout_of(0).data is held.layout.data
 
 
 def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:

@@ -179,9 +179,9 @@ def microseconds(product: Product, nbytes: int, x: torch.Tensor) -> float:
     return graphed([partial(own, x) for own in copies], x.device, 5)
 
 
-def packed(weight: torch.Tensor, values: str) -> tuple[Product, int]:
-    """Return the product with the packed weight and its bytes."""
-    product, nbytes, _ = decode.pack(weight, values)
+def packed(weight: torch.Tensor, values: str, batch: int) -> tuple[Product, int]:
+    """Return the product with the weight packed for so many rows of input, and its bytes."""
+    product, nbytes, _ = decode.pack(weight, values, batch)
     return product, nbytes
 
 
@@ -200,8 +200,8 @@ def time_projection(name: str, rows: tuple[int, ...], columns: int, dtype: torch
     }
     for sparsity in ("50", "60", "70"):
         zeroed = decode.sparse(weight, sparsity)
-        forms = {values: packed(zeroed, values) for values in ("same", "int8", "int4")}
         for batch, x in inputs.items():
+            forms = {values: packed(zeroed, values, batch) for values in ("same", "int8", "int4")}
             ours = {values: microseconds(*form, x) for values, form in forms.items()}
             cells = "".join(
                 f"{us:>8.2f} µs{dense[batch][0] / us:>6.2f}×{forms[values][1] * 8 / weight.numel():>6.2f}"

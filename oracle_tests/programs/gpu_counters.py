@@ -73,11 +73,11 @@ def launch(options: argparse.Namespace, device: torch.device) -> None:
     for name, (rows, columns, _) in decode.projections(options.geometry, joined=True).items():
         weight = torch.randn(sum(rows), columns, device=device, dtype=torch.bfloat16) / columns**0.5
         zeroed = decode.sparse(weight, options.sparsity)
-        products: dict[str, decode.Product] = {"dense": partial(_multiply, weight)}
-        products |= {values: decode.pack(zeroed, values)[0] for values in options.values}
-        for batch, (values, product) in itertools.product(options.rows, products.items()):
+        dense: decode.Product = partial(_multiply, weight)
+        for batch, values in itertools.product(options.rows, ["dense", *options.values]):
             # More rows than eight unpack codes first.
             if batch <= 8 or values in ("dense", "same"):
+                product = dense if values == "dense" else decode.pack(zeroed, values, batch)[0]
                 x = torch.randn(batch, columns, device=device, dtype=torch.bfloat16)
                 product(x)
                 torch.cuda.synchronize()

@@ -48,7 +48,7 @@ def decoding_cost(
         decoding = Decoding(of, batch, graph=True, longest=tokens + WARM_UP + 1)
         return decoding.tokens_per_second(tokens, runs)
 
-    with packed_weights(model) if packs else nullcontext():
+    with packed_weights(model, batch) if packs else nullcontext():
         (of_dense, dense_bytes), (of_model, model_bytes) = (
             peak_of(of, partial(speed, of), of.device) for of in (dense, model)
         )
@@ -56,8 +56,11 @@ def decoding_cost(
 
 
 @contextmanager
-def packed_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Pack the projections within this context. Adapters of peft and SoRA keep theirs as `base_layer`."""
+def packed_weights(model: PreTrainedModel, sequences: int = 1) -> Iterator[None]:
+    """Pack the projections within this context, for decoding so many sequences at once.
+
+    Adapters of peft and SoRA keep theirs as `base_layer`.
+    """
     decoder, linears = Decoder(model), {}
     for index in range(len(decoder.blocks)):
         projections = decoder.projections(index)
@@ -68,7 +71,7 @@ def packed_weights(model: PreTrainedModel) -> Iterator[None]:
             linears[place] = linear
     try:
         for place, linear in linears.items():
-            model.set_submodule(place, PackedLinear.of(linear))
+            model.set_submodule(place, PackedLinear.of(linear, sequences))
         _group(decoder)
         yield
     finally:
