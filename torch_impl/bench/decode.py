@@ -229,9 +229,8 @@ def _print_cells(name: str, cells: Sequence[Cell], options: argparse.Namespace) 
     for c in cells:
         ratio = "refused" if c.ratio is None else f"{c.ratio:.2f}×"
         shown = f"{c.projection:<{len(name) + 12}}{c.sparsity:>7}{c.batch:>6}{c.ours_us:>8.1f} µs{c.dense_us:>8.1f} µs"
-        others = ("" if us is None else f"{us:.1f} µs" for us in (c.joined_us, c.int8_us, c.int4_us))
-        joined, eight_bits, four_bits = others
-        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{joined:>14}{eight_bits:>12}{four_bits:>12}")
+        joined, eight, four = ("" if us is None else f"{us:.1f} µs" for us in (c.joined_us, c.int8_us, c.int4_us))
+        print(f"{shown}{ratio:>8}{c.tb_per_s:>7.2f}{c.share:>9.0%}{joined:>14}{eight:>12}{four:>12}")
     several = any(c.joined_us is not None for c in cells)
     print(f"{name}, the projections of a block, dense / ours{' (dense as one / ours)' * several}:")
     for batch in options.batches:
@@ -245,6 +244,15 @@ def _ratios(times: tuple[float, float, float] | None, several: bool) -> str:
         return "refused"
     ours, dense, joined = times
     return f"{dense / ours:.2f}×" + (f" ({joined / ours:.2f}×)" if several else "")
+
+
+def _whole_models(options: argparse.Namespace, device: torch.device) -> Sequence[whole.Speed | whole_cpu.Times]:
+    """Measure and print a whole model."""
+    if device.type == "cuda":
+        whole.show(speeds := whole.measure(options))
+        return speeds
+    whole_cpu.show(times := whole_cpu.measure(options))
+    return times
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -323,11 +331,7 @@ def main(arguments: Sequence[str]) -> int:
         found = measure(shape, options, peak)
         _print_cells(shape, found, options)
         cells += found
-    rows: list[Any] = []
-    if options.whole_model:
-        side: Any = whole if device.type == "cuda" else whole_cpu
-        rows = side.measure(options)
-        side.show(rows)
+    rows = _whole_models(options, device) if options.whole_model else []
     if options.json:
         figures = {
             "device": name,

@@ -16,7 +16,7 @@ from torch_impl import adapter, losa, rmi
 from torch_impl.bench import plain
 from torch_impl.bench.measure import Row, alternate, once, relative, resident
 from torch_impl.engine import calibration
-from torch_impl.engine.adapted_linear import adapters, attach_adapters, block_adapters
+from torch_impl.engine.adapted_linear import AdaptedLinear, adapters, attach_adapters, block_adapters
 from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.engine.blocks import ModelBlocks, measure_importance
 from torch_impl.engine.calibration import CalibrationConfig
@@ -264,7 +264,7 @@ def _batches(
         yield f"4 of {parts[0]} to {longest}", shorter, padded
 
 
-def _gradients_apart(layers: list[Any], twins: list[plain.PlainLoRALinear]) -> float:
+def _gradients_apart(layers: list[AdaptedLinear], twins: list[plain.PlainLoRALinear]) -> float:
     worst = 0.0
     for ours, other in zip(layers, twins, strict=True):
         for name in ("A", "B"):
