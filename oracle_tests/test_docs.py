@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import json
 import math
 import re
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from oracle_tests.small_runs import ROOT
+from torch_impl import cli
 from torch_impl.experiment.comparison import document, reading
 from torch_impl.experiment.comparison.results import Results
 
@@ -216,3 +220,46 @@ def test_windows_are_of_one_kind_within_each_result() -> None:
         assert len({json.dumps(run["hashes"], sort_keys=True) for run in runs if run["hashes"]}) == 1, folder
         for run, other in itertools.pairwise(run for run in runs if run["losses"]):
             assert {k: len(v) for k, v in run["losses"].items()} == {k: len(v) for k, v in other["losses"].items()}
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """The commands of a page from the program's name on: `losa run --seed 1`, `oracle_tests.programs.gpu_rows --sweep`."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    command = re.compile(r"(?:\blosa |-m torch_impl\.(?=\w+\b[^.])|-m (?=oracle_tests\.programs\.))([\w.]+\b.*)")
+    for line in (*(line for fence in fences for line in fence.replace("\\\n", " ").splitlines()), *inline):
+        found = command.search(" ".join(line.split()))
+        if found and "NAME" not in found[1]:
+            yield found[1].partition("#")[0].split()
+
+
+def options_of(words: Sequence[str], capsys: pytest.CaptureFixture) -> set[str]:
+    """The options that the help of a command lists."""
+    name = words[0]
+    main = importlib.import_module(name).main if "." in name else functools.partial(_losa, words)
+    with pytest.raises(SystemExit):
+        main(["--help-all" if name in ("run", "plan") else "--help"])
+    return set(re.findall(r"--\w[\w-]*", capsys.readouterr().out))
+
+
+def _losa(words: Sequence[str], arguments: Sequence[str]) -> int:
+    return cli.main([*words, *arguments])
+
+
+def test_commands_of_the_pages_have_options_that_exist(capsys: pytest.CaptureFixture) -> None:
+    known: dict[tuple[str, ...], set[str]] = {}
+    # What was new once may be gone.
+    for page in (page for page in PAGES if page.name != "CHANGELOG.md"):
+        for words in commands_of(page):
+            given = {re.split(r"[^\w-]", word.lstrip("["))[0] for word in words if word.lstrip("[").startswith("--")}
+            key = tuple(words[:2] if words[:2] == ["bench", "decode"] else words[:1])
+            if key not in known and (given or "." in key[0]):
+                known[key] = options_of(key, capsys)
+            assert not given - known.get(key, set()), f"{page}: {' '.join(words)}"
+    assert len(known) > 12
+
+
+def test_the_readme_names_every_program_for_gpus() -> None:
+    programs = {path.stem for path in (ROOT / "oracle_tests/programs").glob("gpu_*.py")}
+    assert programs == set(re.findall(r"`(gpu_\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
