@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from oracle_tests.fused_cases import DEVICE
 from torch_impl.decode import cuda, cuda_endings
+from torch_impl.gaps import LANES
 from torch_impl.tiles import ROWS
 
 BF16 = torch.bfloat16
@@ -55,13 +56,16 @@ class Numbers:
         total: torch.Tensor,
         scaled: torch.Tensor,
         squares: torch.Tensor,
+        order: torch.Tensor | None = None,
     ) -> float:
-        """The product is rounded, and the sum; from the rounded sum on, one rounding each."""
+        """The product is rounded, and the sum; from the rounded sum on, one rounding each. order: of the rows of gaps."""
         expected = before.double() + self.y
         bound = UNIT * (expected.abs() + 1.01 * self.y.abs()) + SUMS * self.terms
         worst = share_of_bound(total, expected, bound)
         assert torch.equal(scaled, total * gain)
-        wide = functional.pad(total.double(), (0, -total.shape[1] % ROWS)).square().view(len(total), -1, ROWS).sum(-1)
+        height = ROWS if order is None else LANES
+        own = total.double() if order is None else total.double()[:, order]
+        wide = functional.pad(own, (0, -total.shape[1] % height)).square().view(len(total), -1, height).sum(-1)
         torch.testing.assert_close(squares.double(), wide, rtol=1e-5, atol=0)
         return worst
 

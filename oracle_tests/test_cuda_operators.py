@@ -91,6 +91,12 @@ extern "C" int losa_ending_coded(const void* data, const void* starts, const voi
   return losa_ending(data, starts, x, bias, y, rows, columns, panels, slot, batch, share, overlap, ending + 10, squares,
                      parts, eps, total, gain, stream);
 }
+extern "C" int losa_ending_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                int columns, int panels, int slot, int batch, int overlap, int ending, void* squares, int parts,
+                                float eps, void* total, const void* gain, void* stream) {
+  return losa_ending(data, starts, x, bias, y, rows, columns, panels, slot, batch, 7, overlap, ending + 20, squares, parts, eps,
+                     total, gain, stream);
+}
 TORCH_LIBRARY_FRAGMENT(NAME, library) { library.def("launches() -> int", [] { return launches; }); }
 """
 STREAM = """
@@ -220,6 +226,19 @@ def test_gaps_take_up_to_at_once_rows(operators: Any) -> None:
     before = operators.launches()
     assert torch.equal(operators.expand(*weight.layout), weight.dense)
     assert operators.launches() - before == 1000
+
+
+def test_other_endings_of_gaps(operators: Any) -> None:
+    """The sums of squares are of 32 rows each."""
+    x, squares = torch.ones(3, 32, dtype=torch.bfloat16), torch.zeros(3, 5)
+    weight = Weight(torch.bfloat16, gaps=1, rows=64)
+    assert operators.linear_normed(x, squares, 0.5, *weight.layout, None).eq(21).all()
+    assert squares[0].tolist() == [5, 0.5, 17, 0, 0]
+    assert operators.linear_gated(x, squares, 0.5, *weight.layout, None).eq(22).all()
+    total = torch.zeros(3, 64, dtype=torch.bfloat16)
+    scaled, sums = operators.linear_added(x, total, weight.bias, *weight.layout, None)
+    assert sums.shape == (3, 2)
+    assert scaled.eq(23).all()
 
 
 def test_other_endings(operators: Any) -> None:

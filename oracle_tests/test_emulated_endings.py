@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from oracle_tests.emulated.cases import (
 from oracle_tests.emulated.kernels import Kernels, guarded
 from oracle_tests.ending_cases import BF16, EPS, Numbers
 from torch_impl import quantise
-from torch_impl.decode import cuda, cuda_coded
+from torch_impl.decode import cuda, cuda_coded, cuda_endings, cuda_gaps
 
 NORMED, GATED, ADDED = 1, 2, 3
 pytestmark = needs_compiler
@@ -56,6 +57,29 @@ class Case:
         coded, kind = ("_coded", (layout.code_bits,)) if self.bits else ("", ())
         told = (layout.data, layout.starts, self.x, self.bias, y, *look(layout), *kind, self.batch, self.share, 2)
         call(f"losa_ending{coded}", *told, ending, squares, squares.shape[1], EPS, *(residual or (None, None)))
+
+
+class GapCase(Case):
+    """The same of gaps, in so many parts of a strip. equal: all rows are as long, so that gate and up are in one order."""
+
+    def __init__(self, rows: int, columns: int, batch: int, parts: int, equal: bool = False) -> None:
+        super().__init__(rows, columns, batch, 1)
+        weight = self.weight
+        if equal:
+            weight = torch.randn(rows, columns, generator=self.generator)
+            weight[:, torch.randperm(columns, generator=self.generator)[: columns // 2]] = 0
+        own = cuda_gaps.pack_gaps_rows(weight.to(BF16), parts)
+        self.order = own.parts()[-1]
+        self.layout = in_guarded_memory(own)
+        self.weight = own.expanded(torch.float32)
+
+    def run(self, call: Kernels, ending: int, y: torch.Tensor, squares: torch.Tensor, *residual: torch.Tensor) -> None:
+        layout = self.layout
+        told = (layout.data, layout.starts, self.x, self.bias, y, *look(layout), self.batch, 2)
+        call("losa_ending_gaps", *told, ending, squares, squares.shape[1], EPS, *(residual or (None, None)))
+
+
+GAPS = [(1, 8, 1, 1), (37, 300, 1, 3), (70, 520, 2, 2), (33, 1000, 4, 5), (65, 264, 8, 3), (33, 777, 7, 26)]
 
 
 SHAPES = [
@@ -101,6 +125,48 @@ def test_residual_sum(kernels: list[Kernels], shape: Any) -> None:
         squares = guarded(torch.full((case.batch, -(-rows // 16)), float("nan")))
         case.run(call, ADDED, scaled, squares, total, gain)
         Numbers(case.weight, case.x, case.bias).added(before, gain, total, scaled, squares)
+
+
+@pytest.mark.parametrize("shape", GAPS)
+def test_gaps_with_a_norm_before_and_the_residual_after(kernels: list[Kernels], shape: Any) -> None:
+    case = GapCase(*shape)
+    rows = case.layout.rows
+    squares = guarded(torch.rand(case.batch, 33, generator=case.generator) * 40)
+    before, gain = case.some(case.batch, rows), case.some(rows)
+    for call in kernels:
+        y = unwritten(case.batch, rows, BF16)
+        case.run(call, NORMED, y, squares)
+        Numbers(case.weight, case.x, case.bias, squares).normed(y)
+        total, scaled = guarded(before), unwritten(case.batch, rows, BF16)
+        sums = guarded(torch.full((case.batch, -(-rows // 32)), float("nan")))
+        case.run(call, ADDED, scaled, sums, total, gain)
+        Numbers(case.weight, case.x, case.bias).added(before, gain, total, scaled, sums, case.order)
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 1, 1), (128, 300, 2, 5), (192, 264, 7, 3), (64, 520, 4, 16)])
+def test_gaps_of_gate_and_up(kernels: list[Kernels], shape: Any) -> None:
+    case = GapCase(*shape, equal=True)
+    assert case.layout.plan[cuda.GATED] == 1
+    squares = guarded(torch.rand(case.batch, 5, generator=case.generator) * 40)
+    for call in kernels:
+        y = unwritten(case.batch, case.layout.rows // 2, BF16)
+        case.run(call, GATED, y, squares)
+        Numbers(case.weight, case.x, case.bias, squares).swiglu(y)
+
+
+def test_gate_and_up_in_different_orders_are_refused() -> None:
+    weight = random_weight(128, 200, 0.5).to(BF16)
+    apart = cuda_gaps.pack_gaps_rows(weight)
+    assert not cuda_endings.fits(apart, "swiglu")
+    assert cuda_endings.fits(apart, "added")
+    same = cuda.stack([cuda_gaps.pack_gaps_rows(own) for own in (weight[:64], weight[:64])])
+    assert same is not None
+    assert cuda_endings.fits(same, "swiglu")
+    assert not cuda_endings.fits(replace(same, columns=14000), "swiglu")
+    assert cuda_endings.fits(replace(same, columns=14000), "swiglu", 4)
+    half = same.part(0, 64)
+    assert half is not None
+    assert not cuda_endings.fits(half, "swiglu")
 
 
 @pytest.mark.parametrize("kind", ["normed", "swiglu", "added"])

@@ -39,8 +39,7 @@ using std::min;
 constexpr uint32_t MOST_SHARED = 227 * 1024;   // bytes of a block of an H100
 inline unsigned char memory[MOST_SHARED] __attribute__((aligned(128)));
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; }; struct alignas(8) uint2 { uint32_t x, y; };
 struct dim3 { int x; explicit dim3(int x = 1) : x(x) {} };
 
 // Numbers of 16 bits.
@@ -117,21 +116,11 @@ inline void load_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32
     const uint4 all = load<uint4>(at);
     a = all.x, b = all.y, c = all.z, d = all.w;
 }
-inline void load_two(uint32_t& a, uint32_t& b, uint32_t at) {
-    const uint2 both = load<uint2>(at);
-    a = both.x, b = both.y;
-}
 
 // Global memory, by an instruction.
 template <class T> T read(const uint8_t* from) {
     if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) fail("global memory: not aligned");
-    T value;
-    memcpy(&value, from, sizeof(T));
-    return value;
-}
-inline void read_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const uint8_t* from) {
-    const uint4 all = read<uint4>(from);
-    a = all.x, b = all.y, c = all.z, d = all.w;
+    return *reinterpret_cast<const T*>(from);
 }
 
 // Copies. Global memory is read at once, by the lane; only the writing comes later.

@@ -108,6 +108,15 @@ class Layout:
         """Return the shared memory of a block of warps of cuda_decode.h, in bytes."""
         return self.TABLE + warps * (SLOTS * self.slot + BARRIERS + SCRATCH)
 
+    def ends(self, halves: bool, read: int, rows: int) -> bool:
+        """Return whether a block can multiply so many rows by a strip, or by one of each half, and hold `read` more bytes."""
+        share = self.plan[GATED if halves else ALONE]
+        if not share:
+            return False
+        # A thread for each number of a strip.
+        warps = max(-(-self.panels // share) << halves, -(-rows * tiles.ROWS // tiles.LANES))
+        return self.shared(warps) + read <= Card.of(self.data.device).shared
+
     def _gated_share(self, most: int) -> int:
         """Choose how many panels one warp reads if half of the rows are a gate's; 0 if that is impossible."""
         if self.rows % (2 * tiles.ROWS):

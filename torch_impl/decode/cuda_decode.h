@@ -1,4 +1,5 @@
 // y = x W^T for one to eight rows of x, and what a decoder block computes next of it: one kernel for the panels of cuda.cu and of cuda_coded.cu.
+// cuda_gaps.cu has the same endings.
 //
 // PLAIN     y, with a bias or none.
 // NORMED    of RMSNorm(t) W^T: x is t times the norm's gain, so the product is divided by the root of t's mean square, which each block
@@ -45,15 +46,46 @@ __device__ __forceinline__ void copy_squares(const Around& a, uint32_t to, int w
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// Add up a number of `count` neighbouring lanes.
+__device__ __forceinline__ float sum_lanes(float sum, int lane, int count) {
+    for (int step = count / 2; step > 0; step /= 2) sum += __uint_as_float(__shfl_sync(ALL, __float_as_uint(sum), lane ^ step));
+    return sum;
+}
+
 // From those sums, what the product of each row is multiplied by.
 __device__ __forceinline__ void find_roots(const Around& a, uint32_t squares, uint32_t roots, int warp, int lane, int batch, int columns) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     for (int b = warp; b < batch; b += static_cast<int>(blockDim.x / LANES)) {
         float sum = 0;
         for (int i = lane; i < a.parts; i += LANES) sum += __uint_as_float(load(squares + 4 * (b * a.parts + i)));
-        for (int step = LANES / 2; step > 0; step /= 2) sum += __uint_as_float(__shfl_sync(ALL, __float_as_uint(sum), lane ^ step));
+        sum = sum_lanes(sum, lane, LANES);
         if (lane == 0) store(roots + 4 * b, __float_as_uint(rsqrtf(sum / static_cast<float>(columns) + a.eps)));
     }
+}
+
+// Write what a row's sum becomes for row b of x; return the square of t. other: the sum of up's row. roots: in shared memory; before: t so far.
+template <Ending ENDING, typename T>
+__device__ __forceinline__ float finish(const Around& a, const T* bias, T* y, int rows, int row, int b, float sum, float other, uint32_t roots,
+                                        uint32_t before, uint32_t gain) {
+    const size_t place = static_cast<size_t>(b) * rows + row;
+    const float own_bias = bias ? widen(bias[row]) : 0;
+    if constexpr (ENDING == PLAIN) narrow(sum + own_bias, y[place]);
+    if constexpr (ENDING == NORMED) narrow(sum * __uint_as_float(load(roots + 4 * b)) + own_bias, y[place]);
+    if constexpr (ENDING == GATED) {
+        const int inner = rows / 2;
+        const float root = __uint_as_float(load(roots + 4 * b)), other_bias = bias ? widen(bias[inner + row]) : 0;
+        const float gate = rounded<T>(sum * root + own_bias), up = rounded<T>(other * root + other_bias);
+        narrow(rounded<T>(gate / (1 + expf(-gate))) * up, y[static_cast<size_t>(b) * inner + row]);
+    }
+    if constexpr (ENDING == ADDED) {
+        T total;
+        narrow(widen_bits(before) + rounded<T>(sum + own_bias), total);
+        // Not by memcpy: stored by bytes, the lower one is wrong, since ptxas converts the number to an integer (CUDA 13.0).
+        reinterpret_cast<T*>(a.total)[place] = total;
+        narrow(widen(total) * widen_bits(gain), y[place]);
+        return widen(total) * widen(total);
+    }
+    return 0;
 }
 
 template <typename T, class Panels, Ending ENDING>
@@ -108,26 +140,11 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     const uint32_t from = table + Panels::HEAD + each - SCRATCH + threadIdx.x % ROWS * 32 + b * 4;
     float square = 0;
     if (own) {
-        const float sum = sum_warps(0, from, each, around.across), own_bias = bias ? widen(bias[row]) : 0;
-        if constexpr (ENDING == NORMED) narrow(sum * __uint_as_float(load(roots + 4 * b)) + own_bias, y[place]);
-        if constexpr (ENDING == GATED) {
-            const int inner = w.rows / 2;
-            const float root = __uint_as_float(load(roots + 4 * b)), other_bias = bias ? widen(bias[inner + row]) : 0;
-            const float gate = rounded<T>(sum * root + own_bias);
-            const float up = rounded<T>(sum_warps(0, from + around.across * each, each, around.across) * root + other_bias);
-            narrow(rounded<T>(gate / (1 + expf(-gate))) * up, y[static_cast<size_t>(b) * inner + row]);
-        }
-        if constexpr (ENDING == ADDED) {
-            T total;
-            narrow(widen_bits(before) + rounded<T>(sum + own_bias), total);
-            // Not by memcpy: stored by bytes, the lower one is wrong, since ptxas converts the number to an integer (CUDA 13.0).
-            reinterpret_cast<T*>(around.total)[place] = total;
-            narrow(widen(total) * widen_bits(gain), y[place]);
-            square = widen(total) * widen(total);
-        }
+        const float sum = sum_warps(0, from, each, around.across), other = ENDING == GATED ? sum_warps(0, from + around.across * each, each, around.across) : 0;
+        square = finish<ENDING>(around, bias, y, w.rows, row, b, sum, other, roots, before, gain);
     }
     if (ENDING == ADDED && warp * LANES < ROWS * batch) {
-        for (int step = ROWS / 2; step > 0; step /= 2) square += __uint_as_float(__shfl_sync(ALL, __float_as_uint(square), lane ^ step));
+        square = sum_lanes(square, lane, ROWS);
         if (b < batch && threadIdx.x % ROWS == 0) around.squares[b * strips(w) + blockIdx.x] = square;
     }
 }

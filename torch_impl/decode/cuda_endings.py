@@ -1,8 +1,8 @@
 """Products of packed weights that also compute what a decoder block does next: norm, SiLU(gate) · up, residual sum (cuda_decode.h).
 
 RMSNorm divides by a root that a product can divide by afterwards. So the product that adds to the residual t leaves t · gain of
-the next norm and `squares`, the sums of t's squares per 16 columns; the product that follows reads both. In bf16, up to eight rows.
-On a GPU with kernels each is one launch; elsewhere torch computes the same.
+the next norm and `squares`, the sums of t's squares per strip of its rows; the product that follows reads both. In bf16, up to
+eight rows. On a GPU with kernels each is one launch; elsewhere torch computes the same.
 """
 
 from __future__ import annotations
@@ -19,16 +19,11 @@ DTYPE = torch.bfloat16
 """A norm's input times its gain may be too large for fp16."""
 
 
-def fits(layout: cuda.Layout, ending: str) -> bool:
-    """Return whether a product can end so: "normed", "swiglu" or "added"."""
-    halves, plan = ending == "swiglu", layout.plan
-    share = plan[cuda.GATED if halves else cuda.ALONE]
-    if layout.dtype != DTYPE or not share or (layout.data.is_cuda and layout.product is None):
+def fits(layout: cuda.Layout, ending: str, rows: int = MOST_ROWS) -> bool:
+    """Return whether a product of so many rows of x can end so: "normed", "swiglu" or "added"."""
+    if layout.dtype != DTYPE or (layout.data.is_cuda and layout.product is None):
         return False
-    read = 0 if ending == "added" else cuda.squares_bytes(layout.columns)
-    # A thread for each number of eight rows of a strip.
-    warps = max(-(-layout.panels // share) << halves, MOST_ROWS * tiles.ROWS // tiles.LANES)
-    return layout.shared(warps) + read <= cuda.Card.of(layout.data.device).shared
+    return layout.ends(ending == "swiglu", 0 if ending == "added" else cuda.squares_bytes(layout.columns), rows)
 
 
 def normed(

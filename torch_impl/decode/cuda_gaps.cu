@@ -4,6 +4,7 @@
 // at once; a dot product adds up their gaps. A warp takes a part of a strip's groups, and begins at the columns that are stored
 // for it. The order of summation is fixed.
 
+#include "cuda_decode.h"
 #include "cuda_tiles.h"
 
 #include <type_traits>
@@ -157,25 +158,35 @@ constexpr int MOST_GAP_WARPS = LARGE ? 32 : 24;
 template <int B, bool LARGE>
 constexpr int AHEAD = LARGE && B <= 2 ? 4 : B == 1 ? 3 : 2;
 
-// A warp for each part of each of `together` strips. inverse: of `panels`, times 2^16, rounded up.
-template <typename T, int B, bool LARGE>
+// A warp for each part of each of `together` strips; GATED: of a strip of gate and the one of up with the same rows. inverse: of `panels`,
+// times 2^16, rounded up.
+template <typename T, int B, bool LARGE, Ending ENDING>
 __global__ void __launch_bounds__(MOST_GAP_WARPS<LARGE> * LANES, LARGE ? 1 : 2)
-    multiply_gaps(Layout w, const T* x, const T* bias, T* y, int batch, int together, uint32_t inverse) {
+    multiply_gaps(Layout w, const T* x, const T* bias, T* y, int batch, int together, uint32_t inverse, Around around) {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), own = warp * inverse >> 16, part = warp - own * w.panels;
     // Beyond the last strip the last one is multiplied again, and its sums are dropped.
-    const int wanted = blockIdx.x * together + own, strip = min(wanted, strips_of_lanes(w) - 1);
+    const int wanted = ENDING == GATED ? blockIdx.x + own * (strips_of_lanes(w) / 2) : blockIdx.x * together + own;
+    const int strip = min(wanted, strips_of_lanes(w) - 1);
     Part<AHEAD<B, LARGE>> groups(w, strip * w.panels + part, lane);
     const uint32_t columns = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     uint32_t at = columns + columns_before(w, strip * w.panels + part)[lane] * B * 2;
     // The row of this lane's sums.
     const int row = wanted * LANES + lane < w.rows ? order(w)[wanted * LANES + lane] : -1;
+    uint32_t gain = 0, before = 0;
+    if (ENDING == ADDED && row >= 0) gain = around.gain[row];
 #if __CUDA_ARCH__ >= 900
     // As in cuda_decode.h: weights load before the previous kernel, which computes x, ends.
+    if (ENDING != PLAIN && around.early) asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+    constexpr uint32_t EACH_WARP = B * LANES * 4;
+    const uint32_t sums_of_warps = columns + bytes_of_columns<B>(w.columns), squares = sums_of_warps + blockDim.x / LANES * EACH_WARP;
+    const uint32_t roots = squares + 4 * batch * around.parts;
+    if (ENDING == NORMED || ENDING == GATED) copy_squares(around, squares, warp, lane, batch);
+    if (ENDING == ADDED && row >= 0 && part < batch) before = around.total[static_cast<size_t>(part) * w.rows + row];
     copy_columns<B>(reinterpret_cast<const uint16_t*>(x), w.columns, batch, columns);
     __syncthreads();
 
@@ -185,14 +196,26 @@ __global__ void __launch_bounds__(MOST_GAP_WARPS<LARGE> * LANES, LARGE ? 1 : 2)
     });
 
     // A warp's sums, and then those of its strip.
-    constexpr uint32_t EACH_WARP = B * LANES * 4;
-    const uint32_t scratch = columns + bytes_of_columns<B>(w.columns) + own * w.panels * EACH_WARP + lane * 4;
+    const uint32_t from = sums_of_warps + own * w.panels * EACH_WARP + lane * 4;
 #pragma unroll
-    for (int b = 0; b < B; ++b) store(scratch + part * EACH_WARP + b * LANES * 4, __float_as_uint(sums[b]));
+    for (int b = 0; b < B; ++b) store(from + part * EACH_WARP + b * LANES * 4, __float_as_uint(sums[b]));
+    if (ENDING == NORMED || ENDING == GATED) find_roots(around, squares, roots, warp, lane, batch, w.columns);
     __syncthreads();
-    if (row < 0) return;
-    for (int b = part; b < batch; b += w.panels)
-        narrow(sum_warps(bias ? widen(bias[row]) : 0, scratch + b * LANES * 4, EACH_WARP, w.panels), y[static_cast<size_t>(b) * w.rows + row]);
+    if (ENDING == GATED && own) return;
+    for (int b = part; b < batch; b += w.panels) {
+        float square = 0;
+        if (row >= 0) {
+            const uint32_t first = from + b * LANES * 4;
+            const float sum = sum_warps(0, first, EACH_WARP, w.panels);
+            const float other = ENDING == GATED ? sum_warps(0, first + w.panels * EACH_WARP, EACH_WARP, w.panels) : 0;
+            if (ENDING == ADDED && b != part) before = around.total[static_cast<size_t>(b) * w.rows + row];
+            square = finish<ENDING>(around, bias, y, w.rows, row, b, sum, other, roots, before, gain);
+        }
+        if (ENDING == ADDED) {
+            square = sum_lanes(square, lane, LANES);
+            if (lane == 0) around.squares[b * strips_of_lanes(w) + strip] = square;
+        }
+    }
 }
 
 // Write the dense weight (rows, columns): a block writes `width` columns of a strip, which it puts together in shared memory.
@@ -226,19 +249,23 @@ __global__ void __launch_bounds__(512, 3) expand_gaps(Layout w, uint16_t* dense,
     }
 }
 
-template <typename T, int B>
-cudaError_t launch(const Layout& w, const void* x, const void* bias, void* y, int batch, int together, bool overlap, cudaStream_t stream) {
-    const int warps = w.panels * together, blocks = (w.rows + together * LANES - 1) / (together * LANES);
+template <typename T, Ending ENDING, int B>
+cudaError_t launch_rows(const Layout& w, const void* x, const void* bias, void* y, int batch, int together, bool overlap, const Around& around,
+                        cudaStream_t stream) {
+    constexpr bool READS = ENDING == NORMED || ENDING == GATED;
+    const int warps = w.panels * together, strips = (strips_of_lanes(w) >> (ENDING == GATED)), of_block = ENDING == GATED ? 1 : together;
+    const int shared = bytes_of_columns<B>(w.columns) + warps * B * LANES * 4 + (READS ? 4 * batch * (around.parts + 1) : 0);
     // Eight rows of x need more registers.
-    const auto kernel = B == BATCH || warps > MOST_GAP_WARPS<false> ? multiply_gaps<T, B, true> : multiply_gaps<T, B, B == BATCH>;
-    return launch_blocks(kernel, w, blocks, warps, bytes_of_columns<B>(w.columns) + warps * B * LANES * 4, overlap, stream,
-                         static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), batch, together, (1u << 16) / w.panels + 1);
+    const auto kernel = B == BATCH || warps > MOST_GAP_WARPS<false> ? multiply_gaps<T, B, true, ENDING> : multiply_gaps<T, B, B == BATCH, ENDING>;
+    return launch_blocks(kernel, w, (strips + of_block - 1) / of_block, warps, shared, overlap, stream, static_cast<const T*>(x),
+                         static_cast<const T*>(bias), static_cast<T*>(y), batch, together, (1u << 16) / w.panels + 1, around);
 }
 
-template <typename T>
-cudaError_t launch_for(const Layout& w, const void* x, const void* bias, void* y, int batch, int together, bool overlap, cudaStream_t stream) {
-    const auto call = batch <= 1 ? launch<T, 1> : batch <= 2 ? launch<T, 2> : batch <= 4 ? launch<T, 4> : launch<T, 8>;
-    return call(w, x, bias, y, batch, together, overlap, stream);
+template <typename T, Ending ENDING>
+cudaError_t launch_gaps(const Layout& w, const void* x, const void* bias, void* y, int batch, int together, bool overlap, const Around& around,
+                        cudaStream_t stream) {
+    const auto call = batch <= 1 ? launch_rows<T, ENDING, 1> : batch <= 2 ? launch_rows<T, ENDING, 2> : batch <= 4 ? launch_rows<T, ENDING, 4> : launch_rows<T, ENDING, 8>;
+    return call(w, x, bias, y, batch, together, overlap, around, stream);
 }
 
 }  // namespace
@@ -247,8 +274,19 @@ cudaError_t launch_for(const Layout& w, const void* x, const void* bias, void* y
 extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                 int panels, int slot, int half, int batch, int groups, int overlap, void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
-    const auto queue = static_cast<cudaStream_t>(stream);
-    return half ? launch_for<__half>(w, x, bias, y, batch, groups, overlap, queue) : launch_for<__nv_bfloat16>(w, x, bias, y, batch, groups, overlap, queue);
+    const auto call = half ? launch_gaps<__half, PLAIN> : launch_gaps<__nv_bfloat16, PLAIN>;
+    return call(w, x, bias, y, batch, groups, overlap, {}, static_cast<cudaStream_t>(stream));
+}
+
+// As losa_ending of cuda.cu.
+extern "C" int losa_ending_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
+                                int slot, int batch, int overlap, int ending, void* squares, int parts, float eps, void* total, const void* gain,
+                                void* stream) {
+    using T = __nv_bfloat16;
+    const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
+    const Around around{static_cast<float*>(squares), parts, eps, static_cast<uint16_t*>(total), static_cast<const uint16_t*>(gain), 0, overlap == 2};
+    const auto call = ending == NORMED ? launch_gaps<T, NORMED> : ending == GATED ? launch_gaps<T, GATED> : launch_gaps<T, ADDED>;
+    return call(w, x, bias, y, batch, ending == GATED ? 2 : 1, overlap, around, static_cast<cudaStream_t>(stream));
 }
 
 // width: columns of a block, a multiple of 8.

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from torch_impl import gaps
 from torch_impl.decode import cuda
-from torch_impl.decode.cuda_plan import Card, choose_parts, choose_together, gaps_kernel_bytes
+from torch_impl.decode.cuda_plan import MOST_PARTS, Card, choose_parts, choose_together, gaps_kernel_bytes
 
 # As in cuda_gaps.cu: bytes of a group's values, and of a group.
 VALUES = 2 * gaps.LANES * gaps.ENTRIES
@@ -31,12 +31,14 @@ class GapLayout(cuda.Layout):
     data: the groups, each its values, lane by lane, and then its gaps: four bytes a lane, byte j with that of entry j in its
     lower half and of entry 4 + j in its upper one. starts int32: the first group of each part (strips * panels + 1), the row
     of each lane of each strip (rows), the column that each lane has reached before each part (strips, panels, 32) in 16 bits.
-    slot: bytes of a group; sizes: rows of the weights that are stacked, each with its own order.
+    slot: bytes of a group; sizes: rows of the weights that are stacked, each with its own order; paired: whether the second half
+    of the strips has the rows of the first, half of all rows further on, as gate and up must.
     """
 
     PANEL: ClassVar[int] = gaps.ENTRIES
     MOST_ROWS: ClassVar[int] = 8
     sizes: tuple[int, ...] = ()
+    paired: bool = False
 
     @property
     def strips(self) -> int:
@@ -69,7 +71,14 @@ class GapLayout(cuda.Layout):
         shape = (self.rows, self.columns, self.panels, self.slot, int(self.dtype == torch.float16))
         early = card.early + (card.early and cuda.LAUNCH_FIRST)
         at_once = max(fitting, default=0)
-        return [*shape, int(at_once > 0), early, self.MOST_ROWS, 0, at_once, 0, 0, 0, together, 0, 0, 1]
+        endings = 1, int(self.paired and 2 * self.panels <= MOST_PARTS)
+        return [*shape, int(at_once > 0), early, self.MOST_ROWS, 0, at_once, 0, 0, 0, together, *endings, 1]
+
+    def ends(self, halves: bool, read: int, rows: int) -> bool:
+        """Return whether a block can multiply so many rows by a strip, or by one of each half, and hold `read` more bytes."""
+        at_once = next(count for count in (1, 2, 4, 8) if count >= rows)
+        shared = gaps_kernel_bytes(self.columns, self.panels << halves, at_once) + read
+        return bool(self.plan[cuda.GATED if halves else cuda.ALONE]) and shared <= Card.of(self.data.device).shared
 
     def stacked(self, others: Sequence[cuda.Layout]) -> cuda.Layout | None:
         """Return the rows of layouts of this kind below each other, or None if one but the last ends within a strip."""
@@ -100,7 +109,9 @@ class GapLayout(cuda.Layout):
             columns.view(self.strips, -1)[first:last],
         )
         sizes = self.sizes[ends.index(start) : ends.index(start + rows)]
-        return replace(self, rows=rows, starts=torch.cat([tensor.flatten() for tensor in own]), sizes=sizes)
+        return replace(
+            self, rows=rows, starts=torch.cat([tensor.flatten() for tensor in own]), sizes=sizes, paired=False
+        )
 
 
 def pack_gaps_rows(weight: torch.Tensor, parts: int | None = None) -> GapLayout:
@@ -135,7 +146,9 @@ def _layout(
     first = torch.cat([first, starts[-1:]])
     together = torch.cat([first.int(), order, _columns_before(data, first, parts)])
     cuda.complete(data)
-    return GapLayout(len(order), columns, parts, GROUP, dtype, data, together, sizes)
+    half = len(order) // 2
+    paired = len(order) % (2 * gaps.LANES) == 0 and torch.equal(order[:half] + half, order[half:])
+    return GapLayout(len(order), columns, parts, GROUP, dtype, data, together, sizes, paired)
 
 
 def _columns_before(data: torch.Tensor, first: torch.Tensor, parts: int) -> torch.Tensor:

@@ -36,6 +36,9 @@ extern "C" int losa_expand_coded(const void* data, const void* starts, void* den
 // In cuda_gaps.cu.
 extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                 int panels, int slot, int half, int batch, int groups, int overlap, void* stream);
+extern "C" int losa_ending_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
+                                int slot, int batch, int overlap, int ending, void* squares, int parts, float eps, void* total, const void* gain,
+                                void* stream);
 extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int width,
                                 void* stream);
 
@@ -48,7 +51,7 @@ constexpr int WIDTH = 1024;    // columns that a block unpacks of a weight with 
 // rows of x up to which a kernel is used; more unpack the weight. bits: of a code, or 0 if the weight holds values. at_once: rows of x
 // per launch; above BATCH by the kernel of cuda_rows.cu with strips, part and groups. together: strips per block for up to BATCH rows.
 // alone: panels per warp of a block with one strip, for other endings than `linear`'s. gated: the same of a gated product, or 0.
-// gaps: the weight holds values and gaps, of which a warp has one panel if share is 1; at_once is at most BATCH.
+// gaps: the weight holds values and gaps; a warp has one panel; at_once is at most BATCH; alone and gated are 1, or 0 if that is impossible.
 struct Plan {
   int rows, columns, panels, slot, half, share, overlap, most, bits, at_once, strips, part, groups, together, alone, gated, gaps;
 
@@ -150,7 +153,7 @@ void check_part(const at::Tensor& given, const char* name, at::ScalarType dtype,
                     data.device());
 }
 
-int64_t strips(int64_t rows) { return (rows + 15) / 16; }
+int64_t strips(const Plan& p) { return p.gaps ? (p.rows + 31) / 32 : (p.rows + 15) / 16; }
 
 // A product for up to eight rows of x, contiguous, with another ending than `linear`: `width` numbers of the result per row.
 at::Tensor multiply_ending(Ending ending, const Plan& p, const at::Tensor& x, const at::Tensor& data, const at::Tensor& starts,
@@ -167,10 +170,12 @@ at::Tensor multiply_ending(Ending ending, const Plan& p, const at::Tensor& x, co
   const void* own_bias = bias ? bias->const_data_ptr() : nullptr;
   void *to = y.mutable_data_ptr(), *sums = squares.mutable_data_ptr(), *stream = current_stream(data);
   const auto least = static_cast<float>(eps);
-  check_launch(p.bits ? losa_ending_coded(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, p.bits, batch, share, p.overlap,
-                                          ending, sums, parts, least, total, gain, stream)
-                      : losa_ending(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, batch, share, p.overlap, ending, sums,
-                                    parts, least, total, gain, stream),
+  check_launch(p.gaps ? losa_ending_gaps(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, batch, p.overlap, ending, sums, parts,
+                                         least, total, gain, stream)
+               : p.bits ? losa_ending_coded(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, p.bits, batch, share, p.overlap,
+                                            ending, sums, parts, least, total, gain, stream)
+                        : losa_ending(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, batch, share, p.overlap, ending, sums,
+                                      parts, least, total, gain, stream),
                "losa_ending");
   return y;
 }
@@ -188,7 +193,7 @@ at::Tensor linear_normed(const at::Tensor& x, const at::Tensor& squares, double 
   return multiply_ending(ENDING, plan, x, data, starts, bias, ENDING == GATED ? plan.rows / 2 : plan.rows, squares, eps, nullptr, nullptr);
 }
 
-// total += x W^T (+ bias); returns total * gain, and the sums of total's squares per 16 columns.
+// total += x W^T (+ bias); returns total * gain, and the sums of total's squares per strip.
 std::tuple<at::Tensor, at::Tensor> linear_added(const at::Tensor& x, at::Tensor& total, const at::Tensor& gain, const at::Tensor& data,
                                                 const at::Tensor& starts, at::IntArrayRef numbers, const std::optional<at::Tensor>& bias) {
   const Plan plan(numbers);
@@ -196,7 +201,7 @@ std::tuple<at::Tensor, at::Tensor> linear_added(const at::Tensor& x, at::Tensor&
   check_part(total, "total", at::kBFloat16, {x.size(0), plan.rows}, data);
   check_part(gain, "gain", at::kBFloat16, {plan.rows}, data);
   const c10::cuda::CUDAGuard guard(data.device());
-  const at::Tensor squares = at::empty({x.size(0), strips(plan.rows)}, x.options().dtype(at::kFloat));
+  const at::Tensor squares = at::empty({x.size(0), strips(plan)}, x.options().dtype(at::kFloat));
   at::Tensor scaled = multiply_ending(ADDED, plan, x, data, starts, bias, plan.rows, squares, 0, total.mutable_data_ptr(), gain.const_data_ptr());
   return {scaled, squares};
 }

@@ -47,9 +47,9 @@ class Product:
             return None
         return Product(held.layout, held.bias, sizes)
 
-    def fits(self, ending: str) -> bool:
-        """Return whether the product can end so."""
-        return cuda_endings.fits(self.layout, ending)
+    def fits(self, ending: str, rows: int) -> bool:
+        """Return whether the product of so many rows can end so."""
+        return cuda_endings.fits(self.layout, ending, rows)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,11 @@ class Block:
             return None
         gate, up = gate_up.sizes
         plain = all(gain.dtype == cuda_endings.DTYPE and gain.is_contiguous() for gain, _ in layer.norms)
-        if not plain or gate != up or gate % tiles.ROWS or len(layer.attention.keys) > cuda_endings.MOST_ROWS:
+        rows = len(layer.attention.keys)
+        if not plain or gate != up or gate % tiles.ROWS or rows > cuda_endings.MOST_ROWS:
             return None
-        fitting = qkv.fits("normed") and o.fits("added") and gate_up.fits("swiglu") and down.fits("added")
+        ends = (qkv, "normed"), (o, "added"), (gate_up, "swiglu"), (down, "added")
+        fitting = all(product.fits(ending, rows) for product, ending in ends)
         return Block(qkv, o, gate_up, down, layer.attention, layer.norms) if fitting else None
 
     def __call__(
