@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,3 +74,16 @@ def assert_masks_agree(name: str, reference: Any, production: Any, score: Any, t
         assert distance.max() <= tolerance * abs(threshold), (
             f"{name}: row {row} differs from the spec's at a score {distance.max():.3e} from its threshold {threshold:.3e}"
         )
+
+
+def outcome(function: Callable[..., Any], case: dict[str, Any]) -> str | None:
+    """Kind and message of the refusal, in words that do not depend on the package; None if there is none."""
+    try:
+        function(**case)
+    except (ValueError, TypeError) as error:
+        words = str(error).replace("an array of real numbers", "a tensor")
+        words = re.sub(r"\b(is|has dtype) (torch\.)?(bool|float64|u?int64|uint8|str|<U\d)\b", "is X", words)
+        # Sums in another order differ in the last digits.
+        words = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.9g}", words)
+        return f"{type(error).__name__}: {words}"
+    return None

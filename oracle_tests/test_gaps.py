@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oracle_tests import strategies
-from oracle_tests.assertions import assert_exact
+from oracle_tests.assertions import assert_exact, outcome
 from oracle_tests.ops import to_torch
-from oracle_tests.test_errors import outcome
 from reference import gaps as spec
 from torch_impl import gaps
 from torch_impl.masks.wanda import wanda_mask
