@@ -28,7 +28,7 @@ from torch import nn
 
 from oracle_tests.poison import poisoned
 from oracle_tests.small_runs import make_place
-from torch_impl.decode import cuda, cuda_gaps, cuda_layouts, packed_linear
+from torch_impl.decode import cpu, cuda, cuda_gaps, cuda_layouts, packed_linear
 from torch_impl.engine import training
 
 _QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -62,8 +62,14 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Compile the CPU kernels before a test that reads standard error, where that is announced."""
+    cpu.paths()
+
+
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def as_on_a_gpu(compiled: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make the layer act as on a GPU with kernels, replaced by torch here. Returns the names of its calls, in order."""
     calls = []
 
