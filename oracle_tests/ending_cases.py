@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from oracle_tests.fused_cases import DEVICE
-from torch_impl.decode import cuda, cuda_endings
+from torch_impl.decode import cuda, cuda_endings, cuda_gaps
 from torch_impl.gaps import LANES
 from torch_impl.tiles import ROWS
 
@@ -70,23 +70,28 @@ class Numbers:
         return worst
 
 
-def ending(kind: str, rows: int, columns: int, batch: int, seed: int = 0) -> float:
-    """Compute a product by `cuda_endings`, with a bias for odd batches, and check it: the share of the bound."""
+def ending(kind: str, rows: int, columns: int, batch: int, seed: int = 0, gaps: bool = False) -> float:
+    """Compute a product by `cuda_endings`, with a bias for odd batches, and check it: the share of the bound.
+
+    gaps: of a weight with the same zeros in all rows, so that gate's are in the order of up's.
+    """
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=DEVICE).to(BF16)
 
     weight = some(rows, columns)
-    layout = cuda.pack_rows(weight * (torch.rand_like(weight, dtype=torch.float32) > 0.6))
-    assert cuda_endings.fits(layout, kind)
+    kept = torch.rand(1 if gaps else rows, columns, device=DEVICE) > 0.6
+    layout = (cuda_gaps.pack_gaps_rows if gaps else cuda.pack_rows)(weight * kept)
+    assert cuda_endings.fits(layout, kind, batch)
     x, bias = some(batch, columns), some(rows) if batch % 2 else None
     dense = layout.expanded(torch.float32)
     if kind == "added":
         before, gain = some(batch, rows), some(rows)
         total = before.clone()
         scaled, squares = cuda_endings.added(layout, x, total, gain, bias)
-        return Numbers(dense, x, bias).added(before, gain, total, scaled, squares)
+        order = torch.arange(rows, device=DEVICE) if gaps and layout.product is not None else None
+        return Numbers(dense, x, bias).added(before, gain, total, scaled, squares, order)
     squares = torch.rand(batch, -(-columns // ROWS), generator=generator, device=DEVICE) * 40
     y = getattr(cuda_endings, kind)(layout, x, squares, EPS, bias)
     return float(getattr(Numbers(dense, x, bias, squares), kind)(y))

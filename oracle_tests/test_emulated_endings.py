@@ -172,8 +172,8 @@ def test_gate_and_up_in_different_orders_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["normed", "swiglu", "added"])
 def test_torch_computes_the_same(kind: str) -> None:
     """Where there are no kernels."""
-    for rows, columns, batch in ((32, 8, 1), (64, 300, 7), (96, 200, 8)):
-        ending_cases.ending(kind, rows, columns, batch)
+    for rows, columns, batch, gaps in ((32, 8, 1, False), (64, 300, 7, True), (96, 200, 8, False), (128, 200, 2, True)):
+        ending_cases.ending(kind, rows, columns, batch, gaps=gaps)
 
 
 def test_the_plan_of_gate_and_up_fits() -> None:

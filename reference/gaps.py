@@ -29,7 +29,8 @@ def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64
 
         row: of each kept value v, d columns after the one before, or in column d if it is the first:
              ⌈d/15⌉ − 1 fillers (15, 0), if d > 15, then (what is left of d, v)
-        order: the rows by their number of entries, the longest first; equally long ones stay in order
+        order: the rows by their number of entries, the longest first; equally long ones stay in order. If the rows as they are
+             make at most 1/32 more groups, as they are
         strip: the next 32 rows of that order, each filled up with (0, 0) to the longest one's number, rounded up to groups of 8
         groups: strip by strip, from left to right; in each, 8 entries of lane 0, then 8 of lane 1, …
 
@@ -43,17 +44,18 @@ def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64
     >>> weight = np.zeros((2, 40))
     >>> weight[1, [0, 3, 39]] = 7, 8, 9
     >>> values, gaps, starts, order = pack_gaps(weight)
-    >>> values[0, 0], gaps[0, 0]  # 39 − 3 = 15 + 15 + 6
+    >>> values[0, 1], gaps[0, 1]  # 39 − 3 = 15 + 15 + 6
     (array([7., 8., 0., 0., 9., 0., 0., 0.]), array([ 0,  3, 15, 15,  6,  0,  0,  0], dtype=uint8))
     >>> values.shape, starts, order
-    ((1, 32, 8), array([0, 1]), array([1, 0]))
+    ((1, 32, 8), array([0, 1]), array([0, 1]))
     """
     weight = _checks.array("weight", weight, "out", "in", finite=False)
     rows = [_entries(row) for row in weight]
-    order = np.argsort([-len(row) for row in rows], kind="stable")
-    starts = [0]
-    for longest in order[::LANES]:
-        starts.append(starts[-1] + -(-len(rows[longest]) // ENTRIES))
+    lengths = np.array([len(row) for row in rows])
+    order = np.argsort(-lengths, kind="stable")
+    if 32 * _starts(lengths)[-1] <= 33 * _starts(lengths[order])[-1]:
+        order = np.arange(len(rows))
+    starts = _starts(lengths[order])
     values = np.zeros((starts[-1], LANES, ENTRIES))
     gaps = np.zeros(values.shape, dtype=np.uint8)
     for position, row in enumerate(order):
@@ -62,7 +64,7 @@ def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64
             group, place = divmod(number, ENTRIES)
             gaps[starts[strip] + group, lane, place] = gap
             values[starts[strip] + group, lane, place] = value
-    return values, gaps, np.array(starts, dtype=np.int64), order
+    return values, gaps, starts, order
 
 
 def unpack_gaps(
@@ -103,6 +105,12 @@ def unpack_gaps(
     if kept != found:
         raise ValueError(f"values has {kept} entries other than 0, but gaps leads to {found} places")
     return weight
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each strip's first group, and the end, by the number of entries of each row in order."""
+    longest = [lengths[first : first + LANES].max() for first in range(0, len(lengths), LANES)]
+    return np.cumsum([0, *(-(-most // ENTRIES) for most in longest)], dtype=np.int64)
 
 
 def _entries(row: Array) -> list[tuple[int, float]]:

@@ -26,7 +26,9 @@ def pack_gaps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     rows = len(weight)
     lengths = torch.cat([slab[1] for slab in _slabs(weight)])
     order = lengths.argsort(descending=True, stable=True)
-    starts = _running(-(-lengths[order[::LANES]] // ENTRIES))
+    starts, plain = _starts(lengths[order]), _starts(lengths)
+    if 32 * int(plain[-1]) <= 33 * int(starts[-1]):
+        starts, order = plain, torch.arange(rows, device=weight.device)
     position = torch.empty_like(order)
     position[order] = torch.arange(rows, device=weight.device)
     # Row r begins at entry first[r] of all, its next group LANES * ENTRIES entries on.
@@ -64,6 +66,12 @@ def unpack_gaps(
     if entries != places:
         raise ValueError(f"values has {entries} entries other than 0, but gaps leads to {places} places")
     return weight.view(rows, columns)
+
+
+def _starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Return each strip's first group, and the end, by the number of entries of each row in order."""
+    longest = nn.functional.pad(lengths, (0, -len(lengths) % LANES)).view(-1, LANES).amax(1)
+    return _running(-(-longest // ENTRIES))
 
 
 def _slabs(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -115,10 +115,10 @@ def cases(small: bool) -> Iterator[tuple[str, Callable[[], float | None]]]:
 def ending_cases_of(small: bool) -> Iterator[tuple[str, Callable[[], float]]]:
     """Name and check of every product that computes more."""
     for kind, shapes in ENDINGS.items():
-        for (rows, columns), batch in itertools.product(shapes[-1:] if small else shapes, (1, 8)):
+        for (rows, columns), batch, gaps in itertools.product(shapes[-1:] if small else shapes, (1, 8), (False, True)):
             yield (
-                f"{kind} {rows} x {columns}, batch {batch}",
-                lambda k=kind, r=rows, c=columns, b=batch: ending_cases.ending(k, r, c, b),
+                f"{kind} {rows} x {columns}, batch {batch}{', gaps' * gaps}",
+                lambda k=kind, r=rows, c=columns, b=batch, g=gaps: ending_cases.ending(k, r, c, b, gaps=g),
             )
 
 
@@ -214,10 +214,18 @@ def layouts_of(model: nn.Module) -> list[cuda.Layout]:
     return [module.layout for module in model.modules() if isinstance(module, Packed) and module.layout is not None]
 
 
+def prune(weight: torch.Tensor, percent: float) -> None:
+    """Set more weights to 0 until so many percent of each row are, at random, as many in each row, as Wanda does."""
+    scores = torch.rand_like(weight, dtype=torch.float32).masked_fill_(weight == 0, -1)
+    weight.scatter_(1, scores.topk(int(weight.shape[1] * percent / 100), 1, largest=False).indices, 0)
+
+
 def takes_five(model: nn.Module) -> bool:
     """Whether the layouts of a packed model can end as five launches a block need."""
-    found = layouts_of(model)
-    return bool(found) and all(cuda_endings.fits(layout, "added") for layout in found)
+    found = [module for module in model.modules() if isinstance(module, Packed) and module.layout is not None]
+    # Gate and up are the two with one input.
+    ends = (("swiglu" if len(getattr(module, "sizes", ())) == 2 else "added", module.layout) for module in found)
+    return bool(found) and all(cuda_endings.fits(layout, ending) for ending, layout in ends if layout is not None)
 
 
 def right(fused: Decoding, own: list[list[int]], logits: torch.Tensor, five: bool) -> tuple[bool, str]:
@@ -284,14 +292,12 @@ def whole(name: str, options: argparse.Namespace, rate: float) -> bool:
         flush=True,
     )
     passed, dense = compare(model, "dense", options, None, rate)
-    before = 0.0
     everywhere = places(model)
     linears = [block.get_submodule(place) for block, place in everywhere]
     for percent in sorted(options.sparsities):
-        stay, before = (1 - percent / 100) / (1 - before), percent / 100
         for linear in linears:
             weight: torch.Tensor = linear.weight.data  # type: ignore[union-attr, assignment]
-            weight.masked_fill_(torch.rand_like(weight, dtype=torch.float32) >= stay, 0)
+            prune(weight, percent)
         for layout in options.layouts or [""]:
             with settings(model, **LAYOUTS.get(layout, {})):
                 for (block, place), linear in zip(everywhere, linears, strict=True):

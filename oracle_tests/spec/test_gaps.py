@@ -21,12 +21,18 @@ def test_there_and_back(weight: np.ndarray) -> None:
     found = unpack_gaps(values, gaps, starts, order, *weight.shape)
     assert np.array_equal(found, weight)
     assert not np.signbit(found[found == 0]).any()
-    # Nothing but the kept weights; rows by their length; strips no longer than their longest row needs.
+    # Nothing but the kept weights; rows by their length, or as they are; strips no longer than their longest row needs.
     assert sorted(values[values != 0]) == sorted(weight[weight != 0])
     lengths = [length(row) for row in weight]
-    assert order.tolist() == sorted(range(len(weight)), key=lambda row: (-lengths[row], row))
-    longest = [max(lengths[row] for row in order[first : first + 32]) for first in range(0, len(order), 32)]
-    assert starts.tolist() == np.cumsum([0, *(-(-most // 8) for most in longest)]).tolist()
+    plain, ordered = list(range(len(weight))), sorted(range(len(weight)), key=lambda row: (-lengths[row], row))
+    expected = plain if sum(groups(lengths, plain)) <= 33 / 32 * sum(groups(lengths, ordered)) else ordered
+    assert order.tolist() == expected
+    assert starts.tolist() == np.cumsum([0, *groups(lengths, expected)]).tolist()
+
+
+def groups(lengths: list[int], order: list[int]) -> list[int]:
+    """Count each strip's groups: those of its longest row."""
+    return [-(-max(lengths[row] for row in order[first : first + 32]) // 8) for first in range(0, len(order), 32)]
 
 
 def length(row: np.ndarray) -> int:
@@ -79,6 +85,18 @@ def test_where_rows_lie() -> None:
     assert (values != 0).sum(2)[:, :4].tolist() == [[8, 8, 8, 1], [8, 1, 1, 0], [4, 0, 0, 0], [1, 1, 1, 0]]
     assert values[3, :3, 0].tolist() == [9, 9, 9]
     assert gaps[3, :3, 0].tolist() == [2, 2, 2]
+
+
+def test_rows_about_equally_long_stay_as_they_are() -> None:
+    """31 strips have one group and one strip two, sorted or not."""
+    weight = np.zeros((1024, 16))
+    weight[:, :8], weight[-1] = 1, 1
+    assert pack_gaps(weight)[3].tolist() == list(range(1024))
+    # One more group for 32 is as much as may be; two are sorted away.
+    weight[0] = 1
+    assert pack_gaps(weight)[3].tolist() == list(range(1024))
+    weight[100] = 1
+    assert pack_gaps(weight)[3].tolist() == [0, 100, 1023, *(row for row in range(1023) if row not in (0, 100))]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (32, 5), (33, 5)])
