@@ -230,6 +230,29 @@ def test_loraprune_scores_by_the_adapters_gradients_and_averages_over_steps() ->
             assert not pruner._scores[index][reader].any(), "the first tenth and the last block stay whole"
 
 
+def test_loraprune_waits_for_the_device_only_when_structures_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand waits for a number in each step took 3 s of it on a GPU that other processes shared."""
+    decoder = adapted()
+    pruner = loraprune.Pruner(decoder, 0.3, total=100)
+    random_gradients(decoder, 1)
+
+    def read(*_: Any) -> None:
+        raise AssertionError("a number was read")
+
+    with monkeypatch.context() as patch:
+        for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
+            patch.setattr(torch.Tensor, name, read)
+        pruner.after(1)
+    (layer, *_) = block_adapters(decoder.blocks[3], decoder.family).values()
+    layer.A.grad = torch.full_like(layer.A, float("nan"))
+    for step in range(2, 10):
+        pruner.after(step)
+    with pytest.raises(
+        ValueError, match=r"^the score of block 3, [a-z_.]+, holds NaN or infinity; allowed: finite numbers"
+    ):
+        pruner.after(10)
+
+
 @pytest.mark.parametrize(
     ("total", "events"), [(100, [10, 20, 30, 40, 50, 60, 70, 80]), (12, list(range(1, 10))), (1, [1])]
 )

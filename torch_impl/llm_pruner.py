@@ -22,11 +22,15 @@ def structure_sum(score: torch.Tensor, structures: int, axis: int) -> torch.Tens
     """Sum score (out, in) over the rows (axis 0) or columns (1) of each of u equal runs; return float64 (u,)."""
     score = _checks.finite("score", score, "out", "in")
     _checks.integer("axis", axis, 0, 1)
-    lines = score.sum(1 - axis, dtype=torch.float64)
     _checks.integer("structures", structures, 1)
-    if len(lines) % structures:
-        raise ValueError(f"structures is {structures}; allowed: a divisor of {len(lines)}")
-    return lines.view(structures, -1).sum(1)
+    if score.shape[axis] % structures:
+        raise ValueError(f"structures is {structures}; allowed: a divisor of {score.shape[axis]}")
+    return sum_of(score, structures, axis)
+
+
+def sum_of(score: torch.Tensor, structures: int, axis: int) -> torch.Tensor:
+    """Compute `structure_sum` without looking at the numbers, for which a GPU would have to be waited for."""
+    return score.sum(1 - axis, dtype=torch.float64).view(structures, -1).sum(1)
 
 
 def rates_between(sparsity: float, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:

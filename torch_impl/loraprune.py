@@ -21,7 +21,14 @@ def lora_score(
     g_A, g_B = _checks.finite("grad_A", grad_A, "r", "in"), _checks.finite("grad_B", grad_B, "out", "r")
     _checks.same_shape("grad_A", g_A, A, "A")
     _checks.same_shape("grad_B", g_B, B, "B")
-    return ((g_B @ A + B @ g_A - g_B @ g_A) * merged).abs()
+    return score_of(merged, A, B, g_A, g_B)
+
+
+def score_of(
+    merged: torch.Tensor, A: torch.Tensor, B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor
+) -> torch.Tensor:
+    """Compute `lora_score` of W + s·B A without looking at the numbers, for which a GPU would have to be waited for."""
+    return ((grad_B @ A + B @ grad_A - grad_B @ grad_A) * merged).abs()
 
 
 def smoothed(before: torch.Tensor, score: torch.Tensor, decay: float = 0.9) -> torch.Tensor:
@@ -29,5 +36,10 @@ def smoothed(before: torch.Tensor, score: torch.Tensor, decay: float = 0.9) -> t
     before, score = _checks.finite("before", before, "u"), _checks.finite("score", score, "u")
     _checks.same_shape("score", score, before, "before")
     _checks.number("decay", decay, 0.0, 1.0)
+    return average(before, score, decay)
+
+
+def average(before: torch.Tensor, score: torch.Tensor, decay: float = 0.9) -> torch.Tensor:
+    """Compute `smoothed` without looking at the numbers."""
     norm = torch.linalg.vector_norm(score).clamp_min(torch.finfo(torch.float64).tiny)
     return decay * before + (1 - decay) * score / norm

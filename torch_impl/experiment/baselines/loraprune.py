@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from torch_impl import _checks
+from torch_impl.adapter import effective_weight
 from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters, merge_adapters
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.structures import Structures
@@ -14,8 +16,8 @@ from torch_impl.experiment.baselines.by_structure import OfStructures, counts, c
 from torch_impl.experiment.baselines.structured import attach_lora, check
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
-from torch_impl.llm_pruner import rates_between, structure_sum
-from torch_impl.loraprune import lora_score, smoothed
+from torch_impl.llm_pruner import rates_between, sum_of
+from torch_impl.loraprune import average, score_of
 from torch_impl.masks.structured import coupled_mask, structure_mask
 from torch_impl.schedule import cubic_sparsity
 
@@ -59,15 +61,16 @@ class Pruner:
             self._prune(event)
 
     def _score(self, index: int) -> None:
+        """Update the scores of a block, without waiting for the device: hundreds of such waits would make up a step."""
         family = self._decoder.family
         layers = block_adapters(self._decoder.blocks[index], family)
         for reader, before in self._scores[index].items():
             parts = [
-                structure_sum(_score_of(layer), len(before), family.coupled(name)[1])
+                sum_of(_score_of(layer), len(before), family.coupled(name)[1])
                 for name, layer in layers.items()
                 if family.coupled(name)[0] == reader
             ]
-            self._scores[index][reader] = smoothed(before, torch.stack(parts).sum(0))
+            self._scores[index][reader] = average(before, torch.stack(parts).sum(0))
 
     def _prune(self, event: int) -> None:
         family, target = self._decoder.family, cubic_sparsity(event, self._events, self._sparsity)
@@ -75,6 +78,8 @@ class Pruner:
         for index in range(self._ends[0], len(self.kept) - self._ends[1]):
             removed = self._structures[index].removed(rates[index], 1, event == self._events)
             kept, scores = self.kept[index], self._scores[index]
+            for reader, score in scores.items():
+                _checks.finite(f"the score of block {index}, {reader},", score, "u")
             self.kept[index] = {
                 name: structure_mask(scores[name], count, kept[name])
                 for name, count in zip(scores, removed, strict=True)
@@ -88,7 +93,8 @@ class Pruner:
 def _score_of(layer: AdaptedLinear) -> torch.Tensor:
     assert layer.A.grad is not None
     assert layer.B.grad is not None
-    return lora_score(layer.weight, layer.A, layer.B, layer.scale, layer.A.grad, layer.B.grad)
+    merged = effective_weight(layer.weight, layer.A, layer.B, layer.scale)
+    return score_of(merged, layer.A, layer.B, layer.A.grad, layer.B.grad)
 
 
 def loraprune(
