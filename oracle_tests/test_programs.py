@@ -21,6 +21,7 @@ from oracle_tests.programs import (
     configuration_hashes,
     gpu_codes,
     gpu_counters,
+    gpu_gaps,
     gpu_resume,
     gpu_rows,
     gpu_spread,
@@ -265,7 +266,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
     monkeypatch.setattr(decode, "_copies", lambda *_: 2)
     monkeypatch.setitem(geometry.GEOMETRIES, "llama-2-7b", geometry.GEOMETRIES["small"] | small)
-    for program in (gpu_codes, gpu_rows):
+    for program in (gpu_codes, gpu_gaps, gpu_rows):
         monkeypatch.setattr(program, "graphed", timed)
         monkeypatch.setattr(program, "check_all", lambda *_: True)
 
@@ -317,3 +318,23 @@ def test_products_of_more_rows_are_timed_as_on_a_gpu(
         f"{rows:>6}       40.0     40.0     40.0      40.0     40.0   1.00×" for rows in (8, 128)
     ] * 2
     assert "µs to unpack a block: values 40, int8 40, int4 40" in printed
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_products_of_gaps_are_timed_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_gaps, "expanded", lambda layout, dense, width: dense)
+    assert gpu_gaps.main(["--device", "cuda", "--sparsities", "70", "--batches", "1", "4"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split()[:5] for line in printed.splitlines() if " % " in line]
+    apart = dict(zip(PROJECTIONS, ("30.00", "10.00", "20.00", "10.00"), strict=True))
+    assert lines[:8] == [[name, "70", "%", rows, apart[name]] for name in PROJECTIONS for rows in ("1", "4")]
+    assert "llama-2-7b, 70 %, µs to unpack a block: panels 40, gaps 40" in printed
+    monkeypatch.setattr(gpu_gaps, "PARTS", (1, 2))
+    assert gpu_gaps.main(["--device", "cuda", "--sweep", "--sparsities", "70", "--batches", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.splitlines() if "rule (1, 1) 10.00 µs" in line] == [
+        [name, "1"] for name in PROJECTIONS
+    ]
+    assert "a block, 1 rows: best 40.00, rule 40.00 µs" in printed
