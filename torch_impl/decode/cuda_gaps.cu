@@ -16,7 +16,7 @@ constexpr int VALUES = LANES * ENTRIES * 2;            // bytes of a group's val
 constexpr int GROUP = VALUES + LANES * ENTRIES / 2;    // bytes of a group
 constexpr uint32_t NIBBLES = 0x0f0f0f0f, EACH = 0x01010101;
 
-__device__ __forceinline__ int strips_of_lanes(const Layout& w) { return (w.rows + LANES - 1) / LANES; }
+__host__ __device__ __forceinline__ int strips_of_lanes(const Layout& w) { return (w.rows + LANES - 1) / LANES; }
 // What follows the parts' first groups: the row of each lane of each strip, then the column that each lane has reached before each part.
 __device__ __forceinline__ const int* order(const Layout& w) { return w.starts + strips_of_lanes(w) * w.panels + 1; }
 __device__ __forceinline__ const uint16_t* columns_before(const Layout& w, int part) {
