@@ -218,29 +218,34 @@ __global__ void __launch_bounds__(MOST_GAP_WARPS<LARGE> * LANES, LARGE ? 1 : 2)
     }
 }
 
-// Write the dense weight (rows, columns): a block writes `width` columns of a strip, which it puts together in shared memory.
-__global__ void __launch_bounds__(512, 3) expand_gaps(Layout w, uint16_t* dense, int width) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+constexpr int UNPACKING_WARPS = 8;   // of a block
+
+// Write the dense weight (rows, columns): a block writes `width` columns of a strip, which it puts together in shared memory. A processor
+// has several blocks, of which some write while others read.
+__global__ void __launch_bounds__(UNPACKING_WARPS * LANES, 4) expand_gaps(Layout w, uint16_t* dense, int width) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int windows = (w.columns + width - 1) / width, strip = blockIdx.x / windows, left = (blockIdx.x - strip * windows) * width;
     const uint32_t table = static_cast<uint32_t>(__cvta_generic_to_shared(memory)), stride = 2 * width + 16, own = table + lane * stride;
     for (uint32_t i = threadIdx.x * 16; i < LANES * stride; i += blockDim.x * 16) store_four(table + i, uint4{});
     __syncthreads();
-    for (int part = warp; part < w.panels; part += warps) {
+    for (int part = warp; part < w.panels; part += UNPACKING_WARPS) {
         const uint16_t* reached = columns_before(w, strip * w.panels + part) + lane;
         const int first = reached[0], last = part + 1 < w.panels ? reached[LANES] : w.columns;
         if (!__any_sync(ALL, first < left + width && last >= left)) continue;
         // In bytes from the window's left end: too large to its left, too.
         uint32_t at = 2 * (first - left);
-        Part<2> groups(w, strip * w.panels + part, lane);
+        Part<4> groups(w, strip * w.panels + part, lane);
         groups.each([&](const Entries& entries) {
             entries.walk<2>(at, [&](uint32_t pair, bool upper, uint32_t place) {
                 const uint32_t value = upper ? pair >> 16 : pair & 0xffff;
                 if (value && place < 2 * width) store_half(own + place, value);
             });
+            // The last one, if all lanes are beyond the window.
+            if (!__any_sync(ALL, static_cast<int>(at) < 2 * width)) groups.left = 0;
         });
     }
     __syncthreads();
-    for (int r = warp; r < LANES && strip * LANES + r < w.rows; r += warps) {
+    for (int r = warp; r < LANES && strip * LANES + r < w.rows; r += UNPACKING_WARPS) {
         const int row = order(w)[strip * LANES + r];
         for (int column = lane * 8; column < width; column += LANES * 8) {
             const uint4 v = load_four(table + r * stride + column * 2);
@@ -293,7 +298,7 @@ extern "C" int losa_ending_gaps(const void* data, const void* starts, const void
 extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int width,
                                 void* stream) {
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
-    const int blocks = (rows + LANES - 1) / LANES * ((columns + width - 1) / width), warps = min(16, max(panels, 4));
-    return launch_blocks(expand_gaps, w, blocks, warps, LANES * (2 * width + 16), false, static_cast<cudaStream_t>(stream), static_cast<uint16_t*>(dense),
+    const int blocks = (rows + LANES - 1) / LANES * ((columns + width - 1) / width);
+    return launch_blocks(expand_gaps, w, blocks, UNPACKING_WARPS, LANES * (2 * width + 16), false, static_cast<cudaStream_t>(stream), static_cast<uint16_t*>(dense),
                          width);
 }
