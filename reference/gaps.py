@@ -20,21 +20,25 @@ ENTRIES = 8
 """Entries of a row in a group, which a lane reads at once: 16 bytes of 16-bit values."""
 MOST_GAP = 15
 """The largest gap: 4 bits."""
+QUAD = 4
+"""Entries of a row that lie in one section, if there are sections."""
 
 
-def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+def pack_gaps(weight: Array, section: int | None = None) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """Write each row as entries, and cut the rows into strips of 32.
 
     Source: ours; MACKO (Macko and Boža, arXiv 2511.13061) has 4-bit gaps and fillers too, and a warp for a row.
 
         row: of each kept value v, d columns after the one before, or in column d if it is the first:
              ⌈d/15⌉ − 1 fillers (15, 0), if d > 15, then (what is left of d, v)
+        section, if given: so many columns. After its last value, (0, 0) up to a multiple of 4 entries. So if codes of a section
+             share a scale (quantise.py), the last of four entries tells which scale they have
         order: the rows by their number of entries, the longest first; equally long ones stay in order. If the rows as they are
              make at most 1/32 more groups, as they are
         strip: the next 32 rows of that order, each filled up with (0, 0) to the longest one's number, rounded up to groups of 8
         groups: strip by strip, from left to right; in each, 8 entries of lane 0, then 8 of lane 1, …
 
-    Parameters: weight (out, in).
+    Parameters: weight (out, in), or codes; section ≥ 1, or None for no sections.
     Returns: (values (groups, 32, 8), gaps (groups, 32, 8) uint8, starts (strips + 1,) int64, each strip's first group, order
     (out,) int64, the row of each lane of each strip). A weight of +0 or −0 is left out. Lanes after the last row are empty.
     A strip without a kept value has no group.
@@ -50,7 +54,9 @@ def pack_gaps(weight: Array) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64
     ((1, 32, 8), array([0, 1]), array([0, 1]))
     """
     weight = _checks.array("weight", weight, "out", "in", finite=False)
-    rows = [_entries(row) for row in weight]
+    if section is not None:
+        _checks.integer("section", section, 1)
+    rows = [_entries(row, section) for row in weight]
     lengths = np.array([len(row) for row in rows])
     order = np.argsort(-lengths, kind="stable")
     if 32 * _starts(lengths)[-1] <= 33 * _starts(lengths[order])[-1]:
@@ -113,15 +119,20 @@ def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.cumsum([0, *(-(-most // ENTRIES) for most in longest)], dtype=np.int64)
 
 
-def _entries(row: Array) -> list[tuple[int, float]]:
+def _entries(row: Array, section: int | None) -> list[tuple[int, float]]:
     """List the entries (gap, value) of a row."""
-    entries, before = [], 0
-    for column in np.flatnonzero(row):
+    entries: list[tuple[int, float]] = []
+    before = 0
+    columns = np.flatnonzero(row)
+    for number, column in enumerate(columns):
         while column - before > MOST_GAP:
             entries.append((MOST_GAP, 0.0))
             before += MOST_GAP
         entries.append((int(column) - before, float(row[column])))
         before = int(column)
+        last = number + 1 == len(columns)
+        if section is not None and (last or columns[number + 1] // section != column // section):
+            entries += [(0, 0.0)] * (-len(entries) % QUAD)
     return entries
 
 

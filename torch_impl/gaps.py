@@ -16,15 +16,21 @@ ENTRIES = 8
 """Entries of a row in a group, which a lane reads at once."""
 MOST_GAP = 15
 """The largest gap: 4 bits."""
+QUAD = 4
+"""Entries of a row that lie in one section, if there are sections."""
 SLAB = 2**24
 """About so many weights at a time, for each of which some 64 bytes of memory are needed if it is kept."""
 
 
-def pack_gaps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def pack_gaps(
+    weight: torch.Tensor, section: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pack weight (out, in) into (values (groups, 32, 8), gaps (groups, 32, 8) uint8, starts (strips + 1,), order (out,))."""
     weight = _checks.tensor("weight", weight, "out", "in").contiguous()
+    if section is not None:
+        _checks.integer("section", section, 1)
     rows = len(weight)
-    lengths = torch.cat([slab[1] for slab in _slabs(weight)])
+    lengths = torch.cat([slab[1] for slab in _slabs(weight, section)])
     order = lengths.argsort(descending=True, stable=True)
     starts, plain = _starts(lengths[order]), _starts(lengths)
     if 32 * int(plain[-1]) <= 33 * int(starts[-1]):
@@ -36,10 +42,9 @@ def pack_gaps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     groups = int(starts[-1])
     values = weight.new_zeros(groups * LANES * ENTRIES)
     gaps = _fillers(lengths[order], starts).flatten()
-    for top, _, kept, number, gap in _slabs(weight):
-        row = kept // weight.shape[1]
+    for top, _, kept, row, number, gap in _slabs(weight, section):
         place = first[top:][row] + number // ENTRIES * (LANES * ENTRIES) + number % ENTRIES
-        values[place] = weight[top:].flatten()[kept]
+        values[place[: len(kept)]] = weight[top:].flatten()[kept]
         gaps[place] = gap.to(torch.uint8)
     return values.view(groups, LANES, ENTRIES), gaps.view(groups, LANES, ENTRIES), starts, order
 
@@ -74,22 +79,35 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
     return _running(-(-longest // ENTRIES))
 
 
-def _slabs(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield a slab's first row, its rows' numbers of entries and, of each kept value, its place in the slab, number and gap."""
+def _slabs(weight: torch.Tensor, section: int | None) -> Iterator[tuple[int, *tuple[torch.Tensor, ...]]]:
+    """Yield a slab's first row, its rows' numbers of entries, the places of its kept values in the slab, and of each of these,
+    and then of what fills sections up, row, number and gap.
+    """
     columns = weight.shape[1]
+    quad, width = (1, columns) if section is None else (QUAD, section)
+    sections = -(-columns // width)
     step = max(1, SLAB // columns)
     for top in range(0, len(weight), step):
         slab = weight[top : top + step]
         kept = slab.flatten().nonzero()[:, 0]
         row, column = kept // columns, kept % columns
-        ends = _running((slab != 0).sum(1))
+        part = row * sections + column // width
         distance = column - nn.functional.pad(column, (1, 0))[:-1]
-        begins = ends[:-1][ends.diff() > 0]
+        begins = row.diff(prepend=row.new_full((1,), -1)) > 0
         distance[begins] = column[begins]
         fillers = (distance - 1).clamp_(min=0) // MOST_GAP
         entries = _running(fillers + 1)
-        before = entries[ends]
-        yield top, before.diff(), kept, entries[1:] - 1 - before[row], distance - MOST_GAP * fillers
+        before = entries[_running(part.bincount(minlength=len(slab) * sections))]
+        # The first entry of each section of each row, and the end.
+        first = _running(-(-before.diff() // quad) * quad)
+        number = first[part] - first[row * sections] + entries[1:] - 1 - before[part]
+        rows, numbers = [row], [number]
+        for spare in range(1, quad):
+            filled = (first.diff() - before.diff() >= spare).nonzero()[:, 0]
+            rows.append(filled // sections)
+            numbers.append(first[filled + 1] - spare - first[rows[-1] * sections])
+        gap = nn.functional.pad(distance - MOST_GAP * fillers, (0, sum(map(len, rows[1:]))))
+        yield top, first[::sections].diff(), kept, torch.cat(rows), torch.cat(numbers), gap
 
 
 def _fillers(lengths: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch_impl.decode import cuda
 
 FOLDER = Path(cuda.__file__).parent
-HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h")
-SOURCES = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_gaps.cu")
+HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h", "cuda_gaps.h")
+SOURCES = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_gaps.cu", "cuda_coded_gaps.cu")
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
 _BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
 _READ = "ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -30,6 +30,7 @@ INSTRUCTIONS = {
     "st.shared.v4.u32 [%0], {%1,%2,%3,%4};": "emulated::store(%0, uint4{%1, %2, %3, %4})",
     "st.shared.u16 [%0], %1;": "emulated::store<uint16_t>(%0, %1)",
     _READ: "{ const uint4 v = emulated::read<uint4>(%4); %0 = v.x, %1 = v.y, %2 = v.z, %3 = v.w; }",
+    "ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];": "{ const uint2 v = emulated::read<uint2>(%2); %0 = v.x, %1 = v.y; }",
     "ld.global.L1::no_allocate.u32 %0, [%1];": "%0 = emulated::read<uint32_t>(%1)",
     "{.reg .u16 h; ld.shared.u16 h, [%1+%2]; cvt.u32.u16 %0, h;}": "%0 = emulated::load<uint16_t>(%1 + %2)",
     "st.shared.u32 [%0], %1;": "emulated::store<uint32_t>(%0, %1)",

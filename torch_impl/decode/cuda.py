@@ -267,7 +267,7 @@ def _library() -> None:
 
     from torch_impl.decode.cpu import announce
 
-    names = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_gaps.cu", "cuda_operators.cpp")
+    names = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_gaps.cu", "cuda_coded_gaps.cu", "cuda_operators.cpp")
     sources = [Path(__file__).with_name(name) for name in names]
     with warnings.catch_warnings():
         # torch warns that it builds only for the GPUs of this machine, which is intended.

@@ -41,6 +41,11 @@ extern "C" int losa_ending_gaps(const void* data, const void* starts, const void
                                 void* stream);
 extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int width,
                                 void* stream);
+// In cuda_coded_gaps.cu.
+extern "C" int losa_matvec_coded_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                                      int panels, int slot, int half, int bits, int batch, int groups, int overlap, void* stream);
+extern "C" int losa_expand_coded_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
+                                      int bits, int width, void* stream);
 
 namespace {
 
@@ -77,7 +82,9 @@ at::Tensor expand(const at::Tensor& data, const at::Tensor& starts, at::IntArray
   at::Tensor dense = at::empty({plan.rows, plan.columns}, data.options().dtype(plan.dtype()));
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void *to = dense.mutable_data_ptr(), *stream = current_stream(data);
-  check_launch(plan.gaps ? losa_expand_gaps(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, WIDTH, stream)
+  check_launch(plan.gaps && plan.bits ? losa_expand_coded_gaps(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits,
+                                                               WIDTH, stream)
+               : plan.gaps ? losa_expand_gaps(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, WIDTH, stream)
                : plan.bits ? losa_expand_coded(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, plan.half, plan.bits, stream)
                            : losa_expand(panels, first, to, plan.rows, plan.columns, plan.panels, plan.slot, stream),
                "losa_expand");
@@ -95,7 +102,9 @@ int64_t rows_per_launch(const Plan& p, const void* x) {
 void multiply(const Plan& p, const at::Tensor& data, const at::Tensor& starts, const void* x, const void* bias, void* y, int batch) {
   const void *panels = data.const_data_ptr(), *first = starts.const_data_ptr();
   void* stream = current_stream(data);
-  check_launch(p.gaps ? losa_matvec_gaps(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.together, p.overlap, stream)
+  check_launch(p.gaps && p.bits ? losa_matvec_coded_gaps(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch,
+                                                         p.together, p.overlap, stream)
+               : p.gaps ? losa_matvec_gaps(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.together, p.overlap, stream)
                : p.bits ? losa_matvec_coded(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, p.bits, batch, p.share,
                                             p.together, p.overlap, stream)
                : batch > BATCH ? losa_matvec_rows(panels, first, x, bias, y, p.rows, p.columns, p.panels, p.slot, p.half, batch, p.strips, p.part,
