@@ -99,6 +99,7 @@ CODE_TILED = {
 TILED = {"bitmaps": np.zeros((1, 256), dtype=np.uint8), "values": np.ones(0), "rows": 2, "columns": 3}
 
 # No kept weight.
+SECTIONS = st.none() | st.integers(1, 200)
 GAPPED = {
     "values": np.zeros((0, 32, 8)),
     "gaps": np.zeros((0, 32, 8), dtype=np.uint8),
@@ -757,6 +758,11 @@ OPS = (
         Kind.EXACT,
         ({**CODE_TILED, "starts": np.zeros(3, np.int64)}, "starts"),
     ),
-    Op("gaps.pack_gaps", _cases(weight=s.weights_with_gaps()), Kind.EXACT, ({"weight": np.ones(3)}, "weight")),
+    Op(
+        "gaps.pack_gaps",
+        _cases(weight=s.weights_with_gaps(), section=SECTIONS),
+        Kind.EXACT,
+        ({"section": 0}, "section"),
+    ),
     Op("gaps.unpack_gaps", s.gapped_weights(), Kind.EXACT, ({**GAPPED, "order": np.ones(2, np.int64)}, "order")),
 )

@@ -24,15 +24,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=strategies.examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(weight=strategies.weights_with_gaps(), slab=st.integers(1, 4000))
+@given(weight=strategies.weights_with_gaps(), slab=st.integers(1, 4000), section=st.none() | st.integers(1, 200))
 def test_values_keep_their_dtype(
-    dtype: torch.dtype, weight: np.ndarray, slab: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, weight: np.ndarray, slab: int, section: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many rows are packed at a time."""
     monkeypatch.setattr(gaps, "SLAB", slab)
     given_weight = torch.from_numpy(weight).to(DEVICE, dtype)
-    found = gaps.pack_gaps(given_weight)
-    expected = spec.pack_gaps(given_weight.double().cpu().numpy())
+    found = gaps.pack_gaps(given_weight, section)
+    expected = spec.pack_gaps(given_weight.double().cpu().numpy(), section)
     assert found[0].dtype == dtype
     for name, ours, theirs in zip(("values", "gaps", "starts", "order"), found, expected, strict=True):
         assert ours.device == given_weight.device

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from oracle_tests.programs import (
+    gpu_coded_gaps,
     gpu_codes,
     gpu_counters,
     gpu_gaps,
@@ -166,9 +167,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
     monkeypatch.setattr(decode, "_copies", lambda *_: 2)
     monkeypatch.setitem(geometry.GEOMETRIES, "llama-2-7b", geometry.GEOMETRIES["small"] | small)
-    for program in (decode, gpu_codes, gpu_gaps, gpu_rows):
+    for program in (decode, gpu_codes, gpu_coded_gaps, gpu_gaps, gpu_rows):
         monkeypatch.setattr(program, "graphed", timed)
-    for program in (gpu_codes, gpu_gaps, gpu_rows):
+    for program in (gpu_codes, gpu_coded_gaps, gpu_gaps, gpu_rows):
         monkeypatch.setattr(program, "check_all", lambda *_: True)
 
 
@@ -260,3 +261,22 @@ def test_losa_bench_decode_times_as_on_a_gpu(
     ratios = zip(PROJECTIONS, ("3.00×", "1.00×", "2.00×", "1.00×"), strict=True)
     assert {(line[0], line[7]) for line in lines} == set(ratios)
     assert "    batch 8   70: 1.75× (1.00×)   2:4: 1.75× (1.00×)" in printed
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_products_of_coded_gaps_are_timed_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_coded_gaps.main(["--device", "cuda", "--sparsities", "70", "--batches", "1", "2"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split()[:5] for line in printed.splitlines() if " % " in line]
+    apart = dict(zip(PROJECTIONS, ("30.00", "10.00", "20.00", "10.00"), strict=True))
+    assert lines[:8] == [[name, "70", "%", rows, apart[name]] for name in PROJECTIONS for rows in ("1", "2")]
+    assert "µs to unpack a block: bf16 gaps 40, int8 panels 40, int8 gaps 40, int4 panels 40, int4 gaps 40" in printed
+    monkeypatch.setattr(gpu_gaps, "PARTS", (1, 2))
+    assert gpu_coded_gaps.main(["--device", "cuda", "--sweep", "--sparsities", "70", "--batches", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.splitlines() if "rule (1, 1) 10.00 µs" in line] == [
+        [kind, name] for kind in ("int8", "int4") for name in PROJECTIONS
+    ]
+    assert "int4 a block, 1 rows: best 40.00, rule 40.00 µs" in printed

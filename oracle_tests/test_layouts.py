@@ -19,6 +19,8 @@ from oracle_tests.packed_models import save_sparse
 from oracle_tests.tolerances import PACKED_LOGITS
 from torch_impl.bench import decode, whole
 from torch_impl.decode import cuda, cuda_gaps, cuda_layouts, packed_linear, packed_step
+from torch_impl.decode.cuda_coded import CodedLayout
+from torch_impl.decode.cuda_coded_gaps import CodedGapLayout
 from torch_impl.decode.cuda_gaps import GapLayout
 from torch_impl.decode.packed_group import Packed
 from torch_impl.decode.packed_linear import PackedLinear
@@ -193,9 +195,11 @@ def test_a_model_is_loaded_for_a_number_of_sequences(folder: Path, monkeypatch: 
             assert set(kinds(again)) == {cuda.Layout}
     many.save_pretrained(folder / "again")
     assert set(kinds(torch_impl.load_packed(folder / "again", "cpu"))) == {GapLayout}
-    coded = [kinds(torch_impl.load_packed(folder / "codes", "cpu", sequences=number)) for number in (1, 8)]
-    assert coded[0] == coded[1]
-    assert not {GapLayout, cuda.Layout} & set(coded[0])
+    for sequences, kind in ((1, CodedGapLayout), (2, CodedGapLayout), (8, CodedLayout)):
+        coded = torch_impl.load_packed(folder / "codes", "cpu", sequences=sequences)
+        assert set(kinds(coded)) == {kind}
+        for again in (coded.to(torch.float32).to(BF16), copy.deepcopy(coded), pickle.loads(pickle.dumps(coded))):
+            assert set(kinds(again)) == {kind}
 
 
 def test_the_number_of_sequences_is_checked(folder: Path) -> None:

@@ -24,7 +24,9 @@ QUAD = 4
 """Entries of a row that lie in one section, if there are sections."""
 
 
-def pack_gaps(weight: Array, section: int | None = None) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+def pack_gaps(
+    weight: Array, section: int | None = None
+) -> tuple[Array, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """Write each row as entries, and cut the rows into strips of 32.
 
     Source: ours; MACKO (Macko and Boža, arXiv 2511.13061) has 4-bit gaps and fillers too, and a warp for a row.

@@ -53,11 +53,20 @@ def rounded(make: Maker, rows: int, columns: int, density: float, bits: int) -> 
     return quantise.quantise_rows(weight, bits)
 
 
-def check(make: Maker, dtype: torch.dtype, bits: int, shapes: Sequence[tuple[int, int]]) -> Iterator[Case]:
+Pack = Callable[[torch.Tensor, torch.Tensor, int, torch.dtype], cuda.Layout]
+
+
+def check(
+    make: Maker,
+    dtype: torch.dtype,
+    bits: int,
+    shapes: Sequence[tuple[int, int]],
+    pack: Pack = cuda_coded.pack_codes,
+) -> Iterator[Case]:
     """Unpacking and products of every shape."""
     for (rows, columns), density in itertools.product(shapes, (0.0, 0.3, 1.0)):
         codes, scales = rounded(make, rows, columns, density, bits)
-        layout = cuda_coded.pack_codes(codes, scales, bits, dtype)
+        layout = pack(codes, scales, bits, dtype)
         where = f"{rows} x {columns}, {density:.0%} kept"
         weight = quantise.dequantise_rows(codes, scales)
         [W] = wide(weight)
@@ -78,11 +87,13 @@ def check(make: Maker, dtype: torch.dtype, bits: int, shapes: Sequence[tuple[int
             yield f"{where}, batch {batch}", found, expected, np.where(beyond, np.inf, allowed)
 
 
-def check_small_numbers(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[Case]:
+def check_small_numbers(
+    make: Maker, dtype: torch.dtype, bits: int, pack: Pack = cuda_coded.pack_codes
+) -> Iterator[Case]:
     """Inputs near the ends of bf16's usual range: codes are subnormal numbers in the product."""
     codes, scales = rounded(make, 64, 512, 0.5, bits)
     [W] = wide(quantise.dequantise_rows(codes, scales))
-    layout = cuda_coded.pack_codes(codes, scales, bits, dtype)
+    layout = pack(codes, scales, bits, dtype)
     for exponent in (-40, -14, 0, 8, 30) if dtype == torch.bfloat16 else (-14, -4, 0):
         x = make.put((torch.randn(3, 512) * 2.0**exponent).to(dtype))
         [inputs] = wide(x)
@@ -132,9 +143,9 @@ def check_divisions(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[Case
             )
 
 
-def check_stacked(make: Maker, dtype: torch.dtype, bits: int) -> Iterator[Case]:
+def check_stacked(make: Maker, dtype: torch.dtype, bits: int, pack: Pack = cuda_coded.pack_codes) -> Iterator[Case]:
     """Layouts with the same input as one, captured in a CUDA graph, bit for bit."""
-    layouts = [cuda_coded.pack_codes(*rounded(make, rows, 700, 0.4, bits), bits, dtype) for rows in (32, 16, 21)]
+    layouts = [pack(*rounded(make, rows, 700, 0.4, bits), bits, dtype) for rows in (32, 64, 21)]
     stacked, x = cuda.stack(layouts), make.normal(2, 700, dtype=dtype)
     assert stacked is not None
     expected = torch.cat([cuda.matvec(layout, x) for layout in layouts], 1)

@@ -31,7 +31,7 @@ from oracle_tests.programs.gpu_rows import library
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_gaps
-from torch_impl.decode.cuda_plan import Card, gaps_kernel_bytes
+from torch_impl.decode.cuda_plan import Card
 
 SHAPES = (
     (1, 1),
@@ -86,13 +86,13 @@ def check_products(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, 
             yield case(f"{where}, batch {batch}, shift {shift}", cuda.matvec(layout, x, bias), weight, x, bias)
 
 
-def ways(layout: cuda.Layout) -> list[int]:
+def ways(layout: cuda_gaps.GapLayout) -> list[int]:
     """Return the numbers of strips that a block can have."""
     card = Card.of(layout.data.device)
     return [
         together
         for together in range(1, 32 // layout.panels + 1)
-        if gaps_kernel_bytes(layout.columns, layout.panels * together, 8) <= card.shared
+        if layout.shared(layout.panels * together, 8) <= card.shared
     ]
 
 

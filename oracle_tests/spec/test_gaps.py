@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from oracle_tests import strategies
 from reference.gaps import pack_gaps, unpack_gaps
@@ -71,6 +72,40 @@ def test_the_entries_of_a_row(columns: list[int], gaps: list[int]) -> None:
     assert values[:, 0].ravel().tolist() == expected.tolist()
     assert not found[:, 1:].any()
     assert not values[:, 1:].any()
+
+
+@pytest.mark.parametrize(
+    ("section", "columns", "gaps"),
+    [
+        (None, [0, 1, 5], [0, 1, 4]),
+        (4, [0, 1, 5], [0, 1, 0, 0, 4, 0, 0, 0]),
+        (4, [0, 1, 2, 3, 4], [0, 1, 1, 1, 1, 0, 0, 0]),
+        # Fillers belong to the section of the value that they lead to.
+        (16, [3, 40], [3, 0, 0, 0, 15, 15, 7, 0]),
+        (16, [3, 15, 79], [3, 12, 0, 0, 15, 15, 15, 15, 4, 0, 0, 0]),
+        (600, [1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 0, 0, 0]),
+    ],
+)
+def test_the_entries_of_sections(section: int | None, columns: list[int], gaps: list[int]) -> None:
+    weight = np.zeros((1, 600))
+    weight[0, columns] = np.arange(1, len(columns) + 1)
+    values, found, starts, order = pack_gaps(weight, section)
+    assert found[:, 0].ravel()[: len(gaps)].tolist() == gaps
+    assert not found[:, 0].ravel()[len(gaps) :].any()
+    assert starts.tolist() == [0, -(-len(gaps) // 8)]
+    assert np.array_equal(unpack_gaps(values, found, starts, order, 1, 600), weight)
+
+
+@settings(max_examples=strategies.examples(20))
+@given(strategies.weights_with_gaps(), st.integers(1, 200))
+def test_four_entries_have_values_of_one_section(weight: np.ndarray, section: int) -> None:
+    """The one in which the last of them lies."""
+    values, gaps, starts, order = pack_gaps(weight, section)
+    assert np.array_equal(unpack_gaps(values, gaps, starts, order, *weight.shape), weight)
+    for first, last in pairwise(starts):
+        quads, kept = (part[first:last].swapaxes(0, 1).reshape(32, -1) for part in (gaps, values))
+        where = quads.cumsum(axis=1, dtype=np.int64).reshape(32, -1, 4) // section
+        assert ((where == where[..., 3:]) | (kept.reshape(where.shape) == 0)).all()
 
 
 def test_where_rows_lie() -> None:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch_impl import quantise
 from torch_impl.bench import decode_cpu, int4, whole, whole_cpu
 from torch_impl.bench.measure import ceilings, graphed, relative
-from torch_impl.decode import cpu, cuda, cuda_coded, cuda_layouts
+from torch_impl.decode import cpu, cuda, cuda_layouts
 from torch_impl.engine import files
 from torch_impl.experiment.planning import geometry
 from torch_impl.masks.nm import nm_mask
@@ -125,7 +125,7 @@ def pack(weight: torch.Tensor, values: str = "same", sequences: int = 1) -> tupl
     if values != "same" and weight.is_cuda:
         bits = int(values.removeprefix("int"))
         codes, scales = quantise.quantise_rows(weight, bits)
-        coded = cuda_coded.pack_codes(codes, scales, bits, weight.dtype)
+        coded = cuda_layouts.lay_out_codes(codes, scales, bits, weight.dtype, sequences)
         return partial(cuda.matvec, coded), coded.nbytes, quantise.dequantise_rows(codes, scales).double()
     if values != "same":
         return decode_cpu.pack_codes(weight, int(values.removeprefix("int")))

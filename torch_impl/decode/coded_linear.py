@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from torch_impl import packed
-from torch_impl.decode import cpu, cuda, cuda_coded
+from torch_impl.decode import cpu, cuda, cuda_layouts
 from torch_impl.decode.packed_group import Packed
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.packed import CODED
@@ -19,7 +19,8 @@ class CodedLinear(PackedLinear):
 
     parts: bitmap, codes, offsets as `packed.pack_codes` returns them, and scales (out, ⌈in/128⌉) float16, in the order of
     `packed.CODED`. dtype: of inputs, outputs and bias; casting changes it alone, not codes and scales. On a GPU with kernels for
-    the dtype, `layout` holds codes and scales, as does host memory. A state_dict always holds the codes.
+    the dtype, `layout` holds codes and scales, as does host memory. Its kind
+    depends on `sequences`. A state_dict always holds the codes.
 
     Errors: as `packed.check_codes`.
     """
@@ -34,12 +35,13 @@ class CodedLinear(PackedLinear):
         columns: int,
         dtype: torch.dtype,
         bias: torch.Tensor | None = None,
+        sequences: int = 1,
     ) -> None:
         Packed.__init__(self, len(parts[0]))
         self._dtype, self.bits = dtype, parts[1].shape[1]
         # The parts of a weight that is in a layout.
         self._on_host: dict[str, torch.Tensor] = {}
-        self._fill(parts, columns, bias)
+        self._fill(parts, columns, bias, sequences)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +70,7 @@ class CodedLinear(PackedLinear):
 
     def _lay_out(self) -> cuda.Layout:
         codes = packed.expand_codes(self.bitmap, self.codes, self.in_features)
-        return cuda_coded.pack_codes(codes, self.scales, self.bits, self._dtype)
+        return cuda_layouts.lay_out_codes(codes, self.scales, self.bits, self._dtype, self.sequences)
 
     def _settle(self) -> None:
         parts = self.stored()
@@ -104,6 +106,6 @@ def layer_of(
 ) -> PackedLinear:
     """Return the layer of a packed weight's parts. dtype: of a layer of codes, whose parts do not tell it."""
     if len(parts) == len(CODED):
-        return CodedLinear(parts, columns, dtype, bias)
+        return CodedLinear(parts, columns, dtype, bias, sequences)
     bitmap, values, offsets = parts
     return PackedLinear(bitmap, values, offsets, columns, bias, sequences)

@@ -34,7 +34,7 @@ class CodedLayout(cuda.Layout):
         """Return the bits of a code in the panels."""
         return code_tiles.stream_bits(self.bits)
 
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def coded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes (rows, columns) int8 and scales (rows, ⌈columns/128⌉) float16."""
         places = cuda.PIECE * self.starts[:-1].long()
         head = self.data[places[:, None] + torch.arange(HEAD, device=places.device)]
@@ -49,7 +49,7 @@ class CodedLayout(cuda.Layout):
 
     def expanded(self, dtype: torch.dtype) -> torch.Tensor:
         """Restore the dense weight (rows, columns) by torch: code times scale, rounded once."""
-        codes, scales = self.parts()
+        codes, scales = self.coded()
         spread = scales.float().repeat_interleave(quantise.GROUP, 1)[:, : self.columns]
         return (codes * spread).to(dtype)
 

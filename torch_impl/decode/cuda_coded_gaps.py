@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch_impl import code_tiles, gaps, quantise
 from torch_impl.decode import cuda
 from torch_impl.decode.cuda_gaps import NIBBLES, GapLayout, indexed, join_gaps, split_gaps
-from torch_impl.decode.cuda_plan import choose_together, gaps_kernel_bytes
+from torch_impl.decode.cuda_plan import gaps_kernel_bytes
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,20 @@ class GapLayout(cuda.Layout):
         early = card.early + (card.early and cuda.LAUNCH_FIRST)
         at_once = max(fitting, default=0)
         endings = (0, 0) if self.code_bits else (1, int(self.paired and 2 * self.panels <= MOST_PARTS))
-        return [*shape, int(at_once > 0), early, self.MOST_ROWS, self.code_bits, at_once, 0, 0, 0, together, *endings, 1]
+        return [
+            *shape,
+            int(at_once > 0),
+            early,
+            self.MOST_ROWS,
+            self.code_bits,
+            at_once,
+            0,
+            0,
+            0,
+            together,
+            *endings,
+            1,
+        ]
 
     def ends(self, halves: bool, read: int, rows: int) -> bool:
         """Return whether a block can multiply so many rows by a strip, or by one of each half, and hold `read` more bytes."""
@@ -167,7 +180,7 @@ def indexed(
 
 
 def join_gaps(own: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of numbers of 4 bits (groups, 32, 8): byte j has number j in its lower half, number 4 + j in its upper one."""
+    """Return bytes of numbers of 4 bits (groups, 32, 8): byte j has number j in its lower half, number 4 + j in its upper one."""
     return (own[..., :HALF] | own[..., HALF:] << 4).flatten(1)
 
 

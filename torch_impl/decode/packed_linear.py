@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_impl import packed
-from torch_impl.decode import cpu, cuda, cuda_layouts
+from torch_impl.decode import cpu, cuda, cuda_coded, cuda_layouts
 from torch_impl.decode.packed_group import Packed, PackedGroup
 from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import PARTS
@@ -152,7 +152,10 @@ class PackedLinear(Packed):
     def _advise(self, x: torch.Tensor) -> None:
         """Say once if x has a token of each of more sequences than the layout is for."""
         layout = self._on_gpu
-        if layout is not None and x.dim() == 3 and x.shape[1] == 1 and layout.MOST_ROWS < len(x) <= cuda.MOST_ROWS:
+        if layout is None or x.dim() != 3 or x.shape[1] != 1:
+            return
+        panels = cuda_coded.CodedLayout if layout.code_bits else cuda.Layout
+        if layout.MOST_ROWS < len(x) <= panels.MOST_ROWS:
             _say(
                 f"packed weights: their layout is for up to {cuda_layouts.FEW} sequences at once, so decoding {len(x)} is slower; "
                 f"load the model with sequences={len(x)}"
@@ -268,13 +271,11 @@ def _group(layers: Sequence[PackedLinear]) -> None:
     if len(layers) < 2 or len({(own.code_bits, own.dtype, own.data.device) for own in layouts}) > 1:
         return
     layout = cuda.stack(layouts) if len({type(own) for own in layouts}) == 1 else None
-    if layout is None and not layouts[0].code_bits:
-        weight = torch.cat([layer.unpacked() for layer in layers])
-        layout = cuda_layouts.lay_out(weight, max(layer.sequences for layer in layers))
-    if layout is not None:
-        group = PackedGroup(layout, [layer.out_features for layer in layers], [layer.bias for layer in layers])
-        for layer, start in zip(layers, group.starts, strict=True):
-            layer._join(group, start)
+    if layout is None:
+        layout = cuda_layouts.lay_out_joined(layouts, max(layer.sequences for layer in layers))
+    group = PackedGroup(layout, [layer.out_features for layer in layers], [layer.bias for layer in layers])
+    for layer, start in zip(layers, group.starts, strict=True):
+        layer._join(group, start)
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
