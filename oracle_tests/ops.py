@@ -762,7 +762,7 @@ OPS = (
         "gaps.pack_gaps",
         _cases(weight=s.weights_with_gaps(), section=SECTIONS),
         Kind.EXACT,
-        ({"section": 0}, "section"),
+        ({"weight": np.ones((1, 2)), "section": 0}, "section"),
     ),
     Op("gaps.unpack_gaps", s.gapped_weights(), Kind.EXACT, ({**GAPPED, "order": np.ones(2, np.int64)}, "order")),
 )

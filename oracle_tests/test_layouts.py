@@ -178,6 +178,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_is_loaded_for_a_number_of_sequences(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_layouts, "MOST_KEPT", 1)
     monkeypatch.setattr(cuda_layouts, "MOST_SIZE", float("inf"))
+    monkeypatch.setattr(cuda_layouts, "MOST_ENTRIES", float("inf"))
     name = folder / "packed"
 
     def by_transformers(**entries: Any) -> Any:

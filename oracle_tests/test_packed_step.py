@@ -81,7 +81,7 @@ def test_codes_too(launches: list[str]) -> None:
         for name in decoder.family.projections:
             codes, scales = quantise.quantise_rows(block.get_submodule(name).unpacked().float(), 8)
             bitmap, stream, offsets = packed.pack_codes(codes, 8)
-            block.set_submodule(name, CodedLinear((bitmap, stream, scales, offsets), codes.shape[1], BF16))
+            block.set_submodule(name, CodedLinear((bitmap, stream, scales, offsets), codes.shape[1], BF16, sequences=8))
     group_projections(model)
     launches.clear()
     assert_near(model)

@@ -24,6 +24,7 @@ from reference.masks import sparsegpt as spec_sparsegpt
 from reference.masks.first_token import weigh_first
 from torch_impl.commands import pack
 from torch_impl.decode.coded_linear import CodedLinear
+from torch_impl.decode.cuda_coded import CodedLayout
 from torch_impl.decode.cuda_coded_gaps import CodedGapLayout
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.decoder import Decoder
@@ -312,7 +313,8 @@ def test_as_on_a_gpu_codes_are_multiplied(as_on_a_gpu: list[str], compensated: P
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
         assert all(
-            isinstance(layer._on_gpu, CodedGapLayout) for layer in (attention.o_proj, mlp.up_proj, mlp.down_proj)
+            isinstance(layer._on_gpu, CodedLayout | CodedGapLayout)
+            for layer in (attention.o_proj, mlp.up_proj, mlp.down_proj)
         )
         assert attention.q_proj.group is attention.v_proj.group is not None
         assert mlp.gate_proj.group is mlp.up_proj.group is not None

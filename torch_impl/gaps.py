@@ -79,7 +79,9 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
     return _running(-(-longest // ENTRIES))
 
 
-def _slabs(weight: torch.Tensor, section: int | None) -> Iterator[tuple[int, *tuple[torch.Tensor, ...]]]:
+def _slabs(
+    weight: torch.Tensor, section: int | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield a slab's first row, its rows' numbers of entries, the places of its kept values in the slab, and of each of these,
     and then of what fills sections up, row, number and gap.
     """
