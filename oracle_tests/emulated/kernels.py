@@ -15,7 +15,7 @@ import torch
 from torch_impl.decode import cuda
 
 FOLDER = Path(cuda.__file__).parent
-HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h", "cuda_gaps.h")
+HEADERS = ("cuda_panels.h", "cuda_decode.h", "cuda_tiles.h", "cuda_entries.h", "cuda_gaps.h")
 SOURCES = ("cuda.cu", "cuda_rows.cu", "cuda_coded.cu", "cuda_gaps.cu", "cuda_coded_gaps.cu")
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
 _BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

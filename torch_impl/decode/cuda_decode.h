@@ -1,5 +1,5 @@
 // y = x W^T for one to eight rows of x, and what a decoder block computes next of it: one kernel for the panels of cuda.cu and of cuda_coded.cu.
-// cuda_gaps.cu has the same endings.
+// cuda_gaps.h has the same endings.
 //
 // PLAIN     y, with a bias or none.
 // NORMED    of RMSNorm(t) W^T: x is t times the norm's gain, so the product is divided by the root of t's mean square, which each block

@@ -21,7 +21,7 @@ MOST_KEPT = 0.55
 """at most this share of it is not 0,"""
 MOST_SIZE = 1.15
 """and gaps take at most so many times the bytes of panels: more if its rows have very different numbers of zeros."""
-MOST_ENTRIES = 1.5
+MOST_ENTRIES = 2
 """Gaps of codes: at most so many entries for each code that is not 0."""
 
 

@@ -1,4 +1,4 @@
-"""How the products of cuda.cu, cuda_coded.cu, cuda_rows.cu and cuda_gaps.cu are divided among a GPU's processors."""
+"""How the products of cuda.cu, cuda_coded.cu, cuda_rows.cu and cuda_gaps.h are divided among a GPU's processors."""
 
 from __future__ import annotations
 
@@ -108,26 +108,26 @@ def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> Division:
     return Division(0, 0, 0)
 
 
-# Warps that a processor holds for the kernel of cuda_gaps.cu, of a block with several strips, and of a strip.
+# Warps that a processor holds for the kernel of cuda_gaps.h, of a block with several strips, and of a strip.
 GAP_WARPS, SHARED_GAP_WARPS, MOST_PARTS = 48, 16, 32
 # Columns that a part has at least, and the parts of a strip where a processor has more strips than fit at once.
 LEAST_COLUMNS, LEAST_PARTS = 128, 8
 
 
 def gaps_kernel_bytes(columns: int, warps: int, rows: int) -> int:
-    """Return the shared memory of a block of cuda_gaps.cu in bytes: so many rows of x, and the warps' sums."""
+    """Return the shared memory of a block of cuda_gaps.h in bytes: so many rows of x, and the warps' sums."""
     return -(-columns * rows * 2 // 16) * 16 + warps * rows * tiles.LANES * 4
 
 
 def choose_parts(rows: int, columns: int, processors: int) -> int:
-    """Choose the parts of a strip in cuda_gaps.cu, a warp for each: so many that a processor has some 48 warps."""
+    """Choose the parts of a strip in cuda_gaps.h, a warp for each: so many that a processor has some 48 warps."""
     of_processor = -(-rows // (tiles.LANES * processors))
     parts = max(min(GAP_WARPS // of_processor, MOST_PARTS), LEAST_PARTS)
     return min(parts, max(columns // LEAST_COLUMNS, 1))
 
 
 def choose_together(rows: int, parts: int, processors: int) -> int:
-    """Choose the strips of a block of cuda_gaps.cu: several if it has up to 16 warps, and every processor as many strips."""
+    """Choose the strips of a block of cuda_gaps.h: several if it has up to 16 warps, and every processor as many strips."""
     of_processor = -(-rows // (tiles.LANES * processors))
     even = [n for n in range(1, of_processor + 1) if of_processor % n == 0 and n * parts <= SHARED_GAP_WARPS]
     return max(even, default=1)
