@@ -122,7 +122,7 @@ def test_a_plan_counts_the_scales(bits: int, slot: int) -> None:
     ):
         layout = CodedGapLayout(rows, columns, parts, slot, BF16, some, some, (rows,), bits=bits)
         wide = 8 if bits > 4 else 4
-        assert layout.plan == [rows, columns, parts, slot, 0, 1, 2, 8, wide, at_once, 0, 0, 0, together, 0, 0, 1]
+        assert layout.plan == [rows, columns, parts, slot, 0, 1, 2, 8, wide, at_once, 0, 0, 0, together, 1, 0, 1]
         scales = together * -(-columns // 128) * 64
         warps = parts * together
         assert layout.shared(warps, 8) == gaps_kernel_bytes(columns, warps, 8) + scales

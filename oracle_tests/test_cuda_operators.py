@@ -110,6 +110,13 @@ extern "C" int losa_ending_gaps(const void* data, const void* starts, const void
   return losa_ending(data, starts, x, bias, y, rows, columns, panels, slot, batch, 7, overlap, ending + 20, squares, parts, eps,
                      total, gain, stream);
 }
+extern "C" int losa_ending_coded_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows,
+                                      int columns, int panels, int slot, int bits, int batch, int overlap, int ending,
+                                      void* squares, int parts, float eps, void* total, const void* gain, void* stream) {
+  if (bits != 4) return 98;
+  return losa_ending_gaps(data, starts, x, bias, y, rows, columns, panels, slot, batch, overlap, ending + 10, squares, parts,
+                          eps, total, gain, stream);
+}
 TORCH_LIBRARY_FRAGMENT(NAME, library) { library.def("launches() -> int", [] { return launches; }); }
 """
 STREAM = """
@@ -243,17 +250,18 @@ def test_gaps_take_up_to_at_once_rows(operators: Any, bits: int, launched: int, 
     assert operators.launches() - before == unpacked
 
 
-def test_other_endings_of_gaps(operators: Any) -> None:
+@pytest.mark.parametrize(("bits", "base"), [(0, 20), (4, 30)])
+def test_other_endings_of_gaps(operators: Any, bits: int, base: int) -> None:
     """The sums of squares are of 32 rows each."""
     x, squares = torch.ones(3, 32, dtype=torch.bfloat16), torch.zeros(3, 5)
-    weight = Weight(torch.bfloat16, gaps=1, rows=64)
-    assert operators.linear_normed(x, squares, 0.5, *weight.layout, None).eq(21).all()
+    weight = Weight(torch.bfloat16, gaps=1, rows=64, bits=bits)
+    assert operators.linear_normed(x, squares, 0.5, *weight.layout, None).eq(base + 1).all()
     assert squares[0].tolist() == [5, 0.5, 17, 0, 0]
-    assert operators.linear_gated(x, squares, 0.5, *weight.layout, None).eq(22).all()
+    assert operators.linear_gated(x, squares, 0.5, *weight.layout, None).eq(base + 2).all()
     total = torch.zeros(3, 64, dtype=torch.bfloat16)
     scaled, sums = operators.linear_added(x, total, weight.bias, *weight.layout, None)
     assert sums.shape == (3, 2)
-    assert scaled.eq(23).all()
+    assert scaled.eq(base + 3).all()
 
 
 def test_other_endings(operators: Any) -> None:

@@ -21,7 +21,7 @@ from oracle_tests.emulated.cases import (
 from oracle_tests.emulated.kernels import Kernels, guarded
 from oracle_tests.ending_cases import BF16, EPS, Numbers
 from torch_impl import quantise
-from torch_impl.decode import cuda, cuda_coded, cuda_endings, cuda_gaps
+from torch_impl.decode import cuda, cuda_coded, cuda_coded_gaps, cuda_endings, cuda_gaps
 
 NORMED, GATED, ADDED = 1, 2, 3
 pytestmark = needs_compiler
@@ -62,24 +62,32 @@ class Case:
 class GapCase(Case):
     """The same of gaps, in so many parts of a strip. equal: all rows are as long, so that gate and up are in one order."""
 
-    def __init__(self, rows: int, columns: int, batch: int, parts: int, equal: bool = False) -> None:
+    def __init__(self, rows: int, columns: int, batch: int, parts: int, bits: int = 0, equal: bool = False) -> None:
         super().__init__(rows, columns, batch, 1)
+        self.bits = bits
         weight = self.weight
         if equal:
             weight = torch.randn(rows, columns, generator=self.generator)
+            # None so small that it is rounded to 0.
+            weight = weight.sign() * (weight.abs() + 1)
             weight[:, torch.randperm(columns, generator=self.generator)[: columns // 2]] = 0
-        own = cuda_gaps.pack_gaps_rows(weight.to(BF16), parts)
+        if bits:
+            own = cuda_coded_gaps.pack_codes(*quantise.quantise_rows(weight, bits), bits, BF16, parts)
+        else:
+            own = cuda_gaps.pack_gaps_rows(weight.to(BF16), parts)
         self.order = own.parts()[-1]
         self.layout = in_guarded_memory(own)
         self.weight = own.expanded(torch.float32)
 
     def run(self, call: Kernels, ending: int, y: torch.Tensor, squares: torch.Tensor, *residual: torch.Tensor) -> None:
         layout = self.layout
-        told = (layout.data, layout.starts, self.x, self.bias, y, *look(layout), self.batch, 2)
-        call("losa_ending_gaps", *told, ending, squares, squares.shape[1], EPS, *(residual or (None, None)))
+        coded, kind = ("_coded", (layout.code_bits,)) if self.bits else ("", ())
+        told = (layout.data, layout.starts, self.x, self.bias, y, *look(layout), *kind, self.batch, 2)
+        call(f"losa_ending{coded}_gaps", *told, ending, squares, squares.shape[1], EPS, *(residual or (None, None)))
 
 
 GAPS = [(1, 8, 1, 1), (37, 300, 1, 3), (70, 520, 2, 2), (33, 1000, 4, 5), (65, 264, 8, 3), (33, 777, 7, 26)]
+CODED_GAPS = [(40, 300, 1, 3, 8), (70, 520, 2, 2, 4), (33, 264, 8, 3, 8)]
 
 
 SHAPES = [
@@ -127,7 +135,7 @@ def test_residual_sum(kernels: list[Kernels], shape: Any) -> None:
         Numbers(case.weight, case.x, case.bias).added(before, gain, total, scaled, squares)
 
 
-@pytest.mark.parametrize("shape", GAPS)
+@pytest.mark.parametrize("shape", [*GAPS, *CODED_GAPS])
 def test_gaps_with_a_norm_before_and_the_residual_after(kernels: list[Kernels], shape: Any) -> None:
     case = GapCase(*shape)
     rows = case.layout.rows
@@ -143,7 +151,10 @@ def test_gaps_with_a_norm_before_and_the_residual_after(kernels: list[Kernels], 
         Numbers(case.weight, case.x, case.bias).added(before, gain, total, scaled, sums, case.order)
 
 
-@pytest.mark.parametrize("shape", [(64, 8, 1, 1), (128, 300, 2, 5), (192, 264, 7, 3), (64, 520, 4, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 8, 1, 1), (128, 300, 2, 5), (192, 264, 7, 3), (64, 520, 4, 16), (64, 300, 1, 5, 8), (128, 264, 7, 3, 4)],
+)
 def test_gaps_of_gate_and_up(kernels: list[Kernels], shape: Any) -> None:
     case = GapCase(*shape, equal=True)
     assert case.layout.plan[cuda.GATED] == 1

@@ -14,11 +14,9 @@ extern "C" int losa_matvec_gaps(const void* data, const void* starts, const void
 extern "C" int losa_ending_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns, int panels,
                                 int slot, int batch, int overlap, int ending, void* squares, int parts, float eps, void* total, const void* gain,
                                 void* stream) {
-    using T = __nv_bfloat16;
     const Layout w{static_cast<const uint8_t*>(data), static_cast<const int*>(starts), rows, columns, panels, slot};
     const Around around{static_cast<float*>(squares), parts, eps, static_cast<uint16_t*>(total), static_cast<const uint16_t*>(gain), 0, overlap == 2};
-    const auto call = ending == NORMED ? launch_gaps<T, 16, NORMED> : ending == GATED ? launch_gaps<T, 16, GATED> : launch_gaps<T, 16, ADDED>;
-    return call(w, x, bias, y, batch, ending == GATED ? 2 : 1, overlap, around, static_cast<cudaStream_t>(stream));
+    return launch_ending_gaps<16>(ending, w, x, bias, y, batch, overlap, around, static_cast<cudaStream_t>(stream));
 }
 
 // width: columns of a block, a multiple of 8.

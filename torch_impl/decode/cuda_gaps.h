@@ -250,6 +250,14 @@ cudaError_t launch_gaps(const Layout& w, const void* x, const void* bias, void* 
     return call(w, x, bias, y, batch, together, overlap, around, stream);
 }
 
+template <int BITS>
+cudaError_t launch_ending_gaps(int ending, const Layout& w, const void* x, const void* bias, void* y, int batch, bool overlap, const Around& around,
+                               cudaStream_t stream) {
+    using T = __nv_bfloat16;
+    const auto call = ending == NORMED ? launch_gaps<T, BITS, NORMED> : ending == GATED ? launch_gaps<T, BITS, GATED> : launch_gaps<T, BITS, ADDED>;
+    return call(w, x, bias, y, batch, ending == GATED ? 2 : 1, overlap, around, stream);
+}
+
 // width: columns of a block, a multiple of 8.
 template <typename T, int BITS>
 cudaError_t launch_expand(const Layout& w, void* dense, int width, cudaStream_t stream) {

@@ -79,7 +79,7 @@ class GapLayout(cuda.Layout):
         shape = (self.rows, self.columns, self.panels, self.slot, int(self.dtype == torch.float16))
         early = card.early + (card.early and cuda.LAUNCH_FIRST)
         at_once = max(fitting, default=0)
-        endings = (0, 0) if self.code_bits else (1, int(self.paired and 2 * self.panels <= MOST_PARTS))
+        endings = 1, int(self.paired and 2 * self.panels <= MOST_PARTS)
         return [
             *shape,
             int(at_once > 0),

@@ -44,6 +44,9 @@ extern "C" int losa_expand_gaps(const void* data, const void* starts, void* dens
 // In cuda_coded_gaps.cu.
 extern "C" int losa_matvec_coded_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
                                       int panels, int slot, int half, int bits, int batch, int groups, int overlap, void* stream);
+extern "C" int losa_ending_coded_gaps(const void* data, const void* starts, const void* x, const void* bias, void* y, int rows, int columns,
+                                      int panels, int slot, int bits, int batch, int overlap, int ending, void* squares, int parts, float eps,
+                                      void* total, const void* gain, void* stream);
 extern "C" int losa_expand_coded_gaps(const void* data, const void* starts, void* dense, int rows, int columns, int panels, int slot, int half,
                                       int bits, int width, void* stream);
 
@@ -179,7 +182,9 @@ at::Tensor multiply_ending(Ending ending, const Plan& p, const at::Tensor& x, co
   const void* own_bias = bias ? bias->const_data_ptr() : nullptr;
   void *to = y.mutable_data_ptr(), *sums = squares.mutable_data_ptr(), *stream = current_stream(data);
   const auto least = static_cast<float>(eps);
-  check_launch(p.gaps ? losa_ending_gaps(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, batch, p.overlap, ending, sums, parts,
+  check_launch(p.gaps && p.bits ? losa_ending_coded_gaps(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, p.bits, batch, p.overlap,
+                                                         ending, sums, parts, least, total, gain, stream)
+               : p.gaps ? losa_ending_gaps(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, batch, p.overlap, ending, sums, parts,
                                          least, total, gain, stream)
                : p.bits ? losa_ending_coded(panels, first, from, own_bias, to, p.rows, p.columns, p.panels, p.slot, p.bits, batch, share, p.overlap,
                                             ending, sums, parts, least, total, gain, stream)
