@@ -166,12 +166,13 @@ def test_layers_of_two_kinds_are_a_group_of_one() -> None:
         ((0.7, 0.7), (61, 64), {CodedGapLayout}, 1),
         ((0.7, 0.7), (61, 64), {CodedLayout}, 8),
     ):
-        layers = [layer_of(*own, 8 - 2 * number, sequences) for number, own in enumerate(zip(rows, zeros, strict=True))]
+        layers = [layer_of(*own, 6 + 2 * number, sequences) for number, own in enumerate(zip(rows, zeros, strict=True))]
         assert {type(layer.layout) for layer in layers} == kinds
         weights = [layer.unpacked() for layer in layers]
         packed_linear.join(layers)
         group = layers[0].group
         assert group is layers[1].group is not None
+        assert group.layout.bits == 8
         assert type(group.layout) is (CodedGapLayout if sequences == 1 else CodedLayout)
         assert all(torch.equal(layer.unpacked(), weight) for layer, weight in zip(layers, weights, strict=True))
 
@@ -182,7 +183,7 @@ def test_more_sequences_than_the_layout_is_for_are_said(capsys: pytest.CaptureFi
     for sequences, count, said in ((1, 8, False), (1, 12, True), (1, 25, False), (8, 12, False), (8, 25, False)):
         packed_linear._say.cache_clear()
         layer_of(64, 0.7, 8, sequences)(torch.ones(count, 1, 520, dtype=BF16))
-        assert ("load the model with sequences=12" in capsys.readouterr().err) == said
+        assert (f"load the model with sequences={count}" in capsys.readouterr().err) == said
 
 
 def test_the_gpu_program_runs_anywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
