@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,15 @@ from oracle_tests.fused_models import model_of, next_tokens, pack
 from oracle_tests.tolerances import PACKED_LOGITS
 from torch_impl import packed, quantise
 from torch_impl.bench import whole
-from torch_impl.decode import cuda_endings, cuda_layouts, fused_kernels, fused_operations, packed_step
+from torch_impl.decode import (
+    cuda_coded_gaps,
+    cuda_endings,
+    cuda_gaps,
+    cuda_layouts,
+    fused_kernels,
+    fused_operations,
+    packed_step,
+)
 from torch_impl.decode.coded_linear import CodedLinear
 from torch_impl.decode.packed_linear import PackedLinear, group_projections
 from torch_impl.engine.decoder import Decoder
@@ -155,6 +165,32 @@ def test_five_launches_can_be_turned_off(launches: list[str], monkeypatch: pytes
     monkeypatch.setattr(packed_step, "FIVE", False)
     assert_near(packed_model("llama"))
     assert "normed" not in launches
+
+
+def test_five_launches_are_taken_where_they_are_faster(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With values and gaps, in models that are wide enough: as measured, so not with panels, nor with codes."""
+    monkeypatch.setattr(packed_step, "FIVE", None)
+    monkeypatch.setattr(cuda_layouts, "MOST_SIZE", float("inf"))
+    model = model_of("llama", dtype=BF16, num_hidden_layers=2, intermediate_size=64)
+    with torch.no_grad():
+        for block, name in whole.places(model):
+            # As many values in every row, so that gate and up are in one order.
+            block.get_submodule(name).weight.view(-1, 4)[:, ::2] = 0
+    width = model.config.hidden_size
+    for sequences, fewest, five in ((1, width, True), (1, width + 1, False), (8, width, False)):
+        monkeypatch.setattr(packed_step, "FEWEST_COLUMNS", fewest)
+        own = copy.deepcopy(model)
+        for block, name in whole.places(own):
+            block.set_submodule(name, PackedLinear.of(block.get_submodule(name), sequences))
+        group_projections(own)
+        launches.clear()
+        assert_near(own)
+        assert ("normed" in launches) == five
+    coded = cuda_coded_gaps.pack_codes(
+        torch.ones(32, width, dtype=torch.int8), torch.ones(32, 1, dtype=torch.float16), 8, BF16
+    )
+    assert isinstance(coded, cuda_gaps.GapLayout)
+    assert not packed_step.pays(SimpleNamespace(qkv=SimpleNamespace(layout=coded)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["normed", "swiglu", "added", "begin"])

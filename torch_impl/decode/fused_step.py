@@ -199,9 +199,10 @@ def _obstacle_in_cache(cache: Cache) -> str | None:
 
 def _checked_step(decoder: Decoder, cache: Any) -> _Step:
     """Return a step that computes what the model does: in five launches a block if possible, otherwise in eight."""
-    step = _Step(decoder, cache, packed_step.FIVE)
+    five = packed_step.FIVE is not False
+    step = _Step(decoder, cache, five)
     try:
-        _check(decoder, cache, packed_step.FIVE)
+        _check(decoder, cache, five)
     except fused_kernels.ERRORS as error:
         if not step.packed:
             raise

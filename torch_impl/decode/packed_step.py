@@ -14,13 +14,16 @@ import torch
 from torch import nn
 
 from torch_impl import tiles
-from torch_impl.decode import cuda, cuda_endings
+from torch_impl.decode import cuda, cuda_endings, cuda_gaps
 from torch_impl.decode import fused_operations as operations
 from torch_impl.decode.fused_attention import Attention
 from torch_impl.decode.packed_linear import PackedLinear
 
-FIVE = False
-"""Whether blocks take five launches where they can; otherwise eight. To be True once that has been measured (gpu_fused)."""
+FIVE: bool | None = None
+"""Whether blocks take five launches where they can; None: where that is faster, as `pays` tells; otherwise eight."""
+FEWEST_COLUMNS = 3072
+"""With gaps at 70 %, five launches decode 621 and 923 tokens/s of 7B's and 3B's shapes, 4096 and 3072 wide, eight 596 and 899; of
+1B's, 2048 wide, 1680 and 1761; of 7B's with panels 429 and 440 (one H200, gpu_fused)."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,16 @@ class Block:
         return cuda_endings.added(down.layout, inner, total, gain, down.bias)
 
 
+def pays(block: Block) -> bool:
+    """Return whether five launches are faster than eight: with gaps, if the model is wide enough."""
+    layout = block.qkv.layout
+    return isinstance(layout, cuda_gaps.GapLayout) and not layout.code_bits and layout.columns >= FEWEST_COLUMNS
+
+
 def blocks(layers: Sequence[Any]) -> list[Block]:
-    """Return the layers of `fused_step` as such blocks, or none if one of them cannot be."""
+    """Return the layers of `fused_step` as such blocks, or none if one of them cannot be, or eight launches are faster."""
     found = [Block.of(layer) for layer in layers]
-    whole = [block for block in found if block is not None]
+    whole = [block for block in found if block is not None and (FIVE or pays(block))]
     return whole if len(whole) == len(found) else []
 
 
