@@ -22,7 +22,7 @@ MOST_KEPT = 0.55
 MOST_SIZE = 1.15
 """and gaps take at most so many times the bytes of panels: more if its rows have very different numbers of zeros."""
 MOST_ENTRIES = 2
-"""Gaps of codes, for which none of this is measured yet: at most so many entries for each code that is not 0."""
+"""Gaps of codes, for which the first two are measured too (gpu_coded_gaps): at most so many entries for each code that is not 0."""
 
 
 def lay_out(weight: torch.Tensor, sequences: int = 1) -> cuda.Layout:
