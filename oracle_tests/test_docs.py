@@ -114,6 +114,11 @@ def test_results_and_readme_have_the_figures_of_the_runs() -> None:
     [(second, both)] = perplexities("recovery", recipe="dense")
     assert f"Dense: {both:.1f} ({second:.1f})." in " ".join(results.split())
     assert readme.count(f" {both:.1f} |") >= 3
+    best = float(cells[2].strip("*").split()[0])
+    assert (
+        f"from perplexity {shown['none'][2]}, pruned at once, to {best:.0f} (dense {both:.0f}; "
+        f"LoSA as in the paper {float(shown['losa'][2]):.0f})" in readme
+    )
 
 
 def cells(run: dict[str, Any]) -> str:
