@@ -49,7 +49,8 @@ def models(name: str, blocks: int | None, device: torch.device) -> tuple[PreTrai
     decoder = Decoder(packed)
     for block in decoder.blocks:
         for projection in decoder.family.projections:
-            block.set_submodule(projection, PackedLinear.of(block.get_submodule(projection)))
+            linear: Any = block.get_submodule(projection)
+            block.set_submodule(projection, PackedLinear.of(linear))
     group_projections(packed)
     capture_in_generate(packed)
     return dense, packed
@@ -64,9 +65,9 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
-def generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
+def generate(model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
     """Greedy new tokens, always as many."""
-    return model.generate(
+    found: torch.Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
@@ -74,7 +75,8 @@ def generate(model: PreTrainedModel, ids: torch.Tensor, tokens: int, **options: 
         do_sample=False,
         pad_token_id=0,
         **options,
-    )[:, ids.shape[1] :]
+    )
+    return found[:, ids.shape[1] :]
 
 
 def seconds(action: Callable[[], Any], device: torch.device) -> float:
@@ -144,7 +146,7 @@ def host(dense: PreTrainedModel, packed: PreTrainedModel, device: torch.device) 
     plain, ours = Decoder(dense).projections(0), Decoder(packed).projections(0)
     groups = [[name for name in names if name in ours] for names in Decoder(dense).family.inputs]
 
-    def of(layers: list[nn.Module], count: int = 100) -> float:
+    def of(layers: list[Any], count: int = 100) -> float:
         xs = [torch.randn(1, 1, layers[0].in_features, device=device, dtype=torch.bfloat16) for _ in range(count)]
         found = []
         for _ in range(5):

@@ -107,7 +107,7 @@ def cases(small: bool) -> Iterator[tuple[str, Callable[[], float | None]]]:
             yield (
                 f"attend {kind} {shape}, {share:.0%} of {longest}",
                 lambda s=shape, n=longest, f=share, d=dtype: fused_cases.attend(
-                    fused_kernels, *s, n, f, d, 0, s[1] > 8
+                    fused_kernels, s[0], s[1], s[2], n, f, d, 0, s[1] > 8
                 ),
             )
 
@@ -200,7 +200,8 @@ def settings(model: nn.Module, **values: Any) -> Iterator[None]:
 
 def token_bytes(model: PreTrainedModel, options: argparse.Namespace) -> int:
     """Bytes that a token reads: layouts or weights, but the embedding's, and the filled part of the cache, on average."""
-    body, config = model.base_model, model.config
+    body: Any = model.base_model
+    config: Any = model.config
     tied = model.get_output_embeddings().weight is body.embed_tokens.weight
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     embedding = 0 if tied else body.embed_tokens.weight.nbytes

@@ -17,6 +17,7 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -38,7 +39,8 @@ def save(folder: Path, geometry: str, blocks: int, dtype: torch.dtype) -> tuple[
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     shape = {**GEOMETRIES[geometry], "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
-    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, eos_token_id=None)).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, eos_token_id=None))
+    model.to(dtype)
     with torch.no_grad():
         for weight in Decoder(model).weights:
             weight.masked_fill_(torch.rand(weight.shape) < SPARSITY, 0)
@@ -88,11 +90,12 @@ def same_tokens(folder: Path, device: str) -> bool:
 def opened_by_transformers(folder: Path, device: str) -> bool:
     """Open the packed tiny model with transformers alone, in every way that puts it on the device; save it and open that."""
     plain, packed = save(folder, "small", 3, torch.float32)
-    opened = AutoModelForCausalLM.from_pretrained
+    opened: Any = AutoModelForCausalLM.from_pretrained
     ids = torch.randint(0, 200, (1, 24), generator=torch.Generator().manual_seed(1)).to(device)
 
-    def tokens(model: PreTrainedModel) -> torch.Tensor:
-        return model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)[0].cpu()
+    def tokens(model: Any) -> torch.Tensor:
+        found: torch.Tensor = model.generate(ids, max_new_tokens=32, do_sample=False, pad_token_id=0)
+        return found[0].cpu()
 
     expected = tokens(opened(plain, dtype=torch.float32).to(device))
     ways = {

@@ -28,7 +28,7 @@ from torch_impl.engine.graphs import Captured
 
 # Tokens decoded before a graph is captured, so that all libraries and kernels are loaded.
 WARM_UP = 2
-KERNELS = ("cuda",)
+KERNELS: tuple[str, ...] = ("cuda",)
 """Types of the devices on which decoding uses the kernels of fused_step.py where it can."""
 Result = TypeVar("Result")
 
