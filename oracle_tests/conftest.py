@@ -26,6 +26,8 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
+from oracle_tests.emulated import cases
+from oracle_tests.emulated.kernels import Kernels
 from oracle_tests.poison import poisoned
 from oracle_tests.small_runs import make_place
 from torch_impl.decode import cpu, cuda, cuda_gaps, cuda_layouts, packed_linear
@@ -60,6 +62,12 @@ def poisoned_memory() -> Iterator[None]:
     """Fill uninitialised memory with NaN, so that reading it shows."""
     with poisoned():
         yield
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
+    """The GPU's kernels on an emulated GPU, as compiled for each architecture."""
+    return cases.compiled(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import torch
 
 from oracle_tests import ending_cases
 from oracle_tests.emulated.cases import (
-    compiled,
     in_guarded_memory,
     look,
     needs_compiler,
@@ -25,12 +24,6 @@ from torch_impl.decode import cuda, cuda_coded, cuda_coded_gaps, cuda_endings, c
 
 NORMED, GATED, ADDED = 1, 2, 3
 pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
-    """The kernels as compiled for each architecture."""
-    return compiled(tmp_path_factory)
 
 
 class Case:

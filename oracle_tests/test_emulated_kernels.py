@@ -13,10 +13,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from oracle_tests import tolerances
 from oracle_tests.assertions import assert_exact
 from oracle_tests.emulated.cases import (
-    compiled,
+    assert_product,
     in_guarded_memory,
     look,
     needs_compiler,
@@ -33,22 +32,6 @@ from torch_impl.decode import cuda, cuda_coded
 from torch_impl.decode.cuda_plan import Card, rows_kernel_bytes
 
 both_dtypes = pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
-    """The kernels as compiled for each architecture."""
-    return compiled(tmp_path_factory)
-
-
-def assert_product(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    """Within float32's sums and one rounding of the product in float64."""
-    W, inputs = weight.double().numpy(), x.double().numpy()
-    offset = 0.0 if bias is None else bias.double().numpy()
-    expected, terms = inputs @ W.T + offset, abs(inputs) @ abs(W).T + abs(offset)
-    error = abs(y.double().numpy() - expected)
-    # NaN, which nobody wrote over, is not within any bound.
-    assert (error <= tolerances.one_rounding(y.dtype, abs(expected), terms)).all()
 
 
 def multiply_rows(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from oracle_tests import tolerances
 from oracle_tests.emulated.kernels import Kernels, guarded
 from torch_impl.decode import cuda
 
@@ -66,3 +67,13 @@ def unwritten(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 def look(layout: cuda.Layout) -> tuple[int, int, int, int]:
     """The numbers that every kernel is told of a layout."""
     return layout.rows, layout.columns, layout.panels, layout.slot
+
+
+def assert_product(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Within float32's sums and one rounding of the product in float64."""
+    W, inputs = weight.double().numpy(), x.double().numpy()
+    offset = 0.0 if bias is None else bias.double().numpy()
+    expected, terms = inputs @ W.T + offset, abs(inputs) @ abs(W).T + abs(offset)
+    error = abs(y.double().numpy() - expected)
+    # NaN, which nobody wrote over, is not within any bound.
+    assert (error <= tolerances.one_rounding(y.dtype, abs(expected), terms)).all()

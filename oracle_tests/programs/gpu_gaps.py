@@ -11,7 +11,6 @@ a number is wrong. Without a GPU, torch computes the products.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import ctypes
 import itertools
@@ -27,7 +26,7 @@ from torch.nn import functional
 from oracle_tests import tolerances
 from oracle_tests.poison import poisoned
 from oracle_tests.programs.gpu_kernels import HEADING, Case, Maker, Worst, wide
-from oracle_tests.programs.gpu_rows import library
+from oracle_tests.programs.gpu_rows import built, library, parsed
 from torch_impl.bench import decode
 from torch_impl.bench.measure import graphed
 from torch_impl.decode import cuda, cuda_gaps
@@ -257,22 +256,10 @@ def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, ba
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, then time. Returns 1 if a number is wrong or the kernels cannot run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--check", action="store_true", help="do not time")
-    parser.add_argument("--sweep", action="store_true", help="time the ways to divide a product instead")
-    parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the timed products")
-    parser.add_argument("--sparsities", nargs="+", default=["70", "50", "60", "80"], metavar="PERCENT")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], metavar="ROWS")
-    options = parser.parse_args(arguments)
+    options = parsed(__doc__, arguments, batches=True)
     device, start = torch.device(options.device), time.perf_counter()
-    if device.type == "cuda" and not cuda.available()[0]:
-        print(cuda.available()[1])
+    if not built(device):
         return 1
-    torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
-    print(f"built in {time.perf_counter() - start:.0f} s")
     right = check_all(device, SHAPES[:3] if options.small else SHAPES)
     print(f"checked after {time.perf_counter() - start:.0f} s")
     dtype, name = getattr(torch, options.dtype), "small" if options.small else "llama-2-7b"

@@ -286,23 +286,38 @@ def sweep(name: str, sparsity: str, dtype: torch.dtype, device: torch.device, ro
         print(f"    a block, {count} rows: best {first:.1f}, plan {own:.1f}, eight at once {today:.1f}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, then time. Returns 1 if a number is wrong or the kernels cannot run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(description: str | None, arguments: Sequence[str] | None, batches: bool = False) -> argparse.Namespace:
+    """Read the options of a program that checks and times products. batches: the rows of input can be chosen."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check", action="store_true", help="do not time")
     parser.add_argument("--sweep", action="store_true", help="time the ways to divide a product instead")
     parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of the timed products")
     parser.add_argument("--sparsities", nargs="+", default=["70", "50", "60", "80"], metavar="PERCENT")
-    options = parser.parse_args(arguments)
-    device, start = torch.device(options.device), time.perf_counter()
+    if batches:
+        parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], metavar="ROWS")
+    return parser.parse_args(arguments)
+
+
+def built(device: torch.device) -> bool:
+    """Build the kernels and print where they run, and how long that took; or print why they cannot."""
+    start = time.perf_counter()
     if device.type == "cuda" and not cuda.available()[0]:
         print(cuda.available()[1])
-        return 1
+        return False
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     print(f"built in {time.perf_counter() - start:.0f} s")
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, then time. Returns 1 if a number is wrong or the kernels cannot run."""
+    options = parsed(__doc__, arguments)
+    device, start = torch.device(options.device), time.perf_counter()
+    if not built(device):
+        return 1
     right = check_all(device, options.small)
     dtype = getattr(torch, options.dtype)
     if options.sweep and device.type == "cuda":

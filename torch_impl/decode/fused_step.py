@@ -1,8 +1,9 @@
 """One token through the decoder blocks in eight launches a block: what is between the products is three kernels of ours.
 
 norm · q, k, v · attention · o · norm · gate, up · SiLU · down: the projections are the model's own modules, dense or packed, and
-the cache is Hugging Face's. Where all are packed in bf16, five launches do it (packed_step.py). Which models compute this is found
-by structure, and checked against the model itself on random tokens. Nothing is compiled but the kernels, which are few and small.
+the cache is Hugging Face's. Where all are packed in bf16 and it is faster, five launches do it (packed_step.py). Which models
+compute this is found by structure, and checked against the model itself on random tokens. Nothing is compiled but the kernels,
+which are few and small.
 """
 
 from __future__ import annotations
