@@ -110,8 +110,15 @@ inline void fail(const char* why) {
 inline void check(uint32_t at, uint32_t bytes, uint32_t unit) {
     if (at % unit || at + static_cast<size_t>(bytes) > shared) fail("shared memory: out of bounds or not aligned");
 }
+// A barrier's bytes are the hardware's until the kernel ends: it may write to them when those who waited have gone on. Reading them is
+// harmless: some lanes read beyond their panel and use nothing of it.
+inline void check_store(uint32_t at, uint32_t bytes) {
+    check(at, bytes, bytes);
+    const auto next = barriers.lower_bound(at < 8 ? 0 : at - 7);
+    if (next != barriers.end() && next->first < at + bytes) fail("shared memory: a barrier is there");
+}
 template <class T> T load(uint32_t at) { check(at, sizeof(T), sizeof(T)); T value; memcpy(&value, memory + at, sizeof(T)); return value; }
-template <class T> void store(uint32_t at, T value) { check(at, sizeof(T), sizeof(T)); memcpy(memory + at, &value, sizeof(T)); }
+template <class T> void store(uint32_t at, T value) { check_store(at, sizeof(T)); memcpy(memory + at, &value, sizeof(T)); }
 inline void load_four(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t at) {
     const uint4 all = load<uint4>(at);
     a = all.x, b = all.y, c = all.z, d = all.w;

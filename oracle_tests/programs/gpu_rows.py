@@ -3,7 +3,8 @@
     python -m oracle_tests.programs.gpu_rows [--device cuda] [--check] [--sweep]
 
 Checks them against the spec: shapes that do not fit tiles, empty and full rows, 1 to 64 rows of input, bf16 and fp16, 0 to 100 %
-zeros, odd addresses, projections joined in one layout, a CUDA graph, the ways to divide a product by cuda_plan.py.
+zeros, odd addresses, projections joined in one layout, a CUDA graph, the ways to divide a product by cuda_plan.py, products
+that keep the whole GPU busy.
 Then times the products of a block of LLaMA-2-7B's and LLaMA-3.2-1B's shapes: 8, 16 and 32 rows at a time, unpacked before cuBLAS,
 dense by cuBLAS. Prints from how many rows unpacking is faster, which `MOST_ROWS` has to be. `--sweep` times instead how each
 projection of 7B can be divided, for one and eight rows too, beside what cuda_plan.py chooses and the kernel for eight rows.
@@ -129,6 +130,23 @@ def check_codes(make: Maker, dtype: torch.dtype, shapes: Sequence[tuple[int, int
         yield f"{rows} x {columns}, {density:.0%} kept, {bits} bits", found, W, np.zeros(W.shape)
 
 
+def check_busy(make: Maker, dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """Products that fill the GPU: what goes wrong in one of 10,000 blocks shows only here."""
+    rows, columns = (64, 256) if small else (22016, 4096)
+    for density in (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5):
+        weight = make.sparse(rows, columns, density, dtype)
+        layout = cuda.pack_rows(weight)
+        for batch in (8, 16, 32, 128):
+            x = make.normal(batch, columns, dtype=dtype)
+            expected = x.double() @ weight.double().T
+            allowed = tolerances.one_rounding(
+                dtype, expected.abs().cpu().numpy(), (x.double().abs() @ weight.double().abs().T).cpu().numpy()
+            )
+            for attempt in range(4):
+                found = product(layout, x, plan(layout, 32))
+                yield f"{rows} x {columns}, {density:.0%} kept, {batch} rows, attempt {attempt}", found, *wide(expected), allowed
+
+
 def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:
     """All ways to divide a product; without a GPU there is one."""
     for rows, columns in ((176, 4096), (33, 1000)):
@@ -178,6 +196,7 @@ def check_all(device: torch.device, small: bool) -> bool:
     checks: dict[str, Callable[[Maker, torch.dtype], Iterator[Case]]] = {
         "products": lambda make, dtype: check_products(make, dtype, shapes),
         "codes": lambda make, dtype: check_codes(make, dtype, shapes),
+        "busy": lambda make, dtype: check_busy(make, dtype, small),
         "divisions": check_divisions,
         "joined": check_joined,
     }

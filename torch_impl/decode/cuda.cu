@@ -67,7 +67,7 @@ __global__ void expand(Layout w, uint16_t* dense, int share_of_warp) {
     if (count <= 0) return;
     const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, mine = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + warp * each;
     const uint32_t counts = mine + each - SCRATCH;
-    Feed<> feed(w, mine, lane, first, count);
+    Feed<> feed(w, mine, mine + SLOTS * w.slot, lane, first, count);
     const Share share(lane);
     for (int panel = first; panel < first + count; ++panel) {
         feed.wait();

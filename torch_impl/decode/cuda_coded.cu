@@ -182,7 +182,8 @@ __global__ void expand(Layout w, T* dense, int share_of_warp) {
     __syncthreads();
     if (count <= 0) return;
     // SCRATCH: a lane reads up to three words beyond its panel.
-    Feed<> feed(w, table + TABLE + warp * (SLOTS * w.slot + BARRIERS + SCRATCH), lane, first, count);
+    const uint32_t mine = table + TABLE + warp * (SLOTS * w.slot + BARRIERS + SCRATCH);
+    Feed<> feed(w, mine, mine + SLOTS * w.slot, lane, first, count);
     for (int panel = first; panel < first + count; ++panel) {
         feed.wait();
         Reader<BITS> reader(feed.at, table, lane);

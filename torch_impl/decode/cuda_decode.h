@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(1024, 1) decode(Layout w, const T* x, const T*
     const int count = min(share_of_warp, w.panels - first);
     const uint32_t each = SLOTS * w.slot + BARRIERS + SCRATCH, table = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     const uint32_t mine = table + Panels::HEAD + warp * each, scratch = mine + each - SCRATCH;
-    Feed<> feed(w, mine, lane, strip * w.panels + first, count);
+    Feed<> feed(w, mine, mine + SLOTS * w.slot, lane, strip * w.panels + first, count);
     Panels panels(table, lane);
     // The thread's number of the result.
     const int b = threadIdx.x / ROWS, row = blockIdx.x * ROWS + threadIdx.x % ROWS;

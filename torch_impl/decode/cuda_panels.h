@@ -71,9 +71,11 @@ struct Feed {
     int start[STRIPS];          // starts of the panels to copy next
     int next;                   // their number
 
-    // first: number of the first panel; the same one of the following strips is `step` panels later. count: panels of a strip.
-    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, int lane, int first, int count, int step = 0)
-        : data(w.data), at(at), barrier(at + SLOTS * STRIPS * w.slot), both(2 * at + STRIPS * w.slot), round(0), slot(w.slot), next(0) {
+    // at, barrier: where the places and their barriers are. Nothing else may be stored where the barriers are, not even later: the
+    // hardware may still write to one when those who waited for it have gone on. first: number of the first panel; the same one of the
+    // following strips is `step` panels later. count: panels of a strip.
+    __device__ __forceinline__ Feed(const Layout& w, uint32_t at, uint32_t barrier, int lane, int first, int count, int step = 0)
+        : data(w.data), at(at), barrier(barrier), both(2 * at + STRIPS * w.slot), round(0), slot(w.slot), next(0) {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) starts[s] = w.starts[first + s * step + min(lane, count)];
 #if __CUDA_ARCH__ >= 900

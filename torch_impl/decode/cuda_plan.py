@@ -82,7 +82,7 @@ def choose_plan(rows: int, panels: int, width: int, fitting: int, processors: in
 
 def rows_kernel_bytes(slot: int, strips: int) -> int:
     """Return the shared memory of a warp's panels in bytes."""
-    return max(strips * (SLOTS * slot + COUNTS) + BARRIERS, strips * MOST_TILES * SUMS)
+    return max(strips * (SLOTS * slot + COUNTS), strips * MOST_TILES * SUMS) + BARRIERS
 
 
 def choose_rows_plan(rows: int, panels: int, slot: int, card: Card) -> Division:

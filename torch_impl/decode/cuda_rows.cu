@@ -14,10 +14,10 @@ template <int STRIPS, int TILES>
 constexpr int MOST = STRIPS * TILES >= 4 ? 768 : 1024;
 constexpr int COUNTS = ROWS * COLUMNS / 32; // bytes of a panel's counts of bits
 
-// Bytes of shared memory for a warp: its panels, later its sums in the same place.
+// Bytes of shared memory for a warp: its panels and counts, later its sums in the same place, then barriers.
 template <int STRIPS, int TILES>
 __host__ __device__ __forceinline__ int bytes_of_warp(int slot) {
-    return max(STRIPS * (SLOTS * slot + COUNTS) + BARRIERS, STRIPS * TILES * SUMS);
+    return max(STRIPS * (SLOTS * slot + COUNTS), STRIPS * TILES * SUMS) + BARRIERS;
 }
 
 // Add the products of 32 columns of a strip, the first ones in `at`, with x.
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(MOST<STRIPS, TILES>, 1) decode_rows(Layout w, 
     // Beyond the last strip the last one is multiplied again, and its sums are dropped.
     const int strip = min((static_cast<int>(blockIdx.x) * groups + group) * STRIPS, strips(w) - 1);
     const uint32_t each = bytes_of_warp<STRIPS, TILES>(w.slot), mine = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + warp * each;
-    const uint32_t counts = mine + STRIPS * SLOTS * w.slot + BARRIERS;
-    Feed<STRIPS> feed(w, mine, lane, strip * w.panels + first, count, strip + STRIPS <= strips(w) ? w.panels : 0);
+    const uint32_t counts = mine + STRIPS * SLOTS * w.slot;
+    Feed<STRIPS> feed(w, mine, mine + each - BARRIERS, lane, strip * w.panels + first, count, strip + STRIPS <= strips(w) ? w.panels : 0);
     const Share share(lane);
 #if __CUDA_ARCH__ >= 900
     // As in cuda.cu: weights load before the previous kernel, which computes x, ends.
