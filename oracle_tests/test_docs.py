@@ -132,8 +132,8 @@ def test_rates_and_masks_of_2_4_are_those_of_the_runs() -> None:
         assert f"| {title} | {' | '.join(found)} |" in results
     [(losa, _)], [(uniform, _)] = (perplexities("ablation", recipe=recipe) for recipe in ("losa", "uniform_rates"))
     assert f"has {losa:.1f} with mutual information and {uniform:.1f} with uniform rates" in results
-    [(second, both)] = perplexities("two_four", recipe="three_steps_seven_written")
-    assert f"| {both:.1f} ({second:.1f}) |" in results
+    [(half, whole)] = perplexities("two_four", recipe="three_steps_seven_written")
+    assert f"| {whole:.1f} ({half:.1f}) |" in results
     [(plain, _)], [(mixed, _)] = (
         perplexities("smollm2", recipe="losa", prune_method="wanda", sparsity=pattern)
         for pattern in ("2:4", "mixed-2:4")
