@@ -560,14 +560,14 @@ OPS = (
     ),
     Op(
         "loraprune.smoothed",
-        st.integers(1, 9).flatmap(
-            lambda u: _cases(
-                before=s.matrices(1, u).map(lambda m: m[0]), score=s.matrices(1, u).map(lambda m: np.abs(m[0]))
+        st.tuples(st.integers(1, 9), st.integers(1, 4)).flatmap(
+            lambda sizes: _cases(
+                before=s.matrices(1, sizes[0]).map(lambda m: m[0]), scores=s.matrices(sizes[1], sizes[0]).map(np.abs)
             )
         ),
         Kind.CLOSE,
-        ({"before": ROW, "score": np.ones(2)}, "score"),
-        scale=lambda case: float(np.abs(case["before"]).max()) + 1,
+        ({"before": ROW, "scores": np.ones((1, 2))}, "scores"),
+        scale=lambda case: float(np.abs(case["before"]).max()) + len(case["scores"]),
     ),
     Op(
         "flap.fluctuation",

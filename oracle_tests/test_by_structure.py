@@ -212,17 +212,17 @@ def test_loraprune_scores_by_the_adapters_gradients_and_averages_over_steps() ->
     expected: dict[tuple[int, str], torch.Tensor] = {}
     for step in (1, 2, 3):
         random_gradients(decoder, step)
+        parts: dict[tuple[int, str], Any] = {}
         for index in range(10):
-            block: dict[str, Any] = {}
             for name, axis, reader, width in lines(decoder, index):
                 layer = decoder.blocks[index].get_submodule(name)
                 A, B, g_A, g_B = layer.A, layer.B, layer.A.grad, layer.B.grad
                 score = ((g_B @ A + B @ g_A - g_B @ g_A) * (layer.weight + 2 * B @ A)).abs().sum(1 - axis)
-                block[reader] = block.get(reader, 0) + score.view(-1, width).sum(1).detach()
-            for reader, score in block.items():
-                part = 0.1 * score / score.square().sum().sqrt()
-                expected[index, reader] = 0.9 * expected.get((index, reader), 0) + part
-        pruner.after(step)
+                of_structures = score.view(-1, width).sum(1).detach()
+                part = 0.1 * of_structures / of_structures.square().sum().sqrt()
+                parts[index, reader] = parts.get((index, reader), 0) + part
+        expected = {key: 0.9 * expected.get(key, 0) + part for key, part in parts.items()}
+        pruner.before(step)
     for index, reader in expected:
         if 1 <= index < 9:
             torch.testing.assert_close(pruner._scores[index][reader], expected[index, reader])
@@ -242,15 +242,15 @@ def test_loraprune_waits_for_the_device_only_when_structures_go(monkeypatch: pyt
     with monkeypatch.context() as patch:
         for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
             patch.setattr(torch.Tensor, name, read)
-        pruner.after(1)
+        pruner.before(1)
     (layer, *_) = block_adapters(decoder.blocks[3], decoder.family).values()
     layer.A.grad = torch.full_like(layer.A, float("nan"))
     for step in range(2, 10):
-        pruner.after(step)
+        pruner.before(step)
     with pytest.raises(
         ValueError, match=r"^the score of block 3, [a-z_.]+, holds NaN or infinity; allowed: finite numbers"
     ):
-        pruner.after(10)
+        pruner.before(10)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_loraprune_removes_on_a_cubic_schedule_until_the_sparsity_is_reached(tot
     masks = [weight != 0 for weight in decoder.weights]
     for step in range(1, total + 1):
         random_gradients(decoder, step)
-        pruner.after(step)
+        pruner.before(step)
         gone = 1 - sum(int(weight.count_nonzero()) for weight in decoder.weights) / whole
         if gone > before:
             happened.append(step)

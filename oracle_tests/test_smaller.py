@@ -18,7 +18,7 @@ from torch_impl.commands import compare
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.adapted_linear import adapters
 from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sleb, sliced_block, structured
+from torch_impl.experiment.baselines import BASELINES, Trained, decoding, loraprune, sleb, sliced_block, structured
 from torch_impl.experiment.baselines.decoding import decoding_cost
 from torch_impl.experiment.baselines.structured import gone_share, kept_parameters
 from torch_impl.experiment.comparison import cells
@@ -354,6 +354,29 @@ def test_a_comparison_shows_what_is_left_and_what_was_published(
 def test_loraprune_needs_training(place: Path, material: Material) -> None:
     with pytest.raises(ValueError, match=r"^LoRAPrune prunes while it trains; leave out --finetune false$"):
         run("loraprune", material, settings(place, finetune="false"))
+
+
+def test_loraprune_scores_where_the_gradients_were_taken(
+    place: Path, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B starts at 0. At the first step it is still there, and its gradient, clipped, too."""
+    norms: list[tuple[float, float]] = []
+    plain = loraprune.Pruner.before
+
+    @torch.no_grad()
+    def before(self: loraprune.Pruner, step: int) -> None:
+        layers = adapters(self._decoder.model)
+        gradients = torch.cat(
+            [layer.A.grad.flatten() for layer in layers] + [layer.B.grad.flatten() for layer in layers]
+        )
+        norms.append((sum(float(layer.B.norm()) for layer in layers), float(gradients.norm())))
+        plain(self, step)
+
+    monkeypatch.setattr(loraprune.Pruner, "before", before)
+    run("loraprune", material, settings(place, max_grad_norm=1e-3))
+    assert norms[0] == (0, pytest.approx(1e-3, rel=1e-2))
+    assert all(moved > 0 for moved, _ in norms[1:])
+    assert len(norms) > 1
 
 
 def test_a_recipe_may_be_structured_at_shares_alone(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -18,6 +18,7 @@ from oracle_tests import emulated_graphs
 from oracle_tests.small_runs import ROOT, WORDS, arguments, make_place
 from oracle_tests.tiny_material import examples_for
 from torch_impl.commands import compare
+from torch_impl.engine import graphs as graphs_module
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients
 from torch_impl.experiment.baselines import BASELINES
@@ -77,8 +78,9 @@ def test_every_recipe_runs_in_bfloat16_on_records(
 def test_training_in_graphs_is_training_launch_by_launch(
     name: str, hold: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of another class, and masks that change between the steps."""
+    """Blocks of another class, and masks that change between the steps without any graph being captured again."""
     monkeypatch.setattr(Gradients, "_may_capture", lambda self: self._config.cuda_graphs)
+    monkeypatch.setattr(graphs_module, "_on_gpu", lambda owned: True)
     graphs, results = emulated_graphs.emulate(monkeypatch), []
     changes: dict[str, Any] = {"output_dir": None, "steps": 1, "initial_rank": 8, "sparsity_ratio": 0.3}
     changes |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "hold_merged": hold}
@@ -94,5 +96,7 @@ def test_training_in_graphs_is_training_launch_by_launch(
         results.append(Decoder(made.model).weights)
         assert made.optimizer_steps == 12
     assert sum(graph.replays for graph in graphs) > 2
+    # One for each of three lengths, one for the merged weights if they are held, and one for the scores of LoRAPrune.
+    assert len(graphs) == 3 + (hold == "on") + (name == "loraprune")
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

@@ -72,15 +72,18 @@ def test_the_estimated_gradient_is_what_one_step_takes_off_the_product() -> None
 
 
 def test_scores_of_any_unit_are_averaged_alike() -> None:
+    """Every projection has its own unit, and counts as much as the others."""
     found = other = np.zeros(4)
     expected = np.zeros(4)
     for _ in range(5):
-        score = RNG.random(4)
-        found, other = loraprune.smoothed(found, score), loraprune.smoothed(other, 1e6 * score)
-        expected = 0.9 * expected + 0.1 * score / np.sqrt(np.sum(score**2))
+        scores, units = RNG.random((3, 4)), np.array([[1e6], [1.0], [1e-6]])
+        found, other = loraprune.smoothed(found, scores), loraprune.smoothed(other, units * scores)
+        expected = 0.9 * expected
+        for score in scores:
+            expected = expected + 0.1 * score / np.sqrt(np.sum(score**2))
     np.testing.assert_allclose(found, expected)
     np.testing.assert_allclose(other, expected)
-    assert not loraprune.smoothed(np.zeros(2), np.zeros(2)).any()
+    assert not loraprune.smoothed(np.zeros(2), np.zeros((3, 2))).any()
 
 
 def test_fluctuation_is_the_mean_error_of_an_input_replaced_by_its_mean() -> None:

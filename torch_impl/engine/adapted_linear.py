@@ -98,6 +98,13 @@ class AdaptedLinear(nn.Module):
         self.weight.copy_(weight)
 
     @torch.no_grad()
+    def remove(self, mask: torch.Tensor) -> None:
+        """Zero the weights that mask (out, in) leaves out, in place: the merged weight of `hold`, too, keeps its address."""
+        for weight in (self.weight, self._held):
+            if weight is not None:
+                weight.masked_fill_(~mask, 0.0)
+
+    @torch.no_grad()
     def resize(self, new_rank: int, seed: Sequence[int], fold: bool = False) -> None:
         """Change the adapter's rank (LoSA, Section 3.3). Growing, or shrinking by `fold`, leaves the output unchanged."""
         self.release()

@@ -54,11 +54,12 @@ class Captured(Generic[Result]):
 class Repeater:
     """Turns work that is repeated on the same tensors into a CUDA graph, as `reconstruct.Repeat` asks; on a CPU, leaves it.
 
-    If the graph does not fit into memory, that work is done launch by launch; if it cannot be captured, all later work too.
+    name: of the work, for the log. If the graph does not fit into memory, that work is done launch by launch; if it cannot be
+    captured, all later work too.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
+    def __init__(self, enabled: bool, name: str = "reconstruction") -> None:
+        self._enabled, self._name = enabled, name
 
     def __call__(self, work: Callable[[], None], owned: Any) -> Callable[[], None]:
         """Return what does `work`. owned: see `Captured`."""
@@ -71,7 +72,7 @@ class Repeater:
         except RuntimeError as error:
             self._enabled = False
             reason = " ".join(str(error).split())[:160]
-            logger.warning("CUDA graph capture failed, so reconstruction is slower (%s)", reason)
+            logger.warning("CUDA graph capture failed, so %s is slower (%s)", self._name, reason)
             return work
 
 

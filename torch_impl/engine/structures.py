@@ -82,7 +82,7 @@ def remove_structures(
     for name, layer in layers.items():
         reader, axis = family.coupled(name)
         mask = structured.coupled_mask(kept[reader], (layer.out_features, layer.in_features), axis)
-        layer.set_base(layer.weight.masked_fill(~mask, 0.0))
+        layer.remove(mask)
         distributed.broadcast_from_owner(layer.weight.detach(), 0)
 
 

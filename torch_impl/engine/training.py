@@ -28,12 +28,14 @@ EXPLODING = 1e4
 class Extra:
     """What a method adds to every optimizer step.
 
-    penalty: a loss of the parameters alone, without the tokens; its gradient is added before clipping. after: called with the
-    number of optimizer steps done, right after the optimizer's step and before the gradients are zeroed.
+    penalty: a loss of the parameters alone, without the tokens; its gradient is added before clipping. before: called with the
+    number of the optimizer step, from 1, when its gradients are clipped and the parameters still those that they belong to.
+    after: called with the number of optimizer steps done, right after the optimizer's step and before the gradients are zeroed.
     """
 
     penalty: Callable[[], torch.Tensor] | None = None
     after: Callable[[int], None] | None = None
+    before: Callable[[int], None] | None = None
 
 
 def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
@@ -98,6 +100,8 @@ def train(
             if extra.penalty is not None:
                 add_gradients(extra.penalty(), parameters)
             _clip(parameters, loss, config, f"{description}, optimizer step {step + 1}")
+            if extra.before is not None:
+                extra.before(step + 1)
             optimizer.step()
             if extra.after is not None:
                 extra.after(step + 1)

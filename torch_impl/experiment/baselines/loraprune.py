@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -9,6 +12,7 @@ from torch_impl import _checks
 from torch_impl.adapter import effective_weight
 from torch_impl.engine.adapted_linear import AdaptedLinear, block_adapters, merge_adapters
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.graphs import Repeater
 from torch_impl.engine.structures import Structures
 from torch_impl.engine.training import Extra
 from torch_impl.experiment.baselines.baseline import Costs, OnProgress, Trained, finish, train, trainable_count
@@ -28,12 +32,12 @@ INTERVAL, SETTLED = 10, 0.8
 
 
 class Pruner:
-    """Scores the structures of the middle blocks after every optimizer step, and removes some of them on a cubic schedule.
+    """Scores the structures of the middle blocks at every optimizer step, and removes some of them on a cubic schedule.
 
-    kept: by block, what is left, by the projection that reads it.
+    kept: by block, what is left, by the projection that reads it. cuda_graphs: whether to capture the scoring on CUDA.
     """
 
-    def __init__(self, decoder: Decoder, sparsity: float, total: int) -> None:
+    def __init__(self, decoder: Decoder, sparsity: float, total: int, cuda_graphs: bool = True) -> None:
         self._decoder, self._sparsity = decoder, sparsity
         self._interval = max(1, min(INTERVAL, total // 10))
         self._events = max(1, int(SETTLED * total) // self._interval)
@@ -50,32 +54,51 @@ class Pruner:
             {name: torch.ones_like(score, dtype=torch.bool) for name, score in of_block.items()}
             for of_block in self._scores
         ]
+        self._repeat = Repeater(cuda_graphs, "LoRAPrune")
+        self._gradients: list[torch.Tensor | None] = []
+        self._scoring: Callable[[], None] = self._score
 
     @torch.no_grad()
-    def after(self, done: int) -> None:
-        """Take the adapters' gradients of an optimizer step, the first one being 1, before they are zeroed."""
-        for index in range(self._ends[0], len(self.kept) - self._ends[1]):
-            self._score(index)
-        event, rest = divmod(done, self._interval)
+    def before(self, step: int) -> None:
+        """Take the adapters' gradients of an optimizer step, the first one being 1, before it moves the adapters."""
+        used = [t for index in self._middle for layer in self._layers(index).values() for t in (layer.A, layer.B)]
+        gradients = [parameter.grad for parameter in used]
+        if len(gradients) == len(self._gradients) and all(map(operator.is_, gradients, self._gradients)):
+            self._scoring()
+        else:
+            # Uncaptured, which loads the kernels; a graph uses the gradients by address.
+            self._score()
+            weights = [layer.weight for index in self._middle for layer in self._layers(index).values()]
+            self._gradients = gradients
+            self._scoring = self._repeat(self._score, (used, gradients, weights, self._scores))
+        event, rest = divmod(step, self._interval)
         if not rest and event <= self._events:
             self._prune(event)
 
-    def _score(self, index: int) -> None:
-        """Update the scores of a block, without waiting for the device: hundreds of such waits would make up a step."""
+    @property
+    def _middle(self) -> range:
+        return range(self._ends[0], len(self.kept) - self._ends[1])
+
+    def _layers(self, index: int) -> dict[str, AdaptedLinear]:
+        return block_adapters(self._decoder.blocks[index], self._decoder.family)
+
+    def _score(self) -> None:
+        """Update all scores in place, without waiting for the device: thousands of kernels, which a graph launches at once."""
         family = self._decoder.family
-        layers = block_adapters(self._decoder.blocks[index], family)
-        for reader, before in self._scores[index].items():
-            parts = [
-                sum_of(_score_of(layer), len(before), family.coupled(name)[1])
-                for name, layer in layers.items()
-                if family.coupled(name)[0] == reader
-            ]
-            self._scores[index][reader] = average(before, torch.stack(parts).sum(0))
+        for index in self._middle:
+            layers = self._layers(index)
+            for reader, before in self._scores[index].items():
+                parts = [
+                    sum_of(_score_of(layer), len(before), family.coupled(name)[1])
+                    for name, layer in layers.items()
+                    if family.coupled(name)[0] == reader
+                ]
+                before.copy_(average(before, torch.stack(parts)))
 
     def _prune(self, event: int) -> None:
         family, target = self._decoder.family, cubic_sparsity(event, self._events, self._sparsity)
         rates = rates_between(target, self._weights, *self._ends).tolist()
-        for index in range(self._ends[0], len(self.kept) - self._ends[1]):
+        for index in self._middle:
             removed = self._structures[index].removed(rates[index], 1, event == self._events)
             kept, scores = self.kept[index], self._scores[index]
             for reader, score in scores.items():
@@ -84,10 +107,10 @@ class Pruner:
                 name: structure_mask(scores[name], count, kept[name])
                 for name, count in zip(scores, removed, strict=True)
             }
-            for name, layer in block_adapters(self._decoder.blocks[index], family).items():
+            for name, layer in self._layers(index).items():
                 reader, axis = family.coupled(name)
-                mask = coupled_mask(self.kept[index][reader], (layer.out_features, layer.in_features), axis)
-                layer.set_base(layer.weight.masked_fill(~mask, 0.0))
+                # In place, so that the graphs of training stay as they are.
+                layer.remove(coupled_mask(self.kept[index][reader], (layer.out_features, layer.in_features), axis))
 
 
 def _score_of(layer: AdaptedLinear) -> torch.Tensor:
@@ -110,9 +133,10 @@ def loraprune(
         raise ValueError("LoRAPrune prunes while it trains; leave out --finetune false")
     costs, decoder = Costs(model.device), Decoder(model)
     attach_lora(decoder, config)
-    pruner = Pruner(decoder, config.prune.final_sparsity, config.training.optimizer_steps(len(material.examples)))
+    total = config.training.optimizer_steps(len(material.examples))
+    pruner = Pruner(decoder, config.prune.final_sparsity, total, config.training.cuda_graphs)
     count = trainable_count(model)
-    steps = train(model, dense, material, config, costs, on_progress, Extra(after=pruner.after))
+    steps = train(model, dense, material, config, costs, on_progress, Extra(before=pruner.before))
     with costs.of("prune"):
         merge_adapters(decoder)
         for block, kept in zip(decoder.blocks, pruner.kept, strict=True):
