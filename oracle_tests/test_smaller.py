@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from oracle_tests.small_runs import arguments, make_place
 from oracle_tests.tiny_material import token_ids
@@ -131,6 +132,26 @@ def test_what_they_cannot_do_is_refused_before_any_work(
         run(name, dataclasses.replace(material, examples=[]), settings(place))
     with pytest.raises(ValueError, match=r"^sparsity_type is 2:4, and this baseline removes whole structures"):
         run(name, material, parse(arguments(place, output_dir=None, sparsity_type="2:4"), data_required=True))
+    with pytest.raises(
+        ValueError, match=r"^dense_blocks is \[1, 0\], and this baseline chooses by itself what stays; leave it out$"
+    ):
+        run(name, material, settings(place, dense_blocks="1 0"))
+    with pytest.raises(ValueError, match=r"^reconstruct_epochs is 2, and this baseline reconstructs nothing; use"):
+        run(name, material, settings(place, reconstruct_epochs=2))
+
+
+@pytest.mark.parametrize("name", ["flap", "llm_pruner", "loraprune"])
+def test_a_norm_over_all_heads_is_refused_before_any_work(name: str, place: Path, material: Material) -> None:
+    """OLMo 2 normalises all queries together, so one head less changes the others."""
+    config = Olmo2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    )
+    model = Olmo2ForCausalLM(config).requires_grad_(False)
+    with pytest.raises(
+        ValueError,
+        match=r"self_attn\.q_norm is a Olmo2RMSNorm over all heads or channels, so none can be removed alone; use SLEB",
+    ):
+        run(name, dataclasses.replace(material, model=model), settings(place))
 
 
 def test_the_share_that_is_gone_counts_zeros_missing_blocks_and_what_was_added() -> None:
@@ -199,13 +220,25 @@ def test_sleb_s_loss_is_that_of_the_smaller_model(family: str) -> None:
 
 
 def test_sleb_saves_a_plain_model(place: Path, material: Material, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     made = run("sleb", material, settings(place, finetune="false"))
     made.model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     ids = material.evaluation[:1]
     torch.testing.assert_close(loaded(ids).logits, made.model(ids).logits)
+
+
+def test_sleb_s_model_is_loaded_as_it_was_saved_where_blocks_differ(tmp_path: Path) -> None:
+    """Of SmolLM3, every fourth block has no rotary positions, wherever it is after others have gone."""
+    config = SmolLM3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        pad_token_id=None,
+    )  # fmt: skip
+    model = SmolLM3ForCausalLM(config).double().eval().requires_grad_(False)
+    sleb.keep(Decoder(model), [0, 2, 3, 4])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    ids = token_ids(model, 2, 7)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_sleb_removes_what_the_calibration_text_misses_least(place: Path, material: Material) -> None:

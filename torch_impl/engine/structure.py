@@ -87,16 +87,7 @@ def _check_structures(block: nn.Module, index: int, family: Family, config: Prun
 
     Errors: ValueError for modules that mix heads or channels, too few channels, or a sparsity that leaves too little.
     """
-    projections = set(family.projections)
-    head_dim = family.head_dim(block)
-    for name, module in block.named_modules():
-        apart = name in projections or not f"{name}.".startswith(family.inside)
-        mixed = [p for p in module.parameters(recurse=False) if p.shape != (head_dim,)]
-        if not head_dim or (mixed and not apart):
-            raise ValueError(
-                f"{family.full_name(index, name)} is a {type(module).__name__} over all heads or channels, so none can be removed "
-                "alone; use another sparsity_type than 'structured'"
-            )
+    check_separable(block, index, family, "another sparsity_type than 'structured'")
     found, multiple = Structures.of(block, family), config.channel_multiple
     if found.channels < multiple:
         raise ValueError(
@@ -111,6 +102,20 @@ def _check_structures(block: nn.Module, index: int, family: Family, config: Prun
             f"key-value heads and {removed[1]} of {found.channels} channels: use at most "
             f"{config.final_sparsity * found.share(removed) / rate:.3f}"
         )
+
+
+def check_separable(block: nn.Module, index: int, family: Family, instead: str) -> None:
+    """Check that heads and channels of a block can go alone. Errors: ValueError naming what mixes them, and what to use instead."""
+    projections = set(family.projections)
+    head_dim = family.head_dim(block)
+    for name, module in block.named_modules():
+        apart = name in projections or not f"{name}.".startswith(family.inside)
+        mixed = [p for p in module.parameters(recurse=False) if p.shape != (head_dim,)]
+        if not head_dim or (mixed and not apart):
+            raise ValueError(
+                f"{family.full_name(index, name)} is a {type(module).__name__} over all heads or channels, so none can be removed "
+                f"alone; use {instead}"
+            )
 
 
 def check_weights(block: nn.Module, index: int, family: Family) -> None:

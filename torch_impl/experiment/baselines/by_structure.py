@@ -14,6 +14,7 @@ from torch_impl.engine.calibration import start_stream
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import Family
 from torch_impl.engine.gradient_sweep import weight_gradient
+from torch_impl.engine.structure import check_separable
 from torch_impl.engine.structures import Structures
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
@@ -30,6 +31,12 @@ FIRST, LAST = 1 / 8, 1 / 16
 def counts(structures: Structures, family: Family) -> dict[str, int]:
     """Return the numbers of a block's structures by the projection that reads them."""
     return {family.reads_heads: structures.heads, family.reads_channels: structures.channels}
+
+
+def check_blocks(decoder: Decoder) -> None:
+    """Errors: ValueError naming a module that mixes the heads or channels of a block."""
+    for index, block in enumerate(decoder.blocks):
+        check_separable(block, index, decoder.family, "SLEB, which removes whole blocks")
 
 
 def cut_block(block: nn.Module, family: Family, kept: OfStructures) -> None:
@@ -52,6 +59,7 @@ def cut_block(block: nn.Module, family: Family, kept: OfStructures) -> None:
 
 def llm_pruner(decoder: Decoder, material: Material, config: Config) -> None:
     """Remove the heads and channels of the middle blocks that the calibration loss depends on least."""
+    check_blocks(decoder)
     blocks, family, sparsity = decoder.blocks, decoder.family, config.prune.final_sparsity
     weights = torch.tensor(decoder.prunable_weights, dtype=torch.float64)
     rates = rates_between(sparsity, weights, *ends(len(blocks), FIRST, LAST)).tolist()
@@ -103,6 +111,7 @@ def flap(decoder: Decoder, material: Material, config: Config) -> None:
 
     The best head and the best channel of every block stay.
     """
+    check_blocks(decoder)
     family = decoder.family
     moments = input_moments(decoder, material, config)
     scores, sizes, places = [], [], []

@@ -16,7 +16,7 @@ from torch_impl.engine.graphs import Repeater
 from torch_impl.engine.structures import Structures
 from torch_impl.engine.training import Extra
 from torch_impl.experiment.baselines.baseline import Costs, OnProgress, Trained, finish, train, trainable_count
-from torch_impl.experiment.baselines.by_structure import OfStructures, counts, cut_block, ends
+from torch_impl.experiment.baselines.by_structure import OfStructures, check_blocks, counts, cut_block, ends
 from torch_impl.experiment.baselines.structured import attach_lora, check
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.material import Material
@@ -132,6 +132,7 @@ def loraprune(
     if not config.training.finetune:
         raise ValueError("LoRAPrune prunes while it trains; leave out --finetune false")
     costs, decoder = Costs(model.device), Decoder(model)
+    check_blocks(decoder)
     attach_lora(decoder, config)
     total = config.training.optimizer_steps(len(material.examples))
     pruner = Pruner(decoder, config.prune.final_sparsity, total, config.training.cuda_graphs)

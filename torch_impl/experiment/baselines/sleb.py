@@ -17,6 +17,8 @@ from torch_impl.sleb import remove_blocks, removed_blocks
 
 # Sequences whose logits are computed at once: with a large vocabulary they take more memory than a block.
 AT_ONCE = 8
+# What configurations say of each block: the kind of attention, and whether it has positions.
+BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
 class LossWithout:
@@ -70,7 +72,8 @@ def keep(decoder: Decoder, indices: Sequence[int]) -> None:
     left = [decoder.blocks[index] for index in indices]
     for place, block in enumerate(left):
         block.self_attn.layer_idx = place  # type: ignore[union-attr]
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[index] for index in indices]
+    for name in BY_BLOCK:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [getattr(config, name)[index] for index in indices])
     decoder.model.set_submodule(decoder.family.blocks, nn.ModuleList(left))
     config.num_hidden_layers = len(left)

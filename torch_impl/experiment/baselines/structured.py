@@ -46,12 +46,21 @@ def smaller(remove: Remove) -> Work:
 
 
 def check(material: Material, config: Config) -> None:
-    """Errors: ValueError if there is nothing to train on, or the sparsity is a pattern of zeros."""
+    """Errors: ValueError if there is nothing to train on, the sparsity is a pattern of zeros, or an option would do nothing."""
     if config.training.finetune and not material.examples:
         raise ValueError("there are no training examples; use --finetune false")
     if config.prune.group is not None:
         raise ValueError(
             f"sparsity_type is {config.prune.sparsity_type}, and this baseline removes whole structures; give a share"
+        )
+    if any(config.prune.dense_blocks):
+        raise ValueError(
+            f"dense_blocks is {config.prune.dense_blocks}, and this baseline chooses by itself what stays; leave it out"
+        )
+    if config.reconstruction.reconstruct_epochs:
+        raise ValueError(
+            f"reconstruct_epochs is {config.reconstruction.reconstruct_epochs}, and this baseline reconstructs nothing; "
+            "use --reconstruct_epochs 0"
         )
 
 
