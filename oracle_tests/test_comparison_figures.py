@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from torch_impl.experiment.comparison import costs, curves, document, reading, recipes, running, tables
+from torch_impl.experiment.comparison import (
+    costs,
+    curves,
+    document,
+    reading,
+    recipes,
+    rows,
+    running,
+    statistics,
+    tables,
+)
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.results import DONE, Outcome, Results
 from torch_impl.experiment.planning.cards import find_card
@@ -167,13 +177,35 @@ def test_reported_runs_are_counted_with_their_seconds(section: document.Section)
 
 def test_each_curve_is_of_its_text(section: document.Section, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: dict[str, tuple[Any, ...]] = {}
-    monkeypatch.setattr(curves, "_picture", lambda path, lines, dense, label, _: drawn.update({label: (lines, dense)}))
+    monkeypatch.setattr(
+        curves, "_picture", lambda path, lines, dense, labels, _: drawn.update({labels[1]: (lines, dense)})
+    )
     assert curves.draw(tmp_path, [section])["By hand"] == ["1-perplexity-A.png", "1-perplexity-B.png"]
     for label, times in (("perplexity on A", 1), ("perplexity on B", 2)):
         lines, dense = drawn[label]
         assert dense == pytest.approx(10.0 * times)
         points = [point[:2] for point in lines["LoSA, as in the paper"]]
         assert points == [(0.5, pytest.approx(22.0 * times)), (0.7, pytest.approx(51.0 * times))]
+
+
+@pytest.mark.parametrize("smaller", [False, True])
+def test_curves_say_what_is_gone_and_how_it_is_decoded(
+    smaller: bool, section: document.Section, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Smaller models have no zeros, and nothing in them is packed."""
+    labels: list[tuple[str, str]] = []
+    monkeypatch.setattr(rows.Row, "smaller", smaller)
+    monkeypatch.setattr(curves, "_speed", lambda row, side: statistics.Spread(1.0, None, 1))
+    monkeypatch.setattr(curves, "_picture", lambda path, lines, dense, given, _: labels.append(given))
+    curves.draw(tmp_path, [section])
+    share = "share of the blocks' weights that was to go" if smaller else "share of zeros"
+    speed = "tokens/s" if smaller else "tokens/s with packed weights"
+    assert labels == [(share, "perplexity on A"), (share, "perplexity on B"), (share, speed)]
+
+
+def test_no_two_rows_of_a_curve_look_alike() -> None:
+    """A row that was measured at one sparsity is a single point, without a line."""
+    assert len({curves.look(number) for number in range(40)}) == 40
 
 
 def test_the_estimate_s_hours_and_memory_are_those_of_all_parts() -> None:

@@ -13,7 +13,9 @@ from torch_impl.experiment.comparison.statistics import Spread
 from torch_impl.experiment.comparison.tables import axes, name_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
-MARKERS = "osD^vPX*"
+# As many more than colours that no two rows have both alike: of a single point, no line tells them apart.
+MARKERS = "osD^vPX*<>p"
+ZEROS, GONE = "share of zeros", "share of the blocks' weights that was to go"
 
 
 def draw(folder: Path, sections: Sequence[Section]) -> dict[str, list[str]]:
@@ -34,12 +36,14 @@ def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
         (f"perplexity-{text}", f"perplexity on {text}", lambda row, text=text: row.perplexity(text), True)  # type: ignore[misc]
         for text in texts
     ]
-    kinds.append(("speed", "tokens/s with packed weights", lambda row: _speed(row, "packed"), False))
+    smaller = any(row.smaller for row in section.rows)
+    speed, share = ("tokens/s", GONE) if smaller else ("tokens/s with packed weights", ZEROS)
+    kinds.append(("speed", speed, lambda row: _speed(row, "packed"), False))
     for kind, label, value, logarithmic in kinds:
         lines = series(section, value)
         if any(len(points) > 1 for points in lines.values()):
             name = f"{number}-{kind}.png"
-            _picture(folder / name, lines, _level(section, value), label, logarithmic)
+            _picture(folder / name, lines, _level(section, value), (share, label), logarithmic)
             yield name
 
 
@@ -67,6 +71,11 @@ def series(section: Section, value: Callable[[Row], Spread | None]) -> dict[str,
     return {name: sorted(points) for name, points in found.items()}
 
 
+def look(number: int) -> tuple[str, str]:
+    """Return colour and marker of a row."""
+    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+
+
 def _level(section: Section, value: Callable[[Row], Spread | None]) -> float | None:
     dense = [row for row in section.rows if row.group.recipe.treatment == DENSE]
     spread = value(dense[0]) if len(dense) == 1 else None
@@ -77,7 +86,7 @@ def _picture(
     path: Path,
     lines: dict[str, list[tuple[float, float, float]]],
     dense: float | None,
-    label: str,
+    labels: tuple[str, str],
     logarithmic: bool,
 ) -> None:
     from matplotlib.figure import Figure
@@ -88,10 +97,10 @@ def _picture(
     for number, (name, points) in enumerate(lines.items()):
         shares, means, deviations = zip(*points, strict=True)
         style = "-" if number < len(COLOURS) else "--"
+        colour, marker = look(number)
         axis.errorbar(
-            shares, means, deviations, label=name, color=COLOURS[number % len(COLOURS)], linestyle=style, capsize=3,
-            marker=MARKERS[number % len(MARKERS)], markersize=5,
-        )  # fmt: skip
+            shares, means, deviations, label=name, color=colour, linestyle=style, capsize=3, marker=marker, markersize=5
+        )
     if dense is not None:
         axis.axhline(dense, color="0.45", linestyle=":", label="dense")
     if logarithmic:
@@ -101,8 +110,8 @@ def _picture(
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_xticks(sorted({share for points in lines.values() for share, _, _ in points}))
-    axis.set_xlabel("share of zeros")
-    axis.set_ylabel(label)
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
