@@ -341,6 +341,27 @@ def test_evaluation_is_of_the_windows_asked_for(model: PreTrainedModel, tokenize
         torch_impl.evaluate(model, text=np.zeros(3))
 
 
+def test_evaluation_names_its_own_options_and_text(model: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    """Not those of `losa run`."""
+    (tmp_path / "a.txt").write_text("two words")
+    for given, named in ((["two words"], "text"), (str(tmp_path / "a.txt"), "text '.*a.txt'")):
+        with pytest.raises(ValueError, match=rf"^seqlen is 999, but {named} has only \d+ tokens.* a smaller seqlen$"):
+            torch_impl.evaluate(model, tokenizer, text=given, seqlen=999)
+    with pytest.raises(ValueError, match=r"^seqlen is 999, but calibration has only \d+ tokens"):
+        torch_impl.prune(model, tokenizer, calibration=["two words"], **{**SMALL, "seqlen": 999})
+
+
+def test_windows_beyond_what_the_model_was_trained_on_are_told(
+    model: PreTrainedModel, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.config.max_position_embeddings = 16
+    torch_impl.evaluate(model, tokenizer, text=TEXTS, seqlen=16, windows=1)
+    assert not caplog.records
+    torch_impl.evaluate(model, tokenizer, text=TEXTS, seqlen=17, windows=1)
+    expected = "seqlen is 17; this model was trained on at most 16 tokens, expect worse results beyond"
+    assert [record.message for record in caplog.records] == [expected]
+
+
 # --- what is public ---
 
 

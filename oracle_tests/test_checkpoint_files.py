@@ -36,7 +36,7 @@ from oracle_tests.model_folders import (
 )  # fmt: skip
 from oracle_tests.small_runs import arguments
 from torch_impl import _checks
-from torch_impl.commands import compare, generate, pack, run
+from torch_impl.commands import compare, evaluate, generate, pack, run
 from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.adapted_linear import AdaptedLinear
@@ -354,6 +354,23 @@ def test_every_command_refuses_in_the_same_words(place: Path, fault: str, capsys
     assert words in lines[0]
     assert len(lines[0]) < 400 + 3 * len(str(model))
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_the_folder_of_a_run_names_its_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's output folder holds its model in `model`."""
+    words = f"error: model {place}: no config.json in this folder; did you mean {place / 'model'}?"
+    asked = [said(capsys, pack.main([str(place), str(place / "packed"), "--device", "cpu"]))]
+    asked.append(said(capsys, generate.main([str(place), "--prompt", "x", "--device", "cpu"])))
+    asked.append(said(capsys, evaluate.main([str(place), "--device", "cpu"])))
+    asked.append(said(capsys, run.main([*arguments(place, **PLAIN), "--model", str(place)])))
+    assert asked == [words] * 4
+
+
+def test_a_hub_id_has_an_owner(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, generate.main(["gpt2", "--prompt", "x", "--device", "cpu"]))
+    assert (
+        told == "error: model gpt2: no such folder; give a Hugging Face model folder or a hub id, which is OWNER/NAME"
+    )
 
 
 def test_a_packed_model_is_not_pruned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

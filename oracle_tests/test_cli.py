@@ -187,7 +187,7 @@ REFUSED = {
     "a dtype": ({"dtype": "bf16"}, "did you mean bfloat16?"),
     "no such text": ({"eval_data": "nothing.txt"}, "eval_data is 'nothing.txt', which does not exist"),
     "a text without text": ({"finetune_data": "PLACE/empty.txt"}, "which holds no text"),
-    "a text too short": ({"eval_seqlen": 9999}, "eval_seqlen is 9999; allowed: at most"),
+    "a text too short": ({"eval_seqlen": 9999}, "eval_seqlen is 9999, but the held-out part of eval_data "),
     "a pattern": ({"sparsity_type": "1:3"}, "sparsity_type '1:3' needs a multiple of 3 inputs"),
     "too few examples": ({"train_examples": 1}, "1 training examples are too few"),
     "a folder that exists": ({"output_dir": "PLACE/full"}, "full exists; use another folder or --overwrite"),

@@ -21,6 +21,7 @@ from torch_impl.bench.measure import resident
 from torch_impl.commands import generate, pack
 from torch_impl.decode import cpu, packed_config, packed_folder
 from torch_impl.decode.packed_linear import PackedLinear
+from torch_impl.decode.packed_rounding import Rounding
 from torch_impl.engine.decoder import Decoder
 
 CPU = torch.device("cpu")
@@ -529,6 +530,37 @@ def test_overwrite_replaces_nothing_else(
     assert message in capsys.readouterr().err
     assert contents(place) == before
     assert not list(tmp_path.rglob(".*partial"))
+
+
+def test_a_dense_model_that_gains_nothing_is_told(
+    tmp_path: Path, plain: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_random_model(tmp_path / "dense", "llama")
+    for model, told in ((plain, 0), (tmp_path / "dense", 1)):
+        caplog.clear()
+        (tmp_path / f"{model.name}-packed").mkdir()
+        packed_folder.pack_folder(model, tmp_path / f"{model.name}-packed", CPU)
+        assert len(caplog.records) == told
+        assert all(
+            "no projection of" in record.message and "prune it first" in record.message for record in caplog.records
+        )
+    caplog.clear()
+    (tmp_path / "int8").mkdir()
+    packed_folder.pack_folder(tmp_path / "dense", tmp_path / "int8", CPU, rounding=Rounding("int8", None))
+    assert not caplog.records, "codes are smaller than the weights of a dense model, too"
+
+
+def test_kernels_are_compiled_before_the_first_token_is_timed(
+    plain: Path, packed_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    generated = generate.generate
+    monkeypatch.setattr(generate, "warm_up", lambda model: calls.append("warm up"))
+    monkeypatch.setattr(generate, "generate", lambda *given: calls.append("generate") or generated(*given))
+    for folder, expected in ((packed_model, ["warm up", "generate"]), (plain, ["generate"])):
+        calls.clear()
+        assert generate.main([str(folder), "--prompt", "def", "--max_new_tokens", "3", "--device", "cpu"]) == 0
+        assert calls == expected
 
 
 def test_generate_prints_the_same_text_for_packed_and_plain(

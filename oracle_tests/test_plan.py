@@ -311,6 +311,13 @@ def test_other_plans_as_text() -> None:
     assert "peak memory in                  the pruning sweep" in lines
 
 
+def test_a_plan_says_how_many_windows_are_measured_and_rounds_no_hours_to_none() -> None:
+    few = config(eval_windows=1234, eval_data="wikitext2", eval_seqlen=64)
+    lines = show.plan_text(replace(SHOWN, config=few)).splitlines()
+    assert "evaluation                      the first 1,234 windows of 64 tokens of wikitext2" in lines
+    assert (show._hours(0.004), show._hours(0.0125), show._hours(7.0)) == ("less than 0.01", "0.01", "7.00")
+
+
 def test_everything_that_a_plan_may_hold_has_a_name() -> None:
     """All parts, and all phases."""
     assert show.PARTS.keys() == Parts.__dataclass_fields__.keys()

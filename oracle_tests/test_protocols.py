@@ -161,7 +161,7 @@ def test_a_run_names_its_protocol(tmp_path: Path, capsys: pytest.CaptureFixture)
         (
             {"text": TEXTS, "protocol": "c4", "seqlen": 99},
             ValueError,
-            "^eval_seqlen is 99; allowed: at most 28, the length",
+            "^seqlen is 99, but text has only 28 tokens",
         ),
     ],
 )

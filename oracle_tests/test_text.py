@@ -239,8 +239,9 @@ def test_loading_is_repeatable_and_a_list_of_ones_own() -> None:
         (
             "a.jsonl",
             '{"text": "a"}\n{"body": "b"}',
-            r"a\.jsonl, line 2: field 'instruction' is missing among \['body'\]",
+            r"line 2: none of the fields text, instruction, messages, conversations is among \['body'\]; rename one to text",
         ),
+        ("a.jsonl", '{"output": "b"}', r"field 'instruction' is missing among \['output'\]; give text, or"),
         ("a.jsonl", '{"text": 7}', r"line 1: field 'text' is int; give text, or instruction"),
         ("a.jsonl", "7", r"line 1: the record is int; give it the fields text"),
         ("a.json", '[{"instruction": "a", "output": null}]', r"record 1: field 'output' is NoneType"),

@@ -18,6 +18,7 @@ from tiny_models import train
 from tiny_models.random_models import byte_tokenizer
 from torch_impl.experiment.text import windows as text
 from torch_impl.experiment.text.documents import Document
+from torch_impl.experiment.text.protocols import WIKITEXT2
 from torch_impl.experiment.text.sources import load_documents
 
 BOS = 256
@@ -182,17 +183,21 @@ def test_description_names_the_windows(tokenizer: PreTrainedTokenizerFast) -> No
     [
         (
             lambda t: text.calibration_windows(letters(5), t, 2, 7, 0),
-            "^seqlen is 7; allowed: at most 6, the length of the text",
+            "^seqlen is 7, but the text has only 6 tokens: too few for one window; give more text or a smaller seqlen$",
         ),
         (
             lambda t: text.calibration_windows([], t, 2, 7, 0),
-            "^seqlen is 7; allowed: at most 0, the length of the text",
+            "^seqlen is 7, but the text has only 0 tokens",
         ),
         (lambda t: text.calibration_windows(letters(5), t, 0, 2, 0), "nsamples is 0; allowed: 1 or more"),
         (lambda t: text.calibration_windows(letters(5), t, 1, 0, 0), "seqlen is 0; allowed: 1 or more"),
-        (lambda t: text.evaluation_windows(letters(5), t, 7), "^eval_seqlen is 7; allowed: at most 6"),
+        (lambda t: text.evaluation_windows(letters(5), t, 7), "^eval_seqlen is 7, but the text has only 6 tokens"),
+        (
+            lambda t: text.evaluation_windows(letters(5), t, 7, protocol=WIKITEXT2, name="text 'a'", option="seqlen"),
+            "^seqlen is 7, but text 'a' has only [56] tokens.* a smaller seqlen$",
+        ),
         (lambda t: text.evaluation_windows(letters(5), t, 2, limit=0), "limit is 0; allowed: 1 or more"),
-        (lambda t: text.training_examples(letters(5), t, 7, 0), "^train_seqlen is 7; allowed: at most 6"),
+        (lambda t: text.training_examples(letters(5), t, 7, 0), "^train_seqlen is 7, but the text has only 6 tokens"),
         (lambda t: text.training_examples(letters(5), t, 1, 0), "seqlen is 1; allowed: 2 or more"),
         (lambda t: text.training_examples(letters(5), t, 2, 0, limit=-1), "limit is -1; allowed: 1 or more"),
         (lambda t: text.split_parts([{}] * 9, []), r"shares is \[\]; allowed: positive numbers with sum 1"),

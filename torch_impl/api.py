@@ -266,6 +266,7 @@ def _perplexity(
     limit = position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(f"seqlen is {ids.shape[1]}; this model has {limit} positions, so take {limit} or fewer")
+    checks.warn_beyond(model, {"seqlen": ids.shape[1]})
     return {"perplexity": perplexity(model, ids, batch_size), **facts}
 
 

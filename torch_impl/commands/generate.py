@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from torch_impl._checks import MOST
-from torch_impl.commands.loading import load
+from torch_impl.commands.loading import load, warm_up
 from torch_impl.decode import next_token
+from torch_impl.decode.packed_group import Packed
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
 from torch_impl.experiment.command import Parser, command
@@ -254,5 +255,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     _check(options)
     model, tokenizer = _load(options)
+    if any(isinstance(module, Packed) for module in model.modules()):
+        # Compile the kernels before the time of the first token is taken.
+        warm_up(model)
     _, times = generate(model, tokenizer, options)
     print(f"\n{_summary(model, _encode(tokenizer, options).shape[1], times)}", file=sys.stderr)

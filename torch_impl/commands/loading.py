@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl.decode import packed_folder
@@ -22,3 +23,9 @@ def load(
     if packed_folder.is_packed(folder):
         return packed_folder.load(folder, place, pretrained.DTYPES.get(dtype), trust_remote_code)
     return pretrained.load(name, place, "stored" if dtype == "auto" else dtype, trust_remote_code)
+
+
+@torch.no_grad()
+def warm_up(model: PreTrainedModel) -> None:
+    """Compute one token, so that kernels are compiled before anything is timed or served."""
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch_impl.commands.loading import load
+from torch_impl.commands.loading import load, warm_up
 from torch_impl.experiment.command import Parser, command, say
 
 # What transformers' server imports, apart from what this package needs anyway.
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
         model, tokenizer = load(options.model, options.device, options.dtype)
         name = Path(options.model).resolve().name if Path(options.model).exists() else options.model
         app = server.build(name, model, tokenizer)
-        server.warm_up(model)
+        warm_up(model)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
         say(f"{name} at {url}: /chat/completions, /completions, /models. Ctrl-C ends it.")

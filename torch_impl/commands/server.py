@@ -151,12 +151,6 @@ def _answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, failed)
 
 
-@torch.no_grad()
-def warm_up(model: PreTrainedModel) -> None:
-    """Compute one token, so that kernels are compiled before the first request."""
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-
-
 def run(app: FastAPI, listening: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
     with contextlib.suppress(KeyboardInterrupt):

@@ -12,6 +12,7 @@ The file names are not those of transformers' weights: it would load them and fi
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.checkpoints.skeleton import Checkpoint, lay_out
 from torch_impl.engine.decoder import Decoder
 from torch_impl.packed import CODED, PARTS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -132,6 +135,13 @@ def _write(
     positions = max(1, sum(saving.positions for saving in inside))
     zeros = 1 - sum(saving.kept for saving in inside) / positions
     bits = 8 * sum(saving.after for saving in inside) / positions
+    if not any(saving.packed for saving in inside):
+        logger.warning(
+            "no projection of %s gets smaller packed (%.1f%% of its weights are zeros), so the packed model is as large and as "
+            "fast as before; prune it first, with losa run or torch_impl.prune",
+            source,
+            100 * zeros,
+        )
     packed_card.write(target, zeros, bits, None if codes is None else codes.bits)
     return sorted(savings.values(), key=lambda saving: saving.kind == "other")
 

@@ -22,7 +22,7 @@ from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import splitting, windows
 from torch_impl.experiment.text.protocols import protocol_named
-from torch_impl.experiment.text.sources import is_local
+from torch_impl.experiment.text.sources import HELD_OUT, is_local
 from torch_impl.experiment.text.written import with_written
 
 
@@ -94,20 +94,32 @@ def with_text(
     for name, source in (others or {}).items():
         texts, documents, own = splitting.leave_out(texts, source.source)
         chosen = protocol_named(source.protocol, own)
-        more[name] = windows.evaluation_windows(documents, tokenizer, options.eval_seqlen, options.eval_windows, chosen)
+        more[name] = windows.evaluation_windows(
+            documents, tokenizer, options.eval_seqlen, options.eval_windows, chosen, f"{name} {source.source!r}"
+        )
     calibration_ids = windows.calibration_windows(
-        texts.calibration, tokenizer, calibration.nsamples, calibration.seqlen, seed
+        texts.calibration,
+        tokenizer,
+        calibration.nsamples,
+        calibration.seqlen,
+        seed,
+        f"calibration_data {options.calibration_data!r}",
     )
     examples: list[Example] = []
     if finetune is not None:
         examples = windows.training_examples(
-            texts.finetune, tokenizer, options.train_seqlen, seed, limit=options.train_examples
+            texts.finetune, tokenizer, options.train_seqlen, seed, options.train_examples, f"finetune_data {finetune!r}"
         )
     limit = options.eval_windows
     protocol = protocol_named(options.eval_protocol, texts.protocol, "eval_protocol")
     # Read one window more to know whether the text is longer.
     measured = windows.evaluation_windows(
-        texts.evaluation, tokenizer, options.eval_seqlen, None if limit is None else limit + 1, protocol
+        texts.evaluation,
+        tokenizer,
+        options.eval_seqlen,
+        None if limit is None else limit + 1,
+        protocol,
+        f"{'the held-out part of ' * (texts.facts['split'] == HELD_OUT)}eval_data {options.eval_data!r}",
     )
     training_ids = (example["input_ids"] for example in examples)
     checks.check_tokens(model, tokenizer, calibration_ids, measured, *more.values(), *training_ids)

@@ -79,7 +79,9 @@ def local_folder(name: str, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-        raise FileNotFoundError(f"model {name}: no such folder; give a Hugging Face model folder or a hub id")
+        raise FileNotFoundError(
+            f"model {name}: no such folder; give a Hugging Face model folder or a hub id, which is OWNER/NAME"
+        )
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*BESIDE, *([SINGLE] if weights else [])]))
         if weights and not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
@@ -102,7 +104,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             "(peft: merge_and_unload), or move it elsewhere to use the model without it"
         )
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model {folder}: no config.json in this folder; give a Hugging Face model folder")
+        # The output folder of a run holds its model in a folder of its own.
+        meant = [str(place.parent) for place in sorted(folder.glob("*/config.json"))]
+        advice = f"did you mean {' or '.join(meant[:3])}?" if meant else "give a Hugging Face model folder"
+        raise FileNotFoundError(f"model {folder}: no config.json in this folder; {advice}")
     config = _read_json(folder / "config.json")
     if (folder / PACKED).is_file():
         config = without_packed(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def check_lengths(model: PreTrainedModel, config: Config) -> None:
     """
     check_token_ids(config)
     limit = position_limit(model)
-    if limit is not None and (beyond := _beyond(config, limit)):
+    if limit is not None and (beyond := _beyond(_lengths(config), limit)):
         raise ValueError(f"{beyond}; this model has only {limit} learned positions, use {limit} or less")
 
 
@@ -104,16 +105,25 @@ def check_token_ids(config: Config) -> None:
 
 def warn_of_lengths(model: PreTrainedModel, config: Config) -> None:
     """Warn if options ask for longer sequences than the model was trained on."""
+    warn_beyond(model, _lengths(config))
+
+
+def warn_beyond(model: PreTrainedModel, lengths: Mapping[str, int]) -> None:
+    """Warn of sequences longer than the model was trained on. lengths: tokens, by the name of the option."""
     trained = getattr(model.config, "max_position_embeddings", None)
-    if trained and distributed.is_main_process() and (beyond := _beyond(config, trained)):
+    if trained and distributed.is_main_process() and (beyond := _beyond(lengths, trained)):
         logger.warning("%s; this model was trained on at most %d tokens, expect worse results beyond", beyond, trained)
 
 
-def _beyond(config: Config, limit: int) -> str:
-    """List the length options above `limit` with their values."""
+def _lengths(config: Config) -> dict[str, int]:
     lengths = {"seqlen": config.calibration.seqlen, "eval_seqlen": config.text.eval_seqlen}
     if config.training.finetune:
         lengths["train_seqlen"] = config.text.train_seqlen
+    return lengths
+
+
+def _beyond(lengths: Mapping[str, int], limit: int) -> str:
+    """List the lengths above `limit` with their options."""
     return ", ".join(f"{name} is {length}" for name, length in lengths.items() if length > limit)
 
 

@@ -95,9 +95,13 @@ def _outlook(found: Outlook, cards: int) -> Iterator[str]:
         yield "  does not fit with smaller batches, more cards or offloading either"
     if found.hours is not None:
         yield (
-            f"{'hours (estimated)':<30}  {found.hours:.2f}, at {REACHED:.0%} of {found.card.tflops} TFLOP/s a card, sequences of "
-            "full length; small models take longer"
+            f"{'hours (estimated)':<30}  {_hours(found.hours)}, at {REACHED:.0%} of {found.card.tflops} TFLOP/s a card, "
+            "sequences of full length; small models take longer"
         )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.2f}" if hours >= 0.01 else "less than 0.01"
 
 
 def _facts(plan: Plan) -> dict[str, str]:
@@ -116,10 +120,14 @@ def _facts(plan: Plan) -> dict[str, str]:
         "calibration": _calibration(plan),
         "fine-tuning": _fine_tuning(plan),
         **_reconstruction(plan),
-        "evaluation": f"windows of {text.eval_seqlen} tokens of {text.eval_data}",
+        "evaluation": f"{_first(text.eval_windows)}windows of {text.eval_seqlen} tokens of {text.eval_data}",
         "weights": _where(plan),
         "peak memory in": PHASES[plan.memory.phase],
     }
+
+
+def _first(windows: int | None) -> str:
+    return "" if windows is None else f"the first {windows:,} "
 
 
 def _calibration(plan: Plan) -> str:

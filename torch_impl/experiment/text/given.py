@@ -43,7 +43,7 @@ def windows_of(
         return ids
     documents = _documents(given, name, tokenizer, "train").documents
     assert tokenizer is not None
-    return calibration_windows(documents, tokenizer, nsamples, seqlen, seed)
+    return calibration_windows(documents, tokenizer, nsamples, seqlen, seed, _named(given, name))
 
 
 def examples_of(
@@ -61,7 +61,7 @@ def examples_of(
             return [_example(item, f"train[{index}]") for index, item in enumerate(given)]
     documents = _documents(given, "train", tokenizer, "train").documents
     assert tokenizer is not None
-    return training_examples(documents, tokenizer, seqlen, seed, limit)
+    return training_examples(documents, tokenizer, seqlen, seed, limit, _named(given, "train"))
 
 
 def evaluation_of(
@@ -86,7 +86,7 @@ def evaluation_of(
     found = _documents(given, "text", tokenizer, "measure")
     assert tokenizer is not None
     used = protocol_named(protocol, found.protocol)
-    windows = evaluation_windows(found.documents, tokenizer, seqlen, limit, used)
+    windows = evaluation_windows(found.documents, tokenizer, seqlen, limit, used, _named(given, "text"), "seqlen")
     return windows, {**describe_protocol(used, windows, tokenizer), **describe_windows(windows)}
 
 
@@ -127,6 +127,11 @@ def _example(item: Mapping[str, Any], name: str) -> Example:
     if not bool((labels[1:] != IGNORED).any()):
         raise ValueError(f"{name}: every label is {IGNORED}, so there is nothing to learn; give it a label")
     return {"input_ids": ids, "labels": labels}
+
+
+def _named(given: Any, name: str) -> str:
+    """Name a text in messages: the argument, and its source if it has one."""
+    return f"{name} {given!r}" if isinstance(given, str) else name
 
 
 def _documents(given: Any, name: str, tokenizer: PreTrainedTokenizerBase | None, purpose: Purpose) -> Found:

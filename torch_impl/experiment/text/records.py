@@ -16,6 +16,7 @@ from torch_impl.experiment.text.documents import Document, unix_newlines
 
 FORMS = "text, or instruction, input and output, as strings, or messages"
 CONVERSATIONS = ("messages", "conversations")
+FIELDS = ("text", "instruction", *CONVERSATIONS)
 TITLES = {
     **dict.fromkeys(("user", "human"), "Instruction"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "Response"),
@@ -49,6 +50,10 @@ def document_of(record: Any) -> Document:
                 return _join([*_system(record), *_turns(record, name)])
         if "text" in record:
             return Document(_string(record, "text"))
+        if "output" not in record:
+            raise ValueError(
+                f"none of the fields {', '.join(FIELDS)} is among {sorted(map(str, record))}; rename one to text"
+            )
     question = [("Instruction", _string(record, "instruction")), ("Input", _optional(record, "input"))]
     return _join([*_system(record), *_history(record), *question, (ANSWER, _string(record, "output"))])
 

@@ -27,19 +27,24 @@ _BATCH = 32
 
 
 def calibration_windows(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    name: str = "the text",
 ) -> torch.Tensor:
     """Sample token ids (nsamples, seqlen): windows of the token stream of the documents, shuffled by `seed`.
 
     The windows are drawn without replacement from the stream cut into pieces that follow each other. When all are used, the
-    stream is cut again from a random place within the first.
+    stream is cut again from a random place within the first. name: of the text, in messages.
 
     Errors: ValueError if the text is shorter than one window.
     """
     _checks.integer("nsamples", nsamples, 1)
     generator = np.random.default_rng(seed)
     shuffled = [documents[index] for index in generator.permutation(len(documents))]
-    stream = _stream(shuffled, tokenizer, seqlen, CALIBRATION_POOL * nsamples * seqlen, "seqlen")
+    stream = _stream(shuffled, tokenizer, seqlen, CALIBRATION_POOL * nsamples * seqlen, "seqlen", name)
     starts: list[int] = []
     last, offset = len(stream) - seqlen, 0
     while len(starts) < nsamples:
@@ -54,13 +59,14 @@ def training_examples(
     seqlen: int,
     seed: int,
     limit: int | None = None,
+    name: str = "the text",
 ) -> list[Example]:
     """Build examples {input_ids (t,), labels (t,)} with t <= seqlen, of documents shuffled by `seed`.
 
     If any document has a prompt, each document is one example between the begin- and end-of-text tokens, cut at seqlen.
     Labels of the prompt are -100. A prompt that leaves no room for its text is skipped. Otherwise examples are consecutive
     windows of exactly seqlen of the token stream. They are shuffled too, because one long document would fill whole batches.
-    limit: maximum number of examples; for windows, the first of the stream.
+    limit: maximum number of examples; for windows, the first of the stream. name: of the text, in messages.
 
     Errors: ValueError if there is no example.
     """
@@ -70,7 +76,8 @@ def training_examples(
     generator = np.random.default_rng(seed)
     shuffled = [documents[index] for index in generator.permutation(len(documents))]
     if not any(document.prompt for document in shuffled):
-        windows = _cut(_stream(shuffled, tokenizer, seqlen, limit and limit * seqlen, "train_seqlen"), seqlen, limit)
+        stream = _stream(shuffled, tokenizer, seqlen, limit and limit * seqlen, "train_seqlen", name)
+        windows = _cut(stream, seqlen, limit)
         windows = windows[torch.from_numpy(generator.permutation(len(windows)))]
         return [{"input_ids": ids, "labels": ids} for ids in windows]
     examples: list[Example] = []
@@ -130,10 +137,12 @@ def evaluation_windows(
     seqlen: int,
     limit: int | None = None,
     protocol: Protocol = DOCUMENTS,
+    name: str = "the text",
+    option: str = "eval_seqlen",
 ) -> torch.Tensor:
     """Cut the documents' tokens into consecutive windows by a protocol: token ids (n, seqlen), at most `limit`.
 
-    The incomplete last window is dropped.
+    The incomplete last window is dropped. name: of the text, and option: of `seqlen`, in messages.
 
     Errors: ValueError if the text is shorter than one window.
     """
@@ -141,12 +150,12 @@ def evaluation_windows(
         _checks.integer("limit", limit, 1)
     used, most = documents[: protocol.documents], protocol.most(limit)
     if protocol.joined_by is None:
-        stream = _stream(used, tokenizer, seqlen, most and most * seqlen, "eval_seqlen")
+        stream = _stream(used, tokenizer, seqlen, most and most * seqlen, option, name)
     else:
-        _checks.integer("eval_seqlen", seqlen, 1)
+        _checks.integer(option, seqlen, 1)
         text = protocol.joined_by.join(document.prompt + document.text for document in used)
         stream = torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
-        _check_length(len(stream), seqlen, "eval_seqlen")
+        _check_length(len(stream), seqlen, option, name)
     return _cut(stream, seqlen, most)
 
 
@@ -183,11 +192,16 @@ def _cut(stream: torch.Tensor, seqlen: int, limit: int | None) -> torch.Tensor:
 
 
 def _stream(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int, enough: int | None, option: str
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    enough: int | None,
+    option: str,
+    name: str,
 ) -> torch.Tensor:
     """Return the documents' token stream, at least one window long; stop reading documents after `enough` tokens.
 
-    option: the name of `seqlen` in messages.
+    option: the name of `seqlen` in messages; name: of the text.
     """
     _checks.integer(option, seqlen, 1)
     ids: list[int] = []
@@ -197,13 +211,16 @@ def _stream(
         texts = [document.prompt + document.text for document in documents[start : start + _BATCH]]
         for row in _encode(tokenizer, texts):
             ids += _bounded(row, tokenizer)
-    _check_length(len(ids), seqlen, option)
+    _check_length(len(ids), seqlen, option, name)
     return torch.tensor(ids)
 
 
-def _check_length(tokens: int, seqlen: int, option: str) -> None:
+def _check_length(tokens: int, seqlen: int, option: str, name: str) -> None:
     if tokens < seqlen:
-        raise ValueError(f"{option} is {seqlen}; allowed: at most {tokens}, the length of the text in tokens")
+        raise ValueError(
+            f"{option} is {seqlen}, but {name} has only {tokens} tokens: too few for one window; give more text or a smaller "
+            f"{option}"
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
