@@ -420,6 +420,7 @@ def test_bad_arguments_get_one_line(
     (tmp_path / "full" / "thesis.tex").write_text("")
     for arguments, message in (
         ([str(tmp_path / "none"), out], "no such folder"),
+        ([str(tmp_path / "none"), out, "--values", "int4", "--calibration_data", "stdlib"], "no such folder; give"),
         ([str(packed_model), out], "is already packed"),
         ([str(plain), out, "--unpack"], "no packed.json in this folder"),
         ([str(plain), str(packed_model)], "exists; use another folder or --overwrite"),

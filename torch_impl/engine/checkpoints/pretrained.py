@@ -152,7 +152,10 @@ def _wanted(device: torch.device, dtype: str) -> torch.dtype | None:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a model's folder. Errors: ValueError naming the folder and the problem."""
+    """Load the tokenizer in a model's folder. Errors: ValueError or FileNotFoundError naming the folder and the problem."""
+    if not folder.is_dir():
+        # transformers would look for the path on the hub.
+        raise FileNotFoundError(f"model {folder}: no such folder; give a Hugging Face model folder")
     try:
         with as_one_line(folder, "a tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
