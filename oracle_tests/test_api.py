@@ -194,7 +194,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a number": ({"calibration": 3}, TypeError, "calibration is int; give token ids"),
     "bytes": ({"calibration": b"abc"}, TypeError, "calibration is bytes; give token ids"),
     "a mapping": ({"calibration": {"text": TEXTS}}, TypeError, "calibration is dict; give"),
-    "records of another form": ({"train": [{"question": "x"}]}, ValueError, "train, [0]: field 'instruction' is missing"),
+    "records of another form": ({"train": [{"question": "x"}]}, ValueError, "train, [0]: the record has question but none of"),
     "a list of numbers": ({"train": [1, 2]}, ValueError, "train, [0]: the record is int"),
     "nothing": ({"calibration": []}, ValueError, "calibration holds no text"),
     "floats": ({"calibration": torch.zeros(4, 8)}, TypeError, "calibration has shape (4, 8) and dtype torch.float32"),

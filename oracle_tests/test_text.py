@@ -239,7 +239,7 @@ def test_loading_is_repeatable_and_a_list_of_ones_own() -> None:
         (
             "a.jsonl",
             '{"text": "a"}\n{"body": "b"}',
-            r"line 2: none of the fields text, instruction, messages, conversations is among \['body'\]; rename one to text",
+            r"line 2: the record has body but none of text, instruction, messages, conversations; rename one to text",
         ),
         ("a.jsonl", '{"output": "b"}', r"field 'instruction' is missing among \['output'\]; give text, or"),
         ("a.jsonl", '{"text": 7}', r"line 1: field 'text' is int; give text, or instruction"),

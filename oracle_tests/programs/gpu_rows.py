@@ -144,7 +144,12 @@ def check_busy(make: Maker, dtype: torch.dtype, small: bool) -> Iterator[Case]:
             )
             for attempt in range(4):
                 found = product(layout, x, plan(layout, 32))
-                yield f"{rows} x {columns}, {density:.0%} kept, {batch} rows, attempt {attempt}", found, *wide(expected), allowed
+                yield (
+                    f"{rows} x {columns}, {density:.0%} kept, {batch} rows, attempt {attempt}",
+                    found,
+                    *wide(expected),
+                    allowed,
+                )
 
 
 def check_divisions(make: Maker, dtype: torch.dtype) -> Iterator[Case]:

@@ -138,7 +138,7 @@ def _write(
     if not any(saving.packed for saving in inside):
         logger.warning(
             "no projection of %s gets smaller packed (%.1f%% of its weights are zeros), so the packed model is as large and as "
-            "fast as before; prune it first, with losa run or torch_impl.prune",
+            "fast as before; packing leaves out zeros, which losa run makes, or rounds values (--values int8)",
             source,
             100 * zeros,
         )

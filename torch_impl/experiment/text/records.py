@@ -52,7 +52,7 @@ def document_of(record: Any) -> Document:
             return Document(_string(record, "text"))
         if "output" not in record:
             raise ValueError(
-                f"none of the fields {', '.join(FIELDS)} is among {sorted(map(str, record))}; rename one to text"
+                f"the record has {', '.join(sorted(map(str, record)))} but none of {', '.join(FIELDS)}; rename one to text"
             )
     question = [("Instruction", _string(record, "instruction")), ("Input", _optional(record, "input"))]
     return _join([*_system(record), *_history(record), *question, (ANSWER, _string(record, "output"))])
