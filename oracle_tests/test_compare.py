@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     found = json.loads((place / "out" / "results.json").read_text(), parse_constant=pytest.fail)
     assert sorted(outcome["status"] for outcome in found.values()) == ["diverged"] * 2 + ["done"] * 4
     assert {outcome["facts"]["model"] for outcome in found.values()} == {"model"}, "no path of this machine"
+    assert {outcome["facts"]["windows"]["seqlen"] for outcome in found.values()} == {seen[0].shape[1]}
+    dense = next(outcome for outcome in found.values() if outcome["labels"]["recipe"] == "dense")
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    of_windows = [math.exp(model(windows, labels=windows).loss.item()) for windows in seen[:2]]
+    reported = math.exp(sum(dense["losses"]["text.txt"]) / 4)
+    assert [reported, dense["tuning"]] == pytest.approx(of_windows, rel=1e-4)
     table = [line for line in said.out.splitlines() if line.startswith("| LoSA, as in the paper")]
     assert len(table) == 3, "figures, learning rates, costs"
     assert "| 0.01 |" in table[0]
@@ -120,6 +127,7 @@ def test_an_unmerged_baseline_with_tasks_and_speed(
         [("dense", False), ("sora", True)], [("sora", True), ("dense", False)],
     )  # fmt: skip
     assert {o.zero_shot["documents"]["piqa"] for o in measured} == {3}
+    assert {o.labels["recipe"]: o.sparsity for o in measured} == {"dense": 0.0, "sora": None}, "its adapters fill zeros"
     assert len(outcomes) == 4
     assert {name: len(losses) for name, losses in measured[0].losses.items()} == {"one": 2, "two": 2}
     assert len(set(measured[0].hashes.values())) == 2, "of each text its own"

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from scipy import stats
 from tiny_models.random_models import random_model
 from torch_impl.experiment import config
 from torch_impl.experiment.comparison import (
+    cells,
     costs,
     curves,
     document,
@@ -637,6 +639,10 @@ def test_changed_settings_are_new_cells_and_another_place_is_not(tmp_path: Path)
     for option, values in CHANGES.items():
         one, two = (keys(read(tmp_path, short, options={**every, option: [value]})) for value in values)
         assert not one & two, option
+    second = "[texts]\none = 'stdlib'\ntwo = {{ source = 'stdlib', protocol = '{}' }}\n" + short
+    every.pop("eval_data")
+    one, two = (keys(read(tmp_path, second.format(name), options=every)) for name in ("c4", "documents"))
+    assert not one & two, "the second text's protocol"
     options = {"device": ["cpu"], "eval_batch_size": ["3"], "model": ["a/b/tiny"], "calibration_data": ["c4"]}
     options |= {"finetune_data": ["x/t.txt"], "eval_data": ["c4"]}
     elsewhere = {
@@ -662,6 +668,20 @@ def test_tasks_from_the_hub_and_from_a_folder_are_other_runs(tmp_path: Path) -> 
     assert not set(hub) & set(folder)
     assert folder == elsewhere
     assert not set(folder[1:]) & set(limited)
+
+
+def test_texts_are_encoded_once_by_each_model_s_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells.zero_shot, "load_tasks", lambda *_: {})
+    more = "[texts]\none = 'stdlib'\n[tasks]\nnames = ['piqa']\n[[matrix]]\nmodel = ['one', 'other']"
+    data = "calibration_data = 'stdlib'\nfinetune_data = 'stdlib'\n"
+    text = FILE.replace("[[matrix]]", more).replace("nsamples", f"{data}nsamples")
+    workshop, known = cells.Workshop(), {}
+    for group in groups_of(read(tmp_path, text))[0]:
+        name = group.base.config.model.model
+        tokens = workshop.questions(group.base, SimpleNamespace(tokenizer=name))[1]  # type: ignore[arg-type]
+        assert tokens.tokenizer == name
+        assert known.setdefault(name, tokens) is tokens
+    assert known.keys() == {"one", "other"}
 
 
 def test_recipes_steps_and_ranks(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import os
 import random
 import re
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ from torch_impl.engine.resume.checkpointer import Checkpointer, Interrupted, Pro
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.settings import TrainingConfig
+from torch_impl.experiment import job
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.planning.sizes import Sizes
 from torch_impl.run import main
@@ -182,6 +186,8 @@ def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     place: Path, at_clip: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch_impl.experiment.report_page.write", lambda *_: None)
+    # Ten seconds pass between two looks at the clock: to the dense and the one-shot model, to each step, and to the end.
+    monkeypatch.setattr(job, "time", SimpleNamespace(perf_counter=itertools.count(step=10.0).__next__))
     assert main(arguments(place, output_dir=place / "whole")) == 0
     for name, number in (("SIGINT", signal.SIGINT), ("SIGTERM", signal.SIGTERM)):
         at_clip(2, lambda _, number=number: os.kill(os.getpid(), number))
@@ -203,6 +209,8 @@ def test_ctrl_c_ends_at_the_next_point_and_the_run_goes_on(
     assert main(arguments(place, resume="true")) == 0
     assert all(torch.equal(tensor, weights(place)[name]) for name, tensor in weights(place, "whole").items())
     assert events(place) == events(place, "whole")
+    results = [json.loads((place / name / "losa_result.json").read_text()) for name in ("whole", "out")]
+    assert [result["seconds_in_all"] for result in results] == [50, 50], "what was done before it was stopped counts"
     assert {entry.name for entry in place.iterdir()} == {"model", "text.txt", "whole", "out"}
     assert {entry.name for entry in (place / "out").iterdir()} == {
         "model", "losa_config.toml", "environment.json", "metrics.jsonl", "steps.json", "losa_result.json"

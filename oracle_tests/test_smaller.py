@@ -251,6 +251,13 @@ def test_sleb_removes_what_the_calibration_text_misses_least(place: Path, materi
         assert torch.equal(block.self_attn.q_proj.weight, Decoder(material.model).blocks[index].self_attn.q_proj.weight)
 
 
+def test_the_blocks_that_sleb_leaves_keep_their_kind_of_attention() -> None:
+    model = random_model("qwen2", num_hidden_layers=4)
+    model.config.layer_types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    sleb.keep(Decoder(model), [0, 2, 3])
+    assert model.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+
+
 def test_sleb_cannot_remove_all_blocks_but_one(place: Path, material: Material) -> None:
     said = r"^sparsity_ratio is 0.9; SLEB keeps the first and the last of 6 blocks, so use 0.67 or less$"
     with pytest.raises(ValueError, match=said):
@@ -264,9 +271,11 @@ def test_sleb_cannot_remove_all_blocks_but_one(place: Path, material: Material) 
 def test_slicegpt_s_rotation_alone_leaves_the_model_unchanged(
     family: str, place: Path, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All axes kept, in other directions before each norm."""
+    """All axes kept, in other directions before each norm; also of a head with a bias."""
     monkeypatch.setattr("torch_impl.slicegpt.kept_axes", lambda sparsity, width, weights: width)
     material = of_family(material, family)
+    head = material.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features).double(), requires_grad=False)
     made, ids = run("slicegpt", material, settings(place, finetune="false")), material.evaluation[:2]
     turned = [block.attention_shortcut for block in Decoder(made.model).blocks]
     assert all(float((turn - torch.eye(32)).abs().max()) > 0.1 for turn in turned)

@@ -305,7 +305,7 @@ def _finish(
     saved, footprints = _saved_bytes(merged, masks), None
     if smaller:
         footprints = Footprints(footprint(model, probe), footprint(merged, probe), smaller.note)
-        saved = SavedBytes(footprints.dense.bytes, min(saved.packed, footprints.saved.bytes), footprints.saved.bytes)
+        saved = SavedBytes(footprints.dense.bytes, saved.packed, saved.dense)
     return healed, saved, verification, _sample(merged, material), footprints
 
 
