@@ -21,7 +21,9 @@ from torch_impl.engine.adapted_linear import merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.gradients import Gradients, trainable
+from torch_impl.engine.record import StepRecord
 from torch_impl.experiment.baselines import BASELINES, Trained, decoding, sora
+from torch_impl.experiment.baselines.baseline import Costs
 from torch_impl.experiment.baselines.decoding import decoding_cost, packed_weights
 from torch_impl.experiment.baselines.masked import whole_batches
 from torch_impl.experiment.config import Config, parse
@@ -244,9 +246,11 @@ def test_one_schedule_ends_with_the_last_optimizer_step(
 
 
 def test_no_training_is_one_shot_of_algorithm_1(setting: Setting) -> None:
-    trained = setting.run("none")
-    model = copy.deepcopy(setting.material.model)
+    """Of the dense weights, whatever a run would train over."""
     config = setting.config
+    over_int8 = dataclasses.replace(config, training=dataclasses.replace(config.training, train_base="int8"))
+    trained = setting.run("none", over_int8)
+    model = copy.deepcopy(setting.material.model)
     settings = dataclasses.replace(
         config.settings,
         prune=dataclasses.replace(config.prune, steps=1),
@@ -258,6 +262,13 @@ def test_no_training_is_one_shot_of_algorithm_1(setting: Setting) -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert zero_share(Decoder(trained.model).weights) == pytest.approx(0.7, abs=0.02)
     assert trained.trainable == 0
+
+
+def test_the_seconds_of_all_steps_add_up() -> None:
+    costs = Costs(torch.device("cpu"))
+    steps = [{"importance": 1.0, "prune": 2.0, "train": 4.0}, {"prune": 8.0, "train": 16.0}]
+    costs.add_records([StepRecord(n, 0.5, [], [], [], [], [], [], seconds) for n, seconds in enumerate(steps, 1)])
+    assert costs.seconds == {"importance": 1.0, "prune": 10.0, "train": 20.0}
 
 
 @pytest.mark.parametrize(

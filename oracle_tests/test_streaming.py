@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import weakref
 from dataclasses import replace
@@ -403,6 +404,8 @@ def test_a_run_from_files_goes_on_to_the_same_bits(
     place: Path, method: str, damage: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stopped after the dense sweep, two blocks later, and with all blocks on the disk."""
+    # Ten seconds pass between two looks at the clock.
+    monkeypatch.setattr(offloaded_job, "time", SimpleNamespace(perf_counter=itertools.count(step=10.0).__next__))
     split = {"prune_method": method, "dtype": "bfloat16", "offload": "on"}
     assert main(arguments(place, **PLAIN, **split, output_dir=place / "whole")) == 0
     again = {}
@@ -423,9 +426,19 @@ def test_a_run_from_files_goes_on_to_the_same_bits(
     # The last sweep is that of the row "pruned at once".
     assert pruned == ([1, 2] if damage else []) + [0, 1, 2]
     same(place / "out", place / "whole")
+    if not damage:
+        # It looks at the start, at pruning's, after each block and at its end, twice for the last row, and at the end.
+        results = [json.loads((place / name / "losa_result.json").read_text()) for name in ("whole", "out")]
+        assert [result["losa"]["seconds"] for result in results] == [40, 40]
+        assert [result["seconds_in_all"] for result in results] == [80, 80 + 2 * 10], "two more starts, both before a block"
     lines = [(place / name / "metrics.jsonl").read_text().splitlines() for name in ("out", "whole")]
     assert len(lines[0]) == len(lines[1])
     assert not (place / "out" / ".points").exists()
+
+
+def test_a_model_s_share_of_zeros_counts_every_weight_once() -> None:
+    """A block of three quarters of the weights counts three times as much as one of a quarter."""
+    assert offloaded_job._mean([0.5, 0.1], torch.tensor([100.0, 300.0])) == pytest.approx(0.2)
 
 
 def test_a_run_from_files_goes_on_as_it_began_or_not_at_all(

@@ -149,6 +149,31 @@ def test_the_mean_is_over_tasks_however_long_they_are() -> None:
     assert (found.mean, found.limit) == (0.5, 8)
 
 
+def test_the_hash_is_of_every_prompt_and_choice_in_order() -> None:
+    def digest(*requests: tuple[str, str]) -> str:
+        config = SimpleNamespace(
+            metadata={}, dataset_path="", dataset_name=None, test_split="test", validation_split=None
+        )
+        task = SimpleNamespace(config=config, instances=[SimpleNamespace(args=request) for request in requests])
+        return str(subject._source("any", task)["requests_sha256"])
+
+    one, two = ("a", "b"), ("c", "d")
+    found = [digest(one, two), digest(two, one), digest(one), digest(("a", "B"), two), digest(("ab", ""), two)]
+    assert len(set(found)) == 5
+    assert digest(one, two) == found[0]
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 5), (0, 0), (2, 2)])
+def test_examples_are_the_task_s_unless_a_number_is_given_even_0(asked: int | None, used: int) -> None:
+    config: dict[str, int] = {}
+    task = SimpleNamespace(
+        aggregation=lambda: {"acc": sum}, config=SimpleNamespace(num_fewshot=5, metadata={}),
+        set_config=lambda key, value: config.update({key: value}), set_fewshot_seed=lambda seed: None,
+    )  # fmt: skip
+    subject._prepare("any", task, asked)
+    assert config == {"num_fewshot": used}
+
+
 def test_nothing_is_changed_or_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Modes, the tokenizer's padding, random numbers and logs are as before; standard error stays empty."""
     model = random_model("llama-gqa", max_position_embeddings=256).train()
