@@ -256,10 +256,13 @@ def test_a_run_with_dense_blocks_saves_zeros_and_says_how_to_pack_them(
     assert shapes_of(AutoModelForCausalLM.from_pretrained(place / "out/model")) == {(2, 48)}
 
 
-def test_the_memory_of_a_model_is_its_own_and_what_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("peaks", [(5_064, 5_032), (5_032, 5_064)])
+def test_the_memory_of_a_model_is_its_own_and_what_it_allocates(
+    peaks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU, whose counters are pretended here: 5,000 bytes there before, 64 more at the peak, per part; the larger counts."""
-    peaks = iter([5_064, 5_032])
-    monkeypatch.setattr(measure, "once", lambda action, _: (0.0, (next(peaks) - 5_000) / measure.GIB, action()))
+    counted = iter(peaks)
+    monkeypatch.setattr(measure, "once", lambda action, _: (0.0, (next(counted) - 5_000) / measure.GIB, action()))
     monkeypatch.setattr(
         footprint, "peak_of", lambda model, action, _: measure.peak_of(model, action, torch.device("cuda"))
     )
@@ -267,6 +270,13 @@ def test_the_memory_of_a_model_is_its_own_and_what_it_allocates(monkeypatch: pyt
     found = footprint.footprint(model, IDS)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     assert found.peak_bytes == found.bytes + buffers + 64
+
+
+def test_a_prompt_s_tokens_are_counted_in_its_fastest_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve tokens in 1 s to warm up, which does not count, then in 4, 2 and 3 s."""
+    looks = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0, 30.0, 33.0])
+    monkeypatch.setattr(footprint, "time", SimpleNamespace(perf_counter=lambda: next(looks)))
+    assert footprint._reading(random_model("llama-gqa"), IDS[:1, :12]) == 6
 
 
 def test_comparisons_time_blocks_without_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
