@@ -422,9 +422,9 @@ def packed_size(model: Path, target: Path) -> int:
     return sum(tensor.nbytes for tensor in stored) - 8 * sum(saving.packed for saving in savings)
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.6])
+@pytest.mark.parametrize("sparsity", [0.05, 0.6])
 def test_an_offloaded_run_says_what_packing_makes_of_it(tmp_path: Path, sparsity: float) -> None:
-    """At 10 % nothing gets smaller: rows are short, and each has an offset."""
+    """At 5 % a packed weight would be larger, and stays as it is: rows are short, and each has an offset."""
     place = make_place(tmp_path)
     plain = {"layer_sparsity": "uniform", "steps": 1, "finetune": "false", "offload": "on", "sparsity_ratio": sparsity}
     assert main(arguments(place, **plain)) == 0
