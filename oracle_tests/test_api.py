@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -23,6 +24,7 @@ from torch_impl.commands.run import main
 from torch_impl.engine import training
 from torch_impl.engine.batches import IGNORED
 from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment import arguments as arguments_of
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text.records import document_of
 
@@ -40,6 +42,8 @@ SMALL: dict[str, Any] = {
     "train_examples": 24,
     "train_seqlen": 128,
 }
+SHAPE: dict[str, Any] = {name: SMALL[name] for name in ("steps", "train_examples")} | {"train_seqlen": 16}
+IDS = torch.arange(128).view(4, 32) % 100
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +364,47 @@ def test_windows_beyond_what_the_model_was_trained_on_are_told(
     torch_impl.evaluate(model, tokenizer, text=TEXTS, seqlen=17, windows=1)
     expected = "seqlen is 17; this model was trained on at most 16 tokens, expect worse results beyond"
     assert [record.message for record in caplog.records] == [expected]
+
+
+def test_what_is_measured_is_measured_as_told(
+    model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(api, "perplexity", lambda of, ids, batch_size: told.update(batch=batch_size) or 1.0)
+    monkeypatch.setattr(api.zero_shot, "load_tasks", lambda *options: told.update(tasks=options) or {})
+    monkeypatch.setattr(
+        api.zero_shot, "measure", lambda of, tokens, tasks, *how: told.update(how=how) or SimpleNamespace(by_task=dict)
+    )
+    options: dict[str, Any] = {"tasks": ["piqa"], "tasks_data": "here", "limit": 3, "num_fewshot": 2, "batch_size": 5}
+    torch_impl.evaluate(model, tokenizer, text=TEXTS, seqlen=16, **options)
+    assert told == {"batch": 5, "tasks": (["piqa"], "here", 2), "how": (3, 5)}
+
+
+def test_codes_are_chosen_on_the_windows_asked_for(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(api.packed_folder, "pack_folder", lambda *_, rounding: seen.append(rounding.ids) or [])
+    for number, seed in enumerate((5, 5, 6)):
+        options: dict[str, Any] = {"calibration": TEXTS, "nsamples": 3, "seqlen": 16, "seed": seed}
+        torch_impl.pack(tmp_path, tmp_path / str(number), tokenizer, values="int4", **options)
+    assert [ids.shape for ids in seen] == [(3, 16)] * 3
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_the_seed_draws_the_training_examples(model: PreTrainedModel, tokenizer: Any) -> None:
+    def parts(seed: int) -> list[list[int]]:
+        config = arguments_of.configuration(model, IDS, TEXTS, 0.5, "wanda", "paper", {**SHAPE, "seed": seed})
+        found = arguments_of.material_of(model, tokenizer, IDS, TEXTS, config)[1]
+        return [example["input_ids"].tolist() for part in found for example in part]
+
+    assert parts(0) == parts(0) != parts(1)
+
+
+def test_importance_is_measured_on_no_more_sequences_than_there_are(model: PreTrainedModel) -> None:
+    config = arguments_of.configuration(model, IDS, None, 0.5, "wanda", "paper", {"rmi_samples": 6})
+    assert arguments_of.with_shape(config, IDS).calibration.rmi_rows == len(IDS) == 4
 
 
 # --- what is public ---

@@ -35,6 +35,13 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
     return status, json.loads((tmp_path / "bench.json").read_text())
 
 
+def block_weights(name: str) -> int:
+    """Count the weights of a block's projections."""
+    shape = geometry.GEOMETRIES[name]
+    hidden, heads, groups = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
+    return 2 * hidden * (hidden + hidden * groups // heads) + 3 * hidden * shape["intermediate_size"]
+
+
 def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, figures = run(tmp_path, "--geometry", "small", "--dtype", "float32", "--sequences", "8", "--length", "64")
     assert status == 0
@@ -45,6 +52,13 @@ def test_every_part_runs_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixtur
             continue
         assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
         assert 0 <= row["disagreement"] <= row["bound"]
+    # Each prunable weight takes two operations a token in a forward pass, and four in a backward one.
+    weights = block_weights("small") * geometry.GEOMETRIES["small"]["num_hidden_layers"]
+    for part, operations in (("mutual information, 4 × 64", 2 * 4 * 64), ("training micro-batch, 4 × 32", 6 * 4 * 32)):
+        measured = [row for row in figures["rows"] if row["part"].startswith(part) and "KL" not in row["part"]]
+        assert measured
+        for row in measured:
+            assert row["tflops"] == pytest.approx(operations * weights / row["ours_ms"] * 1e3 / 1e12)
     shown = capsys.readouterr().out
     assert "limits measured now" in shown
     assert "training micro-batch, 4 of 8 to 32, merged weight held" in shown
@@ -176,6 +190,9 @@ def test_a_compressed_base_is_held_to_the_dense_one_with_its_values(tmp_path: Pa
     packed, int8 = run(tmp_path, *options)[1]["rows"]
     assert (packed["disagreement"], int8["disagreement"]) == (0, 0)
     assert packed["plain_gib"] == int8["plain_gib"] > packed["ours_gib"] > int8["ours_gib"]
+    # Forward twice, as activations are checkpointed, and backward once: eight operations for each weight and token.
+    operations = 8 * 2 * 16 * block_weights("small")
+    assert [row["tflops"] * row["ours_ms"] * 1e9 for row in (packed, int8)] == pytest.approx([operations] * 2)
     assert packed["notes"][0].endswith("0.0e+00")
     assert 1e-3 < float(int8["notes"][0].split()[-1]) < 0.1
     # 70 % zeros: bitmap 1, offsets 64 a row, and 0.3 of 16 or 8 bits; a scale of 16 bits for every 128 columns.

@@ -44,6 +44,13 @@ def test_memory_is_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure.host_peak() == 3.0
 
 
+def test_the_memory_of_a_call_is_what_it_allocates_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 GiB that were there and 7 at the peak."""
+    for name, found in {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 5, "max_memory_allocated": 7}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found * 2**30)
+    assert measure.once(lambda: "result", torch.device("cuda"))[1:] == (2.0, "result")
+
+
 def test_a_row_s_share_is_of_the_product_s_limit() -> None:
     shown = bench._shown(Row("p", 10.0, 25.0, 1.5, 2.5, tflops=50.0, disagreement=0.0, bound=1.0), (200.0, 4.0))
     assert shown.splitlines()[0].split() == ["p", "10.0", "ms", "25.0", "ms", "2.50×", "50", "25%", "1.5", "2.5"]

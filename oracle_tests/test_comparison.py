@@ -324,13 +324,16 @@ def test_a_learning_rate_that_failed_is_said_and_not_called_diverged(tmp_path: P
 
 def test_a_seed_that_diverged_is_not_left_out_of_the_accuracy(tmp_path: Path) -> None:
     comparison = read(tmp_path)
-    groups, results = done(tmp_path, comparison, ends={"wanda, 0.5, none, seed 1": DIVERGED})
+    failed = {"wanda, 0.5, losa, seed 1, learning rate 0.01": FAILED}
+    groups, results = done(tmp_path, comparison, ends={"wanda, 0.5, none, seed 1": DIVERGED, **failed})
     section, _ = document.sections(comparison, groups, results, "losa")
     table = next(table for table in section.tables if table.title == "50 %")
     line = dict(zip(table.cells[0], table.cells[2], strict=True))
     assert (line["prune_method"], line[""]) == ("wanda", "no training")
     assert [line[name] for name in ("stdlib", "piqa", "boolq", "mean")] == ["diverged"] * 4
     assert line["tokens/s"] == "45.0 (2.25×)"
+    rows = [dict(zip(table.cells[0], row, strict=True)) for row in table.cells if row[0] == "wanda"]
+    assert [row["seeds"] for row in rows] == ["2", "1 of 2", "2"], "a run that failed is no result"
 
 
 def test_progress_counts_the_whole_matrix(tmp_path: Path) -> None:

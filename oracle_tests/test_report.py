@@ -25,7 +25,7 @@ from oracle_tests.small_runs import arguments, events, make_place
 from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl.decode.packed_folder import pack_folder
 from torch_impl.engine.record import StepRecord
-from torch_impl.experiment import job, model_card, provenance, report, report_page, samples
+from torch_impl.experiment import job, model_card, plots, provenance, report, report_page, samples
 from torch_impl.experiment.config import parse
 from torch_impl.experiment.footprint import Footprint, Footprints
 from torch_impl.experiment.result import Result, Row, Verification
@@ -305,6 +305,9 @@ def test_the_pictures_show_what_was_recorded(tmp_path: Path, monkeypatch: pytest
     assert (every, shown, mean) == ("every optimizer step", losses, "mean of 2")
     assert (places, smooth) == (list(range(1, 100)), [loss - 0.5 for loss in losses[:-1]])
     assert step == [60, 60], "where the model is pruned further"
+    parts = [replace(RECORDS[0], losses=part) for part in (losses[:10], losses[10:30], losses[30:])]
+    plots._losses(tmp_path, RESULT, parts)
+    assert [line.get_xdata()[0] for line in drawn["loss"].lines[2:]] == [10, 30]
     assert drawn["loss"].get_ylabel() == "training loss (kl), per token"
     perplexity = curves("perplexity")
     assert perplexity["LoSA"] == ([1, 2], [7.25, 10.9])

@@ -70,7 +70,8 @@ def test_base_weights_are_one_bit_each_where_that_says_all() -> None:
 
 def test_every_generator_goes_on_where_it_was() -> None:
     def draw() -> list[float]:
-        return [float(torch.rand(())), np.random.normal(), random.random(), random.gauss()]  # noqa: NPY002
+        numpy = (np.random.normal(), np.random.random())  # noqa: NPY002 - of two normal numbers drawn, one waits
+        return [float(torch.rand(())), *numpy, random.random(), random.gauss()]
 
     draw()
     kept = state.random_tensors()
@@ -78,6 +79,12 @@ def test_every_generator_goes_on_where_it_was() -> None:
     draw()
     state.restore_random(kept)
     assert draw() == expected
+
+
+def test_without_a_checkpoint_the_files_that_grow_begin_anew(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("of an attempt that got nowhere\n")
+    Checkpointer(RunCheckpoints(tmp_path / "none"), attached=(tmp_path / "metrics.jsonl",)).restore_attached()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 # --- Algorithm 1 ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tiny_models.random_models import byte_tokenizer, random_model
 from torch_impl.experiment import config, material, report
 from torch_impl.experiment.sections import TextConfig
+from torch_impl.experiment.text import protocols
 from torch_impl.experiment.text.documents import Document
 from torch_impl.experiment.text.sources import load_documents
 from torch_impl.experiment.text.splitting import Texts, load_texts, separate
@@ -287,6 +289,30 @@ def test_no_measured_text_is_in_a_calibration_window_or_an_example(tmp_path: Pat
     assert len(documents([example["input_ids"] for example in found.examples])) > 50
     assert not measured & documents(list(found.calibration))
     assert not measured & documents([example["input_ids"] for example in found.examples])
+
+
+def test_no_text_that_is_measured_besides_is_in_a_calibration_window_or_an_example(tmp_path: Path) -> None:
+    texts = [f"w{number:03}" * 6 for number in range(100)]
+    source, other = text_file(tmp_path / "a.txt", texts), text_file(tmp_path / "b.txt", texts[40:45])
+    options = settings(source, source, text_file(tmp_path / "c.txt", ["another text " * 5] * 3), None)
+    # So many windows have every piece of the text.
+    options = replace(options, calibration=replace(options.calibration, nsamples=200))
+    found = material.with_text(options, *MODEL, {"other": material.OtherText(other)})
+    parts = [found.others["other"], found.calibration, [example["input_ids"] for example in found.examples]]
+    measured, *learned = ("\n".join(found.tokenizer.decode(row) for row in part) for part in parts)
+    assert all(f"w{number:03}" in measured for number in range(40, 44)), "the last window is dropped"
+    for text in learned:
+        assert [number for number in range(30, 50) if f"w{number:03}" in text] == [*range(30, 40), *range(45, 50)]
+
+
+def test_documents_are_counted_as_far_as_the_protocol_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(protocols.PROTOCOLS, "c4", replace(protocols.C4, documents=3))
+    source = text_file(tmp_path / "a.txt", stories(*range(100)))
+    options = settings(source, None, source, None)
+    options = replace(options, text=replace(options.text, eval_protocol="c4"))
+    assert material.with_text(options, *MODEL).evaluation_facts["documents"] == 3
 
 
 def test_the_seed_draws_calibration_and_examples_and_leaves_the_measured_text(
