@@ -323,8 +323,10 @@ def test_the_dense_model_s_speed_is_the_dense_model_s(setting: Setting, monkeypa
             return {id(dense): 20.0, id(pruned): 45.0}[id(self.model)]
 
     monkeypatch.setattr(decoding, "Decoding", Stopwatch)
+    monkeypatch.setattr(decoding, "peak_of", lambda of, action, _: (action(), 400 if of is dense else 300))
     cost = decoding_cost(pruned, dense)
     assert (cost.dense, cost.packed, cost.ratio) == (20.0, 45.0, 2.25)
+    assert (cost.dense_bytes, cost.packed_bytes) == (400, 300)
 
 
 @pytest.mark.parametrize("name", ["none", "lora", "adalora", "sora"])

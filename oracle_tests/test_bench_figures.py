@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, large, measure, whole
+from torch_impl.bench import decode, decode_cpu, large, measure, whole, whole_cpu
 from torch_impl.bench.decode import Cell
 from torch_impl.bench.measure import Row
 from torch_impl.bench.whole import Decoding
@@ -46,7 +46,12 @@ def test_memory_is_in_gib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_memory_of_a_call_is_what_it_allocates_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 5 GiB that were there and 7 at the peak."""
-    for name, found in {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 5, "max_memory_allocated": 7}.items():
+    for name, found in {
+        "synchronize": 0,
+        "reset_peak_memory_stats": 0,
+        "memory_allocated": 5,
+        "max_memory_allocated": 7,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found * 2**30)
     assert measure.once(lambda: "result", torch.device("cuda"))[1:] == (2.0, "result")
 
@@ -162,6 +167,17 @@ def test_the_cpu_s_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode_cpu.times([lambda x: x], [weight], weight[:1, :100], 1) == (5.0, 9.0)
     monkeypatch.setattr(decode_cpu, "quickest", lambda *_: [10_000.0])
     assert decode_cpu.read_rate() == pytest.approx(0.0256)
+
+
+def test_each_time_of_a_whole_model_on_a_cpu_is_that_of_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First of a token, then of a prompt."""
+    times = iter([{"packed": 1.0, "dense": 3.0, "rest": 0.5}, {"packed": 10.0, "dense": 20.0}])
+    monkeypatch.setattr(whole_cpu, "fastest", lambda *_: next(times))
+    words = "--device cpu --whole_model small --blocks 1 --sparsities 50 --batches 2 --prompt 4"
+    [row] = whole_cpu.measure(decode._parser().parse_args(words.split()))
+    assert (row.packed, row.dense, row.rest, row.ratio) == (1.0, 3.0, 0.5, 3.0)
+    assert (row.prompt, row.packed_prompt, row.dense_prompt) == (4, 10.0, 20.0)
+    assert row.packed_gib < row.dense_gib
 
 
 def test_seconds_and_bytes_of_a_block_from_files(monkeypatch: pytest.MonkeyPatch) -> None:

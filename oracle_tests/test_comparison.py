@@ -673,6 +673,12 @@ def test_tasks_from_the_hub_and_from_a_folder_are_other_runs(tmp_path: Path) -> 
     assert not set(folder[1:]) & set(limited)
 
 
+def test_the_dense_model_is_measured_and_named_for_each_choice_that_its_figures_depend_on(tmp_path: Path) -> None:
+    text = FILE.replace("[[matrix]]", "[[matrix]]\neval_seqlen = [16, 32]")
+    dense = [group for group in groups_of(read(tmp_path, text))[0] if group.recipe.treatment == "dense"]
+    assert [group.varied for group in dense] == [(("eval_seqlen", "16"),), (("eval_seqlen", "32"),)]
+
+
 def test_texts_are_encoded_once_by_each_model_s_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells.zero_shot, "load_tasks", lambda *_: {})
     more = "[texts]\none = 'stdlib'\n[tasks]\nnames = ['piqa']\n[[matrix]]\nmodel = ['one', 'other']"

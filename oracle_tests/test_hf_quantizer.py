@@ -156,6 +156,11 @@ def test_several_files_and_what_was_there_before(tmp_path: Path) -> None:
     assert pack.main([str(tmp_path / "again"), str(tmp_path / "back"), "--unpack"]) == 0
     for name, tensor in load(plain).state_dict().items():
         assert torch.equal(tensor, load(tmp_path / "back").state_dict()[name])
+    whole = sum(
+        tensor.nbytes for file in (tmp_path / "back").glob("*.safetensors") for tensor in load_file(file).values()
+    )
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == whole, "of the plain tensors"
 
 
 def test_a_copy_saves_itself(packed_model: Path, tmp_path: Path) -> None:

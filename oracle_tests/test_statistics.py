@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from oracle_tests.tolerances import bound
 from reference import hsic, rank
 from reference.masks import sparsegpt, wanda
 from torch_impl.engine import statistics
+from torch_impl.masks.prune import METHODS
 from torch_impl.masks.sparsegpt import HESSIAN
 from torch_impl.masks.wanda import INPUT_NORM
 
@@ -64,3 +67,16 @@ def test_gram(case: tuple[np.ndarray, list[int]]) -> None:
     features, _ = case
     hidden = torch.from_numpy(features)[:, None, :]
     np.testing.assert_allclose(statistics.gram_of(hidden).numpy(), hsic.linear_gram(features), rtol=1e-10, atol=1e-300)
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3], [1] * 5])
+def test_sizes_of_gradients_are_of_each_sequence_by_itself(sizes: list[int]) -> None:
+    """However many come at once: √Σ (grad_yᵀ x)² over the sequences."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad_y = (torch.randn(5, 4, width, generator=generator, dtype=torch.float64) for width in (3, 2))
+    sums = statistics.GradientSums(METHODS["pruner_zero"].statistic, SimpleNamespace(projections=("p",)))  # type: ignore[arg-type]
+    for some_x, some_grad in zip(x.split(sizes), grad_y.split(sizes), strict=True):
+        sums.add(0, "p", some_x, some_grad)
+    sums.done(0, {})
+    expected = sum((g.T @ a).square() for a, g in zip(x, grad_y, strict=True)).sqrt()
+    torch.testing.assert_close(sums.take(0, torch.device("cpu"))["p"], expected)

@@ -430,7 +430,9 @@ def test_a_run_from_files_goes_on_to_the_same_bits(
         # It looks at the start, at pruning's, after each block and at its end, twice for the last row, and at the end.
         results = [json.loads((place / name / "losa_result.json").read_text()) for name in ("whole", "out")]
         assert [result["losa"]["seconds"] for result in results] == [40, 40]
-        assert [result["seconds_in_all"] for result in results] == [80, 80 + 2 * 10], "two more starts, both before a block"
+        assert [result["seconds_in_all"] for result in results] == [80, 80 + 2 * 10], (
+            "two more starts, both before a block"
+        )
     lines = [(place / name / "metrics.jsonl").read_text().splitlines() for name in ("out", "whole")]
     assert len(lines[0]) == len(lines[1])
     assert not (place / "out" / ".points").exists()

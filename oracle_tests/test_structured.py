@@ -199,6 +199,22 @@ def test_dense_blocks_stay_and_the_others_make_up_for_them(pattern: str, family:
             assert torch.equal(weight, before[f"{decoder.full_name(index, name)}.weight"]), name
 
 
+def test_what_is_left_of_the_weights_under_adapters_stays_as_it_is() -> None:
+    """The adapters count in the scores, and are not added to the weights."""
+    model = random_model("llama-gqa")
+    decoder = Decoder(model)
+    adapted_linear.attach_adapters(decoder, 1.0)
+    layers = adapted_linear.adapters(decoder.blocks[0])
+    for number, layer in enumerate(layers):
+        layer.resize(2, (number,))
+        torch.nn.init.ones_(layer.B)
+    before = [layer.weight.clone() for layer in layers]
+    remove_structures(decoder.blocks[0], decoder.family, METHODS["magnitude"], {}, 0.5, 1, last=True)
+    for layer, old in zip(layers, before, strict=True):
+        assert layer.weight.count_nonzero() < old.count_nonzero()
+        assert torch.equal(layer.weight, old * (layer.weight != 0))
+
+
 def test_what_is_gone_counts_before_what_is_never_used() -> None:
     """Both have score 0, and the one that is used never has the lower index."""
     model = random_model("llama")
