@@ -184,8 +184,9 @@ def test_each_curve_is_of_its_text(section: document.Section, monkeypatch: pytes
     for label, times in (("perplexity on A", 1), ("perplexity on B", 2)):
         lines, dense = drawn[label]
         assert dense == pytest.approx(10.0 * times)
-        points = [point[:2] for point in lines["LoSA, as in the paper"]]
-        assert points == [(0.5, pytest.approx(22.0 * times)), (0.7, pytest.approx(51.0 * times))]
+        # Means and sample deviations of 20 and 24, and of 50 and 52.
+        expected = [(0.5, 22.0 * times, math.sqrt(8) * times), (0.7, 51.0 * times, math.sqrt(2) * times)]
+        assert lines["LoSA, as in the paper"] == list(map(pytest.approx, expected))
 
 
 @pytest.mark.parametrize("smaller", [False, True])
