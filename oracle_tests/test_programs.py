@@ -7,18 +7,23 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import torch_impl
 from oracle_tests.programs import (
     configuration_hashes,
+    gpu_llm,
     importance_orders,
     lowest_versions,
 )
 from oracle_tests.small_runs import ROOT, arguments, make_place
+from tiny_models.random_models import byte_tokenizer, random_model
+from torch_impl.engine.decoder import Decoder
 
 
 def test_hashes_are_compared_with_earlier_ones(
@@ -96,6 +101,45 @@ def test_orders_of_importance_are_compared(tmp_path: Path, capsys: pytest.Captur
     values = {"rmi": [1, 2, 3, 4], "gradient": [20, 10, 30, 40], "owl": [4, 3, 2, 1], "e": [5, 5, 5, 5]}
     found = importance_orders.correlations({name: np.array(value) for name, value in values.items()})
     np.testing.assert_allclose(found[0], [1, 0.8, -1, np.nan])
+
+
+def test_a_packed_llm_is_held_against_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It passes; with one wrong projection it does not."""
+    model = random_model("llama", dtype=torch.bfloat16, max_position_embeddings=512)
+    for weight in Decoder(model).weights:
+        weight.data[:, ::2] = 0
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(
+        "\n".join("A line of some words, long enough to begin a prompt with: " * 2 for _ in range(9))
+    )
+    options = [
+        str(tmp_path / "model"),
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--tokens",
+        "6",
+        "--seqlen",
+        "16",
+        "--windows",
+        "4",
+    ]
+    options += ["--device", "cpu", "--values"]
+    monkeypatch.setattr(gpu_llm, "PROMPTS", (1, 17))
+    assert gpu_llm.main([*options, "same", "int8"]) == 0
+    assert capsys.readouterr().out.count(": right; ") == 4
+    load = torch_impl.load_packed
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        found: Any = load(*arguments, **options)
+        found.model.layers[1].mlp.down_proj.values.mul_(-1)
+        return found
+
+    monkeypatch.setattr(torch_impl, "load_packed", wrong)
+    assert gpu_llm.main([*options, "same"]) == 1
+    assert capsys.readouterr().out.count(": WRONG; ") == 2
 
 
 PROGRAMS = sorted(path.stem for path in (ROOT / "oracle_tests/programs").glob("*.py") if path.stem != "__init__")
