@@ -463,6 +463,15 @@ def test_overwrite_replaces_a_model(plain: Path, packed_model: Path, tmp_path: P
     assert_same_bits(plain, target)
 
 
+def test_overwrite_replaces_what_packing_a_model_with_a_card_has_written(plain: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "plain", tmp_path / "packed"
+    shutil.copytree(plain, source)
+    (source / "README.md").write_text("its card")
+    for more in ([], ["--overwrite"]):
+        assert pack.main([str(source), str(target), *more, "--device", "cpu"]) == 0
+        assert (target / "README.plain.md").read_text() == "its card"
+
+
 def beside(*names: str) -> Callable[[Path], Path]:
     """A model with something beside it."""
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch_impl import _checks
-from torch_impl.decode import packed_folder
+from torch_impl.decode import packed_card, packed_folder
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.decode.packed_rounding import MEAN_BITS, MIXED, SAME, VALUES, Rounding
 from torch_impl.engine.checkpoints import pretrained
@@ -32,7 +32,8 @@ from torch_impl.quantise import FEWEST_BITS, MOST_BITS
 OF_A_MODEL = (
     "config.json", "generation_config.json", "model*.safetensors", "packed-*.safetensors", INDEX, PACKED, PACKED_INDEX,
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
-    "modeling_*.py", "configuration_*.py", "tokenization_*.py", "README.md", "LICENSE*", "NOTICE*", ".gitattributes",
+    "modeling_*.py", "configuration_*.py", "tokenization_*.py", packed_card.CARD, packed_card.PLAIN, "LICENSE*", "NOTICE*",
+    ".gitattributes",
 )  # fmt: skip
 
 
