@@ -115,6 +115,27 @@ def test_tokens_per_second_are_of_the_whole_batch_in_the_fastest_run(monkeypatch
     assert next(steps) == WARM_UP + 1 + 3 * 5
 
 
+@pytest.mark.parametrize(
+    ("seconds", "times", "speed", "steps"),
+    [
+        # The first token takes 3 of 2 seconds: no other is decoded.
+        (2.0, (0.0, 3.0, 3.0), 1.0, 1),
+        # Each run of two tokens takes 2 s; after two of them 4 s are over, and the third does not start.
+        (4.0, (0.0, 1.0, 2.0, 2.0, 5.0, 5.5, 7.0, 7.0), 3.0, 4),
+    ],
+)
+def test_a_slow_model_is_not_measured_for_long(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, times: tuple[float, ...], speed: float, steps: int
+) -> None:
+    decoding, count = Decoding.__new__(Decoding), itertools.count()
+    decoding.device, decoding.ids = CPU, torch.ones(3, 1)
+    monkeypatch.setattr(Decoding, "restart", lambda self: None)
+    monkeypatch.setattr(Decoding, "step", lambda self: next(count))
+    monkeypatch.setattr(whole, "time", clock(*times))
+    assert decoding.tokens_per_second(2, 3, seconds) == speed
+    assert next(count) == WARM_UP + 1 + steps
+
+
 def side(fast: float, eager: float, logits: float, between: str = whole.COMPILED) -> whole._Side:
     """Tokens/s, and logits that are this many times those of the model."""
     true = torch.tensor([3.0, 4.0])

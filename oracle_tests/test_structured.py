@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -318,6 +319,21 @@ def test_bytes_are_those_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     found = footprint.footprint(model, torch.zeros(1, 4, dtype=torch.long))
     assert found.bytes == 2 * found.parameters
     assert found.cache_bytes == 2 * 3 * 2 * 16
+
+
+def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is six seconds later: a first prompt of 6 s, a second, and ten seconds are over."""
+    asked: list[float] = []
+    decoding = SimpleNamespace(tokens_per_second=lambda tokens, runs, seconds: asked.append(seconds))
+    monkeypatch.setattr(footprint, "Decoding", lambda *_, **__: decoding)
+    monkeypatch.setattr(footprint, "time", SimpleNamespace(perf_counter=itertools.count(0, 6).__next__))
+    model = random_model("llama-gqa")
+    found = footprint.footprint(model, IDS[:1, :12])
+    assert asked == [footprint.SECONDS]
+    assert found.prompt_tokens_per_second == 2.0
+    assert footprint.time.perf_counter() == 4 * 6, "twice at the start and the end of a prompt"
+    monkeypatch.setattr(footprint, "SECONDS", 1.0)
+    assert footprint.footprint(model, IDS[:1, :12]).prompt_tokens_per_second == 2.0, "the only prompt counts"
 
 
 def test_the_library_returns_the_smaller_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -153,21 +154,34 @@ class Decoding:
             self.cache.reset()
         self.ids = torch.ones_like(self.ids)
 
-    def tokens_per_second(self, tokens: int, runs: int) -> float:
-        """Measure tokens per second of the whole batch; the fastest run counts."""
+    def tokens_per_second(self, tokens: int, runs: int, seconds: float = math.inf) -> float:
+        """Measure tokens per second of the whole batch; the fastest run counts.
+
+        seconds: once the runs have taken so long, no other starts; one that takes so long by itself ends, after a token at least.
+        """
         self.restart()
         for _ in range(WARM_UP + 1):
             self.step()
-        times = []
+        fastest, spent = 0.0, 0.0
         for _ in range(runs):
-            self.restart()
-            synchronize(self.device)
-            start = time.perf_counter()
-            for _ in range(tokens):
-                self.step()
-            synchronize(self.device)
-            times.append(time.perf_counter() - start)
-        return tokens * len(self.ids) / min(times)
+            done, took = self._run(tokens, seconds)
+            fastest, spent = max(fastest, done * len(self.ids) / took), spent + took
+            if spent >= seconds:
+                break
+        return fastest
+
+    def _run(self, tokens: int, seconds: float) -> tuple[int, float]:
+        """Return the tokens decoded and the seconds that they took."""
+        self.restart()
+        synchronize(self.device)
+        start, done = time.perf_counter(), 0
+        while done < tokens:
+            self.step()
+            done += 1
+            if seconds < math.inf and time.perf_counter() - start >= seconds:
+                break
+        synchronize(self.device)
+        return done, time.perf_counter() - start
 
 
 @dataclass

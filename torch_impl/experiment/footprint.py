@@ -20,6 +20,8 @@ from torch_impl.packed import bits_per_weight
 logger = logging.getLogger(__name__)
 
 DECODED, PROMPT, RUNS = 32, 512, 3
+# Each speed is measured for about so long at most: a large model on a busy CPU takes seconds for a token.
+SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Footprint:
 
     operations: floating-point operations of a token in projections and head, 2 per weight; attention to earlier tokens comes on
     top. bytes: of all weights. cache_bytes: of the keys and values of one token. tokens_per_second: decoding one sequence, with
-    a CUDA graph per token on a GPU; prompt_tokens_per_second: reading up to 512 tokens at once; the fastest of three. None if
-    the model cannot be measured. peak_bytes: the most memory in either, weights included; None on a CPU, which does not count it.
+    a CUDA graph per token on a GPU; prompt_tokens_per_second: reading up to 512 tokens at once; the fastest of three, or of those
+    within ten seconds. None if the model cannot be measured. peak_bytes: the most memory in either, weights included; None on a CPU, which does not count it.
     """
 
     parameters: int
@@ -87,19 +89,19 @@ def _decoding(model: PreTrainedModel) -> float | None:
     length = min(DECODED, (position_limit(model) or DECODED + WARM_UP + 1) - WARM_UP - 1)
     try:
         decoding = Decoding(model, 1, graph=model.device.type == "cuda", longest=length + WARM_UP + 1)
-        return decoding.tokens_per_second(length, RUNS)
+        return decoding.tokens_per_second(length, RUNS, SECONDS)
     except Exception as error:
         logger.warning("the speed of decoding is not measured: %s", error)
         return None
 
 
 def _reading(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    times = []
-    for _ in range(RUNS + 1):
+    times: list[float] = []
+    while len(times) <= RUNS and sum(times) < SECONDS:
         synchronize(model.device)
         start = time.perf_counter()
         model(input_ids=ids, use_cache=False)
         synchronize(model.device)
         times.append(time.perf_counter() - start)
-    # The first run warms up.
-    return ids.numel() / min(times[1:])
+    # The first run warms up, and counts if no other does.
+    return ids.numel() / min(times[1:] or times)

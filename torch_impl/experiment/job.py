@@ -304,6 +304,8 @@ def _finish(
     healed = dataclasses.replace(evaluation.measure(merged, "losa, merged and reloaded", seconds), sparsity=sparsity)
     saved, footprints = _saved_bytes(merged, masks), None
     if smaller:
+        if distributed.is_main_process():
+            print("measuring the speed of the dense and of the smaller model", file=sys.stderr, flush=True)
         footprints = Footprints(footprint(model, probe), footprint(merged, probe), smaller.note)
         saved = SavedBytes(footprints.dense.bytes, saved.packed, saved.dense)
     return healed, saved, verification, _sample(merged, material), footprints
