@@ -30,8 +30,9 @@ class Footprint:
 
     operations: floating-point operations of a token in projections and head, 2 per weight; attention to earlier tokens comes on
     top. bytes: of all weights. cache_bytes: of the keys and values of one token. tokens_per_second: decoding one sequence, with
-    a CUDA graph per token on a GPU; prompt_tokens_per_second: reading up to 512 tokens at once; the fastest of three, or of those
-    within ten seconds. None if the model cannot be measured. peak_bytes: the most memory in either, weights included; None on a CPU, which does not count it.
+    a CUDA graph per token on a GPU; prompt_tokens_per_second: reading up to 512 tokens at once; the fastest of three, or of as
+    many as `SECONDS` leave time for. None if the model cannot be measured. peak_bytes: the most memory in either, weights
+    included; None on a CPU, which does not count it.
     """
 
     parameters: int
