@@ -89,10 +89,10 @@ def test_jobs_of_the_plan_are_short_and_hide_nothing(
 
     monkeypatch.setattr(large, "run_in_memory", job)
     monkeypatch.setattr(large, "run_offloaded", job)
-    with pytest.raises(FloatingPointError, match="the third job"):
-        run(tmp_path, "--parts", "plan", "--geometry", "small", "--sequences", "100")
-    assert [config.calibration.nsamples for config in jobs] == [32, 32]
+    assert bench.main(["--device", "cpu", "--parts", "plan", "--geometry", "small", "--sequences", "100"]) == 2
     shown = capsys.readouterr()
+    assert "error: the third job" in shown.err
+    assert [config.calibration.nsamples for config in jobs] == [32, 32]
     assert [line.partition(";")[0] for line in shown.out.splitlines() if line.startswith("case ")] == [
         "case plain, wanda",
         "case plain, sparsegpt",
@@ -226,6 +226,56 @@ def test_a_ratio_needs_agreement() -> None:
     assert Row("", 1.0, 2.0, disagreement=1e-1, bound=1e-2).ratio is None
     assert Row("", 1.0, 2.0, disagreement=float("nan"), bound=1e-2).ratio is None
     assert Row("", 1.0, 2.0).ratio is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--geometry word", "argument --geometry: invalid choice: 'word'"),
+        ("--length word", "argument --length: invalid int value: 'word'; see --help"),
+        ("--repeat 1", "--repeat is not an option; did you mean --repeats?"),
+        ("--blocks 0", "blocks is 0; allowed: 1 or more"),
+        ("--sequences 3", "sequences is 3; allowed: 4 or more"),
+        ("--length 1", "length is 1; allowed: 2 or more"),
+        ("--train_lengths 32 7", "train_lengths is 7; allowed: 8 or more"),
+        ("--accumulation 0", "accumulation is 0; allowed: 1 or more"),
+        ("--reconstruct_epochs -1", "reconstruct_epochs is -1; allowed: 0 or more"),
+        ("--repeats 0", "repeats is 0; allowed: 1 or more"),
+        ("--device word", "device is 'word'; allowed: auto, cpu, cuda"),
+        ("--json no/such/file", "json is no/such/file, and there is no folder no/such; make it first"),
+        ("--json .", "json is ., which is a folder; name a file"),
+        ("decode --batches 9", "argument --batches: invalid choice: 9"),
+        ("decode --word 1", "--word is not an option; see --help"),
+        ("decode --sparsities 50 100", "sparsities has '100'; allowed: percentages from 0 to below 100, and N:M"),
+        ("decode --sparsities nan", "sparsities has 'nan'; allowed"),
+        ("decode --sparsities 4:2", "sparsities has '4:2'; allowed"),
+        ("decode --sparsities 0:4", "sparsities has '0:4'; allowed"),
+        ("decode --blocks 0", "blocks is 0; allowed: 1 or more"),
+        ("decode --repeats 0", "repeats is 0; allowed: 1 or more"),
+        ("decode --adapters 0", "adapters is 0; allowed: 1 or more"),
+        ("decode --tokens 1", "tokens is 1; allowed: 2 or more"),
+        ("decode --tokens 252", "tokens is 252; allowed: at most 251"),
+        ("decode --prompt 0", "prompt is 0; allowed: 1 or more"),
+        ("decode --device word", "device is 'word'; allowed: auto, cpu, cuda"),
+        ("decode --json no/such/file", "json is no/such/file, and there is no folder no/such"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line_before_any_work(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in ((bench, "ceilings"), (decode, "ceilings"), (decode_cpu, "read_rate")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it works"))
+    assert bench.main(words.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {message}")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("few_copies")
+def test_the_most_tokens_fit_into_the_cache(tmp_path: Path) -> None:
+    options = ("--geometries", "--whole_model", "small", "--blocks", "1", "--tokens", "251", "--batches", "1")
+    assert len(run_decode(tmp_path, *options)[1]["whole_model"]) == 1
 
 
 @pytest.fixture

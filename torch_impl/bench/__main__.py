@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from torch_impl.bench import base, decode, large, parts, plain, reconstruct
+from torch_impl.bench import base, checks, decode, large, parts, plain, reconstruct
 from torch_impl.bench.measure import Row, ceilings, host_peak
 from torch_impl.engine import files
+from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.planning import geometry
 
 # Parts that measure one model, and those that have their own.
@@ -39,9 +40,7 @@ STEPS, MICRO_BATCHES = 5, 2500
 
 def _parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="losa bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="losa bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--geometry",
         choices=list(geometry.GEOMETRIES),
@@ -213,14 +212,14 @@ def measure_large(options: argparse.Namespace) -> dict[str, list[dict[str, objec
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Measure and print; return 1 if the two sides of any part disagree."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "decode":
         return decode.main(arguments[1:])
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = _parser().parse_args(arguments)
+    checks.check(options)
     device = torch.device(options.device)
     top = ceilings(device, getattr(torch, options.dtype))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.nn import functional
 
 from torch_impl import quantise
-from torch_impl.bench import decode_cpu, int4, whole, whole_cpu
+from torch_impl.bench import checks, decode_cpu, int4, whole, whole_cpu
 from torch_impl.bench.measure import ceilings, graphed, relative
 from torch_impl.decode import cpu, cuda, cuda_layouts
 from torch_impl.engine import files
+from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.planning import geometry
 from torch_impl.masks.nm import nm_mask
 
@@ -257,11 +257,7 @@ def _whole_models(options: argparse.Namespace, device: torch.device) -> Sequence
 
 def _parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="losa bench decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="losa bench decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = list(geometry.GEOMETRIES)
     every = ["llama-2-7b", "llama-3-8b", "llama-2-70b"]
     parser.add_argument(
@@ -290,12 +286,9 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", type=int, default=128, metavar="TOKENS", help="Length of a prompt to time; on a CPU."
     )
     parser.add_argument(
-        "--repeats",
-        type=int,
-        metavar="N",
-        default=9,
+        "--repeats", type=int, metavar="N", default=9,
         help="Timed repeats; the median counts on a GPU, the best on a CPU.",
-    )
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s).")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="Default %(default)s.")
     parser.add_argument(
@@ -308,10 +301,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; return 1 if any two sides disagree."""
-    transformers.utils.logging.set_verbosity_error()
     options = _parser().parse_args(arguments)
+    checks.check_decode(options)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     if device.type == "cuda":
@@ -347,4 +341,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

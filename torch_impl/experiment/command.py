@@ -58,11 +58,11 @@ def closest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def command(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
+def command(work: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """Turn `work`, which gets the arguments, into the main function of a command.
 
-    It returns the exit status: 0 for success. For an error, it prints one line to standard error and returns 2 for an
-    expected error, 1 for an unexpected exception, 130 after Ctrl-C and 143 after SIGTERM.
+    It returns the exit status: that of `work`, 0 if it returns none. For an error, it prints one line to standard error and
+    returns 2 for an expected error, 1 for an unexpected exception, 130 after Ctrl-C and 143 after SIGTERM.
     """
 
     @functools.wraps(work)
@@ -77,8 +77,7 @@ def command(work: Callable[[Sequence[str]], None]) -> Callable[..., int]:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            work(sys.argv[1:] if arguments is None else arguments)
-            return 0
+            return work(sys.argv[1:] if arguments is None else arguments) or 0
         except SystemExit:
             raise
         except BrokenPipeError as error:
