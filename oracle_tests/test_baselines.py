@@ -303,6 +303,22 @@ def test_nothing_to_train_on_is_refused_before_pruning(
         setting.run(name, examples=0)
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_compressed_base_is_refused_before_any_work_by_those_that_would_ignore_it(
+    setting: Setting, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "__init__", lambda *_: pytest.fail("it works"))
+    training = dataclasses.replace(setting.config.training, train_base="int8")
+    config = dataclasses.replace(setting.config, training=training)
+    if name in ("none", "sparse_lora", "losa"):
+        BASELINES[name].check_options(config)
+        return
+    with pytest.raises(
+        ValueError, match=rf"^train_base is int8, and baseline {name} keeps its base weights dense; use"
+    ):
+        setting.run(name, config)
+
+
 def test_a_missing_package_is_named_with_its_extra(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_impl.experiment.baselines.baseline.find_spec", lambda name: None)
     for name in ("lora", "adalora"):

@@ -225,6 +225,15 @@ def test_bad_input_is_refused_before_any_work(
         assert word in line
 
 
+def test_a_recipe_that_would_ignore_an_option_is_refused_before_any_work(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "make", lambda *_: pytest.fail("it trains"))
+    text = FILE.replace('"none", "sparse_lora", "losa"', '"sora", "losa"')
+    assert compare.main(words(place, text, train_base="packed", output=tmp_path / "out")) == 2
+    assert "error: recipe 'sora': train_base is packed, and baseline sora keeps" in capsys.readouterr().err
+
+
 def test_one_window_cannot_be_halved(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert compare.main(words(place, eval_windows=1, output=tmp_path)) == 2
     assert "has only 1 window; give 2 or more" in capsys.readouterr().err

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from torch_impl.engine import distributed
 from torch_impl.experiment import zero_shot
+from torch_impl.experiment.baselines import BASELINES
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.comparison import curves, document, page, reading, running
 from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Comparison, Group
-from torch_impl.experiment.comparison.recipes import DENSE
+from torch_impl.experiment.comparison.recipes import DENSE, Recipe
 from torch_impl.experiment.comparison.results import Results
 from torch_impl.experiment.comparison.rows import row_of
 from torch_impl.experiment.config import Config
@@ -144,8 +145,16 @@ def check(groups: Sequence[Group]) -> None:
             config = group.final(group.seeds[0], rate).config
             what = repr((config.model, config.prune, config.text, config.calibration, config.training.finetune))
             if group.recipe.treatment != DENSE:
+                _check_treatment(group.recipe, config)
                 different.setdefault(what, config)
     dry_run.check(different.values())
+
+
+def _check_treatment(recipe: Recipe, config: Config) -> None:
+    try:
+        BASELINES[recipe.treatment].check_options(config)
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe.name!r}: {error}") from error
 
 
 def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: Results, shown: str) -> None:

@@ -14,17 +14,17 @@ BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
         Baseline("none", "no training", masked.none),
-        Baseline("lora", "LoRA", peft_adapters.lora, needs=("peft",)),
-        Baseline("adalora", "AdaLoRA", peft_adapters.adalora, needs=("peft",)),
-        Baseline("sora", "SoRA", sora.sora),
+        Baseline("lora", "LoRA", peft_adapters.lora, needs=("peft",), dense_base=True),
+        Baseline("adalora", "AdaLoRA", peft_adapters.adalora, needs=("peft",), dense_base=True),
+        Baseline("sora", "SoRA", sora.sora, dense_base=True),
         Baseline("sparse_lora", "Sparse LoRA", masked.sparse_lora),
-        Baseline("full", "every kept weight", masked.full),
+        Baseline("full", "every kept weight", masked.full, dense_base=True),
         Baseline("losa", "LoSA", masked.losa),
-        Baseline("sleb", "SLEB", smaller(sleb.remove), structured=True),
-        Baseline("slicegpt", "SliceGPT", smaller(slicegpt.remove), structured=True),
-        Baseline("flap", "FLAP", smaller(by_structure.flap), structured=True),
-        Baseline("llm_pruner", "LLM-Pruner", smaller(by_structure.llm_pruner), structured=True),
-        Baseline("loraprune", "LoRAPrune", loraprune.loraprune, structured=True),
+        Baseline("sleb", "SLEB", smaller(sleb.remove), structured=True, dense_base=True),
+        Baseline("slicegpt", "SliceGPT", smaller(slicegpt.remove), structured=True, dense_base=True),
+        Baseline("flap", "FLAP", smaller(by_structure.flap), structured=True, dense_base=True),
+        Baseline("llm_pruner", "LLM-Pruner", smaller(by_structure.llm_pruner), structured=True, dense_base=True),
+        Baseline("loraprune", "LoRAPrune", loraprune.loraprune, structured=True, dense_base=True),
     )
 }
 

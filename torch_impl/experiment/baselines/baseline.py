@@ -94,7 +94,8 @@ class Work(Protocol):
 class Baseline:
     """One way to fine-tune a pruned model. needs: packages that it imports; the extra `baselines` installs them.
 
-    structured: it makes the model smaller by a method of its own, and trains only if the run does.
+    structured: it makes the model smaller by a method of its own, and trains only if the run does. dense_base: it trains beside
+    dense weights alone, and cannot compress them (`TrainingConfig.train_base`).
     """
 
     name: str
@@ -102,12 +103,21 @@ class Baseline:
     work: Work
     needs: tuple[str, ...] = ()
     structured: bool = False
+    dense_base: bool = False
 
     def check(self) -> None:
         """Check that the packages are here. Errors: ValueError saying what to install."""
         if missing := [name for name in self.needs if find_spec(name) is None]:
             raise ValueError(
                 f'baseline {self.name} needs {", ".join(missing)}; install it: pip install "losa-oracle[baselines]"'
+            )
+
+    def check_options(self, config: Config) -> None:
+        """Errors: ValueError naming an option that this baseline would ignore."""
+        if self.dense_base and config.training.compressed:
+            raise ValueError(
+                f"train_base is {config.training.train_base}, and baseline {self.name} keeps its base weights dense; "
+                "use --train_base dense"
             )
 
     def run(
@@ -120,9 +130,11 @@ class Baseline:
     ) -> Trained:
         """Prune and train `model`, a copy of the dense one, in place. dense: the original, which stays as it is.
 
-        Errors: as `check`; ValueError if there is too little to train on; FloatingPointError if training diverges.
+        Errors: as `check` and `check_options`; ValueError if there is too little to train on; FloatingPointError if training
+        diverges.
         """
         self.check()
+        self.check_options(config)
         return self.work(model, dense, material, config, on_progress)
 
 
