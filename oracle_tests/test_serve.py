@@ -218,9 +218,10 @@ def test_nothing_else_is_served(url: str, route: str) -> None:
     assert "error" in json.loads(text)
 
 
-def test_learned_positions_and_no_template(tmp_path: Path) -> None:
-    """128 of them; the tokenizer has no chat template."""
-    save_random_model(tmp_path / "model", "opt")
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_positions_and_no_template(tmp_path: Path, family: str) -> None:
+    """128 of them, learned or trained on; the tokenizer has no chat template."""
+    save_random_model(tmp_path / "model", family)
     model, tokenizer = generate.load(str(tmp_path / "model"), "cpu", "auto")
     ids = tokenizer("x" * 100, return_tensors="pt")["input_ids"]
     body: dict[str, Any] = {}

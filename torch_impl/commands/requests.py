@@ -121,12 +121,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, body: dict[str, Any]) -> torc
 def check_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, body: dict[str, Any]
 ) -> None:
-    """Check that the tokens and the new ones fit the model; set how many new ones, if the request does not."""
+    """Check that the tokens and the new ones fit the model; set how many new ones, if the request does not.
+
+    Also of a model whose positions go on beyond those that it was trained on: there it would work for minutes and answer nonsense.
+    """
     if not ids.shape[1]:
         raise ValueError("the prompt has no token; give some text")
     checks.check_tokens(model, tokenizer, ids)
     asked = body.get("max_completion_tokens", body.get("max_tokens"))
-    limit = position_limit(model)
+    limit = position_limit(model) or getattr(model.config, "max_position_embeddings", None)
     room = TOKENS if limit is None else limit - ids.shape[1]
     if limit is not None and (room < 1 or (asked or 0) > room):
         raise ValueError(
