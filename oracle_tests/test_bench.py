@@ -18,7 +18,7 @@ from transformers import StaticCache
 
 from torch_impl import packed
 from torch_impl.bench import __main__ as bench
-from torch_impl.bench import decode, decode_cpu, int4, large, parts, reconstruct, whole, whole_cpu
+from torch_impl.bench import checks, decode, decode_cpu, int4, large, parts, reconstruct, whole, whole_cpu
 from torch_impl.bench.measure import Row, relative
 from torch_impl.decode.next_token import NextToken
 from torch_impl.decode.packed_linear import PackedLinear
@@ -270,6 +270,18 @@ def test_wrong_options_are_refused_in_one_line_before_any_work(
     assert printed.out == ""
     assert printed.err.startswith(f"error: {message}")
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("module", "check"), [(bench, checks.check), (decode, checks.check_decode)])
+def test_the_device_is_chosen_by_itself(
+    module: Any, check: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = module._parser().parse_args(["--device", "auto"])
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        options.device = "auto"
+        check(options)
+        assert torch.device(options.device).type == expected
 
 
 @pytest.mark.usefixtures("few_copies")

@@ -164,6 +164,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "randn", lambda *size, device=None, **more: randn(*size, **more))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cuda, "available", lambda: (True, ""))
     monkeypatch.setattr(decode, "_copies", lambda *_: 2)
     monkeypatch.setitem(geometry.GEOMETRIES, "llama-2-7b", geometry.GEOMETRIES["small"] | small)

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, metavar="N", default=5, help="Timed repeats of each side; the median counts."
     )
     parser.add_argument("--ours_only", action="store_true", help="Skip the plain formulation; print no ratios.")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s).")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="auto, cpu or cuda (default %(default)s).")
     parser.add_argument(
         "--dtype",
         choices=["bfloat16", "float32"],

@@ -15,7 +15,7 @@ FEWEST_SEQUENCES = 4
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check the options of `losa bench`. Errors: ValueError naming the option."""
+    """Check the options of `losa bench`; device auto becomes this machine's. Errors: ValueError naming the option."""
     _check_shared(options)
     _checks.count("sequences", options.sequences, FEWEST_SEQUENCES)
     _checks.count("length", options.length, 2)
@@ -27,7 +27,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def check_decode(options: argparse.Namespace) -> None:
-    """Check the options of `losa bench decode`. Errors: ValueError naming the option."""
+    """Check the options of `losa bench decode`; device auto becomes this machine's. Errors: ValueError naming the option."""
     _check_shared(options)
     for sparsity in options.sparsities:
         _check_sparsity(sparsity)
@@ -38,7 +38,7 @@ def check_decode(options: argparse.Namespace) -> None:
 
 
 def _check_shared(options: argparse.Namespace) -> None:
-    choose_device(options.device)
+    options.device = str(choose_device(options.device))
     if options.blocks is not None:
         _checks.count("blocks", options.blocks)
     _checks.count("repeats", options.repeats)

@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, metavar="N", default=9,
         help="Timed repeats; the median counts on a GPU, the best on a CPU.",
     )  # fmt: skip
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s).")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="auto, cpu or cuda (default %(default)s).")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="Default %(default)s.")
     parser.add_argument(
         "--values",
