@@ -104,7 +104,8 @@ def test_results_and_readme_have_the_figures_of_the_runs() -> None:
         assert f"{title} | {' | '.join(figures)} |" in readme
     cells = []
     for sparsity in ("0.5", "0.6", "0.7", "2:4"):
-        runs = perplexities("recovery", sparsity=sparsity)
+        recipe = "best" if sparsity in ("0.6", "0.7") else "best_low"
+        runs = perplexities("recovery", recipe=recipe, prune_method="wanda", sparsity=sparsity)
         second, both = (
             f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" for values in zip(*runs, strict=True)
         )
@@ -121,6 +122,19 @@ def test_results_and_readme_have_the_figures_of_the_runs() -> None:
     )
 
 
+def figure(value: float) -> str:
+    """A perplexity as the tables show it."""
+    return f"{value:.1f}" if value < 300 else f"{value:,.0f}"
+
+
+def spread(name: str, **labels: str) -> str:
+    """Perplexity of the second half, with the deviation over seeds if there are several; empty without a run."""
+    values = [second for second, _ in perplexities(name, **labels)]
+    if len(values) > 1:
+        return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return figure(values[0]) if values else ""
+
+
 def test_rates_and_masks_of_2_4_are_those_of_the_runs() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
     rules = {"rmi": "mutual information", "uniform": "uniform", "owl": "OWL", "atp": "ATP", "lamp": "LAMP"}
@@ -128,17 +142,60 @@ def test_rates_and_masks_of_2_4_are_those_of_the_runs() -> None:
         found = []
         for sparsity in ("0.5", "0.6", "0.7", "0.8"):
             [(second, _)] = perplexities("rates", recipe="none", layer_sparsity=rule, sparsity=sparsity)
-            found.append(f"{second:.1f}" if second < 300 else f"{second:,.0f}")
+            found.append(figure(second))
+        found.append(spread("rates", recipe="losa", layer_sparsity=rule))
         assert f"| {title} | {' | '.join(found)} |" in results
-    [(losa, _)], [(uniform, _)] = (perplexities("ablation", recipe=recipe) for recipe in ("losa", "uniform_rates"))
-    assert f"has {losa:.1f} with mutual information and {uniform:.1f} with uniform rates" in results
-    [(half, whole)] = perplexities("two_four", recipe="three_steps_seven_written")
-    assert f"| {whole:.1f} ({half:.1f}) |" in results
+    for recipe in ("sparsegpt", "admm", "alps"):
+        name = "three_steps_" + ("seven_written" if recipe == "sparsegpt" else f"{recipe}_seven_written")
+        [(half, whole)] = perplexities("two_four", recipe=name)
+        assert f" {whole:.1f} ({half:.1f})" in results
+    for method in ("sparsegpt", "admm"):
+        [(half, whole)] = perplexities("recovery", recipe="best", prune_method=method)
+        assert f" {whole:.1f} ({half:.1f})" in results
+    for recipe in ("reconstruction", "one_shot_best", "every_kept_weight"):
+        [(half, whole)] = perplexities("recovery", recipe=recipe)
+        assert f" | {whole:.1f} ({half:.1f}) | |" in results
+    ablation = {
+        "losa": "rates by mutual information, ranks by error",
+        "uniform_rates": "uniform rates",
+        "uniform_ranks": "uniform ranks",
+        "uniform_both": "both uniform",
+        "sparse_lora": "one shot, uniform (sparse LoRA)",
+    }
+    for recipe, title in ablation.items():
+        assert f"| {title} | {spread('ablation', recipe=recipe, sparsity='0.7')} |" in results
+    parts = (spread("ablation", recipe=recipe) for recipe in ("attention_alone", "mlp_alone"))
+    assert f"in the MLP alone | {'; '.join(parts)} |" in results
     [(plain, _)], [(mixed, _)] = (
         perplexities("smollm2", recipe="losa", prune_method="wanda", sparsity=pattern)
         for pattern in ("2:4", "mixed-2:4")
     )
     assert f"{plain:.1f} at 2:4 and {mixed:.1f} at mixed 2:4" in " ".join(results.split())
+
+
+def test_steps_and_texts_are_those_of_the_runs() -> None:
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
+    steps = [spread("steps", recipe="losa", steps=count) for count in ("1", "2", "3", "5", "8", "10")]
+    assert f"| LoSA as in the paper | {' | '.join(steps)} |" in results
+    [(five, _)] = perplexities("recovery", recipe="best", prune_method="wanda", sparsity="0.7", seed="0")
+    one, three = (spread("steps", recipe="best", steps=count) for count in ("1", "3"))
+    assert f"| best recipe | {one} | | {three} | {five:.1f} | | |" in results
+    healed = {"alpaca_5000.json": "5,000 records of Alpaca", "c4_demo.jsonl": "300 documents of C4"}
+    for text, title in healed.items():
+        found = [
+            spread("healing", recipe=recipe, finetune_data=text, sparsity=sparsity)
+            for sparsity, recipe in itertools.product(("0.5", "0.7"), ("sparse_lora", "losa"))
+        ]
+        best = spread("healing", recipe="best", finetune_data=text) or f"{five:.1f}"
+        assert f"| {title} | {' | '.join((*found, best))} |" in results
+    texts = {"alpaca_5000.json": "128 of Alpaca", "tinystories.txt": "128 of TinyStories"}
+    rows = [({"nsamples": count}, f"{count} of C4") for count in ("16", "32", "64", "128")]
+    rows += [({"calibration_data": text}, title) for text, title in texts.items()]
+    for labels, title in rows:
+        found = [spread("calibration", recipe=recipe, **labels) for recipe in ("none", "reconstruction", "losa")]
+        assert f"| {title} | {' | '.join(found)} |" in results
+    plain, mixed = (spread("mixed", recipe="losa", sparsity=pattern) for pattern in ("4:8", "mixed-4:8"))
+    assert f"4:8 {plain} and at mixed 4:8 {mixed}" in " ".join(results.split())
 
 
 def cells(run: dict[str, Any]) -> str:
@@ -152,7 +209,8 @@ def cells(run: dict[str, Any]) -> str:
 def test_zero_shot_accuracies_are_those_of_the_runs() -> None:
     found = json.loads((ROOT / "docs" / "results" / "smollm2" / "results.json").read_text()).values()
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
-    sizes = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4", "2:8": "2:8", "mixed-2:4": "mixed 2:4"}
+    sizes = {"0.5": "50 %", "0.6": "60 %", "0.7": "70 %", "2:4": "2:4", "2:8": "2:8"}
+    sizes |= {"mixed-2:4": "mixed 2:4", "mixed-2:8": "mixed 2:8"}
     recipes = {
         "none": "pruned at once",
         "sora": "SoRA",
@@ -196,6 +254,7 @@ def test_smaller_models_are_those_of_the_runs() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
     titles = {
         "ends_reconstructed": "LoSA, ends dense, reconstruction",
+        "ends_late": "LoSA, ends dense, most tokens last",
         "llm_pruner": "LLM-Pruner",
         "ends": "LoSA, ends dense",
         "ends_lora": "Wanda-SP, ends dense, LoRA",
@@ -204,6 +263,7 @@ def test_smaller_models_are_those_of_the_runs() -> None:
         "structured_lora": "Wanda-SP, LoRA",
         "structured": "LoSA",
         "sleb": "SLEB",
+        "loraprune": "LoRAPrune",
         "slicegpt": "SliceGPT",
     }
 
@@ -216,9 +276,10 @@ def test_smaller_models_are_those_of_the_runs() -> None:
         (row,) = (line for line in results.splitlines() if line.startswith(f"| {title} |") and line.count("|") == 9)
         found = [cell.strip() for cell in row.split("|")[2:-1]]
         assert " | ".join(found[:3]) == seeds(of(recipe, "0.2"))
-        alone = of({"structured_lora": "structured"}.get(recipe, recipe) + "_alone", "0.2")
+        pruned = {"structured_lora": "structured", "ends_late": "ends", "ends_lora": "ends"}.get(recipe, recipe)
+        alone = of(pruned + "_alone", "0.2")
         assert found[3] == (f"{math.exp(statistics.fmean(alone[0]['losses']['WikiText-2'])):.1f}" if alone else "")
-        later = of("ends_late" if recipe == "ends" else recipe, "0.3")
+        later = of(recipe, "0.3")
         assert " | ".join(found[4:]) == (seeds(later) if later else " |  | ")
 
 
