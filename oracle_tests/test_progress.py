@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import torch_impl
-
 from torch_impl.engine import progress
 
 
