@@ -24,6 +24,7 @@ from torch_impl.commands.run import main
 from torch_impl.engine import training
 from torch_impl.engine.batches import IGNORED
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.resume.run_folder import CHECKPOINTS
 from torch_impl.experiment import arguments as arguments_of
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text.records import document_of
@@ -221,7 +222,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an argument": ({"sparsty": 0.5}, TypeError, "sparsty is not an option of prune; did you mean sparsity or"),
     "an option of files": ({"output_dir": "x"}, TypeError, "output_dir is not an option of prune"),
     "an argument's other name": ({"prune_method": "wanda"}, TypeError, "prune_method is given by the argument method"),
-    "a value": ({"steps": "many"}, ValueError, "steps"),
+    "a value": ({"steps": "many"}, ValueError, "steps: invalid int value: 'many'"),
     "too few examples": ({"train": RECORDS[:1]}, ValueError, "1 training examples are too few"),
     "a length with token ids": ({"calibration": IDS, "seqlen": 4}, TypeError, "seqlen is given, and calibration is token ids"),
 }  # fmt: skip
@@ -239,6 +240,7 @@ def test_what_is_wrong_is_one_sentence_and_changes_nothing(name: str, model: Pre
     assert words in str(caught.value)
     assert "prune_method" not in str(caught.value) or "prune_method" in changes, "the caller said method"
     assert "\n" not in str(caught.value)
+    assert "--" not in str(caught.value), "that is the command line's"
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights(model).items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -272,6 +274,50 @@ def test_a_model_of_another_kind(tokenizer: Any, tmp_path: Path) -> None:
         torch_impl.pack(tmp_path, tmp_path / "out", values="int9")
     with pytest.raises(ValueError, match="dtype is 'int8'; allowed: auto"):
         torch_impl.load_packed(tmp_path, dtype="int8")
+
+
+def test_packing_replaces_a_model_s_folder_alone_and_names_its_own_argument(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    for name in ("model", "other"):
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "thesis.tex").touch()
+    (tmp_path / "other" / "thesis.tex").touch()
+    torch_impl.pack(model, tmp_path / "packed")
+    (tmp_path / ".begun.partial" / CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / ".begun.partial" / CHECKPOINTS / "000001.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    cases: list[tuple[Any, str, bool, str]] = [
+        (model, "packed", False, "exists; use another folder or overwrite=True"),
+        (model, "files", True, r"files that are not a model's \(thesis.tex\), so overwrite=True does not replace it"),
+        (model, "other", True, r"files that are not a model's \(thesis.tex\)"),
+        (
+            tmp_path / "model",
+            "model",
+            True,
+            "folder .*model is or contains model .*model, which overwrite=True would delete",
+        ),
+        (str(tmp_path / "model"), "", True, "is or contains model"),
+        (
+            tmp_path / "packed",
+            "new",
+            False,
+            "is already packed; give a plain Hugging Face folder, or unpack it: losa pack",
+        ),
+        (model, "begun", False, "has an unfinished run in .*; use overwrite=True to delete it, or another folder"),
+    ]
+    for source, target, overwrite, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            torch_impl.pack(source, tmp_path / target, overwrite=overwrite)
+        assert "--overwrite" not in str(caught.value)
+    assert {path: path.read_bytes() for path in before} == before
+    torch_impl.pack(tmp_path / "model", tmp_path / "packed", overwrite=True)
+
+
+def test_an_evaluation_in_batches_of_nothing_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="batch_size is 0; allowed"):
+        torch_impl.evaluate(model, text=IDS, batch_size=0)
 
 
 # --- the model stays a user's model ---

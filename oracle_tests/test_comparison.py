@@ -695,7 +695,7 @@ def test_texts_are_encoded_once_by_each_model_s_own_tokenizer(tmp_path: Path, mo
 
 def test_recipes_steps_and_ranks(tmp_path: Path) -> None:
     """The mean rank over all steps is 8 whatever the steps; varied options win over recipes, recipes over [options]."""
-    text = FILE.replace("nsamples = 8", 'nsamples = 8\nsteps = 2\nloss = "kl"\nstep_shares = [0.5, 0.5]')
+    text = FILE.replace("nsamples = 8", "nsamples = 8\nstep_shares = [0.5, 0.5]")
     text = text.replace('prune_method = ["wanda", "magnitude"]', "steps = [1, 3, 5, 10]").replace(
         '0.5, 0.7, "2:4"', "0.5"
     )
@@ -707,6 +707,48 @@ def test_recipes_steps_and_ranks(tmp_path: Path) -> None:
     assert {c.training.loss for key, c in found.items() if key[0] == "losa"} == {"ce"}
     assert found["mine", 3].training.loss == "kl"
     assert found["mine", 3].text.step_shares == [1 / 3] * 3
+
+
+def test_options_win_over_a_recipe_s_preset_and_its_own_options_over_both(tmp_path: Path) -> None:
+    """Of the file, of a matrix and of the command line. What is not to be trained is not."""
+    more = {"steps": "2", "loss": '"ce"', "finetune": "true"}
+    written = "\n".join(f"{name} = {value}" for name, value in more.items())
+    words = {name: [value.strip('"')] for name, value in more.items()}
+    of_matrix = ", ".join(f"{name} = {value}" for name, value in more.items())
+    for comparison in (
+        read(tmp_path, FILE.replace("nsamples = 8", f"nsamples = 8\n{written}")),
+        read(tmp_path, FILE.replace("[[matrix]]", f"[[matrix]]\noptions = {{ {of_matrix} }}")),
+        read(tmp_path, options=words),
+    ):
+        [groups] = groups_of(comparison)
+        found = {
+            g.recipe.name: (c.prune.steps, c.training.loss, c.training.finetune, c.adapter.initial_rank)
+            for g in groups
+            if (c := g.base.config) and g.recipe.name != "dense"
+        }
+        assert found == {"none": (1, "ce", False, 8), "losa": (2, "ce", True, 7), "mine": (3, "kl", True, 7)}
+
+
+def test_text_is_left_for_training_if_options_ask_for_training(tmp_path: Path) -> None:
+    """A recipe's preset alone said whether the comparison trains."""
+    text = FILE.replace('recipes = ["none", "losa", "mine"]', 'recipes = ["mine"]').replace('"paper"', '"quick"')
+    for more, finetunes in (("", False), ("\nfinetune = true", True)):
+        [groups] = groups_of(read(tmp_path, text.replace("nsamples = 8", f"nsamples = 8{more}")))
+        assert {group.base.finetunes for group in groups} == {finetunes}
+
+
+def test_an_option_that_no_row_takes_is_refused(tmp_path: Path) -> None:
+    alone = FILE.replace('recipes = ["none", "losa", "mine"]', 'recipes = ["mine"]')
+    says = r"\[options\]: steps has no effect: every matrix or recipe sets its own"
+    for text in (alone, FILE.replace("[[matrix]]", "[[matrix]]\nsteps = [2, 3]")):
+        with pytest.raises(ValueError, match=f"comparison some.toml, {says}"):
+            read(tmp_path, text.replace("nsamples = 8", "nsamples = 8\nsteps = 2"))
+        with pytest.raises(ValueError, match=r"^--steps has no effect"):
+            read(tmp_path, text, options={"steps": ["2"]})
+    of_matrix = FILE.replace("[[matrix]]", "[[matrix]]\noptions = { steps = 4 }")
+    with pytest.raises(ValueError, match=says):
+        read(tmp_path, of_matrix.replace("nsamples = 8", "nsamples = 8\nsteps = 2"))
+    assert read(tmp_path, of_matrix, options={"steps": ["2"]}).options["steps"] == ["2"]
 
 
 def test_shipped_recipes_and_comparisons_can_be_read() -> None:
@@ -725,7 +767,7 @@ def test_shipped_recipes_and_comparisons_can_be_read() -> None:
 
 
 def _words(recipe: recipes.Recipe) -> list[str]:
-    return [word for name, values in recipe.options.items() for word in (f"--{name}", *values)]
+    return [word for name, values in {**recipe.preset, **recipe.options}.items() for word in (f"--{name}", *values)]
 
 
 def test_seeds_and_rates_of_the_command_line_replace_the_file_s(tmp_path: Path) -> None:

@@ -215,7 +215,10 @@ def test_the_estimate_s_hours_and_memory_are_those_of_all_parts() -> None:
     rows = [dict(zip(table.cells[0], line, strict=True)) for line in table.cells[1:]]
     for row in rows:
         recipe = next(r for r in recipes.read({}, "").values() if r.title == row[""])
-        config, sizes = costs._config(row["parameters"], recipe.options), sizes_of(costs.SIZES[row["parameters"]])
+        config, sizes = (
+            costs._config(row["parameters"], {**recipe.preset, **recipe.options}),
+            sizes_of(costs.SIZES[row["parameters"]]),
+        )
         work, cards = work_of(config, sizes), int(row["A100 80GB cards"])
         speed = 0.6 * 312e12 * cards
         assert row["reconstruct, s"] == (f"{work.reconstruction / speed:,.0f}" if work.reconstruction else "")

@@ -22,7 +22,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.evaluate import perplexity, stream_perplexity
 from torch_impl.run import main
 
-ADVICE = "holds NaN or infinity in float16; float16 ends at 65,504: use --dtype bfloat16, or float32"
+ADVICE = "holds NaN or infinity in float16; float16 ends at 65,504: use dtype bfloat16 or float32"
 
 
 def loud(dtype: torch.dtype = torch.float16, block: int = 1) -> PreTrainedModel:

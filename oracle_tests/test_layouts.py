@@ -203,6 +203,21 @@ def test_a_model_is_loaded_for_a_number_of_sequences(folder: Path, monkeypatch: 
             assert set(kinds(again)) == {kind}
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_group_has_the_layout_for_the_most_sequences_of_its_layers() -> None:
+    """One for few would make the others' sequences slow; one for many holds for all."""
+    linears = []
+    for _ in range(2):
+        linears.append(nn.Linear(2048, 640, bias=False, dtype=BF16))
+        linears[-1].weight.data = weight_of(0.7)
+    for numbers, kind in (((1, 2), GapLayout), ((1, 8), cuda.Layout), ((8, 1), cuda.Layout)):
+        layers = [PackedLinear.of(linear, number) for linear, number in zip(linears, numbers, strict=True)]
+        packed_linear.join(layers)
+        assert layers[0].group is layers[1].group is not None
+        assert type(layers[0].group.layout) is kind
+        assert all(torch.equal(layer.unpacked(), weight_of(0.7)) for layer in layers)
+
+
 def test_the_number_of_sequences_is_checked(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^sequences is 0; allowed: 1 or more"):
         torch_impl.load_packed(folder / "packed", "cpu", sequences=0)

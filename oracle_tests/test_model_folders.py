@@ -154,7 +154,7 @@ def test_what_float16_cannot_hold_is_refused(place: Path, capsys: pytest.Capture
         found = generate.main([str(place / folder), "--prompt", "x", "--device", "cpu", "--dtype", "float16"])
         line = said(capsys, found)
         assert f"{KEY} holds NaN or infinity (1 of " in line
-        assert "; try --dtype bfloat16, or another checkpoint" in line
+        assert "; try dtype bfloat16, or another checkpoint" in line
 
 
 # --- as stored ---
@@ -247,7 +247,7 @@ def test_code_is_run_only_if_told_so(place: Path, modules: Path, capsys: pytest.
     lines.append(said(capsys, pack.main([str(place / "model"), str(place / "new"), "--device", "cpu"])))
     lines += [said(capsys, generate.main([str(place / f), "--prompt", "x"])) for f in ("model", "packed")]
     for line in lines:
-        assert "needs the code that comes with it; if you trust its source, run with --trust_remote_code true" in line
+        assert "needs the code that comes with it; if you trust its source, set trust_remote_code to true" in line
     assert not (place / "new").exists()
 
 

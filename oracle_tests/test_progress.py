@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
+import torch_impl
 from torch_impl.engine import progress
 
 
@@ -65,4 +68,33 @@ def test_only_the_main_process_speaks(
 ) -> None:
     monkeypatch.setattr(progress.distributed, "is_main_process", lambda: False)
     assert _pass(progress.bar(range(6), "prune"), clock) == list(range(6))
+    progress.note("pruned")
     assert capsys.readouterr().err == ""
+
+
+class _Full(io.StringIO):
+    """Standard error on a disk that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_standard_error_ends_no_work(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    monkeypatch.setattr(sys, "stderr", _Full())
+    progress.note("pruned")
+    assert _pass(progress.bar(range(6), "prune"), clock) == list(range(6))
+
+
+def test_nobody_else_writes_to_standard_error() -> None:
+    """A line printed by hand would end a run if standard error is full, and come from every process."""
+    package = Path(torch_impl.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                to = [keyword.value for keyword in node.keywords if keyword.arg == "file"]
+                to += [node.func.value] if isinstance(node.func, ast.Attribute) and node.func.attr == "write" else []
+                if any(ast.unparse(stream) == "sys.stderr" for stream in to):
+                    found.add(str(path.relative_to(package)))
+    # The others print the line with which a command ends.
+    assert found == {"engine/progress.py", "experiment/command.py", "cli.py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import re
@@ -283,6 +284,10 @@ def test_the_command_rounds_as_told(
     assert (found.values, found.mean_bits, found.bits_by, asked) == ("mixed", bits, by, [named])
 
 
+def test_the_command_says_on_how_much_text_it_rounded(compensated: Path) -> None:
+    assert pack._rounded(compensated) == "\nrounded with compensation on 6 windows of 20 tokens\n"
+
+
 def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compensated: Path) -> None:
     layer: Any = torch_impl.load_packed(compensated, "cpu").model.layers[1].mlp.down_proj
     parts = {name: part.clone() for name, part in layer.stored().items()}
@@ -304,6 +309,16 @@ def test_the_layer_keeps_its_codes_in_every_dtype(as_on_a_gpu: list[str], compen
     other = copy.deepcopy(layer).to(torch.bfloat16)
     other.load_state_dict({**state, "scales": 2 * parts["scales"]})
     assert torch.equal(other.unpacked(), (2 * exact).to(torch.bfloat16))
+    # The host's copy of the parts is the loaded one too, also where loading does not write into it, as on a GPU.
+    other.load_state_dict({**state, "scales": 4 * parts["scales"]}, assign=True)
+    assert torch.equal(other.state_dict()["scales"], 4 * parts["scales"])
+    assert torch.equal(other.to(torch.float64).unpacked(), 4 * exact)
+    # What leaves its layout stays on the device of the layout, not on the host, where the parts are kept.
+    other = copy.deepcopy(layer).to(torch.bfloat16)
+    other.layout = dataclasses.replace(other.layout, data=other.layout.data.to("meta"))
+    assert {part.device.type for part in other.stored().values()} == {"cpu"}
+    other.to(torch.float32)
+    assert {getattr(other, name).device.type for name in other.names} == {"meta"}
 
 
 def test_as_on_a_gpu_codes_are_multiplied(as_on_a_gpu: list[str], compensated: Path) -> None:

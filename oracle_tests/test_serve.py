@@ -118,9 +118,45 @@ def test_the_temperature_decides(client: openai.OpenAI, folder: Path) -> None:
     assert text(temperature=0) == greedy(folder, PROMPT, 9) != text(temperature=2, seed=1)
     letter = byte_tokenizer()("x")["input_ids"][0]
     assert text(logit_bias={str(letter): 100}) == "x" * 9
-    whole = text()
-    stop = next(letter for letter in whole if letter.isascii())
-    assert text(stop=[stop]) == whole[: whole.index(stop) + 1] != whole
+
+
+def test_stop_texts_are_no_part_of_the_answer(client: openai.OpenAI, folder: Path) -> None:
+    """Whole and in pieces, of one character each, so the stop text comes in two; the end may be its first half."""
+    letters = {str(byte_tokenizer()(letter)["input_ids"][0]): 100 for letter in "x"}
+
+    def text(words: str, **options: Any) -> tuple[str, str]:
+        given = {"model": "tiny", "max_tokens": 9, "temperature": 0, "logit_bias": letters, **options}
+        if words:
+            answer = client.completions.create(prompt=words, **given).choices[0]
+            parts = list(client.completions.create(prompt=words, stream=True, **given))
+            pieces = "".join(part.choices[0].text for part in parts)
+            whole = answer.text
+        else:
+            answer = client.chat.completions.create(messages=CHAT, **given).choices[0]
+            parts = list(client.chat.completions.create(messages=CHAT, stream=True, **given))
+            pieces = "".join(part.choices[0].delta.content or "" for part in parts)
+            whole = answer.message.content
+        assert (pieces, parts[-1].choices[0].finish_reason) == (whole, answer.finish_reason)
+        return whole, answer.finish_reason
+
+    for words in (PROMPT, ""):
+        assert text(words) == ("x" * 9, "length")
+        assert text(words, stop="xx") == text(words, stop=["y", "xx"]) == ("", "stop")
+        assert text(words, stop="xy") == ("x" * 9, "length"), "the last x is held back until the end"
+    plain = text(PROMPT, logit_bias={})[0]
+    stop = next(
+        plain[i : i + 2] for i in range(1, 8) if plain[i : i + 2].isascii() and plain.find(plain[i : i + 2]) == i
+    )
+    assert text(PROMPT, logit_bias={}, stop=stop) == (plain[: plain.index(stop)], "stop")
+    assert text(PROMPT, logit_bias={}, stop=stop, suffix=stop) == (plain[: plain.index(stop)] + stop, "stop")
+
+
+def test_the_newer_name_of_the_length_wins(client: openai.OpenAI) -> None:
+    for older, newer in ((9, 3), (3, 9)):
+        answer = client.chat.completions.create(
+            model="tiny", messages=CHAT, max_tokens=older, max_completion_tokens=newer, logit_bias={"1": -100}
+        )
+        assert answer.usage.completion_tokens == newer
 
 
 def test_the_length_if_nobody_says(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:

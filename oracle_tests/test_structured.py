@@ -321,6 +321,25 @@ def test_bytes_are_those_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.cache_bytes == 2 * 3 * 2 * 16
 
 
+@pytest.mark.parametrize(("positions", "tokens"), [(30, 30 - footprint.WARM_UP - 1), (2048, footprint.DECODED)])
+def test_decoding_is_timed_within_learned_positions(
+    positions: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Timed:
+        def __init__(self, model: Any, batch: int, graph: bool, longest: int) -> None:
+            self.longest = longest
+
+        def tokens_per_second(self, length: int, *_: Any) -> float:
+            asked.append((length, self.longest))
+            return 1.0
+
+    monkeypatch.setattr(footprint, "Decoding", Timed)
+    assert footprint._decoding(random_model("opt", max_position_embeddings=positions)) == 1.0
+    assert asked == [(tokens, tokens + footprint.WARM_UP + 1)]
+
+
 def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each look at the clock is six seconds later: a first prompt of 6 s, a second, and ten seconds are over."""
     asked: list[float] = []

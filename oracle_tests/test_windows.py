@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tiny_models import train
 from tiny_models.random_models import byte_tokenizer
+from torch_impl.engine import distributed
 from torch_impl.experiment.text import windows as text
 from torch_impl.experiment.text.documents import Document
 from torch_impl.experiment.text.protocols import WIKITEXT2
@@ -139,6 +140,38 @@ def test_documents_with_prompts_are_one_example_each(tokenizer: PreTrainedTokeni
     examples = text.training_examples(documents, tokenizer, 20, 0)
     assert sorted(len(e["input_ids"]) for e in examples) == sorted(min(20, k + 3) for k in range(1, 41))
     assert len(text.training_examples(documents, tokenizer, 20, 0, limit=33)) == 33
+
+
+def test_a_text_shorter_than_asked_for_is_told_with_numbers(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 tokens are three windows of four. Nothing is said if the text has enough, or nothing is asked for."""
+    records = [Document("yes", "well? ")] * 3
+
+    def said(work: Callable[[], object]) -> list[str]:
+        caplog.clear()
+        work()
+        return caplog.messages
+
+    assert said(lambda: text.calibration_windows(letters(11), tokenizer, 4, 4, 0, "calibration_data 'x'")) == [
+        "nsamples is 4, but calibration_data 'x' has only 3 windows of 4 tokens; further ones overlap them"
+    ]
+    assert said(lambda: text.training_examples(letters(11), tokenizer, 4, 0, 4, "train")) == [
+        "train_examples is 4, but train has only 3 windows of 4 tokens, which are all used"
+    ]
+    assert said(lambda: text.training_examples(records, tokenizer, 64, 0, 10_000, "train")) == [
+        "train_examples is 10,000, but train has only 3 records to learn, which are all used"
+    ]
+    for enough in (
+        lambda: text.calibration_windows(letters(11), tokenizer, 3, 4, 0),
+        lambda: text.training_examples(letters(11), tokenizer, 4, 0, 3),
+        lambda: text.training_examples(letters(11), tokenizer, 4, 0),
+        lambda: text.training_examples(records, tokenizer, 64, 0, 3),
+        lambda: text.training_examples(records, tokenizer, 64, 0),
+    ):
+        assert said(enough) == []
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
+    assert said(lambda: text.calibration_windows(letters(11), tokenizer, 4, 4, 0)) == []
 
 
 def test_a_text_that_begins_with_the_special_token_gets_no_second_one(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_impl import _checks, losa
 from torch_impl.decode import packed_folder, packed_rounding
 from torch_impl.decode.packed_folder import Saving
+from torch_impl.decode.packed_target import check_target
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import pretrained
@@ -43,6 +44,9 @@ from torch_impl.experiment.evaluate import eval_mode, perplexity
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import given
 from torch_impl.experiment.text.written import with_written
+
+# How messages name the argument of `pack` that allows it to replace a folder.
+REPLACING = "overwrite=True"
 
 
 @dataclass
@@ -149,6 +153,7 @@ def pack(
 
     calibration: token ids (n, t), texts or the name of a text source, of which nsamples windows of seqlen tokens are taken;
     each weight's error is then compensated for by the weights to its right. None: weights are rounded to nearest.
+    overwrite: replace `folder` if it holds a model and no other files.
 
     Errors: ValueError, FileNotFoundError or TypeError naming the argument.
     """
@@ -156,7 +161,11 @@ def pack(
     if values == packed_rounding.SAME and calibration is not None:
         raise ValueError("calibration is given and values is 'same', which rounds nothing; leave one out")
     target = Path(folder)
-    with run_folder(target, overwrite, option="folder", marker="config.json", kind="a model") as place:
+    if overwrite:
+        check_target(Path(model) if isinstance(model, str | Path) else None, target, ("model", "folder"), REPLACING)
+    with run_folder(
+        target, overwrite, option="folder", marker="config.json", kind="a model", replacing=REPLACING
+    ) as place:
         if isinstance(model, str | Path):
             source = Path(model)
             if calibration is not None and not is_ids(calibration) and tokenizer is None:
@@ -238,6 +247,7 @@ def evaluate(
     FileNotFoundError for text or documents that are not there; FloatingPointError if the perplexity is not finite.
     """
     model = _measurable(model)
+    _checks.count("batch_size", batch_size)
     if tasks is None:
         text = "wikitext2" if text is None else text
     elif tokenizer is None:

@@ -28,6 +28,7 @@ from torch_impl.bench import checks, decode_cpu, int4, whole, whole_cpu
 from torch_impl.bench.measure import ceilings, graphed, relative
 from torch_impl.decode import cpu, cuda, cuda_layouts
 from torch_impl.engine import files
+from torch_impl.engine.progress import note
 from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.planning import geometry
 from torch_impl.masks.nm import nm_mask
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str]) -> int:
         name, peak, how = torch.cuda.get_device_name(device), ceilings(device, dtype)[1], "copy"
         usable, reason = cuda.available()
         if not usable:
-            print(f"nothing to measure: {reason}", file=sys.stderr)
+            note(f"nothing to measure: {reason}")
             return 1
     else:
         path = next(iter(cpu.paths()), "no kernels")

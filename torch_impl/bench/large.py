@@ -7,7 +7,6 @@ import gc
 import os
 import random
 import string
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from torch_impl.engine.checkpoints.offload import open_offloaded, reader_of
 from torch_impl.engine.checkpoints.pretrained import load_offloaded
 from torch_impl.engine.checkpoints.rewriting import Output
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.progress import note
 from torch_impl.experiment.config import Config, parse
 from torch_impl.experiment.job import run_in_memory
 from torch_impl.experiment.material import Material
@@ -234,7 +234,7 @@ def plan(
     rows = min(rows, 2 * CalibrationConfig().calibration_batch_size)
     with checkpoint(name, blocks, device, dtype) as folder:
         for case, more in cases.items():
-            print(f"{case} …", file=sys.stderr, flush=True)
+            note(f"{case} …")
             start = time.perf_counter()
             config = _options(folder, device, dtype, rows, length, *short, *more)
             model = open_offloaded(folder, torch.device("cpu"), dtype)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch_impl.engine import distributed
+from torch_impl.engine.progress import note
 from torch_impl.experiment import zero_shot
 from torch_impl.experiment.baselines import BASELINES
 from torch_impl.experiment.command import Parser, command, say
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
     check_folder(results.folder)
     workshop = Workshop(results.folder / "written", results.folder / "models" if own.keep_models else None)
-    elsewhere = running.run(work, results, workshop, lambda text: print(text, file=sys.stderr, flush=True))
+    elsewhere = running.run(work, results, workshop, note)
     if elsewhere:
         # The last to end writes the tables: several processes would write the same files.
         say(f"{elsewhere} runs are under way in other processes, which will write the tables into {results.folder}")

@@ -6,7 +6,6 @@ import argparse
 import functools
 import math
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from torch_impl.decode import next_token
 from torch_impl.decode.packed_group import Packed
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
+from torch_impl.engine.progress import note
 from torch_impl.experiment.command import Parser, command
 from torch_impl.experiment.planning import checks
 
@@ -149,7 +149,7 @@ def _prompt_ids(
         )
     trained = getattr(model.config, "max_position_embeddings", None)
     if trained and whole > trained:
-        print(f"note: this model was trained on at most {trained} tokens; expect worse text beyond", file=sys.stderr)
+        note(f"note: this model was trained on at most {trained} tokens; expect worse text beyond")
     return ids.to(model.device)
 
 
@@ -169,7 +169,7 @@ def _settings(
         raise ValueError(f"model {options.model}: generation_config.json has stop_strings {stops!r}; allowed: texts")
     unused = [f"{name} {value!r}" for name, value in sorted(theirs.to_diff_dict().items()) if name in NOT_USED]
     if unused:
-        print(f"note: ignored settings of generation_config.json: {', '.join(unused)}", file=sys.stderr)
+        note(f"note: ignored settings of generation_config.json: {', '.join(unused)}")
     draws = options.temperature > 0
     settings = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
@@ -202,7 +202,7 @@ def generate(
     model.generation_config, criteria = _settings(model, tokenizer, options, fixed)
     torch.manual_seed(options.seed)
     if fuse and model.device.type not in next_token.KERNELS:
-        print("compiling the blocks: some seconds, then every token is faster", file=sys.stderr, flush=True)
+        note("compiling the blocks: some seconds, then every token is faster")
     try:
         ids: torch.Tensor = model.generate(  # type: ignore[operator]
             input_ids=inputs,
@@ -213,7 +213,7 @@ def generate(
     except BaseException:
         if len(streamer.times) > 1:
             # Print the error on a line of its own.
-            print(file=sys.stderr)
+            note("")
         raise
     return ids[0, inputs.shape[1] :].cpu(), streamer.times
 
@@ -259,4 +259,4 @@ def main(arguments: Sequence[str]) -> None:
         # Compile the kernels before the time of the first token is taken.
         warm_up(model)
     _, times = generate(model, tokenizer, options)
-    print(f"\n{_summary(model, _encode(tokenizer, options).shape[1], times)}", file=sys.stderr)
+    note(f"\n{_summary(model, _encode(tokenizer, options).shape[1], times)}")

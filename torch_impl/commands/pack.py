@@ -10,31 +10,23 @@ losa pack --unpack PACKED OUT                             the plain folder again
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch_impl import _checks
-from torch_impl.decode import packed_card, packed_folder
+from torch_impl.decode import packed_folder
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.decode.packed_rounding import MEAN_BITS, MIXED, SAME, VALUES, Rounding
+from torch_impl.decode.packed_target import check_target
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.checkpoints.contents import INDEX, PACKED, PACKED_INDEX, SINGLE
+from torch_impl.engine.checkpoints.contents import PACKED
 from torch_impl.engine.resume.run_folder import run_folder
 from torch_impl.engine.rounding import BITS_BY, ERROR
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.text.given import windows_of
 from torch_impl.experiment.text.sources import SOURCES, check_source
 from torch_impl.quantise import FEWEST_BITS, MOST_BITS
-
-# The files of a model's folder. A folder with any other file is never replaced.
-OF_A_MODEL = (
-    "config.json", "generation_config.json", "model*.safetensors", "packed-*.safetensors", INDEX, PACKED, PACKED_INDEX,
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
-    "modeling_*.py", "configuration_*.py", "tokenization_*.py", packed_card.CARD, packed_card.PLAIN, "LICENSE*", "NOTICE*",
-    ".gitattributes",
-)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,32 +155,6 @@ def table(savings: Sequence[Saving]) -> str:
             f"{whole.negative_zeros:,} zeros are negative and stored, because unpacking restores every bit.",
         ]
     return "\n".join(lines)
-
-
-def check_target(source: Path, target: Path) -> None:
-    """Check that --overwrite may replace `target`.
-
-    Errors: ValueError if it exists and holds other files than a model's, or contains `source`.
-    """
-    if not target.exists():
-        return
-    place = target.resolve()
-    if place == source.resolve() or place in source.resolve().parents:
-        raise ValueError(
-            f"OUT {target} is or contains MODEL {source}, which --overwrite would delete; choose another folder"
-        )
-    names = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else [target.name]
-    whole = "config.json" in names and any(name in names for name in (PACKED, SINGLE, INDEX))
-    others = [name for name in names if not whole or not _of_a_model(target / name)]
-    if others:
-        raise ValueError(
-            f"OUT {target} holds files that are not a model's ({_checks.few(others)}), so --overwrite does not replace it; "
-            "choose another folder"
-        )
-
-
-def _of_a_model(path: Path) -> bool:
-    return path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in OF_A_MODEL)
 
 
 @command

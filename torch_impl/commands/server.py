@@ -7,6 +7,7 @@ Requests cannot name another model, load code or change the server. Bad ones are
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import uuid
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState
 
 from torch_impl.commands import requests
+from torch_impl.commands.stop_text import cut, cut_stream
 
 # What checks, chat templates and generation raise for requests that they cannot use.
 BAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.TemplateError)
@@ -50,9 +52,17 @@ class _OneModel:
             )
         requests.check_fields(body, self.model.config.get_text_config().vocab_size)
         requests.check_length(self.model, self.tokenizer, self.ids(body), body)
+        stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
+        # It follows the text that is cut.
+        suffix = body.pop("suffix", "") if stops else ""
         response: Response = await self.handle_request(body, request_id)  # type: ignore[attr-defined]
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _ended(response.body_iterator)
+            parts = response.body_iterator
+            response.body_iterator = _ended(cut_stream(parts, stops, suffix) if stops else parts)
+        elif stops:
+            answer = json.loads(bytes(response.body))
+            cut(answer, stops, suffix)
+            response = JSONResponse(answer)
         return response
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 from torch_impl import packed
+from torch_impl.engine.progress import note
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,9 +40,9 @@ def announce(name: str, *sources: Path) -> None:
     newest = max(source.stat().st_mtime for source in sources)
     if lock.exists():
         line = f"waiting for another process that compiles {sources[0].name}; if there is none, delete {lock}"
-        print(line, file=sys.stderr, flush=True)
+        note(line)
     elif not library.is_file() or library.stat().st_mtime < newest:
-        print(f"compiling {sources[0].name}: once on this machine, up to a minute", file=sys.stderr, flush=True)
+        note(f"compiling {sources[0].name}: once on this machine, up to a minute")
 
 
 def build(source: Path) -> None:
@@ -83,7 +84,7 @@ def paths() -> tuple[str, ...]:
         build(SOURCE)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:160]
-        print(f"packed weights: CPU kernels are not available, so decoding is slower ({reason})", file=sys.stderr)
+        note(f"packed weights: CPU kernels are not available, so decoding is slower ({reason})")
         return ()
     return tuple(torch.ops.losa_cpu_decode.paths())
 

@@ -9,7 +9,6 @@ which are few and small.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from torch_impl.decode import fused_kernels, packed_step
 from torch_impl.decode import fused_operations as operations
 from torch_impl.decode.fused_kernels import MOST_SHARED, Attention
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.progress import note
 
 # The modules of a body, a block, its attention, which may norm each head's query and key too, and its MLP; no others.
 BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -76,7 +76,7 @@ def fuse(model: PreTrainedModel, cache: Cache) -> FusedStep | None:
     try:
         return FusedStep(model, cache)
     except fused_kernels.ERRORS as error:
-        print(f"decoding: fused kernels are not used ({_brief(error)})", file=sys.stderr)
+        note(f"decoding: fused kernels are not used ({_brief(error)})")
         return None
 
 
@@ -207,7 +207,7 @@ def _checked_step(decoder: Decoder, cache: Any) -> _Step:
     except fused_kernels.ERRORS as error:
         if not step.packed:
             raise
-        print(f"decoding: blocks take eight launches, not five ({_brief(error)})", file=sys.stderr)
+        note(f"decoding: blocks take eight launches, not five ({_brief(error)})")
         step = _Step(decoder, cache, False)
         _check(decoder, cache, False)
     return step

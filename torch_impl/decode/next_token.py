@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from torch_impl.decode.fused_step import FusedStep
 from torch_impl.decode.fused_step import fuse as fuse_step
 from torch_impl.engine import finite
 from torch_impl.engine.graphs import Captured
+from torch_impl.engine.progress import note
 
 # Tokens decoded before a graph is captured, so that all libraries and kernels are loaded.
 WARM_UP = 2
@@ -51,7 +51,7 @@ def capture(work: Callable[[], Result], model: PreTrainedModel, cache: Cache, *o
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        print(f"decoding: CUDA graph capture failed, so decoding is slower ({_reason(error)})", file=sys.stderr)
+        note(f"decoding: CUDA graph capture failed, so decoding is slower ({_reason(error)})")
         return None
 
 
@@ -115,7 +115,7 @@ class NextToken:
                 self._fused = FusedBlocks(self._model, self._cache)  # type: ignore[arg-type]
                 return self._forward()
         except (RuntimeError, ValueError) as error:
-            print(f"decoding: compilation failed, so decoding is slower ({_reason(error)})", file=sys.stderr)
+            note(f"decoding: compilation failed, so decoding is slower ({_reason(error)})")
         self.fuses, self._fused = False, None
         for tensor, earlier in counted:
             tensor.copy_(earlier)

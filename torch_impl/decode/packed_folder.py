@@ -93,7 +93,9 @@ def pack_folder(
     `packed_rounding.rounded`.
     """
     if is_packed(source):
-        raise ValueError(f"model {source} is already packed; give a plain Hugging Face folder, or use --unpack")
+        raise ValueError(
+            f"model {source} is already packed; give a plain Hugging Face folder, or unpack it: losa pack --unpack"
+        )
     if not source.is_dir():
         raise FileNotFoundError(f"model {source}: no such folder; give a Hugging Face model folder")
     files = find(source)
@@ -138,7 +140,7 @@ def _write(
     if not any(saving.packed for saving in inside):
         logger.warning(
             "no projection of %s gets smaller packed (%.1f%% of its weights are zeros), so the packed model is as large and as "
-            "fast as before; packing leaves out zeros, which losa run makes, or rounds values (--values int8)",
+            "fast as before; packing leaves out zeros, which losa run makes, or rounds values (values int8)",
             source,
             100 * zeros,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +14,7 @@ from torch_impl import packed
 from torch_impl.decode import cpu, cuda, cuda_coded, cuda_layouts
 from torch_impl.decode.packed_group import Packed, PackedGroup
 from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.progress import note
 from torch_impl.packed import PARTS
 
 # Up to this many rows of input, the CPU kernels are faster than unpacking. They read the weight once per eight rows.
@@ -293,4 +293,4 @@ def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _say(line: str) -> None:
     """Print a line to standard error, once."""
-    print(line, file=sys.stderr)
+    note(line)

@@ -12,8 +12,8 @@ from torch import nn
 from torch_impl.engine import distributed
 
 ADVICE = {
-    torch.float16: "float16 ends at 65,504: use --dtype bfloat16, or float32",
-    torch.bfloat16: "the weights may be corrupt: download the model again, or try --dtype float32",
+    torch.float16: "float16 ends at 65,504: use dtype bfloat16 or float32",
+    torch.bfloat16: "the weights may be corrupt: download the model again, or try dtype float32",
 }
 OTHERWISE = "the weights may be corrupt: download the model again"
 

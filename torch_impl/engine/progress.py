@@ -1,10 +1,11 @@
-"""Progress for people: a bar on a terminal; in a log a line a minute."""
+"""Progress for people: a bar on a terminal; in a log a line a minute; notes."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -14,6 +15,13 @@ from torch_impl.engine import distributed
 EVERY = 60.0
 """Seconds between two lines in a log."""
 Item = TypeVar("Item")
+
+
+def note(line: str) -> None:
+    """Print a line to standard error, in process 0. If it is closed or full, drop the line: work of hours does not fail for it."""
+    if distributed.is_main_process():
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def bar(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
@@ -38,5 +46,5 @@ def _lines(items: Iterable[Item], description: str, total: int | None) -> Iterat
             told = now
             passed = tqdm.format_interval(now - begun)
             left = f"; about {tqdm.format_interval((now - begun) / done * (count - done))} left" if count else ""
-            print(f"{description}: {done} of {count or '?'}, {passed}{left}", file=sys.stderr, flush=True)
+            note(f"{description}: {done} of {count or '?'}, {passed}{left}")
         yield item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,7 +77,7 @@ def configuration(
         return options_of.parse(words)
     except ValueError as error:
         # The caller knows these options as arguments of this function.
-        text = str(error)
+        text = re.sub(r"^argument --([a-z_]+): (.*); see --help$", r"\1: \2", str(error), flags=re.DOTALL)
         named = next((option for option in OWN if text.startswith(f"{option} is ")), "")
         raise ValueError(OWN.get(named, named) + text.removeprefix(named)) from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch_impl.engine.blocks import Blocks, zero_share
 from torch_impl.engine.checkpoints import fsdp, pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.memory import find_executable_batch_size
+from torch_impl.engine.progress import note
 from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
@@ -170,8 +170,7 @@ def open_metrics(config: Config, folder: Path) -> Metrics:
     """Open the metrics of a run, after `open_checkpointer`, which restores those of a resumed run."""
     if config.output.report_to == "none":
         return Metrics(folder / METRICS)
-    if distributed.is_main_process():
-        print(f"TensorBoard: tensorboard --logdir {folder.parent}", file=sys.stderr, flush=True)
+    note(f"TensorBoard: tensorboard --logdir {folder.parent}")
     return Metrics(folder / METRICS, folder / "tensorboard")
 
 
@@ -247,9 +246,7 @@ def prune_and_train(
         evaluation.metrics.log("step", **record.as_dict())
         notes["after_step"].append(evaluation.perplexity(model, model="losa", step=record.step))
         notes["seconds"] = seconds()
-        if distributed.is_main_process():
-            shares = config.text.shares(config.prune.steps)
-            print(step_line(record, notes["after_step"][-1], shares), file=sys.stderr, flush=True)
+        note(step_line(record, notes["after_step"][-1], config.text.shares(config.prune.steps)))
 
     def on_loss(step: int, optimizer_step: int, loss: float, rate: float) -> None:
         evaluation.metrics.log("train", step=step, optimizer_step=optimizer_step, loss=loss, learning_rate=rate)
@@ -304,8 +301,7 @@ def _finish(
     healed = dataclasses.replace(evaluation.measure(merged, "losa, merged and reloaded", seconds), sparsity=sparsity)
     saved, footprints = _saved_bytes(merged, masks), None
     if smaller:
-        if distributed.is_main_process():
-            print("measuring the speed of the dense and of the smaller model", file=sys.stderr, flush=True)
+        note("measuring the speed of the dense and of the smaller model")
         footprints = Footprints(footprint(model, probe), footprint(merged, probe), smaller.note)
         saved = SavedBytes(footprints.dense.bytes, saved.packed, saved.dense)
     return healed, saved, verification, _sample(merged, material), footprints
@@ -313,8 +309,7 @@ def _finish(
 
 def _one_shot(config: Config, material: Material, evaluation: Evaluation) -> Measured:
     """Measure the trained one-shot model, which takes the place of the run's model."""
-    if distributed.is_main_process():
-        print("one shot, trained, for comparison", file=sys.stderr, flush=True)
+    note("one shot, trained, for comparison")
     seconds = one_shot.prune_and_train(config, material)
     return evaluation.measure(material.model, "one shot, trained", seconds)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_impl.engine import distributed
 from torch_impl.engine.batches import Example
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.progress import note
 from torch_impl.engine.structure import check_structure
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks
@@ -73,10 +73,8 @@ def load_material(
     checks.warn_of_lengths(model, config)
     material = with_text(config, model, tokenizer, others)
     ids, count = material.calibration, config.calibration.written
-    if count and distributed.is_main_process():
-        print(
-            f"the model writes {count:,} calibration sequences of {ids.shape[1]:,} tokens", file=sys.stderr, flush=True
-        )
+    if count:
+        note(f"the model writes {count:,} calibration sequences of {ids.shape[1]:,} tokens")
     return replace(material, calibration=with_written(model, tokenizer, ids, count, config.output.seed, kept))
 
 

@@ -266,7 +266,7 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path | Non
         if not bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all()):
             wrong = int((~tensor.isfinite()).sum())
             where = name if folder is None else f"model {folder}: {name}"
-            advice = "try --dtype bfloat16, or another" if tensor.dtype == torch.float16 else "use another"
+            advice = "try dtype bfloat16, or another" if tensor.dtype == torch.float16 else "use another"
             raise ValueError(
                 f"{where} holds NaN or infinity ({wrong:,} of {tensor.numel():,} values); {advice} checkpoint"
             )

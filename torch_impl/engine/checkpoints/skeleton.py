@@ -126,7 +126,7 @@ def as_one_line(folder: Path, what: str) -> Iterator[None]:
         if isinstance(error, KeyError):
             said = f"unknown key {said}"
         if "trust_remote_code" in said:
-            advice = "if you trust its source, run with --trust_remote_code true"
+            advice = "if you trust its source, set trust_remote_code to true"
             raise ValueError(f"model {folder} needs the code that comes with it; {advice}") from error
         raise ValueError(f"model {folder} does not load as {what}: {said[:300] or type(error).__name__}") from error
 

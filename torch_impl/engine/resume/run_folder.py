@@ -27,25 +27,27 @@ def run_folder(
     option: str = "output_dir",
     marker: str = "losa_result.json",
     kind: str = "a run",
+    replacing: str = "--overwrite",
 ) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `target` if the body succeeds.
 
     If the body fails, the folder is kept if it has checkpoints, and a note on the exception says how to resume; otherwise it
     is deleted. The lock on the folder ends with the process. Only an empty folder is replaced, or, with `overwrite`, one of
-    the same kind, which has the file `marker`. Symbolic links are followed. option: the name of `target` in messages.
+    the same kind, which has the file `marker`. Symbolic links are followed. option: the name of `target` in messages; replacing:
+    that of `overwrite`.
 
     Errors: ValueError if `target` exists and must not be replaced, cannot be written, is in use by another process, or has an
     unfinished run without `resume` or `overwrite`.
     """
     named = f"{option} {target}"
     target = _place_of(target, named)
-    check_target = functools.partial(_check_target, target, named, overwrite, resume, marker, kind)
+    check_target = functools.partial(_check_target, target, named, overwrite, resume, marker, kind, replacing)
     check_target()
     partial = _partial(target)
     with _locked(partial, named):
         # Check again: another process may have finished in the meantime.
         check_target()
-        unfinished = _check_unfinished(partial, named, overwrite, resume)
+        unfinished = _check_unfinished(partial, named, overwrite, resume, kind, replacing)
         if not (unfinished and resume):
             _empty(partial)
         try:
@@ -65,7 +67,7 @@ def check_folder(target: Path, overwrite: bool, resume: bool = False) -> None:
     """Check what `run_folder` would refuse of a run, as far as it shows without writing. Errors: as `run_folder`."""
     named = f"output_dir {target}"
     place = _place_of(target, named)
-    _check_target(place, named, overwrite, resume, "losa_result.json", "a run")
+    _check_target(place, named, overwrite, resume)
     _check_unfinished(_partial(place), named, overwrite, resume)
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -78,23 +80,37 @@ def _partial(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def _check_target(target: Path, named: str, overwrite: bool, resume: bool, marker: str, kind: str) -> None:
+def _check_target(
+    target: Path,
+    named: str,
+    overwrite: bool,
+    resume: bool,
+    marker: str = "losa_result.json",
+    kind: str = "a run",
+    replacing: str = "--overwrite",
+) -> None:
     if not target.exists() or _is_empty_folder(target):
         return
     if not overwrite:
         finished = " and its run is finished" if resume and (target / marker).is_file() else ""
-        raise ValueError(f"{named} exists{finished}; use another folder or --overwrite")
+        raise ValueError(f"{named} exists{finished}; use another folder or {replacing}")
     if not (target / marker).is_file():
-        raise ValueError(f"{named} is not the folder of {kind}, so --overwrite does not replace it; use another folder")
+        raise ValueError(f"{named} is not the folder of {kind}, so {replacing} does not replace it; use another folder")
 
 
-def _check_unfinished(partial: Path, named: str, overwrite: bool, resume: bool) -> bool:
+def _check_unfinished(
+    partial: Path,
+    named: str,
+    overwrite: bool,
+    resume: bool,
+    kind: str = "a run",
+    replacing: str = "--overwrite",
+) -> bool:
     """Return whether there is an unfinished run. Errors: ValueError if there is one without `resume` or `overwrite`."""
     unfinished = has_checkpoints(partial / CHECKPOINTS)
     if unfinished and not (resume or overwrite):
-        raise ValueError(
-            f"{named} has an unfinished run in {partial}; use --resume, --overwrite to start over, or another folder"
-        )
+        ways = "--resume, --overwrite to start over" if kind == "a run" else f"{replacing} to delete it"
+        raise ValueError(f"{named} has an unfinished run in {partial}; use {ways}, or another folder")
     return unfinished
 
 

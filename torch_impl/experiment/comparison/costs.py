@@ -76,7 +76,12 @@ def estimated() -> Table:
     """Return the paper's overhead table for our code: seconds of each part with the paper's settings, by the planner's models."""
     card = find_card(CARD)
     lines = [
-        (size, recipe.title, *_estimate(_config(size, recipe.options), geometry, card), *_beside(size, recipe.name))
+        (
+            size,
+            recipe.title,
+            *_estimate(_config(size, {**recipe.preset, **recipe.options}), geometry, card),
+            *_beside(size, recipe.name),
+        )
         for size, geometry in SIZES.items()
         for recipe in (read({}, "")[name] for name in (LOSA, "best"))
     ]

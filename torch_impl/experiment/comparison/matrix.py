@@ -200,7 +200,7 @@ class Comparison:
             raise ValueError(
                 f"recipe {recipe.name!r} has prune_method {own[0]}, and its matrix {wanted[0]}; leave one out"
             )
-        options = {**self.options, **matrix.options, **recipe.options, **given}
+        options = {**self._options(recipe, matrix), **given}
         options.update(
             {name: [self.places.get(word, word) for word in options[name]] for name in PLACES if name in options}
         )
@@ -219,15 +219,28 @@ class Comparison:
         base = Cell(recipe, varied, 0, None, config, measures, self._finetunes, final=True)
         return Group(recipe, varied, rates, matrix.seeds, matrix.seeds[0], base)
 
+    def _options(self, recipe: Recipe, matrix: Matrix) -> dict[str, list[str]]:
+        """Return the options of a recipe before the matrix varies them."""
+        return {**recipe.preset, **self.options, **matrix.options, **recipe.options}
+
     @property
     def _finetunes(self) -> bool:
-        recipes = [recipe for matrix in self.matrices for recipe in matrix.recipes]
-        return any(recipe.options.get("finetune", ["True"])[0].lower() == "true" for recipe in recipes)
+        found = [self._options(recipe, matrix) for matrix in self.matrices for recipe in matrix.recipes]
+        return any(options.get("finetune", ["True"])[0].lower() == "true" for options in found)
+
+    def unused(self) -> list[str]:
+        """Return the options of the comparison that no row takes: every matrix or recipe sets its own."""
+        return [name for name in self.options if all(_sets(m, name) for m in self.matrices)]
 
     def all_groups(self) -> Iterator[Group]:
         """Return the rows of all matrices, one after the other."""
         for matrix in self.matrices:
             yield from self.groups(matrix)
+
+
+def _sets(matrix: Matrix, name: str) -> bool:
+    """Return whether a matrix, or each of its recipes, sets an option."""
+    return name in matrix.varied or name in matrix.options or all(name in recipe.options for recipe in matrix.recipes)
 
 
 @functools.cache

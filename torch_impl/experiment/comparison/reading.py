@@ -89,6 +89,11 @@ def read(
         matrices,
         _measures(where, table, data),
     )
+    for name in found.unused():
+        given = f"--{name}" if name in options else f"{where}, [options]: {name}"
+        raise ValueError(
+            f"{given} has no effect: every matrix or recipe sets its own; change it there, or leave it out"
+        )
     return dataclasses.replace(found, places=dict(_places(found, data)))
 
 

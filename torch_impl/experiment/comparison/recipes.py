@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch_impl import _checks
@@ -34,13 +34,17 @@ NOT_HERE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a model: a treatment with options of a run, as words. learning_rates: None means the comparison's."""
+    """What is done to a model: a treatment with options of a run, as words. learning_rates: None means the comparison's.
+
+    preset: options of the recipe's preset. The comparison's [options] win over them, and the recipe's own win over both.
+    """
 
     name: str
     title: str
     treatment: str
     options: Mapping[str, list[str]]
     learning_rates: tuple[float, ...] | None = None
+    preset: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -119,10 +123,9 @@ def _read_one(name: str, table: Any, where: str) -> Recipe:
         raise ValueError(
             f"{where}: sparsity_type is {own['sparsity_type']!r}; allowed: {STRUCTURED}; else use sparsity"
         )
-    options: dict[str, list[str]] = {}
+    preset: dict[str, list[str]] = {}
     if "preset" in table:
         _checks.choice(f"{where}, preset", table["preset"], config.PRESETS)
-        options = config.preset_options(table["preset"])
-    options |= words(own)
+        preset = config.preset_options(table["preset"])
     rates = rates_of(where, table["learning_rates"]) if "learning_rates" in table else None
-    return Recipe(name, str(title), treatment, options, rates)
+    return Recipe(name, str(title), treatment, words(own), rates, preset)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torch_impl import _checks
+from torch_impl.engine import distributed
 from torch_impl.engine.batches import IGNORED, Example
 from torch_impl.experiment.text.documents import Document
 from torch_impl.experiment.text.protocols import DOCUMENTS, Protocol
@@ -36,8 +37,8 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Sample token ids (nsamples, seqlen): windows of the token stream of the documents, shuffled by `seed`.
 
-    The windows are drawn without replacement from the stream cut into pieces that follow each other. When all are used, the
-    stream is cut again from a random place within the first. name: of the text, in messages.
+    The windows are drawn without replacement from the stream cut into pieces that follow each other. When all are used, a
+    warning says so, and the stream is cut again from a random place within the first. name: of the text, in messages.
 
     Errors: ValueError if the text is shorter than one window.
     """
@@ -47,6 +48,9 @@ def calibration_windows(
     stream = _stream(shuffled, tokenizer, seqlen, CALIBRATION_POOL * nsamples * seqlen, "seqlen", name)
     starts: list[int] = []
     last, offset = len(stream) - seqlen, 0
+    _warn_of_few(
+        "nsamples", nsamples, len(stream) // seqlen, f"windows of {seqlen:,} tokens; further ones overlap them", name
+    )
     while len(starts) < nsamples:
         starts += generator.permutation(np.arange(offset, last + 1, seqlen)).tolist()
         offset = int(generator.integers(0, min(seqlen, last + 1)))
@@ -66,7 +70,8 @@ def training_examples(
     If any document has a prompt, each document is one example between the begin- and end-of-text tokens, cut at seqlen.
     Labels of the prompt are -100. A prompt that leaves no room for its text is skipped. Otherwise examples are consecutive
     windows of exactly seqlen of the token stream. They are shuffled too, because one long document would fill whole batches.
-    limit: maximum number of examples; for windows, the first of the stream. name: of the text, in messages.
+    limit: maximum number of examples; for windows, the first of the stream; a warning says if there are fewer. name: of the
+    text, in messages.
 
     Errors: ValueError if there is no example.
     """
@@ -78,6 +83,7 @@ def training_examples(
     if not any(document.prompt for document in shuffled):
         stream = _stream(shuffled, tokenizer, seqlen, limit and limit * seqlen, "train_seqlen", name)
         windows = _cut(stream, seqlen, limit)
+        _warn_of_few("train_examples", limit, len(windows), f"windows of {seqlen:,} tokens, which are all used", name)
         windows = windows[torch.from_numpy(generator.permutation(len(windows)))]
         return [{"input_ids": ids, "labels": ids} for ids in windows]
     examples: list[Example] = []
@@ -93,7 +99,14 @@ def training_examples(
         logger.warning(
             "skipped %d of %d documents: no token to learn within train_seqlen %d", read - len(examples), read, seqlen
         )
+    _warn_of_few("train_examples", limit, len(examples), "records to learn, which are all used", name)
     return examples[:limit]
+
+
+def _warn_of_few(option: str, asked: int | None, found: int, kind: str, name: str) -> None:
+    """Warn if a text holds less than is asked for."""
+    if asked is not None and found < asked and distributed.is_main_process():
+        logger.warning("%s is %s, but %s has only %s %s", option, f"{asked:,}", name, f"{found:,}", kind)
 
 
 def _single_examples(
