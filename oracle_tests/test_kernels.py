@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -23,6 +23,7 @@ from oracle_tests.assertions import assert_close, assert_exact
 from oracle_tests.programs import gpu_kernels
 from oracle_tests.strategies import examples
 from reference import adapter as spec
+from reference.masks import nm as spec_nm
 from reference.masks import select as spec_select
 from reference.masks import sparsegpt as spec_sparsegpt
 from torch_impl import _kernels, adapter
@@ -118,6 +119,45 @@ def test_sweep_is_the_column_loop(rows: int, width: int, seed: int, halves: bool
     assert_close("errors", expected_errors, errors.cpu(), tolerances.bound(torch.float32), scale=scale)
 
 
+@settings(max_examples=examples(20))
+@given(
+    rows=st.sampled_from([1, 15, 16, 33]),
+    pattern=st.sampled_from([(2, 4), (0, 4), (4, 4), (1, 3), (2, 8), (1, 1), (0, 1), (5, 12)]),
+    groups=st.integers(1, 4),
+    ties=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@example(rows=16, pattern=(2, 4), groups=4, ties=True, seed=0)
+def test_sweep_chooses_the_groups_of_a_pattern(
+    rows: int, pattern: tuple[int, int], groups: int, ties: bool, seed: int
+) -> None:
+    """By the spec's mask of each group as its columns are when it is reached; what may not be kept goes first."""
+    n, m = pattern
+    width = groups * m
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width + 5, generator=generator)
+    factor = torch.randn(width, width, generator=generator).triu() + 4 * torch.eye(width)
+    if ties:
+        # Small whole numbers, and no column changes another: equal scores, also between columns.
+        weight, factor = weight.mul(2).round(), 2 * torch.eye(width)
+    may_stay = torch.rand(rows, width + 5, generator=generator) < 0.7
+    W, U = weight.double().numpy(), factor.double().numpy()
+    mask, errors = may_stay.numpy().copy(), np.zeros((rows, width))
+    for j in range(width):
+        if j % m == 0:
+            group = slice(j, j + m)
+            score = spec_select.demote_pruned((W[:, group] / U.diagonal()[group]) ** 2, mask[:, group])
+            mask[:, group] &= spec_nm.nm_mask(score, n, m)
+        errors[:, j] = np.where(mask[:, j], 0.0, W[:, j]) / U[j, j]
+        W[:, j:width] -= errors[:, j : j + 1] * U[j, j:]
+    found, found_mask, found_errors = weight.to(DEVICE), may_stay.to(DEVICE), torch.zeros(rows, width, device=DEVICE)
+    _kernels.sweep(found[:, :width], factor.to(DEVICE), found_mask[:, :width], found_errors, 0, width, pattern)
+    assert_exact("mask", mask, found_mask.cpu())
+    scale = float(abs(W).max() + 1)
+    assert_close("weight", W, found.cpu(), tolerances.bound(torch.float32), scale=scale)
+    assert_close("errors", errors, found_errors.cpu(), tolerances.bound(torch.float32), scale=scale)
+
+
 def test_sparsegpt_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole algorithm with every block of columns swept by the kernel."""
     calls = []
@@ -130,6 +170,11 @@ def test_sparsegpt_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
     assert_exact("mask", expected_mask, mask.cpu())
     assert_close("weight", expected, found.cpu(), tolerances.bound(torch.float32), scale=float(abs(expected).max()))
+    kept = torch.rand(10, 24, generator=generator) < 0.8
+    expected, expected_mask = spec_sparsegpt.sparsegpt_nm(*wide(weight, H), 2, 4, block_size=8, kept=kept.numpy())
+    found, mask = sparsegpt.sparsegpt_nm(weight.to(DEVICE), H.to(DEVICE), 2, 4, block_size=8, kept=kept.to(DEVICE))
+    assert_exact("mask of 2:4", expected_mask, mask.cpu())
+    assert_close("2:4", expected, found.cpu(), tolerances.bound(torch.float32), scale=float(abs(expected).max()))
 
 
 @pytest.mark.parametrize("r", [0, 3])

@@ -4,7 +4,7 @@ Memory traffic limits them. Bytes read and written per bf16 weight, and those of
 
     merge      W and W̃ once each                4 bytes     (torch: about 30)
     contract   G and W once each                4 bytes     (torch: about 22); a second small kernel sums the parts
-    sweep      one block of columns in registers, no launch per column
+    sweep      one block of columns in registers, no launch per column, nor per group of an N:M pattern
     select     a row of scores in registers, read once; finds the threshold bit by bit (torch sorts the row)
 
 Call `usable` first. Without Triton or CUDA tensors, run the torch code instead. Triton's interpreter (TRITON_INTERPRET=1)
@@ -176,24 +176,50 @@ if triton is not None:
         first,
         last,
         width,
+        step,
+        gone,
         BLOCK_ROWS: tl.constexpr,
         WIDTH: tl.constexpr,
+        CHOOSE: tl.constexpr,
     ):
         row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         column = tl.arange(0, WIDTH)
         inside = (row[:, None] < rows) & (column[None, :] < width)
         place = row[:, None].to(tl.int64) * weight_stride + column[None, :]
         tile = tl.load(weight + place, mask=inside, other=0.0)
-        for j in range(first, last):
-            value = tl.sum(tl.where(column[None, :] == j, tile, 0.0), 1)
-            kept = tl.load(mask + row.to(tl.int64) * mask_stride + j, mask=row < rows, other=1)
-            pivot = tl.load(factor + j * factor_stride + j)
-            error = tl.where(kept != 0, 0.0, value) / pivot
-            later = (column >= j) & (column < width)
-            u = tl.load(factor + j * factor_stride + column, mask=later, other=0.0)
-            tile -= error[:, None] * u[None, :]
-            tl.store(errors + row.to(tl.int64) * errors_stride + j, error, mask=row < rows)
+        if CHOOSE:
+            mask_place = row[:, None].to(tl.int64) * mask_stride + column[None, :]
+            chosen = tl.load(mask + mask_place, mask=inside, other=0).to(tl.int32)
+            pivots = tl.load(factor + column * (factor_stride + 1), mask=column < width, other=1.0)
+        for start in range(first, last, step):
+            if CHOOSE:
+                # Of each row's group, prune what is pruned already and then the lowest scores; ties by lower column.
+                score = tile / pivots[None, :]
+                score = tl.where(chosen != 0, score * score, float("-inf"))
+                left = tl.where((column[None, :] >= start) & (column[None, :] < start + step), 1, 0) + tl.zeros_like(
+                    chosen
+                )
+                for _ in range(gone):
+                    lowest = tl.min(tl.where(left != 0, score, float("inf")), 1)
+                    equal = (left != 0) & (score == lowest[:, None])
+                    place_gone = tl.min(tl.where(equal, column[None, :], WIDTH), 1)
+                    left = tl.where(column[None, :] == place_gone[:, None], 0, left)
+                    chosen = tl.where(column[None, :] == place_gone[:, None], 0, chosen)
+            for j in range(start, start + step):
+                value = tl.sum(tl.where(column[None, :] == j, tile, 0.0), 1)
+                if CHOOSE:
+                    kept = tl.sum(tl.where(column[None, :] == j, chosen, 0), 1)
+                else:
+                    kept = tl.load(mask + row.to(tl.int64) * mask_stride + j, mask=row < rows, other=1).to(tl.int32)
+                pivot = tl.load(factor + j * factor_stride + j)
+                error = tl.where(kept != 0, 0.0, value) / pivot
+                later = (column >= j) & (column < width)
+                u = tl.load(factor + j * factor_stride + column, mask=later, other=0.0)
+                tile -= error[:, None] * u[None, :]
+                tl.store(errors + row.to(tl.int64) * errors_stride + j, error, mask=row < rows)
         tl.store(weight + place, tile, mask=inside)
+        if CHOOSE:
+            tl.store(mask + mask_place, chosen.to(tl.uint8), mask=inside)
 
     @triton.jit
     def _select(score, mask, columns, count, WIDTH: tl.constexpr):
@@ -306,12 +332,20 @@ def contract(
 
 
 def sweep(
-    weight: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, first: int, last: int
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    mask: torch.Tensor,
+    errors: torch.Tensor,
+    first: int,
+    last: int,
+    pattern: tuple[int, int] | None = None,
 ) -> None:
     """Prune columns `first` to `last` of one block in place (SparseGPT, Algorithm 1, inner loop).
 
-    weight, errors (out, width), float32; factor (width, width), the block of U on the diagonal; mask (out, width), bool.
+    weight, errors (out, width), float32; factor (width, width), the block of U on the diagonal; mask (out, width), bool. pattern:
+    (N, M); the mask, at first what may be kept, is then chosen here for every M columns, when the first of them is reached.
     """
+    kept, step = pattern or (0, last - first)
     rows, width = weight.shape
     factor = factor.contiguous()
     block_rows = 16
@@ -329,6 +363,9 @@ def sweep(
         first,
         last,
         width,
+        step,
+        step - kept,
+        CHOOSE=pattern is not None,
         **options,
     )
 

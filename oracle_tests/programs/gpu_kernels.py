@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 from oracle_tests import tolerances
 from oracle_tests.poison import fill, poisoned
 from reference import adapter, tiles
-from reference.masks import select, sparsegpt
+from reference.masks import nm, select, sparsegpt
 from torch_impl import _kernels
 from torch_impl.decode import cuda
 
@@ -160,6 +160,21 @@ def sweep(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
         yield f"{where}, errors", errors, expected_errors, allowed[:, :width]
 
 
+def patterns(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
+    """Masks of N:M that the sweep chooses, many scores equal; no column changes another, so that all is exact."""
+    for (rows, columns), density, (n, m) in itertools.product(grid.shapes, grid.densities, ((2, 4), (1, 3), (2, 8))):
+        width = min(columns, 128) // m * m
+        if not width:
+            continue
+        weight, factor = make.normal(rows, width).mul_(2).round_(), make.put(2 * torch.eye(width))
+        mask = make.mask(rows, width, density).to(weight.device)
+        W, kept = wide(weight)[0], mask.cpu().numpy()
+        expected = nm.nm_mask(select.demote_pruned(abs(W), kept), n, m) & kept
+        _kernels.sweep(weight, factor, mask, torch.empty_like(weight), 0, width, (n, m))
+        yield f"{rows} x {width}, {n}:{m}", mask, expected.astype(float), np.zeros(expected.shape)
+        yield f"{rows} x {width}, {n}:{m}, weight", weight, np.where(expected, W, 0.0), np.zeros(expected.shape)
+
+
 def lowest(make: Maker, dtype: torch.dtype, grid: Grid) -> Iterator[Case]:
     """Scores that differ, that tie, of both signs, and the extremes of a float."""
     limits = torch.tensor([-torch.inf, -1e38, -1e-45, -0.0, 0.0, 1e-45, 1e38, torch.inf])
@@ -221,6 +236,7 @@ CHECKS: dict[str, tuple[Check, list[torch.dtype]]] = {
     "merge": (merge, FLOATS),
     "contract": (contract, FLOATS),
     "sweep": (sweep, [torch.float32]),
+    "sweep_nm": (patterns, [torch.float32]),
     "select": (lowest, [torch.float32]),
     "wide_product": (hessian, FLOATS),
     "losa_expand": (expand, HALVES),

@@ -62,7 +62,7 @@ def sparsegpt(
         _checks.integer("bits", bits, FEWEST_BITS, MOST_BITS)
         if _checks.integer("block_size", block_size, 1) % _checks.integer("group", group, 1):
             raise ValueError(f"group is {group}; allowed: a divisor of block_size {block_size}")
-    return _prune(weight, hessian, block_size, damping, kept, choose, None, bits, group)[:2]
+    return _prune(weight, hessian, block_size, damping, kept, choose, bits, group)[:2]
 
 
 def sparsegpt_nm(
@@ -81,11 +81,7 @@ def sparsegpt_nm(
     columns = _checks.finite("weight", weight, "out", "in").shape[1]
     if block_size % m or columns % m:
         raise ValueError(f"m is {m}; allowed: a divisor of block_size {block_size} and of the {columns} inputs")
-
-    def choose(columns: torch.Tensor, diagonal: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        return nm_mask(demote_pruned((columns / diagonal).square(), kept), n, m) & kept
-
-    return _prune(weight, hessian, block_size, damping, kept, choose, m)[:2]
+    return _prune(weight, hessian, block_size, damping, kept, (n, m))[:2]
 
 
 def sparsegpt_codes(
@@ -97,9 +93,7 @@ def sparsegpt_codes(
     """
     _checks.integer("bits", bits, FEWEST_BITS, MOST_BITS)
     weight = _checks.wide(_checks.finite("weight", weight, "out", "in"))
-    rounded, _, found = _prune(
-        weight, hessian, GROUP, damping, kept, lambda columns, diagonal, kept: kept, None, bits, GROUP
-    )
+    rounded, _, found = _prune(weight, hessian, GROUP, damping, kept, lambda columns, diagonal, kept: kept, bits, GROUP)
     parts = zip(rounded.split(GROUP, 1), found, strict=True)
     return torch.cat([nearest_codes(part, scales, bits) for part, scales in parts], 1), torch.stack(found, 1)
 
@@ -135,13 +129,13 @@ def _prune(
     block_size: int,
     damping: float,
     kept: torch.Tensor | None,
-    choose: Choose,
-    chosen_at_once: int | None,
+    choose: Choose | tuple[int, int],
     bits: int | None = None,
     group: int = GROUP,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Run the column loop: update within a block of columns first, then all later columns in one product.
 
+    choose: the mask of a block of columns when the block is reached, or (N, M), of every M columns when they are reached.
     Returns the new weight, its mask, the scales (out,) of each group.
     """
     W = _checks.wide(_checks.finite("weight", weight, "out", "in")).clone(memory_format=torch.contiguous_format)
@@ -151,21 +145,21 @@ def _prune(
         kept = torch.ones(W.shape, dtype=torch.bool, device=W.device)
     _checks.mask("kept", kept, W, "weight")
     U = _inverse_factor(H, damping).to(W.dtype)
-    diagonal = U.diagonal()
     mask = torch.ones(W.shape, dtype=torch.bool, device=W.device)
     scales: list[torch.Tensor] = []
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
-        step = stop - start if chosen_at_once is None else chosen_at_once
-        block, factor = W[:, start:stop], U[start:stop, start:stop]
+        block, factor, own = W[:, start:stop], U[start:stop, start:stop], mask[:, start:stop]
         errors = torch.zeros_like(block)
-        for first in range(0, stop - start, step):
-            chosen = slice(start + first, start + first + step)
-            mask[:, chosen] = choose(W[:, chosen], diagonal[chosen], kept[:, chosen])
+        if isinstance(choose, tuple):
+            own.copy_(kept[:, start:stop])
+            _visit_groups(block, factor, own, errors, *choose)
+        else:
+            own.copy_(choose(block, factor.diagonal(), kept[:, start:stop]))
             if bits is None:
-                _visit(block, factor, mask[:, start:stop], errors, first, first + step)
+                _visit(block, factor, own, errors, 0, stop - start)
             else:
-                scales += _visit_rounding(block, factor, mask[:, start:stop], errors, bits, group)
+                scales += _visit_rounding(block, factor, own, errors, bits, group)
         W[:, stop:].addmm_(errors, U[start:stop, stop:], alpha=-1.0)
     return W.masked_fill_(~mask, 0.0).to(weight.dtype), mask, scales
 
@@ -189,6 +183,21 @@ def _visit(
     for j in range(first, last):
         errors[:, j] = block[:, j].masked_fill(mask[:, j], 0.0) / factor[j, j]
         block[:, j:].addr_(errors[:, j], factor[j, j:], alpha=-1.0)
+
+
+def _visit_groups(
+    block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor, errors: torch.Tensor, n: int, m: int
+) -> None:
+    """Prune all columns of a block (out, width) in place, n of every m are kept; mask: at first, what may be kept."""
+    width, diagonal = block.shape[1], factor.diagonal()
+    if _kernels.usable(block, factor):
+        _kernels.sweep(block, factor, mask, errors, 0, width, (n, m))
+        return
+    for first in range(0, width, m):
+        group = slice(first, first + m)
+        score = (block[:, group] / diagonal[group]).square()
+        mask[:, group] &= nm_mask(demote_pruned(score, mask[:, group]), n, m)
+        _visit(block, factor, mask, errors, first, first + m)
 
 
 def _visit_rounding(
