@@ -60,9 +60,10 @@ def test_every_family_gets_the_same_bits(place: Path, family: str) -> None:
     "changes",
     [
         {"prune_method": "magnitude", "sparsity_ratio": 0.5, "layer_sparsity": "uniform"},
-        {"prune_method": "sparsegpt", "dtype": "bfloat16"},
-        {"prune_method": "alps", "dtype": "bfloat16"},
-        {"prune_method": "pruner_zero", "calibration_batch_size": 4},
+        {"prune_method": "sparsegpt", "dtype": "bfloat16", "layer_sparsity": "lamp"},
+        {"prune_method": "alps", "dtype": "bfloat16", "layer_sparsity": "owl"},
+        {"prune_method": "admm", "layer_sparsity": "atp"},
+        {"prune_method": "pruner_zero", "calibration_batch_size": 4, "layer_sparsity": "gradient"},
         {
             "prune_method": "sparsegpt",
             "sparsity_type": "mixed-2:4",
@@ -73,7 +74,7 @@ def test_every_family_gets_the_same_bits(place: Path, family: str) -> None:
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
-def test_every_method_and_pattern_gets_the_same_bits(place: Path, changes: dict) -> None:
+def test_every_method_pattern_and_rule_gets_the_same_bits(place: Path, changes: dict) -> None:
     split_into_shards(place / "model", 3)
     one, other = both(place, **changes)
     same(one, other)
