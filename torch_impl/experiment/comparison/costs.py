@@ -92,7 +92,7 @@ def estimated() -> Table:
     notes = (
         f"Not measured: operations counted by the planner at {REACHED:.0%} of the card's {card.tflops} TFLOP/s, and its byte "
         "model; the paper's settings (128 × 2,048 tokens of calibration, 10,000 sequences of 1,024, five steps), full length. "
-        "Ranks come with pruning: the errors are measured in the same sweep.",
+        "Ranks come with pruning: the errors are measured in the same sweep. In all: with the text that the model writes.",
         "Published: seconds a step of the paper's code on one A100 80GB (review page of arXiv 2502.14816); five steps in all.",
     )
     return Table("Estimated cost of larger models", (head, *lines), notes)
@@ -115,7 +115,7 @@ def _estimate(config: Config, geometry: str, card: Card) -> Iterator[str]:
     pruning = work_of(uniform, sizes).sweeps
     for operations in (work.sweeps - pruning, pruning, work.reconstruction, work.training):
         yield f"{operations / speed:,.0f}" if operations else ""
-    yield f"{(work.sweeps + work.reconstruction + work.training) / speed / 3600:.2f}"
+    yield f"{work.total / speed / 3600:.2f}"
     phase = max(found, key=lambda name: found[name].total)
     yield from (phase, f"{found[phase].total / GIB:.0f}", str(cards))
 

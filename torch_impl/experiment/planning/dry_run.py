@@ -34,6 +34,11 @@ class Work:
     training: int
     writing: int = 0
 
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.sweeps + self.reconstruction + self.training + self.writing
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -128,7 +133,6 @@ def make_plan(config: Config) -> Plan:
     steps = range(1, config.prune.steps + 1)
     place, work = _place(config, device, cards), work_of(config, sizes)
     memory, card = peak(config, sizes, place), _card(config, device)
-    operations = work.sweeps + work.reconstruction + work.training + work.writing
     return Plan(
         config=config,
         family=Decoder(model).family.name,
@@ -145,7 +149,7 @@ def make_plan(config: Config) -> Plan:
         calibration_traffic=calibration_traffic(config, sizes, cards),
         disk=checks.disk(config, sizes, memory.offloaded),
         work=work,
-        outlook=None if card is None else outlook(config, sizes, place, card, operations),
+        outlook=None if card is None else outlook(config, sizes, place, card, work.total),
     )
 
 
