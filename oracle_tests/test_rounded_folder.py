@@ -390,6 +390,9 @@ def test_what_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert pack.main([str(plain), out, *words]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}") or "no such" in words
         assert not Path(out).exists()
+    for given in ({"mean_bits": 3.5}, {"bits_by": "rmi"}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} is .* and has no effect without values='mixed'"):
+            torch_impl.pack(plain, out, values="int4", calibration=IDS, **given)
     with pytest.raises(ValueError, match="mean_bits is 9"):
         torch_impl.pack(plain, out, values="mixed", calibration=IDS, mean_bits=9)
     with pytest.raises(ValueError, match="calibration is given and values is 'same'"):

@@ -140,16 +140,16 @@ def pack(
     calibration: Any = None,
     nsamples: int = 128,
     seqlen: int = 2048,
-    mean_bits: float = 4.0,
-    bits_by: str = ERROR,
+    mean_bits: float | None = None,
+    bits_by: str | None = None,
     seed: int = 0,
 ) -> list[Saving]:
     """Write a sparse model without its zeros to `folder`, which appears when complete. Return the sizes per kind of tensor.
 
     model: a plain transformers model, or its folder. tokenizer: saved with a model; a folder has its own. values: how kept
     values are stored; same: in the model's dtype; int8, int4 or any from int2: rounded to codes of that many bits; mixed: to
-    codes of `mean_bits` on average. bits_by: what chooses them; error: for each projection, the estimated harm of rounding to
-    the loss; gradient, rmi: for each block, its first-order importance or mutual information.
+    codes of `mean_bits` on average, default 4. bits_by: what chooses them; error, the default: for each projection, the estimated
+    harm of rounding to the loss; gradient, rmi: for each block, its first-order importance or mutual information.
 
     calibration: token ids (n, t), texts or the name of a text source, of which nsamples windows of seqlen tokens are taken;
     each weight's error is then compensated for by the weights to its right. None: weights are rounded to nearest.
@@ -160,6 +160,9 @@ def pack(
     _checks.choice("values", values, packed_rounding.VALUES)
     if values == packed_rounding.SAME and calibration is not None:
         raise ValueError("calibration is given and values is 'same', which rounds nothing; leave one out")
+    for name, value in (("mean_bits", mean_bits), ("bits_by", bits_by)):
+        if value is not None and values != packed_rounding.MIXED:
+            raise ValueError(f"{name} is {value} and has no effect without values='mixed'; leave it out")
     target = Path(folder)
     if overwrite:
         check_target(Path(model) if isinstance(model, str | Path) else None, target, ("model", "folder"), REPLACING)
@@ -188,8 +191,8 @@ def _rounding(
     tokenizer: PreTrainedTokenizerBase | None,
     nsamples: int,
     seqlen: int,
-    mean_bits: float,
-    bits_by: str,
+    mean_bits: float | None,
+    bits_by: str | None,
     seed: int,
 ) -> packed_rounding.Rounding | None:
     if values == packed_rounding.SAME:
@@ -197,7 +200,8 @@ def _rounding(
     _checks.count("nsamples", nsamples, 2)
     _checks.count("seqlen", seqlen)
     ids = None if calibration is None else given.windows_of(calibration, tokenizer, nsamples, seqlen, seed)
-    return packed_rounding.Rounding(values, ids, mean_bits, bits_by=bits_by)
+    bits = packed_rounding.MEAN_BITS if mean_bits is None else mean_bits
+    return packed_rounding.Rounding(values, ids, bits, bits_by=ERROR if bits_by is None else bits_by)
 
 
 def load_packed(
