@@ -139,9 +139,8 @@ def _write(
     bits = 8 * sum(saving.after for saving in inside) / positions
     if not any(saving.packed for saving in inside):
         logger.warning(
-            "no projection of %s gets smaller packed (%.1f%% of its weights are zeros), so the packed model is as large and as "
-            "fast as before; packing leaves out zeros, which losa run makes, or rounds values (values int8)",
-            source,
+            "no projection gets smaller packed (%.1f%% of the weights are zeros), so the packed model is as large and as fast as "
+            "before; packing leaves out zeros, which losa run makes, or rounds values (values int8)",
             100 * zeros,
         )
     packed_card.write(target, zeros, bits, None if codes is None else codes.bits)
