@@ -196,9 +196,8 @@ if triton is not None:
                 # Of each row's group, prune what is pruned already and then the lowest scores; ties by lower column.
                 score = tile / pivots[None, :]
                 score = tl.where(chosen != 0, score * score, float("-inf"))
-                left = tl.where((column[None, :] >= start) & (column[None, :] < start + step), 1, 0) + tl.zeros_like(
-                    chosen
-                )
+                of_group = inside & (column[None, :] >= start) & (column[None, :] < start + step)
+                left = tl.where(of_group, 1, 0)
                 for _ in range(gone):
                     lowest = tl.min(tl.where(left != 0, score, float("inf")), 1)
                     equal = (left != 0) & (score == lowest[:, None])
@@ -345,7 +344,7 @@ def sweep(
     weight, errors (out, width), float32; factor (width, width), the block of U on the diagonal; mask (out, width), bool. pattern:
     (N, M); the mask, at first what may be kept, is then chosen here for every M columns, when the first of them is reached.
     """
-    kept, step = pattern or (0, last - first)
+    kept, step = pattern or (0, max(1, last - first))
     rows, width = weight.shape
     factor = factor.contiguous()
     block_rows = 16
