@@ -71,7 +71,7 @@ def _cut_event(event: str, stop: StopText, suffix: str) -> list[str]:
         more = _with_text(chunk, stop.rest() + suffix)
         if stop.found and choice["finish_reason"] == "length":
             choice["finish_reason"] = "stop"
-        return [*([more] if more else []), f"data: {json.dumps(chunk)}"]
+        return [*([more] if more else []), f"data: {json.dumps(chunk, allow_nan=False)}"]
     place, name = _text_of(choice)
     if not place.get(name):
         return [event]
@@ -88,7 +88,7 @@ def _with_text(chunk: dict[str, Any], text: str) -> str:
     choice.pop("finish_reason", None)
     place, name = _text_of(choice)
     place[name] = text
-    return f"data: {json.dumps(found)}"
+    return f"data: {json.dumps(found, allow_nan=False)}"
 
 
 def _text_of(choice: dict[str, Any]) -> tuple[dict[str, Any], str]:
