@@ -106,7 +106,7 @@ class Saying(torch.nn.Module):
         (
             [math.nan, 0.0],
             torch.float16,
-            r"^dense: the output of the model holds NaN or infinity in float16; float16 ends at 65,504: use dtype bfloat16 or float32",
+            r"^dense: the output of the model holds NaN or infinity in float16; float16 ends at 65,504: use dtype bfloat16 or",
         ),
         ([math.inf, 0.0], torch.bfloat16, r"^dense: the output of the model holds NaN or infinity in bfloat16;"),
         ([-math.inf, 0.0], torch.float32, r"^dense: the output of the model holds NaN or infinity in float32;"),
