@@ -79,8 +79,9 @@ class Work(BaseException):
 
 
 @pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is loaded, read or written."""
+def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is loaded or read; a comparison's folder is made elsewhere."""
+    monkeypatch.chdir(tmp_path)
 
     def work(*_: Any, **__: Any) -> None:
         raise Work
