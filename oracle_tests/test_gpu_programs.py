@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from oracle_tests.programs import (
     gpu_coded_gaps,
@@ -23,6 +26,7 @@ from oracle_tests.programs import (
     gpu_rows,
     gpu_spread,
     gpu_step,
+    gpu_whole_run,
 )
 from oracle_tests.small_runs import ROOT
 from oracle_tests.tolerances import GPU_STEP
@@ -31,6 +35,7 @@ from torch_impl.decode import cuda
 from torch_impl.decode.cuda_plan import Division
 from torch_impl.experiment.planning import geometry
 
+EMBEDDED = ROOT / "tiny_models/stdlib_llama"
 COUNTED = (ROOT / "oracle_tests/data/ncu.csv").read_text()
 """What ncu printed on one H200, of a few kernels and counters."""
 
@@ -281,3 +286,73 @@ def test_products_of_coded_gaps_are_timed_as_on_a_gpu(
         [kind, name] for kind in ("int8", "int4") for name in PROJECTIONS
     ]
     assert "int4 a block, 1 rows: best 40.00, rule 40.00 µs" in printed
+
+
+# --- a whole run on a model of a real one's shapes ---
+
+
+def test_a_tokenizer_is_cut_to_a_smaller_vocabulary(tmp_path: Path) -> None:
+    gpu_whole_run.cut_tokenizer(EMBEDDED, tmp_path, 300)
+    whole, cut = (AutoTokenizer.from_pretrained(folder) for folder in (EMBEDDED, tmp_path))
+    text = "def main(argv):\n    return 0  # the end\n"
+    ids = cut(text)["input_ids"]
+    assert max(ids) < 300 <= max(whole(text)["input_ids"])
+    assert cut.decode(ids) == whole.decode(whole(text)["input_ids"])
+
+
+WHOLE: dict[str, Any] = {
+    "perplexity_after_step": [30.0, 20.0],
+    "losa": {"perplexity": 20.0, "sparsity": 0.698},
+    "target_sparsity": 0.7,
+    "seconds_in_all": 90.0,
+    "peak_memory": {"host": 2**30, "device": 3 * 2**29},
+    "verification": {"sparsity_pruned_and_saved": {"q": (0.7, 0.7)}},
+}
+
+
+def test_a_whole_run_is_shown_by_its_parts() -> None:
+    seconds = [{"prune": 2.0, "reconstruct": 10.0, "train": 30.0}, {"importance": 1.0, "prune": 2.0, "train": 15.0}]
+    steps = [
+        {"step": number, "target": target, "realised": [target - 0.01, target + 0.02], "seconds": taken}
+        for number, target, taken in zip((1, 2), (0.5, 0.7), seconds, strict=True)
+    ]
+    assert [" ".join(line.split()) for line in gpu_whole_run.report(WHOLE, steps)] == [
+        "step target found importance prune reconstruct train perplexity",
+        "1 50.00% 50.50% 0.0 s 2.0 s 10.0 s 30.0 s 30.0",
+        "2 70.00% 70.50% 1.0 s 2.0 s 0.0 s 15.0 s 20.0",
+        "all 1.0 s 4.0 s 10.0 s 45.0 s",
+        "1.5 minutes in all, 1.0 of Algorithm 1; the others loaded, pruned at once, evaluated, saved, verified",
+        "host 1.0 GiB, device 1.5 GiB at most",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, []),
+        ({"perplexity_after_step": [math.nan, 20.0]}, ["a perplexity is not finite"]),
+        ({"losa": {"perplexity": 20.0, "sparsity": 0.69}}, ["sparsity 0.6900 instead of 0.7000"]),
+        ({"verification": {"sparsity_pruned_and_saved": {"q": (0.7, 0.6)}}}, ["q is saved with 0.6000 zeros"]),
+        ({"seconds_in_all": 121.0}, ["more than 2 minutes"]),
+        ({"peak_memory": {"device": 2**31 + 2**30}}, ["3.0 GiB on the device, more than 2"]),
+    ],
+)
+def test_what_is_wrong_with_a_whole_run_is_said(changed: dict[str, Any], words: list[str]) -> None:
+    found = gpu_whole_run.failures({**WHOLE, **changed}, 2.0, 2.0)
+    assert len(found) == len(words)
+    assert all(line.startswith(word) for line, word in zip(found, words, strict=True))
+
+
+def test_a_whole_run_on_a_small_geometry(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    asked = (
+        "--geometry small --preset best --written_per_sample 0 --steps 2 --reconstruct_epochs 1 --nsamples 2 --seqlen 32 "
+        "--train_examples 8 --train_seqlen 32 --eval_seqlen 32 --eval_windows 2 --device cpu --calibration_data stdlib "
+        "--finetune_data stdlib --eval_data stdlib"
+    )
+    command = [str(tmp_path / "whole"), "--tokenizer", str(EMBEDDED), *asked.split()]
+    assert gpu_whole_run.main([*command, "--minutes", "0.0001"]) == 1
+    said = capfd.readouterr().out.splitlines()
+    assert said[-1] == "FAILED: more than 0.0001 minutes"
+    assert [line.split()[1] for line in said if line.split()[:1] in (["1"], ["2"])] == ["61.25%", "70.00%"]
+    assert (tmp_path / "whole/run/model/model.safetensors").is_file()
+    assert gpu_whole_run.main([str(tmp_path / "wrong"), *command[1:], "--sparsity_ratio", "2"]) == 2

@@ -26,9 +26,13 @@ def sha256_of(file: Path) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file with `data`: write and flush a temporary file, then rename it."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
+    unfinished.write_bytes(data)
+    flush_and_rename(unfinished, path)
+
+
+def flush_and_rename(unfinished: Path, path: Path) -> None:
+    """Flush a written file to disk and give it its name, replacing another."""
+    with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)
     flush_folder(path.parent)

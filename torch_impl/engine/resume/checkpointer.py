@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from torch import nn
 from torch_impl.engine import distributed
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import state
+from torch_impl.engine.resume.background import Background
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -80,13 +82,20 @@ class Checkpointer:
     """Tracks the progress of a run and saves checkpoints after the events named by its methods.
 
     Without `checkpoints`, nothing is saved. save_every: optimizer steps between checkpoints. attached: files that grow during a
-    run; each checkpoint holds a copy. `notes`: data of the caller to save, as JSON. `progress`: always up to date.
+    run; each checkpoint holds a copy. in_background: write in a thread while the run goes on; an error of the disk is then raised
+    by a later event, at the latest by `end`. `notes`: data of the caller to save, as JSON. `progress`: always up to date.
     """
 
     def __init__(
-        self, checkpoints: RunCheckpoints | None = None, save_every: int = 100, attached: tuple[Path, ...] = ()
+        self,
+        checkpoints: RunCheckpoints | None = None,
+        save_every: int = 100,
+        attached: tuple[Path, ...] = (),
+        in_background: bool = False,
     ) -> None:
         self.checkpoints, self._save_every, self._attached = checkpoints, save_every, attached
+        self._background = Background(in_background)
+        self._in_background = in_background
         self._changed: set[str] = set()
         self._stop: int | None = None
         self.progress = Progress()
@@ -175,7 +184,7 @@ class Checkpointer:
         self.progress.finish_step(record)
         self._changed.discard("optimizer")
         if self.checkpoints is not None:
-            self.checkpoints.drop("optimizer")
+            self._background.do(self.checkpoints.drop, "optimizer")
         self._save()
 
     def _save(self) -> None:
@@ -183,20 +192,26 @@ class Checkpointer:
             for part in sorted(self._changed):
                 # All processes take part in gathering a sharded block; process 0 writes it.
                 tensors = self._tensors(part)
+                if self._in_background and self._decoder.model.device.type == "cpu":
+                    # They are the run's own, which goes on.
+                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
                 if distributed.is_main_process():
-                    self.checkpoints.put(part, tensors)
+                    self._background.do(self.checkpoints.put, part, tensors)
             self._changed.clear()
             if distributed.is_main_process():
                 self._commit(self.checkpoints)
         if distributed.all_reduce_number(0.0 if self._stop is None else 1.0):
+            self._background.wait()
             raise Interrupted(self._stop or signal.SIGINT)
 
     def _commit(self, checkpoints: RunCheckpoints) -> None:
-        checkpoints.put("random", state.random_tensors())
+        do = self._background.do
+        do(checkpoints.put, "random", state.random_tensors())
         for path in self._attached:
             if path.exists():
-                checkpoints.put_bytes(path.name, path.read_bytes())
-        checkpoints.commit({"progress": asdict(self.progress) if self._begun else None, "notes": self.notes})
+                do(checkpoints.put_bytes, path.name, path.read_bytes())
+        body = {"progress": asdict(self.progress) if self._begun else None, "notes": copy.deepcopy(self.notes)}
+        do(checkpoints.commit, body)
 
     def _tensors(self, part: str) -> state.Tensors:
         if part == "adapters":
@@ -211,7 +226,7 @@ class Checkpointer:
             return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors
 
     def end(self) -> None:
-        """Release the models."""
+        """Finish writing, and release the models. Errors: OSError if a checkpoint could not be written."""
         del self._decoder, self._dense
         self._optimizer = None
 
@@ -239,6 +254,11 @@ class Checkpointer:
             signal.signal(number, ask)
         try:
             yield
+            self._background.wait()
+        except BaseException:
+            with suppress(Exception):
+                self._background.wait()
+            raise
         finally:
             restore()
 

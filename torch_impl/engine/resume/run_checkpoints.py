@@ -14,14 +14,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
-from torch_impl.engine.files import UNFINISHED, dumps, sha256_of, write_atomically
+from torch_impl.engine.files import UNFINISHED, dumps, flush_and_rename, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +52,26 @@ class RunCheckpoints:
 
     def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a part of the next checkpoint as safetensors."""
-        self.put_bytes(f"{part}.safetensors", save({name: t.contiguous() for name, t in tensors.items()}))
+        with self._part(f"{part}.safetensors") as unfinished:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished)
 
     def put_bytes(self, part: str, data: bytes) -> None:
-        """Write a part of the next checkpoint, unless the current checkpoint has the same bytes."""
-        digest = hashlib.sha256(data).hexdigest()
+        """Write a part of the next checkpoint."""
+        with self._part(part) as unfinished:
+            unfinished.write_bytes(data)
+
+    @contextmanager
+    def _part(self, part: str) -> Iterator[Path]:
+        """Yield the file to write a part into. It is dropped if the current checkpoint has the same bytes."""
+        path = self._folder / f"{self._number + 1:06}-{part}"
+        unfinished = path.with_name(path.name + UNFINISHED)
+        yield unfinished
+        digest = sha256_of(unfinished)
         if part in self.parts and self.parts[part].sha256 == digest:
+            unfinished.unlink()
             return
-        name = f"{self._number + 1:06}-{part}"
-        write_atomically(self._folder / name, data)
-        self.parts[part] = Entry(name, len(data), digest)
+        self.parts[part] = Entry(path.name, unfinished.stat().st_size, digest)
+        flush_and_rename(unfinished, path)
 
     def drop(self, part: str) -> None:
         """Leave a part out of the next checkpoint."""

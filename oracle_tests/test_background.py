@@ -1,0 +1,194 @@
+"""Checkpoints written in a thread while the run goes on: the same files as without one, whatever the disk does."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oracle_tests.interruptions import outcome, same, settings, tiny
+from torch_impl.engine.adapted_linear import adapters, attach_adapters
+from torch_impl.engine.decoder import Decoder
+from torch_impl.engine.resume import run_checkpoints
+from torch_impl.engine.resume.background import WAITING, Background
+from torch_impl.engine.resume.checkpointer import Checkpointer, Interrupted, Progress
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
+from torch_impl.experiment import job
+
+BEYOND = 30
+"""Seconds that nothing here takes."""
+
+
+def test_actions_are_done_in_order_while_others_wait() -> None:
+    background, gate, done = Background(threaded=True), threading.Event(), []
+    background.do(gate.wait, BEYOND)
+    for number in range(WAITING - 1):
+        background.do(done.append, number)
+    assert done == [], "the caller goes on before the first is done"
+    threading.Timer(0.05, gate.set).start()
+    background.do(done.append, WAITING)
+    background.wait()
+    assert done == [*range(WAITING - 1), WAITING]
+
+
+def test_no_more_than_a_few_wait() -> None:
+    """Each may hold a block's weights."""
+    background, gate = Background(threaded=True), threading.Event()
+    for _ in range(WAITING):
+        background.do(gate.wait, BEYOND)
+    begin = time.perf_counter()
+    threading.Timer(0.2, gate.set).start()
+    background.do(int)
+    assert time.perf_counter() - begin > 0.1
+
+
+def test_after_a_failure_nothing_is_done_and_it_is_raised() -> None:
+    background, done = Background(threaded=True), []
+
+    def fail() -> None:
+        raise OSError("no space left on device")
+
+    background.do(fail)
+    with pytest.raises(OSError, match="no space left"):
+        background.wait()
+    background.do(done.append, 1)
+    background.wait()
+    assert done == []
+
+
+def test_without_a_thread_actions_are_done_at_once() -> None:
+    background, done = Background(threaded=False), []
+    background.do(done.append, 1)
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        background.do(divmod, 1, 0)
+
+
+class Slow(Checkpointer):
+    """Stop the run at checkpoint `after`, as if the process were killed while its disk is slow."""
+
+    def __init__(self, folder: Path, after: int) -> None:
+        super().__init__(RunCheckpoints(folder), 1, in_background=True)
+        self._left = after
+
+    def _save(self) -> None:
+        super()._save()
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files take so long that the run is always ahead of them."""
+    write = run_checkpoints.save_file
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.02)
+        write(*given)
+
+    monkeypatch.setattr(run_checkpoints, "save_file", slowly)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_run_goes_on_from_a_checkpoint_of_the_thread(tmp_path: Path, stop: int) -> None:
+    setup = settings("sparsegpt")
+    plain = outcome(setup)
+    checkpointer = Slow(tmp_path, stop)
+    with pytest.raises(KeyboardInterrupt), checkpointer.stopping_at_checkpoints():
+        outcome(setup, checkpointer)
+    again = Checkpointer(RunCheckpoints(tmp_path))
+    assert str(again.progress) == str(checkpointer.progress)
+    torch.manual_seed(stop)
+    assert same(outcome(setup, again), plain)
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written before weights, adapters and notes have changed."""
+    write, gate = run_checkpoints.save_file, threading.Event()
+
+    def gated(*given: Any) -> None:
+        gate.wait(BEYOND)
+        write(*given)
+
+    monkeypatch.setattr(run_checkpoints, "save_file", gated)
+    model = tiny()[0]
+    dense = copy.deepcopy(model)
+    attach_adapters(Decoder(model), 1.0)
+    checkpointer = Checkpointer(RunCheckpoints(tmp_path), in_background=True)
+    checkpointer.begin(Decoder(model), Decoder(dense), Progress())
+    layer = adapters(model)[0]
+    layer.resize(2, (0,))
+    layer.set_base(layer.weight + 1)
+    checkpointer.notes["after_step"] = [7.5]
+    expected = {"A": layer.A.detach().clone(), "base": layer.weight.clone()}
+    checkpointer.resized(base_moved=True)
+    checkpointer.noted()
+    with torch.no_grad():
+        layer.A.add_(1)
+        layer.weight.add_(1)
+    checkpointer.notes["after_step"].append(9.5)
+    gate.set()
+    checkpointer.end()
+    again = RunCheckpoints(tmp_path)
+    assert again.open_last()["notes"] == {"after_step": [7.5]}
+    assert torch.equal(again.get("adapters")["0.A"], expected["A"])
+    [base] = [tensor for name, tensor in again.get("block-000").items() if "q_proj" in name]
+    assert torch.equal(base, expected["base"])
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_run_ends_with_all_its_checkpoints_written(tmp_path: Path) -> None:
+    outcome(settings(), Checkpointer(RunCheckpoints(tmp_path / "thread"), 1, in_background=True))
+    files = sorted(file.name for file in (tmp_path / "thread").iterdir())
+    outcome(settings(), Checkpointer(RunCheckpoints(tmp_path / "none"), 1))
+    assert files == sorted(file.name for file in (tmp_path / "none").iterdir())
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_signal_stops_a_run_only_when_its_checkpoint_is_on_disk(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(RunCheckpoints(tmp_path), 1, in_background=True)
+    checkpointer._stop = 15
+    with pytest.raises(Interrupted):
+        outcome(settings(), checkpointer)
+    assert str(Checkpointer(RunCheckpoints(tmp_path)).progress) == "step 1, 1 blocks pruned"
+
+
+def test_a_full_disk_ends_the_run_at_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = run_checkpoints.save_file, []
+
+    def fill(tensors: Any, file: Path) -> None:
+        if "block-001" in file.name:
+            raise OSError(28, "No space left on device")
+        written.append(file.name)
+        write(tensors, file)
+
+    monkeypatch.setattr(run_checkpoints, "save_file", fill)
+    with pytest.raises(OSError, match="No space left"):
+        outcome(settings(), Checkpointer(RunCheckpoints(tmp_path), 1, in_background=True))
+    assert [name for name in written if "block" in name] == ["000001-block-000.safetensors.tmp"]
+    assert str(Checkpointer(RunCheckpoints(tmp_path)).progress) == "step 1, 1 blocks pruned"
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
+def test_a_run_on_a_gpu_writes_in_the_background(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, expected: bool
+) -> None:
+    asked = []
+
+    def opened(config: Any, folder: Path, in_background: bool) -> None:
+        asked.append(in_background)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "open_checkpointer", opened)
+    monkeypatch.setattr(job.pretrained, "choose_device", lambda name: torch.device(device))
+    config: Any = type("Config", (), {"model": type("Model", (), {"device": device})})
+    with pytest.raises(KeyboardInterrupt):
+        job.run_in_memory(config, tmp_path)
+    assert asked == [expected]
