@@ -227,6 +227,7 @@ class Checkpointer:
 
     def end(self) -> None:
         """Finish writing, and release the models. Errors: OSError if a checkpoint could not be written."""
+        self._background.wait()
         del self._decoder, self._dense
         self._optimizer = None
 
