@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from oracle_tests.programs import gpu_whole_run
 from oracle_tests.small_runs import ROOT
 from torch_impl import cli
 from torch_impl.experiment.comparison import document, reading
@@ -309,6 +310,23 @@ def test_zeros_and_bits_are_those_measured() -> None:
         if zeros:
             wide = 1 + (1 - zeros) * (16 if kind == "bf16" else int(kind[3:])) + (kind != "bf16") / 8
             assert wide - 0.1 < row["bits"] < wide + 0.2, row
+
+
+def test_the_whole_run_is_told_as_it_was() -> None:
+    run = json.loads((ROOT / "docs/results/whole_run/llama-2-7b.json").read_text(encoding="utf-8"))
+    result, steps = run["result"], run["steps"]
+    assert gpu_whole_run.failures(result, minutes=20, gib=48) == []
+    performance, results, readme = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/performance.md", "docs/results.md", "README.md")
+    )
+    table = "\n".join(line.rstrip() for line in gpu_whole_run.report(result, steps))
+    assert f"```\n{table}\n```" in performance
+    assert f"{result['train_examples']:,} records" in performance.replace("\n", " ")
+    whole = f"{result['seconds_in_all'] / 60:.1f} minutes and {result['peak_memory']['device'] / 2**30:.1f} GiB"
+    assert whole in results
+    assert whole in readme
+    reconstruction = sum(step["seconds"]["reconstruct"] for step in steps) / 60
+    assert f"took {reconstruction:.1f} minutes of [a whole run]" in results.replace("\n", " ")
 
 
 def test_windows_are_of_one_kind_within_each_result() -> None:
