@@ -18,7 +18,10 @@ from torch_impl.engine.resume import run_checkpoints
 from torch_impl.engine.resume.background import WAITING, Background
 from torch_impl.engine.resume.checkpointer import Checkpointer, Interrupted, Progress
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
+from torch_impl.engine.settings import TrainingConfig
 from torch_impl.experiment import job
+from torch_impl.experiment.config import Config
+from torch_impl.experiment.offloaded_job import run_offloaded
 
 BEYOND = 30
 """Seconds that nothing here takes."""
@@ -177,19 +180,21 @@ def test_a_full_disk_ends_the_run_at_the_last_whole_checkpoint(tmp_path: Path, m
     assert str(Checkpointer(RunCheckpoints(tmp_path)).progress) == "step 1, 1 blocks pruned"
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
-def test_a_run_on_a_gpu_writes_in_the_background(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, expected: bool
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_runs_on_a_gpu_write_in_the_background_if_their_blocks_stay_in_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, offloaded: bool, trained: bool
 ) -> None:
-    asked = []
+    class Opened(Exception):  # noqa: N818 - the run has come far enough
+        pass
 
-    def opened(config: Any, folder: Path, in_background: bool) -> None:
-        asked.append(in_background)
-        raise KeyboardInterrupt
+    def opened(*given: Any) -> None:
+        raise Opened(given[-1])
 
-    monkeypatch.setattr(job, "open_checkpointer", opened)
+    monkeypatch.setattr(job, "Checkpointer", opened)
     monkeypatch.setattr(job.pretrained, "choose_device", lambda name: torch.device(device))
-    config: Any = type("Config", (), {"model": type("Model", (), {"device": device})})
-    with pytest.raises(KeyboardInterrupt):
-        job.run_in_memory(config, tmp_path)
-    assert asked == [expected]
+    config = Config(training=TrainingConfig(finetune=trained))
+    with pytest.raises(Opened) as found:
+        (run_offloaded if offloaded else job.run_in_memory)(config, tmp_path)
+    assert found.value.args == (device == "cuda" and (trained or not offloaded),)

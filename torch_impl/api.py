@@ -11,6 +11,7 @@ torch_impl.pack(result.model, packed, tokenizer=tokenizer)
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.record import StepRecord
-from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.engine.resume.run_folder import MODEL, run_folder
 from torch_impl.engine.rounding import ERROR
 from torch_impl.engine.smaller import make_smaller
 from torch_impl.engine.structure import check_structure
@@ -167,7 +168,7 @@ def pack(
     if overwrite:
         check_target(Path(model) if isinstance(model, str | Path) else None, target, ("model", "folder"), REPLACING)
     with run_folder(
-        target, overwrite, option="folder", marker="config.json", kind="a model", replacing=REPLACING
+        target, overwrite, kind=dataclasses.replace(MODEL, argument="folder", replacing=REPLACING)
     ) as place:
         if isinstance(model, str | Path):
             source = Path(model)

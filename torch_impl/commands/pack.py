@@ -21,7 +21,7 @@ from torch_impl.decode.packed_rounding import MEAN_BITS, MIXED, SAME, VALUES, Ro
 from torch_impl.decode.packed_target import check_target
 from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.checkpoints.contents import PACKED
-from torch_impl.engine.resume.run_folder import run_folder
+from torch_impl.engine.resume.run_folder import MODEL, run_folder
 from torch_impl.engine.rounding import BITS_BY, ERROR
 from torch_impl.experiment.command import Parser, command, say
 from torch_impl.experiment.text.given import windows_of
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"values is {options.values} and has no effect with --unpack; leave it out")
     if options.overwrite:
         check_target(options.model, options.out)
-    with run_folder(options.out, options.overwrite, option="OUT", marker="config.json", kind="a model") as folder:
+    with run_folder(options.out, options.overwrite, kind=MODEL) as folder:
         if options.unpack:
             packed_folder.unpack_folder(options.model, folder)
             closing = f"{options.out}: plain Hugging Face folder"

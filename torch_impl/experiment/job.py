@@ -112,12 +112,14 @@ def _folder(config: Config) -> Iterator[Path]:
         yield folder
 
 
-def open_checkpointer(config: Config, folder: Path, in_background: bool = False) -> Checkpointer:
-    """Open the checkpoints of this run, at the last valid one. in_background: as for `Checkpointer`.
+def open_checkpointer(config: Config, folder: Path, in_memory: bool) -> Checkpointer:
+    """Open the checkpoints of this run, at the last valid one. in_memory: the pruned blocks stay there, until the run saves them.
 
     Errors: ValueError if the run began with other options.
     """
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, config.output.keep_points)
+    # A GPU need not wait for the disk: a block of 7B has 0.4 GB, which take seconds to hash and write.
+    in_background = in_memory and pretrained.choose_device(config.model.device).type == "cuda"
     checkpointer = Checkpointer(checkpoints, config.output.save_every, (folder / METRICS,), in_background)
     if config.output.resume and not checkpointer.notes:
         logger.warning("no checkpoint found for %s; starting over", config.output_dir)
@@ -179,9 +181,7 @@ def open_metrics(config: Config, folder: Path) -> Metrics:
 
 def run_in_memory(config: Config, folder: Path) -> Result:
     """Run the job in memory."""
-    # On a GPU, files are written while it computes: a block of 7B has 0.4 GB, which disks take a second or more for.
-    on_gpu = pretrained.choose_device(config.model.device).type == "cuda"
-    checkpointer = open_checkpointer(config, folder, in_background=on_gpu)
+    checkpointer = open_checkpointer(config, folder, in_memory=True)
     with open_metrics(config, folder) as metrics:
         return _run(config, folder, checkpointer, metrics)
 

@@ -53,7 +53,8 @@ from torch_impl.experiment.text import windows
 @torch.no_grad()
 def run_offloaded(config: Config, folder: Path) -> Result:
     """Run the job block by block."""
-    checkpointer = open_checkpointer(config, folder)
+    # Without training, the blocks go to the output one by one, in which order checkpoints name them.
+    checkpointer = open_checkpointer(config, folder, in_memory=config.training.finetune)
     with open_metrics(config, folder) as metrics:
         return _run(config, folder, checkpointer, metrics)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -19,35 +20,46 @@ CHECKPOINTS = ".points"
 LOCK = ".lock"
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds, so that nothing else is replaced. marker: a file that all of the kind have; argument and replacing: how
+    messages call the folder and the option that replaces it."""
+
+    name: str
+    marker: str
+    argument: str
+    replacing: str = "--overwrite"
+
+
+RUN = Kind("a run", "losa_result.json", "output_dir")
+MODEL = Kind("a model", "config.json", "OUT")
+
+
 @contextmanager
 def run_folder(
     target: Path,
     overwrite: bool,
     resume: bool = False,
-    option: str = "output_dir",
-    marker: str = "losa_result.json",
-    kind: str = "a run",
-    replacing: str = "--overwrite",
+    kind: Kind = RUN,
 ) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `target` if the body succeeds.
 
     If the body fails, the folder is kept if it has checkpoints, and a note on the exception says how to resume; otherwise it
     is deleted. The lock on the folder ends with the process. Only an empty folder is replaced, or, with `overwrite`, one of
-    the same kind, which has the file `marker`. Symbolic links are followed. option: the name of `target` in messages; replacing:
-    that of `overwrite`.
+    the same kind. Symbolic links are followed.
 
     Errors: ValueError if `target` exists and must not be replaced, cannot be written, is in use by another process, or has an
     unfinished run without `resume` or `overwrite`.
     """
-    named = f"{option} {target}"
+    named = f"{kind.argument} {target}"
     target = _place_of(target, named)
-    check_target = functools.partial(_check_target, target, named, overwrite, resume, marker, kind, replacing)
+    check_target = functools.partial(_check_target, target, named, overwrite, resume, kind)
     check_target()
     partial = _partial(target)
     with _locked(partial, named):
         # Check again: another process may have finished in the meantime.
         check_target()
-        unfinished = _check_unfinished(partial, named, overwrite, resume, kind, replacing)
+        unfinished = _check_unfinished(partial, named, overwrite, resume, kind)
         if not (unfinished and resume):
             _empty(partial)
         try:
@@ -65,10 +77,10 @@ def run_folder(
 
 def check_folder(target: Path, overwrite: bool, resume: bool = False) -> None:
     """Check what `run_folder` would refuse of a run, as far as it shows without writing. Errors: as `run_folder`."""
-    named = f"output_dir {target}"
+    named = f"{RUN.argument} {target}"
     place = _place_of(target, named)
-    _check_target(place, named, overwrite, resume)
-    _check_unfinished(_partial(place), named, overwrite, resume)
+    _check_target(place, named, overwrite, resume, RUN)
+    _check_unfinished(_partial(place), named, overwrite, resume, RUN)
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         reason = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
@@ -80,36 +92,24 @@ def _partial(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def _check_target(
-    target: Path,
-    named: str,
-    overwrite: bool,
-    resume: bool,
-    marker: str = "losa_result.json",
-    kind: str = "a run",
-    replacing: str = "--overwrite",
-) -> None:
+def _check_target(target: Path, named: str, overwrite: bool, resume: bool, kind: Kind) -> None:
     if not target.exists() or _is_empty_folder(target):
         return
+    same = (target / kind.marker).is_file()
     if not overwrite:
-        finished = " and its run is finished" if resume and (target / marker).is_file() else ""
-        raise ValueError(f"{named} exists{finished}; use another folder or {replacing}")
-    if not (target / marker).is_file():
-        raise ValueError(f"{named} is not the folder of {kind}, so {replacing} does not replace it; use another folder")
+        finished = " and its run is finished" if resume and same else ""
+        raise ValueError(f"{named} exists{finished}; use another folder or {kind.replacing}")
+    if not same:
+        raise ValueError(
+            f"{named} is not the folder of {kind.name}, so {kind.replacing} does not replace it; use another folder"
+        )
 
 
-def _check_unfinished(
-    partial: Path,
-    named: str,
-    overwrite: bool,
-    resume: bool,
-    kind: str = "a run",
-    replacing: str = "--overwrite",
-) -> bool:
+def _check_unfinished(partial: Path, named: str, overwrite: bool, resume: bool, kind: Kind) -> bool:
     """Return whether there is an unfinished run. Errors: ValueError if there is one without `resume` or `overwrite`."""
     unfinished = has_checkpoints(partial / CHECKPOINTS)
     if unfinished and not (resume or overwrite):
-        ways = "--resume, --overwrite to start over" if kind == "a run" else f"{replacing} to delete it"
+        ways = f"--resume, {kind.replacing} to start over" if kind == RUN else f"{kind.replacing} to delete it"
         raise ValueError(f"{named} has an unfinished run in {partial}; use {ways}, or another folder")
     return unfinished
 
