@@ -89,13 +89,13 @@ class Killed(Checkpointer):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files take so long that the run is always ahead of them."""
-    write = run_checkpoints.save_file
+    write = run_checkpoints.save_tensors
 
     def slowly(*given: Any) -> None:
         time.sleep(0.02)
         write(*given)
 
-    monkeypatch.setattr(run_checkpoints, "save_file", slowly)
+    monkeypatch.setattr(run_checkpoints, "save_tensors", slowly)
 
 
 @pytest.mark.usefixtures("slow")
@@ -114,13 +114,13 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_thread(tmp_path: Path, stop: int
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written before weights, adapters and notes have changed."""
-    write, gate = run_checkpoints.save_file, threading.Event()
+    write, gate = run_checkpoints.save_tensors, threading.Event()
 
     def gated(*given: Any) -> None:
         gate.wait(BEYOND)
         write(*given)
 
-    monkeypatch.setattr(run_checkpoints, "save_file", gated)
+    monkeypatch.setattr(run_checkpoints, "save_tensors", gated)
     model = tiny()[0]
     dense = copy.deepcopy(model)
     attach_adapters(Decoder(model), 1.0)
@@ -153,6 +153,8 @@ def test_a_run_ends_with_all_its_checkpoints_written(tmp_path: Path) -> None:
     files = sorted(file.name for file in (tmp_path / "thread").iterdir())
     outcome(settings(), Checkpointer(RunCheckpoints(tmp_path / "none"), 1))
     assert files == sorted(file.name for file in (tmp_path / "none").iterdir())
+    modes = {file.stat().st_mode for folder in ("thread", "none") for file in (tmp_path / folder).iterdir()}
+    assert len(modes) == 1, "colleagues who may read one file of a run may read all"
 
 
 @pytest.mark.usefixtures("slow")
@@ -165,7 +167,7 @@ def test_a_signal_stops_a_run_only_when_its_checkpoint_is_on_disk(tmp_path: Path
 
 
 def test_a_full_disk_ends_the_run_at_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, written = run_checkpoints.save_file, []
+    write, written = run_checkpoints.save_tensors, []
 
     def fill(tensors: Any, file: Path) -> None:
         if "block-001" in file.name:
@@ -173,7 +175,7 @@ def test_a_full_disk_ends_the_run_at_the_last_whole_checkpoint(tmp_path: Path, m
         written.append(file.name)
         write(tensors, file)
 
-    monkeypatch.setattr(run_checkpoints, "save_file", fill)
+    monkeypatch.setattr(run_checkpoints, "save_tensors", fill)
     with pytest.raises(OSError, match="No space left"):
         outcome(settings(), Checkpointer(RunCheckpoints(tmp_path), 1, in_background=True))
     assert [name for name in written if "block" in name] == ["000001-block-000.safetensors.tmp"]

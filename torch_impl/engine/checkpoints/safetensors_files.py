@@ -126,9 +126,12 @@ def _bytes(entry: Entry, dtype: torch.dtype) -> int:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = FORMAT) -> None:
-    """Write a safetensors file with a mode that follows the umask."""
+    """Write a safetensors file with a mode that follows the umask, or with that of the file it replaces."""
+    # A thread may do this, and the umask is the whole process's: an empty file tells the mode without changing it.
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
-    follow_umask([path])
+    path.chmod(mode)
 
 
 def follow_umask(paths: Iterable[Path]) -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.files import UNFINISHED, dumps, flush_and_rename, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class RunCheckpoints:
     def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a part of the next checkpoint as safetensors."""
         with self._part(f"{part}.safetensors") as unfinished:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, unfinished)
+            save_tensors({name: t.contiguous() for name, t in tensors.items()}, unfinished)
 
     def put_bytes(self, part: str, data: bytes) -> None:
         """Write a part of the next checkpoint."""
