@@ -251,8 +251,10 @@ def test_a_disk_that_fills_before_the_first_point_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_checkpoints, "write_atomically", full)
-    fails(capsys, place, arguments(place), ["No space left on device"])
+    for write in ("write_atomically", "save_tensors"):
+        with monkeypatch.context() as patched:
+            patched.setattr(run_checkpoints, write, full)
+            fails(capsys, place, arguments(place), ["No space left on device"])
 
 
 def test_a_model_that_lost_a_zero_is_caught(

@@ -115,41 +115,58 @@ def attempt(
 # --- what a process does to itself ---
 
 
-def at_write(number: int, act: Callable[[Path, bytes], None]) -> Callable[[], None]:
+Write = Callable[[], object]
+Act = Callable[[Path, Write], None]
+"""Given the unfinished file of a write, and what writes it."""
+
+
+def watch_writes(on_write: Act) -> None:
+    """Call `on_write` before each write of a checkpoint: of a part's tensors, or of bytes."""
+    plain_bytes, plain_tensors = run_checkpoints.write_atomically, run_checkpoints.save_tensors
+
+    def write_bytes(path: Path, data: bytes) -> None:
+        unfinished = path.with_name(path.name + UNFINISHED)
+        on_write(unfinished, lambda: unfinished.write_bytes(data))
+        plain_bytes(path, data)
+
+    def write_tensors(tensors: dict[str, torch.Tensor], unfinished: Path, *metadata: Any) -> None:
+        on_write(unfinished, lambda: plain_tensors(tensors, unfinished, *metadata))
+        plain_tensors(tensors, unfinished, *metadata)
+
+    run_checkpoints.write_atomically = write_bytes
+    run_checkpoints.save_tensors = write_tensors
+
+
+def at_write(number: int, act: Act) -> Callable[[], None]:
     """Call `act` before write N, counted from 1."""
     written = 0
 
-    def prepare() -> None:
-        plain = run_checkpoints.write_atomically
+    def on_write(unfinished: Path, write: Write) -> None:
+        nonlocal written
+        written += 1
+        if written == number:
+            act(unfinished, write)
 
-        def write(path: Path, data: bytes) -> None:
-            nonlocal written
-            written += 1
-            if written == number:
-                act(path, data)
-            plain(path, data)
-
-        run_checkpoints.write_atomically = write
-
-    return prepare
+    return lambda: watch_writes(on_write)
 
 
-def _half(path: Path, data: bytes) -> None:
-    path.with_name(path.name + UNFINISHED).write_bytes(data[: len(data) // 2])
+def _half(unfinished: Path, write: Write) -> None:
+    write()
+    os.truncate(unfinished, unfinished.stat().st_size // 2)
 
 
-def _killed(path: Path, data: bytes) -> None:
-    _half(path, data)
+def _killed(unfinished: Path, write: Write) -> None:
+    _half(unfinished, write)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _failing(path: Path, data: bytes) -> None:
-    _half(path, data)
+def _failing(unfinished: Path, write: Write) -> None:
+    _half(unfinished, write)
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def _simulated_full(path: Path, data: bytes) -> None:
-    _half(path, data)
+def _simulated_full(unfinished: Path, write: Write) -> None:
+    _half(unfinished, write)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -216,19 +233,17 @@ class Harness:
         count_file = self.place.parent / "count.json"
 
         def prepare() -> None:
-            at_write(0, lambda *_: None)()
-            plain_write, plain_clip = run_checkpoints.write_atomically, training._clip
+            plain_clip = training._clip
 
-            def write(path: Path, data: bytes) -> None:
+            def count(*_: Any) -> None:
                 counted["writes"] += 1
-                plain_write(path, data)
                 count_file.write_text(json.dumps(counted))
 
             def clip(*arguments: Any) -> None:
                 counted["steps"] += 1
                 plain_clip(*arguments)
 
-            run_checkpoints.write_atomically = write
+            watch_writes(count)
             training._clip = clip  # type: ignore[assignment]
 
         out = self.place.parent / "plain"

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,27 +51,30 @@ class RunCheckpoints:
         self._number = max((_number(file.name) for file in folder.iterdir()), default=0)
 
     def put(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a part of the next checkpoint as safetensors."""
-        with self._part(f"{part}.safetensors") as unfinished:
-            save_tensors({name: t.contiguous() for name, t in tensors.items()}, unfinished)
-
-    def put_bytes(self, part: str, data: bytes) -> None:
-        """Write a part of the next checkpoint."""
-        with self._part(part) as unfinished:
-            unfinished.write_bytes(data)
-
-    @contextmanager
-    def _part(self, part: str) -> Iterator[Path]:
-        """Yield the file to write a part into. It is dropped if the current checkpoint has the same bytes."""
-        path = self._folder / f"{self._number + 1:06}-{part}"
+        """Write a part of the next checkpoint as safetensors, unless the current checkpoint has the same bytes."""
+        name = f"{part}.safetensors"
+        path = self._path(name)
         unfinished = path.with_name(path.name + UNFINISHED)
-        yield unfinished
+        save_tensors({name: t.contiguous() for name, t in tensors.items()}, unfinished)
         digest = sha256_of(unfinished)
-        if part in self.parts and self.parts[part].sha256 == digest:
+        if name in self.parts and self.parts[name].sha256 == digest:
             unfinished.unlink()
             return
-        self.parts[part] = Entry(path.name, unfinished.stat().st_size, digest)
+        size = unfinished.stat().st_size
         flush_and_rename(unfinished, path)
+        self.parts[name] = Entry(path.name, size, digest)
+
+    def put_bytes(self, part: str, data: bytes) -> None:
+        """Write a part of the next checkpoint, unless the current checkpoint has the same bytes."""
+        digest = hashlib.sha256(data).hexdigest()
+        if part in self.parts and self.parts[part].sha256 == digest:
+            return
+        path = self._path(part)
+        write_atomically(path, data)
+        self.parts[part] = Entry(path.name, len(data), digest)
+
+    def _path(self, part: str) -> Path:
+        return self._folder / f"{self._number + 1:06}-{part}"
 
     def drop(self, part: str) -> None:
         """Leave a part out of the next checkpoint."""
@@ -99,7 +101,7 @@ class RunCheckpoints:
             return
         twin = self._before.get(part)
         if twin is None or twin.sha256 != entry.sha256 or twin.file == entry.file:
-            twin = Entry(f"{self._number + 1:06}-{part}", entry.bytes, entry.sha256)
+            twin = Entry(self._path(part).name, entry.bytes, entry.sha256)
             write_atomically(self._folder / twin.file, (self._folder / entry.file).read_bytes())
         self.parts[part] = twin
 
