@@ -134,7 +134,7 @@ def watch_writes(on_write: Act) -> None:
         plain_tensors(tensors, unfinished, *metadata)
 
     run_checkpoints.write_atomically = write_bytes
-    run_checkpoints.save_tensors = write_tensors
+    run_checkpoints.save_tensors = write_tensors  # type: ignore[assignment]
 
 
 def at_write(number: int, act: Act) -> Callable[[], None]:
