@@ -140,6 +140,19 @@ def test_a_text_ends_at_a_string(tmp_path: Path, seen: dict[str, Any], capsys: p
     assert seen["new"] == expected[: letter + 1]
 
 
+def test_a_string_that_begins_in_the_prompt_ends_nothing(
+    tmp_path: Path, seen: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    model = folder(tmp_path)
+    expected = greedy(model)
+    first = byte_tokenizer().decode(expected[:1])
+    assert first.isascii()
+    assert PROMPT[-1] + first not in byte_tokenizer().decode(expected)
+    edit(model, "generation_config.json", stop_strings=[PROMPT[-1] + first])
+    assert run(model, capsys)[0] == 0
+    assert seen["new"] == expected
+
+
 def test_rows_of_a_batch_end_on_their_own() -> None:
     """Each at its own token, padded behind it as transformers pads; the batch ends with its last row."""
     model = random_model("llama")

@@ -151,6 +151,15 @@ def test_stop_texts_are_no_part_of_the_answer(client: openai.OpenAI, folder: Pat
     assert text(PROMPT, logit_bias={}, stop=stop, suffix=stop) == (plain[: plain.index(stop)] + stop, "stop")
 
 
+def test_a_stop_text_does_not_begin_in_the_prompt(client: openai.OpenAI) -> None:
+    letters = {str(byte_tokenizer()("x")["input_ids"][0]): 100}
+    answer = client.completions.create(
+        model="tiny", prompt=f"{PROMPT}x", max_tokens=9, stop="xxx", temperature=0, logit_bias=letters
+    )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+    assert answer.usage.completion_tokens == 3
+
+
 def test_the_newer_name_of_the_length_wins(client: openai.OpenAI) -> None:
     for older, newer in ((9, 3), (3, 9)):
         answer = client.chat.completions.create(

@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
     TextStreamer,
 )
 
 from torch_impl._checks import MOST
 from torch_impl.commands.loading import load, warm_up
+from torch_impl.commands.stop_text import criteria
 from torch_impl.decode import next_token
 from torch_impl.decode.packed_group import Packed
 from torch_impl.engine.checkpoints import pretrained
@@ -179,7 +179,7 @@ def _settings(
         eos_token_id=ends,
         pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
-    return settings, StoppingCriteriaList([StopStringCriteria(tokenizer, stops)] if stops else [])
+    return settings, criteria(tokenizer, stops)
 
 
 def compiles(choice: str, device: torch.device, tokens: int) -> bool:
@@ -199,7 +199,7 @@ def generate(
     # On a GPU a static cache gives every token the same shapes, so one graph or one compiled block serves all. Replace the
     # model's own settings, because transformers uses them for everything not set here.
     fixed = fuse or model.device.type == "cuda"
-    model.generation_config, criteria = _settings(model, tokenizer, options, fixed)
+    model.generation_config, stopping = _settings(model, tokenizer, options, fixed)
     torch.manual_seed(options.seed)
     if fuse and model.device.type not in next_token.KERNELS:
         note("compiling the blocks: some seconds, then every token is faster")
@@ -208,7 +208,7 @@ def generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             custom_generate=functools.partial(next_token.decode, streamer=streamer, fuse=fuse),
-            stopping_criteria=criteria,
+            stopping_criteria=stopping,
         )
     except BaseException:
         if len(streamer.times) > 1:

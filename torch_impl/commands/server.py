@@ -26,7 +26,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerationState
 
 from torch_impl.commands import requests
-from torch_impl.commands.stop_text import cut, cut_stream
+from torch_impl.commands.stop_text import cut, cut_stream, read_answers_alone
 
 # What checks, chat templates and generation raise for requests that they cannot use.
 BAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.TemplateError)
@@ -106,6 +106,7 @@ def build(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """
     if not tokenizer.is_fast:
         raise ValueError("serving needs a fast tokenizer; save the model with its tokenizer.json")
+    read_answers_alone(model)
     # Reads no documentation from elsewhere, and tells nobody the routes.
     app = FastAPI(title="losa serve", docs_url=None, redoc_url=None, openapi_url=None)
     state = GenerationState()

@@ -1,4 +1,8 @@
-"""Leave the stop text out of answers, as OpenAI's API does: transformers' server generates up to its end and sends it."""
+"""Stop at a text of the answer, and leave it out, as OpenAI's API does.
+
+transformers' criterion also reads the prompt, so that one which ends with the beginning of a stop text would be answered by its
+rest alone; and its server sends the stop text.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,46 @@ import copy
 import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+
+class StopInAnswer(StoppingCriteria):
+    """Stops one generation at the first of the stop texts within the new tokens. It begins with the first new token."""
+
+    def __init__(self, texts: StopStringCriteria) -> None:
+        self._texts = texts
+        self._prompt: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        """Return whether each sequence (n, t) stops, (n,)."""
+        if self._prompt is None:
+            self._prompt = input_ids.shape[1] - 1
+        found: torch.Tensor = self._texts(input_ids[:, self._prompt :], scores, **more)
+        return found
+
+
+def criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] | None) -> StoppingCriteriaList:
+    """Return the criteria that stop at these texts."""
+    return StoppingCriteriaList([StopInAnswer(StopStringCriteria(tokenizer, list(stops)))] if stops else [])
+
+
+def read_answers_alone(model: PreTrainedModel) -> None:
+    """Let `generate` of this model look for `stop_strings` among the new tokens alone."""
+    plain = model._get_stopping_criteria
+
+    def changed(*given: Any, **named: Any) -> StoppingCriteriaList:
+        found = plain(*given, **named)
+        return StoppingCriteriaList(StopInAnswer(one) if isinstance(one, StopStringCriteria) else one for one in found)
+
+    model._get_stopping_criteria = changed  # type: ignore[method-assign]
 
 
 class StopText:
