@@ -44,13 +44,14 @@ def criteria(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] | None) ->
 
 def read_answers_alone(model: PreTrainedModel) -> None:
     """Let `generate` of this model look for `stop_strings` among the new tokens alone."""
-    plain = model._get_stopping_criteria
+    served: Any = model
+    plain = served._get_stopping_criteria
 
     def changed(*given: Any, **named: Any) -> StoppingCriteriaList:
         found = plain(*given, **named)
         return StoppingCriteriaList(StopInAnswer(one) if isinstance(one, StopStringCriteria) else one for one in found)
 
-    model._get_stopping_criteria = changed  # type: ignore[method-assign]
+    served._get_stopping_criteria = changed
 
 
 class StopText:
