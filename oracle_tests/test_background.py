@@ -14,7 +14,7 @@ import torch
 from oracle_tests.interruptions import outcome, same, settings, tiny
 from torch_impl.engine.adapted_linear import adapters, attach_adapters
 from torch_impl.engine.decoder import Decoder
-from torch_impl.engine.resume import run_checkpoints
+from torch_impl.engine.resume import run_checkpoints, state
 from torch_impl.engine.resume.background import WAITING, Background
 from torch_impl.engine.resume.checkpointer import Checkpointer, Interrupted, Progress
 from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
@@ -145,6 +145,19 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path, mon
     assert torch.equal(again.get("adapters")["0.A"], expected["A"])
     [base] = [tensor for name, tensor in again.get("block-000").items() if "q_proj" in name]
     assert torch.equal(base, expected["base"])
+
+
+def test_the_state_of_an_optimizer_is_a_copy() -> None:
+    """Its step counts lie in host memory, wherever the moments are."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    kept = state.optimizer_tensors(optimizer)
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.items())
+    assert kept["0.step"] == 1
 
 
 @pytest.mark.usefixtures("slow")

@@ -3,7 +3,7 @@
     python -m oracle_tests.programs.gpu_resume [--device cuda] [--hidden 1024] [--blocks 6]
 
 Prunes and heals a random LLaMA in bf16 in two steps by Wanda and by SparseGPT, once without a stop and once stopped during pruning
-and during training and resumed in a fresh copy of the model. Times the run with and without deterministic settings, in separate
+and during training and resumed in a fresh copy of the model; checkpoints are written in the background. Times the run with and without deterministic settings, in separate
 processes, after a first run that compiles kernels. Exits with 1 if any bit differs.
 """
 
@@ -45,13 +45,14 @@ class Stopping(Checkpointer):
     """Stop after a number of checkpoints."""
 
     def __init__(self, checkpoints: RunCheckpoints, after: int) -> None:
-        super().__init__(checkpoints, save_every=2)
+        super().__init__(checkpoints, save_every=2, in_background=True)
         self._left = after
 
     def _save(self) -> None:
         super()._save()
         self._left -= 1
         if self._left == 0:
+            self._background.wait()
             raise Stop
 
 
@@ -106,7 +107,9 @@ def resumed(model: LlamaForCausalLM, method: str, stops: Sequence[int]) -> str:
                 run(copy.deepcopy(model), method, Stopping(RunCheckpoints(Path(folder)), stop))
             except Stop:
                 continue
-        return run(copy.deepcopy(model), method, Checkpointer(RunCheckpoints(Path(folder)), save_every=2))
+        return run(
+            copy.deepcopy(model), method, Checkpointer(RunCheckpoints(Path(folder)), save_every=2, in_background=True)
+        )
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:

@@ -95,7 +95,6 @@ class Checkpointer:
     ) -> None:
         self.checkpoints, self._save_every, self._attached = checkpoints, save_every, attached
         self._background = Background(in_background)
-        self._in_background = in_background
         self._changed: set[str] = set()
         self._stop: int | None = None
         self.progress = Progress()
@@ -192,9 +191,6 @@ class Checkpointer:
             for part in sorted(self._changed):
                 # All processes take part in gathering a sharded block; process 0 writes it.
                 tensors = self._tensors(part)
-                if self._in_background and self._decoder.model.device.type == "cpu":
-                    # They are the run's own, which goes on.
-                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
                 if distributed.is_main_process():
                     self._background.do(self.checkpoints.put, part, tensors)
             self._changed.clear()
@@ -221,9 +217,7 @@ class Checkpointer:
         index = int(part.rpartition("-")[2])
         block, dense = (decoder.blocks[index] for decoder in (self._decoder, self._dense))
         with distributed.unsharded(block, dense):
-            tensors = state.block_tensors(block, dense, self._decoder.family)
-            # Clone, because gathered tensors are freed when the block is resharded.
-            return {name: t.clone() for name, t in tensors.items()} if distributed.is_sharded(block) else tensors
+            return state.block_tensors(block, dense, self._decoder.family)
 
     def end(self) -> None:
         """Finish writing, and release the models. Errors: OSError if a checkpoint could not be written."""

@@ -1,7 +1,7 @@
 """The state of an unfinished run as named tensors: masks or base weights, adapters, optimizer, random generators.
 
-Each function is followed by its inverse. Tensors that never change (embeddings, norms, the dense weights) are not included;
-they are loaded from the model's own folder.
+Each function is followed by its inverse. All tensors are copies in host memory, which the run does not change when it goes on.
+Tensors that never change (embeddings, norms, the dense weights) are not included; they are loaded from the model's own folder.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def block_tensors(block: nn.Module, dense: nn.Module, family: Family) -> Tensors
     before = family.weights_of(dense)
     for name, layer in block_adapters(block, family).items():
         if isinstance(layer, CompressedLinear):
-            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in layer.parts.items()}
+            tensors |= {f"{name}.{part}": _copy(tensor) for part, tensor in layer.parts.items()}
             continue
         weight = layer.weight.detach()
         if _same_bits(weight, before[name].detach().masked_fill(~layer.mask, 0.0)):
             tensors[f"{name}.mask"] = torch.from_numpy(np.packbits(layer.mask.cpu().numpy()))
         else:
-            tensors[f"{name}.weight"] = weight.cpu()
+            tensors[f"{name}.weight"] = _copy(weight)
     return tensors
 
 
@@ -58,6 +58,11 @@ def restore_block(block: nn.Module, dense: nn.Module, family: Family, tensors: M
         layer.set_base(before[name].detach().masked_fill(~mask, 0.0))
 
 
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy to host memory; also what is there already, such as the step counts of an optimizer whose moments are on a GPU."""
+    return tensor.to("cpu", copy=True)
+
+
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Compare bits: unlike for torch.equal, 0 and -0 differ."""
     kind = _BITS[a.element_size()]
@@ -67,7 +72,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def adapter_tensors(model: nn.Module) -> Tensors:
     """Return A and B of every projection."""
     return {
-        f"{number}.{name}": parameter.detach().cpu()
+        f"{number}.{name}": _copy(parameter.detach())
         for number, layer in enumerate(adapters(model))
         for name, parameter in (("A", layer.A), ("B", layer.B))
     }
@@ -84,7 +89,7 @@ def restore_adapters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """Return moments and step counts of every parameter."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value.cpu() for number, values in state.items() for name, value in values.items()}
+    return {f"{number}.{name}": _copy(value) for number, values in state.items() for name, value in values.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
