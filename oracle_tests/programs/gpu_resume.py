@@ -3,8 +3,8 @@
     python -m oracle_tests.programs.gpu_resume [--device cuda] [--hidden 1024] [--blocks 6]
 
 Prunes and heals a random LLaMA in bf16 in two steps by Wanda and by SparseGPT, once without a stop and once stopped during pruning
-and during training and resumed in a fresh copy of the model; checkpoints are written in the background. Times the run with and without deterministic settings, in separate
-processes, after a first run that compiles kernels. Exits with 1 if any bit differs.
+and during training and resumed in a fresh copy of the model; checkpoints are written in the background. Times the run with and
+without deterministic settings, in separate processes, after a first run that compiles kernels. Exits with 1 if any bit differs.
 """
 
 from __future__ import annotations
