@@ -26,8 +26,15 @@ class Stop(Exception):  # noqa: N818 - asked for
 class Counting(Checkpointer):
     """Count checkpoints, and stop right after checkpoint `after`."""
 
-    def __init__(self, folder: Path, after: int = 0, save_every: int = 1, attached: tuple[Path, ...] = ()) -> None:
-        super().__init__(RunCheckpoints(folder), save_every, attached)
+    def __init__(
+        self,
+        folder: Path,
+        after: int = 0,
+        save_every: int = 1,
+        attached: tuple[Path, ...] = (),
+        in_background: bool = False,
+    ) -> None:
+        super().__init__(RunCheckpoints(folder), save_every, attached, in_background)
         self.after, self.count = after, 0
 
     def _save(self) -> None:

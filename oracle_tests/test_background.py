@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from oracle_tests.interruptions import outcome, same, settings, tiny
+from oracle_tests.interruptions import Counting, Stop, outcome, same, settings, tiny
 from torch_impl.engine.adapted_linear import adapters, attach_adapters
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume import run_checkpoints, state
@@ -72,20 +72,6 @@ def test_without_a_thread_actions_are_done_at_once() -> None:
         background.do(divmod, 1, 0)
 
 
-class Killed(Checkpointer):
-    """Stop the run at checkpoint `after`, as if the process were killed while its disk is slow."""
-
-    def __init__(self, folder: Path, after: int) -> None:
-        super().__init__(RunCheckpoints(folder), 1, in_background=True)
-        self._left = after
-
-    def _save(self) -> None:
-        super()._save()
-        self._left -= 1
-        if not self._left:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files take so long that the run is always ahead of them."""
@@ -103,8 +89,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_goes_on_from_a_checkpoint_of_the_thread(tmp_path: Path, stop: int) -> None:
     setup = settings("sparsegpt")
     plain = outcome(setup)
-    checkpointer = Killed(tmp_path, stop)
-    with pytest.raises(KeyboardInterrupt), checkpointer.stopping_at_checkpoints():
+    checkpointer = Counting(tmp_path, stop, in_background=True)
+    with pytest.raises(Stop), checkpointer.stopping_at_checkpoints():
         outcome(setup, checkpointer)
     again = Checkpointer(RunCheckpoints(tmp_path))
     assert str(again.progress) == str(checkpointer.progress)

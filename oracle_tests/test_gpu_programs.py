@@ -321,8 +321,9 @@ def test_a_whole_run_is_shown_by_its_parts() -> None:
         "1 50.00% 50.50% 0.0 s 2.0 s 10.0 s 30.0 s 30.0",
         "2 70.00% 70.50% 1.0 s 2.0 s 0.0 s 15.0 s 20.0",
         "all 1.0 s 4.0 s 10.0 s 45.0 s",
-        "1.5 minutes in all, 1.0 of Algorithm 1; the others loaded, pruned at once, evaluated, saved, verified",
-        "host 1.0 GiB, device 1.5 GiB at most",
+        "1.5 minutes in all, 1.0 of them Algorithm 1; the rest: loading, pruning at once for comparison, "
+        "evaluating, saving, verifying",
+        "peak memory: host 1.0 GiB, device 1.5 GiB",
     ]
 
 

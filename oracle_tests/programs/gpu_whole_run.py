@@ -4,8 +4,8 @@
         --config llama_7b --preset best --calibration_data FILE --finetune_data FILE --eval_data FILE …
 
 All further options are those of `losa run`. FOLDER is new; the model and the run are written into it: three to four times the
-model's bytes. The tokenizer of MODEL, a folder, is cut to the geometry's vocabulary, so that texts are real ones. A part of a step
-is timed by the run itself. Exits with 1 if the saved model has not the sparsity asked for, a perplexity is not finite, or time or
+model's bytes. The tokenizer of MODEL, a folder, is cut to the geometry's vocabulary, so that texts are real ones. The run itself
+times the parts of its steps. Exits with 1 if the saved model lacks the sparsity asked for, a perplexity is not finite, or time or
 memory exceeds --minutes or --gib.
 """
 
@@ -66,10 +66,11 @@ def report(result: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[str]
     lines.append(f"{'all':>24}" + "".join(f"{total:>11.1f} s" for total in sums))
     algorithm, whole = sum(sums) / 60, result["seconds_in_all"] / 60
     lines.append(
-        f"{whole:.1f} minutes in all, {algorithm:.1f} of Algorithm 1; the others loaded, pruned at once, evaluated, saved, verified"
+        f"{whole:.1f} minutes in all, {algorithm:.1f} of them Algorithm 1; the rest: loading, pruning at once for comparison, "
+        "evaluating, saving, verifying"
     )
     memory = {name: size / 2**30 for name, size in result["peak_memory"].items()}
-    lines.append(", ".join(f"{name} {size:.1f} GiB" for name, size in memory.items()) + " at most")
+    lines.append("peak memory: " + ", ".join(f"{name} {size:.1f} GiB" for name, size in memory.items()))
     return lines
 
 

@@ -53,7 +53,7 @@ from torch_impl.experiment.text import windows
 @torch.no_grad()
 def run_offloaded(config: Config, folder: Path) -> Result:
     """Run the job block by block."""
-    # Without training, the blocks go to the output one by one, in which order checkpoints name them.
+    # Without training, blocks go to the output one by one, and a checkpoint may name only those that are there.
     checkpointer = open_checkpointer(config, folder, in_memory=config.training.finetune)
     with open_metrics(config, folder) as metrics:
         return _run(config, folder, checkpointer, metrics)

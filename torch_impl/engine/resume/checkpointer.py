@@ -229,12 +229,11 @@ class Checkpointer:
     def stopping_at_checkpoints(self) -> Iterator[None]:
         """Within this context, Ctrl-C and SIGTERM stop the run at its next checkpoint; a second signal stops it at once.
 
+        Only the main thread can listen to signals. After an error, the context ends when no file is being written any more.
         Errors: Interrupted after that checkpoint.
         """
-        if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        listens = self.checkpoints is not None and threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in (SIGNALS if listens else ())}
 
         def restore() -> None:
             for number, handler in before.items():
@@ -245,11 +244,10 @@ class Checkpointer:
             self._stop = number
             logger.warning("stopping at the next checkpoint; a second signal stops the run at once")
 
-        for number in SIGNALS:
+        for number in before:
             signal.signal(number, ask)
         try:
             yield
-            self._background.wait()
         except BaseException:
             with suppress(Exception):
                 self._background.wait()

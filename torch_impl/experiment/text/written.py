@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from torch_impl import continuation
 from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import distributed
+from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.memory import find_executable_batch_size
 from torch_impl.engine.progress import bar
 from torch_impl.experiment.evaluate import eval_mode
@@ -49,7 +50,7 @@ def with_written(
     if key not in found:
         found = {key: written_windows(model, tokenizer, windows, count, seed).int()}
         # Whole or not at all: a run may be interrupted here, and another process may write the same.
-        save_file(found, beside := kept.with_suffix(f".{os.getpid()}.part"))
+        save_tensors(found, beside := kept.with_suffix(f".{os.getpid()}.part"))
         beside.replace(kept)
     return torch.cat([windows, found[key].long()])
 
