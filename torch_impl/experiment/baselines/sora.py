@@ -79,8 +79,9 @@ def gated(layers: list[GatedLinear]) -> Extra:
 
     @torch.no_grad()
     def after(_: int) -> None:
-        for layer in layers:
-            layer.gate.copy_(soft_threshold(layer.gate, THRESHOLD))
+        # At once: a hundred projections' gates one by one are several hundred more operations a step.
+        gates = [layer.gate for layer in layers]
+        torch._foreach_copy_(gates, list(soft_threshold(torch.cat(gates), THRESHOLD).split([len(gate) for gate in gates])))
 
     return Extra(penalty, after)
 
