@@ -161,6 +161,8 @@ def test_a_difference_in_nats_is_shown_as_one_of_perplexity() -> None:
     """exp(0.5) = 1.649."""
     assert tables.significance(statistics.Paired(0.5, 0.2, 8)) == "+64.9 %, p = 0.200"
     assert tables.significance(statistics.Paired(-0.5, 0.0002, 8)) == "−39.3 %, p < 0.001"
+    assert tables.significance(statistics.Paired(math.log(9.9), 0.0002, 8)) == "+890.0 %, p < 0.001"
+    assert tables.significance(statistics.Paired(math.log(1234.0), 0.0002, 8)) == "1,234 times, p < 0.001"
     assert tables.significance(None) == ""
 
 
@@ -450,6 +452,22 @@ def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:
     spread = next(row for row in section.rows if row.group.recipe.name == "losa").perplexity("stdlib")
     assert spread is not None
     assert lines["wanda, LoSA, as in the paper"][0] == (0.5, spread.mean, spread.deviation)
+
+
+def test_many_lines_have_a_panel_for_each_recipe(
+    made: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    section, value = made[-1], lambda row: row.perplexity("stdlib")
+    lines = curves.series(section, value)
+    assert curves.panels(section, value) == {"": lines}, "six lines are in one"
+    monkeypatch.setattr(curves, "COLOURS", curves.COLOURS[:5])
+    divided = curves.panels(section, value)
+    assert {
+        f"{name}, {recipe}": points for recipe, inside in divided.items() for name, points in inside.items()
+    } == lines
+    assert list(divided) == list(dict.fromkeys(name.partition(", ")[2] for name in lines))
+    assert all(list(inside) == ["wanda", "magnitude"] for inside in divided.values())
+    assert curves.draw(tmp_path, [section]) == {"A comparison": ["1-perplexity-stdlib.png", "1-speed.png"]}
 
 
 def test_a_recipe_and_its_matrix_do_not_contradict_each_other(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_reported_runs_are_counted_with_their_seconds(section: document.Section)
 def test_each_curve_is_of_its_text(section: document.Section, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn: dict[str, tuple[Any, ...]] = {}
     monkeypatch.setattr(
-        curves, "_picture", lambda path, lines, dense, labels, _: drawn.update({labels[1]: (lines, dense)})
+        curves, "_picture", lambda path, panels, dense, labels, _: drawn.update({labels[1]: (panels[""], dense)})
     )
     assert curves.draw(tmp_path, [section])["By hand"] == ["1-perplexity-A.png", "1-perplexity-B.png"]
     for label, times in (("perplexity on A", 1), ("perplexity on B", 2)):

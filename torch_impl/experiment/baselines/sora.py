@@ -80,8 +80,10 @@ def gated(layers: list[GatedLinear]) -> Extra:
     @torch.no_grad()
     def after(_: int) -> None:
         # At once: a hundred projections' gates one by one are several hundred more operations a step.
-        gates = [layer.gate for layer in layers]
-        torch._foreach_copy_(gates, list(soft_threshold(torch.cat(gates), THRESHOLD).split([len(gate) for gate in gates])))
+        gates: list[torch.Tensor] = [layer.gate for layer in layers]
+        torch._foreach_copy_(
+            gates, list(soft_threshold(torch.cat(gates), THRESHOLD).split([len(gate) for gate in gates]))
+        )
 
     return Extra(penalty, after)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch_impl.experiment.comparison.document import Section
 from torch_impl.experiment.comparison.recipes import DENSE
@@ -15,6 +16,10 @@ from torch_impl.experiment.comparison.tables import axes, name_of
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 # As many more than colours that no two rows have both alike: of a single point, no line tells them apart.
 MARKERS = "osD^vPX*<>p"
+WIDE = 4  # panels beside each other
+Point: TypeAlias = tuple[float, float, float]
+"""Share of zeros, mean and deviation."""
+Lines: TypeAlias = dict[str, list[Point]]
 ZEROS, GONE = "share of zeros", "share of the blocks' weights that was to go"
 
 
@@ -40,10 +45,9 @@ def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
     speed, share = ("tokens/s", GONE) if smaller else ("tokens/s with packed weights", ZEROS)
     kinds.append(("speed", speed, lambda row: _speed(row, "packed"), False))
     for kind, label, value, logarithmic in kinds:
-        lines = series(section, value)
-        if any(len(points) > 1 for points in lines.values()):
+        if any(len(points) > 1 for points in series(section, value).values()):
             name = f"{number}-{kind}.png"
-            _picture(folder / name, lines, _level(section, value), (share, label), logarithmic)
+            _picture(folder / name, panels(section, value), _level(section, value), (share, label), logarithmic)
             yield name
 
 
@@ -52,9 +56,26 @@ def _speed(row: Row, side: str) -> Spread | None:
     return None if value is None else Spread(value, None, 1)
 
 
-def series(section: Section, value: Callable[[Row], Spread | None]) -> dict[str, list[tuple[float, float, float]]]:
-    """Return (share of zeros, mean, deviation) of every line of the picture, by name, in order of sparsity."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
+def series(section: Section, value: Callable[[Row], Spread | None]) -> Lines:
+    """Return the points of every line of the picture, by name, in order of sparsity."""
+    return {", ".join(filter(None, name)): points for name, points in _points(section, value).items()}
+
+
+def panels(section: Section, value: Callable[[Row], Spread | None]) -> dict[str, Lines]:
+    """Return the lines of each panel of the picture, by its title: one panel, or one for each recipe where lines are many."""
+    found = _points(section, value)
+    several = len({of_matrix for of_matrix, _ in found}) > 1 and len({recipe for _, recipe in found}) > 1
+    if not several or len(found) <= len(COLOURS):
+        return {"": series(section, value)}
+    divided: dict[str, Lines] = {}
+    for (of_matrix, recipe), points in found.items():
+        divided.setdefault(recipe, {})[of_matrix] = points
+    return divided
+
+
+def _points(section: Section, value: Callable[[Row], Spread | None]) -> dict[tuple[str, str], list[Point]]:
+    """Return points by the values of the matrix that name a line, and its recipe."""
+    found: dict[tuple[str, str], list[Point]] = {}
     columns = axes(section.matrix, beside=("sparsity",))
     for row in section.rows:
         varied = dict(row.group.varied)
@@ -66,7 +87,7 @@ def series(section: Section, value: Callable[[Row], Spread | None]) -> dict[str,
             or ":" in varied.get("sparsity", ":")
         ):
             continue
-        name = ", ".join([*(varied[column] for column in columns), name_of(row)])
+        name = ", ".join(varied[column] for column in columns), name_of(row)
         found.setdefault(name, []).append((float(varied["sparsity"]), spread.mean, spread.deviation or 0.0))
     return {name: sorted(points) for name, points in found.items()}
 
@@ -84,7 +105,7 @@ def _level(section: Section, value: Callable[[Row], Spread | None]) -> float | N
 
 def _picture(
     path: Path,
-    lines: dict[str, list[tuple[float, float, float]]],
+    divided: dict[str, Lines],
     dense: float | None,
     labels: tuple[str, str],
     logarithmic: bool,
@@ -92,27 +113,42 @@ def _picture(
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
-    drawing = Figure(figsize=(9, 5), layout="constrained")
-    axis: Any = drawing.subplots()
-    for number, (name, points) in enumerate(lines.items()):
-        shares, means, deviations = zip(*points, strict=True)
-        style = "-" if number < len(COLOURS) else "--"
-        colour, marker = look(number)
-        axis.errorbar(
-            shares, means, deviations, label=name, color=colour, linestyle=style, capsize=3, marker=marker, markersize=5
-        )
-    if dense is not None:
-        axis.axhline(dense, color="0.45", linestyle=":", label="dense")
-    if logarithmic:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.set_xticks(sorted({share for points in lines.values() for share, _, _ in points}))
-    axis.set_xlabel(labels[0])
-    axis.set_ylabel(labels[1])
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    count = len(divided)
+    high, wide = math.ceil(count / WIDE), min(count, WIDE)
+    drawing = Figure(figsize=(9, 5) if count == 1 else (2 + 3 * wide, 1 + 3 * high), layout="constrained")
+    grid: Any = drawing.subplots(high, wide, sharex=True, squeeze=False)
+    looks = {name: number for number, name in enumerate(dict.fromkeys(n for lines in divided.values() for n in lines))}
+    shares = sorted({share for lines in divided.values() for points in lines.values() for share, _, _ in points})
+    legend: dict[str, Any] = {}
+    for number, axis in enumerate(grid.flat):
+        if number >= count:
+            axis.set_visible(False)
+            # Nothing is below the panel above, which shows the shares.
+            grid[high - 2, number % wide].xaxis.set_tick_params(labelbottom=True)
+            continue
+        title, lines = list(divided.items())[number]
+        for name, points in lines.items():
+            places, means, deviations = zip(*points, strict=True)
+            colour, marker = look(looks[name])
+            style = "-" if looks[name] < len(COLOURS) else "--"
+            legend[name] = axis.errorbar(
+                places, means, deviations, color=colour, linestyle=style, capsize=3, marker=marker, markersize=5
+            )
+        if dense is not None:
+            legend["dense"] = axis.axhline(dense, color="0.45", linestyle=":")
+        axis.set_title(title, fontsize="medium")
+        if logarithmic:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_xticks(shares)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    drawing.supxlabel(labels[0], fontsize="medium")
+    drawing.supylabel(labels[1], fontsize="medium")
+    # The dense model is the last name, below the lines.
+    names = [*looks, *(["dense"] if dense is not None else [])]
+    drawing.legend([legend[name] for name in names], names, loc="outside right center", frameon=False)
     drawing.savefig(path, dpi=130)

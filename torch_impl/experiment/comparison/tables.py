@@ -74,10 +74,11 @@ def figure(spread: Spread | None, digits: int = 2) -> str:
 
 
 def significance(found: Paired | None) -> str:
-    """Format the difference in perplexity and its p value."""
+    """Format the difference in perplexity and its p value; from ten times on as a multiple."""
     if found is None:
         return NOTHING
-    change = f"{100 * math.expm1(found.difference):+.1f} %".replace("-", "−")
+    times = math.exp(found.difference)
+    change = f"{times:,.0f} times" if times >= 10 else f"{100 * (times - 1):+.1f} %".replace("-", "−")
     return f"{change}, p < 0.001" if found.p < 0.001 else f"{change}, p = {found.p:.3f}"
 
 
