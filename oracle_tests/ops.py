@@ -588,7 +588,7 @@ OPS = (
         "flap.remove_lowest",
         s.scored_structures(),
         Kind.EXACT,
-        ({"score": ROW, "weights": np.zeros(3), "sparsity": 0.5}, "weights"),
+        ({"score": ROW, "weights": np.array([1.0, 0.0, 2.0]), "sparsity": 0.5}, "weights"),
     ),
     Op(
         "flap.compensation",

@@ -157,6 +157,10 @@ def test_token_ids_are_used_as_they_are(model: PreTrainedModel, monkeypatch: pyt
     tokenized = [{"input_ids": [1, 3, 4], "labels": labels}, {"input_ids": torch.tensor([5, 6])}]
     got = pruned(model, None, monkeypatch, calibration=ids, train=tokenized, steps=1, without=("nsamples", "seqlen"))
     assert [example["labels"].tolist() for example in got["examples"]] == [labels, [5, 6]]
+    once = pruned(
+        model, None, monkeypatch, calibration=ids, train=iter(tokenized), steps=1, without=("nsamples", "seqlen")
+    )
+    assert [example["labels"].tolist() for example in once["examples"]] == [labels, [5, 6]], "what can be read once"
 
 
 @pytest.mark.parametrize("records", [RECORDS, CHATS], ids=["instructions", "messages"])

@@ -39,6 +39,7 @@ from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Out
 from torch_impl.experiment.comparison.rows import row_of
 from torch_impl.experiment.evaluate import perplexity, window_losses
 from torch_impl.experiment.material import OtherText
+from torch_impl.experiment.sections import MOST_SEED
 
 FILE = """
 title = "A comparison"
@@ -839,6 +840,11 @@ BAD: dict[str, tuple[str, str, str]] = {
     "tasks": ("[[matrix]]", "[tasks]\nnames = 'piqa'\n[[matrix]]", "names is 'piqa'; give a list of tasks"),
     "a limit": ("[[matrix]]", "[tasks]\nnames = ['piqa']\nlimit = 0\n[[matrix]]", "limit is 0"),
 }  # fmt: skip
+
+
+def test_the_largest_seed_is_one(tmp_path: Path) -> None:
+    [groups] = groups_of(read(tmp_path, FILE.replace("seeds = [0, 1]", f"seeds = [0, {MOST_SEED}]")))
+    assert groups[-1].seeds == (0, MOST_SEED)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -171,6 +171,19 @@ def test_the_command_measures_what_it_is_asked_for(
     assert given == passed
 
 
+@pytest.mark.parametrize(("model", "named"), [("a/b/MODEL", "MODEL"), (".", ".")])
+def test_the_command_names_the_model(
+    model: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    found = {"perplexity": 12.345678, "windows": 3, "seqlen": 7, "text": "T", "sha256": "0" * 64, "stride": 7}
+    monkeypatch.setattr(evaluate, "load", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate.api, "evaluate", lambda *_, **options: found)
+    monkeypatch.setattr(evaluate.report, "protocol_of", lambda found: "As told")
+    assert evaluate.main([model, "--text", "wikitext2"]) == 0
+    said = f"{named}: perplexity 12.3457 on 3 windows of 7 tokens of T (token ids 000000000000). As told.\n"
+    assert capsys.readouterr().out == said
+
+
 def test_the_command_asks_for_the_tasks_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     nothing = zero_shot.ZeroShot({}, {}, {}, {}, 0.0, "0", {}, 3)

@@ -53,6 +53,8 @@ def test_gated(side: ModuleType, rows: int, columns: int, dtype: torch.dtype, se
 @example((1, 1), 16, 64, 300, 1.0, torch.bfloat16, 0, True)
 @example((2, 3), 2, 48, 70, 0.9, torch.float32, 0, True)
 @example((1, 1), 2, 32, 300, 0.32, torch.float32, 0, False)
+# More tokens than the programs read at once.
+@example((1, 1), 2, 32, 600, 0.97, torch.float32, 0, False)
 def test_attend(
     side: ModuleType,
     pairs: tuple[int, int],

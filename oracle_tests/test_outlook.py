@@ -41,6 +41,7 @@ def found(card: str, operations: int = 10**18, cards: int = 1, **changes: object
 )
 def test_cards_by_name(name: str, card: Card) -> None:
     assert find_card(name) == card
+    assert card.name.replace(" ", "").endswith(f"{card.memory}GB")
     assert card.free == int(0.97 * card.memory * GIB)
 
 
