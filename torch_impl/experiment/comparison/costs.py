@@ -42,7 +42,7 @@ def measured(rows: Sequence[Row], matrix: Matrix) -> Table | None:
         lines.append(
             [
                 *names,
-                *(f"{value:,.1f}" if value else "" for value in seconds),
+                *("" if f"{value:.1f}" == "0.0" else f"{value:,.1f}" for value in seconds),
                 f"{sum(seconds):,.1f}",
                 *(_most(values) for values in peaks),
                 "" if trained[0] is None else f"{trained[0] / 1e6:,.2f}",

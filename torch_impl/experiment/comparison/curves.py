@@ -146,8 +146,11 @@ def _picture(
         axis.set_xticks(shares)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    drawing.supxlabel(labels[0], fontsize="medium")
-    drawing.supylabel(labels[1], fontsize="medium")
+    if count == 1:
+        grid[0, 0].set(xlabel=labels[0], ylabel=labels[1])
+    else:
+        drawing.supxlabel(labels[0], fontsize="medium")
+        drawing.supylabel(labels[1], fontsize="medium")
     # The dense model is the last name, below the lines.
     names = [*looks, *(["dense"] if dense is not None else [])]
     drawing.legend([legend[name] for name in names], names, loc="outside right center", frameon=False)
