@@ -262,6 +262,29 @@ def test_methods_and_recipes_are_those_of_the_runs(sparsity: str) -> None:
     assert "\n".join(methods_table(sparsity)) in results
 
 
+def schedules_table() -> list[str]:
+    """Rows of the table of results.md: perplexity at 2:4 by schedule and steps."""
+    found = json.loads((ROOT / "docs" / "results" / "schedules" / "results.json").read_text()).values()
+    lines = []
+    for method in ("wanda", "sparsegpt", "alps"):
+        row = [METHODS[method]]
+        for recipe in ("sparse_lora", "losa", "one_schedule", "two_steps", "two_steps_one_schedule"):
+            wanted = {"prune_method": method, "recipe": recipe}.items()
+            values = [
+                math.exp(statistics.fmean(run["losses"]["TinyStories"]))
+                for run in found
+                if wanted <= run["labels"].items()
+            ]
+            row.append(f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def test_schedules_are_those_of_the_runs() -> None:
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
+    assert "\n".join(schedules_table()) in results
+
+
 def test_zero_shot_accuracies_are_those_of_the_runs() -> None:
     found = json.loads((ROOT / "docs" / "results" / "smollm2" / "results.json").read_text()).values()
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
