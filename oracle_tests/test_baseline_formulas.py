@@ -34,6 +34,18 @@ def sparse_model(name: str = "llama-gqa") -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("ranks", [(1,), (3, 1, 2)])
+def test_every_gate_meets_the_threshold(ranks: tuple[int, ...]) -> None:
+    layers = [sora.GatedLinear(nn.Linear(4, 2), rank, 1.0, (0, number)) for number, rank in enumerate(ranks)]
+    before = [layer.gate.detach().numpy().copy() for layer in layers]
+    after = sora.gated(layers).after
+    assert after is not None
+    after(1)
+    for layer, gate in zip(layers, before, strict=True):
+        expected = np.sign(gate) * np.maximum(np.abs(gate) - np.float32(sora.THRESHOLD), 0)
+        np.testing.assert_array_equal(layer.gate.detach().numpy(), expected)
+
+
 class OneProjection(nn.Module):
     """Logits = a gated projection of the tokens' embeddings."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 
 from tiny_models.random_models import random_model
@@ -468,7 +469,17 @@ def test_many_lines_have_a_panel_for_each_recipe(
     } == lines
     assert list(divided) == list(dict.fromkeys(name.partition(", ")[2] for name in lines))
     assert all(list(inside) == ["wanda", "magnitude"] for inside in divided.values())
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(curves, "WIDE", 2)
     assert curves.draw(tmp_path, [section]) == {"A comparison": ["1-perplexity-stdlib.png", "1-speed.png"]}
+    *shown, rest = drawn[0].axes
+    assert [axis.get_title() for axis in shown] == list(divided)
+    assert not rest.get_visible()
+    for axis, inside in zip(shown, divided.values(), strict=True):
+        lines_of = [box.lines[0].get_xydata().tolist() for box in axis.containers]
+        assert lines_of == [[[share, mean] for share, mean, _ in points] for points in inside.values()]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["wanda", "magnitude", "dense"]
 
 
 def test_a_recipe_and_its_matrix_do_not_contradict_each_other(tmp_path: Path) -> None:

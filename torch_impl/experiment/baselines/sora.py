@@ -74,16 +74,16 @@ def gated(layers: list[GatedLinear]) -> Extra:
     The gates' AdamW is that of A and B: AdamW treats every number by itself, so one optimizer or two are the same.
     """
 
-    def penalty() -> torch.Tensor:
-        return PENALTY * torch.cat([layer.gate for layer in layers]).abs().mean()
+    gates: list[torch.Tensor] = [layer.gate for layer in layers]
+    ranks = [len(gate) for gate in gates]
 
+    def penalty() -> torch.Tensor:
+        return PENALTY * torch.cat(gates).abs().mean()
+
+    # All gates at once: one by one they are six operations for each of some hundred projections.
     @torch.no_grad()
     def after(_: int) -> None:
-        # At once: a hundred projections' gates one by one are several hundred more operations a step.
-        gates: list[torch.Tensor] = [layer.gate for layer in layers]
-        torch._foreach_copy_(
-            gates, list(soft_threshold(torch.cat(gates), THRESHOLD).split([len(gate) for gate in gates]))
-        )
+        torch._foreach_copy_(gates, list(soft_threshold(torch.cat(gates), THRESHOLD).split(ranks)))
 
     return Extra(penalty, after)
 

@@ -45,9 +45,10 @@ def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
     speed, share = ("tokens/s", GONE) if smaller else ("tokens/s with packed weights", ZEROS)
     kinds.append(("speed", speed, lambda row: _speed(row, "packed"), False))
     for kind, label, value, logarithmic in kinds:
-        if any(len(points) > 1 for points in series(section, value).values()):
+        divided = panels(section, value)
+        if any(len(points) > 1 for lines in divided.values() for points in lines.values()):
             name = f"{number}-{kind}.png"
-            _picture(folder / name, panels(section, value), _level(section, value), (share, label), logarithmic)
+            _picture(folder / name, divided, _level(section, value), (share, label), logarithmic)
             yield name
 
 
