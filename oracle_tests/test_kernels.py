@@ -255,6 +255,8 @@ def test_the_gpu_program_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> No
         for dtype in dtypes
     ]
     assert "OUTSIDE" not in "".join(lines)
+    assert gpu_kernels.main(["--device", DEVICE, "--small", "--only", "select"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["select"]
 
 
 def test_the_gpu_program_sees_what_is_wrong(

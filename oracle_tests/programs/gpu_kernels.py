@@ -1,6 +1,6 @@
 """Compare every kernel on a GPU with the spec: Triton kernels of _kernels.py and CUDA entries of decode/cuda.cu.
 
-    python -m oracle_tests.programs.gpu_kernels [--device cuda] [--small]
+    python -m oracle_tests.programs.gpu_kernels [--device cuda] [--small] [--only NAME ...]
 
 Covers shapes that do not fit tiles, one and eight rows, rows with no weights and with no zeros, every dtype. Outputs are NaN
 before each launch, as is the memory on both sides of inputs. Prints a line for every kernel and dtype: over all cases, the
@@ -296,16 +296,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="few shapes: runs anywhere in seconds")
+    parser.add_argument(
+        "--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="these alone; processes can share them"
+    )
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    built = device.type != "cuda" or cuda.available()[0]
+    built = device.type != "cuda" or not any(name.startswith("losa_") for name in options.only) or cuda.available()[0]
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     if not built:
         print(f"losa_expand, losa_matvec: {cuda.available()[1]}")
     print(HEADING)
     right = built
-    for name, (_, dtypes) in CHECKS.items():
-        for dtype in dtypes:
+    for name in options.only:
+        for dtype in CHECKS[name][1]:
             right &= run(name, dtype, device, options.small).report(name, dtype)
     return int(not right)
 
