@@ -285,12 +285,17 @@ def test_what_steps_bring_is_told_as_it_was() -> None:
 def test_what_masks_bring_is_told_as_it_was() -> None:
     told = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     good, lower = ("admm", "alps"), ("0.6", "0.5", "2:4")
-    spans = []
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    spans, bounds = [], []
     for size in ("0.7", "2:4", "0.6", "0.5"):
         low, high = sorted(change(size, ("losa", method), ("losa", "wanda")) for method in good)
+        bounds += [low, high]
         spans.append(
             f"{low:.0f} to {high:.0f} % {'lower perplexity than with Wanda ' if size == '0.7' else ''}at {SIZES[size]}"
         )
+    whole = f"{min(bounds):.0f} to {max(bounds):.0f} % lower"
+    assert f"ADMM or ALPS: {whole} perplexity than with Wanda in the paper's recipe" in told
+    assert f"the paper's recipe ends {whole} in perplexity with admm or alps" in readme
     others = [
         change(size, (recipe, method), (recipe, "wanda"))
         for size, recipe, method in itertools.product(("0.7", *lower), ADAPTERS, good)
