@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from oracle_tests.plans import PLAIN, config
+from oracle_tests.small_runs import ROOT
 from oracle_tests.tiny_material import SIZES
 from torch_impl.engine import memory
-from torch_impl.experiment.planning import phases
+from torch_impl.engine.decoder import Decoder
+from torch_impl.experiment.planning import geometry, phases
 from torch_impl.experiment.planning.parts import Parts, Peak, Place
-from torch_impl.experiment.planning.phases import peak
+from torch_impl.experiment.planning.phases import PROCESS, peak
+from torch_impl.experiment.planning.sizes import Sizes
 
 CPU, CUDA = Place("cpu"), Place("cuda")
 # Two bytes for each of 760 weights; at step 2, seven ranks of 113 entries in float32.
@@ -139,7 +144,9 @@ def test_on_a_gpu_merged_weights_are_held_if_half_of_what_is_free_suffices() -> 
     enough = 2 * WEIGHTS + 2 * 520 * 2
     found = peak(config(**large), SIZES, Place("cuda", free=enough))
     assert found.device.merged == 520 * 2
-    assert found.host == Parts(weights=WEIGHTS, masks=520), "the model is read and saved, masks are kept there"
+    assert found.host == Parts(weights=WEIGHTS, masks=520, process=PROCESS), (
+        "the model is read and saved, masks are kept there"
+    )
     assert peak(config(**large), SIZES, Place("cuda", free=enough - 1)).device.merged == 0
     assert peak(config(hold_merged="on", **large), SIZES, Place("cuda", free=enough - 1)).device.merged == 520 * 2
     assert peak(config(hold_merged="off", **large), SIZES, CUDA).device.merged == 0
@@ -205,7 +212,7 @@ def test_an_offloaded_run() -> None:
     found = peak(config(**SOME), SIZES, CUDA)
     assert (found.offloaded, found.phase) == (True, "pruning")
     assert found.device == replace(base, streams=16 * (2 * 30 + 2 * 7))
-    assert found.host == Parts(blocks=1200)
+    assert found.host == Parts(blocks=1200, process=PROCESS)
     found = peak(config(**SOME), SIZES, CPU)
     assert found.host == replace(found.device, blocks=1800), "one being written"
 
@@ -230,7 +237,7 @@ def test_an_offloaded_run_in_windows() -> None:
         streams=16 * (3 * 30 + 2 * 7),
         reconstruction=3 * 280 * 25 + 8 * 3 * (3 * 240 + 64),
     )
-    assert found.host == Parts(blocks=3 * 300 * 2)
+    assert found.host == Parts(blocks=3 * 300 * 2, process=PROCESS)
     assert peak(some, SIZES, CPU).host == replace(found.device, blocks=6 * 300 * 2)
 
 
@@ -247,13 +254,15 @@ def test_a_method_that_needs_gradients(method: str) -> None:
     assert phases.phases(config(**plain), SIZES, CUDA)["gradients"] == expected
     assert phases.phases(config(**plain), SIZES, CPU)["gradients"] == plus(expected, streams=before, statistics=sums)
     assert phases.phases(config(**plain), SIZES, CPU)["calibration"].statistics == sums
-    assert peak(config(**plain), SIZES, CUDA).host == Parts(weights=WEIGHTS, streams=before, statistics=sums)
+    assert peak(config(**plain), SIZES, CUDA).host == Parts(
+        weights=WEIGHTS, streams=before, statistics=sums, process=PROCESS
+    )
     # Each of two cards has half of the sequences, and prunes half of the projections.
     halves = phases.phases(config(**plain), SIZES, replace(CPU, cards=2))["gradients"]
     assert (halves.streams, halves.statistics) == (states // 2 + before // 2, sums // 2)
     found = peak(config(**some), SIZES, CUDA)
     assert found.device == Parts(weights=400, blocks=2 * 300 * 2, work=work, streams=3 * states + 16 * 2 * 7)
-    assert found.host == Parts(blocks=1200, streams=before, statistics=sums)
+    assert found.host == Parts(blocks=1200, streams=before, statistics=sums, process=PROCESS)
     # A long vocabulary makes the loss of a sequence, three tokens at 4 bytes a logit and 8 in part, larger.
     large = phases.phases(config(**plain), replace(SIZES, vocabulary=500), CUDA)["gradients"]
     assert (large.work, large.logits) == (0, 3 * 500 * (4 + 8))
@@ -344,7 +353,7 @@ def test_large_embeddings_are_gathered_before_any_block() -> None:
 
 
 def test_a_host_of_many_cards_never_has_the_whole_model() -> None:
-    assert peak(config(), SIZES, THREE).host == Parts(blocks=300 * 2, masks=174)
+    assert peak(config(), SIZES, THREE).host == Parts(blocks=300 * 2, masks=174, process=PROCESS)
     large = replace(SIZES, outside=((3000, 8),))
     assert peak(config(), large, THREE).host.blocks == 3000 * 8 * 2
     found = peak(config(), SIZES, replace(THREE, kind="cpu"))
@@ -374,3 +383,14 @@ def test_many_cards_hold_no_more_than_one(changes: dict[str, Any]) -> None:
             for name, size in parts.by_name().items():
                 if name not in ("blocks", "outside", "gradients") and (phase, name) != ("training", "work"):
                     assert size <= getattr(one[phase], name), f"{phase}: {name}"
+
+
+def test_the_host_memory_of_a_whole_run_is_as_planned() -> None:
+    """7B on an H200, measured; the parts of the plan are its weights, its masks and the process itself."""
+    measured = json.loads((ROOT / "docs/results/whole_run/llama-2-7b.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        shape = geometry.GEOMETRIES["llama-2-7b"]
+        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).to(torch.bfloat16)
+    planned = peak(config(), Sizes.of(Decoder(model), model.dtype), CUDA).host
+    assert list(planned.by_name()) == ["weights", "masks", "process"]
+    assert planned.total == pytest.approx(measured["result"]["peak_memory"]["host"], rel=0.02)

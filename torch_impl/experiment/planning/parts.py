@@ -58,6 +58,8 @@ class Parts:
     statistics: int = 0
     """A pruning method's statistics of the gradients of all blocks."""
     masks: int = 0
+    process: int = 0
+    """Python, torch and CUDA's libraries, in host memory."""
 
     @property
     def total(self) -> int:

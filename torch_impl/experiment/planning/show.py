@@ -29,6 +29,7 @@ PARTS = {
     "reconstruction": "training of a block",
     "statistics": "statistics of gradients",
     "masks": "masks",
+    "process": "Python, torch and CUDA",
 }
 PHASES = {
     "importance": "measuring importances",
