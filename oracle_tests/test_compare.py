@@ -135,6 +135,25 @@ def test_an_unmerged_baseline_with_tasks_and_speed(
     assert "the first 3 documents of each task" in out
 
 
+def test_only_what_runs_needs_its_packages(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing is said before any run, but neither for a part without it nor for tables of what others ran."""
+    monkeypatch.setattr("torch_impl.experiment.baselines.baseline.find_spec", lambda _: None)
+    monkeypatch.setattr(cells, "make", lambda *_: pytest.fail("it runs"))
+    given = words(place, FILE.replace('"sparse_lora"', '"lora"'), output=tmp_path / "out")
+    assert compare.main(given) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error: recipe 'lora': baseline lora needs peft; install it: pip install")
+    )
+    assert compare.main([*given, "--dry_run", "--only", "recipe=losa"]) == 0
+    (tmp_path / "there").mkdir()
+    tables = words(place, FILE.replace('"sparse_lora"', '"lora"'), output=None)
+    assert compare.main([*tables, "--tables", str(tmp_path / "there")]) == 0
+
+
 def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     assert compare.main([*words(place, output=out), "--dry_run", "--only", "recipe=losa"]) == 0

@@ -152,8 +152,10 @@ def check(groups: Sequence[Group]) -> None:
 
 
 def _check_treatment(recipe: Recipe, config: Config) -> None:
+    baseline = BASELINES[recipe.treatment]
     try:
-        BASELINES[recipe.treatment].check_options(config)
+        baseline.check()
+        baseline.check_options(config)
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name!r}: {error}") from error
 
