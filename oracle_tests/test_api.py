@@ -27,6 +27,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.run_folder import CHECKPOINTS
 from torch_impl.experiment import arguments as arguments_of
 from torch_impl.experiment.planning import checks
+from torch_impl.experiment.text import given as given_of
 from torch_impl.experiment.text.records import document_of
 
 TEXTS = [f"{WORDS}{number} {WORDS[number % 50 :]}" for number in range(40)]
@@ -45,6 +46,7 @@ SMALL: dict[str, Any] = {
 }
 SHAPE: dict[str, Any] = {name: SMALL[name] for name in ("steps", "train_examples")} | {"train_seqlen": 16}
 IDS = torch.arange(128).view(4, 32) % 100
+DECIDED = ("nsamples", "seqlen", "train_examples", "train_seqlen")
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +152,34 @@ def pruned(model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPat
 def test_token_ids_are_used_as_they_are(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(20, (5, 9), generator=torch.Generator().manual_seed(0))
     for given in (ids, ids.numpy(), ids.to(torch.int32)):
-        got = pruned(model, None, monkeypatch, calibration=given, train=given, steps=1, without=("nsamples", "seqlen"))
+        got = pruned(model, None, monkeypatch, calibration=given, train=given, steps=1, without=DECIDED)
         assert torch.equal(got["windows"], ids)
         assert torch.equal(torch.stack([example["labels"] for example in got["examples"]]), ids)
     labels = [IGNORED, 3, 4]
     tokenized = [{"input_ids": [1, 3, 4], "labels": labels}, {"input_ids": torch.tensor([5, 6])}]
-    got = pruned(model, None, monkeypatch, calibration=ids, train=tokenized, steps=1, without=("nsamples", "seqlen"))
+    got = pruned(model, None, monkeypatch, calibration=ids, train=tokenized, steps=1, without=DECIDED)
     assert [example["labels"].tolist() for example in got["examples"]] == [labels, [5, 6]]
-    once = pruned(
-        model, None, monkeypatch, calibration=ids, train=iter(tokenized), steps=1, without=("nsamples", "seqlen")
-    )
+    once = pruned(model, None, monkeypatch, calibration=ids, train=iter(tokenized), steps=1, without=DECIDED)
     assert [example["labels"].tolist() for example in once["examples"]] == [labels, [5, 6]], "what can be read once"
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_padding_is_not_learned(labelled: bool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tokenizer pads on either side, with the mask that it returns; a label of padding counts as little."""
+    rows = [([7, 5, 6, 0, 0], [1, 1, 1, 0, 0]), ([0, 0, 8, 9, 7], [0, 0, 1, 1, 1]), ([4, 5, 6, 7, 8], [1] * 5)]
+    given = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
+    if labelled:
+        given = [{**item, "labels": item["input_ids"]} for item in given]
+    got = pruned(model, None, monkeypatch, calibration=IDS, train=given, steps=1, without=DECIDED)
+    plain = [[7, 5, 6], [8, 9, 7], [4, 5, 6, 7, 8]]
+    assert [example["input_ids"].tolist() for example in got["examples"]] == plain
+    assert [example["labels"].tolist() for example in got["examples"]] == plain
+
+
+def test_settings_tell_how_many_tokenized_examples_there_were(model: PreTrainedModel) -> None:
+    given = [{"input_ids": list(range(length))} for length in (9, 4, 5)]
+    result = torch_impl.prune(model, calibration=IDS, train=given, steps=1)
+    assert (result.settings["text"]["train_examples"], result.settings["text"]["train_seqlen"]) == (3, 9)
 
 
 @pytest.mark.parametrize("records", [RECORDS, CHATS], ids=["instructions", "messages"])
@@ -228,6 +247,16 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an argument's other name": ({"prune_method": "wanda"}, TypeError, "prune_method is given by the argument method"),
     "a value": ({"steps": "many"}, ValueError, "steps: invalid int value: 'many'"),
     "too few examples": ({"train": RECORDS[:1]}, ValueError, "1 training examples are too few"),
+    "examples with token ids": ({"train": IDS, "train_examples": 3}, TypeError, "train_examples is given, and train is tokenized"),
+    "a share beside a pattern": (
+        {"sparsity": 0.7, "sparsity_type": "2:4"}, ValueError, "sparsity is 0.7; allowed with sparsity_type 2:4: 0.5"),
+    "a truth value": ({"sparsity": True}, ValueError, "sparsity: invalid float value: 'True'"),
+    "padding between tokens": (
+        {"train": [{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}]}, ValueError, "train[0]: attention_mask must be 1 for 3"),
+    "padding alone": ({"train": [{"input_ids": [1, 2], "attention_mask": [0, 0]}]}, ValueError, "and 0 that are not 0"),
+    "a mask of another length": (
+        {"train": [{"input_ids": [1, 2], "attention_mask": [1, 1, 1]}]}, ValueError, "it has shape (3,)"),
+    "a mask of words": ({"train": [{"input_ids": [1, 2], "attention_mask": "ab"}]}, TypeError, "train[0]: attention_mask must be"),
     "a length with token ids": ({"calibration": IDS, "seqlen": 4}, TypeError, "seqlen is given, and calibration is token ids"),
 }  # fmt: skip
 
@@ -237,8 +266,10 @@ def test_what_is_wrong_is_one_sentence_and_changes_nothing(name: str, model: Pre
     changes, kind, words = WRONG[name]
     before = weights(model)
     given = {"tokenizer": tokenizer, "calibration": TEXTS, "train": RECORDS, **SMALL, **changes}
-    if isinstance(given["calibration"], torch.Tensor) and "seqlen" not in changes:
-        given = {key: value for key, value in given.items() if key not in ("nsamples", "seqlen")}
+    tokens = {"calibration": ("nsamples", "seqlen"), "train": ("train_examples", "train_seqlen")}
+    for argument, decided in tokens.items():
+        if given_of.is_tokenized(given[argument]):
+            given = {key: value for key, value in given.items() if key in changes or key not in decided}
     with pytest.raises(kind) as caught:
         torch_impl.prune(model, **given)
     assert words in str(caught.value)
@@ -319,12 +350,103 @@ def test_packing_replaces_a_model_s_folder_alone_and_names_its_own_argument(
     torch_impl.pack(tmp_path / "model", tmp_path / "packed", overwrite=True)
 
 
-def test_an_evaluation_in_batches_of_nothing_is_refused(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="batch_size is 0; allowed"):
-        torch_impl.evaluate(model, text=IDS, batch_size=0)
+def test_what_cannot_be_measured_is_refused(model: PreTrainedModel, tokenizer: Any) -> None:
+    for options, words in (
+        ({"batch_size": 0}, "batch_size is 0; allowed"),
+        ({"windows": 0}, "windows is 0; allowed"),
+        ({"windows": -1}, "windows is -1; allowed"),
+        ({"seqlen": 1}, "seqlen is 1; allowed: 2"),
+        ({"limit": 0}, "limit is 0; allowed"),
+    ):
+        for text in (IDS, TEXTS):
+            with pytest.raises(ValueError, match=words):
+                torch_impl.evaluate(model, tokenizer, text=text, **options)
+    with pytest.raises(TypeError, match="windows is True; allowed: an integer"):
+        torch_impl.evaluate(model, text=IDS, windows=True)
+    plain = torch_impl.evaluate(model, text=IDS, batch_size=2, windows=3)
+    assert torch_impl.evaluate(model, text=IDS, batch_size=np.int64(2), windows=np.int64(3)) == plain
+    assert json.loads(json.dumps(plain)) == plain
+
+
+class Codes(torch.nn.Linear):
+    """A linear whose weight is codes, as bitsandbytes has it."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(1, 1, bias=False)
+        self.weight = torch.nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+
+
+def test_models_that_cannot_be_pruned_are_refused_before_anything_changes(model: PreTrainedModel) -> None:
+    def refused(words: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=words) as caught:
+            torch_impl.prune(model, calibration=IDS, **options)
+        assert not hasattr(caught.value, "__notes__"), "nothing changed"
+
+    mlp = model.model.layers[0].mlp
+    linear = mlp.up_proj
+    mlp.up_proj = Codes(linear)
+    refused("up_proj is a Codes; give a plain model")
+    mlp.up_proj = linear.to("meta")
+    refused(r"model has weights that are not in memory \(model.layers.0.mlp.up_proj.weight\)")
+    mlp.up_proj = linear.to_empty(device="cpu")
+    mlp.up_proj.weight.data.fill_(torch.nan)
+    refused("up_proj.weight holds NaN or infinity")
+    mlp.up_proj.weight.data.fill_(1.0)
+    torch_impl.prune(model, calibration=IDS, sparsity=0.6, method="magnitude", steps=1)
+    refused("^sparsity is 0.3; allowed: 0.5996 or more", sparsity=0.3)
+
+
+def test_a_packed_model_is_refused_in_one_line(model: PreTrainedModel, tmp_path: Path) -> None:
+    torch_impl.prune(model, calibration=IDS, method="magnitude", steps=1)
+    torch_impl.pack(model, tmp_path / "packed")
+    with pytest.raises(ValueError, match="is a PackedLinear; give a plain model"):
+        torch_impl.prune(torch_impl.load_packed(tmp_path / "packed"), calibration=IDS)
 
 
 # --- the model stays a user's model ---
+
+
+def test_gradient_checkpointing_and_random_numbers_stay_the_caller_s(model: PreTrainedModel) -> None:
+    options: dict[str, Any] = {"calibration": IDS, "train": IDS, "steps": 1, "gradient_checkpointing": True}
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    torch_impl.prune(model, **options)
+    assert torch.equal(torch.rand(3), expected)
+    assert not training.checkpoints_activations(model)
+    embeddings = model.get_input_embeddings()
+    assert not embeddings._forward_hooks
+    assert not model.requires_grad_(False)(IDS).logits.requires_grad
+    # A caller who trains with it goes on doing so.
+    model.enable_input_require_grads()
+    torch_impl.prune(model, **options)
+    assert len(embeddings._forward_hooks) == 1
+    assert not training.checkpoints_activations(model)
+    training.checkpoint_activations(model)
+    torch_impl.prune(model, **{**options, "gradient_checkpointing": False})
+    assert training.checkpoints_activations(model)
+
+
+def test_gradients_are_enabled_where_the_caller_has_none(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        result = torch_impl.prune(model, calibration=IDS, train=IDS, steps=2, step_shares=[0.5, 0.5])
+        assert not torch.is_grad_enabled()
+    assert [len(step.losses) for step in result.steps] == [1, 1]
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"^prune is called in torch.inference_mode\(\)"):
+        torch_impl.prune(model, calibration=IDS, train=IDS)
+
+
+def test_a_measurement_while_training_is_of_the_adapters_as_they_are(model: PreTrainedModel) -> None:
+    """The last one, after the last optimizer step, is that of the merged model."""
+    seen: list[float] = []
+
+    def on_loss(*_: Any) -> None:
+        seen.append(torch_impl.evaluate(model, text=IDS)["perplexity"])
+
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.01}
+    result = torch_impl.prune(model, calibration=IDS, train=IDS, steps=1, on_loss=on_loss, **options)
+    assert len(set(seen)) == len(seen) == 4
+    assert seen[-1] == pytest.approx(torch_impl.evaluate(result.model, text=IDS)["perplexity"], rel=1e-6)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -455,6 +577,9 @@ def test_the_seed_draws_the_training_examples(model: PreTrainedModel, tokenizer:
 def test_importance_is_measured_on_no_more_sequences_than_there_are(model: PreTrainedModel) -> None:
     config = arguments_of.configuration(model, IDS, None, 0.5, "wanda", "paper", {"rmi_samples": 6})
     assert arguments_of.with_shape(config, IDS).calibration.rmi_rows == len(IDS) == 4
+    many = torch.zeros(300, 8, dtype=torch.long)
+    config = arguments_of.configuration(model, many, None, 0.5, "wanda", "paper", {"rmi_samples": 200})
+    assert arguments_of.with_shape(config, many).calibration.rmi_rows == 200
 
 
 # --- what is public ---

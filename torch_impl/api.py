@@ -39,8 +39,16 @@ from torch_impl.engine.resume.run_folder import MODEL, run_folder
 from torch_impl.engine.rounding import ERROR
 from torch_impl.engine.smaller import make_smaller
 from torch_impl.engine.structure import check_structure
+from torch_impl.engine.training import same_checkpointing
 from torch_impl.experiment import zero_shot
-from torch_impl.experiment.arguments import check_model, configuration, is_ids, material_of, with_shape
+from torch_impl.experiment.arguments import (
+    check_loaded,
+    check_model,
+    configuration,
+    is_ids,
+    material_of,
+    with_shape,
+)
 from torch_impl.experiment.evaluate import eval_mode, perplexity
 from torch_impl.experiment.planning import checks
 from torch_impl.experiment.text import given
@@ -86,30 +94,37 @@ def prune(
     """Prune a model in place by LoSA, Algorithm 1, and merge its adapters. result.model is it, or a smaller one made of it.
 
     calibration: token ids (n, t), a list of texts or records, a data set, or the name of a text source as on the command line.
-    train: the same, or tokenized examples {input_ids, labels}; None: no fine-tuning. Text needs the tokenizer. sparsity: final
-    share of zeros, default 0.7, and 0.2 with the option sparsity_type="structured"; with sparsity_type="2:4", say, the pattern
-    decides. preset: paper, best or quick.
+    train: the same, or tokenized examples {input_ids, labels}, of which labels may be left out; what an attention_mask leaves out
+    at either end is padding and is cut off; None: no fine-tuning. Text needs the tokenizer. sparsity: final share of zeros,
+    default 0.7, and 0.2 with the option sparsity_type="structured"; with sparsity_type="2:4", say, the pattern decides. preset:
+    paper, best or quick.
     on_step(record) is called after every step, on_loss(step, optimizer step, loss, learning rate) while training.
     options: any option of the command line's sections prune, adapter, calibration, training and reconstruction, and
     train_examples, train_seqlen, step_shares and seed.
 
-    The dense model is copied, so memory holds two models. The parameters' requires_grad and the training mode stay as they
-    are, also if this fails; the model is then plain again, but may be pruned in part.
+    The dense model is copied, so memory holds two models. The parameters' requires_grad, the training mode, gradient checkpointing
+    and torch's random generators stay as they are, also if this fails; the model is then plain again, but may be pruned in part.
 
     Errors: TypeError or ValueError naming the argument, or the memory that is lacking, before the model changes;
     FloatingPointError if training diverges.
     """
     started = time.perf_counter()
+    if torch.is_inference_mode_enabled():
+        raise ValueError("prune is called in torch.inference_mode(), in which nothing can be trained; call it outside")
+    train = given.listed(train, "train")
     config = configuration(model, calibration, train, sparsity, method, preset, options)
-    check_structure(model, config.settings)
+    decoder = check_structure(model, config.settings)
+    check_loaded(decoder, config.settings)
     windows, parts = material_of(model, tokenizer, calibration, train, config)
-    config = with_shape(config, windows)
+    tokenized = [example for part in parts for example in part] if given.is_tokenized(train) else []
+    config = with_shape(config, windows, tokenized)
     checks.check_memory(model, config)
-    windows = with_written(model, tokenizer, windows, config.calibration.written, config.output.seed)
-    decoder = Decoder(model)
-    with _as_it_was(decoder):
-        model.requires_grad_(False)
-        steps = losa.run(model, windows, parts, config.settings, on_step, on_loss)
+    cards = sorted({tensor.device.index for tensor in model.parameters() if tensor.is_cuda})
+    with torch.random.fork_rng(cards), torch.enable_grad():
+        windows = with_written(model, tokenizer, windows, config.calibration.written, config.output.seed)
+        with same_checkpointing(model), _as_it_was(decoder):
+            model.requires_grad_(False)
+            steps = losa.run(model, windows, parts, config.settings, on_step, on_loss)
     sparsity = zero_share(decoder.weights)
     result = make_smaller(model).model if config.prune.pattern.structured else model
     return PruneResult(result, steps, sparsity, config.as_dict(), time.perf_counter() - started)
@@ -252,7 +267,10 @@ def evaluate(
     FileNotFoundError for text or documents that are not there; FloatingPointError if the perplexity is not finite.
     """
     model = _measurable(model)
-    _checks.count("batch_size", batch_size)
+    # As Python's own integers: torch and JSON take no others.
+    batch_size, seqlen = int(_checks.count("batch_size", batch_size)), int(_checks.count("seqlen", seqlen, 2))
+    windows = None if windows is None else int(_checks.count("windows", windows))
+    limit = None if limit is None else int(_checks.count("limit", limit))
     if tasks is None:
         text = "wikitext2" if text is None else text
     elif tokenizer is None:

@@ -31,6 +31,8 @@ class AdaptedLinear(nn.Module):
         self.A = nn.Parameter(self.weight.new_zeros(0, self.in_features, dtype=wide))
         self.B = nn.Parameter(self.weight.new_zeros(self.out_features, 0, dtype=wide))
         self._held: torch.Tensor | None = None
+        self.outdated = False
+        """The held weight is of an earlier A and B: passes without gradients do not use it until the next `hold`."""
         self.recomputed = False
         """Recompute the output in the backward pass; applies in a compiled block while no merged weight is held."""
         self.input_hook: Callable[[torch.Tensor], None] | None = None
@@ -66,7 +68,8 @@ class AdaptedLinear(nn.Module):
             self.input_hook(x)
         if torch.is_grad_enabled() and self.rank:
             return self._product(x)
-        return nn.functional.linear(x, self.merged() if self._held is None else self._held, self.bias)
+        held = None if self.outdated else self._held
+        return nn.functional.linear(x, self.merged() if held is None else held, self.bias)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the output, differentiable by x, A and B."""
@@ -80,6 +83,7 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def hold(self) -> None:
         """Build the merged weight and use it until `release`. Call again after A or B change; the address stays."""
+        self.outdated = False
         if not self.rank:
             self._held = None
         elif self._held is None:
@@ -89,7 +93,7 @@ class AdaptedLinear(nn.Module):
 
     def release(self) -> None:
         """Free the merged weight built by `hold`."""
-        self._held = None
+        self._held, self.outdated = None, False
 
     @torch.no_grad()
     def set_base(self, weight: torch.Tensor) -> None:

@@ -121,6 +121,9 @@ class Gradients:
         loss, self.micro_batch_size = find_executable_batch_size(
             attempt, self.micro_batch_size, "per_device_train_batch_size"
         )
+        # The optimizer's step comes next; what a caller measures then is of the adapters as they are.
+        for layer in self._held:
+            layer.outdated = True
         distributed.all_reduce_gradients(self._trained)
         return distributed.all_reduce_number(loss)
 
@@ -134,6 +137,8 @@ class Gradients:
             self._forget_graphs()
         if self._merges is not None:
             self._merges.replay()
+            for layer in self._held:
+                layer.outdated = False
             return
         self._build_merged()
         if self._owned is not None and any(layer.rank for layer in self._held):

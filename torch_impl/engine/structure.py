@@ -32,14 +32,17 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
             f"layer_sparsity {settings.prune.layer_sparsity!r} needs {least} or more decoder blocks, and the model has "
             f"{len(blocks)}; use layer_sparsity {', '.join(others)}"
         )
-    rates = _final_rates(decoder, settings.prune)
     for index, block in enumerate(blocks):
         for name, projection in family.projections_of(block).items():
-            if not isinstance(projection, nn.Linear | AdaptedLinear):
+            # Quantised projections are linears, too, whose weights are codes.
+            plain = isinstance(projection, nn.Linear | AdaptedLinear) and projection.weight.is_floating_point()
+            if not plain:
                 raise ValueError(
                     f"{family.full_name(index, name)} is a {type(projection).__name__}; give a plain model: merge other "
                     "adapters first, and take the model before packing or quantisation"
                 )
+    rates = _final_rates(decoder, settings.prune)
+    for index, block in enumerate(blocks):
         for name, weight in family.weights_of(block).items():
             inputs = weight.shape[1]
             if settings.prune.group is not None and inputs % settings.prune.group[1]:

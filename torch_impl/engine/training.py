@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,27 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # The whole block is recomputed, so recomputing one of its products separately saves nothing.
     for layer in adapters(model):
         layer.recomputed = False
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Return whether gradient checkpointing is enabled."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def same_checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """At the end, give the model the gradient checkpointing and the hooks of its embeddings that it has now: enabling adds some."""
+    enabled, embeddings = checkpoints_activations(model), model.get_input_embeddings()
+    hooks, known = set(embeddings._forward_hooks), getattr(model, "_require_grads_hooks", [])
+    try:
+        yield
+    finally:
+        if not enabled and checkpoints_activations(model):
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+        for added in set(embeddings._forward_hooks) - hooks:
+            del embeddings._forward_hooks[added]
+        if hasattr(model, "_require_grads_hooks"):
+            model._require_grads_hooks = known
 
 
 def train(

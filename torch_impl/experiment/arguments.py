@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_impl import losa
+from torch_impl._checks import few
+from torch_impl.engine import structure
 from torch_impl.engine.batches import Example
+from torch_impl.engine.blocks import zero_share
+from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
+from torch_impl.engine.settings import Settings
 from torch_impl.experiment import config as options_of
 from torch_impl.experiment.command import closest
 from torch_impl.experiment.config import Config
@@ -33,6 +40,28 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model is {type(model).__name__}; give a transformers model, as from_pretrained returns it")
 
 
+def check_loaded(decoder: Decoder, settings: Settings) -> None:
+    """Check the weights before anything changes.
+
+    Errors: ValueError if they are not in memory, hold NaN or infinity, or are sparser than the target already.
+    """
+    model: nn.Module = decoder.model
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"model has weights that are not in memory ({few(absent)}), as device_map leaves them; load it without, or use "
+            "losa run --offload on"
+        )
+    structure.check_model(decoder.model, settings)
+    weights = [list(decoder.family.weights_of(block).values()) for block in decoder.blocks]
+    shares = torch.tensor([zero_share(of_block) for of_block in weights], dtype=torch.float64)
+    sizes = torch.tensor([sum(weight.numel() for weight in of_block) for of_block in weights], dtype=torch.float64)
+    try:
+        losa.initial_rates(shares, sizes, settings.prune)
+    except ValueError as error:
+        raise ValueError(_as_arguments(str(error))) from None
+
+
 def is_ids(value: Any) -> bool:
     """Return whether text is given as token ids."""
     return isinstance(value, torch.Tensor | np.ndarray)
@@ -47,6 +76,18 @@ def _check_names(options: Iterable[str]) -> None:
             raise TypeError(f"{name} is not an option of prune{closest(name, allowed | {*OWN.values(), 'preset'})}")
 
 
+def _check_decided(options: dict[str, Any], calibration: Any, train: Any) -> None:
+    """Errors: TypeError naming an option that tokens decide."""
+    decided = {"seqlen": "calibration is token ids, which decide", "nsamples": "calibration is token ids, which decide"}
+    if not is_ids(calibration):
+        decided = {}
+    if given.is_tokenized(train):
+        decided |= dict.fromkeys(("train_examples", "train_seqlen"), "train is tokenized, which decides")
+    for name, why in decided.items():
+        if name in options:
+            raise TypeError(f"{name} is given, and {why} it; leave it out")
+
+
 def configuration(
     model: PreTrainedModel,
     calibration: Any,
@@ -59,15 +100,13 @@ def configuration(
     """Build and check the options of a call, like those of the command line."""
     check_model(model)
     _check_names(options)
-    options = {**options, "prune_method": method, "preset": preset}
-    if options.get("sparsity_type", "unstructured") in ("unstructured", "structured"):
-        options["sparsity_ratio"] = sparsity
+    options = {**options, "prune_method": method, "preset": preset, "sparsity_ratio": sparsity}
     if train is None:
         options["finetune"] = False
-    if is_ids(calibration):
-        for name in ("seqlen", "nsamples"):
-            if name in options:
-                raise TypeError(f"{name} is given, and calibration is token ids, which decide it; leave it out")
+    _check_decided(options, calibration, train)
+    if is_ids(calibration) and calibration.ndim == 2 and isinstance(asked := options.get("rmi_samples"), int):
+        # Of fewer sequences all measure the importance; see `with_shape`.
+        options["nsamples"] = max(asked, len(calibration), 2)
     words = ["--model", model.config.name_or_path or type(model).__name__]
     for name, value in options.items():
         if value is not None:
@@ -78,8 +117,13 @@ def configuration(
     except ValueError as error:
         # The caller knows these options as arguments of this function.
         text = re.sub(r"^argument --([a-z_]+): (.*); see --help$", r"\1: \2", str(error), flags=re.DOTALL)
-        named = next((option for option in OWN if text.startswith(f"{option} is ")), "")
-        raise ValueError(OWN.get(named, named) + text.removeprefix(named)) from error
+        raise ValueError(_as_arguments(text)) from error
+
+
+def _as_arguments(text: str) -> str:
+    """Name the argument of `prune` where a message begins with the option of the command line."""
+    named = next((option for option in OWN if text.startswith((f"{option} is ", f"{option}: "))), "")
+    return OWN.get(named, named) + text.removeprefix(named)
 
 
 def material_of(
@@ -102,9 +146,13 @@ def material_of(
     return windows, split_parts(examples, config.text.shares(config.prune.steps)) if examples else []
 
 
-def with_shape(config: Config, windows: torch.Tensor) -> Config:
-    """Return the configuration with the number and length of the calibration windows that there are."""
+def with_shape(config: Config, windows: torch.Tensor, tokenized: Sequence[Example] = ()) -> Config:
+    """Return the configuration with the number and length of the calibration windows, and of tokenized examples, that there are."""
     found = config.calibration
     rows = None if found.rmi_samples is None else min(found.rmi_samples, len(windows))
     found = dataclasses.replace(found, nsamples=len(windows), seqlen=windows.shape[1], rmi_samples=rows)
-    return dataclasses.replace(config, calibration=found)
+    text = config.text
+    if tokenized:
+        longest = max(len(example["input_ids"]) for example in tokenized)
+        text = dataclasses.replace(text, train_examples=len(tokenized), train_seqlen=longest)
+    return dataclasses.replace(config, calibration=found, text=text)

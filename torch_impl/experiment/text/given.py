@@ -55,13 +55,26 @@ def examples_of(
     """
     if (ids := _token_ids(given, "train")) is not None:
         return [{"input_ids": row, "labels": row} for row in ids]
-    if not isinstance(given, str):
-        given = list(_iterated(given, "train"))
-        if given and all(isinstance(item, Mapping) and "input_ids" in item for item in given):
-            return [_example(item, f"train[{index}]") for index, item in enumerate(given)]
+    given = listed(given, "train")
+    if is_tokenized(given):
+        return [_example(item, f"train[{index}]") for index, item in enumerate(given)]
     documents = _documents(given, "train", tokenizer, "train").documents
     assert tokenizer is not None
     return training_examples(documents, tokenizer, seqlen, seed, limit, _named(given, "train"))
+
+
+def listed(given: Any, name: str) -> Any:
+    """The items of what may be iterated over only once, as a list; None, the name of a source and arrays as they are."""
+    return (
+        given if given is None or isinstance(given, str | torch.Tensor | np.ndarray) else list(_iterated(given, name))
+    )
+
+
+def is_tokenized(given: Any) -> bool:
+    """Return whether what `listed` returned is token ids or tokenized examples, and not text."""
+    if isinstance(given, torch.Tensor | np.ndarray):
+        return True
+    return isinstance(given, list) and bool(given) and all(isinstance(i, Mapping) and "input_ids" in i for i in given)
 
 
 def evaluation_of(
@@ -124,9 +137,28 @@ def _example(item: Mapping[str, Any], name: str) -> Example:
             f"{name}: input_ids has shape {tuple(ids.shape)} and labels {tuple(labels.shape)}; give both the same length, "
             "2 or more"
         )
+    ids, labels = _without_padding(item.get("attention_mask"), ids, labels, name)
     if not bool((labels[1:] != IGNORED).any()):
         raise ValueError(f"{name}: every label is {IGNORED}, so there is nothing to learn; give it a label")
     return {"input_ids": ids, "labels": labels}
+
+
+def _without_padding(
+    mask: Any, ids: torch.Tensor, labels: torch.Tensor, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut off the tokens on both sides that the mask leaves out: padding is no text to learn."""
+    if mask is None:
+        return ids, labels
+    told = f"{name}: attention_mask must be 1 for {len(ids)} tokens, or 0 for padding before or after them"
+    try:
+        kept = torch.as_tensor(mask).cpu() != 0
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{told} ({error})") from None
+    places = kept.nonzero().flatten()
+    if kept.shape != ids.shape or len(places) < 2 or int(places[-1] - places[0]) + 1 != len(places):
+        raise ValueError(f"{told}; it has shape {tuple(kept.shape)} and {len(places)} that are not 0")
+    between = slice(int(places[0]), int(places[-1]) + 1)
+    return ids[between], labels[between]
 
 
 def _named(given: Any, name: str) -> str:
