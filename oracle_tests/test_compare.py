@@ -56,6 +56,10 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert "**Published in the paper" not in said.out
     for name in ("tables.md", "tables.html"):
         assert (place / "out" / name).stat().st_size > 1000
+    by_recipe = {o["labels"]["recipe"]: o["seconds"].keys() for o in found.values() if o["status"] == "done"}
+    assert by_recipe["dense"] == {"evaluate"}
+    assert {"prune", "evaluate"} <= by_recipe["none"] <= {"importance", "prune", "evaluate"}
+    assert {"importance", "prune", "train", "evaluate"} <= by_recipe["losa"]
 
     before = {path: path.stat().st_mtime_ns for path in (place / "out" / "cells").iterdir()}
     monkeypatch.setattr(cells, "make", lambda *_: pytest.fail("it runs again"))
@@ -63,8 +67,19 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert {path: path.stat().st_mtime_ns for path in (place / "out" / "cells").iterdir()} == before
     again = capsys.readouterr().out
     assert again == said.out
-    assert compare.main([*words(place, eval_windows=7, output=None), "--tables", str(place / "out")]) == 0
+    tables = ["--tables", str(place / "out")]
+    assert compare.main([*words(place, eval_windows=7, output=None), *tables]) == 0
     assert capsys.readouterr().out == again
+    written_before = (place / "out" / "tables.md").read_text()
+    assert compare.main([*words(place, eval_windows=8, output=None), *tables]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(f"error: tables {place / 'out'} has no result of these runs; give")
+    )
+    assert compare.main([*words(place, eval_windows=7, output=None), *tables, "--dry_run"]) == 2
+    assert "leave out --dry_run" in capsys.readouterr().err
+    assert (place / "out" / "tables.md").read_text() == written_before
 
 
 def test_what_fails_is_said_and_the_others_go_on(
@@ -151,7 +166,34 @@ def test_only_what_runs_needs_its_packages(
     assert compare.main([*given, "--dry_run", "--only", "recipe=losa"]) == 0
     (tmp_path / "there").mkdir()
     tables = words(place, FILE.replace('"sparse_lora"', '"lora"'), output=None)
-    assert compare.main([*tables, "--tables", str(tmp_path / "there")]) == 0
+    assert compare.main([*tables, "--tables", str(tmp_path / "there")]) == 2
+    assert "has no result of these runs" in capsys.readouterr().err, "it asks for no package"
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ('[texts]\na = "stdlib"\nb = "missing.txt"', "[texts]: b is 'missing.txt', which does not exist"),
+        ('[tasks]\nnames = ["pica"]\ndata = "zero"', "tasks has pica, and from tasks_data come only"),
+        ('[tasks]\nnames = ["paper"]\ndata = "zero"', "zero"),
+    ],
+)
+def test_texts_and_tasks_are_looked_for_before_any_run(
+    more: str, line: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    monkeypatch.setattr(cells, "make", lambda *_: pytest.fail("it runs"))
+    changes = {"eval_data": None} if "[texts]" in more else {}
+    assert compare.main([*words(place, f"{more}\n{FILE}", output=tmp_path / "out", **changes), "--dry_run"]) == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_parts_of_several_options_narrow_down_together(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [*words(place, output=tmp_path / "out"), "--dry_run", "--only", "recipe=none", "--only", "sparsity=0.5"]
+    assert compare.main(given) == 0
+    assert capsys.readouterr().out.splitlines() == ["dense, seed 0", "0.5, none, seed 0", "2 runs"]
 
 
 def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -197,14 +239,6 @@ def test_peaks_are_in_gib_and_parts_that_take_no_time_are_left_out(
         assert outcome.gib == {"prune": 3.0}
         assert outcome.seconds.keys() == {"prune", "evaluate"}
         assert outcome.seconds["prune"] == 2.0
-
-
-def test_parts_have_their_seconds(place: Path) -> None:
-    found = [outcome for outcome in Results(place / "out").together().values() if outcome.status == "done"]
-    by_recipe = {outcome.labels["recipe"]: outcome.seconds for outcome in found}
-    assert by_recipe["dense"].keys() == {"evaluate"}
-    assert {"prune", "evaluate"} <= by_recipe["none"].keys() <= {"importance", "prune", "evaluate"}
-    assert {"importance", "prune", "train", "evaluate"} <= by_recipe["losa"].keys()
 
 
 BAD: list[tuple[dict[str, object], list[str]]] = [

@@ -37,7 +37,7 @@ from torch_impl.experiment.comparison import (
 )
 from torch_impl.experiment.comparison.matrix import Cell, Comparison, Group
 from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome, Results
-from torch_impl.experiment.comparison.rows import row_of
+from torch_impl.experiment.comparison.rows import Row, row_of
 from torch_impl.experiment.evaluate import perplexity, window_losses
 from torch_impl.experiment.material import OtherText
 from torch_impl.experiment.sections import MOST_SEED
@@ -326,6 +326,25 @@ def test_a_learning_rate_that_failed_is_said_and_not_called_diverged(tmp_path: P
     assert sum(len(row.failed) for row in section.rows) == 5
 
 
+def test_a_reported_run_that_failed_counts_beside_the_one_that_chose_its_rate(made: tuple[Any, ...]) -> None:
+    """With tasks or speed these are two runs of the same labels."""
+    row = next(row for row in made[-1].rows if row.group.recipe.name == "losa")
+    broken = replace(row.outcomes[0], status=FAILED)
+    both = replace(row, outcomes={**row.outcomes, 0: broken}, tuning={**row.tuning, row.rate: row.outcomes[0]})
+    assert both.failed == [broken]
+    assert replace(both, tuning={row.rate: broken}).failed == [broken], "one run that is both is listed once"
+
+
+def test_costs_are_of_runs_that_ended_well(tmp_path: Path) -> None:
+    """A row that diverged has no seconds, which are not zero seconds."""
+    rates = ("0.001", "0.01")
+    ends = {f"wanda, 0.5, losa, seed {seed}, learning rate {rate}": DIVERGED for seed in (0, 1) for rate in rates}
+    groups, results = done(tmp_path, read(tmp_path), ends=ends)
+    section, _ = document.sections(read(tmp_path), groups, results, "losa")
+    table = next(table for table in section.tables if table.title == "Cost of each part")
+    assert ("wanda", "LoSA, as in the paper", "2.0", "3.0", "5.0", "1.50", "2.50", "1.50") in table.cells
+
+
 def test_a_seed_that_diverged_is_not_left_out_of_the_accuracy(tmp_path: Path) -> None:
     comparison = read(tmp_path)
     failed = {"wanda, 0.5, losa, seed 1, learning rate 0.01": FAILED}
@@ -444,6 +463,22 @@ def test_rows_without_a_result_are_left_out(tmp_path: Path) -> None:
     assert section.facts[-1] == "12 rows have no result yet and are left out."
     table = next(table for table in section.tables if table.title == "50 %")
     assert table.cells[-1][-1] == "1 of 2"
+
+
+def test_names_of_pictures_are_names_of_files(made: tuple[Any, ...], tmp_path: Path) -> None:
+    """Whatever a text is called."""
+    section = made[-1]
+
+    def renamed(row: Row) -> Row:
+        base = row.group.base
+        measures = replace(base.measures, texts={"a/b c": OtherText("stdlib")})
+        losses = {seed: replace(run, losses={"a/b c": run.losses["stdlib"]}) for seed, run in row.outcomes.items()}
+        return replace(row, group=replace(row.group, base=replace(base, measures=measures)), outcomes=losses)
+
+    shown = replace(section, rows=tuple(map(renamed, section.rows)))
+    [names] = curves.draw(tmp_path, [shown]).values()
+    assert names[0] == "1-perplexity-a-b-c.png"
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
 
 def test_curves_are_of_shares_alone(made: tuple[Any, ...]) -> None:
@@ -822,6 +857,21 @@ def test_only_narrows_down(tmp_path: Path) -> None:
     }
     assert {g.seeds for g in groups[1:]} == {(1,)}
     assert {g.rates for g in groups[1:]} == {(), (0.01,)}
+    text = FILE + '[[matrix]]\nsparsity = 0.9\nrecipes = ["none"]\n'
+    with pytest.raises(
+        ValueError, match=r"^only has recipe=losa sparsity=0.9, which no run has together; leave one out$"
+    ):
+        groups_of(read(tmp_path, text), "recipe=losa", "sparsity=0.9")
+
+
+def test_a_rank_that_is_chosen_stays(tmp_path: Path) -> None:
+    """Without one it follows from the number of steps."""
+    text = FILE.replace("seeds =", "initial_rank = [6, 7]\nseeds =")
+    [groups] = groups_of(read(tmp_path, text))
+    ranks = {(g.recipe.name, dict(g.varied)["initial_rank"]): g.base.config.adapter.initial_rank for g in groups[1:]}
+    assert ranks == {(recipe, rank): int(rank) for recipe in ("none", "losa", "mine") for rank in ("6", "7")}
+    [groups] = groups_of(read(tmp_path))
+    assert {g.base.config.adapter.initial_rank for g in groups if g.recipe.name == "mine"} == {7}
 
 
 BAD: dict[str, tuple[str, str, str]] = {
@@ -843,6 +893,13 @@ BAD: dict[str, tuple[str, str, str]] = {
     "twice the same": ("0.5, 0.7", "0.5, 0.5", "sparsity is [0.5, 0.5, '2:4']; give one or more values, each once"),
     "no matrix": ("[[matrix]]", "[texts]", "has no [[matrix]]; give one"),
     "no TOML": ("nsamples = 8", "nsamples = 8 8", "is not TOML: "),
+    "a sparsity in words": ('"2:4"', '"unstructured"', "sparsity has 'unstructured'; allowed: shares of zeros"),
+    "a recipe that is a list": ('"losa", "mine"', '["losa"]', "recipe ['losa'] does not exist"),
+    "a treatment that is a number": ('preset = "paper"', "treatment = 5", "treatment is 5; allowed: none"),
+    "a speed": ("[options]", 'speed = "true"\n[options]', "speed is 'true'; allowed: true or false"),
+    "another row's recipe": ("seeds =", 'reference = "best"\nseeds =', "recipe is best; this matrix has none, losa, mine"),
+    "another row's value": ("seeds =", "reference = { sparsity = 0.55 }\nseeds =", "sparsity is 0.55; this matrix has 0.5, 0.7"),
+    "a reference that is a number": ("seeds =", "reference = 5\nseeds =", "reference is 5; give a recipe, or a table"),
     "a value": ('"2:4"', '"2:5:3"', "sparsity_type is '2:5:3'; allowed: unstructured, N:M, mixed-N:M, structured"),
     "a share": ("0.5, 0.7", "50", "sparsity_ratio is 50.0; allowed: 0 up to, not including, 1; did you mean 0.5?"),
     "a reference": ("seeds =", "reference = { steps = 5 }\nseeds =", "'steps' is not known; use recipe, prune_method, sparsity"),

@@ -29,6 +29,7 @@ from torch_impl.experiment.comparison.results import Results
 from torch_impl.experiment.comparison.rows import row_of
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import dry_run
+from torch_impl.experiment.text.sources import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="Folder of results, tables and curves (default losa-compare-NAME).",
     )
-    add("--only", nargs="+", default=[], metavar="NAME=VALUE", help="Only these: recipe=losa,best sparsity=0.7 seed=0.")
+    add(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="Only these: recipe=losa,best sparsity=0.7 seed=0.",
+    )
     add("--data", type=Path, metavar="FOLDER", help="Folder with the models, texts and tasks that FILE names.")
     add("--seeds", type=int, nargs="+", metavar="N", help="Seeds, instead of the file's.")
     add(
@@ -84,10 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     part = own.only if own.tables else [word for word in own.only if word.startswith("learning_rate=")]
     shown = shlex.join(["losa", "compare", Path(file).name, *_shown(words), *(["--only", *part] if part else [])])
     if own.tables is not None:
-        for folder in own.tables:
-            if not folder.is_dir():
-                raise ValueError(f"tables {folder} is not a folder; give the one with the results")
-        _report(comparison, groups, Results(own.tables[0], own.tables[1:]), shown)
+        _tables(comparison, groups, own, shown)
         return
     work = running.slots(flat)
     check(flat)
@@ -105,6 +110,21 @@ def main(arguments: Sequence[str]) -> None:
     _report(comparison, reading.select(everything, part), results, shown)
     if failed := sum(len(row_of(group, results).failed) for group in flat):
         raise RuntimeError(f"{failed} runs failed; see the last table, and run the command again to try them again")
+
+
+def _tables(comparison: Comparison, groups: Sequence[Sequence[Group]], own: argparse.Namespace, shown: str) -> None:
+    """Write the tables of results that there are. Errors: ValueError if there are none, so that no good ones are replaced."""
+    for folder in own.tables:
+        if not folder.is_dir():
+            raise ValueError(f"tables {folder} is not a folder; give the one with the results")
+    if own.dry_run:
+        raise ValueError("tables runs nothing, and writes; leave out --dry_run")
+    results = Results(own.tables[0], own.tables[1:])
+    if not any(row_of(group, results).outcomes for of_matrix in groups for group in of_matrix):
+        raise ValueError(
+            f"tables {own.tables[0]} has no result of these runs; give the options that they had, or another folder"
+        )
+    _report(comparison, groups, results, shown)
 
 
 def _role(slot: running.Slot) -> str:
@@ -137,8 +157,11 @@ def check(groups: Sequence[Group]) -> None:
         raise ValueError(
             "losa compare runs in one process; start it without torchrun, as often as you like with the same FOLDER"
         )
-    if any(group.base.measures.tasks for group in groups):
-        zero_shot.check_installed()
+    for measures in {repr(group.base.measures): group.base.measures for group in groups}.values():
+        for name, text in measures.texts.items():
+            check_source(text.source, f"[texts]: {name}")
+        if measures.tasks:
+            zero_shot.check_tasks(measures.tasks, measures.data)
     different: dict[str, Config] = {}
     # Those that train are checked for everything.
     for group in sorted(groups, key=lambda group: not group.base.config.training.finetune):

@@ -125,7 +125,7 @@ def load_tasks(tasks: Sequence[str], data: str | Path | None = None, num_fewshot
     check_installed()
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks is {tasks!r}; give a list of names, for example {', '.join(PAPER)}")
-    names = list(dict.fromkeys(name for given in tasks for name in (PAPER if given == ALL_SEVEN else (given,))))
+    names = _expanded(tasks)
     if num_fewshot is not None:
         _checks.count("num_fewshot", num_fewshot, 0)
     with _quiet():
@@ -162,10 +162,27 @@ def measure(
     return _summarise(used, results, limit)
 
 
+def check_tasks(tasks: Sequence[str], data: str | Path | None) -> None:
+    """Check that lm-eval is there, and the files of tasks from a folder, without loading anything. Errors: as `load_tasks`."""
+    check_installed()
+    if data is not None:
+        _check_files(_expanded(tasks), Path(data))
+
+
+def _expanded(tasks: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name for given in tasks for name in (PAPER if given == ALL_SEVEN else (given,))))
+
+
 def _local(names: Sequence[str], folder: Path) -> dict[str, Any]:
     """Load tasks from files."""
     from lm_eval.tasks import TaskManager
 
+    _check_files(names, folder)
+    manager = TaskManager(include_path=str(LOCAL), include_defaults=False, metadata={"folder": str(folder)})
+    return dict(manager.load(list(names))["tasks"])
+
+
+def _check_files(names: Sequence[str], folder: Path) -> None:
     for name in names:
         if name not in PAPER:
             raise ValueError(
@@ -173,8 +190,6 @@ def _local(names: Sequence[str], folder: Path) -> dict[str, Any]:
                 f"comes from the hub{closest(name, PAPER)}"
             )
         task_files.find(name, folder)
-    manager = TaskManager(include_path=str(LOCAL), include_defaults=False, metadata={"folder": str(folder)})
-    return dict(manager.load(list(names))["tasks"])
 
 
 def _of_the_hub(names: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch_impl.experiment.comparison import published
 from torch_impl.experiment.comparison.matrix import Matrix
 from torch_impl.experiment.comparison.recipes import DENSE, LOSA, read
+from torch_impl.experiment.comparison.results import DONE
 from torch_impl.experiment.comparison.rows import Row
 from torch_impl.experiment.comparison.tables import Table, axes, name_of
 from torch_impl.experiment.config import Config, parse
@@ -31,7 +32,7 @@ def measured(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     columns = axes(matrix, beside=("sparsity",))
     together: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.group.recipe.treatment != DENSE and row.ended:
+        if row.group.recipe.treatment != DENSE and any(run.status == DONE for run in row.ended.values()):
             varied = dict(row.group.varied)
             together.setdefault((*(varied[name] for name in columns), name_of(row)), []).append(row)
     lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +14,8 @@ from torch_impl.experiment.comparison.rows import Row
 from torch_impl.experiment.comparison.statistics import Spread
 from torch_impl.experiment.comparison.tables import axes, name_of
 
+# What a file name, and a link to it in Markdown, cannot have.
+NO_FILE_NAME = re.compile(r"[^\w.+-]+")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 # As many more than colours that no two rows have both alike: of a single point, no line tells them apart.
 MARKERS = "osD^vPX*<>p"
@@ -47,7 +50,7 @@ def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:
     for kind, label, value, logarithmic in kinds:
         divided = panels(section, value)
         if any(len(points) > 1 for lines in divided.values() for points in lines.values()):
-            name = f"{number}-{kind}.png"
+            name = f"{number}-{NO_FILE_NAME.sub('-', kind)}.png"
             _picture(folder / name, divided, _level(section, value), (share, label), logarithmic)
             yield name
 

@@ -208,7 +208,8 @@ class Comparison:
             options["eval_data"] = [first.source]
             if first.protocol is not None:
                 options["eval_protocol"] = [first.protocol]
-        options |= _of_steps(options)
+        chosen = {*self.options, *matrix.options, *recipe.options, *given}
+        options |= _of_steps(options, "initial_rank" in chosen)
         config = parse([word for name, words in options.items() for word in (f"--{name}", *words)], data_required=True)
         measures = self.measures
         if not measures.texts:
@@ -254,12 +255,13 @@ def label(value: Any) -> str:
         Path(value).name
         if isinstance(value, str) and "/" in value
         else f"{value:g}"
-        if _is_number(value)
+        if is_number(value)
         else str(value)
     )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value of a TOML file is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -268,20 +270,23 @@ def _varied_options(values: Mapping[str, Any]) -> dict[str, list[str]]:
     found = {}
     for name, value in values.items():
         if name == "sparsity":
-            name = "sparsity_ratio" if _is_number(value) else "sparsity_type"
+            name = "sparsity_ratio" if is_number(value) else "sparsity_type"
         found[name] = [str(value)]
     return found
 
 
-def _of_steps(options: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Return the options that follow from the number of steps: the first rank, so that the mean rank over all steps is that of
-    the paper's five steps, and equal shares of the training text. Errors: ValueError if `steps` is no number."""
+def _of_steps(options: Mapping[str, list[str]], ranked: bool) -> dict[str, list[str]]:
+    """Return the options that follow from the number of steps: the first rank, unless it is chosen (`ranked`), so that the mean
+    rank over all steps is that of the paper's five steps, and equal shares of the training text.
+
+    Errors: ValueError if `steps` is no number.
+    """
     found = {}
     try:
         steps = int(options.get("steps", ["5"])[0])
     except ValueError:
         raise ValueError(f"steps is {options['steps'][0]!r}; allowed: whole numbers of 1 or more") from None
-    if options.get("initial_rank", ["6"]) == ["6"]:
+    if not ranked and options.get("initial_rank", ["6"]) == ["6"]:
         found["initial_rank"] = [str(max(1, 6 + (STEPS_OF_PAPER - steps) // 2))]
     if "step_shares" in options:
         found["step_shares"] = shares_again(options["step_shares"], steps)

@@ -12,7 +12,7 @@ from torch_impl import _checks
 from torch_impl.experiment import config
 from torch_impl.experiment.command import closest
 from torch_impl.experiment.comparison import recipes
-from torch_impl.experiment.comparison.matrix import PLACES, Comparison, Group, Matrix, Measures, label
+from torch_impl.experiment.comparison.matrix import PLACES, Comparison, Group, Matrix, Measures, is_number, label
 from torch_impl.experiment.comparison.recipes import NOT_HERE, Recipe, check_keys, check_options, rates_of, words
 from torch_impl.experiment.material import OtherText
 from torch_impl.experiment.sections import MOST_SEED
@@ -128,13 +128,16 @@ def _measures(where: str, table: Mapping[str, Any], data: Path | None) -> Measur
     names = tasks.get("names", [])
     if not isinstance(names, list) or (tasks and not names):
         raise ValueError(f"{where}, [tasks]: names is {names!r}; give a list of tasks")
+    speed = table.get("speed", False)
+    if not isinstance(speed, bool):
+        raise ValueError(f"{where}: speed is {speed!r}; allowed: true or false")
     folder = tasks.get("data")
     return Measures(
         {name: _text(f"{where}, [texts]: {name}", text, data) for name, text in texts.items()},
         tuple(map(str, names)),
         None if folder is None else _inside(str(folder), data) or str(folder),
         limit,
-        table.get("speed", False) is True,
+        speed,
     )
 
 
@@ -176,11 +179,14 @@ def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
     for name, values in varied.items():
         if not values or len({label(value) for value in values}) < len(values):
             raise ValueError(f"{where}: {name} is {list(values)}; give one or more values, each once")
+    for value in varied.get("sparsity", ()):
+        if not is_number(value) and ":" not in str(value):
+            raise ValueError(
+                f"{where}: sparsity has {value!r}; allowed: shares of zeros such as 0.7, and N:M or mixed-N:M"
+            )
     chosen, own = _recipes(where, table["recipes"], known), _table(where, table, "options")
     check_options(f"{where}, options", own, ("eval_data",))
-    reference = table.get("reference", {"recipe": recipes.LOSA})
-    reference = {"recipe": reference} if isinstance(reference, str) else {k: label(v) for k, v in reference.items()}
-    check_keys(f"{where}, reference", reference, ("recipe", *varied))
+    reference = _reference(where, table.get("reference"), chosen, varied)
     return Matrix(
         title=str(table.get("title", "")),
         recipes=chosen,
@@ -192,11 +198,26 @@ def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
     )
 
 
+def _reference(where: str, given: Any, chosen: Sequence[Recipe], varied: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """Read the row to compare with. Errors: ValueError naming what the matrix does not have."""
+    if given is None:
+        return {}
+    if not isinstance(given, str | dict):
+        raise ValueError(f"{where}: reference is {given!r}; give a recipe, or a table such as {{ sparsity = 0.5 }}")
+    reference = {"recipe": given} if isinstance(given, str) else {name: label(value) for name, value in given.items()}
+    check_keys(f"{where}, reference", reference, ("recipe", *varied))
+    there = {"recipe": [recipe.name for recipe in chosen], **{name: [*map(label, v)] for name, v in varied.items()}}
+    for name, value in reference.items():
+        if value not in there[name]:
+            raise ValueError(f"{where}, reference: {name} is {value}; this matrix has {', '.join(there[name])}")
+    return reference
+
+
 def _recipes(where: str, names: Any, known: Mapping[str, Recipe]) -> tuple[Recipe, ...]:
     if not isinstance(names, list):
         raise ValueError(f"{where}: recipes is {names!r}; give a list of names")
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(
                 f"{where}: recipe {name!r} does not exist{closest(str(name), known)}; known: {', '.join(known)}"
             )
@@ -259,7 +280,10 @@ def select(groups: Sequence[Sequence[Group]], only: Sequence[str]) -> list[list[
             raise ValueError(f"only has {name!r}, which this comparison does not vary; give one of {', '.join(names)}")
         if unknown := sorted(values - there):
             raise ValueError(f"only has {name}={unknown[0]}; this comparison has {', '.join(sorted(there))}")
-    return [[kept for group in of_matrix if (kept := _narrow(group, wanted)) is not None] for of_matrix in groups]
+    found = [[kept for group in of_matrix if (kept := _narrow(group, wanted)) is not None] for of_matrix in groups]
+    if not any(group.recipe.treatment != recipes.DENSE for of_matrix in found for group in of_matrix):
+        raise ValueError(f"only has {' '.join(only)}, which no run has together; leave one out")
+    return found
 
 
 def _values(group: Group, name: str) -> list[str]:

@@ -82,7 +82,7 @@ def words(options: Mapping[str, Any]) -> dict[str, list[str]]:
 def check_treatment(recipe: Recipe) -> None:
     """Errors: ValueError if the treatment is not known."""
     if recipe.treatment not in BASELINES:
-        hint = closest(recipe.treatment, BASELINES)
+        hint = closest(str(recipe.treatment), BASELINES)
         raise ValueError(
             f"recipe {recipe.name!r}: treatment is {recipe.treatment!r}; allowed: {', '.join(BASELINES)}{hint}"
         )

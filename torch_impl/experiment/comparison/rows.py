@@ -32,8 +32,11 @@ class Row:
     def failed(self) -> list[Outcome]:
         """Return the runs that failed: those that would be reported, and those to choose a learning rate by."""
         # Without tasks and speed, one run is both.
-        runs = {tuple(outcome.labels.items()): outcome for outcome in (*self.outcomes.values(), *self.tuning.values())}
-        return [outcome for outcome in runs.values() if outcome.status == FAILED]
+        runs: list[Outcome] = []
+        for outcome in (*self.outcomes.values(), *self.tuning.values()):
+            if outcome.status == FAILED and outcome not in runs:
+                runs.append(outcome)
+        return runs
 
     @property
     def missing(self) -> int:
