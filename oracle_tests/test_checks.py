@@ -148,6 +148,15 @@ def test_a_tokenizer_that_fails_at_its_first_word(place: Path, capsys: pytest.Ca
         assert f"model {place / 'model'} does not load as a tokenizer: " in one_line(command(argv), capsys)
 
 
+def test_a_model_without_a_tokenizer_asks_for_its_files(place: Path, capsys: pytest.CaptureFixture) -> None:
+    for file in (place / "model").glob("token*"):
+        file.unlink()
+    line = one_line(main(arguments(place)), capsys)
+    assert line.startswith(
+        f"error: model {place / 'model'} has no tokenizer; copy tokenizer.json and tokenizer_config.json of"
+    )
+
+
 def mixture(folder: Path) -> Path:
     """Experts in every block but the first, which is dense; transformers saves them apart and loads them as one tensor."""
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oracle_tests.small_comparisons import FILE, words
-from oracle_tests.small_runs import make_place, watched_windows
+from oracle_tests.small_runs import ROOT, make_place, watched_windows
 from torch_impl.commands import compare
 from torch_impl.engine.decoder import Decoder
 from torch_impl.experiment.baselines.decoding import DecodingCost
 from torch_impl.experiment.baselines.structured import kept_parameters
-from torch_impl.experiment.comparison import cells
+from torch_impl.experiment.comparison import cells, reading
 from torch_impl.experiment.comparison.matrix import Cell
 from torch_impl.experiment.comparison.results import Results
 from torch_impl.experiment.planning import dry_run
@@ -168,6 +169,16 @@ def test_only_what_runs_needs_its_packages(
     tables = words(place, FILE.replace('"sparse_lora"', '"lora"'), output=None)
     assert compare.main([*tables, "--tables", str(tmp_path / "there")]) == 2
     assert "has no result of these runs" in capsys.readouterr().err, "it asks for no package"
+
+
+def test_the_file_of_the_documentation_is_read(tmp_path: Path) -> None:
+    """Every key that docs/compare.md explains, in one file that is accepted."""
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"^```toml\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "shown.toml").write_text(block, encoding="utf-8")
+    comparison = reading.read(tmp_path / "shown.toml", {})
+    [groups] = [comparison.groups(matrix) for matrix in comparison.matrices]
+    assert len(groups) == 1 + 3 * 2 * 6
 
 
 @pytest.mark.parametrize(

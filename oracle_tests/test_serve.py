@@ -263,6 +263,13 @@ def test_nothing_else_is_served(url: str, route: str) -> None:
     assert "error" in json.loads(text)
 
 
+def test_what_a_route_does_not_do_is_refused_as_json(url: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{url}/v1/completions", timeout=30)
+    assert caught.value.code == 405
+    assert "error" in json.loads(caught.value.read())
+
+
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_positions_and_no_template(tmp_path: Path, family: str) -> None:
     """128 of them, learned or trained on; the tokenizer has no chat template."""

@@ -49,7 +49,8 @@ class TextConfig:
 
     calibration_data: str = "stdlib"
     """Calibration text: {names} (stdlib, the sources of Python's standard library, is the default of the embedded model alone); a
-    .txt, .jsonl, .json or .parquet file, or a folder of them; hf:REPO[:CONFIG[:SPLIT]], a data set of the Hugging Face hub."""
+    .txt, .raw, .jsonl, .json (also .gz) or .parquet file, or a folder of them; hf:REPO[:CONFIG[:SPLIT]], a data set of the
+    Hugging Face hub."""
     finetune_data: str = "stdlib"
     """Text or instruction records for fine-tuning; the same kinds of source and default."""
     eval_data: str = "stdlib"

@@ -164,6 +164,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
             tokenizer("Some files load but fail on the first word.")
             return tokenizer
     except ValueError as error:
+        if not any(path.name.startswith(("token", "vocab")) or path.suffix == ".model" for path in folder.iterdir()):
+            raise ValueError(
+                f"model {folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json of the model that it was made of "
+                "into it"
+            ) from error
         pieces = [path.name for path in sorted(folder.glob("*.model"))]
         if not pieces or (folder / "tokenizer.json").exists():
             raise
