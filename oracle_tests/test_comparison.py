@@ -864,6 +864,29 @@ def test_only_narrows_down(tmp_path: Path) -> None:
         groups_of(read(tmp_path, text), "recipe=losa", "sparsity=0.9")
 
 
+def test_a_part_has_its_own_dense_models_alone(tmp_path: Path) -> None:
+    text = FILE.replace("prune_method = ", 'model = ["one", "two"]\nprune_method = ')
+    options = {name: ["stdlib"] for name in ("calibration_data", "finetune_data", "eval_data")}
+    [groups] = groups_of(read(tmp_path, text, options=options), "model=two")
+    assert [dict(g.varied)["model"] for g in groups if g.recipe.name == "dense"] == ["two"]
+    [groups] = groups_of(read(tmp_path, text, options=options), "recipe=losa")
+    assert [dict(g.varied)["model"] for g in groups if g.recipe.name == "dense"] == ["one", "two"]
+
+
+def test_what_is_measured_on_other_windows_is_another_run(tmp_path: Path) -> None:
+    """A comparison without training measures all of a text, of which one with training leaves some for it."""
+    place = tmp_path / "text.txt"
+    place.write_text("words")
+    for other, same in ((str(place), False), ("c4", True)):
+        options = {"finetune_data": [other], "eval_data": [str(place)], "calibration_data": ["c4"]}
+        keys = []
+        for compared in ('["none"]', '["none", "losa"]'):
+            [groups] = groups_of(read(tmp_path, FILE.replace('["none", "losa", "mine"]', compared), options=options))
+            keys.append([group.final(0, None).key for group in groups if group.recipe.name in ("dense", "none")])
+        assert len(set(keys[0])) == len(keys[0]) == 1 + 2 * 3
+        assert (keys[0] == keys[1]) == same
+
+
 def test_a_rank_that_is_chosen_stays(tmp_path: Path) -> None:
     """Without one it follows from the number of steps."""
     text = FILE.replace("seeds =", "initial_rank = [6, 7]\nseeds =")
@@ -894,6 +917,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "no matrix": ("[[matrix]]", "[texts]", "has no [[matrix]]; give one"),
     "no TOML": ("nsamples = 8", "nsamples = 8 8", "is not TOML: "),
     "a sparsity in words": ('"2:4"', '"unstructured"', "sparsity has 'unstructured'; allowed: shares of zeros"),
+    "the same title": ("mine | yours", "no training", "recipes 'none' and 'mine' have the same title, 'no training'"),
     "a recipe that is a list": ('"losa", "mine"', '["losa"]', "recipe ['losa'] does not exist"),
     "a treatment that is a number": ('preset = "paper"', "treatment = 5", "treatment is 5; allowed: none"),
     "a speed": ("[options]", 'speed = "true"\n[options]', "speed is 'true'; allowed: true or false"),

@@ -19,6 +19,7 @@ from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.rates import RULES
 from torch_impl.engine.resume import run_checkpoints
 from torch_impl.experiment import config, job
+from torch_impl.experiment.material import check_text
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
 from torch_impl.run import main
@@ -104,6 +105,17 @@ def test_the_plan_is_shown_and_nothing_written(place: Path, capsys: pytest.Captu
     for word in ("prunable weights", "MiB", "TFLOP", "mean rank", "optimizer steps"):
         assert word in printed
     assert not (place / "out").exists()
+
+
+def test_a_plan_is_of_the_records_that_there_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "few.txt").write_text("word " * 60)
+    few = arguments(place, finetune_data=place / "few.txt", train_examples=20, step_shares="0.5 0.5")
+    found = check_text(config.parse(few))
+    assert found is not None
+    assert 2 < found < 20
+    assert main([*few, "--dry_run"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fine-tuning")]
+    assert line.split()[1:3] == [str(found), "×"]
 
 
 def test_help_teaches() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.experiment import report
@@ -19,7 +20,10 @@ def show_plan(config: Config) -> None:
     if not process():
         plan = dry_run.make_plan(config)
         check_output(config)
-        check_text(config)
+        found = check_text(config)
+        if config.training.finetune and found is not None and found < config.text.train_examples:
+            # All records are used, which are fewer than the run asks for.
+            plan = dry_run.make_plan(replace(config, text=replace(config.text, train_examples=found)))
         say(show.plan_text(plan))
 
 

@@ -131,21 +131,23 @@ def with_text(
     return Material(model, tokenizer, calibration_ids, examples, measured[:limit], facts, more)
 
 
-def check_text(config: Config) -> None:
-    """Load the text for a model on the disk, without its weights, unless some of it is on the hub.
+def check_text(config: Config) -> int | None:
+    """Load the text for a model on the disk, without its weights, unless some of it is on the hub. Return the number of training
+    examples that there are, None if it is not loaded.
 
     Errors: as a run's, for text that cannot be read or is too short for the windows, the examples and the steps.
     """
     options, text = config.model, config.text
     sources = [text.calibration_data, text.eval_data, *([text.finetune_data] if config.training.finetune else ())]
     if not Path(options.model).is_dir() or not all(map(is_local, sources)):
-        return
+        return None
     device = torch.device("cpu")
     model = pretrained.outline(options.model, device, options.dtype, options.trust_remote_code)
     tokenizer = pretrained.load_tokenizer(Path(options.model), options.trust_remote_code)
     examples = with_text(config, model, tokenizer).examples
     if examples:
         windows.split_parts(examples, text.shares(config.prune.steps))
+    return len(examples)
 
 
 def environment_of(config: Config, material: Material) -> dict[str, Any]:

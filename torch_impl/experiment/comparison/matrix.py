@@ -88,6 +88,10 @@ class Cell:
             "learning_rate": self.rate,
             "texts": {name: [Path(text.source).name, text.protocol] for name, text in self.measures.texts.items()},
         }
+        sources = {text.source for text in self.measures.texts.values()}
+        if not self.finetunes and self.config.text.finetune_data in sources:
+            # Where nothing is trained, no part of this text is left for training: other windows are measured.
+            what["untrained"] = True
         if self.tasks:
             what |= {"tasks": self.tasks, "limit": self.measures.limit}
             if self.measures.data is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -222,7 +223,13 @@ def _recipes(where: str, names: Any, known: Mapping[str, Recipe]) -> tuple[Recip
                 f"{where}: recipe {name!r} does not exist{closest(str(name), known)}; known: {', '.join(known)}"
             )
         recipes.check_treatment(known[name])
-    return tuple(known[name] for name in dict.fromkeys(names))
+    chosen = [known[name] for name in dict.fromkeys(names)]
+    for one, other in itertools.combinations(chosen, 2):
+        if one.title == other.title:
+            raise ValueError(
+                f"{where}: recipes {one.name!r} and {other.name!r} have the same title, {one.title!r}; give one another"
+            )
+    return tuple(chosen)
 
 
 def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
@@ -296,7 +303,8 @@ def _values(group: Group, name: str) -> list[str]:
 
 def _narrow(group: Group, wanted: Mapping[str, set[str]]) -> Group | None:
     if group.recipe.treatment == recipes.DENSE:
-        return group
+        differs = any(key in wanted and value not in wanted[key] for key, value in group.varied)
+        return None if differs else group
     for name, values in wanted.items():
         has = _values(group, name)
         if name == "learning_rate" and not has:
