@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from oracle_tests.plans import PLAIN, config
 from oracle_tests.small_runs import ROOT
 from oracle_tests.tiny_material import SIZES
 from torch_impl.engine import memory
-from torch_impl.engine.decoder import Decoder
-from torch_impl.experiment.planning import geometry, phases
+from torch_impl.experiment.planning import phases
 from torch_impl.experiment.planning.parts import Parts, Peak, Place
 from torch_impl.experiment.planning.phases import PROCESS, peak
-from torch_impl.experiment.planning.sizes import Sizes
+from torch_impl.experiment.planning.table import sizes_of
 
 CPU, CUDA = Place("cpu"), Place("cuda")
 # Two bytes for each of 760 weights; at step 2, seven ranks of 113 entries in float32.
@@ -388,9 +386,6 @@ def test_many_cards_hold_no_more_than_one(changes: dict[str, Any]) -> None:
 def test_the_host_memory_of_a_whole_run_is_as_planned() -> None:
     """7B on an H200, measured; the parts of the plan are its weights, its masks and the process itself."""
     measured = json.loads((ROOT / "docs/results/whole_run/llama-2-7b.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        shape = geometry.GEOMETRIES["llama-2-7b"]
-        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).to(torch.bfloat16)
-    planned = peak(config(), Sizes.of(Decoder(model), model.dtype), CUDA).host
+    planned = peak(config(), sizes_of("llama-2-7b"), CUDA).host
     assert list(planned.by_name()) == ["weights", "masks", "process"]
     assert planned.total == pytest.approx(measured["result"]["peak_memory"]["host"], rel=0.02)

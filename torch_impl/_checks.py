@@ -77,9 +77,10 @@ def integer(name: str, value: int, low: int, high: int | None = None) -> int:
 
 def count(name: str, value: int, low: int = 1, most: int = MOST) -> int:
     """Check that `value` is an integer from `low` to `most`, so that absurd sizes are refused before any allocation."""
-    if integer(name, value, low) > most:
+    number = integer(name, value, low)
+    if number > most:
         raise ValueError(f"{name} is {value}; allowed: at most {most}")
-    return value
+    return number
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> str:

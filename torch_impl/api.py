@@ -38,12 +38,11 @@ from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.run_folder import MODEL, run_folder
 from torch_impl.engine.rounding import ERROR
 from torch_impl.engine.smaller import make_smaller
-from torch_impl.engine.structure import check_structure
 from torch_impl.engine.training import same_checkpointing
 from torch_impl.experiment import zero_shot
 from torch_impl.experiment.arguments import (
-    check_loaded,
     check_model,
+    check_weights,
     configuration,
     is_ids,
     material_of,
@@ -113,8 +112,7 @@ def prune(
         raise ValueError("prune is called in torch.inference_mode(), in which nothing can be trained; call it outside")
     train = given.listed(train, "train")
     config = configuration(model, calibration, train, sparsity, method, preset, options)
-    decoder = check_structure(model, config.settings)
-    check_loaded(decoder, config.settings)
+    decoder = check_weights(model, config.settings)
     windows, parts = material_of(model, tokenizer, calibration, train, config)
     tokenized = [example for part in parts for example in part] if given.is_tokenized(train) else []
     config = with_shape(config, windows, tokenized)
@@ -267,10 +265,10 @@ def evaluate(
     FileNotFoundError for text or documents that are not there; FloatingPointError if the perplexity is not finite.
     """
     model = _measurable(model)
-    # As Python's own integers: torch and JSON take no others.
-    batch_size, seqlen = int(_checks.count("batch_size", batch_size)), int(_checks.count("seqlen", seqlen, 2))
-    windows = None if windows is None else int(_checks.count("windows", windows))
-    limit = None if limit is None else int(_checks.count("limit", limit))
+    # From here on Python's own integers: torch and JSON take no others.
+    batch_size, seqlen = _checks.count("batch_size", batch_size), _checks.count("seqlen", seqlen, 2)
+    windows = None if windows is None else _checks.count("windows", windows)
+    limit = None if limit is None else _checks.count("limit", limit)
     if tasks is None:
         text = "wikitext2" if text is None else text
     elif tokenizer is None:

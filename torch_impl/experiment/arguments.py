@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl import losa
@@ -40,19 +39,18 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model is {type(model).__name__}; give a transformers model, as from_pretrained returns it")
 
 
-def check_loaded(decoder: Decoder, settings: Settings) -> None:
-    """Check the weights before anything changes.
+def check_weights(model: PreTrainedModel, settings: Settings) -> Decoder:
+    """Check the model before anything changes; return its decoder.
 
-    Errors: ValueError if they are not in memory, hold NaN or infinity, or are sparser than the target already.
+    Errors: ValueError as `structure.check_model`, or if weights are not in memory, or are sparser than the target already.
     """
-    model: nn.Module = decoder.model
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise ValueError(
             f"model has weights that are not in memory ({few(absent)}), as device_map leaves them; load it without, or use "
             "losa run --offload on"
         )
-    structure.check_model(decoder.model, settings)
+    decoder = structure.check_model(model, settings)
     weights = [list(decoder.family.weights_of(block).values()) for block in decoder.blocks]
     shares = torch.tensor([zero_share(of_block) for of_block in weights], dtype=torch.float64)
     sizes = torch.tensor([sum(weight.numel() for weight in of_block) for of_block in weights], dtype=torch.float64)
@@ -60,6 +58,7 @@ def check_loaded(decoder: Decoder, settings: Settings) -> None:
         losa.initial_rates(shares, sizes, settings.prune)
     except ValueError as error:
         raise ValueError(_as_arguments(str(error))) from None
+    return decoder
 
 
 def is_ids(value: Any) -> bool:
@@ -78,9 +77,9 @@ def _check_names(options: Iterable[str]) -> None:
 
 def _check_decided(options: dict[str, Any], calibration: Any, train: Any) -> None:
     """Errors: TypeError naming an option that tokens decide."""
-    decided = {"seqlen": "calibration is token ids, which decide", "nsamples": "calibration is token ids, which decide"}
-    if not is_ids(calibration):
-        decided = {}
+    decided: dict[str, str] = {}
+    if is_ids(calibration):
+        decided |= dict.fromkeys(("seqlen", "nsamples"), "calibration is token ids, which decide")
     if given.is_tokenized(train):
         decided |= dict.fromkeys(("train_examples", "train_seqlen"), "train is tokenized, which decides")
     for name, why in decided.items():

@@ -27,16 +27,10 @@ PROCESS = 3 << 30
 
 def peak(config: Config, sizes: Sizes, place: Place) -> Peak:
     """Find the phase with the largest memory, in memory or offloaded, by the option `offload` or by what fits."""
-    found = _peak(config, sizes, place)
-    return replace(found, host=replace(found.host, process=PROCESS)) if place.kind == "cuda" else found
-
-
-def _peak(config: Config, sizes: Sizes, place: Place) -> Peak:
     in_memory = _in_memory(config, sizes, place)
     if place.cards > 1 or not config.plain or config.model.offload == "off":
         return in_memory
-    host = in_memory.host.total + (PROCESS if place.kind == "cuda" else 0)
-    fits = in_memory.device.total <= SHARE * place.free and host <= SHARE * place.free_host
+    fits = in_memory.device.total <= SHARE * place.free and in_memory.host.total <= SHARE * place.free_host
     return in_memory if fits and config.model.offload == "auto" else _offloaded(config, sizes, place)
 
 
@@ -55,8 +49,9 @@ def _host(config: Config, sizes: Sizes, place: Place) -> Parts:
     kept = max(_kept_states(config, sizes, place.cards), gradients.states(config, sizes, place.cards))
     masks = max(0, math.ceil(sizes.prunable / place.cards) - kept - sums)
     if place.cards == 1:
-        return Parts(weights=sizes.weights(), masks=masks, streams=kept, statistics=sums)
-    return Parts(blocks=max(sizes.block(), sizes.outside_blocks()), masks=masks, streams=kept, statistics=sums)
+        return Parts(weights=sizes.weights(), masks=masks, streams=kept, statistics=sums, process=PROCESS)
+    largest = max(sizes.block(), sizes.outside_blocks())
+    return Parts(blocks=largest, masks=masks, streams=kept, statistics=sums, process=PROCESS)
 
 
 def _importance_tokens(config: Config, cards: int = 1) -> int:
@@ -253,5 +248,6 @@ def _offloaded(config: Config, sizes: Sizes, place: Place) -> Peak:
     # A block being written, to the result or twice to a checkpoint; on a GPU also one being read.
     written = (1 + config.reconstruction.more_streams) * sizes.block()
     if place.kind == "cuda":
-        return Peak(True, phase, device, Parts(blocks=sizes.block() + written, streams=hosted, statistics=sums))
+        host = Parts(blocks=sizes.block() + written, streams=hosted, statistics=sums, process=PROCESS)
+        return Peak(True, phase, device, host)
     return Peak(True, phase, device, replace(device, blocks=device.blocks + written))
