@@ -207,25 +207,26 @@ def test_methods_and_recipes_are_those_of_the_runs(sparsity: str) -> None:
 def leads_table() -> list[str]:
     """Rows of the table of results.md: LoSA's lead in percent over sparse LoRA and over the best adapter left unmerged.
 
-    In brackets where a paired t-test over the windows has p of 0.01 or more.
+    In brackets where a paired t-test over the windows has p of 0.01 or more; empty where a run is missing.
     """
-    sizes = ["0.7", "0.6", "0.5", "2:4"]
+    sizes = ["0.7", "0.6", "0.5", "2:4", "2:8"]
     lines = ["| LoSA's lead, % | " + " | ".join(SIZES[size] for size in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
     for method, title in METHODS.items():
         row = [title]
         for size in sizes:
             runs = runs_of("smollm2", prune_method=method, sparsity=size)
             losses = {run["labels"]["recipe"]: run["losses"]["WikiText-2"] for run in runs}
-            unmerged = min(
-                (losses[name] for name in ("lora", "adalora", "sora") if name in losses), key=statistics.fmean
+            unmerged = [losses[name] for name in ("lora", "adalora", "sora") if name in losses]
+            told: list[str] = []
+            others = (
+                [losses["sparse_lora"], min(unmerged, key=statistics.fmean)] if unmerged and "losa" in losses else []
             )
-            told = []
-            for theirs in (losses["sparse_lora"], unmerged):
+            for theirs in others:
                 lead = -100 * math.expm1(statistics.fmean(losses["losa"]) - statistics.fmean(theirs))
                 chance = stats.ttest_rel(losses["losa"], theirs).pvalue
                 told.append(f"{lead:.1f}".replace("-", "−") if chance < 0.01 else f"({lead:.1f})".replace("-", "−"))
             row.append(", ".join(told))
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(f"| {' | '.join(row)} |".replace("  ", " "))
     return lines
 
 
@@ -302,6 +303,7 @@ def test_what_masks_bring_is_told_as_it_was() -> None:
     ]
     after = f"after the paper's LoSA; {min(others):.0f} to {max(others):.0f} % after other adapters."
     assert f"{', '.join(spans)}, {after}" in told
+    assert f"At 2:8 ALPS's LoSA is {change('2:8', ('losa', 'alps'), ('losa', 'wanda')):.0f} % lower." in told
     # Nothing that merges is better.
     assert all(leads_over(("sparse_lora",), tuple(METHODS), size)[0] > 0 for size in ("0.7", *lower))
     assert all(abs(leads_over(("adalora",), ("alps",), size)[0]) < 0.5 for size in lower)
@@ -323,6 +325,59 @@ def test_what_masks_bring_is_told_as_it_was() -> None:
         "Pruner-Zero, {admm:.0f} with ADMM, {alps:.0f} with ALPS.".format(**seconds)
         in told
     )
+
+
+def test_what_masks_bring_to_the_best_recipe_is_told_as_it_was() -> None:
+    told = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    ends, begins = ([r[recipe] for r in map(of_masks, METHODS)] for recipe in ("best", "none"))
+    span = f"{min(begins):.0f} to {max(begins):,.0f} to {min(ends):.1f} to {max(ends):.1f}: "
+    lower = {
+        (size, method): change(size, (recipe, method), (recipe, "wanda"))
+        for size, recipe, methods in (
+            ("0.7", "best", ("sparsegpt", "alps", "admm", "magnitude")),
+            ("2:4", "best_low", ("sparsegpt", "alps", "admm")),
+        )
+        for method in methods
+    }
+    assert (
+        f"{span}SparseGPT's, ALPS's and ADMM's end {lower['0.7', 'sparsegpt']:.1f}, {lower['0.7', 'alps']:.1f} and "
+        f"{lower['0.7', 'admm']:.1f} % below Wanda's, magnitude's {-lower['0.7', 'magnitude']:.1f} % above. At 2:4 ALPS's and "
+        f"ADMM's end {lower['2:4', 'alps']:.1f} and {lower['2:4', 'admm']:.1f} % below Wanda's, SparseGPT's as good"
+        in told
+    )
+    assert abs(lower["2:4", "sparsegpt"]) < 0.5
+    good = [lower[size, method] for size in ("0.7", "2:4") for method in ("admm", "alps")]
+    span = f"{min(good):.0f} to {max(good):.0f} %"
+    assert f"in the paper's recipe, {span} in the best one |" in told
+    assert f"the best one {span} (" in readme
+    again = [
+        perplexities("recovery", recipe="best", prune_method=m, sparsity="0.7")[0][0] for m in ("sparsegpt", "admm")
+    ]
+    assert "once more ended at {:.1f} with SparseGPT's and {:.1f} with ADMM's".format(*again) in told
+    seeds = [second for second, _ in perplexities("recovery", recipe="best", prune_method="wanda", sparsity="0.7")]
+    assert len(seeds) == 3
+    assert round(100 * statistics.stdev(seeds) / statistics.fmean(seeds)) == 1
+    minutes = [
+        runs_of("smollm2", recipe="best", prune_method=m, sparsity="0.7")[0]["seconds"]["prune"] / 60
+        for m in ("alps", "admm", "sparsegpt")
+    ]
+    assert "ALPS take {:.0f} minutes at 70 %, with ADMM {:.0f}, with SparseGPT {:.0f} (".format(*minutes) in told
+    others = sorted(
+        change(size, (recipe, method), ("losa", method))
+        for size, recipe in (("0.7", "best"), ("2:4", "best_low"))
+        for method in METHODS
+        if method != "wanda" and runs_of("smollm2", recipe=recipe, prune_method=method, sparsity=size)
+    )
+    assert f"and {others[0]:.0f} to {others[-1]:.0f} % with other masks." in told
+
+
+def of_masks(method: str) -> dict[str, float]:
+    """Perplexity at 70 % of every recipe with these masks."""
+    return {
+        run["labels"]["recipe"]: math.exp(statistics.fmean(run["losses"]["WikiText-2"]))
+        for run in runs_of("smollm2", prune_method=method, sparsity="0.7")
+    }
 
 
 def schedules_table() -> list[str]:
