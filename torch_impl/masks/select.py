@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from torch_impl import _checks, _kernels
@@ -19,10 +20,22 @@ def row_mask(score: torch.Tensor, sparsity: float) -> torch.Tensor:
     if k == 0:
         return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     # What is below the k-th lowest score of a row goes, and the first of its equals.
-    threshold = score.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    threshold = _kth_lowest(score, k)
     pruned, equal = score < threshold, score == threshold
-    pruned |= equal & (equal.cumsum(1, dtype=torch.int32) <= k - pruned.sum(1, keepdim=True))
+    short = k - pruned.sum(1, keepdim=True)
+    if score.is_cpu and bool((equal.sum(1, keepdim=True) == short).all()):
+        pruned |= equal
+    else:
+        pruned |= equal & (equal.cumsum(1, dtype=torch.int32) <= short)
     return pruned.logical_not_()
+
+
+def _kth_lowest(score: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the k-th lowest, from 1, of each row of `score` (rows, columns) as (rows, 1)."""
+    if score.is_cpu and score.dtype in (torch.float32, torch.float64):
+        # NumPy selects about ten times as fast as torch on a CPU.
+        return torch.from_numpy(np.partition(score.detach().numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return score.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
 
 def workspace(entries: int, wide: int) -> int:
