@@ -23,6 +23,7 @@ from transformers import (
 
 from torch_impl._checks import MOST
 from torch_impl.commands.loading import load, warm_up
+from torch_impl.commands.sampling import COLDEST
 from torch_impl.commands.stop_text import criteria
 from torch_impl.decode import next_token
 from torch_impl.decode.packed_group import Packed
@@ -73,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Sampling temperature; 0: always the most likely token (default).",
     )
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="Sample from the most likely tokens with this total probability."
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="With --temperature, sample from the most likely tokens with this total probability.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
     parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda or cuda:N.")
@@ -92,14 +96,19 @@ def _check(options: argparse.Namespace) -> None:
     for name, right, allowed in (
         ("prompt", bool(options.prompt), "some text"),
         ("max_new_tokens", 1 <= options.max_new_tokens <= MOST, f"1 to {MOST:,}"),
-        # Logits are divided by it and must stay finite.
-        ("temperature", options.temperature == 0 or 1e-5 <= options.temperature < math.inf, "0, or 0.00001 or more"),
+        (
+            "temperature",
+            options.temperature == 0 or COLDEST <= options.temperature < math.inf,
+            f"0, or {COLDEST:.5f} or more",
+        ),
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
         ("seed", 0 <= options.seed < 2**63, "0 or more, below 2**63"),
         ("compile", options.compile in ("auto", "on", "off"), "auto, on, off"),
     ):
         if not right:
             raise ValueError(f"{name} is {getattr(options, name)!r}; allowed: {allowed}")
+    if options.top_p < 1 and options.temperature == 0:
+        raise ValueError(f"top_p is {options.top_p} and has no effect at temperature 0; give --temperature, say 1")
     pretrained.check_dtype(options.dtype)
 
 

@@ -19,17 +19,42 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from torch_impl.commands import requests
+from torch_impl.commands.sampling import ASKED, AsAsked, Asked
 from torch_impl.commands.stop_text import cut, cut_stream, read_answers_alone
 
 # What checks, chat templates and generation raise for requests that they cannot use.
 BAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.TemplateError)
+
+
+class _Manager(GenerateManager):  # type: ignore[misc]
+    """Generates answers one after the other, each with the seed and the penalties of its request."""
+
+    def generate_streaming(self, *given: Any, **named: Any) -> Any:
+        return super().generate_streaming(*_as_asked(*given), **named)
+
+    def generate_non_streaming(self, *given: Any, **named: Any) -> Any:
+        return super().generate_non_streaming(*_as_asked(*given), **named)
+
+
+def _as_asked(model: Any, tokenizer: Any, inputs: Any, config: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the arguments with a processor of the logits, as the request asks, among the inputs of `generate`."""
+    return model, tokenizer, {**inputs, "logits_processor": LogitsProcessorList([AsAsked(config.asked)])}, config
+
+
+class _State(GenerationState):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self._manager = _Manager()
+
+    def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
+        return self._manager
 
 
 class _OneModel:
@@ -69,16 +94,21 @@ class _OneModel:
         return self.name, self.model, self.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> GenerationConfig:
-        config: GenerationConfig = super()._build_generation_config(body, *arguments, **options)  # type: ignore[misc]
+        plain = {name: value for name, value in body.items() if name not in ASKED}
+        config: Any = super()._build_generation_config(plain, *arguments, **options)  # type: ignore[misc]
+        config.asked = Asked(**{name: body[name] for name in ASKED if name in body})
         if "temperature" in body:
             config.do_sample = body["temperature"] > 0
         if not config.do_sample:
             # Settings of sampling that greedy decoding warns about.
             config.temperature = config.top_p = config.top_k = None
+        elif config.top_k is None:
+            # transformers would sample from the likeliest 50 alone.
+            config.top_k = 0
         config.sequence_bias = {(int(token),): bias for token, bias in body.get("logit_bias", {}).items()} or None
         # Beams cannot be streamed.
         config.num_beams = 1
-        return config
+        return config  # type: ignore[no-any-return]
 
 
 class _Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
@@ -109,7 +139,7 @@ def build(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     read_answers_alone(model)
     # Reads no documentation from elsewhere, and tells nobody the routes.
     app = FastAPI(title="losa serve", docs_url=None, redoc_url=None, openapi_url=None)
-    state = GenerationState()
+    state = _State()
     chat, completion = _Chat(name, model, tokenizer, state), _Completion(name, model, tokenizer, state)
 
     @app.post("/v1/chat/completions")
