@@ -33,6 +33,7 @@ from torch_impl.engine import structure
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.record import StepRecord
@@ -200,13 +201,15 @@ def pack(
 
 
 def _check_plain(model: Any) -> None:
-    """Check that a model in memory is a causal language model of plain weights, while messages can name what is in it."""
+    """Check that a model in memory is a causal language model of plain, finite weights, while messages can name what is in it."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is {name}; give a transformers model or the folder of one")
     if model.get_output_embeddings() is None:
         raise ValueError(f"model is {name}; give a causal language model, which predicts tokens")
     structure.check_plain(Decoder(model))
+    # What device_map leaves on disk is checked when it is saved.
+    check_finite(((key, value) for key, value in model.state_dict().items() if not value.is_meta), Path(name))
 
 
 def _rounding(
