@@ -8,13 +8,14 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from oracle_tests.packed_models import save_sparse
@@ -27,6 +28,7 @@ if any(serve.find_spec(name) is None for name in serve.NEEDED):
 
 import openai
 import uvicorn
+from fastapi.testclient import TestClient
 
 from torch_impl.commands import server
 
@@ -169,6 +171,41 @@ def test_sampling_is_from_all_tokens(client: openai.OpenAI) -> None:
     given = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "temperature": 2, "logit_bias": EVEN}
     answers = (client.completions.create(**given, seed=seed) for seed in range(200))
     assert len({answer.choices[0].text for answer in answers}) > 50
+
+
+def test_a_completion_continues_its_prompt_also_with_a_space(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """SentencePiece tokens that are decoded alone lose the space before the first word; an answer in a chat needs none."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, **{f"▁w{n}": n for n in range(1, 257)}}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", chat_template="{{ messages[0].content }}"
+    )
+    save_random_model(tmp_path / "model", "llama")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, tokenizer = generate.load(str(tmp_path / "model"), "cpu", "auto")
+    client = TestClient(server.build("tiny", model, tokenizer))
+    prompt, given = "w1 w2", {"max_tokens": 5, "temperature": 0}
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 2:]
+    expected = "".join(f" w{token}" for token in new.tolist())
+
+    def pieces(route: str, body: dict[str, Any], text: Callable[[Any], str]) -> str:
+        lines = client.post(route, json={**body, **given, "stream": True}).text.splitlines()
+        chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        return "".join(text(chunk) for chunk in chunks)
+
+    body: dict[str, Any] = {"prompt": prompt}
+    assert client.post("/v1/completions", json={**body, **given}).json()["choices"][0]["text"] == expected
+    assert pieces("/v1/completions", body, lambda chunk: chunk.get("text", "")) == expected
+    body = {"messages": [{"role": "user", "content": prompt}]}
+    answer = client.post("/v1/chat/completions", json={**body, **given}).json()["choices"][0]["message"]["content"]
+    assert answer == expected[1:]
+    assert pieces("/v1/chat/completions", body, lambda chunk: chunk["delta"].get("content") or "") == expected[1:]
+    words_of = [str(tmp_path / "model"), "--prompt", prompt, "--max_new_tokens", "5", "--device", "cpu"]
+    assert generate.main(words_of) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert generate.main([*words_of, "--chat"]) == 0
+    assert capsys.readouterr().out == f"{expected[1:]}\n"
 
 
 def test_no_tools_if_none_are_chosen(client: openai.OpenAI) -> None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from torch_impl._checks import MOST
+from torch_impl.commands.continued import BEFORE
 from torch_impl.commands.loading import load, warm_up
 from torch_impl.commands.sampling import COLDEST
 from torch_impl.commands.stop_text import criteria
@@ -45,16 +46,24 @@ NOT_USED = (
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
-    """Prints text as it is generated and records the times: of the prompt's echo, then of every token."""
+    """Prints text as it is generated and records the times: of the prompt's echo, then of every token.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    continues: the text continues the prompt, so its first token may begin with a space; an answer in a chat may not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, continues: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
+        self._continues = continues
 
     def put(self, value: torch.Tensor) -> None:
         """Receive token ids from `generate`."""
         self.times.append(time.perf_counter())
         super().put(value)
+        if not self.token_cache and (self._continues or len(self.times) > 1):
+            # At the start, and after a line: without what is before it, a SentencePiece token would lose its space.
+            self.token_cache = value.flatten()[-BEFORE:].tolist()
+            self.print_len = len(self.tokenizer.decode(self.token_cache, skip_special_tokens=True))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +211,7 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> tuple[torch.Tensor, list[float]]:
     """Generate text to standard output. Return the new token ids (n,) and the times of the prompt and each token, seconds."""
-    streamer = _TimedStreamer(tokenizer)
+    streamer = _TimedStreamer(tokenizer, continues=not options.chat)
     inputs = _prompt_ids(model, tokenizer, options)
     fuse = compiles(options.compile, model.device, options.max_new_tokens)
     # On a GPU a static cache gives every token the same shapes, so one graph or one compiled block serves all. Replace the

@@ -6,6 +6,7 @@ answer's, knows no presence penalty, and seeds torch when a request arrives, whi
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,10 +29,10 @@ ASKED = tuple(field.name for field in fields(Asked))
 
 
 class AsAsked(LogitsProcessor):  # type: ignore[misc]
-    """Processes the logits of one generation; its first call is for the first new token, and seeds torch."""
+    """Processes the logits of one generation; its first call is for the first new token, waits for `ready`, and seeds torch."""
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
+    def __init__(self, asked: Asked, ready: threading.Event) -> None:
+        self._asked, self._ready = asked, ready
         self._prompt: int | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -39,6 +40,7 @@ class AsAsked(LogitsProcessor):  # type: ignore[misc]
         asked = self._asked
         if self._prompt is None:
             self._prompt = input_ids.shape[1]
+            self._ready.wait()
             torch.seed() if asked.seed is None else torch.manual_seed(asked.seed)
         if not (asked.frequency_penalty or asked.presence_penalty):
             return scores

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import torch
@@ -26,6 +27,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from torch_impl.commands import requests
+from torch_impl.commands.continued import stream_after, text_after
 from torch_impl.commands.sampling import ASKED, AsAsked, Asked
 from torch_impl.commands.stop_text import cut, cut_stream, read_answers_alone
 
@@ -37,15 +39,26 @@ class _Manager(GenerateManager):  # type: ignore[misc]
     """Generates answers one after the other, each with the seed and the penalties of its request."""
 
     def generate_streaming(self, *given: Any, **named: Any) -> Any:
-        return super().generate_streaming(*_as_asked(*given), **named)
+        ready = threading.Event()
+        queue, streamer = super().generate_streaming(*_as_asked(ready, *given), **named)
+        *_, inputs, config = given
+        if config.continues:
+            streamer._decode_stream = stream_after(inputs["input_ids"][0])
+        ready.set()
+        return queue, streamer
 
-    def generate_non_streaming(self, *given: Any, **named: Any) -> Any:
-        return super().generate_non_streaming(*_as_asked(*given), **named)
+    async def generate_non_streaming(self, *given: Any, **named: Any) -> Any:
+        ready = threading.Event()
+        ready.set()
+        text, count, ids = await super().generate_non_streaming(*_as_asked(ready, *given), **named)
+        _, tokenizer, inputs, config = given
+        return text_after(tokenizer, inputs["input_ids"][0], ids) if config.continues else text, count, ids
 
 
-def _as_asked(model: Any, tokenizer: Any, inputs: Any, config: Any) -> tuple[Any, Any, Any, Any]:
+def _as_asked(ready: threading.Event, model: Any, tokenizer: Any, inputs: Any, config: Any) -> tuple[Any, ...]:
     """Return the arguments with a processor of the logits, as the request asks, among the inputs of `generate`."""
-    return model, tokenizer, {**inputs, "logits_processor": LogitsProcessorList([AsAsked(config.asked)])}, config
+    own = LogitsProcessorList([AsAsked(config.asked, ready)])
+    return model, tokenizer, {**inputs, "logits_processor": own}, config
 
 
 class _State(GenerationState):  # type: ignore[misc]
@@ -59,6 +72,9 @@ class _State(GenerationState):  # type: ignore[misc]
 
 class _OneModel:
     """What both handlers do in another way than transformers': one model, stricter checks, sampling by temperature."""
+
+    continues: ClassVar[bool]
+    """Whether the answer continues the text of the prompt."""
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Any) -> None:
         # A class instead of a manager of models, because only its static method is used.
@@ -96,6 +112,7 @@ class _OneModel:
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> GenerationConfig:
         plain = {name: value for name, value in body.items() if name not in ASKED}
         config: Any = super()._build_generation_config(plain, *arguments, **options)  # type: ignore[misc]
+        config.continues = self.continues
         config.asked = Asked(**{name: body[name] for name in ASKED if name in body})
         if "temperature" in body:
             config.do_sample = body["temperature"] > 0
@@ -112,11 +129,15 @@ class _OneModel:
 
 
 class _Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
+    continues = False
+
     def ids(self, body: dict[str, Any]) -> torch.Tensor:
         return requests.chat_ids(self.tokenizer, body)
 
 
 class _Completion(_OneModel, CompletionHandler):  # type: ignore[misc]
+    continues = True
+
     def ids(self, body: dict[str, Any]) -> torch.Tensor:
         return requests.prompt_ids(self.tokenizer, body)
 
