@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from torch_impl._checks import MOST
-from torch_impl.commands.continued import BEFORE
 from torch_impl.commands.loading import load, warm_up
 from torch_impl.commands.sampling import COLDEST
 from torch_impl.commands.stop_text import criteria
@@ -32,6 +31,7 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.progress import note
 from torch_impl.experiment.command import Parser, command
+from torch_impl.experiment.continued import BEFORE
 from torch_impl.experiment.planning import checks
 
 # Number of new tokens from which compiling, which takes some seconds, pays off.

@@ -27,9 +27,9 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from torch_impl.commands import requests
-from torch_impl.commands.continued import stream_after, text_after
 from torch_impl.commands.sampling import ASKED, AsAsked, Asked
 from torch_impl.commands.stop_text import cut, cut_stream, read_answers_alone
+from torch_impl.experiment.continued import stream_after, text_after
 
 # What checks, chat templates and generation raise for requests that they cannot use.
 BAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.TemplateError)
