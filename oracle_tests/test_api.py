@@ -22,6 +22,7 @@ from oracle_tests.small_runs import WORDS, arguments, make_place
 from torch_impl import api, losa
 from torch_impl.commands.run import main
 from torch_impl.engine import training
+from torch_impl.engine.adapted_linear import attach_adapters
 from torch_impl.engine.batches import IGNORED
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.resume.run_folder import CHECKPOINTS
@@ -385,7 +386,7 @@ def test_models_that_cannot_be_pruned_are_refused_before_anything_changes(model:
     mlp = model.model.layers[0].mlp
     linear = mlp.up_proj
     mlp.up_proj = Codes(linear)
-    refused("up_proj is a Codes; give a plain model")
+    refused("up_proj is a oracle_tests.Codes; give a plain model")
     mlp.up_proj = linear.to("meta")
     refused(r"model has weights that are not in memory \(model.layers.0.mlp.up_proj.weight\)")
     mlp.up_proj = linear.to_empty(device="cpu")
@@ -399,8 +400,21 @@ def test_models_that_cannot_be_pruned_are_refused_before_anything_changes(model:
 def test_a_packed_model_is_refused_in_one_line(model: PreTrainedModel, tmp_path: Path) -> None:
     torch_impl.prune(model, calibration=IDS, method="magnitude", steps=1)
     torch_impl.pack(model, tmp_path / "packed")
-    with pytest.raises(ValueError, match="is a PackedLinear; give a plain model"):
-        torch_impl.prune(torch_impl.load_packed(tmp_path / "packed"), calibration=IDS)
+    loaded = torch_impl.load_packed(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"is a torch_impl\.PackedLinear; give a plain model"):
+        torch_impl.prune(loaded, calibration=IDS)
+    with pytest.raises(ValueError, match=r"is a torch_impl\.PackedLinear; give a plain model"):
+        torch_impl.pack(loaded, tmp_path / "again")
+
+
+def test_a_model_that_cannot_be_packed_is_refused_by_what_it_is(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Not by the files that it would be saved to in between."""
+    with pytest.raises(ValueError, match="model is LlamaModel; give a causal language model"):
+        torch_impl.pack(model.model, tmp_path / "out")
+    attach_adapters(Decoder(model), 2.0)
+    with pytest.raises(ValueError, match=r"q_proj is a torch_impl\.AdaptedLinear; .* merge other adapters first"):
+        torch_impl.pack(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir()), "nothing half-written"
 
 
 # --- the model stays a user's model ---

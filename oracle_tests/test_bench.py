@@ -253,6 +253,8 @@ def test_a_ratio_needs_agreement() -> None:
         ("decode --blocks 0", "blocks is 0; allowed: 1 or more"),
         ("decode --repeats 0", "repeats is 0; allowed: 1 or more"),
         ("decode --adapters 0", "adapters is 0; allowed: 1 or more"),
+        ("decode --adapters 8", "adapters is 8 and has no effect without --whole_model"),
+        ("decode --blocks 2", "blocks is 2 and has no effect without --whole_model"),
         ("decode --tokens 1", "tokens is 1; allowed: 2 or more"),
         ("decode --tokens 252", "tokens is 252; allowed: at most 251"),
         ("decode --prompt 0", "prompt is 0; allowed: 1 or more"),

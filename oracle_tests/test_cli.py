@@ -145,6 +145,19 @@ def test_a_command_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err == "error: this version has no losa fly\n"
 
 
+def test_a_command_interrupted_while_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """That takes some seconds."""
+
+    def interrupted(name: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["pack"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_perplexity_of_a_plain_and_a_packed_model(place: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--text", str(place / "text.txt"), "--seqlen", "32", "--windows", "3", "--device", "cpu"]
     assert cli.main(["pack", str(place / "model"), str(place / "packed"), "--device", "cpu"]) == 0

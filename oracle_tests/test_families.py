@@ -179,7 +179,9 @@ def test_a_wrapped_projection_belongs_to_the_family_and_is_not_pruned() -> None:
     mlp = model.model.layers[2].mlp
     mlp.up_proj = Wrapped(mlp.up_proj)
     assert Decoder(model).projections(2)["mlp.up_proj"] is mlp.up_proj
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj is a Wrapped; give a plain model: merge"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.2\.mlp\.up_proj is a oracle_tests.Wrapped; give a plain model: merge"
+    ):
         losa.run(model, token_ids(model, 6, 12), [], settings(steps=1, training={"finetune": False}))
 
 

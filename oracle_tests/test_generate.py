@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
 from torch_impl.commands import generate
@@ -354,3 +355,15 @@ def test_chat_without_a_template_that_works(tmp_path: Path, capsys: pytest.Captu
     refused(model, capsys, [str(model), "its tokenizer has no chat template; leave out --chat"], "--chat")
     with_template(model, "{{ raise_exception('a system message comes first') }}")
     refused(model, capsys, ["its chat template fails (a system message comes first); leave out --chat"], "--chat")
+
+
+def test_a_line_keeps_the_space_it_begins_with(capsys: pytest.CaptureFixture) -> None:
+    """What was printed is not decoded again; decoded alone, a SentencePiece token would lose its space."""
+    words = Tokenizer(models.WordLevel({"▁a": 0, "\n": 1, "▁▁b": 2}, unk_token="▁a"))
+    words.decoder = decoders.Metaspace()
+    streamer = generate._TimedStreamer(PreTrainedTokenizerFast(tokenizer_object=words), continues=True)
+    streamer.put(torch.tensor([[0, 0]]))
+    for token in (0, 1, 2, 0, 1, 1, 2):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert capsys.readouterr().out == " a\n  b a\n\n  b\n"

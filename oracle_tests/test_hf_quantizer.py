@@ -20,7 +20,7 @@ from transformers.quantizers import auto
 from oracle_tests.packed_models import assert_same_bits, save_sparse
 from tiny_models.random_models import FAMILIES
 from torch_impl.commands import pack
-from torch_impl.decode import hf_quantizer, packed_folder
+from torch_impl.decode import hf_quantizer, packed_folder, packed_writer
 from torch_impl.decode.packed_linear import PackedLinear
 from torch_impl.engine.checkpoints.contents import METHOD
 
@@ -181,6 +181,29 @@ def test_a_model_is_saved_in_the_dtype_that_it_has_now(packed_model: Path, tmp_p
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {parameter.dtype for parameter in load(tmp_path / "again", dtype="auto").parameters()} == {torch.bfloat16}
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(packed_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Also if the model comes from there."""
+    folder = tmp_path / "packed"
+    shutil.copytree(packed_model, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model, save = load(folder), packed_writer.save_tensors
+
+    def full(tensors: Any, path: Path, *more: Any) -> None:
+        save(tensors, path, *more)
+        if "00002-of" in path.name:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(packed_writer, "save_tensors", full)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(folder, max_shard_size="10KB")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    assert not (folder / FILE).exists()
+    assert not list(folder.glob(".*"))
+    assert_same_model(load(folder), load(packed_model))
 
 
 def test_options_of_saving(packed_model: Path, tmp_path: Path) -> None:

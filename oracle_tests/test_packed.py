@@ -432,13 +432,20 @@ def test_in_inference_mode_or_of_many_rows_a_layer_reads_its_own_rows(
     assert held._layout_of(0).data is held.layout.data
 
 
-def test_a_packed_layer_passes_no_gradient_on(as_on_a_gpu: list[str]) -> None:
+def test_a_packed_layer_refuses_to_lose_a_gradient(as_on_a_gpu: list[str]) -> None:
+    """What is before it would be trained by the gradient of the shortcuts around it alone."""
     _, layers = gpu_group()
+    alone = PackedLinear.of(nn.Linear(70, 41, dtype=torch.bfloat16))
     for count in (1, cuda.MOST_ROWS + 1):
         x = torch.randn(count, 70, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        assert not any(layer(x).requires_grad for layer in (*layers, gpu_pair(torch.bfloat16)[1]))
-    alone = PackedLinear.of(nn.Linear(70, 41, dtype=torch.float64))
-    assert not alone(torch.randn(2, 70, dtype=torch.float64, requires_grad=True)).requires_grad
+        for layer in (*layers, gpu_pair(torch.bfloat16)[1], alone):
+            with pytest.raises(RuntimeError, match=r"passes no gradient on.*unpack the model to train it"):
+                layer(x)
+            with torch.no_grad():
+                expected = layer(x)
+            found = layer(x.detach())
+            assert torch.equal(found, expected)
+            assert not found.requires_grad
 
 
 def test_a_group_has_the_weights_once_and_the_state_of_its_layers(

@@ -413,7 +413,7 @@ def test_a_tensor_that_no_file_has_is_named(packed_model: Path, tmp_path: Path) 
 
 
 def test_bad_arguments_get_one_line(
-    plain: Path, packed_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: Path, packed_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = str(tmp_path / "out")
     (tmp_path / "full").mkdir()
@@ -436,6 +436,7 @@ def test_bad_arguments_get_one_line(
         ("--max_new_tokens", "0", "max_new_tokens is 0; allowed: 1 to"),
         ("--temperature", "-1", "temperature is -1.0; allowed: 0, or 0.00001 or more"),
         ("--top_p", "0", "top_p is 0.0; allowed: above 0, up to 1"),
+        ("--top_p", "0.9", "top_p is 0.9 and has no effect at temperature 0; give --temperature"),
         ("--seed", "-1", "seed is -1; allowed: 0 or more"),
         ("--dtype", "int8", "dtype is 'int8'; allowed: auto, float32"),
         ("--compile", "yes", "compile is 'yes'; allowed: auto, on, off"),
@@ -445,6 +446,11 @@ def test_bad_arguments_get_one_line(
         assert message in capsys.readouterr().err
     assert generate.main([str(tmp_path / "none"), "--prompt", "x"]) == 2
     assert "no such folder" in capsys.readouterr().err
+    monkeypatch.chdir(packed_model.parent)
+    assert generate.main([f"{packed_model.name}/packed.json", "--prompt", "x"]) == 2
+    assert f"{packed_model.name}/packed.json is a file; give the folder of the model, {packed_model.name}" in (
+        capsys.readouterr().err
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import torch_impl
 from oracle_tests.small_runs import arguments, events, make_place
@@ -374,6 +375,16 @@ def test_a_sample_is_greedy_whatever_the_model_s_settings_are() -> None:
     theirs = model.generation_config.to_dict()
     assert samples.sample(model, byte_tokenizer(), windows) == plain
     assert model.generation_config.to_dict() == theirs, "it is saved with the model"
+
+
+def test_a_sample_continues_its_prompt_also_with_a_space() -> None:
+    """The page shows one right after the other; SentencePiece tokens that are decoded alone lose the first space."""
+    words = Tokenizer(models.WordLevel({f"▁w{n}": n for n in range(257)}, unk_token="▁w0"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    found = samples.sample(random_model("llama"), tokenizer, torch.full((1, 40), 3))
+    assert found["prompt"].startswith("w3 w3")
+    assert found["text"].startswith(" w")
 
 
 def test_a_run_does_not_fail_for_its_sample(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

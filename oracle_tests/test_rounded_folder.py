@@ -284,6 +284,35 @@ def test_the_command_rounds_as_told(
     assert (found.values, found.mean_bits, found.bits_by, asked) == ("mixed", bits, by, [named])
 
 
+def test_what_cannot_be_rounded_is_named(plain: Path, tmp_path: Path) -> None:
+    """A value too large for scales of 16 bits, and a projection whose inputs are all zero."""
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    up, down = model.model.layers[1].mlp.up_proj.weight, "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        up[3, 3] = 1e8
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: values holds 1e\+08 in size"):
+        torch_impl.pack(model, tmp_path / "out", values="int4")
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj cannot be rounded on this text: values"):
+        torch_impl.pack(model, tmp_path / "out", values="int4", calibration=IDS)
+    up.data.zero_()
+    with pytest.raises(ValueError, match=rf"^{re.escape(down)} cannot be rounded on this text: hessian is not"):
+        torch_impl.pack(model, tmp_path / "out", values="int4", calibration=IDS)
+    up.data[3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"^model LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        torch_impl.pack(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_beyond_what_the_model_was_trained_on_is_told(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for tokens, told in ((128, 0), (129, 1)):
+        ids = torch.randint(0, 200, (2, tokens))
+        torch_impl.pack(plain, tmp_path / str(tokens), values="int8", calibration=ids)
+        assert len(caplog.records) == told
+    assert "has sequences of 129 tokens; this model was trained on at most 128, so take seqlen 128" in caplog.text
+
+
 def test_the_command_says_on_how_much_text_it_rounded(compensated: Path) -> None:
     assert pack._rounded(compensated) == "\nrounded with compensation on 6 windows of 20 tokens\n"
 

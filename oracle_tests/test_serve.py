@@ -8,12 +8,14 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from oracle_tests.packed_models import save_sparse
@@ -26,14 +28,18 @@ if any(serve.find_spec(name) is None for name in serve.NEEDED):
 
 import openai
 import uvicorn
+from fastapi.testclient import TestClient
 
 from torch_impl.commands import server
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
-    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if tools %}{{ tools }}{% endif %}assistant: "
 )
 PROMPT, CHAT = "def main", [{"role": "user", "content": "def main"}]
+
+# All printable characters are equally likely, nearly.
+EVEN = {str(byte_tokenizer()(chr(code))["input_ids"][0]): 60 for code in range(33, 127)}
 
 
 def with_template() -> PreTrainedTokenizerFast:
@@ -118,6 +124,98 @@ def test_the_temperature_decides(client: openai.OpenAI, folder: Path) -> None:
     assert text(temperature=0) == greedy(folder, PROMPT, 9) != text(temperature=2, seed=1)
     letter = byte_tokenizer()("x")["input_ids"][0]
     assert text(logit_bias={str(letter): 100}) == "x" * 9
+
+
+def test_each_request_has_its_own_seed_also_if_they_come_together(client: openai.OpenAI) -> None:
+    def text(seed: int | openai.NotGiven) -> str:
+        given = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 2, "logit_bias": EVEN}
+        return client.completions.create(**given, seed=seed).choices[0].text
+
+    alone = [text(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(text, range(6))) == alone
+    assert len(set(alone)) == 6
+    after = [text(openai.NOT_GIVEN) for seed in (1, 1) if text(seed)]
+    assert after[0] != after[1], "the seed is that of its own request alone"
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0), (0, 0.5), (-0.3, 0.7)])
+def test_penalties_are_subtracted_for_tokens_of_the_answer(
+    client: openai.OpenAI, folder: Path, frequency: float, presence: float
+) -> None:
+    """As OpenAI defines them: for each time that a token is in the answer, and once if it is; not for the prompt's."""
+    letter = byte_tokenizer()("d")["input_ids"][0]
+    model, tokenizer = packed_folder.load(folder, torch.device("cpu"))
+    ids, answer = tokenizer(PROMPT, return_tensors="pt")["input_ids"], []
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+            logits[letter] += 2
+            for token in set(answer):
+                logits[token] -= frequency * answer.count(token) + presence
+            answer.append(int(logits.argmax()))
+            ids = torch.cat([ids, torch.tensor([answer[-1:]])], 1)
+    found = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=12,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        logit_bias={str(letter): 2},
+    )
+    assert found.choices[0].text == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_sampling_is_from_all_tokens(client: openai.OpenAI) -> None:
+    """transformers' own default leaves out all but the likeliest 50."""
+    given = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "temperature": 2, "logit_bias": EVEN}
+    answers = (client.completions.create(**given, seed=seed) for seed in range(200))
+    assert len({answer.choices[0].text for answer in answers}) > 50
+
+
+def test_a_completion_continues_its_prompt_also_with_a_space(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """SentencePiece tokens that are decoded alone lose the space before the first word; an answer in a chat needs none."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, **{f"▁w{n}": n for n in range(1, 257)}}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", chat_template="{{ messages[0].content }}"
+    )
+    save_random_model(tmp_path / "model", "llama")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, tokenizer = generate.load(str(tmp_path / "model"), "cpu", "auto")
+    client = TestClient(server.build("tiny", model, tokenizer))
+    prompt, given = "w1 w2", {"max_tokens": 5, "temperature": 0}
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 2:]
+    expected = "".join(f" w{token}" for token in new.tolist())
+
+    def pieces(route: str, body: dict[str, Any], text: Callable[[Any], str]) -> str:
+        lines = client.post(route, json={**body, **given, "stream": True}).text.splitlines()
+        chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        return "".join(text(chunk) for chunk in chunks)
+
+    body: dict[str, Any] = {"prompt": prompt}
+    assert client.post("/v1/completions", json={**body, **given}).json()["choices"][0]["text"] == expected
+    assert pieces("/v1/completions", body, lambda chunk: chunk.get("text", "")) == expected
+    body = {"messages": [{"role": "user", "content": prompt}]}
+    answer = client.post("/v1/chat/completions", json={**body, **given}).json()["choices"][0]["message"]["content"]
+    assert answer == expected[1:]
+    assert pieces("/v1/chat/completions", body, lambda chunk: chunk["delta"].get("content") or "") == expected[1:]
+    words_of = [str(tmp_path / "model"), "--prompt", prompt, "--max_new_tokens", "5", "--device", "cpu"]
+    assert generate.main(words_of) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert generate.main([*words_of, "--chat"]) == 0
+    assert capsys.readouterr().out == f"{expected[1:]}\n"
+
+
+def test_no_tools_if_none_are_chosen(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    given = {"model": "tiny", "messages": CHAT, "max_tokens": 1}
+
+    def tokens(**more: Any) -> int:
+        return client.chat.completions.create(**given, **more).usage.prompt_tokens
+
+    assert tokens(tools=tools, tool_choice="none") == tokens() < tokens(tools=tools, tool_choice="auto")
 
 
 def test_stop_texts_are_no_part_of_the_answer(client: openai.OpenAI, folder: Path) -> None:
@@ -210,19 +308,27 @@ CHATS = [
     ({"messages": CHAT, "chat_template_kwargs": 3}, 400, "chat_template_kwargs is '3'"),
     ({"messages": CHAT, "generation_config": "{}"}, 400, "generation_config is '{}'; allowed: nothing"),
     ({"messages": CHAT, "colour": "red"}, 422, "colour"),
+    ({"messages": CHAT, "response_format": {"type": "json_object"}}, 400, "response_format is"),
+    ({"messages": CHAT, "tool_choice": "required"}, 400, "tool_choice is 'required'; allowed: auto or none"),
+    ({"messages": CHAT, "parallel_tool_calls": False}, 400, "parallel_tool_calls is 'False'; allowed: true"),
+    ({"messages": CHAT, "modalities": ["text", "audio"]}, 400, "modalities is"),
+    ({"messages": CHAT, "functions": [{"name": "f"}]}, 400, "allowed: nothing; use tools"),
+    ({"messages": CHAT, "top_logprobs": 2}, 400, "top_logprobs is '2'; allowed: 0"),
 ]
 TEXTS = [
     ({}, 400, "prompt is missing or empty"),
     ({"prompt": ""}, 400, "prompt is missing or empty"),
     ({"prompt": [PROMPT, PROMPT]}, 400, "give one text"),
-    ({"prompt": [1, 2]}, 400, "give one text"),
+    ({"prompt": [1, 2]}, 400, "prompt is not one text"),
     ({"prompt": PROMPT, "model": "gpt-4"}, 404, "model 'gpt-4' is not served here; the model is 'tiny'"),
     ({"prompt": PROMPT, "max_tokens": 0}, 400, "max_tokens is '0'; allowed: 1 or more"),
     ({"prompt": PROMPT, "max_tokens": "many"}, 400, "max_tokens is 'many'"),
-    ({"prompt": PROMPT, "temperature": -1}, 400, "temperature is '-1'; allowed: 0 to 2"),
+    ({"prompt": PROMPT, "temperature": -1}, 400, "temperature is '-1'; allowed: 0, or"),
     ({"prompt": PROMPT, "temperature": float("nan")}, 400, "temperature is 'nan'"),
     ({"prompt": PROMPT, "top_p": 0}, 400, "top_p is '0'; allowed: above 0, up to 1"),
-    ({"prompt": PROMPT, "frequency_penalty": -1}, 400, "frequency_penalty is '-1'; allowed: above -1"),
+    ({"prompt": PROMPT, "temperature": 1e-40}, 400, "temperature is '1e-40'; allowed: 0, or 0.00001 to 2"),
+    ({"prompt": PROMPT, "frequency_penalty": -3}, 400, "frequency_penalty is '-3'; allowed: -2 to 2"),
+    ({"prompt": PROMPT, "presence_penalty": 3}, 400, "presence_penalty is '3'; allowed: -2 to 2"),
     ({"prompt": PROMPT, "seed": "x"}, 400, "seed is 'x'"),
     ({"prompt": PROMPT, "stop": [3]}, 400, "stop is '[3]'; allowed: a text"),
     ({"prompt": PROMPT, "n": 2}, 400, "n is '2'; allowed: 1"),

@@ -29,9 +29,11 @@ from torch_impl import _checks, losa
 from torch_impl.decode import packed_folder, packed_rounding
 from torch_impl.decode.packed_folder import Saving
 from torch_impl.decode.packed_target import check_target
+from torch_impl.engine import structure
 from torch_impl.engine.adapted_linear import adapters, merge_adapters
 from torch_impl.engine.blocks import zero_share
 from torch_impl.engine.checkpoints import pretrained
+from torch_impl.engine.checkpoints.contents import check_finite
 from torch_impl.engine.decoder import Decoder
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.record import StepRecord
@@ -189,14 +191,25 @@ def pack(
                 tokenizer = pretrained.load_tokenizer(source)
             rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, bits_by, seed)
             return packed_folder.pack_folder(source, place, torch.device("cpu"), rounding=rounding)
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"model is {type(model).__name__}; give a transformers model or the folder of one")
+        _check_plain(model)
         with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=f".{target.name}.plain") as plain:
             model.save_pretrained(plain)
             if tokenizer is not None:
                 tokenizer.save_pretrained(plain)
             rounding = _rounding(values, calibration, tokenizer, nsamples, seqlen, mean_bits, bits_by, seed)
             return packed_folder.pack_folder(Path(plain), place, torch.device("cpu"), rounding=rounding)
+
+
+def _check_plain(model: Any) -> None:
+    """Check that a model in memory is a causal language model of plain, finite weights, while messages can name what is in it."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is {name}; give a transformers model or the folder of one")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model is {name}; give a causal language model, which predicts tokens")
+    structure.check_plain(Decoder(model))
+    # What device_map leaves on disk is checked when it is saved.
+    check_finite(((key, value) for key, value in model.state_dict().items() if not value.is_meta), Path(name))
 
 
 def _rounding(

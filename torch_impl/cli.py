@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: this version has no losa {name}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     status: int = module.main(words[1:])
     return status
 

@@ -33,6 +33,11 @@ def check_decode(options: argparse.Namespace) -> None:
         _check_sparsity(sparsity)
     if options.adapters is not None:
         _checks.count("adapters", options.adapters)
+    for name, value in (("adapters", options.adapters), ("blocks", options.blocks)):
+        if value is not None and options.whole_model is None:
+            raise ValueError(
+                f"{name} is {value} and has no effect without --whole_model; give that, too, or leave it out"
+            )
     _checks.count("tokens", options.tokens, 2, LONGEST - GIVEN - 1)
     _checks.count("prompt", options.prompt)
 

@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
         "--blocks", type=int, metavar="N", help="Number of decoder blocks of the whole model (default: all)."
     )
     parser.add_argument(
-        "--adapters", type=int, metavar="RANK", help="Also with unmerged adapters of this rank beside it."
+        "--adapters", type=int, metavar="RANK", help="The whole model also with unmerged adapters of this rank."
     )
     parser.add_argument(
         "--tokens", type=int, metavar="N", default=64 if cuda else 12, help="Tokens of the whole model to time."

@@ -23,6 +23,7 @@ from transformers import (
 
 from torch_impl._checks import MOST
 from torch_impl.commands.loading import load, warm_up
+from torch_impl.commands.sampling import COLDEST
 from torch_impl.commands.stop_text import criteria
 from torch_impl.decode import next_token
 from torch_impl.decode.packed_group import Packed
@@ -30,6 +31,7 @@ from torch_impl.engine.checkpoints import pretrained
 from torch_impl.engine.families import position_limit
 from torch_impl.engine.progress import note
 from torch_impl.experiment.command import Parser, command
+from torch_impl.experiment.continued import BEFORE
 from torch_impl.experiment.planning import checks
 
 # Number of new tokens from which compiling, which takes some seconds, pays off.
@@ -44,16 +46,24 @@ NOT_USED = (
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
-    """Prints text as it is generated and records the times: of the prompt's echo, then of every token."""
+    """Prints text as it is generated and records the times: of the prompt's echo, then of every token.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    continues: the text continues the prompt, so its first token may begin with a space; an answer in a chat may not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, continues: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
+        self._continues = continues
 
     def put(self, value: torch.Tensor) -> None:
         """Receive token ids from `generate`."""
         self.times.append(time.perf_counter())
         super().put(value)
+        if not self.token_cache and (self._continues or len(self.times) > 1):
+            # At the start, and after a line: without what is before it, a SentencePiece token would lose its space.
+            self.token_cache = value.flatten()[-BEFORE:].tolist()
+            self.print_len = len(self.tokenizer.decode(self.token_cache, skip_special_tokens=True))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Sampling temperature; 0: always the most likely token (default).",
     )
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="Sample from the most likely tokens with this total probability."
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="With --temperature, sample from the most likely tokens with this total probability.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
     parser.add_argument("--device", default="auto", help="auto (a GPU if available), cpu, cuda or cuda:N.")
@@ -92,14 +105,19 @@ def _check(options: argparse.Namespace) -> None:
     for name, right, allowed in (
         ("prompt", bool(options.prompt), "some text"),
         ("max_new_tokens", 1 <= options.max_new_tokens <= MOST, f"1 to {MOST:,}"),
-        # Logits are divided by it and must stay finite.
-        ("temperature", options.temperature == 0 or 1e-5 <= options.temperature < math.inf, "0, or 0.00001 or more"),
+        (
+            "temperature",
+            options.temperature == 0 or COLDEST <= options.temperature < math.inf,
+            f"0, or {COLDEST:.5f} or more",
+        ),
         ("top_p", 0 < options.top_p <= 1, "above 0, up to 1"),
         ("seed", 0 <= options.seed < 2**63, "0 or more, below 2**63"),
         ("compile", options.compile in ("auto", "on", "off"), "auto, on, off"),
     ):
         if not right:
             raise ValueError(f"{name} is {getattr(options, name)!r}; allowed: {allowed}")
+    if options.top_p < 1 and options.temperature == 0:
+        raise ValueError(f"top_p is {options.top_p} and has no effect at temperature 0; give --temperature, say 1")
     pretrained.check_dtype(options.dtype)
 
 
@@ -193,7 +211,7 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> tuple[torch.Tensor, list[float]]:
     """Generate text to standard output. Return the new token ids (n,) and the times of the prompt and each token, seconds."""
-    streamer = _TimedStreamer(tokenizer)
+    streamer = _TimedStreamer(tokenizer, continues=not options.chat)
     inputs = _prompt_ids(model, tokenizer, options)
     fuse = compiles(options.compile, model.device, options.max_new_tokens)
     # On a GPU a static cache gives every token the same shapes, so one graph or one compiled block serves all. Replace the

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from torch_impl.commands.sampling import COLDEST
 from torch_impl.engine.families import position_limit
 from torch_impl.experiment.planning import checks
 
@@ -35,19 +36,31 @@ def _stops(value: Any) -> bool:
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (_count, "1 or more"),
     "max_completion_tokens": (_count, "1 or more"),
-    "temperature": (_number(0, 2), "0 to 2"),
+    "temperature": (
+        lambda value: _number(0, 2)(value) and (value == 0 or value >= COLDEST),
+        f"0, or {COLDEST:.5f} to 2",
+    ),
     "top_p": (lambda value: _number(0, 1)(value) and value > 0, "above 0, up to 1"),
-    "frequency_penalty": (lambda value: _number(-1, 2)(value) and value > -1, "above -1, up to 2"),
+    "frequency_penalty": (_number(-2, 2), "-2 to 2"),
+    "presence_penalty": (_number(-2, 2), "-2 to 2"),
     "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "0 or more, below 2**63"),
     "stop": (_stops, "a text, or a list of texts"),
     "stream": (lambda value: isinstance(value, bool), "true or false"),
     "n": (lambda value: value == 1, "1"),
     "best_of": (lambda value: value == 1, "1"),
     "logprobs": (lambda value: value in (False, 0), "false"),
+    "top_logprobs": (lambda value: value == 0, "0"),
     "echo": (lambda value: value is False, "false"),
     "suffix": (lambda value: isinstance(value, str), "a text"),
     "tools": (lambda value: isinstance(value, list), "a list"),
+    "tool_choice": (lambda value: value in ("auto", "none"), "auto or none"),
+    "parallel_tool_calls": (lambda value: value is True, "true"),
+    "response_format": (lambda value: value == {"type": "text"}, "{'type': 'text'}"),
+    "modalities": (lambda value: value == ["text"], "['text']"),
     "chat_template_kwargs": (lambda value: isinstance(value, dict), "an object"),
+    "functions": (lambda value: False, "nothing; use tools"),
+    "function_call": (lambda value: False, "nothing; use tool_choice"),
+    "web_search_options": (lambda value: False, "nothing"),
     "generation_config": (lambda value: False, "nothing; use the fields of OpenAI's API"),
 }
 
@@ -60,6 +73,8 @@ def check_fields(body: dict[str, Any], vocabulary: int) -> None:
     for name, (right, allowed) in FIELDS.items():
         if name in body and not right(body[name]):
             raise ValueError(f"{name} is {str(body[name])[:80]!r}; allowed: {allowed}")
+    if body.get("tool_choice") == "none":
+        body.pop("tools", None)
     bias = body.get("logit_bias", {})
     fine = isinstance(bias, dict) and all(
         token.isascii() and token.isdigit() and int(token) < vocabulary and _number(-100, 100)(value)
@@ -112,8 +127,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, body: dict[str, Any]) -> torc
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         body["prompt"] = prompt = prompt[0]
-    if not isinstance(prompt, str) or not prompt:
+    if not prompt:
         raise ValueError("prompt is missing or empty; give one text")
+    if not isinstance(prompt, str):
+        raise ValueError("prompt is not one text but several, or tokens; give one text")
     ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     return ids
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import torch
@@ -19,21 +20,61 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from torch_impl.commands import requests
+from torch_impl.commands.sampling import ASKED, AsAsked, Asked
 from torch_impl.commands.stop_text import cut, cut_stream, read_answers_alone
+from torch_impl.experiment.continued import stream_after, text_after
 
 # What checks, chat templates and generation raise for requests that they cannot use.
 BAD = (ValueError, TypeError, KeyError, IndexError, AttributeError, jinja2.TemplateError)
 
 
+class _Manager(GenerateManager):  # type: ignore[misc]
+    """Generates answers one after the other, each with the seed and the penalties of its request."""
+
+    def generate_streaming(self, *given: Any, **named: Any) -> Any:
+        ready = threading.Event()
+        queue, streamer = super().generate_streaming(*_as_asked(ready, *given), **named)
+        *_, inputs, config = given
+        if config.continues:
+            streamer._decode_stream = stream_after(inputs["input_ids"][0])
+        ready.set()
+        return queue, streamer
+
+    async def generate_non_streaming(self, *given: Any, **named: Any) -> Any:
+        ready = threading.Event()
+        ready.set()
+        text, count, ids = await super().generate_non_streaming(*_as_asked(ready, *given), **named)
+        _, tokenizer, inputs, config = given
+        return text_after(tokenizer, inputs["input_ids"][0], ids) if config.continues else text, count, ids
+
+
+def _as_asked(ready: threading.Event, model: Any, tokenizer: Any, inputs: Any, config: Any) -> tuple[Any, ...]:
+    """Return the arguments with a processor of the logits, as the request asks, among the inputs of `generate`."""
+    own = LogitsProcessorList([AsAsked(config.asked, ready)])
+    return model, tokenizer, {**inputs, "logits_processor": own}, config
+
+
+class _State(GenerationState):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self._manager = _Manager()
+
+    def get_manager(self, *_: Any, **__: Any) -> GenerateManager:
+        return self._manager
+
+
 class _OneModel:
     """What both handlers do in another way than transformers': one model, stricter checks, sampling by temperature."""
+
+    continues: ClassVar[bool]
+    """Whether the answer continues the text of the prompt."""
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Any) -> None:
         # A class instead of a manager of models, because only its static method is used.
@@ -69,24 +110,34 @@ class _OneModel:
         return self.name, self.model, self.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> GenerationConfig:
-        config: GenerationConfig = super()._build_generation_config(body, *arguments, **options)  # type: ignore[misc]
+        plain = {name: value for name, value in body.items() if name not in ASKED}
+        config: Any = super()._build_generation_config(plain, *arguments, **options)  # type: ignore[misc]
+        config.continues = self.continues
+        config.asked = Asked(**{name: body[name] for name in ASKED if name in body})
         if "temperature" in body:
             config.do_sample = body["temperature"] > 0
         if not config.do_sample:
             # Settings of sampling that greedy decoding warns about.
             config.temperature = config.top_p = config.top_k = None
+        elif config.top_k is None:
+            # transformers would sample from the likeliest 50 alone.
+            config.top_k = 0
         config.sequence_bias = {(int(token),): bias for token, bias in body.get("logit_bias", {}).items()} or None
         # Beams cannot be streamed.
         config.num_beams = 1
-        return config
+        return config  # type: ignore[no-any-return]
 
 
 class _Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
+    continues = False
+
     def ids(self, body: dict[str, Any]) -> torch.Tensor:
         return requests.chat_ids(self.tokenizer, body)
 
 
 class _Completion(_OneModel, CompletionHandler):  # type: ignore[misc]
+    continues = True
+
     def ids(self, body: dict[str, Any]) -> torch.Tensor:
         return requests.prompt_ids(self.tokenizer, body)
 
@@ -109,7 +160,7 @@ def build(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     read_answers_alone(model)
     # Reads no documentation from elsewhere, and tells nobody the routes.
     app = FastAPI(title="losa serve", docs_url=None, redoc_url=None, openapi_url=None)
-    state = GenerationState()
+    state = _State()
     chat, completion = _Chat(name, model, tokenizer, state), _Completion(name, model, tokenizer, state)
 
     @app.post("/v1/chat/completions")

@@ -125,7 +125,8 @@ def _write(
                     check_finite([(key, tensor)], source)
                 kind = places[key][1].rpartition(".")[2] if key in places else "other"
                 if kind != "other" and codes is not None:
-                    stored = codes.parts(key, tensor.to(device))
+                    with naming(source / shard, key):
+                        stored = codes.parts(key, tensor.to(device))
                 else:
                     stored = _smallest(key, tensor, kind != "other", device)
                 savings.setdefault(kind, Saving(kind)).add(key, tensor, stored)

@@ -103,11 +103,19 @@ class PackedLinear(Packed):
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x (..., in) to (..., out), in the weight's dtype, without a gradient. On a GPU, a CUDA graph can capture it."""
+        """Map x (..., in) to (..., out), in the weight's dtype. On a GPU, a CUDA graph can capture it.
+
+        Errors: RuntimeError if x needs a gradient, which would be lost here.
+        """
         # As in `product`, no attribute here goes through `nn.Module.__getattr__`.
         group: Any = self._modules.get("group")
         if torch.compiler.is_compiling():
             return self._traced(x, group)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a packed weight passes no gradient on, so nothing before it can be trained; unpack the model to train it "
+                "(losa pack --unpack), or call it under torch.no_grad()"
+            )
         if group is not None and x.numel() <= group.layout.MOST_ROWS * self.in_features:
             shared: torch.Tensor = group.share(x, self.start)
             return shared

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,24 @@ def save(
         total = sum(layer.positions * layer.dtype.itemsize for layer in layers.values()) + bytes_of(*tensors.values())
         places = {key: source for source, keys in files.items() for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-    for stale in (*folder.glob("packed-*.safetensors"), *folder.glob("model*.safetensors"), folder / INDEX):
-        stale.unlink(missing_ok=True)
+    # The new files replace those of an earlier save when all are written.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".packed") as place:
+        _write(model, Path(place), files, layers, tensors, index)
+        for stale in (*folder.glob("packed-*.safetensors"), *folder.glob("model*.safetensors"), folder / INDEX):
+            stale.unlink(missing_ok=True)
+        for path in Path(place).iterdir():
+            path.replace(folder / path.name)
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    files: dict[str, list[str]],
+    layers: dict[str, PackedLinear],
+    tensors: dict[str, torch.Tensor],
+    index: dict[str, Any] | None,
+) -> None:
+    """Write all files. files: the names of the plain files, and the tensors in each; layers, tensors: by name."""
     writer = Writer(folder, index)
     for number, (source, keys) in enumerate(files.items(), 1):
         for key in keys:

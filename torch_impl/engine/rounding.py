@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from torch_impl.engine.measures import FirstOrder, MutualInformation
 from torch_impl.engine.progress import bar
 from torch_impl.masks.sparsegpt import HESSIAN, rounding_harm, sparsegpt_codes
 from torch_impl.quantise import FEWEST_BITS, FIRST_TOKEN, MOST_BITS, dequantise_rows
+
+logger = logging.getLogger(__name__)
 
 RMI, GRADIENT, ERROR = "rmi", "gradient", "error"
 BITS_BY = (RMI, GRADIENT, ERROR)
@@ -38,7 +41,12 @@ def round_blocks(
         adapt_block(block, family, 1.0)
         found = statistics.of_inputs(HESSIAN, block, index, family, stream, FIRST_TOKEN)
         for name, layer in block_adapters(block, family).items():
-            codes, scales = sparsegpt_codes(layer.weight, found.pop(name), bits[index][name], kept=layer.weight != 0)
+            try:
+                codes, scales = sparsegpt_codes(
+                    layer.weight, found.pop(name), bits[index][name], kept=layer.weight != 0
+                )
+            except ValueError as error:
+                raise ValueError(f"{decoder.full_name(index, name)} cannot be rounded on this text: {error}") from error
             layer.set_base(dequantise_rows(codes, scales))
             yield index, name, codes, scales
         stream.advance(block, index)
@@ -111,7 +119,10 @@ def _add(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
 
 
 def check_ids(decoder: Decoder, ids: torch.Tensor) -> None:
-    """Check token ids (n, t). Errors: ValueError if they are beyond the model's vocabulary or positions."""
+    """Check token ids (n, t); warn of sequences longer than the model was trained on.
+
+    Errors: ValueError if they are beyond the model's vocabulary or positions.
+    """
     rows = len(decoder.model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if int(ids.min()) < 0 or int(ids.max()) >= rows:
         raise ValueError(
@@ -120,3 +131,11 @@ def check_ids(decoder: Decoder, ids: torch.Tensor) -> None:
     limit = position_limit(decoder.model)
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(f"calibration has sequences of {ids.shape[1]} tokens; this model has {limit} positions")
+    trained = getattr(decoder.model.config, "max_position_embeddings", None)
+    if trained and ids.shape[1] > trained:
+        logger.warning(
+            "calibration has sequences of %d tokens; this model was trained on at most %d, so take seqlen %d or fewer",
+            ids.shape[1],
+            trained,
+            trained,
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,15 +34,7 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
             f"layer_sparsity {settings.prune.layer_sparsity!r} needs {least} or more decoder blocks, and the model has "
             f"{len(blocks)}; use layer_sparsity {', '.join(others)}"
         )
-    for index, block in enumerate(blocks):
-        for name, projection in family.projections_of(block).items():
-            # Quantised projections are linears, too, whose weights are codes.
-            plain = isinstance(projection, nn.Linear | AdaptedLinear) and projection.weight.is_floating_point()
-            if not plain:
-                raise ValueError(
-                    f"{family.full_name(index, name)} is a {type(projection).__name__}; give a plain model: merge other "
-                    "adapters first, and take the model before packing or quantisation"
-                )
+    check_plain(decoder, (nn.Linear, AdaptedLinear))
     rates = _final_rates(decoder, settings.prune)
     for index, block in enumerate(blocks):
         for name, weight in family.weights_of(block).items():
@@ -53,6 +47,22 @@ def check_structure(model: PreTrainedModel, settings: Settings) -> Decoder:
         if settings.prune.pattern.structured:
             _check_structures(block, index, family, settings.prune, rates[index])
     return decoder
+
+
+def check_plain(decoder: Decoder, kinds: tuple[type, ...] = (nn.Linear,)) -> None:
+    """Check that all projections are layers of these kinds with floating-point weights. Errors: ValueError naming another."""
+    family = decoder.family
+    for index, block in enumerate(decoder.blocks):
+        for name, projection in family.projections_of(block).items():
+            # Quantised projections are linears, too, whose weights are codes.
+            weight: Any = getattr(projection, "weight", None)
+            if not isinstance(projection, kinds) or not weight.is_floating_point():
+                kind = type(projection)
+                package = kind.__module__.partition(".")[0]
+                raise ValueError(
+                    f"{family.full_name(index, name)} is a {package}.{kind.__name__}; give a plain model: merge other adapters "
+                    "first, and take the model before packing or quantisation"
+                )
 
 
 def check_base(training: TrainingConfig, processes: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from torch_impl.engine.families import position_limit
+from torch_impl.experiment.continued import text_after
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,11 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: 
             eos_token_id=getattr(theirs, "eos_token_id", None),
         )
         written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
-        prompt, text = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], written[0, ids.shape[1] :]))
+        prompt = tokenizer.decode(ids[0], skip_special_tokens=True)
+        text = text_after(tokenizer, ids[0], written[0, ids.shape[1] :])
     except Exception as error:
         logger.warning("no text sample in the report: %s", error)
         return {}
     finally:
         model.generation_config = theirs
-    return {"prompt": str(prompt), "text": str(text)}
+    return {"prompt": str(prompt), "text": text}

@@ -78,6 +78,8 @@ def local_folder(name: str, weights: bool = True) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise FileNotFoundError(f"model {name} is a file; give the folder of the model, {folder.parent}")
     if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise FileNotFoundError(
             f"model {name}: no such folder; give a Hugging Face model folder or a hub id, which is OWNER/NAME"

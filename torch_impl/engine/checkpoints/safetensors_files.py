@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from torch_impl.engine.checkpoints.contents import CODES, INDEX, CheckpointFiles, Entry
@@ -126,11 +126,17 @@ def _bytes(entry: Entry, dtype: torch.dtype) -> int:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = FORMAT) -> None:
-    """Write a safetensors file with a mode that follows the umask, or with that of the file it replaces."""
+    """Write a safetensors file with a mode that follows the umask, or with that of the file it replaces.
+
+    Errors: OSError naming the file, if the disk is full, say.
+    """
     # A thread may do this, and the umask is the whole process's: an empty file tells the mode without changing it.
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     path.chmod(mode)
 
 
