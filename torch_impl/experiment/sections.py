@@ -126,10 +126,10 @@ class OutputConfig:
     Says whether the run fits, what would make it fit, and how long it takes."""
     preset: str | None = None
     """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: one-shot pruning and reconstruction
-    without fine-tuning. --config and flags override it."""
+    without fine-tuning. It overrides --config, and flags override it."""
     config: str | None = None
     """TOML file with any of these options, or the name of one that ships: llama_7b, llama_13b, llama_70b (the paper's settings).
-    Flags override it."""
+    Flags and --preset override it."""
 
     def __post_init__(self) -> None:
         _checks.count("seed", self.seed, 0, MOST_SEED)
