@@ -100,7 +100,8 @@ class OutputConfig:
     overwrite: bool = False
     """Replace output_dir if it exists, and discard an unfinished run in it."""
     resume: bool = False
-    """Resume the unfinished run in output_dir. The result is bit-identical to that of an uninterrupted run."""
+    """Resume the unfinished run in output_dir; if there is none, start one. The result is bit-identical to that of an uninterrupted
+    run."""
     accept_changes: list[str] | None = None
     """With --resume: options that may differ from the original run: learning_rate, max_grad_norm, reconstruct_learning_rate,
     weight_decay."""
