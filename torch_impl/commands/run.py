@@ -41,5 +41,5 @@ def main(arguments: Sequence[str]) -> None:
         return
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    if not report.is_smaller(result):
+    if report.packing_pays(result):
         say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")

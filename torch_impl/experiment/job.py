@@ -29,7 +29,7 @@ from torch_impl.engine.resume.run_checkpoints import RunCheckpoints, has_checkpo
 from torch_impl.engine.resume.run_folder import CHECKPOINTS, check_folder, run_folder
 from torch_impl.engine.settings import DENSE, Settings
 from torch_impl.engine.smaller import make_smaller
-from torch_impl.experiment import identity, one_shot
+from torch_impl.experiment import identity, one_shot, provenance
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.footprint import Footprints, footprint, packing_saves
@@ -77,6 +77,7 @@ def run_job(config: Config, work: Callable[[Config, Path], Result]) -> tuple[Res
     Return the result and the folder of the run.
     """
     target = config.output_dir
+    provenance.software()  # The commit, before somebody changes the checkout.
     with distributed.process_group(pretrained.choose_device(config.model.device)), _folder(config) as folder:
         result = work(config, folder)
     return result, target
