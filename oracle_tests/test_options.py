@@ -320,6 +320,17 @@ def test_a_preset_is_the_same_recipe_beside_any_configuration(name: str, tmp_pat
     assert steps.text.step_shares == pytest.approx([1 / 3] * 3)
 
 
+@pytest.mark.parametrize(
+    "name", ["plain", 'quo"te', "back\\slash", "über", "\N{GRINNING FACE}", "new\nline", "tab\t", "del\x7f"]
+)
+def test_a_run_s_configuration_is_read_back_whatever_its_paths(name: str, tmp_path: Path) -> None:
+    """An emoji in a path was written as JSON has it, which TOML does not read."""
+    run = config.parse(["--model", "x", "--calibration_data", name])
+    file = tmp_path / "file.toml"
+    file.write_bytes(run_files.as_toml(run).encode())
+    assert config.parse(["--config", str(file)]).text.calibration_data == name
+
+
 def test_rates_of_a_file_are_not_asked_for_if_a_preset_replaces_them(tmp_path: Path) -> None:
     file = tmp_path / "file.toml"
     file.write_text('layer_sparsity = "owl"\n')

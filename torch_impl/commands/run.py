@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -42,4 +43,4 @@ def main(arguments: Sequence[str]) -> None:
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
     if report.packing_pays(result):
-        say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")
+        say(f"To store and run it without its zeros: losa pack {shlex.join([f'{folder}/model', f'{folder}/packed'])}")
