@@ -331,6 +331,18 @@ def test_a_run_s_configuration_is_read_back_whatever_its_paths(name: str, tmp_pa
     assert config.parse(["--config", str(file)]).text.calibration_data == name
 
 
+def test_flags_of_reconstruction_without_it_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """`--reconstruct_window 3` alone did nothing without a word. Files have all options, and comparisons give them all."""
+    words = ["--model", "x", *DATA, "--reconstruct_window", "3", "--reconstruct-learning-rate=1e-3"]
+    config.parse(words)
+    config.parse([*words, "--reconstruct_epochs", "1"], data_required=True)
+    config.parse([*words, "--preset", "quick"], data_required=True)
+    assert not caplog.records
+    config.parse([*words, "--preset", "paper"], data_required=True)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("reconstruct_learning_rate, reconstruct_window: no effect without reconstruction")
+
+
 def test_rates_of_a_file_are_not_asked_for_if_a_preset_replaces_them(tmp_path: Path) -> None:
     file = tmp_path / "file.toml"
     file.write_text('layer_sparsity = "owl"\n')

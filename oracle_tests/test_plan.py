@@ -257,7 +257,7 @@ def test_a_plan_as_text() -> None:
         "sparsity after each step        [0.6125, 0.7]",
         "mean rank of each step          [6, 7]",
         "calibration                     128 × 2 tokens of c4",
-        "fine-tuning                     8 × 2 tokens of stdlib, shares [0.1, 0.9], 2 optimizer steps, loss ce, "
+        "fine-tuning                     8 × 2 tokens of stdlib, shares [0.1, 0.9], 3 optimizer steps, loss ce, "
         "learning rate 0.0002",
         "evaluation                      windows of 2 tokens of wikitext2",
         "weights                         in memory",
@@ -301,6 +301,9 @@ def test_a_plan_for_many_cards_as_text() -> None:
 
 def test_other_plans_as_text() -> None:
     trained = config(nsamples=4, reconstruct_epochs=5, reconstruct_batch_size=3)
+    # Batches of 6: 1 sequence, then 11; an optimizer step does not reach into the next part.
+    lines = show.plan_text(replace(SHOWN, config=config(train_examples=12))).splitlines()
+    assert [line for line in lines if "shares [0.1, 0.9], 3 optimizer steps, loss ce" in line]
     assert (
         "reconstruction                  5 epochs of each block at each step, 10 optimizer steps, learning rate 0.003"
         in show.plan_text(replace(SHOWN, config=trained)).splitlines()

@@ -10,6 +10,7 @@ from torch_impl.experiment.planning.cards import CARDS
 from torch_impl.experiment.planning.dry_run import Plan
 from torch_impl.experiment.planning.outlook import REACHED, Outlook
 from torch_impl.experiment.planning.parts import Parts
+from torch_impl.experiment.text.windows import split_parts
 
 GIB = 2**30
 
@@ -164,11 +165,13 @@ def _fine_tuning(plan: Plan) -> str:
     text, training = plan.config.text, plan.config.training
     if not training.finetune:
         return "none"
-    shares = [round(share, 3) for share in text.shares(plan.config.prune.steps)]
+    shares = text.shares(plan.config.prune.steps)
+    # Each part ends with an optimizer step of its own.
+    updates = sum(training.optimizer_steps(len(part)) for part in split_parts(range(text.train_examples), shares))
     return (
-        f"{text.train_examples} × {text.train_seqlen} tokens of {text.finetune_data}, shares {shares}, "
-        f"{training.optimizer_steps(text.train_examples)} optimizer steps, loss {training.loss}, "
-        f"learning rate {training.learning_rate:g}"
+        f"{text.train_examples} × {text.train_seqlen} tokens of {text.finetune_data}, "
+        f"shares {[round(share, 3) for share in shares]}, "
+        f"{updates} optimizer steps, loss {training.loss}, learning rate {training.learning_rate:g}"
     )
 
 
