@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_a_symbolic_link_stands_for_what_it_points_to(there: bool, tmp_path: Pat
     fill(tmp_path / "link", overwrite=True)
     assert names(disk / "out") == {"losa_result.json"}
     assert names(tmp_path) == {"disk", "link"}
+
+
+@pytest.mark.parametrize("check", [folder.check_folder, lambda *given: run_folder(*given).__enter__()])
+def test_resuming_without_a_run_says_so_and_what_is_there(
+    check: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mistyped folder began a run of hours with a line that named no other, and a plan said nothing."""
+    for name in ("seed-1", "seed-2"):
+        run_checkpoints.RunCheckpoints(tmp_path / f".{name}.partial" / folder.CHECKPOINTS).commit({})
+    (tmp_path / ".other.partial" / folder.CHECKPOINTS).mkdir(parents=True)
+    check(tmp_path / "sed-1", False, True)
+    check(tmp_path / "seed-1", False, True)
+    check(tmp_path / "elsewhere" / "new", False, True)
+    check(tmp_path / "plain", False, False)
+    beginning = "has no unfinished run to resume: starting from the beginning"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"output_dir {tmp_path / 'sed-1'} {beginning}; unfinished in the same place: seed-1, seed-2",
+        f"output_dir {tmp_path / 'elsewhere' / 'new'} {beginning}",
+    ]
 
 
 def test_a_run_behind_a_link_is_resumed(tmp_path: Path) -> None:

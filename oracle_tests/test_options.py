@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from torch_impl.commands import compare, evaluate, generate, pack, run
-from torch_impl.experiment import config
+from torch_impl.experiment import config, identity, run_files
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.planning import dry_run
 
@@ -263,8 +263,9 @@ def test_unequal_shares_of_a_file_fit_its_own_steps_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", config.PRESETS)
-def test_presets_are_recipes_that_files_and_flags_win_over(name: str, tmp_path: Path) -> None:
-    """Each by what it is, also on the embedded model, whose own settings it wins over."""
+def test_presets_are_recipes_that_flags_win_over(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each by what it is, also on the embedded model, whose own settings it wins over. So it does over a configuration file, and
+    says what it replaces there; a preset that the file names is overridden by the file."""
     recipe = {
         "paper": ("ce", "per_step", "error", 5, True, 0),
         "best": ("kl", "whole_run", "uniform", 5, True, 2),
@@ -285,8 +286,66 @@ def test_presets_are_recipes_that_files_and_flags_win_over(name: str, tmp_path: 
     assert of(config.parse(["--preset", name])) == recipe
     file = tmp_path / "file.toml"
     file.write_text("reconstruct_epochs = 3\n")
-    assert of(config.parse(["--preset", name, "--config", str(file)])) == (*recipe[:-1], 3)
+    assert of(config.parse(["--preset", name, "--config", str(file)])) == recipe
+    [said] = [record.getMessage() for record in caplog.records]
+    assert f"preset {name} overrides the configuration file: reconstruct_epochs {recipe[-1]} (file: 3); flags" in said
     assert of(config.parse(["--preset", name, "--config", str(file), "--reconstruct_epochs", "5"]))[-1] == 5
+    file.write_text(f'preset = "{name}"\nreconstruct_epochs = 3\n')
+    assert of(config.parse(["--config", str(file)])) == (*recipe[:-1], 3)
+    assert of(config.parse(["--config", str(file), "--preset", "paper"])) == ("ce", "per_step", "error", 5, True, 0)
     other = config.parse(["--preset", name, "--model", "somewhere"])
     assert other.calibration.nsamples == 128
     assert of(other)[3:] == recipe[3:]
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_a_preset_is_the_same_recipe_beside_any_configuration(name: str, tmp_path: Path) -> None:
+    """`--config llama_7b --preset quick` pruned in five steps; beside the options of a whole run a preset did nothing."""
+    plain = config.parse(["--model", "x", "--preset", name])
+    recipes = {key for other in config.PRESETS for key in config.preset_options(other)}
+    ranks = {"initial_rank", "rank_allocation", "rank_shrink", "lr_schedule", "loss", "reconstruct_learning_rate"}
+    compared = recipes - (ranks if name == "quick" else {"reconstruct_learning_rate"} if name == "paper" else set())
+    files = ["llama_7b"]
+    for other in config.PRESETS:
+        run = config.parse(["--model", "x", "--preset", other, "--reconstruct_batch_size", "4"])
+        files.append(str(tmp_path / f"{other}.toml"))
+        Path(files[-1]).write_text(run_files.as_toml(run))
+    for file in files:
+        found = config.parse(["--config", file, "--model", "x", "--preset", name])
+        before, now = identity.options(plain), identity.options(found)
+        assert {key: now[key] for key in compared} == {key: before[key] for key in compared}, file
+        assert sum(found.text.shares(found.prune.steps)) == pytest.approx(1)
+    assert found.reconstruction.reconstruct_batch_size == 4, "what no preset names is the file's"
+    steps = config.parse(["--config", "llama_7b", "--model", "x", "--preset", name, "--steps", "3"])
+    assert steps.text.step_shares == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", 'quo"te', "back\\slash", "über", "\N{GRINNING FACE}", "new\nline", "tab\t", "del\x7f"]
+)
+def test_a_run_s_configuration_is_read_back_whatever_its_paths(name: str, tmp_path: Path) -> None:
+    """An emoji in a path was written as JSON has it, which TOML does not read."""
+    run = config.parse(["--model", "x", "--calibration_data", name])
+    file = tmp_path / "file.toml"
+    file.write_bytes(run_files.as_toml(run).encode())
+    assert config.parse(["--config", str(file)]).text.calibration_data == name
+
+
+def test_flags_of_reconstruction_without_it_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """`--reconstruct_window 3` alone did nothing without a word. Files have all options, and comparisons give them all."""
+    words = ["--model", "x", *DATA, "--reconstruct_window", "3", "--reconstruct-learning-rate=1e-3"]
+    config.parse(words)
+    config.parse([*words, "--reconstruct_epochs", "1"], data_required=True)
+    config.parse([*words, "--preset", "quick"], data_required=True)
+    assert not caplog.records
+    config.parse([*words, "--preset", "paper"], data_required=True)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("reconstruct_learning_rate, reconstruct_window: no effect without reconstruction")
+
+
+def test_rates_of_a_file_are_not_asked_for_if_a_preset_replaces_them(tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text('layer_sparsity = "owl"\n')
+    words = ["--model", "x", "--config", str(file), "--finetune", "false"]
+    assert config.parse(words).prune.layer_sparsity == "owl"
+    assert config.parse([*words, "--preset", "paper"]).prune.layer_sparsity == "uniform"

@@ -121,6 +121,20 @@ def test_smaller_batches_may_suffice() -> None:
     assert smaller.training.batch_size == config.training.batch_size, "the same run"
 
 
+def test_a_run_may_fit_on_the_given_text_alone() -> None:
+    """The best preset on 7B needs 72 GiB for text that the model writes; without it, 80 GB suffice."""
+    _, on = found("H100", preset="best")
+    assert not on.fits
+    [(words, needed)] = [remedy for remedy in on.remedies if remedy[0].startswith("--written_per_sample 0")]
+    changed, fits = found("H100", preset="best", **dict([words.removeprefix("--").split()]))
+    assert fits.fits
+    assert needed == peak(changed, SIZES, Place("cuda", 1, find_card("H100").free)).device.total <= on.free
+    _, smaller = found("H100", preset="best", per_device_train_batch_size=64)
+    [words] = [options for options, _ in smaller.remedies if options.startswith("--written_per_sample 0")]
+    assert "--written_per_sample 0 --calibration_batch_size 1" in words
+    assert not [options for options, _ in found("RTX 4090")[1].remedies if options.startswith("--written_per_sample")]
+
+
 @pytest.mark.parametrize(
     ("card", "changes", "words"),
     [
@@ -167,6 +181,12 @@ def test_the_plan_says_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert " device cuda " in said
     assert "fits H100 80GB yes: 69.8 GiB of a card may be used" in said
     assert "at 60% of 989 TFLOP/s a card" in said
+    for words, why in (
+        (["80GB", "--dtype", "bfloat16"], "unknown for 80GB of any card; name one of H200 141GB, H100 80GB"),
+        (["H100", "--dtype", "float32"], "unknown in float32; --dtype bfloat16 shows them"),
+    ):
+        assert cli.main(["plan", *options, "--plan_for", *words]) == 0
+        assert f"hours (estimated)               {why}" in capsys.readouterr().out
     # Text of the hub is not read, so it is not too short.
     options = arguments(place, device=None, calibration_data="c4", finetune_data="c4", eval_data="c4")
     words = ["--train_seqlen", "9000", "--per_device_train_batch_size", "64"]

@@ -253,10 +253,12 @@ def test_a_plan_as_text() -> None:
         "blocks                          32",
         "parameters                      1,234,567",
         "prunable weights                1,000,000",
+        "pruning                         wanda, unstructured, rmi rates",
         "sparsity after each step        [0.6125, 0.7]",
         "mean rank of each step          [6, 7]",
         "calibration                     128 × 2 tokens of c4",
-        "fine-tuning                     8 × 2 tokens of stdlib, shares [0.1, 0.9], 2 optimizer steps",
+        "fine-tuning                     8 × 2 tokens of stdlib, shares [0.1, 0.9], 3 optimizer steps, loss ce, "
+        "learning rate 0.0002",
         "evaluation                      windows of 2 tokens of wikitext2",
         "weights                         in memory",
         "peak memory in                  training",
@@ -299,12 +301,22 @@ def test_a_plan_for_many_cards_as_text() -> None:
 
 def test_other_plans_as_text() -> None:
     trained = config(nsamples=4, reconstruct_epochs=5, reconstruct_batch_size=3)
+    # Batches of 6: 1 sequence, then 11; an optimizer step does not reach into the next part.
+    lines = show.plan_text(replace(SHOWN, config=config(train_examples=12))).splitlines()
+    assert [line for line in lines if "shares [0.1, 0.9], 3 optimizer steps, loss ce" in line]
     assert (
         "reconstruction                  5 epochs of each block at each step, 10 optimizer steps, learning rate 0.003"
         in show.plan_text(replace(SHOWN, config=trained)).splitlines()
     )
     windows = replace(trained, reconstruction=replace(trained.reconstruction, reconstruct_window=2))
     assert "5 epochs of each window of 2 blocks at each step" in show.plan_text(replace(SHOWN, config=windows))
+    ends = config(finetune="false", prune_method="magnitude")
+    ends = replace(ends, prune=replace(ends.prune, dense_blocks=[2, 1]))
+    lines = show.plan_text(replace(SHOWN, config=ends)).splitlines()
+    assert (
+        "pruning                         magnitude, unstructured, uniform rates, not the first 2 and last 1 blocks"
+        in lines
+    )
     offloaded = replace(SHOWN.memory, offloaded=True, phase="pruning")
     lines = show.plan_text(replace(SHOWN, memory=offloaded)).splitlines()
     assert "weights                         offloaded: one block at a time from disk" in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -65,6 +66,7 @@ RESULT = Result(
     samples={"dense": {"prompt": "once <", "text": " upon & a"}, "losa": {"prompt": "once <", "text": " a time"}},
     software={"name": "losa-oracle", "version": "9.8.7", "commit": "abc123"},
     texts={"calibration": "c4", "evaluation": "some.txt", "fine-tuning": "records.json"},
+    dtype="float16",
 )  # fmt: skip
 CELLS = [
     ["", "perplexity", "sparsity", "on disk", "if packed", "time"],
@@ -161,7 +163,22 @@ def test_what_a_smaller_model_takes() -> None:
     card = model_card.of_saved(replace(RESULT, footprints=Footprints(dense, saved, "")))
     assert "\ntags: [pruned, losa]\n---\n# tiny <model>, without 70.1% of its blocks' weights\n" in card
     text = report.table(replace(RESULT, footprints=Footprints(dense, dense, "")))
-    assert text.endswith("The saved model stores its zeros, so it is as large and as fast as before.")
+    assert text.endswith("The saved model stores its zeros, so it is as large and as fast as the dense one.")
+
+
+def test_packing_is_offered_where_it_pays() -> None:
+    """A run of no zeros said to pack its model. Sizes are those of the run's precision, whatever the base model's files hold."""
+    zeros = "The saved model stores its zeros, so it is as large and as fast as the dense one. losa pack"
+    for size, pays, words in (
+        (1_234_566, True, "stores a bitmap and the kept values instead"),
+        (1_234_567, False, "would not make it smaller"),
+    ):
+        found = replace(RESULT, losa=replace(RESULT.losa, packed_bytes=size))
+        assert report.packing_pays(found) == pays
+        assert report.notes_of(found)[-2:] == [
+            "Sizes are of float16 weights, as the run computed with and saved.",
+            f"{zeros} {words}.",
+        ]
 
 
 def test_the_model_card_holds_the_same_table() -> None:
@@ -251,7 +268,7 @@ def test_the_page_holds_the_table_and_every_step(tmp_path: Path) -> None:
     )
     assert closing == CELLS
     assert steps == [
-        ["step", "sparsity", "of blocks", "ranks", "largest error", "perplexity", "seconds"],
+        ["step", "sparsity asked", "of blocks", "ranks", "largest error", "perplexity", "seconds"],
         ["1", "50.00%", "41.00% – 59.00%", "6 – 7", "0.0222", "7.25", "3.2"],
         ["2", "70.00%", "65.00% – 75.00%", "5 – 9", "0.0444", "10.90", "0.5"],
     ]
@@ -345,6 +362,11 @@ def test_the_commit_is_that_of_the_checkout(tmp_path: Path, monkeypatch: pytest.
     assert provenance.commit() == git("rev-parse", "HEAD").strip()
     (tmp_path / "a").write_text("2")
     assert provenance.commit() == git("rev-parse", "HEAD").strip() + "+"
+    # A run of hours recorded what the checkout had become.
+    monkeypatch.setattr(provenance, "software", functools.cache(provenance.software.__wrapped__))
+    began = job.run_job(parse(["--output_dir", str(tmp_path / "out")]), lambda *_: (git("commit", "-aqm", "two"), 0)[1])
+    assert began[0] == 0
+    assert provenance.software()["commit"] != provenance.commit()
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
@@ -437,7 +459,9 @@ def packed_size(model: Path, target: Path) -> int:
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.6])
-def test_an_offloaded_run_says_what_packing_makes_of_it(tmp_path: Path, sparsity: float) -> None:
+def test_an_offloaded_run_says_what_packing_makes_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, sparsity: float
+) -> None:
     """At 5 % a packed weight would be larger, and stays as it is: rows are short, and each has an offset."""
     place = make_place(tmp_path)
     plain = {"layer_sparsity": "uniform", "steps": 1, "finetune": "false", "offload": "on", "sparsity_ratio": sparsity}
@@ -445,6 +469,7 @@ def test_an_offloaded_run_says_what_packing_makes_of_it(tmp_path: Path, sparsity
     found = json.loads((place / "out" / "losa_result.json").read_text())["losa"]
     assert found["packed_bytes"] == packed_size(place / "out" / "model", tmp_path / "packed")
     assert (found["packed_bytes"] < found["bytes"]) == (sparsity == 0.6)
+    assert ("To store and run it without its zeros" in capsys.readouterr().out) == (sparsity == 0.6)
 
 
 def zeros(weights: torch.Tensor) -> float:

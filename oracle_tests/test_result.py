@@ -19,11 +19,12 @@ from torch_impl.experiment.result import Measured, MeasuredModels, SavedBytes, s
 def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """losa_result.json by hand: the rows differ in every figure but the dense bytes."""
     some = config(model="some/model", loss="kl", lr_schedule="whole_run", prune_method="sparsegpt", sparsity_ratio=0.6)
-    model = SimpleNamespace(device=torch.device("cpu"), name_or_path="nowhere")
+    model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, name_or_path="nowhere")
     material = SimpleNamespace(evaluation_facts={"windows": 3}, examples=[1, 2, 3, 4, 5], model=model)
     record = StepRecord(5, 0.6, [], [0.6], [0.6], [0.1], [7], [1.0], {})
     samples = {"dense": {"prompt": "a", "text": "b"}}
     monkeypatch.setattr(provenance, "commit", lambda: "abc")
+    monkeypatch.setattr(provenance, "software", provenance.software.__wrapped__)
     monkeypatch.setattr(provenance, "peak_memory", lambda device: {"host": 5})
     zeros = {"model.layers.0.mlp.up_proj": (0.25, 0.5)}
     found = summarise(
@@ -44,6 +45,7 @@ def test_the_result_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(json.dumps(found.as_dict())) == {
         "model": "some/model",
         "family": "gated",
+        "dtype": "bfloat16",
         "method": "sparsegpt",
         "sparsity_type": "unstructured",
         "target_sparsity": 0.6,

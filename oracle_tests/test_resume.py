@@ -181,6 +181,14 @@ def test_base_weights_that_took_over_dropped_ranks_are_written(tmp_path: Path) -
         assert torch.equal(ours.weight, theirs.weight)
 
 
+def test_progress_in_words() -> None:
+    """A run of two steps that had ended was resumed at step 3."""
+    assert str(Progress()) == "step 1, 0 blocks pruned"
+    assert str(Progress(step=2, block=3, records=[{}])) == "step 2, 3 blocks pruned"
+    assert str(Progress(step=2, block=3, records=[{}], losses=[1.0])) == "step 2, 1 optimizer steps done"
+    assert str(Progress(step=3, records=[{}, {}])) == "the end of step 2"
+
+
 # --- the command line ---
 
 

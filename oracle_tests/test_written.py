@@ -88,7 +88,10 @@ def test_a_full_device_writes_the_same_in_smaller_batches(monkeypatch: pytest.Mo
     assert torch.equal(written_windows(model, None, windows, 5, 0), expected)
 
 
-def test_what_is_written_is_kept_for_the_windows_and_the_seed_it_continues(tmp_path: Path) -> None:
+def test_what_is_written_is_kept_for_the_windows_and_the_seed_it_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A resumed run, which reads it, said that the model writes."""
     model = random_model("llama-gqa").train()
     windows, kept = windows_of(model), tmp_path / WRITTEN
     found = with_written(model, None, windows, 2, 0, kept)
@@ -98,7 +101,9 @@ def test_what_is_written_is_kept_for_the_windows_and_the_seed_it_continues(tmp_p
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
+    assert "the model writes 2 calibration sequences of 12 tokens\n" in capsys.readouterr().err
     assert torch.equal(with_written(model, None, windows, 2, 0, kept), found)
+    assert capsys.readouterr().err == ""
     # The file holds what was written last: each changes one thing.
     for changed in ((windows, 2, 1), (windows + 1, 2, 1), (windows + 1, 1, 1)):
         before, found = found, with_written(model, None, *changed, kept)

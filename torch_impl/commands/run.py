@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -41,5 +42,5 @@ def main(arguments: Sequence[str]) -> None:
         return
     say(report.table(result))
     say(f"\n{folder}: merged model in model/, report in report.html, figures in losa_result.json")
-    if not report.is_smaller(result):
-        say(f"To store and run it without its zeros: losa pack {folder / 'model'} {folder / 'packed'}")
+    if report.packing_pays(result):
+        say(f"To store and run it without its zeros: losa pack {shlex.join([f'{folder}/model', f'{folder}/packed'])}")

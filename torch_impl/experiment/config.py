@@ -1,8 +1,9 @@
-"""Configuration from frozen dataclasses, a TOML file and flags; later ones take precedence."""
+"""Configuration from frozen dataclasses, a TOML file, a preset and flags; later ones take precedence."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,12 +17,14 @@ from torch_impl.engine.calibration import CalibrationConfig
 from torch_impl.engine.rates import PLAIN, RULES
 from torch_impl.engine.reconstruction import ReconstructionConfig
 from torch_impl.engine.settings import AdapterConfig, PruneConfig, Settings, TrainingConfig
-from torch_impl.experiment.command import Parser, closest
+from torch_impl.experiment.command import Parser, closest, process
 from torch_impl.experiment.help import GroupedHelp, document
 from torch_impl.experiment.sections import EMBEDDED_MODEL, ModelConfig, OutputConfig, TextConfig
 from torch_impl.experiment.text.files import KINDS
 from torch_impl.experiment.text.sources import SOURCES
 from torch_impl.masks.prune import METHODS
+
+logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Options whose values are the names in a registry.
@@ -146,8 +149,8 @@ PLAN_DESCRIPTION = """Show what a run would do and need: sparsity and ranks of e
   DATA: --calibration_data c4 --finetune_data alpaca-gpt4 --eval_data wikitext2, or files of yours
 """
 EPILOGUE = """
-Flags override --config, --config overrides --preset, and --preset overrides the defaults. The groups below are the sections of
-a configuration file. --help-all also shows the options that are rarely needed.
+Flags override --preset, --preset overrides --config, and --config overrides the defaults. A configuration file may name a preset,
+which its other options override. The groups below are its sections. --help-all also shows the options that are rarely needed.
 """
 DESCRIPTIONS = {"losa run": RUN_DESCRIPTION + EPILOGUE, "losa plan": PLAN_DESCRIPTION + EPILOGUE}
 
@@ -173,32 +176,55 @@ def parse(arguments: Sequence[str], data_required: bool = False, prog: str = "lo
     parser.prog, parser.description = prog, DESCRIPTIONS.get(prog, parser.description)
     early = parser.parse_args(list(arguments))
     own = _from_toml(_config_file(early.config)) if early.config is not None else {}
-    from_file = _with_preset(early.preset, own, arguments)
-    if "step_shares" in from_file and _names("steps", arguments) and not _names("step_shares", arguments):
-        from_file["step_shares"] = shares_again(from_file["step_shares"], early.steps)
+    chosen = {} if early.preset is None else preset_options(early.preset)
+    from_file = _with_preset(chosen, own, arguments)
+    _tell_replaced(early.preset, chosen, own, arguments)
+    steps = early.steps if _names("steps", arguments) else int(chosen.get("steps", ["0"])[0])
+    if "step_shares" in from_file and steps and not _names("step_shares", arguments):
+        from_file["step_shares"] = shares_again(from_file["step_shares"], steps)
     words = [word for name, values in from_file.items() for word in (f"--{name}", *values)]
     config = Config(*parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False))
-    if "layer_sparsity" not in own and not _names("layer_sparsity", arguments):
+    if "layer_sparsity" not in own.keys() - chosen and not _names("layer_sparsity", arguments):
         config = _without_rates(config)
     _ = config.settings, config.text.shares(config.prune.steps)
+    if data_required and not config.reconstruction.reconstruct_epochs:
+        _warn_of_idle([item.name for item in fields(ReconstructionConfig) if _names(item.name, arguments)])
     if data_required and Path(config.model.model).resolve() != EMBEDDED_MODEL.resolve():
         names = ("calibration_data", *(("finetune_data",) if config.training.finetune else ()), "eval_data")
         _check_given([name for name in names if name not in from_file and not _names(name, arguments)])
     return config
 
 
-def _with_preset(preset: str | None, own: dict[str, list[str]], arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Complete the options of the user's configuration file with those of the preset, and of the embedded model."""
-    found = own
-    if preset is not None:
-        _checks.choice("preset", preset, PRESETS)
-        found = preset_options(preset) | found
+def _with_preset(
+    chosen: dict[str, list[str]], own: dict[str, list[str]], arguments: Sequence[str]
+) -> dict[str, list[str]]:
+    """Complete the user's configuration file: with the preset of the command line, else with the one that it names itself, which it
+    overrides; and with the options of the embedded model."""
+    found = own | chosen
+    if not chosen and "preset" in own:
+        found = preset_options(" ".join(own["preset"])) | own
     if "model" not in found and not _names("model", arguments):
         # Its text would calibrate the embedded model, which is another one.
         if {"calibration_data", "finetune_data", "eval_data"} & set(own):
             raise ValueError("the configuration names text and no model; add --model, the folder or hub id of yours")
         found = _from_toml(CONFIGS / "embedded.toml") | found
     return dict(found)
+
+
+def _tell_replaced(
+    preset: str | None, chosen: dict[str, list[str]], own: dict[str, list[str]], arguments: Sequence[str]
+) -> None:
+    """Log, in process 0, which options of the configuration file the preset of the command line replaces."""
+    before = {name: " ".join(own[name]) for name in chosen if name in own and not _names(name, arguments)}
+    replaced = [
+        f"{name} {' '.join(chosen[name])} (file: {value})"
+        for name, value in before.items()
+        if value != " ".join(chosen[name])
+    ]
+    if replaced and not process():
+        logger.warning(
+            "preset %s overrides the configuration file: %s; flags override both", preset, ", ".join(replaced)
+        )
 
 
 def _without_rates(config: Config) -> Config:
@@ -213,13 +239,20 @@ def _without_rates(config: Config) -> Config:
     return replace(config, prune=replace(config.prune, layer_sparsity=PLAIN))
 
 
+def _warn_of_idle(given: Sequence[str]) -> None:
+    """Log, in process 0, that flags of reconstruction do nothing without it."""
+    if (idle := [name for name in given if name != "reconstruct_epochs"]) and not process():
+        logger.warning("%s: no effect without reconstruction, which --reconstruct_epochs asks for", ", ".join(idle))
+
+
 def option_names() -> list[str]:
     """Return the names of all options of a run."""
     return [item.name for section in SECTIONS.values() for item in fields(section)]
 
 
 def preset_options(name: str) -> dict[str, list[str]]:
-    """Return the options of a preset, as the words of the command line."""
+    """Return the options of a preset, as the words of the command line. Errors: ValueError for an unknown one."""
+    _checks.choice("preset", name, PRESETS)
     return _from_toml(CONFIGS / f"preset_{name}.toml")
 
 
@@ -275,7 +308,7 @@ def _from_toml(path: Path) -> dict[str, list[str]]:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {error}") from error
-    known = set(option_names()) - {"config", "preset"}
+    known = set(option_names()) - {"config"}
     words: dict[str, list[str]] = {}
     for name, value in table.items():
         entries = value.items() if isinstance(value, dict) else [(name, value)]

@@ -25,11 +25,11 @@ from torch_impl.engine.progress import note
 from torch_impl.engine.rates import PLAIN
 from torch_impl.engine.record import StepRecord
 from torch_impl.engine.resume.checkpointer import Checkpointer
-from torch_impl.engine.resume.run_checkpoints import RunCheckpoints
+from torch_impl.engine.resume.run_checkpoints import RunCheckpoints, has_checkpoints
 from torch_impl.engine.resume.run_folder import CHECKPOINTS, check_folder, run_folder
 from torch_impl.engine.settings import DENSE, Settings
 from torch_impl.engine.smaller import make_smaller
-from torch_impl.experiment import identity, one_shot
+from torch_impl.experiment import identity, one_shot, provenance
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.evaluate import perplexity
 from torch_impl.experiment.footprint import Footprints, footprint, packing_saves
@@ -77,6 +77,7 @@ def run_job(config: Config, work: Callable[[Config, Path], Result]) -> tuple[Res
     Return the result and the folder of the run.
     """
     target = config.output_dir
+    provenance.software()  # The commit, before somebody changes the checkout.
     with distributed.process_group(pretrained.choose_device(config.model.device)), _folder(config) as folder:
         result = work(config, folder)
     return result, target
@@ -117,12 +118,13 @@ def open_checkpointer(config: Config, folder: Path, in_memory: bool) -> Checkpoi
 
     Errors: ValueError if the run began with other options.
     """
+    unfinished = has_checkpoints(folder / CHECKPOINTS)
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, config.output.keep_points)
     # A GPU need not wait for the disk: a block of 7B has 0.4 GB, which take seconds to hash and write.
     in_background = in_memory and pretrained.choose_device(config.model.device).type == "cuda"
     checkpointer = Checkpointer(checkpoints, config.output.save_every, (folder / METRICS,), in_background)
-    if config.output.resume and not checkpointer.notes:
-        logger.warning("no checkpoint found for %s; starting over", config.output_dir)
+    if unfinished and not checkpointer.notes:
+        logger.warning("output_dir %s has no valid checkpoint: starting over", config.output_dir)
     if checkpointer.notes:
         identity.check_options(
             checkpointer.notes["options"], identity.options(config), config.output.accept_changes or ()

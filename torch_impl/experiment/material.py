@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from torch_impl.engine import distributed
 from torch_impl.engine.batches import Example
 from torch_impl.engine.checkpoints import pretrained
-from torch_impl.engine.progress import note
 from torch_impl.engine.structure import check_structure
 from torch_impl.experiment.config import Config
 from torch_impl.experiment.planning import checks
@@ -72,10 +71,8 @@ def load_material(
     checks.check_lengths(model, config)
     checks.warn_of_lengths(model, config)
     material = with_text(config, model, tokenizer, others)
-    ids, count = material.calibration, config.calibration.written
-    if count:
-        note(f"the model writes {count:,} calibration sequences of {ids.shape[1]:,} tokens")
-    return replace(material, calibration=with_written(model, tokenizer, ids, count, config.output.seed, kept))
+    count, seed = config.calibration.written, config.output.seed
+    return replace(material, calibration=with_written(model, tokenizer, material.calibration, count, seed, kept))
 
 
 def with_text(

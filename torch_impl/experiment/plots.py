@@ -26,7 +26,7 @@ def draw(folder: Path, result: Result, records: Sequence[StepRecord]) -> list[tu
         _losses(folder, result, records)
         found.append(("loss.png", "Training loss; dotted lines: the model is pruned further"))
     _perplexities(folder, result, records)
-    return [*found, ("perplexity.png", "Held-out perplexity after every step, and the sparsity reached")]
+    return [*found, ("perplexity.png", "Held-out perplexity after every step, and the sparsity asked for")]
 
 
 def _figure(x: str, y: str) -> tuple[Any, Any]:

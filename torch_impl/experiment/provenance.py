@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import subprocess
 import sys
@@ -30,8 +31,9 @@ def commit() -> str | None:
     return found[0].strip() + ("+" if found[1].strip() else "")
 
 
+@functools.cache
 def software() -> dict[str, str | None]:
-    """Return name, version and commit of this software."""
+    """Return name, version and commit of this software. Call it first when a run begins: a checkout may change before it ends."""
     return {"name": "losa-oracle", "version": torch_impl.__version__, "commit": commit()}
 
 

@@ -39,6 +39,11 @@ def is_smaller(result: Result) -> bool:
     return found is not None and found.saved.parameters < found.dense.parameters
 
 
+def packing_pays(result: Result) -> bool:
+    """Return whether the saved model has zeros to leave out, and is smaller without them."""
+    return not is_smaller(result) and result.losa.packed_bytes < result.losa.bytes
+
+
 def cells_of(result: Result) -> list[list[str]]:
     cells = [["", "perplexity", "sparsity", "on disk", "if packed", "time"]]
     for row, title in rows_of(result):
@@ -86,6 +91,7 @@ def notes_of(result: Result) -> list[str]:
         f"Reloaded {checks.reloaded}: every pruned weight of {checks.projections} projections is "
         f"{'gone' if is_smaller(result) else 'zero'}, logits "
         f"within {checks.largest_logit_difference:.1e} of the unmerged model's.",
+        f"Sizes are of {result.dtype} weights, as the run computed with and saved.",
         *_as_saved(result),
     ]
 
@@ -103,11 +109,13 @@ def _as_saved(result: Result) -> list[str]:
     """Describe what the saved model takes."""
     found = result.footprints
     if found is None or not is_smaller(result):
-        zeros = "The saved model stores its zeros, so it is as large and as fast as before."
+        zeros = "The saved model stores its zeros, so it is as large and as fast as the dense one."
         if found is not None:
             return [f"{zeros}{_sentence(found.note)}"]
         if Pattern.parse(result.sparsity_type).structured:
             return [f"{zeros} Whole heads and channels are zeros: run in one process for a smaller model."]
+        if not packing_pays(result):
+            return [f"{zeros} losa pack would not make it smaller."]
         return [f"{zeros} losa pack stores a bitmap and the kept values instead."]
     dense, saved = found.dense, found.saved
     speeds = [

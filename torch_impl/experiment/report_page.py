@@ -82,7 +82,7 @@ def _samples(result: Result) -> str:
 
 
 def _steps(result: Result, records: Sequence[StepRecord]) -> str:
-    head = ("step", "sparsity", "of blocks", "ranks", "largest error", "perplexity", "seconds")
+    head = ("step", "sparsity asked", "of blocks", "ranks", "largest error", "perplexity", "seconds")
     rows = (
         (
             r.step,

@@ -37,7 +37,8 @@ class MeasuredModels:
 
 @dataclass(frozen=True)
 class Row(Measured):
-    """The same with the bytes of all weights, as saved and if the zeros were not stored."""
+    """The same with the bytes of all weights, as saved and if the zeros were not stored; of pruned models that are not saved, those
+    of the saved one."""
 
     bytes: int
     packed_bytes: int
@@ -101,6 +102,8 @@ class Result:
     software: dict[str, str | None]
     texts: dict[str, str]
     """Name of the text for each purpose, without the path."""
+    dtype: str
+    """Precision of the run and of the saved weights, which may be another than that of the base model's files."""
     dense_blocks: list[int] = field(default_factory=lambda: [0, 0])
     """Blocks at the front and at the back that were not pruned."""
     license: str | None = None
@@ -176,6 +179,7 @@ def summarise(
         samples=samples,
         software=provenance.software(),
         texts=_texts(config),
+        dtype=str(material.model.dtype).removeprefix("torch."),
         footprints=footprints,
         license=provenance.license_in(pretrained.folder_of(material.model)),
     )

@@ -25,7 +25,7 @@ def write_results(
         return
     write_json(folder / "losa_result.json", result.as_dict())
     write_json(folder / "steps.json", [record.as_dict() for record in records])
-    write_atomically(folder / "losa_config.toml", as_toml(config).encode())
+    write_atomically(folder / "losa_config.toml", as_toml(config).encode(errors="backslashreplace"))
     write_json(folder / "environment.json", environment)
     report_page.write(folder, result, records, config.as_dict(), environment)
     card = model_card.of_saved(result)
@@ -47,5 +47,7 @@ def as_toml(config: Config) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    # What JSON and TOML write alike: strings, whole numbers, true and false; and floats as Python writes them.
-    return repr(value) if isinstance(value, float) else json.dumps(value, allow_nan=False)
+    if isinstance(value, float):
+        return repr(value)
+    # What JSON and TOML write alike: whole numbers, true and false, and strings; but TOML has no surrogates for an emoji.
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).replace("\x7f", "\\u007f")

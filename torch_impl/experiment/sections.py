@@ -100,7 +100,8 @@ class OutputConfig:
     overwrite: bool = False
     """Replace output_dir if it exists, and discard an unfinished run in it."""
     resume: bool = False
-    """Resume the unfinished run in output_dir. The result is bit-identical to that of an uninterrupted run."""
+    """Resume the unfinished run in output_dir; if there is none, start one. The result is bit-identical to that of an uninterrupted
+    run."""
     accept_changes: list[str] | None = None
     """With --resume: options that may differ from the original run: learning_rate, max_grad_norm, reconstruct_learning_rate,
     weight_decay."""
@@ -126,10 +127,10 @@ class OutputConfig:
     Says whether the run fits, what would make it fit, and how long it takes."""
     preset: str | None = None
     """paper: the paper's algorithm; best: the recipe with the lowest perplexity; quick: one-shot pruning and reconstruction
-    without fine-tuning. --config and flags override it."""
+    without fine-tuning. It overrides --config, and flags override it."""
     config: str | None = None
     """TOML file with any of these options, or the name of one that ships: llama_7b, llama_13b, llama_70b (the paper's settings).
-    Flags override it."""
+    Flags and --preset override it."""
 
     def __post_init__(self) -> None:
         _checks.count("seed", self.seed, 0, MOST_SEED)

@@ -67,6 +67,8 @@ class Progress:
     def __str__(self) -> str:
         if self.losses:
             return f"step {self.step}, {len(self.losses)} optimizer steps done"
+        if self.records and not self.block:
+            return f"the end of step {self.step - 1}"
         return f"step {self.step}, {self.block} blocks pruned"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import IO
 
 from torch_impl.engine.files import flush_folder
 from torch_impl.engine.resume.run_checkpoints import has_checkpoints
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ".points"
 LOCK = ".lock"
@@ -106,11 +109,24 @@ def _check_target(target: Path, named: str, overwrite: bool, resume: bool, kind:
 
 
 def _check_unfinished(partial: Path, named: str, overwrite: bool, resume: bool, kind: Kind) -> bool:
-    """Return whether there is an unfinished run. Errors: ValueError if there is one without `resume` or `overwrite`."""
+    """Return whether there is an unfinished run; log if `resume` finds none, which starts one.
+
+    Errors: ValueError if there is one without `resume` or `overwrite`.
+    """
     unfinished = has_checkpoints(partial / CHECKPOINTS)
     if unfinished and not (resume or overwrite):
         ways = f"--resume, {kind.replacing} to start over" if kind == RUN else f"{kind.replacing} to delete it"
         raise ValueError(f"{named} has an unfinished run in {partial}; use {ways}, or another folder")
+    if resume and not unfinished:
+        # Not refused: a job that is restarted whenever it stops has --resume from the start.
+        others = [
+            found.parent.name
+            for found in sorted(partial.parent.glob(f".*.partial/{CHECKPOINTS}"))
+            if has_checkpoints(found)
+        ]
+        beside = ", ".join(name.removeprefix(".").removesuffix(".partial") for name in others)
+        there = f"; unfinished in the same place: {beside}" if beside else ""
+        logger.warning("%s has no unfinished run to resume: starting from the beginning%s", named, there)
     return unfinished
 
 

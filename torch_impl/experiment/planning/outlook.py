@@ -24,7 +24,7 @@ class Outlook:
     """How a run does on cards of one kind.
 
     free: bytes of each that a run may use. fits: whether they suffice. remedies: options with which they would, and the bytes
-    that each card then needs. hours: None if the speed of the card in this dtype is unknown.
+    that each card then needs. hours: None if the speed of the card in this dtype is unknown, as it is for an amount of memory.
     """
 
     card: Card
@@ -48,6 +48,7 @@ def _remedies(config: Config, sizes: Sizes, place: Place, usable: int) -> Iterat
     smaller = _smaller(config)
     kinds = (
         [(words, changed, place) for words, changed in smaller],
+        [(words, changed, place) for words, changed in _given_text(config)],
         [(f"--devices {cards}", config, replace(place, cards=cards)) for cards in CARDS_TRIED if cards > place.cards],
         [(words, changed, replace(place, cards=1)) for words, changed in _compressed(config)],
         [(words, changed, replace(place, cards=1)) for words, changed in _one_shot(config)],
@@ -79,6 +80,19 @@ def _smaller(config: Config) -> list[tuple[str, Config]]:
         (words, replace(changed, training=one)),
         (f"{words} --gradient_checkpointing true", replace(changed, training=again)),
     ]
+
+
+def _given_text(config: Config) -> Iterator[tuple[str, Config]]:
+    """The run without text that the model writes, whose hidden states take memory; then also in smaller batches."""
+    if not config.calibration.written_per_sample:
+        return
+    words, changed = (
+        "--written_per_sample 0",
+        replace(config, calibration=replace(config.calibration, written_per_sample=0)),
+    )
+    yield words, changed
+    for smaller, still in _smaller(changed):
+        yield f"{words} {smaller}", still
 
 
 def _compressed(config: Config) -> Iterator[tuple[str, Config]]:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
+from torch_impl.experiment.planning.cards import CARDS
 from torch_impl.experiment.planning.dry_run import Plan
 from torch_impl.experiment.planning.outlook import REACHED, Outlook
 from torch_impl.experiment.planning.parts import Parts
+from torch_impl.experiment.text.windows import split_parts
 
 GIB = 2**30
 
@@ -84,21 +86,24 @@ def _lines(plan: Plan) -> Iterator[str]:
         if operations:
             yield f"work, {WORK[name]:<24}{operations / 1e12:>10,.2f} TFLOP"
     if plan.outlook is not None:
-        yield from _outlook(plan.outlook, plan.cards)
+        yield from _outlook(plan.outlook, plan.cards, plan.dtype)
     yield f"{'output':<30}  {plan.config.output_dir}"
 
 
-def _outlook(found: Outlook, cards: int) -> Iterator[str]:
+def _outlook(found: Outlook, cards: int, dtype: str) -> Iterator[str]:
     named = f"{cards} × {found.card.name}" if cards > 1 else found.card.name
     yield f"{f'fits {named}':<30}  {'yes' if found.fits else 'NO'}: {found.free / GIB:.1f} GiB of a card may be used"
     yield from (f"  would fit at {needed / GIB:.1f} GiB with {options}" for options, needed in found.remedies)
     if not found.fits and not found.remedies:
         yield "  does not fit with smaller batches, more cards or offloading either"
     if found.hours is not None:
-        yield (
-            f"{'hours (estimated)':<30}  {_hours(found.hours)}, at {REACHED:.0%} of {found.card.tflops} TFLOP/s a card, "
-            "sequences of full length; small models take longer"
-        )
+        speed = f"{REACHED:.0%} of {found.card.tflops} TFLOP/s a card"
+        hours = f"{_hours(found.hours)}, at {speed}, sequences of full length; small models take longer"
+    elif found.card.tflops is None:
+        hours = f"unknown for {found.card.name} of any card; name one of {', '.join(card.name for card in CARDS)}"
+    else:
+        hours = f"unknown in {dtype}; --dtype bfloat16 shows them"
+    yield f"{'hours (estimated)':<30}  {hours}"
 
 
 def _hours(hours: float) -> str:
@@ -116,6 +121,7 @@ def _facts(plan: Plan) -> dict[str, str]:
         "blocks": f"{plan.blocks:,}",
         "parameters": f"{plan.parameters:,}",
         "prunable weights": f"{plan.prunable:,}",
+        "pruning": _pruning(plan),
         "sparsity after each step": str([round(target, 4) for target in plan.sparsity]),
         "mean rank of each step": str(list(plan.ranks)),
         "calibration": _calibration(plan),
@@ -129,6 +135,13 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 def _first(windows: int | None) -> str:
     return "" if windows is None else f"the first {windows:,} "
+
+
+def _pruning(plan: Plan) -> str:
+    prune = plan.config.prune
+    first, last = prune.dense_blocks
+    ends = f", not the first {first} and last {last} blocks" if first + last else ""
+    return f"{prune.prune_method}, {prune.sparsity_type}, {prune.layer_sparsity} rates{ends}"
 
 
 def _calibration(plan: Plan) -> str:
@@ -152,10 +165,13 @@ def _fine_tuning(plan: Plan) -> str:
     text, training = plan.config.text, plan.config.training
     if not training.finetune:
         return "none"
-    shares = [round(share, 3) for share in text.shares(plan.config.prune.steps)]
+    shares = text.shares(plan.config.prune.steps)
+    # Each part ends with an optimizer step of its own.
+    updates = sum(training.optimizer_steps(len(part)) for part in split_parts(range(text.train_examples), shares))
     return (
-        f"{text.train_examples} × {text.train_seqlen} tokens of {text.finetune_data}, shares {shares}, "
-        f"{training.optimizer_steps(text.train_examples)} optimizer steps"
+        f"{text.train_examples} × {text.train_seqlen} tokens of {text.finetune_data}, "
+        f"shares {[round(share, 3) for share in shares]}, "
+        f"{updates} optimizer steps, loss {training.loss}, learning rate {training.learning_rate:g}"
     )
 
 

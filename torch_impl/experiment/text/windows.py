@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # Calibration windows are sampled from a token stream this many times longer than all windows, or from the whole text.
 CALIBRATION_POOL = 8
 _BATCH = 32
+Item = TypeVar("Item")
 
 
 def calibration_windows(
@@ -125,7 +127,7 @@ def _single_examples(
             yield {"input_ids": ids, "labels": labels}
 
 
-def split_parts(examples: Sequence[Example], shares: Sequence[float]) -> list[list[Example]]:
+def split_parts(examples: Sequence[Item], shares: Sequence[float]) -> list[list[Item]]:
     """Split the examples into len(shares) consecutive parts by their shares; LoSA trains on one part per step.
 
     Rounding: a part ends at rint(cumulative share · examples).

@@ -17,7 +17,7 @@ from torch_impl.decode.next_token import NextToken
 from torch_impl.engine import distributed
 from torch_impl.engine.checkpoints.safetensors_files import save_tensors
 from torch_impl.engine.memory import find_executable_batch_size
-from torch_impl.engine.progress import bar
+from torch_impl.engine.progress import bar, note
 from torch_impl.experiment.evaluate import eval_mode
 
 PROMPT = 32
@@ -48,6 +48,7 @@ def with_written(
     key = f"{hashlib.sha256(windows.numpy().tobytes()).hexdigest()}.{count}.{seed}"
     found = load_file(kept) if kept.exists() else {}
     if key not in found:
+        note(f"the model writes {count:,} calibration sequences of {windows.shape[1]:,} tokens")
         found = {key: written_windows(model, tokenizer, windows, count, seed).int()}
         # Whole or not at all: a run may be interrupted here, and another process may write the same.
         save_tensors(found, beside := kept.with_suffix(f".{os.getpid()}.part"))
