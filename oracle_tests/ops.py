@@ -542,7 +542,7 @@ OPS = (
         "llm_pruner.rates_between",
         s.protected_blocks(),
         Kind.CLOSE,
-        ({"sparsity": 0.5, "weights": np.ones(3), "first": 1, "last": 1}, "sparsity"),
+        ({"target": 0.5, "weights": np.ones(3), "first": 1, "last": 1}, "target"),
     ),
     Op(
         "loraprune.lora_score",
