@@ -692,6 +692,13 @@ def test_blocks_that_share_nothing_are_equally_important() -> None:
     assert expected.tolist() == pytest.approx([np.exp(-0.25)] * 4)
 
 
+def test_an_infinite_beta_is_refused() -> None:
+    """A block that shares nothing would have an importance of exp(−∞ · 0)."""
+    for importance, convert in ((spec_rmi.importance, np.asarray), (rmi.importance, to_torch)):
+        with pytest.raises(ValueError, match=r"^beta is inf; allowed: a finite number$"):
+            importance(convert(np.array([0.0, 1.0])), float("inf"))
+
+
 def test_rates_end_at_one() -> None:
     """Nothing can be pruned twice, however wide the spread; a floor of one is allowed, a higher one is not."""
     for allocate, convert in ((spec_sparsity.allocate_sparsity, np.asarray), (sparsity.allocate_sparsity, to_torch)):

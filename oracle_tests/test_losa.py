@@ -146,7 +146,7 @@ def test_a_run_starts_from_the_sparsity_of_all_weights_together(
     )
     rows = [np.r_[np.zeros(round(2000 * share)), np.ones(2000 - round(2000 * share))] for share in shares]
     layers = [{"q": spec_adapted.AdaptedLinear(row[None], np.zeros((0, 2000)), np.zeros((1, 0)))} for row in rows]
-    theirs = lambda: spec._initial_sparsity(layers, np.array(sizes), spec.Settings(sparsity_ratio=target))  # noqa: E731
+    theirs = lambda: spec.initial_rates(layers, np.array(sizes), spec.Settings(sparsity_ratio=target))  # noqa: E731
     for side in (ours, theirs):
         if initial is None:
             with pytest.raises(ValueError, match=r"sparsity_ratio is 0\.3.*0\.3750"):

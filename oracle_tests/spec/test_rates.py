@@ -89,7 +89,9 @@ def cases_with_moves(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=strategies.examples(400))
 @given(cases_with_moves())
 # The ceiling of the first of two blocks forces the only move that there may be.
-@example({"importance": np.array([3.0, 5]), "kept_total": 6, "m": 8, "spread": 2, "ceiling": np.array([2, 5]), "moves": 1})
+@example(
+    {"importance": np.array([3.0, 5]), "kept_total": 6, "m": 8, "spread": 2, "ceiling": np.array([2, 5]), "moves": 1}
+)
 @example({"importance": np.array([4.0, 1, 3, 2]), "kept_total": 8, "m": 4, "spread": 1, "ceiling": None, "moves": 1})
 # Of the two that keep one at most, one move is forced by each.
 @example(
