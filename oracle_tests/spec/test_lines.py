@@ -1,4 +1,4 @@
-"""Pruning block by block: what each line of `lockstep.prune_model` is handed, by definitions written differently."""
+"""Lines of Algorithm 1, one by one: what each is handed, by definitions written differently."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oracle_tests.llama_pair import random_llama
-from reference import llama, lockstep, losa
+from reference import llama, lockstep, losa, rates, training
 from reference.settings import Settings
 
 SIZES = llama.Sizes(vocabulary=13, hidden=8, intermediate=12, heads=4, kv_heads=2)
@@ -66,7 +66,7 @@ def test_a_window_ends_with_the_pruned_block(window: int, sizes: list[int], monk
 
 
 def test_channels_make_up_for_heads_at_the_last_step_alone() -> None:
-    """A head has 96 of 480 weights, a channel 24. At 26.25 % no head goes, and 3.15 of 12 channels; at the end, 30 % are 6 channels."""
+    """A head has 96 of 480 weights, a channel 24. At 26.25 % no head goes and 3.15 of 12 channels; at the end, 30 % are 6."""
     settings = Settings(
         sparsity_ratio=0.3, steps=2, sparsity_type="structured", channel_multiple=1, prune_method="magnitude", **PRUNE
     )
@@ -76,3 +76,37 @@ def test_channels_make_up_for_heads_at_the_last_step_alone() -> None:
         assert record.realised == pytest.approx([24 * channels / 480] * 3)
         assert all(int((~layers["down"].mask.any(axis=0)).sum()) == channels for layers in record.layers)
         assert all(layers["o"].mask.all() for layers in record.layers)
+
+
+def test_importance_is_measured_on_the_first_sequences() -> None:
+    dense = model(4)
+    _, [record] = losa.run(dense, IDS, [], Settings(steps=1, rmi_samples=3, finetune=False))
+    np.testing.assert_array_equal(record.importance, rates.mutual_information(dense, IDS[:3]))
+
+
+def test_a_block_of_a_mixed_pattern_keeps_no_more_than_it_has() -> None:
+    """The most important block has one weight of four already, so the others keep eleven of the twelve."""
+    settings = Settings(sparsity_type="mixed-3:4")
+    importance, previous = np.array([9.0, 1, 1, 1]), np.array([0.75, 0, 0, 0])
+    _, groups = losa.block_targets(settings, 0.25, importance, np.ones(4), previous)
+    assert groups == [(1, 4), (3, 4), (4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "asked"),
+    [("per_step", [(0, 2), (1, 2), (0, 2), (1, 2)]), ("whole_run", [(0, 4), (1, 4), (2, 4), (3, 4)])],
+)
+def test_every_optimizer_step_has_its_place_in_the_schedule(
+    schedule: str, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two optimizer steps of two sequences at each of two steps."""
+    found = []
+
+    def factor(done: int, total: int, _: float) -> float:
+        found.append((done, total))
+        return 1.0
+
+    monkeypatch.setattr(training.adamw, "lr_factor", factor)
+    part = [{"input_ids": row, "labels": row} for row in IDS[:4]]
+    losa.run(model(3), IDS, [part] * 2, Settings(steps=2, batch_size=2, lr_schedule=schedule))
+    assert found == asked
