@@ -54,6 +54,17 @@ def mask(name: str, value: Any, like: NDArray[Any], like_name: str) -> Mask:
     return result
 
 
+def typed(name: str, value: Any, dtype: type, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """Check for an array of exactly this dtype, and of this shape unless it is None."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: an array of real numbers")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: {np.dtype(dtype)}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}; allowed: {shape}")
+    return value
+
+
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
     """Check that `value` is a finite real number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
