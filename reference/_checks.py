@@ -1,7 +1,7 @@
 """Argument checks of the spec. Each error is one line: the argument, its value and what is allowed.
 
-Every public function of the spec checks its arguments and raises TypeError or ValueError. So docstrings list only the
-errors that do not follow from their Parameters.
+Every function with a formula checks its arguments and raises TypeError or ValueError. So docstrings list only the errors
+that do not follow from their Parameters.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -300,3 +301,10 @@ def test_a_rule_is_asked_for_the_current_model_and_target() -> None:
     assert [target for _, target in seen] == pytest.approx([0.525, 0.6])
     assert seen[0][0] == 0
     assert seen[1][0] == pytest.approx(0.525, abs=0.02)
+
+
+@pytest.mark.parametrize(("below", "level"), [(0.0, 62465), (2e-10, 62465), (1e-8, 62464)])
+def test_a_score_just_below_a_level_belongs_to_it(below: float, level: int) -> None:
+    """1/4 = ½ · 2⁻¹ begins the level 1 + 61 · 1024. The smaller of two weights scores it, or a little less."""
+    weight = np.array([[1.0, math.sqrt(4 / (1 - below) - 1)]])
+    assert np.flatnonzero(lamp.lamp_levels(weight)).tolist() == [level, 64513]
