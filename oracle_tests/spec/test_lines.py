@@ -11,6 +11,8 @@ import pytest
 
 from oracle_tests.llama_pair import random_llama
 from reference import llama, lockstep, losa, rates, training
+from reference.masks.prune import METHODS
+from reference.masks.pruner_zero import pruner_zero_score
 from reference.settings import Settings
 
 SIZES = llama.Sizes(vocabulary=13, hidden=8, intermediate=12, heads=4, kv_heads=2)
@@ -110,3 +112,25 @@ def test_every_optimizer_step_has_its_place_in_the_schedule(
     part = [{"input_ids": row, "labels": row} for row in IDS[:4]]
     losa.run(model(3), IDS, [part] * 2, Settings(steps=2, batch_size=2, lr_schedule=schedule))
     assert found == asked
+
+
+def test_gradients_are_summed_before_or_after_their_sign_is_lost() -> None:
+    """Taylor's is the gradient of the whole text; Pruner-Zero's has no sign, so that sequences cannot cancel."""
+    dense = model(2)
+    taylor = lockstep.gather_gradients(dense, IDS, METHODS["taylor"])
+    sizes = lockstep.gather_gradients(dense, IDS, METHODS["pruner_zero"])
+    assert taylor is not None
+    assert sizes is not None
+    whole = llama.weight_gradients(dense, IDS)
+    for index, block in enumerate(dense.blocks):
+        for name in block.weights:
+            np.testing.assert_allclose(taylor[index][name], len(IDS) * whole[index][name], rtol=1e-9, atol=1e-12)
+            squares = sum(llama.weight_gradients(dense, row[None])[index][name] ** 2 for row in IDS)
+            np.testing.assert_allclose(sizes[index][name] ** 2, squares, rtol=1e-9, atol=1e-15)
+    assert lockstep.gather_gradients(dense, IDS, METHODS["wanda"]) is None
+
+
+def test_the_least_gradient_counts_as_none() -> None:
+    """minmax of 1, 2 and 5 is 0, a quarter and 1; equal gradients count nothing."""
+    np.testing.assert_allclose(pruner_zero_score([[1.0, -2.0, 3.0]], [[1.0, 2.0, 5.0]]), [[0.0, 1.0, 9.0]])
+    np.testing.assert_array_equal(pruner_zero_score([[1.0, -2.0]], [[2.0, 2.0]]), [[0.0, 0.0]])
