@@ -114,6 +114,36 @@ def test_every_optimizer_step_has_its_place_in_the_schedule(
     assert found == asked
 
 
+def test_taylor_removes_the_structures_that_the_loss_depends_on_least() -> None:
+    """|W · G| summed over all that goes with a channel or a key-value head, weight by weight; a head has two rows of queries."""
+    dense = model(2)
+    options = {"sparsity_type": "structured", "channel_multiple": 1, "prune_method": "taylor", "sparsity_ratio": 0.6}
+    _, [record] = losa.run(dense, IDS, [], Settings(steps=1, **options, **PRUNE))
+    for block, gradients, layers in zip(dense.blocks, llama.weight_gradients(dense, IDS), record.layers, strict=True):
+        size = {name: np.abs(W * gradients[name]) for name, W in block.weights.items()}
+        channels = [size["gate"][c].sum() + size["up"][c].sum() + size["down"][:, c].sum() for c in range(12)]
+        heads = [
+            size["k"][2 * h : 2 * h + 2].sum()
+            + size["v"][2 * h : 2 * h + 2].sum()
+            + size["q"][4 * h : 4 * h + 4].sum()
+            + size["o"][:, 4 * h : 4 * h + 4].sum()
+            for h in range(2)
+        ]
+        assert layers["k"].mask.any(axis=1).tolist() == [h == np.argmax(heads) for h in (0, 0, 1, 1)]
+        kept = layers["down"].mask.any(axis=0)
+        assert np.flatnonzero(kept).tolist() == sorted(np.argsort(channels)[-int(kept.sum()) :])
+        assert 0 < kept.sum() < 12
+
+
+def test_a_projection_that_is_zero_already_spares_the_others() -> None:
+    """The block reaches its rate: its other projections lose what is left to prune. Magnitudes need no whole rows."""
+    dense = model(3)
+    dense.blocks[1].weights["q"][:] = 0
+    _, [record] = losa.run(dense, IDS, [], Settings("magnitude", 0.6, steps=1, **PRUNE))
+    assert record.realised == pytest.approx([0.6] * 3, abs=7 / 480)
+    assert max(record.realised) <= 0.6
+
+
 def test_gradients_are_summed_before_or_after_their_sign_is_lost() -> None:
     """Taylor's is the gradient of the whole text; Pruner-Zero's has no sign, so that sequences cannot cancel."""
     dense = model(2)
