@@ -42,9 +42,14 @@ def test_the_first_token_counts_more_where_attention_reads_it() -> None:
     assert sum(changed) >= 5, "the weight makes a difference almost everywhere"
 
 
-@pytest.mark.parametrize(("window", "sizes"), [(1, [1, 1, 1, 1]), (2, [1, 2, 2, 2]), (3, [1, 2, 3, 3])])
-def test_a_window_ends_with_the_pruned_block(window: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many blocks or all there are, on the stream before the first of them, for the dense output of the last."""
+@pytest.mark.parametrize(
+    ("window", "front", "sizes"),
+    [(1, 0, [1, 1, 1, 1]), (2, 0, [1, 2, 2, 2]), (3, 0, [1, 2, 3, 3]), (3, 1, [1, 2, 3])],
+)
+def test_a_window_ends_with_the_pruned_block(
+    window: int, front: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many blocks, or all from the first that has lost a weight, on the stream before them, for the dense output of the last."""
     dense, calls = model(4), []
 
     def scaled(blocks: Sequence[llama.Block], _: Any, inputs: np.ndarray, targets: np.ndarray, *__: Any) -> list[Any]:
@@ -54,12 +59,14 @@ def test_a_window_ends_with_the_pruned_block(window: int, sizes: list[int], monk
         return [*blocks[:-1], replace(blocks[-1], weights=weights)]
 
     monkeypatch.setattr(lockstep.reconstruct, "reconstruct_blocks", scaled)
-    settings = Settings(sparsity_ratio=0.5, steps=1, reconstruct_epochs=1, reconstruct_window=window, **PRUNE)
+    settings = Settings(
+        sparsity_ratio=0.5, steps=1, reconstruct_epochs=1, reconstruct_window=window, dense_blocks=(front, 0), **PRUNE
+    )
     merged, [record] = losa.run(dense, IDS, [], settings)
     assert [size for size, _, _ in calls] == sizes
     streams = [dense.embedding[IDS], *(block.output for block in llama.forward(merged, IDS).blocks)]
     wanted = [block.output for block in llama.forward(dense, IDS).blocks]
-    for index, (size, inputs, targets) in enumerate(calls):
+    for index, (size, inputs, targets) in enumerate(calls, front):
         np.testing.assert_allclose(inputs, streams[index + 1 - size], rtol=1e-12)
         np.testing.assert_array_equal(targets, wanted[index])
         D, S = wanted[index].reshape(-1, 8), streams[index + 1].reshape(-1, 8)
@@ -112,6 +119,12 @@ def test_every_optimizer_step_has_its_place_in_the_schedule(
     part = [{"input_ids": row, "labels": row} for row in IDS[:4]]
     losa.run(model(3), IDS, [part] * 2, Settings(steps=2, batch_size=2, lr_schedule=schedule))
     assert found == asked
+
+
+def test_the_middle_makes_up_for_dense_blocks() -> None:
+    _, [record] = losa.run(model(4), IDS, [], Settings(sparsity_ratio=0.3, steps=1, dense_blocks=(1, 1), **PRUNE))
+    assert record.sparsity == pytest.approx([0.0, 0.6, 0.6, 0.0])
+    assert [record.realised[0], record.realised[3]] == [0.0, 0.0]
 
 
 def test_taylor_removes_the_structures_that_the_loss_depends_on_least() -> None:
