@@ -125,7 +125,7 @@ def initial_rates(layers: Sequence[Layers], weights: Array, settings: Settings) 
         )
     if initial < 1e-3:  # a few exact zeros in a dense checkpoint do not come from pruning
         return 0.0, np.zeros_like(rates)
-    return min(initial, settings.final_sparsity), rates
+    return initial, rates
 
 
 def run(
@@ -161,7 +161,9 @@ def run(
     positions = lr_positions(parts, settings)
     records = []
     for step in range(1, settings.steps + 1):
-        target = schedule.cubic_sparsity(step, settings.steps, settings.final_sparsity, initial)
+        # A model may have a few zeros more than are asked for; they stay.
+        final = max(settings.final_sparsity, initial)
+        target = schedule.cubic_sparsity(step, settings.steps, final, initial)
         importance = None
         if (measure := settings.rule.measure) is not None:
             current = merge_adapters(model, layers, settings.scale)

@@ -121,6 +121,18 @@ def test_every_optimizer_step_has_its_place_in_the_schedule(
     assert found == asked
 
 
+@pytest.mark.parametrize("rule", list(rates.RULES))
+def test_a_model_with_a_zero_more_than_is_asked_for_keeps_it(rule: str) -> None:
+    dense = random_llama(replace(SIZES, hidden=32, intermediate=48, head_dim=0), 3, tied=False, seed=0)
+    half, _ = losa.run(dense, IDS, [], Settings("magnitude", 0.5, steps=1, **PRUNE))
+    half.blocks[0].weights["q"][half.blocks[0].weights["q"] != 0] *= np.arange(512) > 0
+    _, records = losa.run(half, IDS, [], Settings("magnitude", 0.5, steps=2, layer_sparsity=rule, finetune=False))
+    size = sum(weight.size for weight in half.blocks[0].weights.values())
+    for record in records:
+        assert record.realised == [0.5 + 1 / size, 0.5, 0.5]
+        assert record.target == pytest.approx(0.5 + 1 / (3 * size), rel=1e-12)
+
+
 def test_the_middle_makes_up_for_dense_blocks() -> None:
     _, [record] = losa.run(model(4), IDS, [], Settings(sparsity_ratio=0.3, steps=1, dense_blocks=(1, 1), **PRUNE))
     assert record.sparsity == pytest.approx([0.0, 0.6, 0.6, 0.0])
