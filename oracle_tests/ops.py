@@ -224,6 +224,12 @@ OPS = (
         ({"importance": ROW, "mean_bits": 4.5, "choices": (4, 8)}, "mean_bits"),
     ),
     Op(
+        "bits.nearby_bits",
+        _cases(mean_bits=st.floats(2, 8) | st.integers(2, 8)),
+        Kind.EXACT,
+        ({"mean_bits": 8.5}, "mean_bits"),
+    ),
+    Op(
         "bits.allocate_bits_by_harm",
         s.harms(),
         Kind.EXACT,
@@ -542,7 +548,7 @@ OPS = (
         "llm_pruner.rates_between",
         s.protected_blocks(),
         Kind.CLOSE,
-        ({"sparsity": 0.5, "weights": np.ones(3), "first": 1, "last": 1}, "sparsity"),
+        ({"target": 0.5, "weights": np.ones(3), "first": 1, "last": 1}, "target"),
     ),
     Op(
         "loraprune.lora_score",

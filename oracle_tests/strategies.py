@@ -692,7 +692,7 @@ def protected_blocks(draw: st.DrawFn) -> dict[str, Any]:
     last = draw(st.integers(0, blocks - 1 - first))
     weights = rng.integers(1, 9, blocks).astype(float)
     most = weights[first : blocks - last].sum() / weights.sum()
-    return {"sparsity": float(most * draw(st.floats(0, 0.99))), "weights": weights, "first": first, "last": last}
+    return {"target": float(most * draw(st.floats(0, 1))), "weights": weights, "first": first, "last": last}
 
 
 @st.composite

@@ -574,6 +574,27 @@ def test_nearly_constant_representations_are_still_compared(dtype: torch.dtype, 
     assert_close("production", expected, found, tolerances.cancelled(dtype, variation**2))
 
 
+# Numbers that have overflowed, where a weight is pruned.
+
+
+def test_what_overflows_where_a_weight_is_pruned_stays_zero() -> None:
+    """M⊙ is a choice, not a product: 0 · ∞ is NaN, and 0 · −1 is −0, which a packed weight would keep."""
+    weight, A, B = np.array([[1.0, 0.0, 0.0]]), np.array([[1.0, np.inf, -1.0]]), np.array([[2.0]])
+    layer = (weight, A, B)
+    for made in both(spec_adapter.effective_weight, adapter.effective_weight, *layer, 0.5):
+        assert_exact("merged", np.array([[2.0, 0.0, 0.0]]), made)
+        assert not np.signbit(to_numpy(made)).any()
+    for made in both(spec_rank.fold_adapter, rank.fold_adapter, *layer, 0, 0.5):
+        assert_exact("folded", np.array([[2.0, 0.0, 0.0]]), made)
+        assert not np.signbit(to_numpy(made)).any()
+    x = np.array([[3.0, np.inf, 5.0]])
+    layer = (x, weight, np.ones((1, 3)), B, 0.5, np.array([[2.0]]))
+    spec, found = both(spec_adapter.masked_lora_grad, adapter.masked_lora_grad, *layer)
+    for name, theirs, ours, expected in zip(("dA", "dB"), spec[1:], found[1:], ([[6.0, 0, 0]], [[3.0]]), strict=True):
+        assert_exact(name, np.array(expected), theirs)
+        assert_exact(name, np.array(expected), ours)
+
+
 # Adapters of full rank; weights of one row or one column.
 
 
@@ -669,6 +690,13 @@ def test_blocks_that_share_nothing_are_equally_important() -> None:
     expected = spec_rmi.importance(np.zeros(4))
     assert_close("importance", expected, rmi.importance(torch.zeros(4).double()), tolerances.SAME_ALGORITHM)
     assert expected.tolist() == pytest.approx([np.exp(-0.25)] * 4)
+
+
+def test_an_infinite_beta_is_refused() -> None:
+    """A block that shares nothing would have an importance of exp(−∞ · 0)."""
+    for importance, convert in ((spec_rmi.importance, np.asarray), (rmi.importance, to_torch)):
+        with pytest.raises(ValueError, match=r"^beta is inf; allowed: a finite number$"):
+            importance(convert(np.array([0.0, 1.0])), float("inf"))
 
 
 def test_rates_end_at_one() -> None:

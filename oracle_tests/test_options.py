@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from torch_impl.commands import compare, evaluate, generate, pack, run
+from torch_impl.commands import compare, evaluate, generate, pack, plan, run
 from torch_impl.experiment import config, identity, run_files
 from torch_impl.experiment.comparison import cells
 from torch_impl.experiment.planning import dry_run
@@ -332,15 +332,19 @@ def test_a_run_s_configuration_is_read_back_whatever_its_paths(name: str, tmp_pa
 
 
 def test_flags_of_reconstruction_without_it_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    """`--reconstruct_window 3` alone did nothing without a word. Files have all options, and comparisons give them all."""
+    """`--reconstruct_window 3` alone did nothing without a word. Files have all options."""
     words = ["--model", "x", *DATA, "--reconstruct_window", "3", "--reconstruct-learning-rate=1e-3"]
-    config.parse(words)
-    config.parse([*words, "--reconstruct_epochs", "1"], data_required=True)
-    config.parse([*words, "--preset", "quick"], data_required=True)
+    for more in (["--reconstruct_epochs", "1"], ["--preset", "quick"]):
+        config.warn_of_idle(config.parse([*words, *more]), [*words, *more])
     assert not caplog.records
-    config.parse([*words, "--preset", "paper"], data_required=True)
+    words += ["--preset", "paper"]
+    config.warn_of_idle(config.parse(words), words)
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith("reconstruct_learning_rate, reconstruct_window: no effect without reconstruction")
+    for command in (run, plan):
+        caplog.clear()
+        command.main(["--dry_run", "--reconstruct_window", "3"][command is plan :])
+        assert "reconstruct_window: no effect" in caplog.text
 
 
 def test_rates_of_a_file_are_not_asked_for_if_a_preset_replaces_them(tmp_path: Path) -> None:

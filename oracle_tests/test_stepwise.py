@@ -127,7 +127,7 @@ def figures(case: Case, dtype: torch.dtype) -> list[dict[str, float]]:
         target = schedule.cubic_sparsity(record.step, settings.steps, settings.final_sparsity)
         current = adapted_linear.merge_adapters(dense, before, settings.scale)
         importance = mutual_information(current, case.calibration()[: settings.rmi_samples])
-        rates, nm = losa._block_targets(settings, target, np.array(record.importance), sizes, rates)
+        rates, nm = losa.block_targets(settings, target, np.array(record.importance), sizes, rates)
         assert_close("rates", rates, np.array(record.sparsity), 1e-12)
         assert record.ranks == losa._allocate_ranks(settings, record.step, record.errors)
         result.append({"importance": float(np.abs(np.array(record.importance) / importance - 1).max())})

@@ -1,7 +1,7 @@
 """Argument checks of the spec. Each error is one line: the argument, its value and what is allowed.
 
-Every public function of the spec checks its arguments and raises TypeError or ValueError. So docstrings list only the
-errors that do not follow from their Parameters.
+Every function with a formula checks its arguments and raises TypeError or ValueError. So docstrings list only the errors
+that do not follow from their Parameters.
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ def mask(name: str, value: Any, like: NDArray[Any], like_name: str) -> Mask:
         raise TypeError(f"{name} has dtype {result.dtype}; allowed: bool, True = kept")
     same_shape(name, result, like, like_name)
     return result
+
+
+def typed(name: str, value: Any, dtype: type, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """Check for an array of exactly this dtype, and of this shape unless it is None."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: an array of real numbers")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: {np.dtype(dtype)}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}; allowed: {shape}")
+    return value
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:

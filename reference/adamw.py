@@ -116,9 +116,9 @@ def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
     0.5
     """
     _checks.integer("total", total, 1)
-    _checks.integer("done", done, 0, total)
+    _checks.integer("done", done, 0, total - 1)
     _checks.number("warmup_ratio", warmup_ratio, 0, 1)
     warmup = math.ceil(total * warmup_ratio)
     if done < warmup:
         return (done + 1) / (warmup + 1)
-    return (total - done) / max(1, total - warmup)
+    return (total - done) / (total - warmup)

@@ -32,8 +32,7 @@ def effective_weight(weight: Array, A: Array, B: Array, scale: float) -> Array:
            [3. , 4. ]])
     """
     W, A, B = _operands(weight, A, B, scale)
-    M = W != 0
-    return M * (W + scale * (B @ A))
+    return np.where(W != 0, W + scale * (B @ A), 0.0)
 
 
 def merge(weight: Array, A: Array, B: Array, scale: float) -> Array:
@@ -94,10 +93,10 @@ def masked_lora_grad(
     dy = _checks.array("grad_y", grad_y, "...", "out", empty=True, finite=False)
     if dy.shape != (*x.shape[:-1], len(W)):
         raise ValueError(f"grad_y has shape {dy.shape}; allowed: {(*x.shape[:-1], len(W))}")
-    M = W != 0
     G = dy.reshape(-1, W.shape[0]).T @ x.reshape(-1, W.shape[1])
-    dB = scale * (M * G) @ A.T
-    dA = scale * B.T @ (M * G)
+    masked = np.where(W != 0, G, 0.0)
+    dB = scale * masked @ A.T
+    dA = scale * B.T @ masked
     dx = dy @ effective_weight(W, A, B, scale)
     return dx, dA, dB
 

@@ -5,6 +5,7 @@ Legend: L blocks; P projections.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from reference import _checks
 from reference._checks import SLACK, Array
+from reference.quantise import FEWEST_BITS, MOST_BITS
 
 
 def allocate_bits(importance: Array, mean_bits: float, choices: Sequence[int]) -> NDArray[np.int64]:
@@ -68,6 +70,24 @@ def allocate_bits(importance: Array, mean_bits: float, choices: Sequence[int]) -
     allocated = np.empty(L, dtype=np.int64)
     allocated[order] = best[total][2]
     return allocated
+
+
+def nearby_bits(mean_bits: float) -> tuple[int, ...]:
+    """List the numbers of bits that a block may have at a given mean, as choices of `allocate_bits`.
+
+    Source: ours (decision 50).
+
+        ⌊b̄⌋ − 1, …, ⌈b̄⌉ + 1,   those from 2 to 8
+
+    Parameters: mean_bits b̄ from 2 to 8. Returns: increasing numbers of bits.
+
+    *Deviation*: none known.
+
+    >>> nearby_bits(4), nearby_bits(2.5)
+    ((3, 4, 5), (2, 3, 4))
+    """
+    _checks.number("mean_bits", mean_bits, FEWEST_BITS, MOST_BITS)
+    return tuple(range(max(FEWEST_BITS, math.floor(mean_bits) - 1), min(MOST_BITS, math.ceil(mean_bits) + 1) + 1))
 
 
 def allocate_bits_by_harm(

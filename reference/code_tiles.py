@@ -105,15 +105,15 @@ def unpack_code_tiles(
     """
     rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
     width, corners = _width(bits), list(_corners(rows, columns))
-    _check(bitmaps, "bitmaps", np.uint8, (len(corners), MAP))
-    _check(scales, "scales", np.float16, (len(corners), ROWS * COLUMNS // GROUP))
-    _check(starts, "starts", np.int64, (len(corners) + 1,))
+    _checks.typed("bitmaps", bitmaps, np.uint8, (len(corners), MAP))
+    _checks.typed("scales", scales, np.float16, (len(corners), ROWS * COLUMNS // GROUP))
+    _checks.typed("starts", starts, np.int64, (len(corners) + 1,))
     longest = np.unpackbits(bitmaps.reshape(-1, LANES, NUMBERS // 8), axis=2).sum(axis=2, dtype=np.int64).max(axis=1)
     needed = np.concatenate([[0], (-(-longest * width // (8 * WORD))).cumsum()])
     wrong = np.flatnonzero(starts != needed)
     if len(wrong):
         raise ValueError(f"starts[{wrong[0]}] is {starts[wrong[0]]}, but by bitmaps it is {needed[wrong[0]]}")
-    _check(words, "words", np.uint8, (int(starts[-1]), LANES * WORD))
+    _checks.typed("words", words, np.uint8, (int(starts[-1]), LANES * WORD))
     codes = np.zeros((-(-rows // ROWS) * ROWS, -(-columns // COLUMNS) * COLUMNS), dtype=np.int8)
     spread = np.zeros((len(codes), codes.shape[1] // GROUP), dtype=np.float16)
     for panel, (top, left) in enumerate(corners):
@@ -148,23 +148,13 @@ def _places() -> Iterator[tuple[int, int, int, int]]:
             yield lane, n, n // 4 % 2 * 8 + lane // 4, n // 16 * 32 + lane % 4 * 8 + n // 8 % 2 * 4 + n % 4
 
 
-def _check(array: Any, name: str, dtype: type, shape: tuple[int, ...] | None) -> None:
-    """Check type, dtype and shape, None for any matrix."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is {type(array).__name__}; allowed: an array of real numbers")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; allowed: {np.dtype(dtype)}")
-    if shape is not None and array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}; allowed: {shape}")
-
-
 def _check_codes(codes: Any, scales: Any, bits: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Check codes and their scales."""
     q = largest_code(bits)
-    _check(codes, "codes", np.int8, None)
+    _checks.typed("codes", codes, np.int8)
     if codes.ndim != 2 or codes.size == 0:
         raise ValueError(f"codes has shape {codes.shape}; allowed: (out, in), none of them 0")
     if np.abs(codes.astype(np.int64)).max() > q:
         raise ValueError(f"codes holds {codes.min()} and {codes.max()}; allowed: {-q} to {q} with {bits} bits")
-    _check(scales, "scales", np.float16, (len(codes), -(-codes.shape[1] // GROUP)))
+    _checks.typed("scales", scales, np.float16, (len(codes), -(-codes.shape[1] // GROUP)))
     return codes, scales

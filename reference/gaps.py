@@ -143,9 +143,9 @@ def _check(values: Array, gaps: Any, starts: Any, order: Any, rows: int) -> None
     strips = -(-rows // LANES)
     if values.shape[1:] != (LANES, ENTRIES):
         raise ValueError(f"values has shape {values.shape}; allowed: (groups, {LANES}, {ENTRIES})")
-    _check_integers("gaps", gaps, np.uint8, values.shape)
-    _check_integers("starts", starts, np.int64, (strips + 1,))
-    _check_integers("order", order, np.int64, (rows,))
+    _checks.typed("gaps", gaps, np.uint8, values.shape)
+    _checks.typed("starts", starts, np.int64, (strips + 1,))
+    _checks.typed("order", order, np.int64, (rows,))
     if gaps.max(initial=0) > MOST_GAP:
         raise ValueError(f"gaps holds {gaps.max()}; allowed: 0 to {MOST_GAP}")
     if starts[0] != 0 or starts[-1] != len(values) or (np.diff(starts) < 0).any():
@@ -154,13 +154,3 @@ def _check(values: Array, gaps: Any, starts: Any, order: Any, rows: int) -> None
         raise ValueError(f"order does not hold each of 0 to {rows - 1} once")
     if values[starts[-2] :, rows - (strips - 1) * LANES :].any():
         raise ValueError(f"values has an entry other than 0 in a lane after row {rows - 1}")
-
-
-def _check_integers(name: str, array: Any, dtype: type, shape: tuple[int, ...]) -> None:
-    """Check type, dtype and shape."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} is {type(array).__name__}; allowed: an array of real numbers")
-    if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; allowed: {np.dtype(dtype)}")
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}; allowed: {shape}")

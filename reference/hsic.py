@@ -61,8 +61,8 @@ def hsic(gram_x: Array, gram_y: Array) -> float:
 
         HSIC = tr(K̃_x K̃_y) / (n − 1)²
 
-    Parameters: gram_x, gram_y (n, n) of the same samples, n ≥ 2. Returns: HSIC ≥ 0. Its unit is the fourth power of the
-    features' unit.
+    Parameters: gram_x, gram_y (n, n) of the same samples, n ≥ 2. Returns: HSIC ≥ 0, up to rounding. Its unit is the fourth
+    power of the features' unit.
 
     *Deviation*: none.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from reference import _checks
 from reference._checks import Array
 
-# Scores are counted in levels: 64 octaves below 1 of 1024 levels each, and one level for zeros.
+# Scores are counted in levels: 64 octaves of 1024 levels each, of which the highest begins at 1, and one level for zeros.
 OCTAVES, PER_OCTAVE = 64, 1024
 LEVELS = 1 + OCTAVES * PER_OCTAVE
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from reference import _checks
 from reference._checks import Array
+from reference.sparsity import middle_sparsity
 
 
 def taylor_score(weight: Array, gradient: Array) -> Array:
@@ -52,31 +53,24 @@ def structure_sum(score: Array, structures: int, axis: int) -> Array:
     return lines.reshape(structures, -1).sum(axis=1)
 
 
-def rates_between(sparsity: float, weights: Array, first: int, last: int) -> Array:
-    """Prune the blocks in the middle, all alike, and so much more that the model reaches the sparsity.
+def rates_between(target: float, weights: Array, first: int, last: int) -> Array:
+    """Prune the blocks in the middle, all alike, and so much more that the model reaches the target.
 
     Source: LLM-Pruner, Section 4.1: at 7B the first four and the last two of 32 blocks stay whole.
 
-        ρ_l = s · Σ w / Σ_{first ≤ i < L − last} w_i  for first ≤ l < L − last,   0 for the others
+        ρ_l = `sparsity.middle_sparsity` with dense ends  for first ≤ l < L − last,   0 for the others
 
-    Parameters: sparsity s in [0, 1]; weights w (L,), prunable weights per block, above 0; first, last: numbers of blocks that stay,
+    Parameters: target s in [0, 1]; weights w (L,), prunable weights per block, above 0; first, last: numbers of blocks that stay,
     together fewer than L. Returns: ρ (L,).
 
-    Errors: ValueError if the blocks in the middle have fewer weights than are to go.
+    Errors: as `sparsity.middle_sparsity`.
 
     *Deviation*: the paper gives the rate of the blocks that are pruned, 0.25 for 20 % of the model.
 
     >>> rates_between(0.25, [1, 1, 1, 1], first=1, last=1)
     array([0. , 0.5, 0.5, 0. ])
     """
-    s, w = _checks.number("sparsity", sparsity, 0.0, 1.0), _checks.array("weights", weights, "L")
-    if w.min() <= 0:
-        raise ValueError(f"weights has {w.min()}; allowed: above 0")
-    _checks.integer("first", first, 0, len(w) - 1)
-    _checks.integer("last", last, 0, len(w) - 1 - first)
-    middle = np.zeros(len(w))
-    middle[first : len(w) - last] = 1
-    most = float((w * middle).sum() / w.sum())
-    if s > most:
-        raise ValueError(f"sparsity is {s}; allowed: 0 to {most:.6g}, the share of the blocks that are pruned")
-    return middle * (s / most)
+    rates = np.zeros(len(_checks.array("weights", weights, "L")))
+    inner = middle_sparsity(target, weights, rates, first, last)
+    rates[first : len(rates) - last] = inner
+    return rates

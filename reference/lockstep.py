@@ -35,7 +35,8 @@ def prune_model(
 ) -> tuple[list[Layers], list[float]]:
     """Prune block by block, with dense and pruned streams in lockstep. Also return e of LoSA, Eq. 6, of every block.
 
-    A stream is the hidden states of all calibration sequences between two blocks. last: whether this is the last step.
+    rates (L,) and groups (L,): the sparsity of each block, and its N:M if the pattern has one. gradients: by block and
+    projection, see `gather_gradients`. last: whether this is the last step.
     """
     dense_stream = dense.embedding[ids]
     hidden = dense.sizes.hidden
@@ -53,7 +54,7 @@ def prune_model(
             )
         dense_stream = llama.block_forward(dense_block, dense_stream, dense.sizes).output
         pruned.append(done)
-        # Until a block has lost a weight, the streams are equal up to rounding, and there is nothing to reconstruct.
+        # Until a block has lost a weight, there is nothing to reconstruct.
         if damaged is None and any(
             (layer.mask != (dense_block.weights[name] != 0)).any() for name, layer in done.items()
         ):

@@ -49,7 +49,7 @@ class StepRecord:
     layers: list[Layers]
 
 
-def _block_targets(
+def block_targets(
     settings: Settings, target: float, importance: Array | None, weights: Array, previous: Array
 ) -> tuple[Array, list[tuple[int, int] | None]]:
     """Choose the sparsity of each block (L,) at this step (LoSA, Eq. 5), and its N:M if the pattern has one."""
@@ -115,7 +115,7 @@ def check_model(model: llama.Llama, settings: Settings) -> None:
                 )
 
 
-def _initial_sparsity(layers: Sequence[Layers], weights: Array, settings: Settings) -> tuple[float, Array]:
+def initial_rates(layers: Sequence[Layers], weights: Array, settings: Settings) -> tuple[float, Array]:
     """Measure the initial sparsity: s₀ of Eq. 8, and that of each block (L,)."""
     rates = zero_shares(layers)
     initial = float((weights * rates).sum() / weights.sum())
@@ -125,7 +125,7 @@ def _initial_sparsity(layers: Sequence[Layers], weights: Array, settings: Settin
         )
     if initial < 1e-3:  # a few exact zeros in a dense checkpoint do not come from pruning
         return 0.0, np.zeros_like(rates)
-    return min(initial, settings.final_sparsity), rates
+    return initial, rates
 
 
 def run(
@@ -157,16 +157,18 @@ def run(
         raise ValueError(f"parts has {len(parts)} parts of {sizes} examples; give {settings.steps} parts, none empty")
     layers = attach_adapters(model)
     weights = np.array([sum(layer.weight.size for layer in of_block.values()) for of_block in layers], dtype=np.float64)
-    initial, rates = _initial_sparsity(layers, weights, settings)
+    initial, rates = initial_rates(layers, weights, settings)
     positions = lr_positions(parts, settings)
     records = []
     for step in range(1, settings.steps + 1):
-        target = schedule.cubic_sparsity(step, settings.steps, settings.final_sparsity, initial)
+        # A model may have a few zeros more than are asked for; they stay.
+        final = max(settings.final_sparsity, initial)
+        target = schedule.cubic_sparsity(step, settings.steps, final, initial)
         importance = None
         if (measure := settings.rule.measure) is not None:
             current = merge_adapters(model, layers, settings.scale)
             importance = measure(current, calibration_ids[: settings.rmi_samples], target)
-        rates, groups = _block_targets(settings, target, importance, weights, rates)
+        rates, groups = block_targets(settings, target, importance, weights, rates)
         gradients = gather_gradients(merge_adapters(model, layers, settings.scale), calibration_ids, settings.method)
         last = step == settings.steps
         layers, errors = prune_model(model, layers, calibration_ids, settings, rates, groups, gradients, last)

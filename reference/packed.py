@@ -115,7 +115,7 @@ def pack_codes(codes: NDArray[np.int8], bits: int) -> tuple[NDArray[np.uint8], N
      array([[247,   0,   0,   0]], dtype=uint8),
      array([0, 2]))
     """
-    codes, q = _typed("codes", codes, np.int8), largest_code(bits)
+    codes, q = _checks.typed("codes", codes, np.int8), largest_code(bits)
     if codes.ndim != 2 or codes.size == 0:
         raise ValueError(f"codes has shape {codes.shape}; allowed: (out, in), none of them 0")
     if np.abs(codes.astype(np.int64)).max() > q:
@@ -176,7 +176,7 @@ def check_codes(
     kept = _check_positions(bitmap, offsets, columns)
     _read_codes(codes, int(kept.sum()))
     shape = len(kept), -(-columns // GROUP)
-    if _typed("scales", scales, np.float16).shape != shape:
+    if _checks.typed("scales", scales, np.float16).shape != shape:
         raise ValueError(f"scales has shape {scales.shape}; allowed: {shape}, one for every {GROUP} columns")
     wrong = scales[~((scales >= 0) & np.isfinite(scales))]
     if len(wrong):
@@ -206,7 +206,7 @@ def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
 
 def _read_codes(codes: NDArray[np.uint8], kept: int) -> NDArray[np.int8]:
     """Check the stream of codes and return them (kept,)."""
-    codes = _typed("codes", codes, np.uint8)
+    codes = _checks.typed("codes", codes, np.uint8)
     if codes.ndim != 2 or not FEWEST_BITS <= codes.shape[1] <= MOST_BITS:
         raise ValueError(f"codes has shape {codes.shape}; allowed: (kept / 8, bits), {FEWEST_BITS} to {MOST_BITS} bits")
     bits = codes.shape[1]
@@ -228,7 +228,7 @@ def _read_codes(codes: NDArray[np.uint8], kept: int) -> NDArray[np.int8]:
 def _check_positions(bitmap: NDArray[np.uint8], offsets: NDArray[np.int64], columns: int) -> NDArray[np.bool_]:
     """Check bitmap and offsets; return the kept positions (out, in)."""
     columns = _checks.integer("columns", columns, 1)
-    bitmap, offsets = _typed("bitmap", bitmap, np.uint8), _typed("offsets", offsets, np.int64)
+    bitmap, offsets = _checks.typed("bitmap", bitmap, np.uint8), _checks.typed("offsets", offsets, np.int64)
     width = -(-columns // WORD) * WORD // 8
     if bitmap.ndim != 2 or len(bitmap) == 0 or bitmap.shape[1] != width:
         raise ValueError(f"bitmap has shape {bitmap.shape}; allowed: (out, {width}) for {columns} columns, out above 0")
@@ -253,21 +253,11 @@ def _bits(value: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
 
 
-def _array(name: str, value: Any) -> NDArray[Any]:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} is {type(value).__name__}; allowed: an array of real numbers")
-    return value
-
-
-def _typed(name: str, value: Any, dtype: type) -> NDArray[Any]:
-    if _array(name, value).dtype != dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed: {np.dtype(dtype)}")
-    return np.asarray(value)
-
-
 def _numbers(name: str, value: Any, *axes: str) -> NDArray[Any]:
     """Check for an array of floating-point or unsigned numbers of 2, 4 or 8 bytes. Only a matrix must not be empty."""
-    if _array(name, value).dtype.kind not in "fu" or value.dtype.itemsize not in (2, 4, 8):
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: an array of real numbers")
+    if value.dtype.kind not in "fu" or value.dtype.itemsize not in (2, 4, 8):
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")
     if value.ndim != len(axes) or (len(axes) == 2 and value.size == 0):
         raise ValueError(

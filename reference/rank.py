@@ -140,8 +140,7 @@ def fold_adapter(weight: Array, A: Array, B: Array, rank: int, scale: float) -> 
         raise ValueError(f"weight has shape {weight.shape}; allowed: ({len(B)}, {A.shape[1]}), the shape of B A")
     _checks.integer("rank", rank, 0, len(A))
     _checks.number("scale", scale)
-    mask = weight != 0
-    return weight + mask * (scale * (B[:, rank:] @ A[rank:]))
+    return np.where(weight != 0, weight + scale * (B[:, rank:] @ A[rank:]), 0.0)
 
 
 def _adapter(A: Array, B: Array) -> tuple[Array, Array]:

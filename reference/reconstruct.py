@@ -134,7 +134,7 @@ def reconstruct_blocks(
         )
     for block, of_block in zip(blocks, masks, strict=True):
         for name, weight in block.weights.items():
-            _checks.same_shape(f"masks[{name!r}]", of_block[name], weight, f"weights[{name!r}]")
+            _checks.mask(f"masks[{name!r}]", of_block[name], weight, f"weights[{name!r}]")
 
     omega = channel_weights(targets)
     batches = math.ceil(len(inputs) / batch_size)

@@ -65,10 +65,11 @@ def importance(redundancy: Array, beta: float = 1.0) -> Array:
 
         R̂ = R / Σ R,   I_l = exp(−β R̂_l)
 
-    Parameters: redundancy R (L,), 0 or more; beta β > 0. Returns: I (L,), in (0, 1]. If no block shares anything
+    Parameters: redundancy R (L,), 0 or more; beta β > 0. Returns: I (L,), above 0, at most 1. If no block shares anything
     (Σ R = 0), all shares are 1/L.
 
-    β does not change the sparsities: they depend on the order of I alone (see `sparsity.allocate_sparsity`).
+    β does not change the sparsities: they depend on the order of I alone (see `sparsity.allocate_sparsity`). But exp rounds to
+    0 below −745, so a β of thousands makes blocks equal.
 
     *Deviation*: the published code uses β = 1 with Wanda and β = 100 with SparseGPT.
 
@@ -78,7 +79,7 @@ def importance(redundancy: Array, beta: float = 1.0) -> Array:
     redundancy = _checks.array("redundancy", redundancy, "L")
     if redundancy.min() < 0:
         raise ValueError(f"redundancy holds {redundancy.min()}; allowed: 0 or more")
-    if not beta > 0:
+    if _checks.number("beta", beta) <= 0:
         raise ValueError(f"beta is {beta}; allowed: above 0")
     total = redundancy.sum()
     shares = redundancy / total if total > 0 else np.full(len(redundancy), 1 / len(redundancy))

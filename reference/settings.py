@@ -17,7 +17,7 @@ ATTENTION = ("q", "k", "v", "o")
 class Settings:
     """All that determines a run, apart from model and tokens. Names and defaults are those of torch_impl/engine/settings.py.
 
-    prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros, for an unstructured pattern.
+    prune_method: a name in masks/prune.py. sparsity_ratio: final share of zeros; an N:M pattern has its own.
     sparsity_type: unstructured, N:M, mixed-N:M or structured, which needs a method with a `structural_score`. channel_multiple:
     of which the number of channels that a structured block keeps is one. dense_blocks: how many blocks are not pruned, at the
     front and at the back; not for N:M. first_token_weight: see masks/first_token.py; 1 (paper)

@@ -34,8 +34,8 @@ def allocate_sparsity(
     budget on the blocks in order of increasing importance. A unit of budget costs I, whatever w is. So only the order of
     I matters, and the β of `rmi.importance` has no effect.
 
-    Parameters: importance I (L,); target s in [0, 1]; spread δ ≥ 0; weights w (L,), prunable weights per block, above 0,
-    default equal; floor (L,), the sparsity each block already has, default 0. If the lower bounds alone exceed the
+    Parameters: importance I (L,); target s in [0, 1]; spread δ in [0, 1]; weights w (L,), prunable weights per block,
+    above 0, default equal; floor (L,), the sparsity each block already has, default 0. If the lower bounds alone exceed the
     budget, lo is the floor. This happens when the blocks of the given model are unevenly sparse.
 
     Returns: ρ (L,). Ties of I: the lower index is pruned first.
@@ -51,14 +51,9 @@ def allocate_sparsity(
     importance = _checks.array("importance", importance, "L")
     _checks.number("target", target, 0.0, 1.0)
     _checks.number("spread", spread, 0.0, 1.0)
-    w = np.ones(len(importance)) if weights is None else _checks.array("weights", weights, "L")
-    floor = np.zeros(len(importance)) if floor is None else _checks.array("floor", floor, "L")
-    _checks.same_shape("weights", w, importance, "importance")
-    _checks.same_shape("floor", floor, importance, "importance")
-    if w.min() <= 0:
-        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
-    if floor.min() < 0 or floor.max() > 1:
-        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    weights = np.ones(len(importance)) if weights is None else weights
+    floor = np.zeros(len(importance)) if floor is None else floor
+    w, floor = _blocks(weights, floor, importance, "importance")
 
     w = w / w.sum()
     lo = np.maximum(max(target - spread, 0.0), floor)
@@ -91,11 +86,7 @@ def uniform_sparsity(target: float, weights: Array, floor: Array) -> Array:
     array([0.75, 0.25])
     """
     _checks.number("target", target, 0.0, 1.0)
-    w = _checks.array("weights", weights, "L")
-    floor = _checks.array("floor", floor, "L")
-    _checks.same_shape("floor", floor, w, "weights")
-    if floor.min() < 0 or floor.max() > 1:
-        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    w, floor = _blocks(weights, floor)
     return np.maximum(rest_sparsity(np.rint(floor * w), w, target), floor)
 
 
@@ -117,12 +108,7 @@ def middle_sparsity(target: float, weights: Array, floor: Array, first: int, las
     0.5
     """
     s = _checks.number("target", target, 0.0, 1.0)
-    w, floor = _checks.array("weights", weights, "L"), _checks.array("floor", floor, "L")
-    _checks.same_shape("floor", floor, w, "weights")
-    if w.min() <= 0:
-        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
-    if floor.min() < 0 or floor.max() > 1:
-        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    w, floor = _blocks(weights, floor)
     _checks.integer("first", first, 0, len(w) - 1)
     _checks.integer("last", last, 0, len(w) - 1 - first)
     ends = np.ones(len(w), dtype=bool)
@@ -157,13 +143,7 @@ def nearest_rates(wanted: Array, target: float, weights: Array, floor: Array) ->
     """
     wanted = _checks.array("wanted", wanted, "L")
     _checks.number("target", target, 0.0, 1.0)
-    w, floor = _checks.array("weights", weights, "L"), _checks.array("floor", floor, "L")
-    _checks.same_shape("weights", w, wanted, "wanted")
-    _checks.same_shape("floor", floor, wanted, "wanted")
-    if w.min() <= 0:
-        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
-    if floor.min() < 0 or floor.max() > 1:
-        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    w, floor = _blocks(weights, floor, wanted, "wanted")
     w = w / w.sum()
     if w @ floor > target + SLACK:
         raise ValueError(f"floor has a mean of {w @ floor}; allowed: at most target, {target}")
@@ -266,3 +246,16 @@ def allocate_kept(
         kept[takers[0]] -= 1
         kept[givers[0]] += 1
     return kept
+
+
+def _blocks(weights: Array, floor: Array, like: Array | None = None, like_name: str = "weights") -> tuple[Array, Array]:
+    """Check the prunable weights of the blocks (L,), above 0, and the sparsity that they have already (L,), from 0 to 1."""
+    w, floor = _checks.array("weights", weights, "L"), _checks.array("floor", floor, "L")
+    if like is not None:
+        _checks.same_shape("weights", w, like, like_name)
+    _checks.same_shape("floor", floor, w if like is None else like, like_name)
+    if w.min() <= 0:
+        raise ValueError(f"weights holds {w.min()}; allowed: above 0")
+    if floor.min() < 0 or floor.max() > 1:
+        raise ValueError(f"floor holds {floor.min()} to {floor.max()}; allowed: 0 to 1")
+    return w, floor

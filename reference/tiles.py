@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +75,7 @@ def unpack_tiles(bitmaps: NDArray[np.uint8], values: Array, rows: int, columns: 
     """
     values = _checks.array("values", values, "kept", empty=True, finite=False)
     rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
-    _check_bitmaps(bitmaps, _panels(rows, columns))
+    _checks.typed("bitmaps", bitmaps, np.uint8, (_panels(rows, columns), MAP))
     kept = []
     for row, column, panel, byte, bit in _places(rows, columns):
         if bitmaps[panel, byte] >> bit & 1:
@@ -110,13 +109,3 @@ def _places(rows: int, columns: int) -> Iterator[tuple[int, int, int, int, int]]
                 word = tile // 4 * 16 + lane // 8 * 4 + tile % 4
                 for j in ORDER:
                     yield row, first + j, panel, 4 * word + (j + 2) % 4, lane % 8
-
-
-def _check_bitmaps(bitmaps: Any, panels: int) -> None:
-    """Check type and shape."""
-    if not isinstance(bitmaps, np.ndarray):
-        raise TypeError(f"bitmaps is {type(bitmaps).__name__}; allowed: an array of real numbers")
-    if bitmaps.dtype != np.uint8:
-        raise TypeError(f"bitmaps has dtype {bitmaps.dtype}; allowed: uint8")
-    if bitmaps.shape != (panels, MAP):
-        raise ValueError(f"bitmaps has shape {bitmaps.shape}; allowed: ({panels}, {MAP})")

@@ -21,7 +21,11 @@ Example = dict[str, Ids]
 def train(
     dense: Llama, layers: list[Layers], examples: Sequence[Example], settings: Settings, position: tuple[int, int]
 ) -> tuple[list[Layers], list[float]]:
-    """Train one epoch over `examples` in order, with a fresh optimizer. Also return the loss of every optimizer step."""
+    """Train one epoch over `examples` in order, with a fresh optimizer. Also return the loss of every optimizer step.
+
+    position: optimizer steps done and in all of the learning-rate schedule, see `lr_positions`. Errors: FloatingPointError if
+    a loss or the norm of its gradients is not finite.
+    """
     done, total = position
     moments = adamw.start(parameters(layers))
     losses = []

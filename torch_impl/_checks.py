@@ -31,6 +31,17 @@ def tensor(name: str, value: Any, *axes: str, empty: bool = False) -> torch.Tens
     return value
 
 
+def typed(name: str, value: Any, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Check for a tensor of exactly this dtype, and of this shape unless it is None."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: {str(dtype).removeprefix('torch.')}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: {shape}")
+    return value
+
+
 def finite(name: str, value: Any, *axes: str) -> torch.Tensor:
     """Check for a tensor without NaN or infinity. Use it for small tensors, or where the result would hide them."""
     result = tensor(name, value, *axes)

@@ -61,7 +61,7 @@ def contract_gradient(
     """Compute (dA (r, in), dB (out, r)) = (s Bᵀ(M⊙G), s (M⊙G)Aᵀ) from G = dyᵀx (out, in). G is overwritten."""
     if _kernels.usable(G, weight, A, B) and len(A) and A.dtype == torch.float32:
         return _kernels.contract(G, weight, A, B, scale)
-    masked = G.mul_(weight != 0).to(A.dtype)
+    masked = G.masked_fill_(weight == 0, 0.0).to(A.dtype)
     return (B.T @ masked).mul_(scale), (masked @ A.T).mul_(scale)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from torch_impl import _checks
 from torch_impl._checks import SLACK
+from torch_impl.quantise import FEWEST_BITS, MOST_BITS
 
 
 def allocate_bits(importance: torch.Tensor, mean_bits: float, choices: Sequence[int]) -> torch.Tensor:
@@ -49,6 +50,12 @@ def allocate_bits(importance: torch.Tensor, mean_bits: float, choices: Sequence[
         allocated[block] = bits
         left, value, even = left - bits, value - gain * bits, even + bits * bits
     return allocated.to(importance.device)
+
+
+def nearby_bits(mean_bits: float) -> tuple[int, ...]:
+    """List the numbers of bits that a block may have: from one below the mean's floor to one above its ceiling, from 2 to 8."""
+    _checks.number("mean_bits", mean_bits, FEWEST_BITS, MOST_BITS)
+    return tuple(range(max(FEWEST_BITS, math.floor(mean_bits) - 1), min(MOST_BITS, math.ceil(mean_bits) + 1) + 1))
 
 
 def allocate_bits_by_harm(

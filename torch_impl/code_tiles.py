@@ -54,9 +54,9 @@ def unpack_code_tiles(
     """Restore codes (rows, columns) int8 and scales (rows, ⌈columns/128⌉) float16 from their tiles."""
     rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
     width, panels = stream_bits(bits), -(-rows // ROWS) * -(-columns // COLUMNS)
-    _check(bitmaps, "bitmaps", torch.uint8, (panels, MAP))
-    _check(scales, "scales", torch.float16, (panels, ROWS * COLUMNS // GROUP))
-    _check(starts, "starts", torch.int64, (panels + 1,))
+    _checks.typed("bitmaps", bitmaps, torch.uint8, (panels, MAP))
+    _checks.typed("scales", scales, torch.float16, (panels, ROWS * COLUMNS // GROUP))
+    _checks.typed("starts", starts, torch.int64, (panels + 1,))
     powers = torch.arange(8, dtype=torch.uint8, device=bitmaps.device)
     kept = (bitmaps[..., None] >> powers).bitwise_and_(1).view(torch.bool).view(panels, LANES, NUMBERS)
     needed = _starts(kept, width)
@@ -64,7 +64,7 @@ def unpack_code_tiles(
     if len(wrong):
         first = int(wrong[0])
         raise ValueError(f"starts[{first}] is {int(starts[first])}, but by bitmaps it is {int(needed[first])}")
-    _check(words, "words", torch.uint8, (int(starts[-1]), LANES * WORD))
+    _checks.typed("words", words, torch.uint8, (int(starts[-1]), LANES * WORD))
     place = _fields(kept, starts, width)
     stream = words.flatten()
     if width == 4:
@@ -112,23 +112,13 @@ def _untiled(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return parts.reshape(-(-rows // ROWS) * ROWS, -1)[:rows, :columns].contiguous()
 
 
-def _check(tensor: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
-    """Check type, dtype and shape, None for any matrix."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}; allowed: a tensor")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {str(dtype).removeprefix('torch.')}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
-
-
 def _check_codes(codes: Any, scales: Any, bits: int) -> None:
     """Check codes and their scales."""
     q = largest_code(bits)
-    _check(codes, "codes", torch.int8, None)
+    _checks.typed("codes", codes, torch.int8)
     if codes.dim() != 2 or codes.numel() == 0:
         raise ValueError(f"codes has shape {tuple(codes.shape)}; allowed: (out, in), none of them 0")
     low, high = (int(value) for value in torch.aminmax(codes))
     if max(-low, high) > q:
         raise ValueError(f"codes holds {low} and {high}; allowed: {-q} to {q} with {bits} bits")
-    _check(scales, "scales", torch.float16, (len(codes), -(-codes.shape[1] // GROUP)))
+    _checks.typed("scales", scales, torch.float16, (len(codes), -(-codes.shape[1] // GROUP)))

@@ -131,9 +131,9 @@ def _check(values: torch.Tensor, gaps: Any, starts: Any, order: Any, rows: int) 
     strips = -(-rows // LANES)
     if values.shape[1:] != (LANES, ENTRIES):
         raise ValueError(f"values has shape {tuple(values.shape)}; allowed: (groups, {LANES}, {ENTRIES})")
-    _check_integers("gaps", gaps, torch.uint8, tuple(values.shape))
-    _check_integers("starts", starts, torch.int64, (strips + 1,))
-    _check_integers("order", order, torch.int64, (rows,))
+    _checks.typed("gaps", gaps, torch.uint8, tuple(values.shape))
+    _checks.typed("starts", starts, torch.int64, (strips + 1,))
+    _checks.typed("order", order, torch.int64, (rows,))
     if bool((gaps > MOST_GAP).any()):
         raise ValueError(f"gaps holds {int(gaps.max())}; allowed: 0 to {MOST_GAP}")
     if int(starts[0]) != 0 or int(starts[-1]) != len(values) or bool((starts.diff() < 0).any()):
@@ -142,13 +142,3 @@ def _check(values: torch.Tensor, gaps: Any, starts: Any, order: Any, rows: int) 
         raise ValueError(f"order does not hold each of 0 to {rows - 1} once")
     if bool(values[int(starts[-2]) :, rows - (strips - 1) * LANES :].any()):
         raise ValueError(f"values has an entry other than 0 in a lane after row {rows - 1}")
-
-
-def _check_integers(name: str, tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Check type, dtype and shape."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}; allowed: a tensor")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {str(dtype).removeprefix('torch.')}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from torch_impl import _checks
+from torch_impl.sparsity import middle_sparsity
 
 
 def taylor_score(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -33,16 +34,9 @@ def sum_of(score: torch.Tensor, structures: int, axis: int) -> torch.Tensor:
     return score.sum(1 - axis, dtype=torch.float64).view(structures, -1).sum(1)
 
 
-def rates_between(sparsity: float, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Return rates (L,): 0 for the first and last blocks, alike for the others, so that the model reaches `sparsity`."""
-    s, w = _checks.number("sparsity", sparsity, 0.0, 1.0), _checks.finite("weights", weights, "L").double()
-    if float(w.min()) <= 0:
-        raise ValueError(f"weights has {float(w.min())}; allowed: above 0")
-    _checks.integer("first", first, 0, len(w) - 1)
-    _checks.integer("last", last, 0, len(w) - 1 - first)
-    middle = torch.zeros_like(w)
-    middle[first : len(w) - last] = 1
-    most = float((w * middle).sum() / w.sum())
-    if s > most:
-        raise ValueError(f"sparsity is {s}; allowed: 0 to {most:.6g}, the share of the blocks that are pruned")
-    return middle * (s / most)
+def rates_between(target: float, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Return rates (L,): 0 for the first and last blocks, alike for the others, so that the model reaches the target."""
+    rates = torch.zeros_like(_checks.tensor("weights", weights, "L"), dtype=torch.float64)
+    inner = middle_sparsity(target, weights, rates, first, last)
+    rates[first : len(rates) - last] = inner
+    return rates

@@ -53,7 +53,7 @@ def initial_rates(shares: torch.Tensor, weights: torch.Tensor, config: PruneConf
     # A few exact zeros in a dense checkpoint do not come from pruning.
     if initial < 1e-3:
         return 0.0, torch.zeros_like(shares)
-    return min(initial, config.final_sparsity), shares
+    return initial, shares
 
 
 def block_targets(
@@ -324,7 +324,8 @@ def run(
     with calibration.compiled([blocks.decoder, blocks.dense], settings.training.compiling):
         for step in range(progress.step, config.steps + 1):
             clock = Clock(next(model.parameters()).device, progress.seconds, on_part)
-            target = schedule.cubic_sparsity(step, config.steps, config.final_sparsity, initial)
+            # A model may have a few zeros more than are asked for; they stay.
+            target = schedule.cubic_sparsity(step, config.steps, max(config.final_sparsity, initial), initial)
             if progress.block == 0:
                 _set_targets(blocks, target, settings, progress)
             clock.lap("importance")

@@ -59,7 +59,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tens
 
     Eight codes are `bits` bytes, each code in two's complement, the lowest bit first.
     """
-    codes, q = _typed("codes", codes, torch.int8), largest_code(bits)
+    codes, q = _checks.typed("codes", codes, torch.int8), largest_code(bits)
     if codes.dim() != 2 or codes.numel() == 0:
         raise ValueError(f"codes has shape {tuple(codes.shape)}; allowed: (out, in), none of them 0")
     low, high = (int(value) for value in torch.aminmax(codes))
@@ -101,7 +101,7 @@ def check_codes(
     kept = _check_positions(bitmap, offsets, columns)
     _read_codes(codes, kept)
     shape = len(bitmap), -(-columns // GROUP)
-    if _typed("scales", scales, torch.float16).shape != shape:
+    if _checks.typed("scales", scales, torch.float16).shape != shape:
         raise ValueError(f"scales has shape {tuple(scales.shape)}; allowed: {shape}, one for every {GROUP} columns")
     wrong = scales[~((scales >= 0) & scales.isfinite())]
     if len(wrong):
@@ -118,7 +118,7 @@ def bits_per_weight(sparsity: float, value_bits: int, columns: int) -> float:
 
 def _read_codes(codes: torch.Tensor, kept: int) -> None:
     """Check the stream of codes."""
-    if _typed("codes", codes, torch.uint8).dim() != 2 or not FEWEST_BITS <= codes.shape[1] <= MOST_BITS:
+    if _checks.typed("codes", codes, torch.uint8).dim() != 2 or not FEWEST_BITS <= codes.shape[1] <= MOST_BITS:
         allowed = f"(kept / 8, bits), {FEWEST_BITS} to {MOST_BITS} bits"
         raise ValueError(f"codes has shape {tuple(codes.shape)}; allowed: {allowed}")
     if len(codes) != -(-kept // 8):
@@ -151,7 +151,7 @@ def _places(bits: int, device: torch.device) -> torch.Tensor:
 def _check_positions(bitmap: torch.Tensor, offsets: torch.Tensor, columns: int) -> int:
     """Check bitmap and offsets; return the number of kept positions."""
     columns = _checks.integer("columns", columns, 1)
-    bitmap, offsets = _typed("bitmap", bitmap, torch.uint8), _typed("offsets", offsets, torch.int64)
+    bitmap, offsets = _checks.typed("bitmap", bitmap, torch.uint8), _checks.typed("offsets", offsets, torch.int64)
     width = -(-columns // WORD) * WORD // 8
     if bitmap.dim() != 2 or len(bitmap) == 0 or bitmap.shape[1] != width:
         raise ValueError(
@@ -200,21 +200,11 @@ def _first(wrong: torch.Tensor) -> int | None:
     return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
 
-def _tensor(name: str, value: Any) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
-    return value
-
-
-def _typed(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
-    if _tensor(name, value).dtype != dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed: {str(dtype).removeprefix('torch.')}")
-    return _tensor(name, value)
-
-
 def _numbers(name: str, value: Any, *axes: str) -> torch.Tensor:
     """Check for floating-point or unsigned numbers of 2, 4 or 8 bytes. Only a matrix must not be empty."""
-    tensor = _tensor(name, value)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; allowed: a tensor")
+    tensor = value
     kind = tensor.is_floating_point() or tensor.dtype in _UNSIGNED
     if not kind or tensor.element_size() not in _SIGNED:
         raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: floating-point or unsigned, of 2, 4 or 8 bytes")

@@ -28,7 +28,7 @@ def importance(redundancy: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
     redundancy = _checks.wide(_checks.finite("redundancy", redundancy, "L"))
     if float(redundancy.min()) < 0:
         raise ValueError(f"redundancy holds {float(redundancy.min())}; allowed: 0 or more")
-    if not beta > 0:
+    if _checks.number("beta", beta) <= 0:
         raise ValueError(f"beta is {beta}; allowed: above 0")
     total = redundancy.sum()
     shares = redundancy / total if float(total) > 0 else torch.full_like(redundancy, 1 / len(redundancy))

@@ -26,15 +26,9 @@ def allocate_sparsity(
     importance = _checks.finite("importance", importance, "L")
     _checks.number("target", target, 0.0, 1.0)
     _checks.number("spread", spread, 0.0, 1.0)
-    ones = torch.ones_like(importance, dtype=torch.float64)
-    w = ones if weights is None else _checks.finite("weights", weights, "L").to(ones)
-    floor = torch.zeros_like(ones) if floor is None else _checks.finite("floor", floor, "L").to(ones)
-    _checks.same_shape("weights", w, importance, "importance")
-    _checks.same_shape("floor", floor, importance, "importance")
-    if float(w.min()) <= 0:
-        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
-    if float(floor.min()) < 0 or float(floor.max()) > 1:
-        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    weights = torch.ones_like(importance) if weights is None else weights
+    floor = torch.zeros_like(importance) if floor is None else floor
+    w, floor = (values.to(importance.device) for values in _blocks(weights, floor, importance, "importance"))
 
     w = w / w.sum()
     lo = floor.clamp(min=max(target - spread, 0.0))
@@ -59,11 +53,7 @@ def uniform_sparsity(target: float, weights: torch.Tensor, floor: torch.Tensor) 
     weights: (L,), whole numbers. floor: (L,), the sparsity that each block has already. Returns float64 (L,).
     """
     _checks.number("target", target, 0.0, 1.0)
-    w = _checks.finite("weights", weights, "L").double()
-    floor = _checks.finite("floor", floor, "L").double()
-    _checks.same_shape("floor", floor, w, "weights")
-    if float(floor.min()) < 0 or float(floor.max()) > 1:
-        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    w, floor = _blocks(weights, floor)
     return floor.clamp(min=rest_sparsity((floor * w).round(), w, target))
 
 
@@ -73,12 +63,7 @@ def middle_sparsity(target: float, weights: torch.Tensor, floor: torch.Tensor, f
     weights, floor: (L,). first, last: numbers of blocks that are not pruned. Errors: ValueError if the middle is too small.
     """
     s = _checks.number("target", target, 0.0, 1.0)
-    w, floor = _checks.finite("weights", weights, "L").double(), _checks.finite("floor", floor, "L").double()
-    _checks.same_shape("floor", floor, w, "weights")
-    if float(w.min()) <= 0:
-        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
-    if float(floor.min()) < 0 or float(floor.max()) > 1:
-        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    w, floor = _blocks(weights, floor)
     _checks.integer("first", first, 0, len(w) - 1)
     _checks.integer("last", last, 0, len(w) - 1 - first)
     ends = torch.ones_like(w, dtype=torch.bool)
@@ -96,13 +81,7 @@ def nearest_rates(wanted: torch.Tensor, target: float, weights: torch.Tensor, fl
     """Shift wanted rates by the same amount, up to their bounds, so that the mean is the target. All (L,); returns float64."""
     wanted = _checks.finite("wanted", wanted, "L").double()
     _checks.number("target", target, 0.0, 1.0)
-    w, floor = _checks.finite("weights", weights, "L").double(), _checks.finite("floor", floor, "L").double()
-    _checks.same_shape("weights", w, wanted, "wanted")
-    _checks.same_shape("floor", floor, wanted, "wanted")
-    if float(w.min()) <= 0:
-        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
-    if float(floor.min()) < 0 or float(floor.max()) > 1:
-        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    w, floor = _blocks(weights, floor, wanted, "wanted")
     w = w / w.sum()
     if float(w @ floor) > target + SLACK:
         raise ValueError(f"floor has a mean of {float(w @ floor)}; allowed: at most target, {target}")
@@ -188,3 +167,18 @@ def _move(
             return
         kept[taker] -= 1
         kept[giver] += 1
+
+
+def _blocks(
+    weights: torch.Tensor, floor: torch.Tensor, like: torch.Tensor | None = None, like_name: str = "weights"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check the prunable weights of the blocks (L,), above 0, and the sparsity that they have already (L,); return float64."""
+    w, floor = _checks.finite("weights", weights, "L").double(), _checks.finite("floor", floor, "L").double()
+    if like is not None:
+        _checks.same_shape("weights", w, like, like_name)
+    _checks.same_shape("floor", floor, w if like is None else like, like_name)
+    if float(w.min()) <= 0:
+        raise ValueError(f"weights holds {float(w.min())}; allowed: above 0")
+    if float(floor.min()) < 0 or float(floor.max()) > 1:
+        raise ValueError(f"floor holds {float(floor.min())} to {float(floor.max())}; allowed: 0 to 1")
+    return w, floor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -33,7 +31,7 @@ def unpack_tiles(bitmaps: torch.Tensor, values: torch.Tensor, rows: int, columns
     """Restore the weight (rows, columns) from its tiles, with +0 where no value is stored."""
     values = _checks.tensor("values", values, "kept", empty=True)
     rows, columns = _checks.integer("rows", rows, 1), _checks.integer("columns", columns, 1)
-    _check_bitmaps(bitmaps, -(-rows // ROWS) * -(-columns // COLUMNS))
+    _checks.typed("bitmaps", bitmaps, torch.uint8, (-(-rows // ROWS) * -(-columns // COLUMNS), MAP))
     kept = _kept(bitmaps)
     beyond = kept & ~_tiled(torch.ones(rows, columns, dtype=torch.bool, device=kept.device))
     if bool(beyond.any()):
@@ -72,13 +70,3 @@ def _kept(bitmaps: torch.Tensor) -> torch.Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=bitmaps.device)
     bits = (bitmaps[..., None] >> places).bitwise_and_(1).view(torch.bool).view(-1, 4, 4, 4, 4, 8)
     return bits.permute(0, 1, 3, 2, 5, 4).roll(2, -1)[..., list(ORDER)].reshape(-1, TILES, LANES, 4)
-
-
-def _check_bitmaps(bitmaps: Any, panels: int) -> None:
-    """Check type and shape."""
-    if not isinstance(bitmaps, torch.Tensor):
-        raise TypeError(f"bitmaps is {type(bitmaps).__name__}; allowed: a tensor")
-    if bitmaps.dtype != torch.uint8:
-        raise TypeError(f"bitmaps has dtype {bitmaps.dtype}; allowed: uint8")
-    if bitmaps.shape != (panels, MAP):
-        raise ValueError(f"bitmaps has shape {tuple(bitmaps.shape)}; allowed: ({panels}, {MAP})")

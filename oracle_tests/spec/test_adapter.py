@@ -1,4 +1,4 @@
-"""The masked adapter against finite differences and its own definition; the schedules of the paper."""
+"""The adapters against finite differences and their own definitions; the schedules of the paper."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import given
 from oracle_tests import strategies
 from reference import adapter
 from reference.schedule import cubic_sparsity, mean_rank, sparsity_spread
+from reference.sora import gated_lora, soft_threshold
 
 
 @given(strategies.adapter_inputs(gradient=True))
@@ -72,3 +73,20 @@ def test_the_paper_s_schedules() -> None:
     assert [sparsity_spread(s) for s in (0.5, 0.5001, 0.6, 0.61, 0.7, 0.71, 0.8, 1.0)] == [
         0.01, 0.02, 0.02, 0.03, 0.03, 0.04, 0.04, 0.06,
     ]  # fmt: skip
+
+
+@given(strategies.gated_adapters())
+def test_a_gate_scales_each_rank(case: dict[str, Any]) -> None:
+    """The sum over ranks of gᵢ times the outer product of B's column and A's row, also for a gate below 0."""
+    A, B, gate = case["A"], case["B"], case["gate"]
+    update = sum((g * np.outer(b, a) for g, b, a in zip(gate, B.T, A, strict=True)), np.zeros((len(B), A.shape[1])))
+    np.testing.assert_allclose(gated_lora(**case), case["scale"] * case["x"] @ update.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.25, 0.4])
+def test_the_threshold_is_the_proximal_step(amount: float) -> None:
+    """The z of least (z − v)² / 2 + amount · |z|, of ten thousand."""
+    values, grid = np.array([-1.0, -0.3, -0.25, 0.0, 0.1, 0.3, 0.8]), np.linspace(-1, 1, 10_001)
+    cost = (grid - values[:, None]) ** 2 / 2 + amount * np.abs(grid)
+    np.testing.assert_allclose(soft_threshold(values, amount), grid[cost.argmin(axis=1)], atol=1e-4)
+    assert (soft_threshold(values, amount)[np.abs(values) <= amount] == 0).all()

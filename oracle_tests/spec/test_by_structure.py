@@ -49,16 +49,20 @@ def test_a_structure_s_sum_is_that_of_its_lines(case: dict[str, Any]) -> None:
 @given(strategies.protected_blocks())
 def test_the_model_reaches_the_sparsity_with_its_ends_whole(case: dict[str, Any]) -> None:
     rates, w = llm_pruner.rates_between(**case), case["weights"]
-    assert rates @ w / w.sum() == pytest.approx(case["sparsity"])
+    assert rates @ w / w.sum() == pytest.approx(case["target"])
     assert not rates[: case["first"]].any()
     assert not rates[len(w) - case["last"] :].any()
     assert len(set(rates[case["first"] : len(w) - case["last"]])) == 1
 
 
+def test_scores_that_are_the_same_stay_0_although_their_mean_is_rounded() -> None:
+    score = np.full(6, 0.1)
+    assert score.mean() != 0.1
+    assert not flap.standardised(score, 3).any()
+
+
 def test_what_the_middle_does_not_have_cannot_go() -> None:
-    with pytest.raises(
-        ValueError, match=r"^sparsity is 0.9; allowed: 0 to 0.5, the share of the blocks that are pruned$"
-    ):
+    with pytest.raises(ValueError, match=r"^target is 0\.9; allowed: 0 to 0\.5 with these ends$"):
         llm_pruner.rates_between(0.9, np.ones(4), 1, 1)
 
 

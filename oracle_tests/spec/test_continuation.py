@@ -24,6 +24,12 @@ def test_each_token_is_drawn_as_often_as_it_is_likely(excluded: list[int]) -> No
     np.testing.assert_allclose(np.bincount(drawn, minlength=7), count * p, atol=1)
 
 
+def test_a_number_on_the_border_gives_the_next_token() -> None:
+    """u = p₀ is no longer token 0's, and u = 0 is not an excluded token's."""
+    assert next_token(np.zeros((2, 2)), [0.5, np.nextafter(0.5, 0)]).tolist() == [1, 0]
+    assert next_token(np.zeros((1, 3)), [0.0], excluded=[0]).tolist() == [1]
+
+
 def test_a_sum_that_rounding_leaves_below_1_gives_a_token_that_can_be_drawn() -> None:
     almost = np.nextafter(1.0, 0.0)
     logits = np.random.default_rng(1).normal(size=(200, 9))

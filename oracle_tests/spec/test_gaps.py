@@ -168,3 +168,14 @@ def test_a_lane_multiplies_by_walking_its_row(case: dict[str, Any]) -> None:
         rows = case["order"][32 * strip :][:32]
         y[rows] = (values * x[columns]).sum(axis=1)[: len(rows)]
     np.testing.assert_allclose(y, weight @ x, rtol=1e-12, atol=1e-12 * len(x) ** 2)
+
+
+@pytest.mark.parametrize(("more", "stays"), [(0, True), (8, False)])
+def test_rows_stay_in_order_if_that_takes_at_most_one_group_in_32_more(more: int, stays: bool) -> None:
+    """Two full rows, one in each strip, and all others shorter: 33 + 33 groups as they are, 33 + 31 with the full ones first."""
+    weight = np.zeros((64, 264))
+    weight[:, : 248 - more] = 1
+    weight[[5, 40]] = 1
+    _, _, starts, order = pack_gaps(weight)
+    assert order.tolist() == (list(range(64)) if stays else [5, 40, *(row for row in range(64) if row not in (5, 40))])
+    assert starts.tolist() == [0, 33, 66 if stays else 63]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oracle_tests import strategies, tolerances
@@ -216,6 +216,10 @@ def test_damping_is_raised_before_giving_up() -> None:
 
 
 @given(strategies.sparse_groups())
+# 0.7 of two and of one is one and nothing: one zero is asked, not two.
+@example({"zeros": np.array([0.0, 1.0]), "sizes": np.array([2.0, 1.0]), "sparsity": 0.7})
+# A full group beside one without entries.
+@example({"zeros": np.array([4.0, 0.0]), "sizes": np.array([4.0, 0.0]), "sparsity": 0.5})
 def test_the_rest_takes_as_much_as_it_may(case: dict[str, Any]) -> None:
     """Against all that could be asked: for groups of one size, every whole number of zeros; else every thousandth."""
     zeros, sizes, sparsity = case["zeros"], case["sizes"], case["sparsity"]

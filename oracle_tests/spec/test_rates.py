@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +89,10 @@ def cases_with_moves(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=strategies.examples(400))
 @given(cases_with_moves())
+# The ceiling of the first of two blocks forces the only move that there may be.
+@example(
+    {"importance": np.array([3.0, 5]), "kept_total": 6, "m": 8, "spread": 2, "ceiling": np.array([2, 5]), "moves": 1}
+)
 @example({"importance": np.array([4.0, 1, 3, 2]), "kept_total": 8, "m": 4, "spread": 1, "ceiling": None, "moves": 1})
 # Of the two that keep one at most, one move is forced by each.
 @example(
@@ -296,3 +301,10 @@ def test_a_rule_is_asked_for_the_current_model_and_target() -> None:
     assert [target for _, target in seen] == pytest.approx([0.525, 0.6])
     assert seen[0][0] == 0
     assert seen[1][0] == pytest.approx(0.525, abs=0.02)
+
+
+@pytest.mark.parametrize(("below", "level"), [(0.0, 62465), (2e-10, 62465), (1e-8, 62464)])
+def test_a_score_just_below_a_level_belongs_to_it(below: float, level: int) -> None:
+    """1/4 = ½ · 2⁻¹ begins the level 1 + 61 · 1024. The smaller of two weights scores it, or a little less."""
+    weight = np.array([[1.0, math.sqrt(4 / (1 - below) - 1)]])
+    assert np.flatnonzero(lamp.lamp_levels(weight)).tolist() == [level, 64513]

@@ -208,3 +208,5 @@ def test_every_block_needs_its_masks() -> None:
     for blocks, masks_of in (([block], []), ([], []), ([block, block], [masks])):
         with pytest.raises(ValueError, match="masks has"):
             reconstruct_blocks(blocks, masks_of, inputs, targets, 1, 0.1, 2, SIZES)
+    with pytest.raises(TypeError, match=r"^masks\['q'\] has dtype float64; allowed: bool, True = kept$"):
+        reconstruct_block(block, {**masks, "q": masks["q"] * 0.5}, inputs, targets, 1, 0.1, 2, SIZES)

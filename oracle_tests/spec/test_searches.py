@@ -168,21 +168,23 @@ def published_alps(W: np.ndarray, H: np.ndarray, amount: Amount) -> Pruned:
     return np.stack(solved) / s, mask
 
 
-def published_admm(W: np.ndarray, H: np.ndarray, amount: Amount) -> Pruned:
-    """The published iteration, its inverse made once; the share pruned is 1 − (1 − i/15)³ of what is asked."""
+def published_admm(W: np.ndarray, H: np.ndarray, amount: Amount, kept: np.ndarray | None = None) -> Pruned:
+    """The published iteration, its inverse made once; the share pruned is 1 − (1 − i/15)³ of what is asked. kept: weights that
+    are there; the share then rises from that of the others, which are the first to go."""
+    kept = np.ones(W.shape, dtype=bool) if kept is None else kept
+    zeros = float((~kept).mean())
     H = damped(H, 0.1)
     s = np.sqrt(np.diag(H))
     H, w = H / s / s[:, None], (W * s).T
     inverse, dense, u = np.linalg.inv(H + np.eye(len(H))), w, np.zeros(w.shape)
     for i in range(1, 21):
         if i <= 15:
-            share = 1 - (1 - i / 15) ** 3
+            whole = 1 - amount[0] / amount[1] if isinstance(amount, tuple) else amount
+            share = zeros + (whole - zeros) * (1 - (1 - i / 15) ** 3)
+            now: Amount = share
             if isinstance(amount, tuple):
-                n, m = amount
-                now: Amount = (m - round(round(share * (m - n), 9)), m)
-            else:
-                now = share * amount
-            mask = best_of((w + u).T, now).T
+                now = (amount[1] - round(round(share * amount[1], 9)), amount[1])
+            mask = (best_of(np.where(kept, (w + u).T, 0.0), now) & kept).T
         z = (w + u) * mask
         u = u + w - z
         w = inverse @ (H @ dense + z - u)
@@ -204,6 +206,18 @@ def test_the_published_rule(
         else:
             # It stops at a residual of 1e-4, or after ten steps.
             assert error(W, theirs, damped(H)) <= error(W, new, damped(H)) <= 1.002 * error(W, theirs, damped(H))
+
+
+@pytest.mark.parametrize("amount", [0.5, 0.7, (2, 8)], ids=str)
+def test_admm_goes_on_from_the_zeros_that_are_there(amount: Amount) -> None:
+    """At a later step of a run the share rises from that of the step before; from 0, the first iterations would do nothing."""
+    for seed in range(6):
+        W, H = random_case(seed, 6, 16)
+        kept = best_of(W, (5, 8) if isinstance(amount, tuple) else 0.4)
+        theirs, mask = published_admm(W * kept, H, amount, kept)
+        new, found = prune_at("admm", W * kept, H, amount, kept=kept)
+        np.testing.assert_array_equal(found, mask)
+        np.testing.assert_allclose(new, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("near", [2, 8, 12])

@@ -130,6 +130,22 @@ def test_counts_of_a_real_block(sparsity: float, removed: tuple[int, int]) -> No
         assert abs(share - sparsity) <= 4 * channel / (3 * head + 1536 * channel) + 1e-12
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "channels", "head", "channel", "multiple", "removed"),
+    [
+        (2, 9, 6, 3, 1, (1, 4)),  # 4.5 of 9 channels
+        (2, 12, 6, 3, 4, (1, 4)),  # 6 of 12, and 4 or 8 are kept
+        (2, 18, 6, 3, 8, (1, 10)),  # 9 of 18: 8 are kept, not 16 or all
+    ],
+)
+def test_counts_between_two_multiples(
+    heads: int, channels: int, head: int, channel: int, multiple: int, removed: tuple[int, int], last: bool
+) -> None:
+    """Half of the weights: half of the heads, and of the two nearest numbers of kept channels the larger."""
+    assert removed_structures(0.5, heads, channels, head, channel, multiple, last) == removed
+
+
 @given(strategies.structures_to_remove())
 def test_the_lowest_go_and_those_that_are_gone_count(case: dict) -> None:
     score, removed, kept = case["score"].tolist(), case["removed"], case["kept"]

@@ -34,9 +34,9 @@ def prune(
 
     Parameters: method, one of METHODS; weight (out, in), the merged weight; statistic of its calibration input or of its
     gradients, as the method's record makes it: `wanda.input_norm` (in,) for wanda, `sparsegpt.hessian` (in, in) for
-    sparsegpt, alps and admm, `pruner_zero.gradient_size` (out, in) for pruner_zero, None for magnitude; kept bool (out, in),
-    the current mask; either sparsity in [0, 1] or nm = (n, m). Returns: (weight, zero where pruned and updated by a method
-    that moves weights; mask bool (out, in), True = kept).
+    sparsegpt, alps and admm, `pruner_zero.gradient_size` (out, in) for pruner_zero, the sum of the gradients (out, in) for
+    taylor, None for magnitude; kept bool (out, in), the current mask; either sparsity in [0, 1] or nm = (n, m). Returns:
+    (weight, zero where pruned and updated by a method that moves weights; mask bool (out, in), True = kept).
 
     Ties: as the method says; already pruned weights are pruned first.
 

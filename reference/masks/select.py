@@ -90,7 +90,8 @@ def rest_sparsity(zeros: Array, sizes: Array, sparsity: float) -> float:
     full = np.zeros(len(zeros), dtype=bool)
     while (found := zeros > np.floor(rest * sizes + 1e-9)).sum() > full.sum():
         full = found
-        rest = 0.0 if full.all() else max(0.0, float((asked - zeros[full].sum()) / sizes[~full].sum()))
+        left = sizes[~full].sum()
+        rest = max(0.0, float((asked - zeros[full].sum()) / left)) if left else 0.0
     return rest
 
 

@@ -79,8 +79,8 @@ def sparsegpt(
 
         Q_j = s · nearest code of W_j;   E_j = (W_j − mask_j ⊙ Q_j) / U_jj
 
-    Parameters: weight W (out, in); hessian H (in, in); sparsity ρ in [0, 1]; block_size, columns whose mask is chosen
-    together; damping, the share of mean(diag H) added to the diagonal; kept bool (out, in), the weights not yet pruned,
+    Parameters: weight W (out, in); hessian H (in, in), symmetric; sparsity ρ in [0, 1]; block_size, columns whose mask is
+    chosen together; damping, the share of mean(diag H) added to the diagonal; kept bool (out, in), the weights not yet pruned,
     default all. The others are pruned first and stay pruned, even if they are more than k. bits from 2 to 8, default: no
     rounding; group, a divisor of block_size.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch_impl.engine.determinism import make_deterministic
 from torch_impl.experiment import report
 from torch_impl.experiment.command import command, process, say
-from torch_impl.experiment.config import Config, parse
+from torch_impl.experiment.config import Config, parse, warn_of_idle
 from torch_impl.experiment.job import check_output, run_in_memory, run_job
 from torch_impl.experiment.material import check_text
 from torch_impl.experiment.offloaded_job import run_offloaded
@@ -32,6 +32,7 @@ def show_plan(config: Config) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Run the job of the command line."""
     config = parse(arguments, data_required=True)
+    warn_of_idle(config, arguments)
     if config.output.deterministic:
         make_deterministic()
     if config.output.dry_run:

@@ -60,8 +60,8 @@ class ReconstructionConfig:
 class Reconstructor:
     """Chooses which blocks to reconstruct at a step: the first one that has lost a weight, and all after it.
 
-    Before that block, the streams are equal up to rounding, so there is nothing to reconstruct. start: sparsity of each block
-    (L,) at the start of the run. cuda_graphs: whether to use them on a GPU. apart: a context for each training.
+    start: sparsity of each block (L,) at the start of the run. cuda_graphs: whether to use them on a GPU. apart: a context for
+    each training.
     """
 
     def __init__(

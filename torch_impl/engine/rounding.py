@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torch_impl import _checks
-from torch_impl.bits import allocate_bits, allocate_bits_by_harm
+from torch_impl.bits import allocate_bits, allocate_bits_by_harm, nearby_bits
 from torch_impl.engine import blocks, calibration, statistics
 from torch_impl.engine.adapted_linear import adapt_block, block_adapters
 from torch_impl.engine.checkpoints.offload import sweep
@@ -69,9 +69,7 @@ def choose_bits(decoder: Decoder, by: str, mean: float, ids: torch.Tensor, batch
     if by == GRADIENT:
         # A sum over the block's weights, of which each gets the bits.
         importance = importance / torch.tensor(decoder.prunable_weights, dtype=torch.float64)
-    # The bits around the mean: one less than its floor to one more than its ceiling.
-    choices = [bits for bits in range(int(mean) - 1, -int(-mean // 1) + 2) if FEWEST_BITS <= bits <= MOST_BITS]
-    bits = allocate_bits(importance, mean, choices).tolist()
+    bits = allocate_bits(importance, mean, nearby_bits(mean)).tolist()
     return Chosen([dict.fromkeys(decoder.family.projections, own) for own in bits], importance.tolist())
 
 

@@ -47,7 +47,7 @@ def lr_factor(done: int, total: int, warmup_ratio: float) -> float:
     warmup = math.ceil(total * warmup_ratio)
     if done < warmup:
         return (done + 1) / (warmup + 1)
-    return (total - done) / max(1, total - warmup)
+    return (total - done) / (total - warmup)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -187,8 +187,6 @@ def parse(arguments: Sequence[str], data_required: bool = False, prog: str = "lo
     if "layer_sparsity" not in own.keys() - chosen and not _names("layer_sparsity", arguments):
         config = _without_rates(config)
     _ = config.settings, config.text.shares(config.prune.steps)
-    if data_required and not config.reconstruction.reconstruct_epochs:
-        _warn_of_idle([item.name for item in fields(ReconstructionConfig) if _names(item.name, arguments)])
     if data_required and Path(config.model.model).resolve() != EMBEDDED_MODEL.resolve():
         names = ("calibration_data", *(("finetune_data",) if config.training.finetune else ()), "eval_data")
         _check_given([name for name in names if name not in from_file and not _names(name, arguments)])
@@ -239,9 +237,11 @@ def _without_rates(config: Config) -> Config:
     return replace(config, prune=replace(config.prune, layer_sparsity=PLAIN))
 
 
-def _warn_of_idle(given: Sequence[str]) -> None:
-    """Log, in process 0, that flags of reconstruction do nothing without it."""
-    if (idle := [name for name in given if name != "reconstruct_epochs"]) and not process():
+def warn_of_idle(config: Config, arguments: Sequence[str]) -> None:
+    """Log, in process 0, that flags of reconstruction on this command line do nothing without it."""
+    names = [item.name for item in fields(ReconstructionConfig) if item.name != "reconstruct_epochs"]
+    idle = [name for name in names if _names(name, arguments)]
+    if idle and not config.reconstruction.reconstruct_epochs and not process():
         logger.warning("%s: no effect without reconstruction, which --reconstruct_epochs asks for", ", ".join(idle))
 
 
