@@ -34,6 +34,8 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     """The first of two rates diverges. Tuning and reported windows never overlap; the command runs nothing twice."""
     seen = watched_windows(monkeypatch)
     given = words(place, eval_windows=7)
+    assert compare.main([*given, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("\n6 runs\n")
     assert compare.main(given) == 0
     said = capsys.readouterr()
     assert "[1/6] 0.5, sparse_lora, seed 0, learning rate 1e+30: diverged (" in said.err
@@ -68,6 +70,8 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert {path: path.stat().st_mtime_ns for path in (place / "out" / "cells").iterdir()} == before
     again = capsys.readouterr().out
     assert again == said.out
+    assert compare.main([*given, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("\n6 runs, 6 of them done\n")
     tables = ["--tables", str(place / "out")]
     assert compare.main([*words(place, eval_windows=7, output=None), *tables]) == 0
     assert capsys.readouterr().out == again

@@ -466,6 +466,19 @@ def test_the_time_left_is_that_of_runs_like_those_that_are_left(
     assert lines[-2].endswith("; about 0:40 left")
 
 
+def test_runs_that_did_not_end_well_do_not_say_how_long_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before this process began one diverged, whose seconds nobody knows; in it the first two fail at once."""
+    monkeypatch.setattr(running.time, "perf_counter", itertools.count().__next__)
+    work, results, lines = running.slots(groups_of(read(tmp_path))[0]), Results(tmp_path), []
+    results.put(work[0].cell.key, Outcome(work[0].cell.labels, DIVERGED))
+    ends = {str(slot.cell): FAILED for slot in work[1:3]}
+    running.run(work[:5], results, Pretended(ends=ends), lines.append)  # type: ignore[arg-type]
+    assert ["left" in line for line in lines] == [False, False, True, False]
+    assert lines[2].endswith("; about 0:01 left")
+
+
 def test_processes_that_were_killed_do_not_count(tmp_path: Path) -> None:
     """Their files stay behind, those of the runs, too."""
     results = Results(tmp_path)

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Learning rates to choose from, instead of the file's.",
     )
     add("--keep_models", action="store_true", help="Save each run's model in FOLDER/models; not baselines.")
-    add("--dry_run", action="store_true", help="Check everything, list the runs and stop.")
+    add("--dry_run", action="store_true", help="Check everything, list the runs, count those that are done, and stop.")
     add(
         "--tables",
         type=Path,
@@ -96,10 +96,11 @@ def main(arguments: Sequence[str]) -> None:
         return
     work = running.slots(flat)
     check(flat)
-    if own.dry_run:
-        say("\n".join([*map(str, work), f"{len(work)} runs"]))
-        return
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
+    if own.dry_run:
+        done = sum(slot.done(results) for slot in work)
+        say("\n".join([*map(str, work), f"{len(work)} runs" + (f", {done} of them done" if done else "")]))
+        return
     check_folder(results.folder)
     workshop = Workshop(results.folder / "written", results.folder / "models" if own.keep_models else None)
     elsewhere = running.run(work, results, workshop, note)

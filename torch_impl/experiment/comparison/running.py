@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Cell, Group
-from torch_impl.experiment.comparison.results import DIVERGED, FAILED, Outcome, Results
+from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome, Results
 from torch_impl.experiment.comparison.statistics import best_rate, perplexity
 from torch_impl.experiment.progress import clock
 
@@ -41,6 +41,12 @@ class Slot:
         if not tuned(self.group, results):
             return None
         return self.group.final(self.seed, chosen_rate(self.group, results))
+
+    def done(self, results: Results) -> bool:
+        """Return whether the run has ended, and not failed."""
+        cell = self.resolve(results)
+        outcome = None if cell is None else results.get(cell.key)
+        return outcome is not None and outcome.finished
 
 
 def tuned(group: Group, results: Results) -> bool:
@@ -142,7 +148,8 @@ class _Worker:
                 outcome = self._workshop.run(cell)
                 self._results.put(cell.key, outcome)
                 self.tried.add(cell.key)
-                self._progress.took(cell, time.perf_counter() - began)
+                if outcome.finished:
+                    self._progress.took(cell, time.perf_counter() - began)
                 self._report(cell, outcome)
             return mine
 
@@ -186,7 +193,8 @@ class _Progress:
         for slot in work:
             cell = slot.resolve(results)
             outcome = None if cell is None else results.get(cell.key)
-            if cell is not None and outcome is not None and outcome.finished:
+            # One that diverged has no seconds.
+            if cell is not None and outcome is not None and outcome.status == DONE:
                 self.took(cell, sum(outcome.seconds.values()))
 
     def took(self, cell: Cell, seconds: float) -> None:
@@ -194,8 +202,8 @@ class _Progress:
         self._seconds[cell.recipe.name, cell.final].append(seconds)
 
     def left(self, undone: Sequence[Slot], processes: int) -> str:
-        """Describe the time that the rest takes if as many processes go on as now; nothing if it is all done."""
-        seconds = [self._expected(slot) for slot in undone]
+        """Describe the time that the rest takes if as many processes go on as now; nothing if it is all done, or none has ended."""
+        seconds = [self._expected(slot) for slot in undone if self._seconds]
         return f"; about {clock(max(sum(seconds) / max(1, processes), *seconds))} left" if seconds else ""
 
     def _expected(self, slot: Slot) -> float:
