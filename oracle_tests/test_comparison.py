@@ -407,27 +407,6 @@ def test_matrices_of_one_title_have_their_own_pictures(tmp_path: Path) -> None:
     assert [html.count(f'alt="{Path(name).stem}"') for files in pictures for name in files] == [1] * 4
 
 
-def test_costs_are_means_and_of_parts_that_there_are(tmp_path: Path) -> None:
-    """What is trained may depend on the sparsity, as every kept weight does. A part that took no time has no peak."""
-    groups, results = done(tmp_path, read(tmp_path))
-    rows = [row_of(group, results) for group in groups[0]]
-    rows = [row for row in rows if row.group.recipe.name == "losa" and ("prune_method", "wanda") in row.group.varied]
-    counts = {"0.5": 4_000_000, "0.7": 2_000_000, "2:4": 3_000_000}
-
-    def changed(row: Row) -> Row:
-        trained = counts[dict(row.group.varied)["sparsity"]]
-        return replace(
-            row, outcomes={s: replace(o, trained=trained, seconds={"prune": 2.0}) for s, o in row.outcomes.items()}
-        )
-
-    table = costs.measured([changed(row) for row in rows], read(tmp_path).matrices[0])
-    assert table is not None
-    assert table.cells == (
-        ("prune_method", "", "prune, s", "in all, s", "prune, GiB", "trained, millions"),
-        ("wanda", "LoSA, as in the paper", "2.0", "2.0", "1.50", "3.00"),
-    )
-
-
 def test_the_time_left_is_that_of_runs_like_those_that_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,16 +38,15 @@ def measured(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     lines = []
     for names, of_name in together.items():
         seconds = [_mean([row.mean_of("seconds", part) or 0.0 for row in of_name]) for part in PARTS]
-        peaks = [[row.mean_of("gib", part) for row in of_name if row.mean_of("seconds", part)] for part in PARTS]
-        peaks += [[row.mean_of("gib", part) for row in of_name] for part in DECODING]
-        trained = [count for row in of_name if (count := row.mean_of("trained")) is not None]
+        peaks = [[row.mean_of("gib", part) for row in of_name] for part in (*PARTS, *DECODING)]
+        trained = [row.mean_of("trained") for row in of_name]
         lines.append(
             [
                 *names,
                 *("" if f"{value:.1f}" == "0.0" else f"{value:,.1f}" for value in seconds),
                 f"{sum(seconds):,.1f}",
                 *(_most(values) for values in peaks),
-                f"{_mean(trained) / 1e6:,.2f}" if trained else "",
+                "" if trained[0] is None else f"{trained[0] / 1e6:,.2f}",
             ]
         )
     if not lines:
