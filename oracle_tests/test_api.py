@@ -566,6 +566,26 @@ def test_what_is_measured_is_measured_as_told(
     assert told == {"batch": 5, "tasks": (["piqa"], "here", 2), "how": (3, 5)}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"text": TEXTS, "tasks_data": "here"},
+        {"text": TEXTS, "limit": 3},
+        {"num_fewshot": 0},
+        {"tasks": ["piqa"], "windows": 3},
+        {"tasks": ["piqa"], "protocol": "c4"},
+    ],
+)
+def test_options_of_what_is_not_measured_are_refused(
+    given: dict[str, Any], model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were ignored."""
+    monkeypatch.setattr(api.zero_shot, "load_tasks", lambda *_: pytest.fail("it begins"))
+    name, what = list(given)[-1], "text" if "tasks" in given else "tasks"
+    with pytest.raises(ValueError, match=f"^{name} is about {what}, which is not measured here; give {what} too"):
+        torch_impl.evaluate(model, tokenizer, **given)
+
+
 def test_codes_are_chosen_on_the_windows_asked_for(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

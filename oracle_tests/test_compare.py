@@ -34,9 +34,11 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     """The first of two rates diverges. Tuning and reported windows never overlap; the command runs nothing twice."""
     seen = watched_windows(monkeypatch)
     given = words(place, eval_windows=7)
+    assert compare.main([*given, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("\n6 runs\n")
     assert compare.main(given) == 0
     said = capsys.readouterr()
-    assert "[1/8] 0.5, sparse_lora, seed 0, learning rate 1e+30: diverged (" in said.err
+    assert "[1/6] 0.5, sparse_lora, seed 0, learning rate 1e+30: diverged (" in said.err
     for reported, tuned in zip(seen[::2], seen[1::2], strict=True):
         assert (len(tuned), len(reported)) == (3, 4)
         assert not {tuple(row.tolist()) for row in reported} & {tuple(row.tolist()) for row in tuned}
@@ -68,6 +70,8 @@ def test_a_comparison(place: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert {path: path.stat().st_mtime_ns for path in (place / "out" / "cells").iterdir()} == before
     again = capsys.readouterr().out
     assert again == said.out
+    assert compare.main([*given, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("\n6 runs, 6 of them done\n")
     tables = ["--tables", str(place / "out")]
     assert compare.main([*words(place, eval_windows=7, output=None), *tables]) == 0
     assert capsys.readouterr().out == again
@@ -213,7 +217,7 @@ def test_a_dry_run_lists_the_runs(place: Path, tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "0.5, losa, seed 0, learning rate 1e+30", "0.5, losa, seed 0, learning rate 0.01",
-        "dense, seed 0", "0.5, losa, seed 0, learning rate 1e+30 (learning rate: the best)", "4 runs",
+        "dense, seed 0", "3 runs",
     ]  # fmt: skip
     assert not out.exists()
 
@@ -243,7 +247,7 @@ def test_peaks_are_in_gib_and_parts_that_take_no_time_are_left_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds, peaks = {"prune": 2.0, "train": 1e-5}, {"prune": 3 * 2**30}
-    monkeypatch.setattr(cells, "make", lambda _, m: cells.Trained(m.model, False, 0, 0, seconds, peaks))
+    monkeypatch.setattr(cells, "make", lambda _, m: cells.Trained(m.model, 0, 0, seconds, peaks))
     text = FILE.replace('"none", "sparse_lora", "losa"', '"none"')
     assert compare.main(words(place, text, output=tmp_path / "out")) == 0
     for outcome in Results(tmp_path / "out").together().values():
@@ -306,7 +310,10 @@ def test_one_window_cannot_be_halved(place: Path, tmp_path: Path, capsys: pytest
 def test_a_file_is_needed(capsys: pytest.CaptureFixture) -> None:
     for given in ([], ["--seeds", "0"]):
         assert compare.main(given) == 2
-        assert "FILE is missing; give a TOML file, or quick: losa compare quick" in capsys.readouterr().err
+        assert (
+            "FILE is missing; give a TOML file, or quick, as the first word: losa compare quick"
+            in capsys.readouterr().err
+        )
     assert compare.main(["no.toml"]) == 2
     assert "comparison no.toml does not exist; give a TOML file or quick" in capsys.readouterr().err
 
@@ -350,3 +357,17 @@ def test_kept_models_are_those_that_were_measured(place: Path, tmp_path: Path) -
         assert kept_parameters(Decoder(model)) == outcomes[recipe].parameters
         sizes.append(sum(p.numel() for p in model.parameters()))
     assert sizes[1] < sizes[0]
+
+
+def test_models_of_two_matrices_are_kept_beside_each_other(place: Path, tmp_path: Path) -> None:
+    """Their rows have the same names."""
+    matrix = '[[matrix]]\nsparsity = 0.5\nrecipes = ["none"]\noptions = {{ rmi_samples = {} }}\n'
+    given = [
+        *words(place, matrix.format(2) + matrix.format(3), rmi_samples=None, output=tmp_path / "out"),
+        "--keep_models",
+    ]
+    assert compare.main(given) == 0
+    outcomes = Results(tmp_path / "out").together()
+    keys = {key for key, outcome in outcomes.items() if outcome.labels["recipe"] == "none"}
+    assert {path.name for path in (tmp_path / "out" / "models").iterdir()} == {f"0.5-none-seed-0-{key}" for key in keys}
+    assert len(keys) == 2

@@ -28,7 +28,7 @@ def test_the_last_of_several_processes_writes_the_tables(
     def make(cell: Cell, material: cells.Material) -> cells.Trained:
         if cell.recipe.name == "none":
             raise RuntimeError("no memory")
-        return cells.Trained(material.model, False, 0, 0, {}, {})
+        return cells.Trained(material.model, 0, 0, {}, {})
 
     monkeypatch.setattr(cells, "make", make)
     given = words(place, text, output=out)

@@ -97,7 +97,7 @@ class Pretended:
         noise = np.random.default_rng(int(cell.key, 16)).normal(0, 0.01, 8)
         return Outcome(
             cell.labels, DONE, tuning=math.exp(base), losses={"stdlib": (base + noise).tolist()}, hashes={"stdlib": "same"},
-            unmerged=cell.recipe.name == "mine", seconds={"prune": 2.0, "train": 3.0}, facts=FACTS,
+            unmerged=cell.unmerged, seconds={"prune": 2.0, "train": 3.0}, facts=FACTS,
             tokens_per_second={} if cell.recipe.name == "dense" else {"packed": 45.0, "dense": 20.0},
             gib={"prune": 1.5, "train": 2.5}, trained=1_500_000, zero_shot={
                 "accuracy": {"piqa": 0.5 + 0.02 * cell.seed, "boolq": 0.6}, "mean": 0.55 + 0.01 * cell.seed,
@@ -126,7 +126,7 @@ def done(folder: Path, comparison: Comparison, **how: Any) -> tuple[list[list[Gr
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, list[list[Group]], Results, document.Section]:
     """A comparison that is done, to read."""
     folder = tmp_path_factory.mktemp("made")
-    comparison = read(folder)
+    comparison = read(folder, f'{FILE}treatment = "sora"\n')
     groups, results = done(folder, comparison)
     section, closing = document.sections(comparison, groups, results, "losa compare some.toml")
     assert (closing.title, closing.rows) == ("The paper's models", ())
@@ -218,8 +218,23 @@ def test_the_order_of_work(tmp_path: Path) -> None:
     work = running.slots(flat)
     names = [(slot.cell.key, slot.seed, slot.group.recipe.name, slot.group.varied) for slot in work]
     assert len(names) == len(set(names)) == len(work)
-    # 6 choices of 2 options; 2 rates of 2 recipes; 2 seeds of 3 recipes; the dense model.
-    assert len(work) == 6 * 2 * 2 + 6 * 3 * 2 + 1
+    # 6 choices of 2 options; 2 rates of 2 recipes, one of them reported, and their other seed; 2 seeds of a third; the dense model.
+    assert len(work) == 6 * 2 * 2 + 6 * 2 + 6 * 2 + 1
+
+
+def test_a_row_of_two_matrices_is_run_with_the_seeds_and_rates_of_both(tmp_path: Path) -> None:
+    """Each matrix chooses its rate with its own first seed, so that the second seed may be reported with another rate."""
+    matrix = '[[matrix]]\nsparsity = 0.5\nrecipes = ["losa"]\nlearning_rates = [1e-3, 1e-2]\nseeds = [0, 2]\n'
+    comparison = read(tmp_path, matrix + matrix.replace("[0, 2]", "[1, 2]"))
+    groups, results = groups_of(comparison), Results(tmp_path)
+
+    class Torn(Pretended):
+        def run(self, cell: Cell) -> Outcome:
+            return replace(super().run(cell), tuning=1.0 if (cell.seed, cell.rate) in ((0, 1e-3), (1, 1e-2)) else 2.0)
+
+    running.run(running.slots([*groups[0], *groups[1]]), results, Torn(), lambda _: None)  # type: ignore[arg-type]
+    rows = [row_of(of_matrix[1], results) for of_matrix in groups]
+    assert [(row.rate, sorted(row.outcomes)) for row in rows] == [(1e-3, [0, 2]), (1e-2, [1, 2])]
 
 
 def test_the_reference_is_named(tmp_path: Path) -> None:
@@ -243,7 +258,9 @@ def test_what_needs_the_same_text_follows_each_other(tmp_path: Path) -> None:
     materials = [slot.cell.material for slot in work]
     changes = sum(before != after for before, after in itertools.pairwise(materials))
     assert len(set(materials)) == 4, "two texts, with and without what the model writes"
-    assert changes == 4, "once while learning rates are chosen, three times for what is reported"
+    assert changes == 3, (
+        "first what chooses learning rates, then the second seed, each with and without what is written"
+    )
 
 
 def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,11 +376,104 @@ def test_a_seed_that_diverged_is_not_left_out_of_the_accuracy(tmp_path: Path) ->
     assert [row["seeds"] for row in rows] == ["2", "1 of 2", "2"], "a run that failed is no result"
 
 
+def test_a_recipe_has_one_name_whether_it_diverged_or_not(tmp_path: Path) -> None:
+    """Its adapters stay unmerged; without training it has none."""
+    comparison = read(tmp_path, f'{FILE}treatment = "sora"\n')
+    rates = ("0.001", "0.01")
+    ends = {f"wanda, 0.5, mine, seed {seed}, learning rate {rate}": DIVERGED for seed in (0, 1) for rate in rates}
+    groups, results = done(tmp_path, comparison, ends=ends)
+    section, _ = document.sections(comparison, groups, results, "losa")
+    for title in ("Perplexity on stdlib by sparsity", "Cost of each part"):
+        table = next(table for table in section.tables if table.title == title)
+        assert [line[:2] for line in table.cells if line[1].startswith("mine")] == [
+            ("wanda", "mine | yours (unmerged)"), ("magnitude", "mine | yours (unmerged)"),
+        ]  # fmt: skip
+    [untrained] = groups_of(read(tmp_path, f'{FILE}treatment = "sora"\n', options={"finetune": ["false"]}))
+    assert not any(group.base.unmerged for group in untrained)
+
+
+def test_matrices_of_one_title_have_their_own_pictures(tmp_path: Path) -> None:
+    matrix = FILE[FILE.index("[[matrix]]") : FILE.index("[recipes.mine]")] + 'title = "Same"\n'
+    start, end = FILE[: FILE.index("[[matrix]]")], FILE[FILE.index("[recipes.mine]") :]
+    comparison = read(tmp_path, start + matrix + matrix.replace("0.5, 0.7", "0.6, 0.8") + end)
+    groups, results = done(tmp_path, comparison)
+    sections = document.sections(comparison, groups, results, "losa")
+    pictures = curves.draw(tmp_path, sections)
+    assert pictures == [[f"{n}-perplexity-stdlib.png", f"{n}-speed.png"] for n in (1, 2)] + [[]]
+    text = document.markdown(sections, pictures)
+    assert [text.count(f"![{name}]") for files in pictures for name in files] == [1] * 4
+    page.write(tmp_path / "tables.html", "A", sections, pictures)
+    html = (tmp_path / "tables.html").read_text(encoding="utf-8")
+    assert [html.count(f'alt="{Path(name).stem}"') for files in pictures for name in files] == [1] * 4
+
+
+def test_the_time_left_is_that_of_runs_like_those_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each recipe its own; reported runs with tasks are longer than those to choose a rate by. What has failed is not left. The
+    longest run takes its time, however many processes there are."""
+    seconds = {("losa", False): 10.0, ("losa", True): 40.0, ("none", True): 5.0, ("dense", True): 1.0}
+    now = [0.0]
+    monkeypatch.setattr(running.time, "perf_counter", lambda: now[0])
+
+    class Timed(Pretended):
+        def run(self, cell: Cell) -> Outcome:
+            now[0] += seconds[cell.recipe.name, cell.final]
+            return super().run(cell)
+
+    text = """[tasks]
+    names = ["piqa"]
+    [[matrix]]
+    sparsity = 0.5
+    recipes = ["none", "losa"]
+    seeds = [0, 1]
+    learning_rates = [1e-3, 1e-2]
+    """
+    work, lines = running.slots(groups_of(read(tmp_path, text))[0]), []
+    ends = {"0.5, none, seed 1": FAILED}
+    running.run(work, Results(tmp_path / "one"), Timed(ends=ends), lines.append)  # type: ignore[arg-type]
+    order = ["losa", "losa", "dense", "none", "losa", "none", "losa"]
+    assert [slot.cell.recipe.name for slot in work] == order
+    mean = (10 + 10 + 1) / 3
+    left = [6 * 10, 5 * 10, 2 * mean + 2 * 10, 5 + 2 * 10, 5 + 40, 40, 0]
+    told = [line.partition("; about ")[2] for line in lines]
+    assert told == [f"{running.clock(value)} left" if value else "" for value in left]
+    assert [line.partition("]")[0] for line in lines] == [f"[{n}/7" for n in range(1, 8)]
+    lines.clear()
+    monkeypatch.setattr(Results, "processes", lambda _: 8)
+    running.run(work, Results(tmp_path / "several"), Timed(), lines.append)  # type: ignore[arg-type]
+    assert lines[-2].endswith("; about 0:40 left")
+
+
+def test_runs_that_did_not_end_well_do_not_say_how_long_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before this process began one diverged, whose seconds nobody knows; in it the first two fail at once."""
+    monkeypatch.setattr(running.time, "perf_counter", itertools.count().__next__)
+    work, results, lines = running.slots(groups_of(read(tmp_path))[0]), Results(tmp_path), []
+    results.put(work[0].cell.key, Outcome(work[0].cell.labels, DIVERGED))
+    ends = {str(slot.cell): FAILED for slot in work[1:3]}
+    running.run(work[:5], results, Pretended(ends=ends), lines.append)  # type: ignore[arg-type]
+    assert ["left" in line for line in lines] == [False, False, True, False]
+    assert lines[2].endswith("; about 0:01 left")
+
+
+def test_processes_that_were_killed_do_not_count(tmp_path: Path) -> None:
+    """Their files stay behind, those of the runs, too."""
+    results = Results(tmp_path)
+    with results.at_work(), Results(tmp_path).at_work(), results.claim("a run"):
+        (tmp_path / ".claims" / "process-killed").touch()
+        (tmp_path / ".claims" / "another run").touch()
+        assert results.processes() == 2
+        assert not (tmp_path / ".claims" / "process-killed").exists()
+    assert results.processes() == 0
+
+
 def test_progress_counts_the_whole_matrix(tmp_path: Path) -> None:
     flat = list(itertools.chain.from_iterable(groups_of(read(tmp_path))))
     lines: list[str] = []
     running.run(running.slots(flat), Results(tmp_path), Pretended(), lines.append)  # type: ignore[arg-type]
-    assert lines[0].startswith("[1/61] wanda, 0.5, losa, seed 0, learning rate 0.001: perplexity 20")
+    assert lines[0].startswith("[1/49] wanda, 0.5, losa, seed 0, learning rate 0.001: perplexity 20")
     assert "; about 0:" in lines[0]
     assert "left" not in lines[-1]
 
@@ -411,6 +521,25 @@ def test_windows_that_differ_are_not_compared(made: tuple[Any, ...]) -> None:
     assert reference.compared(reference, "stdlib") is None
 
 
+def test_speeds_are_compared_run_by_run(made: tuple[Any, ...]) -> None:
+    """One of two seeds ran on a machine that was ten times as busy: 3 and 1 times the dense speed are 2 times."""
+    row = next(row for row in made[-1].rows if row.group.recipe.name == "losa")
+    speeds = {0: {"packed": 300.0, "dense": 100.0}, 1: {"packed": 10.0, "dense": 10.0}}
+    row = replace(row, outcomes={s: replace(o, tokens_per_second=speeds[s]) for s, o in row.outcomes.items()})
+    table = tables.main([row], [row], made[0].matrices[0], {})
+    assert dict(zip(*table.cells, strict=True))["tokens/s"] == "155.0 (2.00×)"
+
+
+def test_rows_on_other_windows_are_told(made: tuple[Any, ...]) -> None:
+    comparison, _, _, section = made
+    matrix, note = comparison.matrices[0], "Not all rows are measured on the same windows"
+    rows = section.rows
+    assert not any(note in line for table in section.tables for line in table.notes)
+    other = replace(rows[-1], outcomes={s: replace(o, hashes={"stdlib": "x"}) for s, o in rows[-1].outcomes.items()})
+    table = tables.main([*rows[:-1], other], rows, matrix, {})
+    assert [line.startswith(note) for line in table.notes] == [False, True, *[False] * (len(table.notes) - 2)]
+
+
 def test_unmerged_and_published_rows_are_marked(made: tuple[Any, ...], tmp_path: Path) -> None:
     section = made[-1]
     for table in section.tables:
@@ -427,7 +556,7 @@ def test_unmerged_and_published_rows_are_marked(made: tuple[Any, ...], tmp_path:
     assert "    losa compare some.toml\n" in text
     assert "on CPU, float32" in text
     pictures = curves.draw(tmp_path, [section])
-    assert pictures == {"A comparison": ["1-perplexity-stdlib.png", "1-speed.png"]}
+    assert pictures == [["1-perplexity-stdlib.png", "1-speed.png"]]
     page.write(tmp_path / "tables.html", "A & B", [section], pictures)
     html = (tmp_path / "tables.html").read_text(encoding="utf-8")
     assert "<title>A &amp; B</title>" in html
@@ -476,7 +605,7 @@ def test_names_of_pictures_are_names_of_files(made: tuple[Any, ...], tmp_path: P
         return replace(row, group=replace(row.group, base=replace(base, measures=measures)), outcomes=losses)
 
     shown = replace(section, rows=tuple(map(renamed, section.rows)))
-    [names] = curves.draw(tmp_path, [shown]).values()
+    [names] = curves.draw(tmp_path, [shown])
     assert names[0] == "1-perplexity-a-b-c.png"
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
@@ -507,7 +636,7 @@ def test_many_lines_have_a_panel_for_each_recipe(
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     monkeypatch.setattr(curves, "WIDE", 2)
-    assert curves.draw(tmp_path, [section]) == {"A comparison": ["1-perplexity-stdlib.png", "1-speed.png"]}
+    assert curves.draw(tmp_path, [section]) == [["1-perplexity-stdlib.png", "1-speed.png"]]
     *shown, rest = drawn[0].axes
     assert [axis.get_title() for axis in shown] == list(divided)
     assert not rest.get_visible()
@@ -542,7 +671,7 @@ def test_published_figures_stand_once_whatever_matrix_has_their_sparsity(tmp_pat
     assert [table.title.split(":")[0] for table in closing.tables] == [
         "Published in the paper, 70 %", "Published in the paper, 2", "Estimated cost of larger models",
     ]  # fmt: skip
-    text = document.markdown([*ours, closing], {"A comparison, part 1": ["curve.png"]})
+    text = document.markdown([*ours, closing], [["curve.png"], [], []])
     assert text.index("**Perplexity on") < text.index("![curve.png]") < text.index("**50 %**")
 
 
@@ -575,6 +704,14 @@ def test_a_matrix_has_options_of_its_own_and_may_need_a_folder(tmp_path: Path) -
         read(tmp_path, alone, data=tmp_path)
     with pytest.raises(ValueError, match="eval_data has no effect"):
         read(tmp_path, f'[texts]\nb = "b.txt"\n{FILE.strip().partition(chr(10))[2]}\n{more}', data=tmp_path)
+    with_text = FILE.replace("[options]", '[texts]\nb = "b.txt"\n[options]')
+    for old, new in (
+        ("nsamples = 8", "nsamples = 8\neval_protocol = 'c4'"),
+        ("[[matrix]]", "[[matrix]]\neval_protocol = ['c4', 'documents']"),
+        ("steps = 3", "steps = 3, eval_protocol = 'c4'"),
+    ):
+        with pytest.raises(ValueError, match=r"eval_protocol has no effect in this command with \[texts\]"):
+            read(tmp_path, with_text.replace(old, new))
     with pytest.raises(ValueError, match=r"matrix 2, options: 'nsample' is not an option"):
         read(tmp_path, FILE + more.replace("nsamples", "nsample"), data=tmp_path)
 
@@ -744,6 +881,14 @@ def test_the_dense_model_is_measured_and_named_for_each_choice_that_its_figures_
     assert [group.varied for group in dense] == [(("eval_seqlen", "16"),), (("eval_seqlen", "32"),)]
 
 
+def test_a_recipe_s_own_text_makes_no_second_dense_line(tmp_path: Path) -> None:
+    [groups] = groups_of(read(tmp_path, FILE.replace("steps = 3", 'steps = 3, calibration_data = "c4"')))
+    assert {g.base.config.text.calibration_data for g in groups if g.recipe.name == "mine"} == {"c4"}
+    dense = [group for group in groups if group.recipe.treatment == "dense"]
+    [same] = [group for group in groups_of(read(tmp_path))[0] if group.recipe.treatment == "dense"]
+    assert [group.base.key for group in dense] == [same.base.key]
+
+
 def test_texts_are_encoded_once_by_each_model_s_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells.zero_shot, "load_tasks", lambda *_: {})
     more = "[texts]\none = 'stdlib'\n[tasks]\nnames = ['piqa']\n[[matrix]]\nmodel = ['one', 'other']"
@@ -797,8 +942,11 @@ def test_options_win_over_a_recipe_s_preset_and_its_own_options_over_both(tmp_pa
 def test_text_is_left_for_training_if_options_ask_for_training(tmp_path: Path) -> None:
     """A recipe's preset alone said whether the comparison trains."""
     text = FILE.replace('recipes = ["none", "losa", "mine"]', 'recipes = ["mine"]').replace('"paper"', '"quick"')
-    for more, finetunes in (("", False), ("\nfinetune = true", True)):
+    for more, finetunes in (("", False), ("\nfinetune = true", True), ("\nfinetune = 'yes'", True)):
         [groups] = groups_of(read(tmp_path, text.replace("nsamples = 8", f"nsamples = 8{more}")))
+        assert {group.base.finetunes for group in groups} == {finetunes}
+    for values, finetunes in (("[true, false]", True), ("[false]", False)):
+        [groups] = groups_of(read(tmp_path, text.replace("[[matrix]]", f"[[matrix]]\nfinetune = {values}")))
         assert {group.base.finetunes for group in groups} == {finetunes}
 
 
@@ -814,6 +962,12 @@ def test_an_option_that_no_row_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):
         read(tmp_path, of_matrix.replace("nsamples = 8", "nsamples = 8\nsteps = 2"))
     assert read(tmp_path, of_matrix, options={"steps": ["2"]}).options["steps"] == ["2"]
+    for text in (
+        alone.replace("[[matrix]]", "[[matrix]]\noptions = { steps = 4 }"),
+        of_matrix.replace("[[matrix]]", "[[matrix]]\nsteps = [2, 3]"),
+    ):
+        with pytest.raises(ValueError, match="matrix 1, options: steps has no effect: the matrix varies it, or each"):
+            read(tmp_path, text)
 
 
 def test_shipped_recipes_and_comparisons_can_be_read() -> None:

@@ -184,7 +184,7 @@ def test_each_curve_is_of_its_text(section: document.Section, monkeypatch: pytes
     monkeypatch.setattr(
         curves, "_picture", lambda path, panels, dense, labels, _: drawn.update({labels[1]: (panels[""], dense)})
     )
-    assert curves.draw(tmp_path, [section])["By hand"] == ["1-perplexity-A.png", "1-perplexity-B.png"]
+    assert curves.draw(tmp_path, [section]) == [["1-perplexity-A.png", "1-perplexity-B.png"]]
     for label, times in (("perplexity on A", 1), ("perplexity on B", 2)):
         lines, dense = drawn[label]
         assert dense == pytest.approx(10.0 * times)

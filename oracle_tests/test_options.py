@@ -343,7 +343,7 @@ def test_flags_of_reconstruction_without_it_are_told(caplog: pytest.LogCaptureFi
     assert said.startswith("reconstruct_learning_rate, reconstruct_window: no effect without reconstruction")
     for command in (run, plan):
         caplog.clear()
-        command.main(["--dry_run", "--reconstruct_window", "3"][command is plan :])
+        command.main(["--dry_run", "--preset", "paper", "--reconstruct_window", "3"][command is plan :])
         assert "reconstruct_window: no effect" in caplog.text
 
 

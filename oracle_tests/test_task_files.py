@@ -121,8 +121,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     write(tmp_path, "piqa", [GOOD])
     refused(
         ValueError,
-        r"^num_fewshot is 1, and tasks_data has no examples for the task piqa; put piqa_train",
+        r"^num_fewshot is 1, and tasks_data has no examples for the task piqa; put 1 or more into piqa_train",
         num_fewshot=1,
     )
+    write(tmp_path, "piqa", [GOOD], "piqa_train.jsonl")
+    refused(ValueError, r"^num_fewshot is 2, and tasks_data has 1 examples for the task piqa; put 2", num_fewshot=2)
     write(tmp_path, "piqa", [GOOD], "piqa_test.jsonl")
     refused(ValueError, r"has several files for the task piqa: piqa\.jsonl, piqa_test\.jsonl; keep one$")

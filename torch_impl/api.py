@@ -284,7 +284,10 @@ def evaluate(
     limit = None if limit is None else _checks.count("limit", limit)
     if tasks is None:
         text = "wikitext2" if text is None else text
-    elif tokenizer is None:
+        _check_unused("tasks", tasks_data=tasks_data, limit=limit, num_fewshot=num_fewshot)
+    if text is None:
+        _check_unused("text", windows=windows, protocol=protocol)
+    if tasks is not None and tokenizer is None:
         raise ValueError("tasks are text and tokenizer is missing; give the model's tokenizer")
     loaded = None if tasks is None else zero_shot.load_tasks(tasks, tasks_data, num_fewshot)
     found: dict[str, Any] = {}
@@ -294,6 +297,13 @@ def evaluate(
         if loaded is not None and tokenizer is not None:
             found |= zero_shot.measure(model, zero_shot.Tokens(tokenizer), loaded, limit, batch_size).by_task()
     return found
+
+
+def _check_unused(what: str, **options: Any) -> None:
+    """Errors: ValueError naming an option about what is not measured."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is about {what}, which is not measured here; give {what} too, or leave it out")
 
 
 def _perplexity(

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Learning rates to choose from, instead of the file's.",
     )
     add("--keep_models", action="store_true", help="Save each run's model in FOLDER/models; not baselines.")
-    add("--dry_run", action="store_true", help="Check everything, list the runs and stop.")
+    add("--dry_run", action="store_true", help="Check everything, list the runs, count those that are done, and stop.")
     add(
         "--tables",
         type=Path,
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     file = words.pop(0) if words and not words[0].startswith("-") else None
     own, rest = _parser().parse_known_args(words)
     if file is None:
-        raise ValueError("FILE is missing; give a TOML file, or quick: losa compare quick")
+        raise ValueError("FILE is missing; give a TOML file, or quick, as the first word: losa compare quick")
     options = reading.command_options(rest)
     if own.data is not None and not own.data.is_dir():
         raise ValueError(f"data {own.data} is not a folder; give the one with models and texts")
@@ -96,10 +96,11 @@ def main(arguments: Sequence[str]) -> None:
         return
     work = running.slots(flat)
     check(flat)
-    if own.dry_run:
-        say("\n".join([*(str(slot.cell) + _role(slot) for slot in work), f"{len(work)} runs"]))
-        return
     results = Results(own.output or Path(f"losa-compare-{comparison.name}"))
+    if own.dry_run:
+        done = sum(slot.done(results) for slot in work)
+        say("\n".join([*map(str, work), f"{len(work)} runs" + (f", {done} of them done" if done else "")]))
+        return
     check_folder(results.folder)
     workshop = Workshop(results.folder / "written", results.folder / "models" if own.keep_models else None)
     elsewhere = running.run(work, results, workshop, note)
@@ -125,11 +126,6 @@ def _tables(comparison: Comparison, groups: Sequence[Sequence[Group]], own: argp
             f"tables {own.tables[0]} has no result of these runs; give the options that they had, or another folder"
         )
     _report(comparison, groups, results, shown)
-
-
-def _role(slot: running.Slot) -> str:
-    tuned = slot.seed is not None and len(slot.group.rates) > 1
-    return " (learning rate: the best)" if tuned else ""
 
 
 def _shown(words: Sequence[str]) -> list[str]:
@@ -194,7 +190,7 @@ def _report(comparison: Comparison, groups: Sequence[Sequence[Group]], results: 
             pictures = curves.draw(results.folder, found)
         except ImportError:
             logger.warning('curves need matplotlib: pip install "losa-oracle[report]"')
-            pictures = {}
+            pictures = [[] for _ in found]
         text = document.markdown(found, pictures)
         (results.folder / "tables.md").write_text(text + "\n", encoding="utf-8")
         page.write(results.folder / "tables.html", comparison.title, found, pictures)

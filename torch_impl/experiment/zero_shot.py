@@ -225,9 +225,10 @@ def _prepare(name: str, task: Any, num_fewshot: int | None) -> None:
             f"the task {name} measures {', '.join(task.aggregation())}, not accuracy ({METRIC}); leave it out"
         )
     shots = task.config.num_fewshot or 0 if num_fewshot is None else num_fewshot
-    if shots and "folder" in task.config.metadata and not len(task.training_docs()):
+    if shots and "folder" in task.config.metadata and (there := len(task.training_docs())) < shots:
         raise ValueError(
-            f"num_fewshot is {shots}, and tasks_data has no examples for the task {name}; put {name}_train.jsonl there"
+            f"num_fewshot is {shots}, and tasks_data has {there or 'no'} examples for the task {name}; put {shots} or more into "
+            f"{name}_train.jsonl there"
         )
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)

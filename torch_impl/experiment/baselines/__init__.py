@@ -14,9 +14,9 @@ BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
         Baseline("none", "no training", masked.none),
-        Baseline("lora", "LoRA", peft_adapters.lora, needs=("peft",), dense_base=True),
-        Baseline("adalora", "AdaLoRA", peft_adapters.adalora, needs=("peft",), dense_base=True),
-        Baseline("sora", "SoRA", sora.sora, dense_base=True),
+        Baseline("lora", "LoRA", peft_adapters.lora, needs=("peft",), dense_base=True, unmerged=True),
+        Baseline("adalora", "AdaLoRA", peft_adapters.adalora, needs=("peft",), dense_base=True, unmerged=True),
+        Baseline("sora", "SoRA", sora.sora, dense_base=True, unmerged=True),
         Baseline("sparse_lora", "Sparse LoRA", masked.sparse_lora),
         Baseline("full", "every kept weight", masked.full, dense_base=True),
         Baseline("losa", "LoSA", masked.losa),

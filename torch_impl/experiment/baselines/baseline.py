@@ -64,13 +64,11 @@ class Costs:
 class Trained:
     """The result of a baseline.
 
-    model: works with generate, lm-eval and perplexity. unmerged: its adapters stand beside the weights, because merging them would
-    fill zeros. trainable: number of parameters that were trained, at their largest. seconds: of the parts importance, prune,
-    reconstruct and train. peak_bytes: on the device, by part; empty on the CPU.
+    model: works with generate, lm-eval and perplexity. trainable: number of parameters that were trained, at their largest.
+    seconds: of the parts importance, prune, reconstruct and train. peak_bytes: on the device, by part; empty on the CPU.
     """
 
     model: PreTrainedModel
-    unmerged: bool
     trainable: int
     optimizer_steps: int
     seconds: dict[str, float]
@@ -95,7 +93,8 @@ class Baseline:
     """One way to fine-tune a pruned model. needs: packages that it imports; the extra `baselines` installs them.
 
     structured: it makes the model smaller by a method of its own, and trains only if the run does. dense_base: it trains beside
-    dense weights alone, and cannot compress them (`TrainingConfig.train_base`).
+    dense weights alone, and cannot compress them (`TrainingConfig.train_base`). unmerged: its adapters stay beside the weights,
+    because merging them would fill zeros.
     """
 
     name: str
@@ -104,6 +103,7 @@ class Baseline:
     needs: tuple[str, ...] = ()
     structured: bool = False
     dense_base: bool = False
+    unmerged: bool = False
 
     def check(self) -> None:
         """Check that the packages are here. Errors: ValueError saying what to install."""
@@ -191,10 +191,10 @@ def train(
     return len(losses)
 
 
-def finish(model: PreTrainedModel, unmerged: bool, count: int, steps: int, costs: Costs) -> Trained:
+def finish(model: PreTrainedModel, count: int, steps: int, costs: Costs) -> Trained:
     """Freeze the model and state what it took. count: of trained parameters."""
     model.requires_grad_(False).eval()
-    return Trained(model, unmerged, count, steps, dict(costs.seconds), costs.peak_bytes)
+    return Trained(model, count, steps, dict(costs.seconds), costs.peak_bytes)
 
 
 def trainable_count(model: PreTrainedModel) -> int:

@@ -142,4 +142,4 @@ def loraprune(
         merge_adapters(decoder)
         for block, kept in zip(decoder.blocks, pruner.kept, strict=True):
             cut_block(block, decoder.family, kept)
-    return finish(model, unmerged=False, count=count, steps=steps, costs=costs)
+    return finish(model, count=count, steps=steps, costs=costs)

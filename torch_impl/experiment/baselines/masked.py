@@ -31,7 +31,7 @@ def none(
     """Prune, and train nothing."""
     costs = Costs(model.device)
     prune(model, dense, material, config, costs, trains=False)
-    return finish(model, unmerged=False, count=0, steps=0, costs=costs)
+    return finish(model, count=0, steps=0, costs=costs)
 
 
 def sparse_lora(
@@ -79,7 +79,7 @@ def _by_algorithm_1(
     costs.add_records(records)
     count = sum(layer.A.numel() + layer.B.numel() for layer in adapters(model))
     merge_adapters(Decoder(model))
-    return finish(model, False, count, sum(len(record.losses) for record in records), costs)
+    return finish(model, count, sum(len(record.losses) for record in records), costs)
 
 
 def whole_batches(examples: Sequence[Example], shares: Sequence[float], config: TrainingConfig) -> list[list[Example]]:
@@ -117,7 +117,7 @@ def full(
     for handle in handles:
         handle.remove()
     module.to(dtype)
-    return finish(model, False, count, steps, costs)
+    return finish(model, count, steps, costs)
 
 
 def _train_kept(weight: torch.Tensor) -> RemovableHandle:

@@ -49,7 +49,7 @@ def lora(
     attach_lora(decoder, config.settings.mean_rank, config.adapter.scale, config.output.seed)
     count = trainable_count(model)
     steps = train(model, dense, material, config, costs, on_progress)
-    return finish(model, True, count, steps, costs)
+    return finish(model, count, steps, costs)
 
 
 def adalora(
@@ -69,7 +69,7 @@ def adalora(
     count = trainable_count(model)
     extra = Extra(penalty(tuner), tuner.update_and_allocate)
     steps = train(model, dense, material, config, costs, on_progress, extra)
-    return finish(model, True, count, steps, costs)
+    return finish(model, count, steps, costs)
 
 
 def attach_lora(decoder: Decoder, rank: int, scale: float, seed: int) -> None:

@@ -101,4 +101,4 @@ def sora(
     layers = attach(decoder, config.settings.mean_rank, config.adapter.scale, config.output.seed)
     count = trainable_count(model)
     steps = train(model, dense, material, config, costs, on_progress, gated(layers))
-    return finish(model, True, count, steps, costs)
+    return finish(model, count, steps, costs)

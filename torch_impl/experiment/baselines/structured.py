@@ -40,7 +40,7 @@ def smaller(remove: Remove) -> Work:
             count = trainable_count(model)
             steps = train(model, dense, material, config, costs, on_progress)
             merge_adapters(decoder)
-        return finish(model, unmerged=False, count=count, steps=steps, costs=costs)
+        return finish(model, count=count, steps=steps, costs=costs)
 
     return work
 

@@ -61,7 +61,7 @@ class Workshop:
             questions = self.questions(cell, material) if cell.tasks else None
             made = make(cell, material)
             if self._models is not None and cell.recipe.treatment == LOSA:
-                _save(cell, made.model, material, self._models / re.sub(r"[^\w.]+", "-", str(cell)))
+                _save(cell, made.model, material, self._models / re.sub(r"[^\w.]+", "-", f"{cell}-{cell.key}"))
             return _measured(cell, material, questions, made, facts)
         except FloatingPointError as error:
             return Outcome(cell.labels, DIVERGED, _line(error), facts=facts)
@@ -119,7 +119,7 @@ def make(cell: Cell, material: Material) -> Trained:
     """Make the model of a cell."""
     treatment, config = cell.recipe.treatment, cell.config
     if treatment == DENSE:
-        return Trained(material.model, False, 0, 0, {}, {})
+        return Trained(material.model, 0, 0, {}, {})
     model = copy.deepcopy(material.model)
     if config.training.finetune or BASELINES[treatment].structured:
         return BASELINES[treatment].run(model, material.model, material, config)
@@ -127,7 +127,7 @@ def make(cell: Cell, material: Material) -> Trained:
     records = losa.run(model, material.calibration, [], config.settings, dense=material.model, on_part=costs.on_part)
     merge_adapters(Decoder(model))
     costs.add_records(records)
-    return finish(model, unmerged=False, count=0, steps=0, costs=costs)
+    return finish(model, count=0, steps=0, costs=costs)
 
 
 def _measured(
@@ -157,9 +157,9 @@ def _measured(
         losses={name: [float(f"{loss:.7g}") for loss in found] for name, found in losses.items()},
         hashes={name: str(describe_windows(found)["sha256"])[:16] for name, found in windows.items()},
         zero_shot={} if accuracy is None else dataclasses.asdict(accuracy),
-        sparsity=None if made.unmerged else gone_share(decoder, dense),
+        sparsity=None if cell.unmerged else gone_share(decoder, dense),
         parameters=kept_parameters(decoder),
-        unmerged=made.unmerged,
+        unmerged=cell.unmerged,
         trained=made.trainable or None,
         seconds={**seconds, "evaluate": round(time.perf_counter() - start, 3)},
         gib={part: round(count / 2**30, 3) for part, count in {**made.peak_bytes, **memory}.items()},

@@ -26,16 +26,14 @@ Lines: TypeAlias = dict[str, list[Point]]
 ZEROS, GONE = "share of zeros", "share of the blocks' weights that was to go"
 
 
-def draw(folder: Path, sections: Sequence[Section]) -> dict[str, list[str]]:
-    """Write a picture for each figure that was measured at several sparsities. Return file names by the title of the section.
+def draw(folder: Path, sections: Sequence[Section]) -> list[list[str]]:
+    """Write a picture for each figure that was measured at several sparsities. Return the file names of each section.
 
     Errors: ImportError without matplotlib.
     """
-    return {
-        section.title: list(_of_section(folder, section, number))
-        for number, section in enumerate(sections, 1)
-        if section.rows
-    }
+    return [
+        list(_of_section(folder, section, number)) if section.rows else [] for number, section in enumerate(sections, 1)
+    ]
 
 
 def _of_section(folder: Path, section: Section, number: int) -> Iterator[str]:

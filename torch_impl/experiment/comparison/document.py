@@ -102,18 +102,16 @@ def _belongs(row: Row, chosen: Mapping[str, str]) -> bool:
     return all(varied.get(name, value) == value for name, value in chosen.items())
 
 
-def markdown(found: Sequence[Section], pictures: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Format sections in Markdown. pictures: files by the title of a section."""
+def markdown(found: Sequence[Section], pictures: Sequence[Sequence[str]] = ()) -> str:
+    """Format sections in Markdown. pictures: files of each section."""
     lines: list[str] = []
-    for section in found:
+    for section, files in zip(found, pictures or [()] * len(found), strict=True):
         lines += [f"## {section.title}", "", *(line for fact in section.facts for line in (fact, ""))]
         for number, table in enumerate(section.tables):
             lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
             lines += [line for note in table.notes for line in (note, "")]
             if number == 0:
-                lines += [
-                    line for name in (pictures or {}).get(section.title, ()) for line in (f"![{name}]({name})", "")
-                ]
+                lines += [line for name in files for line in (f"![{name}]({name})", "")]
     return "\n".join(lines)
 
 

@@ -71,6 +71,12 @@ class Cell:
         treatment = self.recipe.treatment
         return treatment != DENSE and (BASELINES[treatment].structured or self.config.prune.pattern.structured)
 
+    @property
+    def unmerged(self) -> bool:
+        """Return whether the model runs with separate adapters."""
+        treatment = self.recipe.treatment
+        return treatment != DENSE and BASELINES[treatment].unmerged and self.config.training.finetune
+
     @functools.cached_property
     def key(self) -> str:
         """Return a name that changes with everything that the result depends on."""
@@ -169,6 +175,10 @@ class Matrix:
     options: Mapping[str, list[str]] = field(default_factory=dict)
     """Of its runs, as words, instead of the comparison's."""
 
+    def replaces(self, name: str) -> bool:
+        """Return whether no row takes an option as it is: the matrix varies it, or each of its recipes has its own."""
+        return name in self.varied or all(name in recipe.options for recipe in self.recipes)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -185,16 +195,18 @@ class Comparison:
     def groups(self, matrix: Matrix) -> list[Group]:
         """Return the rows of a matrix: for every choice of varied options each recipe, after the dense model of each choice of
         model. Errors: as `losa run` for its options."""
-        found: list[Group] = []
+        found = [self._group(matrix, *row) for row in self._rows(matrix)]
+        return [*_dense(found), *found]
+
+    def _rows(self, matrix: Matrix) -> Iterator[tuple[Recipe, tuple[tuple[str, str], ...], Config]]:
+        """Yield recipe, varied options and configuration of each row."""
         for values in itertools.product(*matrix.varied.values()):
             varied = tuple(zip(matrix.varied, map(label, values), strict=True))
             given = _varied_options(dict(zip(matrix.varied, values, strict=True)))
-            found += [self._group(recipe, varied, given, matrix) for recipe in matrix.recipes]
-        return [*_dense(found), *found]
+            for recipe in matrix.recipes:
+                yield recipe, varied, self._config(recipe, given, matrix)
 
-    def _group(
-        self, recipe: Recipe, varied: tuple[tuple[str, str], ...], given: Mapping[str, list[str]], matrix: Matrix
-    ) -> Group:
+    def _config(self, recipe: Recipe, given: Mapping[str, list[str]], matrix: Matrix) -> Config:
         if "sparsity_type" in recipe.options and "sparsity_type" in given:
             raise ValueError(
                 f"recipe {recipe.name!r} removes whole structures, and sparsity is {given['sparsity_type'][0]}; give it shares"
@@ -204,7 +216,7 @@ class Comparison:
             raise ValueError(
                 f"recipe {recipe.name!r} has prune_method {own[0]}, and its matrix {wanted[0]}; leave one out"
             )
-        options = {**self._options(recipe, matrix), **given}
+        options = {**recipe.preset, **self.options, **matrix.options, **recipe.options, **given}
         options.update(
             {name: [self.places.get(word, word) for word in options[name]] for name in PLACES if name in options}
         )
@@ -214,7 +226,9 @@ class Comparison:
                 options["eval_protocol"] = [first.protocol]
         chosen = {*self.options, *matrix.options, *recipe.options, *given}
         options |= _of_steps(options, "initial_rank" in chosen)
-        config = parse([word for name, words in options.items() for word in (f"--{name}", *words)], data_required=True)
+        return parse([word for name, words in options.items() for word in (f"--{name}", *words)], data_required=True)
+
+    def _group(self, matrix: Matrix, recipe: Recipe, varied: tuple[tuple[str, str], ...], config: Config) -> Group:
         measures = self.measures
         if not measures.texts:
             source = config.text.eval_data
@@ -224,28 +238,13 @@ class Comparison:
         base = Cell(recipe, varied, 0, None, config, measures, self._finetunes, final=True)
         return Group(recipe, varied, rates, matrix.seeds, matrix.seeds[0], base)
 
-    def _options(self, recipe: Recipe, matrix: Matrix) -> dict[str, list[str]]:
-        """Return the options of a recipe before the matrix varies them."""
-        return {**recipe.preset, **self.options, **matrix.options, **recipe.options}
-
-    @property
+    @functools.cached_property
     def _finetunes(self) -> bool:
-        found = [self._options(recipe, matrix) for matrix in self.matrices for recipe in matrix.recipes]
-        return any(options.get("finetune", ["True"])[0].lower() == "true" for options in found)
+        return any(config.training.finetune for matrix in self.matrices for *_, config in self._rows(matrix))
 
     def unused(self) -> list[str]:
         """Return the options of the comparison that no row takes: every matrix or recipe sets its own."""
-        return [name for name in self.options if all(_sets(m, name) for m in self.matrices)]
-
-    def all_groups(self) -> Iterator[Group]:
-        """Return the rows of all matrices, one after the other."""
-        for matrix in self.matrices:
-            yield from self.groups(matrix)
-
-
-def _sets(matrix: Matrix, name: str) -> bool:
-    """Return whether a matrix, or each of its recipes, sets an option."""
-    return name in matrix.varied or name in matrix.options or all(name in recipe.options for recipe in matrix.recipes)
+        return [name for name in self.options if all(name in m.options or m.replaces(name) for m in self.matrices)]
 
 
 @functools.cache
@@ -298,11 +297,12 @@ def _of_steps(options: Mapping[str, list[str]], ranked: bool) -> dict[str, list[
 
 
 def _dense(groups: Sequence[Group]) -> list[Group]:
-    """Return a row for the dense model of each choice of model and text: the reference of all."""
-    found: dict[str, Group] = {}
+    """Return a row for the dense model of each choice of model and text: the reference of all. What the choice leaves open is
+    as in the first recipe."""
+    found: dict[tuple[tuple[str, str], ...], Group] = {}
     for group in groups:
         varied = tuple((name, value) for name, value in group.varied if name in OF_DENSE)
         recipe = Recipe(DENSE, "dense", DENSE, {})
         cell = dataclasses.replace(group.base, recipe=recipe, varied=varied)
-        found.setdefault(cell.key, Group(recipe, varied, (), group.seeds[:1], group.tuning_seed, cell))
+        found.setdefault(varied, Group(recipe, varied, (), group.seeds[:1], group.tuning_seed, cell))
     return list(found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch_impl.experiment.comparison.document import Section
@@ -22,9 +22,9 @@ pre { background: #f5f5f2; padding: .5rem .8rem; border-radius: 6px; overflow-x:
 """
 
 
-def write(path: Path, title: str, sections: Sequence[Section], pictures: Mapping[str, Sequence[str]]) -> None:
-    """Write the page. pictures: files beside it, by the title of a section."""
-    body = "\n".join(_section(section, path.parent, pictures.get(section.title, ())) for section in sections)
+def write(path: Path, title: str, sections: Sequence[Section], pictures: Sequence[Sequence[str]]) -> None:
+    """Write the page. pictures: files beside it, of each section."""
+    body = "\n".join(_section(one, path.parent, files) for one, files in zip(sections, pictures, strict=True))
     name = html.escape(title)
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{name}</title>

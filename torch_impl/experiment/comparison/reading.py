@@ -77,10 +77,13 @@ def read(
             dataclasses.replace(m, rates=rates_of(where, list(rates)), recipes=_tuned(m)) for m in matrices
         )
     base = words(table.get("options", {})) | dict(options)
-    if "texts" in table and any("eval_data" in given for given in (base, *(m.options for m in matrices))):
-        raise ValueError(
-            f"--eval_data has no effect in this command with [texts] in {path.name}; change the texts there"
-        )
+    all_options = [base, *(m.options for m in matrices), *(m.varied for m in matrices)]
+    all_options += [recipe.options for m in matrices for recipe in m.recipes]
+    for name in ("eval_data", "eval_protocol"):
+        if "texts" in table and any(name in given for given in all_options):
+            raise ValueError(
+                f"--{name} has no effect in this command with [texts] in {path.name}; change the texts there"
+            )
     # A recipe may override an option, which would hide that it is wrong.
     config.parse([word for name, values in base.items() for word in (f"--{name}", *values)])
     found = Comparison(
@@ -188,7 +191,7 @@ def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
     chosen, own = _recipes(where, table["recipes"], known), _table(where, table, "options")
     check_options(f"{where}, options", own, ("eval_data",))
     reference = _reference(where, table.get("reference"), chosen, varied)
-    return Matrix(
+    found = Matrix(
         title=str(table.get("title", "")),
         recipes=chosen,
         varied=varied,
@@ -197,6 +200,11 @@ def _matrix(where: str, table: Any, known: Mapping[str, Recipe]) -> Matrix:
         reference={"recipe": recipes.LOSA, **reference},
         options=words(own),
     )
+    if unused := [name for name in own if found.replaces(name)]:
+        raise ValueError(
+            f"{where}, options: {unused[0]} has no effect: the matrix varies it, or each of its recipes sets its own; leave it out"
+        )
+    return found
 
 
 def _reference(where: str, given: Any, chosen: Sequence[Recipe], varied: Mapping[str, Sequence[Any]]) -> dict[str, str]:

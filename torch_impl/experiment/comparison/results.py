@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +16,7 @@ from torch_impl.experiment.comparison.statistics import perplexity
 from torch_impl.experiment.metrics import write_json
 
 CELLS, CLAIMS, ALL = "cells", ".claims", "results.json"
+PROCESS = "process-"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 
 
@@ -109,10 +111,19 @@ class Results:
             finally:
                 path.unlink(missing_ok=True)
 
-    def claimed(self) -> int:
-        """Return how many cells are being run, by all processes."""
-        folder = self.folder / CLAIMS
-        return len(os.listdir(folder)) if folder.is_dir() else 0
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Be one of the processes that run cells, until this one ends, however that is."""
+        with self.claim(f"{PROCESS}{uuid.uuid4().hex}"):
+            yield
+
+    def processes(self) -> int:
+        """Return how many processes run cells. What killed ones have left does not count, and goes."""
+        alive = 0
+        for path in (self.folder / CLAIMS).glob(f"{PROCESS}*"):
+            with self.claim(path.name) as ended:
+                alive += not ended
+        return alive
 
     @contextmanager
     def alone(self) -> Iterator[None]:

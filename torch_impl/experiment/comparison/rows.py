@@ -46,7 +46,7 @@ class Row:
     @property
     def unmerged(self) -> bool:
         """Return whether the model runs with separate adapters."""
-        return any(outcome.unmerged for outcome in self.outcomes.values())
+        return self.group.base.unmerged
 
     @property
     def smaller(self) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch_impl.experiment.comparison.cells import Workshop
 from torch_impl.experiment.comparison.matrix import Cell, Group
-from torch_impl.experiment.comparison.results import DIVERGED, FAILED, Outcome, Results
+from torch_impl.experiment.comparison.results import DIVERGED, DONE, FAILED, Outcome, Results
 from torch_impl.experiment.comparison.statistics import best_rate, perplexity
 from torch_impl.experiment.progress import clock
 
@@ -27,6 +28,12 @@ class Slot:
     cell: Cell
     seed: int | None = None
 
+    def __str__(self) -> str:
+        if self.seed is None or len(self.group.rates) <= 1:
+            return str(self.cell)
+        rates = ", ".join(f"{rate:g}" for rate in self.group.rates)
+        return f"{dataclasses.replace(self.cell, rate=None)}, the best learning rate of {rates}"
+
     def resolve(self, results: Results) -> Cell | None:
         """Return the cell; None if the learning rate cannot be chosen yet, because a run of `Group.tuning` is missing."""
         if self.seed is None or len(self.group.rates) <= 1:
@@ -34,6 +41,12 @@ class Slot:
         if not tuned(self.group, results):
             return None
         return self.group.final(self.seed, chosen_rate(self.group, results))
+
+    def done(self, results: Results) -> bool:
+        """Return whether the run has ended, and not failed."""
+        cell = self.resolve(results)
+        outcome = None if cell is None else results.get(cell.key)
+        return outcome is not None and outcome.finished
 
 
 def tuned(group: Group, results: Results) -> bool:
@@ -67,19 +80,21 @@ def cells_of(group: Group, results: Results) -> list[Cell]:
 def slots(groups: Sequence[Group]) -> list[Slot]:
     """Return the order of work, each run once: first all learning rates, then what is reported, one seed after the other.
 
-    Runs that need the same model and text follow each other.
+    Runs that need the same model and text follow each other. A report that is a run of the first kind, whatever rate is chosen,
+    has no slot of its own.
     """
     tuning: dict[str, Slot] = {}
     for group in groups:
         for cell in group.tuning():
             tuning.setdefault(cell.key, Slot(group, cell))
-    found: dict[str, Slot] = {}
+    found: dict[tuple[str, ...], Slot] = {}
     for seed in dict.fromkeys(seed for group in groups for seed in group.seeds):
         for group in groups:
             if seed in group.seeds:
-                first = group.final(seed, group.rates[0] if group.rates else None)
-                name = f"reported {first.key} {sorted(group.rates)}" if len(group.rates) > 1 else first.key
-                found.setdefault(name, Slot(group, first, seed))
+                reports = [group.final(seed, rate) for rate in group.rates or (None,)]
+                if not all(cell.key in tuning for cell in reports):
+                    chosen_by = (cell.key for cell in group.tuning())
+                    found.setdefault((reports[0].key, *chosen_by), Slot(group, reports[0], seed))
     return [*_by_material(tuning.values()), *_by_material(found.values())]
 
 
@@ -96,20 +111,21 @@ def run(work: Sequence[Slot], results: Results, workshop: Workshop, say: Say) ->
     A learning rate that another process is about to choose is waited for. Runs that failed before are tried again.
     """
     worker = _Worker(work, results, workshop, say)
-    while True:
-        elsewhere = waiting = 0
-        before = len(worker.tried)
-        for slot in work:
-            cell = slot.resolve(results)
-            if cell is None:
-                waiting += 1
-            elif not worker.run(cell):
-                elsewhere += 1
-        if elsewhere and len(worker.tried) > before:
-            continue  # what others did at the beginning of this pass may have ended
-        if not waiting:
-            return elsewhere
-        time.sleep(PAUSE)
+    with results.at_work():
+        while True:
+            elsewhere = waiting = 0
+            before = len(worker.tried)
+            for slot in work:
+                cell = slot.resolve(results)
+                if cell is None:
+                    waiting += 1
+                elif not worker.run(cell):
+                    elsewhere += 1
+            if elsewhere and len(worker.tried) > before:
+                continue  # what others did at the beginning of this pass may have ended
+            if not waiting:
+                return elsewhere
+            time.sleep(PAUSE)
 
 
 class _Worker:
@@ -132,7 +148,8 @@ class _Worker:
                 outcome = self._workshop.run(cell)
                 self._results.put(cell.key, outcome)
                 self.tried.add(cell.key)
-                self._progress.took(cell, time.perf_counter() - began)
+                if outcome.finished:
+                    self._progress.took(cell, time.perf_counter() - began)
                 self._report(cell, outcome)
             return mine
 
@@ -144,11 +161,14 @@ class _Worker:
         return cell.key in self.tried or self._results.written(cell.key) > self._start
 
     def _report(self, cell: Cell, outcome: Outcome) -> None:
-        count = len(self._work)
-        left = self._progress.left(self._work, self._results)
-        undone = sum(1 for _ in _undone(self._work, self._results))
+        count, undone = len(self._work), [slot for slot in self._work if not self._ended(slot)]
+        left = self._progress.left(undone, self._results.processes())
         model = f"{_model(cell)}, " if self._several else ""
-        self._say(f"[{count - undone}/{count}] {model}{cell}: {result_of(outcome)}{left}")
+        self._say(f"[{count - len(undone)}/{count}] {model}{cell}: {result_of(outcome)}{left}")
+
+    def _ended(self, slot: Slot) -> bool:
+        cell = slot.resolve(self._results)
+        return cell is not None and self._settled(cell)
 
 
 def _model(cell: Cell) -> str:
@@ -165,33 +185,28 @@ def result_of(outcome: Outcome) -> str:
 
 
 class _Progress:
-    """Estimates the time left from the runs of the same recipe, or of all, that have ended."""
+    """Estimates the time left from the runs that have ended: of the same recipe and kind (those that are reported may be asked
+    questions, too), of the same recipe, or all."""
 
     def __init__(self, work: Sequence[Slot], results: Results) -> None:
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self._seconds: defaultdict[tuple[str, bool], list[float]] = defaultdict(list)
         for slot in work:
             cell = slot.resolve(results)
             outcome = None if cell is None else results.get(cell.key)
-            if cell is not None and outcome is not None and outcome.finished:
+            # One that diverged has no seconds.
+            if cell is not None and outcome is not None and outcome.status == DONE:
                 self.took(cell, sum(outcome.seconds.values()))
 
     def took(self, cell: Cell, seconds: float) -> None:
         """Record the duration of a run."""
-        self._seconds[cell.recipe.name].append(seconds)
+        self._seconds[cell.recipe.name, cell.final].append(seconds)
 
-    def left(self, work: Sequence[Slot], results: Results) -> str:
-        """Describe the time that the rest takes if as many processes go on as now; nothing if it is all done."""
-        seconds = sum(self._expected(slot) for slot in _undone(work, results))
-        return f"; about {clock(seconds / max(1, results.claimed()))} left" if seconds else ""
+    def left(self, undone: Sequence[Slot], processes: int) -> str:
+        """Describe the time that the rest takes if as many processes go on as now; nothing if it is all done, or none has ended."""
+        seconds = [self._expected(slot) for slot in undone if self._seconds]
+        return f"; about {clock(max(sum(seconds) / max(1, processes), *seconds))} left" if seconds else ""
 
     def _expected(self, slot: Slot) -> float:
-        own = self._seconds.get(slot.group.recipe.name)
+        recipe, final = slot.cell.recipe.name, slot.cell.final
+        own = self._seconds.get((recipe, final)) or self._seconds.get((recipe, not final))
         return statistics.fmean(own or [value for values in self._seconds.values() for value in values])
-
-
-def _undone(work: Sequence[Slot], results: Results) -> Iterator[Slot]:
-    for slot in work:
-        cell = slot.resolve(results)
-        outcome = None if cell is None else results.get(cell.key)
-        if outcome is None or not outcome.finished:
-            yield slot

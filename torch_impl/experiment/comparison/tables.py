@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from torch_impl.experiment.comparison import published
 from torch_impl.experiment.comparison.matrix import Matrix
@@ -153,9 +154,12 @@ def _accuracy(row: Row, task: str) -> str:
 
 
 def _speed(row: Row) -> str:
-    """Format tokens per second, and how many times that is the dense model's."""
-    packed, dense = (row.mean_of("tokens_per_second", side) for side in ("packed", "dense"))
-    return NOTHING if packed is None or dense is None else f"{packed:,.1f} ({packed / dense:.2f}×)"
+    """Format tokens per second, and how many times that is the dense model's: each run's beside it, on a machine as busy."""
+    speeds = [outcome.tokens_per_second for outcome in row.ended.values() if outcome.tokens_per_second]
+    if not speeds:
+        return NOTHING
+    packed, times = fmean(of["packed"] for of in speeds), fmean(of["packed"] / of["dense"] for of in speeds)
+    return f"{packed:,.1f} ({times:.2f}×)"
 
 
 def _share(row: Row) -> str:
@@ -176,6 +180,8 @@ def _notes(rows: Sequence[Row], against: str, texts: Sequence[str], tasks: Seque
         f"Perplexity per token on the second half of the windows{_windows(rows, texts)}; learning rates are chosen on the first "
         f"half of {texts[0]}. " + ("± is the standard deviation over seeds." if several else "One seed.")
     )
+    if any(len({o.hashes.get(text) for row in rows for o in row.ended.values() if o.losses}) > 1 for text in texts):
+        yield "Not all rows are measured on the same windows: compare no perplexities between those that are not."
     if against:
         yield (
             f"{against[0].upper()}{against[1:]}: change in perplexity on {texts[0]}, two-sided paired t-test over its windows, not "
