@@ -81,8 +81,8 @@ class ByHand:
             seconds={part: more * value for part, value in SECONDS.get(recipe, {}).items()},
             gib={"prune": 1.0 * more, "train": 3.0 / more, "decode": 0.5, "decode dense": 0.75}
             if recipe == "losa"
-            else {},
-            trained=2_500_000 if recipe == "losa" else None,
+            else {"importance": 0.25, "train": 0.75},
+            trained=1_500_000 + more * 500_000 if recipe == "losa" else None,
             parameters=134_200_000,
             sparsity=0.25,
             facts=FACTS,
@@ -91,8 +91,12 @@ class ByHand:
 
 @pytest.fixture(scope="module")
 def section(tmp_path_factory: pytest.TempPathFactory) -> document.Section:
-    folder = tmp_path_factory.mktemp("by_hand")
-    (folder / "some.toml").write_text(FILE)
+    return section_of(tmp_path_factory.mktemp("by_hand"), FILE)
+
+
+def section_of(folder: Path, file: str) -> document.Section:
+    """Run a comparison by hand."""
+    (folder / "some.toml").write_text(file)
     comparison = reading.read(folder / "some.toml", {})
     groups, results = [comparison.groups(matrix) for matrix in comparison.matrices], Results(folder)
     running.run(running.slots(groups[0]), results, ByHand(), lambda _: None)  # type: ignore[arg-type]
@@ -122,6 +126,11 @@ def test_each_text_has_its_column_and_the_first_is_compared(section: document.Se
     assert "the first half of A." in table.notes[0]
 
 
+def test_a_table_names_its_sparsity_also_if_there_is_one_alone(tmp_path: Path) -> None:
+    found = section_of(tmp_path, FILE.replace("sparsity = [0.5, 0.7]", "sparsity = [0.7]"))
+    assert found.tables[0].title == "70 %"
+
+
 def test_the_overview_is_of_the_first_text(section: document.Section) -> None:
     found = rows_of(section, "Perplexity on A by sparsity")
     assert found["dense"] == {"": "dense", "50 %": "10.00", "70 %": "10.00"}
@@ -138,8 +147,8 @@ def test_the_rate_with_the_lowest_perplexity_is_bold_in_its_column(section: docu
 
 
 def test_costs_are_means_of_seconds_and_the_largest_peaks(section: document.Section) -> None:
-    """At 70 % everything takes twice the seconds; peaks are 1 and 2 GiB, 3 and 1.5. What measuring takes is no cost, and a
-    mean of 0.03 s is shown as nothing."""
+    """At 70 % everything takes twice the seconds; peaks are 1 and 2 GiB, 3 and 1.5, and 2 and 2.5 million are trained. What
+    measuring takes is no cost; a mean of 0.03 s is shown as nothing, as is the peak of such a part and of one that is left out."""
     found = rows_of(section, "Cost of each part")
     parts = (
         "rates, s",
@@ -161,7 +170,8 @@ def test_costs_are_means_of_seconds_and_the_largest_peaks(section: document.Sect
         "0.50",
         "0.75",
     ]
-    assert found["LoSA, as in the paper"]["trained, millions"] == "2.50"
+    assert found["LoSA, as in the paper"]["trained, millions"] == "2.25"
+    assert "rates, GiB" not in found["no training"]
     [table] = [table for table in section.tables if table.title == "Cost of each part"]
     assert table.notes[0].endswith(
         "Decode: the model, smaller or packed, and all that it allocates while its speed is measured."

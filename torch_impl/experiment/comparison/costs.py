@@ -38,15 +38,18 @@ def measured(rows: Sequence[Row], matrix: Matrix) -> Table | None:
     lines = []
     for names, of_name in together.items():
         seconds = [_mean([row.mean_of("seconds", part) or 0.0 for row in of_name]) for part in PARTS]
-        peaks = [[row.mean_of("gib", part) for row in of_name] for part in (*PARTS, *DECODING)]
-        trained = [row.mean_of("trained") for row in of_name]
+        times = ["" if f"{value:.1f}" == "0.0" else f"{value:,.1f}" for value in seconds]
+        peaks = [_most([row.mean_of("gib", part) for row in of_name]) for part in (*PARTS, *DECODING)]
+        trained = [count for row in of_name if (count := row.mean_of("trained")) is not None]
         lines.append(
             [
                 *names,
-                *("" if f"{value:.1f}" == "0.0" else f"{value:,.1f}" for value in seconds),
+                *times,
                 f"{sum(seconds):,.1f}",
-                *(_most(values) for values in peaks),
-                "" if trained[0] is None else f"{trained[0] / 1e6:,.2f}",
+                # A part that is left out has a peak, too: that of what is there before.
+                *(peak if time else "" for peak, time in zip(peaks, times, strict=False)),
+                *peaks[len(times) :],
+                f"{_mean(trained) / 1e6:,.2f}" if trained else "",
             ]
         )
     if not lines:

@@ -152,7 +152,7 @@ def _picture(
         grid[0, 0].set(xlabel=labels[0], ylabel=labels[1])
     else:
         drawing.supxlabel(labels[0], fontsize="medium")
-        drawing.supylabel(labels[1], fontsize="medium")
+        drawing.supylabel(f"{labels[1]} (each panel has a scale of its own)", fontsize="medium")
     # The dense model is the last name, below the lines.
     names = [*looks, *(["dense"] if dense is not None else [])]
     drawing.legend([legend[name] for name in names], names, loc="outside right center", frameon=False)

@@ -81,7 +81,7 @@ def _facts(rows: Sequence[Row], missing: int, command: str) -> tuple[str, ...]:
 
 def _tables(rows: Sequence[Row], matrix: Matrix) -> Iterator[Table]:
     trained = [row for row in rows if row.group.recipe.treatment != DENSE]
-    split = [name for name in SPLIT if len(matrix.varied.get(name, ())) > 1]
+    split = [name for name in SPLIT if name in matrix.varied]
     if found := tables.overview(rows, trained, matrix):
         yield found
     for values in itertools.product(*(dict.fromkeys(dict(r.group.varied)[name] for r in trained) for name in split)):
