@@ -332,6 +332,7 @@ TEXTS = [
     ({"prompt": PROMPT, "stop": [3]}, 400, "stop is [3]; allowed: a text"),
     ({"prompt": PROMPT, "n": 2}, 400, "n is 2; allowed: 1"),
     ({"prompt": PROMPT, "stream": "yes"}, 400, 'stream is "yes"'),
+    ({"prompt": PROMPT, "stop": ["\ud800", 3]}, 400, r'stop is ["\ud800", 3]'),
     ({"prompt": PROMPT, "logit_bias": {"257": 1}}, 400, "logit_bias does not map token ids below 257"),
 ]
 
