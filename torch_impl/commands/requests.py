@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from torch_impl.commands.sampling import COLDEST
 from torch_impl.engine.families import position_limit
 from torch_impl.experiment.planning import checks
 
@@ -36,10 +36,7 @@ def _stops(value: Any) -> bool:
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (_count, "1 or more"),
     "max_completion_tokens": (_count, "1 or more"),
-    "temperature": (
-        lambda value: _number(0, 2)(value) and (value == 0 or value >= COLDEST),
-        f"0, or {COLDEST:.5f} to 2",
-    ),
+    "temperature": (_number(0, 2), "0 to 2"),
     "top_p": (lambda value: _number(0, 1)(value) and value > 0, "above 0, up to 1"),
     "frequency_penalty": (_number(-2, 2), "-2 to 2"),
     "presence_penalty": (_number(-2, 2), "-2 to 2"),
@@ -55,8 +52,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tools": (lambda value: isinstance(value, list), "a list"),
     "tool_choice": (lambda value: value in ("auto", "none"), "auto or none"),
     "parallel_tool_calls": (lambda value: value is True, "true"),
-    "response_format": (lambda value: value == {"type": "text"}, "{'type': 'text'}"),
-    "modalities": (lambda value: value == ["text"], "['text']"),
+    "response_format": (lambda value: value == {"type": "text"}, '{"type": "text"}'),
+    "modalities": (lambda value: value == ["text"], '["text"]'),
     "chat_template_kwargs": (lambda value: isinstance(value, dict), "an object"),
     "functions": (lambda value: False, "nothing; use tools"),
     "function_call": (lambda value: False, "nothing; use tool_choice"),
@@ -72,7 +69,7 @@ def check_fields(body: dict[str, Any], vocabulary: int) -> None:
             del body[name]
     for name, (right, allowed) in FIELDS.items():
         if name in body and not right(body[name]):
-            raise ValueError(f"{name} is {str(body[name])[:80]!r}; allowed: {allowed}")
+            raise ValueError(f"{name} is {json.dumps(body[name])[:80]}; allowed: {allowed}")
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
     bias = body.get("logit_bias", {})

@@ -27,7 +27,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from torch_impl.commands import requests
-from torch_impl.commands.sampling import ASKED, AsAsked, Asked
+from torch_impl.commands.sampling import ASKED, COLDEST, AsAsked, Asked
 from torch_impl.commands.stop_text import cut, cut_stream, read_answers_alone
 from torch_impl.experiment.continued import stream_after, text_after
 
@@ -115,7 +115,8 @@ class _OneModel:
         config.continues = self.continues
         config.asked = Asked(**{name: body[name] for name in ASKED if name in body})
         if "temperature" in body:
-            config.do_sample = body["temperature"] > 0
+            # Some clients send 1e-8 for the likeliest token.
+            config.do_sample = body["temperature"] >= COLDEST
         if not config.do_sample:
             # Settings of sampling that greedy decoding warns about.
             config.temperature = config.top_p = config.top_k = None

@@ -213,11 +213,10 @@ def _tell_replaced(
     preset: str | None, chosen: dict[str, list[str]], own: dict[str, list[str]], arguments: Sequence[str]
 ) -> None:
     """Log, in process 0, which options of the configuration file the preset of the command line replaces."""
-    before = {name: " ".join(own[name]) for name in chosen if name in own and not _names(name, arguments)}
     replaced = [
-        f"{name} {' '.join(chosen[name])} (file: {value})"
-        for name, value in before.items()
-        if value != " ".join(chosen[name])
+        f"{name} {' '.join(words)} (file: {' '.join(own[name])})"
+        for name, words in chosen.items()
+        if own.get(name, words) != words and not _names(name, arguments)
     ]
     if replaced and not process():
         logger.warning(
