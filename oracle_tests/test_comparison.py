@@ -439,10 +439,12 @@ def test_the_time_left_is_that_of_runs_like_those_that_are_left(
     told = [line.partition("; about ")[2] for line in lines]
     assert told == [f"{running.clock(value)} left" if value else "" for value in left]
     assert [line.partition("]")[0] for line in lines] == [f"[{n}/7" for n in range(1, 8)]
-    lines.clear()
-    monkeypatch.setattr(Results, "processes", lambda _: 8)
-    running.run(work, Results(tmp_path / "several"), Timed(), lines.append)  # type: ignore[arg-type]
-    assert lines[-2].endswith("; about 0:40 left")
+    for processes, first in ((2, "0:30"), (8, "0:10")):
+        lines.clear()
+        monkeypatch.setattr(Results, "processes", lambda _, processes=processes: processes)
+        running.run(work, Results(tmp_path / f"{processes}"), Timed(), lines.append)  # type: ignore[arg-type]
+        assert lines[0].endswith(f"; about {first} left"), "they share six runs of 10 seconds"
+        assert lines[-2].endswith("; about 0:40 left")
 
 
 def test_runs_that_did_not_end_well_do_not_say_how_long_others_take(
