@@ -22,6 +22,7 @@ from scipy import stats
 
 from tiny_models.random_models import random_model
 from torch_impl.experiment import config
+from torch_impl.experiment.baselines.decoding import DecodingCost
 from torch_impl.experiment.comparison import (
     cells,
     costs,
@@ -439,10 +440,12 @@ def test_the_time_left_is_that_of_runs_like_those_that_are_left(
     told = [line.partition("; about ")[2] for line in lines]
     assert told == [f"{running.clock(value)} left" if value else "" for value in left]
     assert [line.partition("]")[0] for line in lines] == [f"[{n}/7" for n in range(1, 8)]
-    lines.clear()
-    monkeypatch.setattr(Results, "processes", lambda _: 8)
-    running.run(work, Results(tmp_path / "several"), Timed(), lines.append)  # type: ignore[arg-type]
-    assert lines[-2].endswith("; about 0:40 left")
+    for processes, first in ((2, "0:30"), (8, "0:10")):
+        lines.clear()
+        monkeypatch.setattr(Results, "processes", lambda _, processes=processes: processes)
+        running.run(work, Results(tmp_path / f"{processes}"), Timed(), lines.append)  # type: ignore[arg-type]
+        assert lines[0].endswith(f"; about {first} left"), "they share six runs of 10 seconds"
+        assert lines[-2].endswith("; about 0:40 left")
 
 
 def test_runs_that_did_not_end_well_do_not_say_how_long_others_take(
@@ -901,6 +904,25 @@ def test_texts_are_encoded_once_by_each_model_s_own_tokenizer(tmp_path: Path, mo
         assert tokens.tokenizer == name
         assert known.setdefault(name, tokens) is tokens
     assert known.keys() == {"one", "other"}
+
+
+def test_speed_is_measured_of_reported_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of those to choose a learning rate by, nor of the dense model, nor unasked; gib says what both models took."""
+    monkeypatch.setattr(cells, "decoding_cost", lambda *_, **__: DecodingCost(20.0, 45.0, 300, 200))
+    model, dense = random_model("llama"), random_model("llama", seed=1)
+    found = []
+    for speed in ("true", "false"):
+        text = f"speed = {speed}\n{FILE}"
+        [group] = [
+            g
+            for g in groups_of(read(tmp_path, text), "recipe=losa", "sparsity=0.7", "prune_method=wanda")[0]
+            if g.rates
+        ]
+        final = group.final(group.seeds[0], group.rates[0])
+        for cell, of in ((final, model), (final, dense), (group.tuning()[0], model)):
+            found.append(cells._decoding(cell, of, dense))
+    figures = {"packed": 45.0, "dense": 20.0}, {"decode": 200, "decode dense": 300}
+    assert found == [figures, *[({}, {})] * 5]
 
 
 def test_recipes_steps_and_ranks(tmp_path: Path) -> None:

@@ -50,10 +50,13 @@ def some_windows(model: PreTrainedModel, count: int, tokens: int = 7) -> torch.T
 
 @pytest.mark.parametrize(("count", "batch"), [(33, 8), (8, 8), (3, 8), (33, 1)])
 def test_perplexity_is_that_by_hand(count: int, batch: int) -> None:
-    """33 windows in batches of 8: the last batch holds one."""
+    """33 windows in batches of 8: the last batch holds one, and none holds more than 8, which a device may not have room for."""
     model = random_model("llama-gqa")
     windows = some_windows(model, count)
+    sizes: list[int] = []
+    model.model.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
     assert perplexity(model, windows, batch) == pytest.approx(by_hand(model, windows), rel=BOUND)
+    assert max(sizes[: -(-count // batch)]) == min(batch, count)
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
@@ -169,6 +172,23 @@ def test_the_command_measures_what_it_is_asked_for(
     monkeypatch.setattr(evaluate.api, "evaluate", lambda *_, **options: given.update(options) or {"perplexity": 1.0})
     assert evaluate.main(["MODEL", *options, "--json"]) == 0
     assert given == passed
+
+
+@pytest.mark.parametrize(
+    ("options", "loaded"),
+    [
+        ([], ("MODEL", "auto", "auto", False)),
+        (["--device", "cpu", "--dtype", "float64", "--trust_remote_code"], ("MODEL", "cpu", "float64", True)),
+    ],
+)
+def test_the_command_loads_the_model_as_told(
+    options: list[str], loaded: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(evaluate, "load", lambda *given: calls.append(given) or (None, None))
+    monkeypatch.setattr(evaluate.api, "evaluate", lambda *_, **options: {"perplexity": 1.0})
+    assert evaluate.main(["MODEL", *options, "--json"]) == 0
+    assert calls == [loaded]
 
 
 @pytest.mark.parametrize(("model", "named"), [("a/b/MODEL", "MODEL"), (".", ".")])

@@ -93,6 +93,16 @@ def test_a_run_behind_a_link_is_resumed(tmp_path: Path) -> None:
     assert names(tmp_path / "disk") == {"out"}
 
 
+@pytest.mark.parametrize(("resume", "kept"), [(False, set()), (True, {folder.CHECKPOINTS, "metrics.jsonl"})])
+def test_overwriting_starts_over_unless_the_run_is_resumed(resume: bool, kept: set[str], tmp_path: Path) -> None:
+    """Nothing of the discarded run is left to be resumed, or to be published beside the new one."""
+    partial = tmp_path / ".out.partial"
+    run_checkpoints.RunCheckpoints(partial / folder.CHECKPOINTS).commit({})
+    (partial / "metrics.jsonl").write_text("{}")
+    with run_folder(tmp_path / "out", True, resume) as found:
+        assert names(found) - {folder.LOCK} == kept
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_empty_folder_can_be_used_and_stays_if_nothing_comes_of_it(overwrite: bool, tmp_path: Path) -> None:
     target = tmp_path / "out"

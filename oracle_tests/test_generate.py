@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
+import torch_impl
 from tiny_models.random_models import byte_tokenizer, random_model, save_random_model
 from torch_impl.commands import generate
 from torch_impl.decode import next_token
@@ -103,6 +104,22 @@ def test_the_command_line_decides(
 
     assert run(model, capsys, "--temperature", "2")[0] == 0
     assert set(processors(seen["logits_processor"])) == {"TemperatureLogitsWarper"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_are_as_stored_unless_told_otherwise(
+    packed: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also on a CPU, where a run computes in float32."""
+    model = folder(tmp_path)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    if packed:
+        torch_impl.pack(model, tmp_path / "packed")
+        model = tmp_path / "packed"
+    for options, dtype in (([], "bfloat16"), (["--dtype", "float64"], "float64")):
+        status, _, said = run(model, capsys, *options)
+        assert status == 0
+        assert f" MB, {dtype}; peak memory" in said
 
 
 def test_draws_are_those_of_the_temperature(

@@ -148,10 +148,13 @@ def test_several_files_and_what_was_there_before(tmp_path: Path) -> None:
     more = len(list((tmp_path / "again").glob("packed-*")))
     assert more > 3
     (tmp_path / "again" / "model.safetensors").write_bytes(b"")
+    # Of files that are not there any more, so no loader could read them.
+    (tmp_path / "again" / "model.safetensors.index.json").write_text("{}")
     model.save_pretrained(tmp_path / "again", max_shard_size="30KB")
     files = sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
     assert 1 < len(files) < more
     assert all(name.startswith("packed-") for name in files)
+    assert not (tmp_path / "again" / "model.safetensors.index.json").exists()
     assert_same_model(load(tmp_path / "again"), model)
     assert pack.main([str(tmp_path / "again"), str(tmp_path / "back"), "--unpack"]) == 0
     for name, tensor in load(plain).state_dict().items():

@@ -308,6 +308,9 @@ def test_other_plans_as_text() -> None:
         "reconstruction                  5 epochs of each block at each step, 10 optimizer steps, learning rate 0.003"
         in show.plan_text(replace(SHOWN, config=trained)).splitlines()
     )
+    # Of four sequences and four that the model writes.
+    written = config(nsamples=4, written_per_sample=1, reconstruct_epochs=5, reconstruct_batch_size=3)
+    assert "5 epochs of each block at each step, 15 optimizer steps" in show.plan_text(replace(SHOWN, config=written))
     windows = replace(trained, reconstruction=replace(trained.reconstruction, reconstruct_window=2))
     assert "5 epochs of each window of 2 blocks at each step" in show.plan_text(replace(SHOWN, config=windows))
     ends = config(finetune="false", prune_method="magnitude")
@@ -328,6 +331,20 @@ def test_a_plan_says_how_many_windows_are_measured_and_rounds_no_hours_to_none()
     lines = show.plan_text(replace(SHOWN, config=few)).splitlines()
     assert "evaluation                      the first 1,234 windows of 64 tokens of wikitext2" in lines
     assert (show._hours(0.004), show._hours(0.0125), show._hours(7.0)) == ("less than 0.01", "0.01", "7.00")
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0.00 MiB"),
+        (3 * 2**19, "1.50 MiB"),
+        (10 * 2**20, "10.00 MiB"),
+        (11 * 2**20, "0.01 GiB"),
+        (7 * 2**29, "3.50 GiB"),
+    ],
+)
+def test_sizes_are_binary(count: int, shown: str) -> None:
+    assert show._size(count) == shown
 
 
 def test_everything_that_a_plan_may_hold_has_a_name() -> None:

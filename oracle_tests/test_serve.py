@@ -393,14 +393,18 @@ def test_positions_and_no_template(tmp_path: Path, family: str) -> None:
 
 
 def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """It listens on this machine only unless told otherwise, and says where."""
+    """It listens on this machine only unless told otherwise, and says where. Weights are as stored unless told otherwise."""
     seen: list[Any] = []
+    dtypes: list[torch.dtype] = []
     monkeypatch.setattr(server, "run", lambda app, listening: seen.append(listening.getsockname()))
+    monkeypatch.setattr(server, "build", lambda name, model, tokenizer: dtypes.append(model.dtype))
     assert serve.main([str(folder), "--port", "0", "--device", "cpu"]) == 0
     assert seen[0][0] == "127.0.0.1"
     assert f"tiny at http://127.0.0.1:{seen[0][1]}/v1: " in capsys.readouterr().out
-    assert serve.main([str(folder), "--port", "0", "--device", "cpu", "--host", "0.0.0.0"]) == 0
+    options = ["--port", "0", "--device", "cpu", "--host", "0.0.0.0", "--dtype", "float64"]
+    assert serve.main([str(folder), *options]) == 0
     assert seen[1][0] == "0.0.0.0"
+    assert dtypes == [torch.float32, torch.float64]
 
 
 def test_bad_options(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

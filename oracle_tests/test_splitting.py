@@ -305,6 +305,21 @@ def test_no_text_that_is_measured_besides_is_in_a_calibration_window_or_an_examp
         assert [number for number in range(30, 50) if f"w{number:03}" in text] == [*range(30, 40), *range(45, 50)]
 
 
+@pytest.mark.parametrize(("more", "cut"), [(-1, True), (0, False), (1, False)])
+def test_a_text_is_cut_only_if_there_is_more_of_it(more: int, cut: bool, tmp_path: Path) -> None:
+    """A limit that the text just reaches leaves nothing out. Other texts have the same limit."""
+    source = text_file(tmp_path / "a.txt", stories(*range(50)))
+    measured = text_file(tmp_path / "b.txt", stories(*range(60, 70)))
+    everything = material.with_text(settings(source, None, measured, None), *MODEL)
+    windows = len(everything.evaluation)
+    options = settings(source, None, measured, windows + more)
+    other = {"other": material.OtherText(text_file(tmp_path / "c.txt", stories(*range(80, 110))))}
+    found = material.with_text(options, *MODEL, other)
+    assert len(found.evaluation) == found.evaluation_facts["windows"] == min(windows, windows + more)
+    assert found.evaluation_facts["first_windows_only"] == cut
+    assert len(found.others["other"]) == windows + more
+
+
 def test_documents_are_counted_as_far_as_the_protocol_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,8 +124,9 @@ def test_a_run_calibrates_on_both_and_keeps_what_was_written(
 
     monkeypatch.setattr("torch_impl.losa.run", heard)
     options = {"written_per_sample": 1, "nsamples": 4, "seqlen": 16, "output_dir": tmp_path / "out", "steps": 1}
-    assert main(arguments(place, **options, finetune="false")) == 0
-    [tokens] = load_file(tmp_path / "out" / WRITTEN).values()
+    assert main(arguments(place, **options, finetune="false", seed=5)) == 0
+    [(key, tokens)] = load_file(tmp_path / "out" / WRITTEN).items()
+    assert key.endswith(".4.5"), "written with the seed of the run"
     assert seen[0].shape == (8, 16)
     assert torch.equal(seen[0][4:], tokens.long())
     assert torch.equal(seen[-1], seen[0])

@@ -166,12 +166,14 @@ def test_the_hash_is_of_every_prompt_and_choice_in_order() -> None:
 @pytest.mark.parametrize(("asked", "used"), [(None, 5), (0, 0), (2, 2)])
 def test_examples_are_the_task_s_unless_a_number_is_given_even_0(asked: int | None, used: int) -> None:
     config: dict[str, int] = {}
+    seeds: list[int] = []
     task = SimpleNamespace(
         aggregation=lambda: {"acc": sum}, config=SimpleNamespace(num_fewshot=5, metadata={}),
-        set_config=lambda key, value: config.update({key: value}), set_fewshot_seed=lambda seed: None,
+        set_config=lambda key, value: config.update({key: value}), set_fewshot_seed=lambda seed: seeds.append(seed),
     )  # fmt: skip
     subject._prepare("any", task, asked)
     assert config == {"num_fewshot": used}
+    assert seeds == [1234], "lm-eval's own, so that its examples are the same"
 
 
 def test_nothing_is_changed_or_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
