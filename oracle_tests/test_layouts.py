@@ -228,6 +228,7 @@ def test_the_number_of_sequences_is_checked(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+@torch.no_grad()
 @pytest.mark.parametrize("sequences", [1, 8])
 def test_more_sequences_than_the_layout_is_for_are_said_once(
     sequences: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -230,6 +230,7 @@ def test_auto_leaves_on_disk_what_does_not_fit(
         "torch_impl.commands.run.run_offloaded", lambda *_: called.append(1) or SimpleNamespace(footprints=None)
     )
     monkeypatch.setattr("torch_impl.commands.run.report.table", lambda _: "")
+    monkeypatch.setattr("torch_impl.commands.run.report.packing_pays", lambda _: False)
     assert main(arguments(place, **PLAIN)) == 0
     assert called
 
