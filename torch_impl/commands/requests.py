@@ -69,7 +69,8 @@ def check_fields(body: dict[str, Any], vocabulary: int) -> None:
             del body[name]
     for name, (right, allowed) in FIELDS.items():
         if name in body and not right(body[name]):
-            raise ValueError(f"{name} is {json.dumps(body[name])[:80]}; allowed: {allowed}")
+            # As it was sent; NaN, too, which no JSON that is written may have.
+            raise ValueError(f"{name} is {json.JSONEncoder().encode(body[name])[:80]}; allowed: {allowed}")
     if body.get("tool_choice") == "none":
         body.pop("tools", None)
     bias = body.get("logit_bias", {})
