@@ -331,7 +331,7 @@ def test_what_masks_bring_to_the_best_recipe_is_told_as_it_was() -> None:
     told = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     ends, begins = ([r[recipe] for r in map(of_masks, METHODS)] for recipe in ("best", "none"))
-    span = f"{min(begins):.0f} to {max(begins):,.0f} to {min(ends):.1f} to {max(ends):.1f}: "
+    span = f"between {min(begins):.0f} and {max(begins):,.0f} end between {min(ends):.1f} and {max(ends):.1f}: "
     lower = {
         (size, method): change(size, (recipe, method), (recipe, "wanda"))
         for size, recipe, methods in (
